@@ -1,0 +1,128 @@
+"""The letters world: capital letters of real typefaces, in colour, with a caption that fixes part of each picture.
+
+A caption names the letter, the ink and the paper; typeface, angle, size and place stay free. So there is a prompt to
+obey and a diversity to lose, and a program can check both. Every picture is a function of (seed, index) alone.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+INKS = {
+    "red": (205, 40, 40),
+    "green": (30, 130, 60),
+    "blue": (40, 70, 200),
+    "black": (20, 20, 20),
+    "purple": (130, 40, 150),
+}
+PAPERS = {
+    "white": (255, 255, 255),
+    "yellow": (250, 220, 90),
+    "pink": (250, 175, 200),
+    "gray": (185, 185, 185),
+}
+# The TrueType files of matplotlib that draw A to Z as Latin capitals (cmsy10 has calligraphic ones, the rest none).
+TYPEFACES = tuple(
+    f"{name}.ttf"
+    for name in (
+        *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+        *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+        *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+        *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+        *("cmb10", "cmmi10", "cmr10", "cmss10", "cmti10", "cmtt10"),
+    )
+)
+IMAGE_SIZE = 32
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Triple:
+    """What a caption fixes: indices into LETTERS, INKS and PAPERS."""
+
+    letter: int
+    ink: int
+    paper: int
+
+    @property
+    def caption(self) -> str:
+        """The prompt, such as "a purple letter m on pink"."""
+        ink, paper = list(INKS)[self.ink], list(PAPERS)[self.paper]
+        return f"a {ink} letter {LETTERS[self.letter].lower()} on {paper}"
+
+
+def all_triples() -> list[Triple]:
+    """All 26 x 5 x 4 = 520 (letter, ink, paper) triples, in a fixed order."""
+    return [
+        Triple(letter, ink, paper)
+        for letter in range(len(LETTERS))
+        for ink in range(len(INKS))
+        for paper in range(len(PAPERS))
+    ]
+
+
+def parse_caption(caption: str) -> Triple:
+    """The triple that a caption of this world names; ValueError for any other text."""
+    words = caption.split()
+    try:
+        _, ink, _, letter, _, paper = words
+        return Triple(LETTERS.index(letter.upper()), list(INKS).index(ink), list(PAPERS).index(paper))
+    except ValueError:
+        raise ValueError(
+            f"not a caption of the letters world: {caption!r}; expected 'a INK letter X on PAPER', "
+            f"INK one of {', '.join(INKS)}, PAPER one of {', '.join(PAPERS)}"
+        ) from None
+
+
+@functools.cache
+def _typeface_folder() -> Path:
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+@functools.cache
+def _font(typeface: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(_typeface_folder() / typeface), size)
+
+
+def render(triple: Triple, *, generator: np.random.Generator) -> Image.Image:
+    """One 32 x 32 RGB picture of `triple`; typeface, angle (+-.2 rad), size and place are drawn from `generator`."""
+    typeface = TYPEFACES[generator.integers(len(TYPEFACES))]
+    angle = generator.uniform(-0.2, 0.2)
+    cap_height = generator.uniform(0.60, 0.76) * IMAGE_SIZE * _SUPERSAMPLING
+    shift = generator.uniform(-0.06, 0.06, size=2) * IMAGE_SIZE * _SUPERSAMPLING
+
+    side = IMAGE_SIZE * _SUPERSAMPLING
+    letter = LETTERS[triple.letter]
+    reference = _font(typeface, 128)
+    top, bottom = reference.getbbox("H", anchor="ls")[1::2]
+    font = _font(typeface, max(8, round(128 * cap_height / (bottom - top))))
+    left, top, right, bottom = font.getbbox(letter, anchor="ls")
+    mask = Image.new("L", (side, side), 0)
+    origin = (side / 2 + shift[0] - (left + right) / 2, side / 2 + shift[1] - (top + bottom) / 2)
+    ImageDraw.Draw(mask).text(origin, letter, font=font, fill=255, anchor="ls")
+    mask = mask.rotate(np.degrees(angle), resample=Image.Resampling.BICUBIC)
+    mask = mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    ink = Image.new("RGB", mask.size, list(INKS.values())[triple.ink])
+    paper = Image.new("RGB", mask.size, list(PAPERS.values())[triple.paper])
+    return Image.composite(ink, paper, mask)
+
+
+def render_at(triple: Triple, *, seed: int, index: int) -> Image.Image:
+    """The picture number `index` of the stream `seed`: the same for ever, whatever was rendered before."""
+    return render(triple, generator=np.random.default_rng([seed, index]))
+
+
+def sample_triples(num_images: int, *, seed: int) -> list[Triple]:
+    """`num_images` triples: whole shuffled passes over all 520, so that every caption comes equally often."""
+    triples = all_triples()
+    generator = np.random.default_rng([seed, 0x7121])
+    order: list[int] = []
+    while len(order) < num_images:
+        order.extend(generator.permutation(len(triples)).tolist())
+    return [triples[i] for i in order[:num_images]]

@@ -1,0 +1,70 @@
+"""The reader: a small CNN that names letter, ink and paper of a 32 x 32 picture.
+
+Its three answers together are the letters world's prompt accuracy; its 96-d features are what the demo's FID is
+measured on. It ships in the package, trained by `pipelines/train_teacher.py`.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stepdistill.demo.letters import INKS, LETTERS, PAPERS, Triple
+
+NUM_FEATURES = 96
+
+
+class Reader(nn.Module):
+    """uint8 images (B, 3, 32, 32) -> features (B, 96) and logits for 26 letters, 5 inks, 4 papers."""
+
+    num_features = NUM_FEATURES
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = (3, 24, 48, 96)
+        blocks: list[nn.Module] = []
+        for before, after in zip(channels[:-1], channels[1:], strict=True):
+            blocks += [
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+                nn.Conv2d(after, after, 3, stride=2, padding=1),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+            ]
+        self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(96 * 4 * 4, NUM_FEATURES))
+        self.heads = nn.ModuleList(nn.Linear(NUM_FEATURES, len(kind)) for kind in (LETTERS, INKS, PAPERS))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, 32, 32) -> float32 (B, 96)."""
+        if images.dtype != torch.uint8:
+            raise ValueError(f"the reader takes uint8 images in 0..255, got {images.dtype}")
+        return self.trunk(images.float() / 127.5 - 1.0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The features; this makes the reader a `feature` of torchmetrics' FrechetInceptionDistance."""
+        return self.features(images)
+
+    def logits(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """uint8 (B, 3, 32, 32) -> logits [(B, 26), (B, 5), (B, 4)]."""
+        features = nn.functional.silu(self.features(images))
+        return [head(features) for head in self.heads]
+
+    def read(self, images: torch.Tensor) -> list[Triple]:
+        """What each picture shows: its most likely letter, ink and paper."""
+        answers = torch.stack([logits.argmax(dim=1) for logits in self.logits(images)], dim=1)
+        return [Triple(*row) for row in answers.tolist()]
+
+
+def save_reader(reader: Reader, path: Path) -> None:
+    """Writes the weights as fp16 safetensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}, path)
+
+
+def load_reader(path: Path) -> Reader:
+    """The reader in float32, in eval mode, without gradients."""
+    reader = Reader()
+    reader.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    return reader.eval().requires_grad_(False)

@@ -1,0 +1,246 @@
+"""How the embedded teacher is made: a whole StableDiffusionPipeline, small, trained from nothing on the letters.
+
+The parts are the real classes in small: AutoencoderKL (latents 4 x 8 x 8), CLIPTokenizer and CLIPTextModel, a
+UNet2DConditionModel that predicts epsilon under Stable Diffusion's scaled_linear schedule. `pipelines/train_teacher.py`
+runs the three trainings in order and writes the folder that the package ships.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from stepdistill.demo.letters import INKS, LETTERS, PAPERS, all_triples, render_at, sample_triples
+from stepdistill.demo.reader import Reader
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 10
+CAPTION_DROPOUT = 0.1
+
+
+def rendered_batch(num_images: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images (N, 3, 32, 32) and int64 triples (N, 3): letter, ink, paper."""
+    triples = sample_triples(num_images, seed=seed)
+    images = np.stack([np.asarray(render_at(t, seed=seed, index=i)) for i, t in enumerate(triples)])
+    labels = torch.tensor([[t.letter, t.ink, t.paper] for t in triples])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIPTokenizer whose byte-pair merges make one token of each word of the captions; others fall into bytes."""
+    words = ["a", "letter", "on", *INKS, *PAPERS, *(letter.lower() for letter in LETTERS)]
+    alphabet = [chr(code) for code in range(33, 127)]
+    vocab = {token: index for index, token in enumerate([*alphabet, *(f"{char}</w>" for char in alphabet)])}
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        for earlier in merges:
+            pieces = _apply_merge(pieces, earlier)
+        while len(pieces) > 1:
+            pair = (pieces[0], pieces[1])
+            merges.append(pair)
+            vocab.setdefault(pair[0] + pair[1], len(vocab))
+            pieces = _apply_merge(pieces, pair)
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _apply_merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIPTextModel of width 64 and 2 layers for sequences of MAX_TOKENS."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_vae() -> AutoencoderKL:
+    """AutoencoderKL (24, 48, 48): 32 x 32 pixels <-> 4 x 8 x 8 latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 48),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """UNet2DConditionModel (64, 128); cross-attention at the 4 x 4 level only, which keeps CPU steps short."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=32,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """DDIM with Stable Diffusion's betas, trailing spacing, no clipping."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        prediction_type="epsilon",
+        timestep_spacing="trailing",
+    )
+
+
+def _batches(size: int, batch_size: int, *, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    while True:
+        order = torch.randperm(size, generator=generator)
+        for start in range(0, size - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
+
+
+def _train(
+    name: str,
+    modules: list[nn.Module],
+    loss_at: Callable[[int], torch.Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """AdamW with 100 steps of warm-up and cosine decay to 2 %; `loss_at(step)` is the objective."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / 100, 1.0) * (0.02 + 0.49 * (1 + np.cos(np.pi * step / steps))),
+    )
+    started = time.monotonic()
+    for step in range(steps):
+        loss = loss_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if after_step is not None:
+            after_step(step)
+        if step % 100 == 0 or step == steps - 1:
+            logger.info("%s %d/%d loss %.4f %.0f s", name, step, steps, loss.item(), time.monotonic() - started)
+
+
+def train_reader(images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> Reader:
+    """Cross-entropy on letter, ink and paper; images uint8 (N, 3, 32, 32), labels int64 (N, 3)."""
+    torch.manual_seed(seed)
+    reader = Reader()
+    batches = _batches(len(images), 64, generator=torch.Generator().manual_seed(seed))
+
+    def loss_at(step: int) -> torch.Tensor:
+        rows = next(batches)
+        logits = reader.logits(images[rows])
+        return sum(
+            (nn.functional.cross_entropy(head, labels[rows, k]) for k, head in enumerate(logits)),
+            start=torch.zeros(()),
+        )
+
+    _train("reader", [reader], loss_at, steps=steps, learning_rate=2e-3)
+    return reader.eval()
+
+
+def train_vae(images: torch.Tensor, *, steps: int, seed: int) -> AutoencoderKL:
+    """L1 + MSE reconstruction with a KL weight of 1e-4 per latent element; sets scaling_factor to 1 / std."""
+    torch.manual_seed(seed)
+    vae = build_vae()
+    batches = _batches(len(images), 32, generator=torch.Generator().manual_seed(seed))
+    noise = torch.Generator().manual_seed(seed + 1)
+
+    def loss_at(step: int) -> torch.Tensor:
+        pixels = images[next(batches)].float() / 127.5 - 1.0
+        posterior = vae.encode(pixels).latent_dist
+        reconstruction = vae.decode(posterior.sample(generator=noise)).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        error = reconstruction - pixels
+        return error.abs().mean() + error.square().mean() + 1e-4 * kl
+
+    _train("vae", [vae], loss_at, steps=steps, learning_rate=2e-3)
+    vae.eval().requires_grad_(False)
+    latents = encode_images(vae, images[:4096], scaling_factor=1.0)
+    vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 4))
+    return vae
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: torch.Tensor, *, scaling_factor: float) -> torch.Tensor:
+    """uint8 (N, 3, 32, 32) -> scaled posterior means (N, 4, 8, 8)."""
+    parts = [vae.encode(chunk.float() / 127.5 - 1.0).latent_dist.mean for chunk in images.split(256)]
+    return torch.cat(parts) * scaling_factor
+
+
+def train_unet(
+    latents: torch.Tensor, labels: torch.Tensor, tokenizer: CLIPTokenizer, *, steps: int, seed: int
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """Epsilon MSE on U-Net and text encoder together, captions dropped at 10 % for guidance; returns their EMA."""
+    torch.manual_seed(seed)
+    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    alphas_cumprod = build_scheduler().alphas_cumprod
+    captions = {(t.letter, t.ink, t.paper): t.caption for t in all_triples()}
+    texts = [captions[tuple(row)] for row in labels.tolist()]
+    encoded = tokenizer([*texts, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    generator = torch.Generator().manual_seed(seed)
+    batches = _batches(len(latents), 64, generator=generator)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rows = next(batches)
+        ids = encoded[rows].clone()
+        ids[torch.rand(len(rows), generator=generator) < CAPTION_DROPOUT] = encoded[-1]
+        original = latents[rows]
+        noise = torch.randn(original.shape, generator=generator)
+        timesteps = torch.randint(0, 1000, (len(rows),), generator=generator)
+        alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * original + (1 - alpha_bar).sqrt() * noise
+        hidden = text_encoder(ids).last_hidden_state
+        return nn.functional.mse_loss(unet(noisy, timesteps, hidden).sample, noise)
+
+    average = [copy.deepcopy(m).eval().requires_grad_(False) for m in (unet, text_encoder)]
+
+    def after_step(step: int) -> None:
+        decay = min(0.999, (1 + step) / (10 + step))
+        for mean, module in zip(average, (unet, text_encoder), strict=True):
+            for target, source in zip(mean.parameters(), module.parameters(), strict=True):
+                target.lerp_(source.detach(), 1 - decay)
+
+    _train("unet", [unet, text_encoder], loss_at, steps=steps, learning_rate=1e-3, after_step=after_step)
+    return average[0], average[1]
