@@ -1,0 +1,304 @@
+"""One YAML file describes a run. Frozen, every field documented, unknown keys refused with the nearest known one.
+
+Nothing here imports torch: a wrong config is told in well under two seconds.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names the key, the value got and what is allowed."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict about keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Teacher(Section):
+    """The model to distil."""
+
+    path: str = "letters"
+    """A complete diffusers pipeline folder, or "letters" for the one that ships in the package."""
+    guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    """Classifier-free guidance of the first rung's teacher and of the teacher's rows in the table; 1 is off."""
+
+
+class Lora(Section):
+    """What trains."""
+
+    rank: PositiveInt = 32
+    """Rank of every rung's LoRA; alpha equals it."""
+
+
+class Data(Section):
+    """What noise is added to."""
+
+    source: Literal["letters"] = "letters"
+    """Renderings of the letters world."""
+    num_images: PositiveInt = 4096
+    """How many pictures are rendered and encoded into the cache."""
+
+
+class Training(Section):
+    """How every phase is optimised, unless the phase says otherwise."""
+
+    train_batch_size: PositiveInt = 32
+    """Samples per micro-batch and process."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per update; what an update computes does not depend on the split."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm, student and discriminator each."""
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Updates of linear warm-up at the start of each phase."""
+    lr_final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The learning rate decays along a cosine to this share of itself."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the student's moving average, which is then what a phase leaves; 0 keeps the last weights."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Autocast on CUDA; masters of what trains stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+    logging_steps: PositiveInt = 20
+    """A console line every so many updates; the JSONL log has every one."""
+    preview_steps: Annotated[int, Field(ge=0)] = 0
+    """A preview picture every so many updates, beside the one at the end of each phase; 0 is only that one."""
+
+
+class DiscriminatorOptions(Section):
+    """The adversary of `paired` and `single` phases."""
+
+    trunk: Literal["lora", "full", "frozen"] = "lora"
+    """Encoder and mid-block: the base with an adapter, a copy trained whole, or the base as it is."""
+    heads: Literal["mid", "multi"] = "mid"
+    """A head on the mid-block, or there and on every down block."""
+    learning_rate: PositiveFloat | None = None
+    """Of trunk and heads; the phase's own where not given."""
+    perturbation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    """How often a clean sample is re-noised to t* = 10, 250, 500, 750 before D sees it; later 5:1:1:1."""
+
+
+class Phase(Section):
+    """One objective inside a rung."""
+
+    objective: Literal["mse", "convert", "paired", "single"]
+    """mse to the teacher; convert to x0 output; adversarial with D told x_t (paired) or not (single)."""
+    max_train_steps: PositiveInt = 100
+    """Updates."""
+    learning_rate: PositiveFloat = 1e-3
+    """Of the student's LoRA, after warm-up."""
+    teacher_steps: PositiveInt | None = None
+    """Another rung of this ladder as teacher (skip-level); the rung's own where not given."""
+    loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction"] = "prev_sample"
+    """Where mse is measured."""
+    discriminator: DiscriminatorOptions = DiscriminatorOptions()
+    """Of paired and single phases."""
+
+
+class Rung(Section):
+    """One step reduction."""
+
+    teacher_steps: PositiveInt
+    """Steps of the teacher: 128 of the base model for the first rung, the student before after that."""
+    student_steps: PositiveInt
+    """Steps of the student that this rung makes."""
+    node_steps: PositiveInt | None = None
+    """The grid whose nodes the student is trained at; its own where not given (recipe: 4 for the 2- and 1-step rungs)."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
+    """What the student predicts; as the rung before where not given. The 1-step rung converts to "sample" (x0)."""
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    """In order."""
+
+
+class Preview(Section):
+    """Pictures while training."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Fixed prompts, drawn from fixed noise by teacher and student."""
+
+
+class Evaluation(Section):
+    """The table."""
+
+    num_images: Annotated[int, Field(ge=8)] = 500
+    """Images per row."""
+    teacher_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 8, 4, 2, 1)
+    """Rows of the undistilled teacher; the first is the reference of `fid_to_teacher`."""
+    batch_size: PositiveInt = 64
+    """Images per pipeline call; image k does not depend on it."""
+    grid_columns: PositiveInt = 10
+    """Prompts in the picture."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's folder is output_dir/name."""
+    output_dir: str = "runs"
+    """Where run folders are."""
+    seed: int = 0
+    """Everything random is derived from it."""
+    teacher: Teacher = Teacher()
+    lora: Lora = Lora()
+    data: Data = Data()
+    training: Training = Training()
+    ladder: Annotated[tuple[Rung, ...], Field(min_length=1)]
+    preview: Preview
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def run_dir(self) -> Path:
+        """output_dir/name."""
+        return Path(self.output_dir) / self.name
+
+    @model_validator(mode="after")
+    def _check_ladder(self) -> "RunConfig":
+        for index, rung in enumerate(self.ladder):
+            _check_rung(index, self.ladder)
+            for number, phase in enumerate(rung.phases):
+                _check_phase(f"ladder.{index}.phases.{number}", phase, rung, self.ladder[:index])
+        return self
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n) if n % k == 0]
+
+
+def _check_rung(index: int, ladder: tuple[Rung, ...]) -> None:
+    rung, key = ladder[index], f"ladder.{index}"
+    if rung.student_steps not in _divisors(rung.teacher_steps):
+        allowed = _divisors(rung.teacher_steps)
+        nearest = min(allowed, key=lambda n: abs(n - rung.student_steps), default=1)
+        raise ConfigError(
+            f"{key}.student_steps: got {rung.student_steps}; {rung.teacher_steps} teacher steps do not divide into it; "
+            f"allowed: {', '.join(map(str, allowed))}; nearest: {nearest}"
+        )
+    if index and rung.teacher_steps != ladder[index - 1].student_steps:
+        raise ConfigError(
+            f"{key}.teacher_steps: got {rung.teacher_steps}; allowed: {ladder[index - 1].student_steps}, "
+            f"the student of the rung before"
+        )
+    if rung.node_steps is not None and rung.node_steps % rung.student_steps:
+        raise ConfigError(
+            f"{key}.node_steps: got {rung.node_steps}; allowed: multiples of student_steps {rung.student_steps}"
+        )
+
+
+def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) -> None:
+    known = [r.student_steps for r in earlier if r.student_steps % rung.student_steps == 0] or [rung.teacher_steps]
+    if phase.teacher_steps is not None and phase.teacher_steps not in known:
+        raise ConfigError(
+            f"{key}.teacher_steps: got {phase.teacher_steps}; allowed: {', '.join(map(str, known))}, "
+            f"the students of earlier rungs"
+        )
+    if phase.objective == "convert" and rung.prediction_type != "sample":
+        raise ConfigError(
+            f'{key}.objective: got "convert"; it needs prediction_type: sample on its rung, got {rung.prediction_type}'
+        )
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The config of a YAML file with key=value overrides such as `ladder.0.phases.0.max_train_steps=5`; ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in Path("configs").glob("*.yaml")], n=1)
+        hint = f"; did you mean configs/{near[0]}?" if near else ""
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}{hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the config {path} is not UTF-8 text") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: got {type(raw).__name__}; allowed: a mapping of keys such as name, ladder")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> RunConfig:
+    """A RunConfig of plain data; ConfigError with one clear line for the first thing that is wrong."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: allowed: key=value, such as training.train_batch_size=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            pass
+    node: Any = raw
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_list_index(node, part, override)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {override!r}: {part} holds {node!r}, which has no keys below it")
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {override!r}: got {part!r} for a list; allowed: 0 to {len(node) - 1}")
+    return int(part)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    kind, message, got = first["type"], first["msg"], first.get("input")
+    if isinstance(first.get("ctx", {}).get("error"), ConfigError):
+        return str(first["ctx"]["error"])
+    if kind == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        hint = f"nearest: {nearest[0]}; " if nearest else ""
+        return f"{location}: got an unknown key with value {got!r}; {hint}allowed: {', '.join(known)}"
+    if kind == "missing":
+        return f"{location}: got nothing; a value is required"
+    return f"{location}: got {got!r} ({type(got).__name__}); allowed: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    sections: dict[str, type[Section]] = {
+        "teacher": Teacher,
+        "lora": Lora,
+        "data": Data,
+        "training": Training,
+        "ladder": Rung,
+        "phases": Phase,
+        "discriminator": DiscriminatorOptions,
+        "preview": Preview,
+        "evaluation": Evaluation,
+    }
+    names = [part for part in location if isinstance(part, str)]
+    section = sections.get(names[-1], RunConfig) if names else RunConfig
+    return sorted(section.model_fields)

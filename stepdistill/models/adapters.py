@@ -1,0 +1,99 @@
+"""LoRA adapters on the one base U-Net: added, read, written, switched. Owns peft.
+
+peft's own switches (`set_adapter`, `disable_adapters`) also flip requires_grad, which silently cuts gradients between a
+forward and its backward. Here the active adapter is one field of every LoRA layer, and gradients are nobody's side effect.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+# LCM-LoRA's list: every convolution and linear except conv_in, conv_out and the shared time embedding.
+TARGET_MODULES = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+_ENCODER_TARGETS = r"(down_blocks|mid_block)\..*\.(" + "|".join(n.replace(".", r"\.") for n in TARGET_MODULES) + ")"
+
+
+def lora_config(rank: int, *, encoder_only: bool = False) -> LoraConfig:
+    """alpha = rank, so that every tool that assumes it is right; encoder_only for the discriminator's trunk."""
+    targets = _ENCODER_TARGETS if encoder_only else list(TARGET_MODULES)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+
+
+def add_adapter(
+    unet: UNet2DConditionModel, name: str, *, rank: int, seed: int, encoder_only: bool = False
+) -> list[torch.nn.Parameter]:
+    """Adds a LoRA that changes nothing yet (B = 0), A drawn from `seed`, and returns its parameters in float32.
+
+    Which adapter is active stays as it was: none, for the first one.
+    """
+    active = active_adapter(unet)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(lora_config(rank, encoder_only=encoder_only), adapter_name=name)
+    parameters = adapter_parameters(unet, name)
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    activate(unet, active)
+    for layer in lora_layers(unet):
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False)
+    return parameters
+
+
+def lora_layers(unet: UNet2DConditionModel) -> list[BaseTunerLayer]:
+    """The layers that carry adapters, in module order."""
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def active_adapter(unet: UNet2DConditionModel) -> str | None:
+    """The adapter that a forward would use now; None is the bare base."""
+    for layer in lora_layers(unet):
+        if layer.active_adapters:
+            return layer.active_adapters[0]
+    return None
+
+
+def activate(unet: UNet2DConditionModel, name: str | None, *, layers: list[BaseTunerLayer] | None = None) -> None:
+    """Makes one adapter, or with None none, the active one. Leaves requires_grad alone."""
+    for layer in layers if layers is not None else lora_layers(unet):
+        layer._active_adapter = [] if name is None else [name]
+
+
+def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[torch.nn.Parameter]:
+    """The parameters of one adapter, in module order."""
+    return [p for key, p in unet.named_parameters() if f".lora_A.{name}." in key or f".lora_B.{name}." in key]
+
+
+def adapter_state(unet: UNet2DConditionModel, name: str) -> dict[str, torch.Tensor]:
+    """A copy of one adapter under peft's own keys, which diffusers loads in full, on the CPU."""
+    state = get_peft_model_state_dict(unet, adapter_name=name)
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+
+
+def load_adapter_state(unet: UNet2DConditionModel, name: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Puts weights of `adapter_state` into an existing adapter; ValueError where keys or shapes do not fit exactly."""
+    expected = {key: tuple(tensor.shape) for key, tensor in adapter_state(unet, name).items()}
+    given = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if expected != given:
+        odd = sorted(set(expected.items()) ^ set(given.items()))
+        raise ValueError(f"the LoRA does not fit this U-Net and rank: {len(odd)} keys differ, first {odd[0]}")
+    result = set_peft_model_state_dict(unet, dict(state), adapter_name=name)
+    assert not result.unexpected_keys, result.unexpected_keys

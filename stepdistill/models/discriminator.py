@@ -1,0 +1,132 @@
+"""The discriminator: the base U-Net's encoder and mid-block, with a head that ends in one logit.
+
+    trunk   lora    the shared base with an adapter of D's own (fits one card)
+            full    a copy of the base's encoder, trained whole (the paper's form)
+            frozen  the shared base as it is
+    heads   mid     on the mid-block's features (the paper's form)
+            multi   there and on the output of every down block
+    paired  the features of x_s at s beside those of x_t at t (Eq 22); single: of x_s alone (Eq 23)
+"""
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.roles import Roles
+
+TRUNKS = ("lora", "full", "frozen")
+HEADS = ("mid", "multi")
+
+
+def encode(
+    unet: UNet2DConditionModel, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+) -> list[torch.Tensor]:
+    """Features of the encoder, one (B, C_i, H_i, W_i) per down block and the mid-block's last: a U-Net without its decoder."""
+    hidden_states = conditioning.encoder_hidden_states
+    added = conditioning.added_cond_kwargs or None
+    emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
+    augmentation = unet.get_aug_embed(emb=emb, encoder_hidden_states=hidden_states, added_cond_kwargs=added)
+    emb = emb if augmentation is None else emb + augmentation
+    hidden_states = unet.process_encoder_hidden_states(encoder_hidden_states=hidden_states, added_cond_kwargs=added)
+    state = unet.conv_in(sample)
+    features = []
+    for block in (*unet.down_blocks, unet.mid_block):
+        if getattr(block, "has_cross_attention", False):
+            result = block(state, temb=emb, encoder_hidden_states=hidden_states)
+        else:
+            result = block(state, temb=emb)
+        state = result[0] if isinstance(result, tuple) else result
+        features.append(state)
+    return features
+
+
+class Head(nn.Module):
+    """[conv 4x4 stride 2, GroupNorm, SiLU] until the space is gone, then one logit: (B, C, H, W) -> (B, 1)."""
+
+    def __init__(self, in_channels: int, width: int, size: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        while size > 1:
+            groups = next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0)
+            layers += [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.GroupNorm(groups, width), nn.SiLU()]
+            in_channels, size = width, size // 2
+        self.body = nn.Sequential(*layers)
+        self.logit = nn.Linear(in_channels, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, 1); what space an odd aspect ratio leaves is averaged."""
+        return self.logit(self.body(features).mean(dim=(2, 3)))
+
+
+class Discriminator(nn.Module):
+    """Heads over the encoder of the base. `parameters()` are all that D trains; Roles freezes them for the student's step.
+
+    Args:
+        roles: the shared U-Net; gets D's adapter where the trunk is `lora`.
+        base: the base U-Net without adapters, copied where the trunk is `full`; unused otherwise.
+        sample_size: height or width of the latents, the smaller one.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        *,
+        trunk: str,
+        heads: str,
+        paired: bool,
+        rank: int,
+        seed: int,
+        sample_size: int,
+        base: UNet2DConditionModel | None = None,
+    ) -> None:
+        super().__init__()
+        if trunk not in TRUNKS or heads not in HEADS:
+            raise ValueError(f"discriminator: got trunk {trunk!r}, heads {heads!r}; allowed: {TRUNKS}, {HEADS}")
+        self.paired, self._heads_at, self._trunk = paired, heads, trunk
+        object.__setattr__(self, "_roles", roles)  # shared, so not among this module's own parameters
+        channels = list(roles.unet.config.block_out_channels)
+        sizes = [max(1, sample_size >> min(i + 1, len(channels) - 1)) for i in range(len(channels))]
+        places = [*zip(channels, sizes, strict=True), (channels[-1], sizes[-1])]
+        if heads == "mid":
+            places = places[-1:]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.heads = nn.ModuleList(Head(c * (2 if paired else 1), c, size) for c, size in places)
+        roles.drop_discriminator()
+        self.encoder: nn.Module | None = None
+        if trunk == "full":
+            if base is None:
+                raise ValueError("a full trunk copies the base U-Net: pass `base`, loaded without adapters")
+            self.encoder = _without_decoder(base).float().requires_grad_(True)
+            if roles.unet.is_gradient_checkpointing:
+                self.encoder.enable_gradient_checkpointing(roles.checkpointed)
+        adapter = roles.add_trunk_adapter(rank=rank, seed=seed) if trunk == "lora" else []
+        self.to(next(roles.unet.parameters()).device)
+        roles.discriminator_parameters = [*self.parameters(), *adapter]
+        for parameter in roles.discriminator_parameters:
+            parameter.requires_grad_(True)
+
+    def features(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> list[torch.Tensor]:
+        """Encoder features of sample (B, C, H, W) at timesteps (B,), in float32, those that the heads read."""
+        unet = self._roles.unet if self.encoder is None else self.encoder
+        features = encode(unet, sample.to(unet.dtype), timesteps, conditioning)
+        return [f.float() for f in (features if self._heads_at == "multi" else features[-1:])]
+
+    def logits(self, features: list[torch.Tensor], context: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits (B, heads) of the features of x_s, beside those of x_t (`context`) where D is paired."""
+        if self.paired:
+            assert context is not None, "a paired discriminator compares x_s with x_t"
+            features = [torch.cat(pair, dim=1) for pair in zip(features, context, strict=True)]
+        return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], dim=1)
+
+
+def _without_decoder(base: UNet2DConditionModel) -> UNet2DConditionModel:
+    encoder = copy.deepcopy(base)
+    encoder.up_blocks = nn.ModuleList()
+    encoder.conv_norm_out, encoder.conv_out = None, nn.Identity()
+    return encoder

@@ -1,0 +1,67 @@
+"""A teacher from its folder: owns what is loaded through diffusers."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from stepdistill.diffusion.prediction import PREDICTION_TYPES
+from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
+
+
+def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """The vanilla pipeline, safetensors only, never from the network, without its progress bar."""
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, variant=_variant(folder)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_unet(folder: Path, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """The pipeline's U-Net, frozen, in eval mode."""
+    unet = UNet2DConditionModel.from_pretrained(
+        folder,
+        subfolder="unet",
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        variant=_variant(folder),
+    )
+    return unet.eval().requires_grad_(False)
+
+
+def _variant(folder: Path) -> str | None:
+    """ "fp16" where the U-Net's weights come in that variant alone, else None."""
+    names = [path.name for path in (folder / "unet").glob("*.safetensors")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None
+
+
+def load_schedule(scheduler_config: dict) -> tuple[NoiseSchedule, str]:
+    """(noise schedule, prediction_type) that a scheduler_config.json describes; ValueError for what is not supported."""
+    prediction_type = scheduler_config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"the teacher's scheduler has prediction_type {prediction_type!r}; allowed: {', '.join(PREDICTION_TYPES)}"
+        )
+    if scheduler_config.get("trained_betas") is not None:
+        betas = torch.tensor(scheduler_config["trained_betas"], dtype=torch.float64)
+    else:
+        betas = make_betas(
+            scheduler_config.get("beta_schedule", "scaled_linear"),
+            beta_start=scheduler_config["beta_start"],
+            beta_end=scheduler_config["beta_end"],
+            num_train_timesteps=scheduler_config["num_train_timesteps"],
+        )
+    zero_snr = bool(scheduler_config.get("rescale_betas_zero_snr", False))
+    return NoiseSchedule.from_betas(betas, zero_terminal_snr=zero_snr), prediction_type
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the U-Net's weight files, 16 hexadecimal digits: which base a LoRA belongs to."""
+    digest = hashlib.sha256()
+    for path in sorted((folder / "unet").glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,57 @@
+"""Non-saturating adversarial losses on logits (Eq 18-21), and the perturbation that keeps D away from clean samples.
+
+    L_D = softplus(-D(teacher_sample)) + softplus(D(student_sample))
+    L_G = softplus(-D(student_sample))
+    perturbation (Eq 25-26): where s is clean, both samples are re-noised to t* in {10, 250, 500, 750}, same t*, same noise
+"""
+
+import torch
+from torch.nn.functional import softplus
+
+from stepdistill.diffusion.schedule import CLEAN, NoiseSchedule
+
+# Paper times 10, 250, 500, 750 as U-Net timesteps.
+PERTURBATION_TIMESTEPS = (9, 249, 499, 749)
+
+
+def discriminator_loss(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
+    """L_D of logits (B, heads): the mean over heads and batch, a scalar."""
+    return softplus(-teacher_logits).mean() + softplus(student_logits).mean()
+
+
+def generator_loss(student_logits: torch.Tensor) -> torch.Tensor:
+    """L_G of logits (B, heads): the mean over heads and batch, a scalar."""
+    return softplus(-student_logits).mean()
+
+
+def accuracy(logits: torch.Tensor, *, is_teacher: bool) -> torch.Tensor:
+    """Share of logits (B, heads) on the right side of 0 after the mean over heads; .5 is chance."""
+    verdict = logits.float().mean(dim=1)
+    return ((verdict > 0) if is_teacher else (verdict < 0)).float().mean()
+
+
+def draw_perturbation(prev_timesteps: torch.Tensor, uniform: torch.Tensor, *, weights: list[float]) -> torch.Tensor:
+    """The timesteps (B,) at which D sees the samples: t* where prev_timestep is CLEAN, else prev_timestep.
+
+    uniform (B,) in [0, 1) picks among PERTURBATION_TIMESTEPS with `weights` (1:1:1:1, later 5:1:1:1).
+    """
+    if len(weights) != len(PERTURBATION_TIMESTEPS) or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"perturbation_weights: got {weights}; allowed: 4 numbers >= 0, not all 0")
+    edges = torch.tensor(weights, dtype=torch.float64, device=uniform.device).cumsum(0)
+    pick = torch.bucketize(uniform.double() * edges[-1], edges, right=True).clamp(max=len(weights) - 1)
+    drawn = torch.tensor(PERTURBATION_TIMESTEPS, device=uniform.device)[pick]
+    return torch.where(prev_timesteps == CLEAN, drawn, prev_timesteps)
+
+
+def perturb(
+    sample: torch.Tensor,
+    noise: torch.Tensor,
+    prev_timesteps: torch.Tensor,
+    perturbed_timesteps: torch.Tensor,
+    *,
+    schedule: NoiseSchedule,
+) -> torch.Tensor:
+    """x_s (B, ...) re-noised to perturbed_timesteps where s is CLEAN, untouched elsewhere."""
+    renoised = schedule.add_noise(sample, noise, perturbed_timesteps)
+    clean = (prev_timesteps == CLEAN).view((-1,) + (1,) * (sample.ndim - 1))
+    return torch.where(clean, renoised, sample)

@@ -1,0 +1,54 @@
+"""The student's one move against the teacher's many: mean squared error in a named space (Eq 16).
+
+    prev_sample   || y_hat - y ||^2 on x_s, the paper's form; it equals k_ts^2 times the epsilon form, where
+                  k_ts = sigma_s - alpha_s sigma_t / alpha_t, and grows 15,000-fold from the 32-step rung to one step
+    epsilon       the same error read as epsilon:  (y_hat - y) / k_ts
+    sample        ... as x_0:                      (y_hat - y) / (alpha_s - sigma_s alpha_t / sigma_t)
+    v_prediction  ... as v:                        the x_0 error / sigma_t
+"""
+
+import torch
+
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.solver import move_gain
+
+LOSS_SPACES = ("prev_sample", "epsilon", "sample", "v_prediction")
+
+
+def space_weight(
+    timesteps: torch.Tensor, prev_timesteps: torch.Tensor, *, schedule: NoiseSchedule, space: str
+) -> torch.Tensor:
+    """What turns a squared error in x_s into one in `space`, (B,), float64; ValueError for an unknown space."""
+    if space == "prev_sample":
+        return torch.ones(len(timesteps), dtype=torch.float64, device=timesteps.device)
+    alpha_t, sigma_t = schedule.alpha_sigma(timesteps)
+    noise_gain = move_gain(timesteps, prev_timesteps, schedule=schedule)
+    if space == "epsilon":
+        return noise_gain**-2
+    original_gain = noise_gain * alpha_t / sigma_t  # x_0 and epsilon trade at sigma_t / alpha_t for a given x_t
+    if space == "sample":
+        return original_gain**-2
+    if space == "v_prediction":
+        return (original_gain * sigma_t) ** -2
+    raise ValueError(f"loss_space: got {space!r}; allowed: {', '.join(LOSS_SPACES)}")
+
+
+def mse_loss(
+    student_sample: torch.Tensor,
+    teacher_sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    prev_timesteps: torch.Tensor,
+    *,
+    schedule: NoiseSchedule,
+    space: str,
+) -> torch.Tensor:
+    """Mean over batch and elements of the squared error between two x_s (B, ...), weighed into `space`; a scalar."""
+    weight = space_weight(timesteps, prev_timesteps, schedule=schedule, space=space)
+    error = (student_sample - teacher_sample).square().flatten(1).mean(dim=1)
+    return (error * weight.to(error.dtype)).mean()
+
+
+def convert_loss(student_original: torch.Tensor, teacher_original: torch.Tensor) -> torch.Tensor:
+    """MSE between two predictions of x_0 (B, ...): before the 1-step rung the student learns to output x_0 itself
+    instead of epsilon, against the frozen copy of what it was (Eq 27-29)."""
+    return (student_original - teacher_original).square().mean()
