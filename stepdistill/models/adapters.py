@@ -97,3 +97,9 @@ def load_adapter_state(unet: UNet2DConditionModel, name: str, state: Mapping[str
         raise ValueError(f"the LoRA does not fit this U-Net and rank: {len(odd)} keys differ, first {odd[0]}")
     result = set_peft_model_state_dict(unet, dict(state), adapter_name=name)
     assert not result.unexpected_keys, result.unexpected_keys
+
+
+def adapter_metadata(unet: UNet2DConditionModel, name: str) -> dict:
+    """peft's config of an adapter as plain data, which a LoRA file carries so that rank and alpha need no guessing."""
+    config = unet.peft_config[name].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -1,0 +1,56 @@
+"""The samples and the randomness of one update, by index: the same whatever the micro-batch or the processes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from stepdistill import rng
+from stepdistill.data.cache import LatentCache
+from stepdistill.diffusion.schedule import jump, trailing_timesteps
+from stepdistill.models.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class Batch:
+    """original_samples, noise, perturbation_noise (B, C, H, W); timesteps, prev_timesteps (B,) of the student's move;
+    perturbation_uniform (B,) in [0, 1); conditioning of B rows."""
+
+    original_samples: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    prev_timesteps: torch.Tensor
+    conditioning: Conditioning
+    perturbation_uniform: torch.Tensor
+    perturbation_noise: torch.Tensor
+
+
+def draw_batch(
+    cache: LatentCache,
+    indices: list[int],
+    *,
+    student_steps: int,
+    node_steps: int,
+    seed: int,
+    keys: tuple[rng.Key, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    num_train_timesteps: int = 1000,
+) -> Batch:
+    """The batch of the global sample `indices` of the phase named by `keys`; t is uniform over the node_steps grid.
+
+    dtype is the conditioning's; latents and noise are float32.
+    """
+    rows = torch.tensor(rng.dataset_rows(indices, size=len(cache), seed=rng.derive_seed(seed, *keys)))
+    nodes = trailing_timesteps(node_steps, num_train_timesteps=num_train_timesteps)
+    picks = rng.uniform(indices, seed=seed, keys=(*keys, "timestep"))
+    timesteps = nodes[(picks * node_steps).long().clamp(max=node_steps - 1)]
+    shape = tuple(cache.latents.shape[1:])
+    return Batch(
+        original_samples=cache.latents[rows].to(device),
+        noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "noise")).to(device),
+        timesteps=timesteps.to(device),
+        prev_timesteps=jump(timesteps, student_steps, num_train_timesteps=num_train_timesteps).to(device),
+        conditioning=cache.conditioning.rows(cache.prompt_index[rows]).to(device, dtype),
+        perturbation_uniform=rng.uniform(indices, seed=seed, keys=(*keys, "perturbation")).to(device),
+        perturbation_noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise")).to(device),
+    )

@@ -1,0 +1,205 @@
+"""The rungs in order, each the next one's teacher."""
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from stepdistill.config import Phase, Rung, RunConfig
+from stepdistill.data.cache import LatentCache, load_cache
+from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.durable import read_json, sha256_file
+from stepdistill.models import adapters
+from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.folder import resolve_model_folder
+from stepdistill.models.loading import fingerprint, load_schedule, load_unet, load_vae
+from stepdistill.models.roles import STUDENT, TEACHER, Roles
+from stepdistill.rng import derive_seed
+from stepdistill.runtime import Runtime
+from stepdistill.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
+from stepdistill.training.log import TrainingLog
+from stepdistill.training.preview import Preview
+from stepdistill.training.stage import Stage, run_stage
+from stepdistill.training.steps import Denoisers
+
+logger = logging.getLogger(__name__)
+_UNET_PREFIX = "unet."
+
+
+def prediction_types(config: RunConfig, base_prediction_type: str) -> list[str]:
+    """What each rung's student predicts: its own setting, or as the rung before."""
+    kinds, kind = [], base_prediction_type
+    for rung in config.ladder:
+        kind = rung.prediction_type or kind
+        kinds.append(kind)
+    return kinds
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all rungs of a run share."""
+
+    config: RunConfig
+    base: Path
+    roles: Roles
+    schedule: NoiseSchedule
+    base_prediction_type: str
+    cache: LatentCache
+    vae: AutoencoderKL
+    runtime: Runtime
+
+
+def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[int]:
+    """Trains the rungs that are not finished, in order; returns the student_steps of those it trained.
+
+    Args:
+        config: the run; its cache must be prepared.
+        only: (teacher_steps, student_steps) of one rung to train, its predecessors finished; it is trained anew.
+    """
+    todo = [r for r in config.ladder if only is None or (r.teacher_steps, r.student_steps) == only]
+    if not todo:
+        known = ", ".join(f"{r.teacher_steps}:{r.student_steps}" for r in config.ladder)
+        raise ValueError(f"--rung: got {only[0]}:{only[1]}; allowed: {known}" if only else "the ladder is empty")
+    if only is None:
+        todo = _unfinished(config)
+    if not todo:
+        return []
+    runtime = Runtime(mixed_precision=config.training.mixed_precision)
+    shared = _load(config, runtime)
+    log = None
+    if runtime.is_main:
+        log = TrainingLog(config.run_dir / "log.jsonl", drop_rungs={r.student_steps for r in todo})
+    for rung in todo:
+        _train_rung(shared, rung, log)
+    if log is not None:
+        log.close()
+    return [rung.student_steps for rung in todo]
+
+
+def _unfinished(config: RunConfig) -> list[Rung]:
+    for index, rung in enumerate(config.ladder):
+        if read_rung(config.run_dir, rung.student_steps) is None:
+            return list(config.ladder[index:])
+    return []
+
+
+def _load(config: RunConfig, runtime: Runtime) -> Shared:
+    base = resolve_model_folder(config.teacher.path)
+    unet = load_unet(base, dtype=runtime.weight_dtype).to(runtime.device)
+    schedule, prediction_type = load_schedule(read_json(base / "scheduler" / "scheduler_config.json"))
+    roles = Roles(
+        unet,
+        rank=config.lora.rank,
+        seed=derive_seed(config.seed, "lora"),
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+    return Shared(config, base, roles, schedule, prediction_type, load_cache(config), load_vae(base), runtime)
+
+
+def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
+    config, roles = shared.config, shared.roles
+    position = config.ladder.index(rung)
+    kinds = prediction_types(config, shared.base_prediction_type)
+    started = time.monotonic()
+    if position:
+        adapters.load_adapter_state(roles.unet, STUDENT, read_lora(config.run_dir, rung.teacher_steps))
+    partial = config.run_dir / "rungs" / f".{rung.student_steps}.partial"
+    if shared.runtime.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    shared.runtime.wait()
+    preview = Preview(
+        shared.vae, shared.cache, list(config.preview.prompts), seed=config.seed, folder=partial / "previews"
+    )
+    for number, phase in enumerate(rung.phases):
+        _train_phase(shared, rung, number, phase, kinds, preview, log)
+    shared.runtime.wait()
+    if shared.runtime.is_main:
+        save_lora(roles, partial)
+        record = RungRecord(
+            student_steps=rung.student_steps,
+            teacher_steps=rung.teacher_steps,
+            prediction_type=kinds[position],
+            lora_rank=config.lora.rank,
+            base_fingerprint=fingerprint(shared.base),
+            sha256=sha256_file(partial / WEIGHT_NAME),
+            training_seconds=round(time.monotonic() - started, 1),
+        )
+        record.write(partial)
+        final = rung_folder(config.run_dir, rung.student_steps)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    shared.runtime.wait()
+
+
+def _train_phase(
+    shared: Shared,
+    rung: Rung,
+    number: int,
+    phase: Phase,
+    kinds: list[str],
+    preview: Preview,
+    log: TrainingLog | None,
+) -> None:
+    config, roles = shared.config, shared.roles
+    students = [r.student_steps for r in config.ladder]
+    teacher_steps = phase.teacher_steps or rung.teacher_steps
+    roles.teacher_is_base = teacher_steps not in students
+    teacher_kind = shared.base_prediction_type
+    if not roles.teacher_is_base:
+        adapters.load_adapter_state(roles.unet, TEACHER, read_lora(config.run_dir, teacher_steps))
+        teacher_kind = kinds[students.index(teacher_steps)]
+    nets = Denoisers(
+        roles=roles,
+        schedule=shared.schedule,
+        unconditional=shared.cache.unconditional.to(shared.runtime.device, shared.runtime.weight_dtype),
+        teacher_prediction_type=teacher_kind,
+        student_prediction_type=kinds[students.index(rung.student_steps)],
+        guidance_scale=config.teacher.guidance_scale if roles.teacher_is_base else 1.0,
+    )
+    discriminator = None
+    if phase.objective in ("paired", "single"):
+        discriminator = Discriminator(
+            roles,
+            trunk=phase.discriminator.trunk,
+            heads=phase.discriminator.heads,
+            paired=phase.objective == "paired",
+            rank=config.lora.rank,
+            seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
+            sample_size=min(shared.cache.latents.shape[-2:]),
+            base=load_unet(shared.base) if phase.discriminator.trunk == "full" else None,
+        )
+
+    def draw(name: str) -> None:
+        if shared.runtime.is_main:
+            preview.draw(name, nets, teacher_steps=teacher_steps, student_steps=rung.student_steps)
+
+    stage = Stage(
+        rung, phase, number, config.training, config.seed, nets, discriminator, shared.cache, preview=draw
+    )
+    run_stage(stage, runtime=shared.runtime, log=log)
+    roles.drop_discriminator()
+
+
+def save_lora(roles: Roles, folder: Path) -> None:
+    """Writes the student as pytorch_lora_weights.safetensors: peft's own keys, which diffusers loads in full, with metadata."""
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=adapters.adapter_state(roles.unet, STUDENT),
+        unet_lora_adapter_metadata=adapters.adapter_metadata(roles.unet, STUDENT),
+        weight_name=WEIGHT_NAME,
+    )
+
+
+def read_lora(run_dir: Path, student_steps: int) -> dict:
+    """The weights of a finished rung's LoRA under peft's keys."""
+    if read_rung(run_dir, student_steps) is None:
+        raise ValueError(
+            f"the {student_steps}-step rung in {run_dir} is missing or changed; `stepdistill distill` makes it anew"
+        )
+    state = load_file(rung_folder(run_dir, student_steps) / WEIGHT_NAME)
+    return {key.removeprefix(_UNET_PREFIX): tensor for key, tensor in state.items()}

@@ -1,0 +1,66 @@
+"""Device, precision and processes. Owns accelerate.
+
+The U-Net is not wrapped in DDP, which fails when roles switch: gradients of the role that trained are averaged over the
+processes in one flat all-reduce.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+
+
+class Runtime:
+    """What the loop of a phase needs of its surroundings."""
+
+    def __init__(self, *, mixed_precision: str = "no") -> None:
+        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        self.device: torch.device = self.accelerator.device
+        self.weight_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def num_processes(self) -> int:
+        """How many share the batch."""
+        return self.accelerator.num_processes
+
+    @property
+    def process_index(self) -> int:
+        """Which one this is."""
+        return self.accelerator.process_index
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of a scalar."""
+        self.accelerator.backward(loss)
+
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replaces each gradient by its mean over the processes; parameters without one count as zero."""
+        if self.num_processes == 1:
+            return
+        parameters = list(parameters)
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+        flat = self.accelerator.reduce(flat, reduction="mean")
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+
+def environment() -> dict[str, str | int]:
+    """Versions and machine, for environment.json and the report."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **{name: importlib.metadata.version(name) for name in packages},
+    }

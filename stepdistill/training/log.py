@@ -1,0 +1,91 @@
+"""What happened: every update to JSONL, a progress bar with ETA on a terminal, plain lines elsewhere."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingLog:
+    """Appends to a run's log.jsonl. Lines of rungs that are trained again are dropped first.
+
+    Args:
+        path: the JSONL file.
+        drop_rungs: student_steps of the rungs about to be trained.
+    """
+
+    def __init__(self, path: Path, *, drop_rungs: set[int]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_log(path) if line.get("rung") not in drop_rungs]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict) -> None:
+        """One JSON object, one line, on disk at once."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log.jsonl; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class PhaseProgress:
+    """The console's view of one phase: a bar on a terminal, a line every `logging_steps` updates elsewhere."""
+
+    def __init__(self, title: str, total: int, *, logging_steps: int, enabled: bool) -> None:
+        self._title, self._total, self._every = title, total, logging_steps
+        self._enabled = enabled
+        self._console = Console(file=sys.stdout, highlight=False)
+        self._started = time.monotonic()
+        self._bar: Progress | None = None
+        if enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(title, total=total, numbers="")
+
+    def __enter__(self) -> "PhaseProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, numbers: dict[str, float]) -> None:
+        """After update number `done` (from 1)."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, numbers=text)
+        elif self._enabled and (done % self._every == 0 or done == self._total):
+            elapsed = time.monotonic() - self._started
+            remaining = elapsed / done * (self._total - done)
+            self._console.print(
+                f"{self._title}  {done}/{self._total}  {text}  {elapsed:.0f} s, {remaining:.0f} s to go"
+            )

@@ -1,0 +1,180 @@
+"""What one update computes: samples of teacher and student, and the losses between them. No backward, no optimiser."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from stepdistill.config import Phase
+from stepdistill.data.batches import Batch
+from stepdistill.diffusion.prediction import convert
+from stepdistill.diffusion.schedule import NoiseSchedule, substep_path
+from stepdistill.diffusion.solver import guide, move, rollout
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.roles import Roles
+from stepdistill.objectives import adversarial
+from stepdistill.objectives.mse import convert_loss, mse_loss
+
+
+@dataclass(frozen=True)
+class Denoisers:
+    """Teacher and student on the shared U-Net, with what it takes to ask them: guidance is the first rung's teacher's."""
+
+    roles: Roles
+    schedule: NoiseSchedule
+    unconditional: Conditioning
+    teacher_prediction_type: str
+    student_prediction_type: str
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars with a graph to call backward on, by role; and numbers for the log."""
+
+    losses: dict[str, torch.Tensor]
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def noisy_latents(nets: Denoisers, batch: Batch) -> torch.Tensor:
+    """x_t (B, C, H, W): noised data, and the noise itself at the last timestep (Eq 24)."""
+    return nets.schedule.add_noise(batch.original_samples, batch.noise, batch.timesteps, pure_noise_at_last=True)
+
+
+def teacher_rollout(
+    nets: Denoisers, sample: torch.Tensor, path: torch.Tensor, conditioning: Conditioning
+) -> torch.Tensor:
+    """The teacher's moves along path (B, K + 1), without gradient; guided where guidance_scale > 1. (B, C, H, W)."""
+
+    def predict(rows: torch.Tensor, state: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        told = conditioning.rows(rows)
+        if nets.guidance_scale == 1.0:
+            return nets.roles.predict(state, timesteps, told)
+        both = Conditioning.concat(nets.unconditional.expand(len(rows)), told)
+        output = nets.roles.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), both)
+        return guide(*output.chunk(2), nets.guidance_scale)
+
+    with nets.roles.teacher():
+        return rollout(
+            predict, sample, path, schedule=nets.schedule, prediction_type=nets.teacher_prediction_type
+        )
+
+
+def student_move(nets: Denoisers, sample: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The student's one move from timesteps to prev_timesteps, with its graph. (B, C, H, W)."""
+    with nets.roles.student():
+        output = nets.roles.predict(sample, batch.timesteps, batch.conditioning)
+    return move(
+        output,
+        sample,
+        batch.timesteps,
+        batch.prev_timesteps,
+        schedule=nets.schedule,
+        prediction_type=nets.student_prediction_type,
+    )
+
+
+def mse_step(nets: Denoisers, batch: Batch, *, teacher_steps: int, loss_space: str) -> StepResult:
+    """One move against the teacher's many (Eq 16)."""
+    sample = noisy_latents(nets, batch)
+    path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
+    target = teacher_rollout(nets, sample, path, batch.conditioning)
+    loss = mse_loss(
+        student_move(nets, sample, batch),
+        target,
+        batch.timesteps,
+        batch.prev_timesteps,
+        schedule=nets.schedule,
+        space=loss_space,
+    )
+    return StepResult({"student": loss})
+
+
+def convert_step(nets: Denoisers, batch: Batch) -> StepResult:
+    """The student's x_0 output against the x_0 that the frozen copy of what it was implies (Eq 27-29)."""
+    sample = noisy_latents(nets, batch)
+    originals = []
+    for role, kind in (
+        (nets.roles.teacher, nets.teacher_prediction_type),
+        (nets.roles.student, nets.student_prediction_type),
+    ):
+        with role():
+            output = nets.roles.predict(sample, batch.timesteps, batch.conditioning)
+        originals.append(
+            convert(
+                output, sample, batch.timesteps, schedule=nets.schedule, prediction_type=kind, target="sample"
+            )
+        )
+    return StepResult({"student": convert_loss(originals[1], originals[0])})
+
+
+def adversarial_step(
+    nets: Denoisers,
+    discriminator: Discriminator,
+    batch: Batch,
+    *,
+    teacher_steps: int,
+    perturbation_weights: list[float],
+) -> StepResult:
+    """Losses of D and of the student on one shared batch (Eq 18-26).
+
+    Both are taken against the same D, so an update does not depend on how a batch is split. D sees detached samples;
+    the student's loss goes through a D whose parameters take no gradient; x_t's features are computed once.
+    """
+    roles, schedule = nets.roles, nets.schedule
+    sample = noisy_latents(nets, batch)
+    path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
+    teacher_sample = teacher_rollout(nets, sample, path, batch.conditioning)
+    student_sample = student_move(nets, sample, batch)
+    seen_at = adversarial.draw_perturbation(
+        batch.prev_timesteps, batch.perturbation_uniform, weights=perturbation_weights
+    )
+    teacher_seen, student_seen = (
+        adversarial.perturb(x, batch.perturbation_noise, batch.prev_timesteps, seen_at, schedule=schedule)
+        for x in (teacher_sample, student_sample)
+    )
+
+    with roles.discriminator(trainable=True):
+        context = None
+        if discriminator.paired:
+            context = discriminator.features(sample, batch.timesteps, batch.conditioning)
+        both = discriminator.features(
+            torch.cat([teacher_seen, student_seen.detach()]),
+            torch.cat([seen_at, seen_at]),
+            Conditioning.concat(batch.conditioning, batch.conditioning),
+        )
+        twice = None if context is None else [torch.cat([f, f]) for f in context]
+        teacher_logits, student_logits = discriminator.logits(both, twice).chunk(2)
+        discriminator_loss = adversarial.discriminator_loss(teacher_logits, student_logits)
+
+    with roles.discriminator(trainable=False):
+        features = discriminator.features(student_seen, seen_at, batch.conditioning)
+        still = None if context is None else [f.detach() for f in context]
+        generator_loss = adversarial.generator_loss(discriminator.logits(features, still))
+
+    return StepResult(
+        {"discriminator": discriminator_loss, "student": generator_loss},
+        {
+            "discriminator_accuracy_teacher": adversarial.accuracy(teacher_logits.detach(), is_teacher=True),
+            "discriminator_accuracy_student": adversarial.accuracy(student_logits.detach(), is_teacher=False),
+            "mse": (student_sample.detach() - teacher_sample).square().mean(),
+        },
+    )
+
+
+def phase_step(
+    nets: Denoisers, batch: Batch, phase: Phase, *, teacher_steps: int, discriminator: Discriminator | None
+) -> StepResult:
+    """The step that a phase's objective names."""
+    if phase.objective == "mse":
+        return mse_step(nets, batch, teacher_steps=teacher_steps, loss_space=phase.loss_space)
+    if phase.objective == "convert":
+        return convert_step(nets, batch)
+    assert discriminator is not None, "an adversarial phase has a discriminator"
+    return adversarial_step(
+        nets,
+        discriminator,
+        batch,
+        teacher_steps=teacher_steps,
+        perturbation_weights=list(phase.discriminator.perturbation_weights),
+    )
