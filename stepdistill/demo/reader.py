@@ -40,7 +40,7 @@ class Reader(nn.Module):
         """uint8 (B, 3, 32, 32) -> float32 (B, 96)."""
         if images.dtype != torch.uint8:
             raise ValueError(f"the reader takes uint8 images in 0..255, got {images.dtype}")
-        return self.trunk(images.float() / 127.5 - 1.0)
+        return self.trunk(images.to(next(self.parameters()).dtype) / 127.5 - 1.0)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The features; this makes the reader a `feature` of torchmetrics' FrechetInceptionDistance."""

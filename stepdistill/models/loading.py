@@ -13,7 +13,7 @@ from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The vanilla pipeline, safetensors only, never from the network, without its progress bar."""
     pipeline = DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=dtype, **_local(folder)
+        folder, dtype=dtype, **_local(folder)
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -21,13 +21,13 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Diffus
 
 def load_unet(folder: Path, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The pipeline's U-Net, frozen, in eval mode."""
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype, **_local(folder))
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **_local(folder))
     return unet.eval().requires_grad_(False)
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """The pipeline's VAE, frozen, in eval mode."""
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, **_local(folder))
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, **_local(folder))
     return vae.eval().requires_grad_(False)
 
 

@@ -1,0 +1,17 @@
+"""Stage 4: images and numbers of the teacher and of every rung.
+
+    python pipelines/evaluate.py CONFIG [key=value ...] [--dry-run]
+"""
+
+import sys
+
+from stepdistill.cli import app, guarded
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: app(["evaluate", *arguments]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

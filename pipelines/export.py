@@ -1,0 +1,17 @@
+"""Stage 3: scheduler and card beside every rung's LoRA.
+
+    python pipelines/export.py CONFIG [key=value ...] [--dry-run]
+"""
+
+import sys
+
+from stepdistill.cli import app, guarded
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: app(["export", *arguments]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

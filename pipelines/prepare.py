@@ -1,0 +1,17 @@
+"""Stage 1: latents and text embeddings into the run's cache.
+
+    python pipelines/prepare.py CONFIG [key=value ...] [--dry-run]
+"""
+
+import sys
+
+from stepdistill.cli import app, guarded
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: app(["prepare", *arguments]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

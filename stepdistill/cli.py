@@ -1,0 +1,122 @@
+"""`stepdistill run|prepare|distill|export|evaluate|report|sample`: the stages as one command.
+
+A mistake of the user's is one line on standard error and exit code 2; torch is imported only after the config is right.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from stepdistill import plan, stages
+from stepdistill.config import ConfigError, RunConfig, load_config
+from stepdistill.run_folder import check_run, resolved
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil a diffusers text-to-image model to 8, 4, 2 or 1 steps: a LoRA per rung, and a table of what it cost.",
+)
+ConfigPath = Annotated[Path, typer.Argument(help="the YAML file of a run, such as configs/letters.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as training.train_batch_size=16")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and what would run")]
+RungOption = Annotated[str | None, typer.Option("--rung", help="one rung anew, such as 32:8")]
+
+
+def parse_rung(text: str | None) -> tuple[int, int] | None:
+    """ "32:8" as (32, 8); ConfigError for another form."""
+    if text is None:
+        return None
+    teacher, separator, student = text.partition(":")
+    if not (separator and teacher.isdigit() and student.isdigit()):
+        raise ConfigError(f"--rung: got {text!r}; allowed: TEACHER:STUDENT, such as 32:8")
+    return int(teacher), int(student)
+
+
+def _stage(
+    config_path: Path, overrides: list[str] | None, dry_run: bool, stage: Callable[[RunConfig], object]
+) -> None:
+    config = load_config(config_path, overrides)
+    check_run(config)
+    if dry_run:
+        typer.echo(yaml.safe_dump(resolved(config), sort_keys=False) + "\n" + plan.describe(config))
+    else:
+        stage(config)
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """All stages in sequence; interrupted, the same command goes on at the last finished rung."""
+    _stage(config, overrides, dry_run, stages.run_all)
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Latents and text embeddings into the run's cache."""
+    _stage(config, overrides, dry_run, stages.prepare)
+
+
+@app.command()
+def distill(
+    config: ConfigPath, overrides: Overrides = None, rung: RungOption = None, dry_run: DryRun = False
+) -> None:
+    """The rungs that are not finished, in order, or one of them anew."""
+    only = parse_rung(rung)
+    _stage(config, overrides, dry_run, lambda c: stages.distill(c, only=only))
+
+
+@app.command()
+def export(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Scheduler and card beside every rung's LoRA."""
+    _stage(config, overrides, dry_run, stages.export)
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Images and numbers of the teacher and of every rung."""
+    _stage(config, overrides, dry_run, stages.evaluate)
+
+
+@app.command()
+def report(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """The table and the picture."""
+    _stage(config, overrides, dry_run, stages.report)
+
+
+@app.command()
+def sample(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/letters")],
+    prompt: Annotated[str, typer.Option(help="what to draw")],
+    steps: Annotated[int, typer.Option(min=1, help="the rung")] = 4,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    output: Annotated[Path, typer.Option(help="the PNG to write")] = Path("sample.png"),
+) -> None:
+    """One picture by a run's student."""
+    typer.echo(stages.sample(run_dir, steps=steps, prompt=prompt, seed=seed, output=output))
+
+
+def guarded(command: Callable[[], object]) -> int:
+    """Runs a command; a user's mistake becomes one line and exit code 2, an interrupted run 130."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("stepdistill").setLevel(logging.INFO)
+    try:
+        command()
+    except ValueError as error:
+        print(f"stepdistill: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except KeyboardInterrupt:
+        print("stepdistill: interrupted; the same command goes on at the last finished rung", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main() -> None:
+    """The console entry point."""
+    sys.exit(guarded(app))

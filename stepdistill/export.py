@@ -1,0 +1,90 @@
+"""A rung's folder made complete: beside the LoRA the scheduler that samples it right, and a card that says how."""
+
+from pathlib import Path
+
+import jinja2
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from stepdistill.config import RunConfig
+from stepdistill.durable import read_json, write_text
+from stepdistill.models.folder import resolve_model_folder
+from stepdistill.rungs import RungRecord, require_rung, rung_folder
+
+_CARD = """---
+library_name: diffusers
+tags: [lora, text-to-image, few-step, stepdistill]
+---
+# {{ name }}: {{ record.student_steps }} step{{ "s" if record.student_steps > 1 else "" }}
+
+A LoRA that makes its teacher draw in {{ record.student_steps }} U-Net evaluation{{ "s" if record.student_steps > 1 else "" }},
+without guidance. Distilled {{ path }} by stepdistill; rank {{ record.lora_rank }}, alpha the same.
+Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on that base, and on fine-tunes of it.
+
+```python
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({{ teacher }})
+pipeline.load_lora_weights("{{ folder }}")
+pipeline.scheduler = DDIMScheduler.from_pretrained("{{ folder }}", subfolder="scheduler")
+image = pipeline("{{ prompt }}", num_inference_steps={{ record.student_steps }}, guidance_scale=1.0).images[0]
+```
+
+The scheduler matters: trailing timesteps, no clipping, `prediction_type="{{ record.prediction_type }}"`. So do the steps
+(this LoRA is for {{ record.student_steps }}) and the guidance (it is baked in: 1.0 means off).
+"""
+
+
+def student_scheduler(teacher_scheduler_config: dict, prediction_type: str) -> DDIMScheduler:
+    """DDIM on the teacher's betas with what few steps need: trailing spacing, alpha 1 at the end, no clipping.
+
+    At 8, 4, 2 and 1 steps its (timestep, prev_timestep) pairs are the trained ones exactly.
+    """
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    kept = {key: teacher_scheduler_config[key] for key in keys if key in teacher_scheduler_config}
+    return DDIMScheduler(
+        **kept,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def export_rung(config: RunConfig, student_steps: int) -> Path:
+    """Writes scheduler/ and README.md into a finished rung's folder and returns it; ValueError where it is not finished."""
+    record = require_rung(config.run_dir, student_steps)
+    folder = rung_folder(config.run_dir, student_steps)
+    base = resolve_model_folder(config.teacher.path)
+    teacher_scheduler = read_json(base / "scheduler" / "scheduler_config.json")
+    student_scheduler(teacher_scheduler, record.prediction_type).save_pretrained(folder / "scheduler")
+    write_text(folder / "README.md", model_card(config, record, folder))
+    return folder
+
+
+def model_card(config: RunConfig, record: RungRecord, folder: Path) -> str:
+    """The rung's README.md."""
+    steps = [config.ladder[0].teacher_steps, *(r.student_steps for r in config.ladder)]
+    steps = steps[: steps.index(record.student_steps) + 1]
+    embedded = config.teacher.path == "letters"
+    return jinja2.Template(_CARD, undefined=jinja2.StrictUndefined).render(
+        name=config.name,
+        record=record,
+        path=" -> ".join(map(str, steps)),
+        teacher='embedded_folder("teacher")  # from stepdistill.models.folder' if embedded else f'"{config.teacher.path}"',
+        folder=folder.as_posix(),
+        prompt=config.preview.prompts[0].replace('"', "'"),
+    )
+
+
+def load_few_step(pipeline: DiffusionPipeline, folder: Path) -> RungRecord:
+    """Loads an exported rung into a vanilla pipeline: LoRA, scheduler. Returns its record: steps; guidance is 1.
+
+    ValueError where the folder holds no exported rung.
+    """
+    raw = read_json(folder / "rung.json")
+    if raw is None or not (folder / "scheduler" / "scheduler_config.json").is_file():
+        raise ValueError(f"{folder} holds no exported rung: run `stepdistill export` (pipelines/export.py) first")
+    pipeline.load_lora_weights(folder)
+    pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    return RungRecord(**raw)

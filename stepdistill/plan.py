@@ -1,0 +1,54 @@
+"""What a run will do, and what it costs in U-Net forwards, before it starts. No torch."""
+
+from stepdistill.config import Phase, Rung, RunConfig
+
+# In units of one forward of the bare U-Net per sample (section 5 of the recipe, computed on SDXL): LoRA forward and
+# backward, then what the discriminator adds.
+_STUDENT = 1.083 + 1.268
+_DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
+
+
+def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
+    """Forwards per sample and update of one phase."""
+    if phase.objective == "convert":
+        return 1 + _STUDENT
+    teacher_steps = phase.teacher_steps or rung.teacher_steps
+    students = [r.student_steps for r in config.ladder]
+    guided = teacher_steps not in students and config.teacher.guidance_scale > 1
+    substeps = teacher_steps // rung.student_steps * (2 if guided else 1)
+    return substeps + _STUDENT + _DISCRIMINATOR.get(phase.objective, 0.0)
+
+
+def training_forwards(config: RunConfig, *, only: tuple[int, int] | None = None) -> float:
+    """Forwards of all phases, in samples."""
+    batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
+    return batch * sum(
+        phase.max_train_steps * phase_forwards(config, rung, phase)
+        for rung in config.ladder
+        if only in (None, (rung.teacher_steps, rung.student_steps))
+        for phase in rung.phases
+    )
+
+
+def evaluation_forwards(config: RunConfig) -> float:
+    """Forwards of the table's images, in samples."""
+    guided = 2 if config.teacher.guidance_scale > 1 else 1
+    per_image = guided * sum(config.evaluation.teacher_steps) + sum(r.student_steps for r in config.ladder)
+    return config.evaluation.num_images * per_image
+
+
+def describe(config: RunConfig) -> str:
+    """What would run, a line per phase."""
+    lines = [f"run folder {config.run_dir}", f"prepare    {config.data.num_images} images of {config.data.source}"]
+    for rung in config.ladder:
+        for phase in rung.phases:
+            lines.append(
+                f"distill    {rung.teacher_steps} -> {rung.student_steps}  {phase.objective}: "
+                f"{phase.max_train_steps} updates of {phase_forwards(config, rung, phase):.1f} U-Net forwards a sample"
+            )
+    rungs = ", ".join(str(r.student_steps) for r in config.ladder)
+    lines.append(f"export     the LoRAs of {rungs} steps")
+    rows = len(config.evaluation.teacher_steps) + len(config.ladder)
+    lines.append(f"evaluate   {rows} rows of {config.evaluation.num_images} images")
+    lines.append("report     results.json, results.md, grid.png")
+    return "\n".join(lines)

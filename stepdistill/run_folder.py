@@ -1,0 +1,85 @@
+"""The folder of a run: opened before anything costs time, refused where it belongs to another run. No torch."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepdistill.config import ConfigError, RunConfig
+from stepdistill.durable import write_text
+from stepdistill.models.folder import EMBEDDED_TEACHER, missing_parts, resolve_model_folder
+
+# What may differ when a run goes on: it changes no weight.
+_FREE = ("evaluation", "training.logging_steps", "training.preview_steps", "preview.prompts", "output_dir")
+
+
+def check_run(config: RunConfig) -> None:
+    """ConfigError where the teacher's folder is incomplete or the run's folder is another run's; writes nothing."""
+    folder = resolve_model_folder(config.teacher.path)
+    missing = missing_parts(folder)
+    if missing:
+        raise ConfigError(
+            f"teacher.path: got {config.teacher.path!r}, which lacks {'; '.join(missing)}; "
+            f'allowed: a complete diffusers pipeline folder in safetensors, or "{EMBEDDED_TEACHER}"'
+        )
+    run_dir = config.run_dir
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"name: the run's folder {run_dir} is a file; choose another name or output_dir")
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            raise ConfigError(f"name: {run_dir} holds files that are no run's; choose another name or output_dir")
+        return
+    differing = _differences(_read(saved), resolved(config))
+    if differing:
+        key, before, now = differing[0]
+        others = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
+        raise ConfigError(
+            f"{key}: got {now!r}, but {run_dir} is a run with {before!r}{others}; "
+            f"allowed: the same value, another name=..., or remove that folder"
+        )
+
+
+def open_run(config: RunConfig) -> Path:
+    """check_run, then the folder with config.yaml in it."""
+    check_run(config)
+    write_text(config.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False))
+    return config.run_dir
+
+
+def read_run_config(run_dir: Path) -> RunConfig:
+    """The config that a run's folder was made with; ConfigError where it is no run's."""
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
+    config = RunConfig.model_validate(_read(saved))
+    return config.model_copy(update={"name": run_dir.resolve().name, "output_dir": str(run_dir.parent)})
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The config with every default filled in, as plain data."""
+    return config.model_dump(mode="json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is not the config of a run")
+    return raw
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, part in value.items() for k, v in _flat(part, f"{key}.{name}" if key else name).items()}
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        return {k: v for index, part in enumerate(value) for k, v in _flat(part, f"{key}.{index}").items()}
+    return {key: value}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    first, second = _flat(before), _flat(now)
+    keys = [k for k in {**first, **second} if not any(k == f or k.startswith(f"{f}.") for f in _FREE)]
+    return [(k, first.get(k), second.get(k)) for k in keys if first.get(k) != second.get(k)]

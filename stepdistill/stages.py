@@ -1,0 +1,126 @@
+"""The stages in sequence, each reading what the one before left in the run's folder. torch is imported inside them.
+
+`pipelines/*.py` and the command line call these and nothing else.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+from stepdistill import plan
+from stepdistill.config import RunConfig
+from stepdistill.durable import write_json
+from stepdistill.run_folder import open_run
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(config: RunConfig) -> None:
+    """Latents and text embeddings into the cache; nothing where they are there."""
+    run_dir = open_run(config)
+    _quiet_libraries()
+    from stepdistill.data.cache import prepare as fill_cache
+    from stepdistill.runtime import environment
+
+    write_json(run_dir / "environment.json", environment())
+    made = fill_cache(config)
+    logger.info("prepare: %s", "cache made" if made else "cache is there")
+
+
+def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
+    """The rungs that are not finished yet, or one of them anew."""
+    open_run(config)
+    _quiet_libraries()
+    from stepdistill.ladder import distill as climb
+
+    trained = climb(config, only=only)
+    logger.info("distill: %s", f"trained {trained}" if trained else "every rung is finished")
+
+
+def export(config: RunConfig) -> None:
+    """Scheduler and card beside every rung's LoRA."""
+    open_run(config)
+    _quiet_libraries()
+    from stepdistill.export import export_rung
+
+    for rung in config.ladder:
+        logger.info("export: %s", export_rung(config, rung.student_steps))
+
+
+def evaluate(config: RunConfig) -> None:
+    """Images and numbers of every row."""
+    open_run(config)
+    _quiet_libraries()
+    from stepdistill.evaluation.evaluate import evaluate as measure
+
+    measure(config)
+
+
+def report(config: RunConfig) -> Path:
+    """The table and the picture; returns their folder."""
+    from stepdistill.report.build import build_report
+
+    folder = build_report(open_run(config), grid_columns=config.evaluation.grid_columns)
+    logger.info("%s\nreport: %s", (folder / "results.md").read_text(encoding="utf-8"), folder)
+    return folder
+
+
+def run_all(config: RunConfig) -> None:
+    """Every stage, after saying how long it takes."""
+    started = time.monotonic()
+    open_run(config)
+    logger.info("%s", plan.describe(config))
+    prepare(config)
+    logger.info("%s", _estimate(config))
+    distill(config)
+    export(config)
+    evaluate(config)
+    report(config)
+    logger.info("done in %.0f s", time.monotonic() - started)
+
+
+def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
+    """One picture by the `steps`-step student of a run, as PNG."""
+    from stepdistill.run_folder import read_run_config
+    from stepdistill.rungs import require_rung, rung_folder
+
+    config = read_run_config(run_dir)
+    require_rung(run_dir, steps)
+    _quiet_libraries()
+    from stepdistill.evaluation.generate import draw
+    from stepdistill.export import export_rung, load_few_step
+    from stepdistill.models.folder import resolve_model_folder
+    from stepdistill.models.loading import load_pipeline
+
+    if not (rung_folder(run_dir, steps) / "scheduler").is_dir():
+        export_rung(config, steps)
+    pipeline = load_pipeline(resolve_model_folder(config.teacher.path))
+    load_few_step(pipeline, rung_folder(run_dir, steps))
+    images, _ = draw(pipeline, [prompt], steps=steps, guidance_scale=1.0, seed=seed, first=0)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    images[0].save(output)
+    return output
+
+
+def _estimate(config: RunConfig) -> str:
+    """Minutes to come: the forwards of the plan, each as long as one is now on this machine."""
+    from stepdistill.ladder import seconds_per_forward
+
+    each = seconds_per_forward(config)
+    training, evaluation = (each * n for n in (plan.training_forwards(config), plan.evaluation_forwards(config)))
+    return (
+        f"this will take about {(training + evaluation) / 60:.1f} minutes here: "
+        f"{training / 60:.1f} for the ladder, {evaluation / 60:.1f} for the images of the table"
+    )
+
+
+def _quiet_libraries() -> None:
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
