@@ -50,7 +50,8 @@ class Head(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         while size > 1:
-            groups = next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0)
+            # 32 groups for the widths of SD and SDXL; at 1 x 1 a group of few channels normalises the signal away
+            groups = next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0 and (width // g >= 16 or g == 1))
             layers += [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.GroupNorm(groups, width), nn.SiLU()]
             in_channels, size = width, size // 2
         self.body = nn.Sequential(*layers)

@@ -1,0 +1,51 @@
+"""Tiny real classes that the tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
+from stepdistill.models.conditioning import Conditioning
+
+
+def build_tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+    """Two levels, cross-attention in both the second level and the mid-block, about 200,000 parameters."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return unet.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_unet() -> UNet2DConditionModel:
+    return build_tiny_unet()
+
+
+@pytest.fixture
+def schedule() -> NoiseSchedule:
+    """Stable Diffusion's."""
+    return NoiseSchedule.from_betas(
+        make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
+    )
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def make_conditioning(batch: int, seed: int = 5) -> Conditioning:
+    return Conditioning(randn(batch, 6, 16, seed=seed))

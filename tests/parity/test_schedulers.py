@@ -1,0 +1,68 @@
+"""Our explicit pairs against diffusers' schedulers."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+
+from stepdistill.diffusion.schedule import CLEAN, NoiseSchedule, make_betas, timestep_pairs, trailing_timesteps
+from stepdistill.diffusion.solver import move
+from tests.conftest import randn
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_alphas_cumprod_are_diffusers(name, zero_snr):
+    theirs = DDPMScheduler(beta_schedule=name, rescale_betas_zero_snr=zero_snr, **BETAS).alphas_cumprod
+    betas = make_betas(name, num_train_timesteps=1000, **BETAS)
+    ours = NoiseSchedule.from_betas(betas, zero_terminal_snr=zero_snr).alphas_cumprod
+    assert torch.allclose(ours.float(), theirs, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 32, 128])
+def test_trailing_timesteps_are_diffusers(steps):
+    scheduler = DDIMScheduler(timestep_spacing="trailing", **BETAS)
+    scheduler.set_timesteps(steps)
+    assert trailing_timesteps(steps).tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [8, 4, 2, 1])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_moves_equal_ddim(schedule, steps, kind):
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type=kind,
+        **BETAS,
+    )
+    scheduler.set_timesteps(steps)
+    for t, s in timestep_pairs(steps):
+        sample, output = randn(2, 4, 8, 8, seed=t), randn(2, 4, 8, 8, seed=t + 1)
+        theirs = scheduler.step(output, t, sample).prev_sample
+        start, end = torch.full((2,), t), torch.full((2,), s)
+        ours = move(output, sample, start, end, schedule=schedule, prediction_type=kind)
+        assert torch.allclose(ours, theirs, rtol=2e-4, atol=2e-4), (t, s)
+
+
+@pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
+def test_moves_equal_euler_trailing(schedule, steps):
+    """Euler lives in sigma space: its sample is ours over alpha_t, its derivative is epsilon."""
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing", **BETAS)
+    scheduler.set_timesteps(steps)
+    for t, s in timestep_pairs(steps):
+        sample, output = randn(2, 4, 8, 8, seed=t), randn(2, 4, 8, 8, seed=t + 1)
+        start, end = torch.full((2,), t), torch.full((2,), s)
+        alpha_t, _ = schedule.alpha_sigma(start, ndim=4, dtype=torch.float32)
+        alpha_s, _ = schedule.alpha_sigma(end, ndim=4, dtype=torch.float32)
+        theirs = scheduler.step(output, torch.tensor(float(t)), sample / alpha_t).prev_sample * alpha_s
+        ours = move(output, sample, start, end, schedule=schedule, prediction_type="epsilon")
+        assert torch.allclose(ours, theirs, rtol=2e-4, atol=2e-3 if s != CLEAN else 5e-3), (t, s)
+
+
+def test_add_noise_is_diffusers(schedule):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", **BETAS)
+    clean, noise, t = randn(3, 4, 8, 8), randn(3, 4, 8, 8, seed=1), torch.tensor([999, 400, 0])
+    assert torch.allclose(schedule.add_noise(clean, noise, t), scheduler.add_noise(clean, noise, t), atol=1e-5)

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from stepdistill.diffusion.prediction import convert
+from stepdistill.diffusion.schedule import jump, trailing_timesteps
+from stepdistill.diffusion.solver import move, move_gain
+from stepdistill.objectives.mse import LOSS_SPACES, convert_loss, mse_loss, space_weight
+from tests.conftest import randn
+
+
+@pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
+def test_the_prev_sample_loss_is_k_squared_times_the_epsilon_one(schedule, steps):
+    timesteps = trailing_timesteps(steps)
+    ends = jump(timesteps, steps)
+    x_t = randn(steps, 4, 8, 8, dtype=torch.float64)
+    first, second = (randn(steps, 4, 8, 8, seed=k, dtype=torch.float64) for k in (1, 2))
+    moved = [move(e, x_t, timesteps, ends, schedule=schedule, prediction_type="epsilon") for e in (first, second)]
+    gain = move_gain(timesteps, ends, schedule=schedule)
+    per_row = (first - second).square().flatten(1).mean(1)
+    weighed = mse_loss(*moved, timesteps, ends, schedule=schedule, space="prev_sample")
+    assert torch.allclose(weighed, (gain**2 * per_row).mean(), rtol=1e-10)
+    plain = mse_loss(*moved, timesteps, ends, schedule=schedule, space="epsilon")
+    assert torch.allclose(plain, per_row.mean(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("steps", "mean_square"), [(32, 0.014), (8, 0.33), (4, 2.3), (2, 24.8), (1, 213.6)])
+def test_mean_gain_of_each_rung_is_the_recipes(schedule, steps, mean_square):
+    timesteps = trailing_timesteps(steps)
+    gain = move_gain(timesteps, jump(timesteps, steps), schedule=schedule)
+    assert gain.square().mean().item() == pytest.approx(mean_square, rel=0.04)
+
+
+@pytest.mark.parametrize("space", ["epsilon", "sample", "v_prediction"])
+def test_each_space_measures_the_error_of_that_prediction(schedule, space):
+    timesteps = trailing_timesteps(4)
+    ends = jump(timesteps, 4)
+    x_t = randn(4, 4, 8, 8, dtype=torch.float64)
+    first, second = (randn(4, 4, 8, 8, seed=k, dtype=torch.float64) for k in (1, 2))
+    as_space = [
+        convert(e, x_t, timesteps, schedule=schedule, prediction_type="epsilon", target=space) for e in (first, second)
+    ]
+    moved = [move(e, x_t, timesteps, ends, schedule=schedule, prediction_type="epsilon") for e in (first, second)]
+    found = mse_loss(*moved, timesteps, ends, schedule=schedule, space=space)
+    assert torch.allclose(found, (as_space[0] - as_space[1]).square().mean(), rtol=1e-9)
+
+
+def test_unknown_space_is_refused(schedule):
+    with pytest.raises(ValueError, match=", ".join(LOSS_SPACES)):
+        space_weight(torch.tensor([999]), torch.tensor([499]), schedule=schedule, space="latent")
+
+
+def test_convert_loss_is_the_plain_mean_square():
+    first, second = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    assert torch.allclose(convert_loss(first, second), ((first - second) ** 2).mean())
