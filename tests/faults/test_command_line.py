@@ -1,0 +1,82 @@
+"""Mistakes at the command line: one line, exit code 2, under two seconds, nothing written."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def stepdistill(*arguments, cwd=None):
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "stepdistill", *arguments], capture_output=True, text=True, check=False, cwd=cwd
+    )
+    return done, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainign.seed=3", "nearest: training"),
+        ("seed=blue", "seed: got 'blue'"),
+        ("ladder.1.student_steps=12", "allowed: 1, 2, 4, 8, 16"),
+        ("teacher.path=/nowhere/model", "no folder at /nowhere/model"),
+        ("preview.prompts=[]", "preview.prompts"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_in_under_two_seconds(tmp_path, override, says):
+    done, _ = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", override)
+    again, seconds = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", override)
+    assert done.returncode == again.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert seconds < 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_folder_of_another_run_is_refused(tmp_path):
+    folder = tmp_path / "runs" / "letters"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    done, _ = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}")
+    assert done.returncode == 2
+    assert "holds files that are no run's" in done.stderr
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
+    done, _ = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", "seed=9", "--dry-run")
+    assert done.returncode == 0
+    assert "seed: 9" in done.stdout
+    assert "128 -> 32" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("stage", ["distill", "export", "evaluate", "report"])
+def test_a_stage_script_says_which_stage_comes_before_it(tmp_path, stage):
+    done = subprocess.run(
+        [sys.executable, f"pipelines/{stage}.py", "configs/letters.yaml", f"output_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    before = {"distill": "prepare", "export": "distill", "evaluate": "distill", "report": "evaluate"}[stage]
+    assert f"stepdistill {before}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rung_that_is_not_in_the_ladder_is_refused(tmp_path):
+    done, _ = stepdistill("distill", "configs/letters.yaml", f"output_dir={tmp_path}", "--rung", "16:8")
+    assert done.returncode == 2
+    assert "128:32, 32:8" in done.stderr
+    done, _ = stepdistill("distill", "configs/letters.yaml", f"output_dir={tmp_path}", "--rung", "32-8")
+    assert done.returncode == 2
+    assert "TEACHER:STUDENT" in done.stderr
+
+
+def test_sample_of_no_run_and_of_no_rung_is_refused(tmp_path):
+    done, _ = stepdistill("sample", str(tmp_path), "--prompt", "a red letter a on white")
+    assert done.returncode == 2
+    assert "no run folder" in done.stderr

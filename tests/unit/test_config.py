@@ -1,0 +1,123 @@
+import pytest
+import yaml
+
+from stepdistill.config import ConfigError, load_config, parse_config
+from stepdistill.plan import describe, evaluation_forwards, phase_forwards
+from stepdistill.run_folder import check_run, open_run, read_run_config, resolved
+
+CONFIG = "configs/letters.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("ladder.1.student_steps=12", ["ladder.1.student_steps", "got 12", "allowed: 1, 2, 4, 8, 16", "nearest: 8"]),
+        ("trainig.x=3", ["trainig", "nearest: training", "allowed: data"]),
+        ("training.train_batchsize=4", ["training.train_batchsize", "got", "nearest: train_batch_size"]),
+        ("ladder.0.phases.0.learning_rat=4", ["ladder.0.phases.0.learning_rat", "nearest: learning_rate"]),
+        ("training.train_batch_size=abc", ["training.train_batch_size", "'abc'", "integer"]),
+        ("training.train_batch_size=0", ["training.train_batch_size", "got 0", "greater than 0"]),
+        ("teacher.guidance_scale=0.5", ["teacher.guidance_scale", "got 0.5", "greater than or equal to 1"]),
+        ("preview.prompts=[]", ["preview.prompts", "got []", "at least 1"]),
+        ("ladder.2.teacher_steps=16", ["ladder.2.teacher_steps", "got 16", "allowed: 8"]),
+        ("ladder.9.student_steps=1", ["'9'", "allowed: 0 to 4"]),
+        ("ladder.3.phases.0.teacher_steps=5", ["ladder.3.phases.0.teacher_steps", "got 5", "32, 8, 4"]),
+        ("ladder.3.node_steps=3", ["ladder.3.node_steps", "multiples of student_steps 2"]),
+        ("ladder.0.phases.0.objective=convert", ["ladder.0.phases.0.objective", "prediction_type: sample"]),
+        ("ladder.0.phases.0.objective=gan", ["ladder.0.phases.0.objective", "'gan'", "'mse'"]),
+        ("name=../x", ["name", "'../x'"]),
+        ("no_equals_sign", ["key=value"]),
+    ],
+)
+def test_mistakes_name_key_value_and_what_is_allowed(override, parts):
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIG, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_a_missing_key_and_a_missing_file_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="ladder: got nothing"):
+        parse_config({"name": "x", "preview": {"prompts": ["a"]}})
+    with pytest.raises(ConfigError, match=r"configs/letters\.yaml"):
+        load_config("letter.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(broken)
+    broken.write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_config(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_config(broken)
+
+
+def test_overrides_reach_lists_and_numbers_like_1e_3():
+    config = load_config(CONFIG, ["ladder.0.phases.0.learning_rate=1e-3", "seed=7", "ladder.4.node_steps=4"])
+    assert config.ladder[0].phases[0].learning_rate == 1e-3
+    assert config.seed == 7
+    assert config.ladder[4].node_steps == 4
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    config = load_config(CONFIG, [f"output_dir={tmp_path}"])
+    assert parse_config(yaml.safe_load(yaml.safe_dump(resolved(config)))) == config
+
+
+def test_another_runs_folder_is_refused_and_left_alone(tmp_path):
+    first = load_config(CONFIG, [f"output_dir={tmp_path}"])
+    open_run(first)
+    before = (first.run_dir / "config.yaml").read_bytes()
+    check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "evaluation.num_images=64"]))
+    with pytest.raises(ConfigError, match=r"lora\.rank: got 8.*a run with \d+.*another name"):
+        check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "lora.rank=8"]))
+    assert (first.run_dir / "config.yaml").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="no run's"):
+        check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "name=mine"]))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_folder_tells_its_config_wherever_it_was_moved(tmp_path):
+    config = load_config(CONFIG, [f"output_dir={tmp_path / 'a'}"])
+    open_run(config)
+    (tmp_path / "a" / "letters").rename(tmp_path / "moved")
+    found = read_run_config(tmp_path / "moved")
+    assert found.run_dir == tmp_path / "moved"
+    assert found.ladder == config.ladder
+    with pytest.raises(ConfigError, match="no run folder"):
+        read_run_config(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_an_incomplete_teacher_names_what_it_lacks(tmp_path, missing):
+    import shutil
+
+    from stepdistill.models.folder import embedded_folder, missing_parts
+
+    folder = tmp_path / "teacher"
+    shutil.copytree(embedded_folder("teacher"), folder)
+    assert missing_parts(folder) == []
+    (folder / missing).unlink()
+    with pytest.raises(ConfigError, match="teacher.path") as caught:
+        check_run(load_config(CONFIG, [f"teacher.path={folder}", f"output_dir={tmp_path}"]))
+    assert missing in str(caught.value)
+
+
+def test_the_plan_counts_the_recipes_forwards():
+    """Section 5 of the recipe: 10.35 F for 128 -> 32, then 4 and 2 teacher forwards, evaluation at its NFE."""
+    config = load_config(CONFIG)
+    first = config.ladder[0]
+    assert phase_forwards(config, first, first.phases[0]) == pytest.approx(10.35, abs=0.01)
+    paired = first.phases[0].model_copy(update={"objective": "paired"})
+    single = first.phases[0].model_copy(update={"objective": "single"})
+    assert phase_forwards(config, config.ladder[1], paired) == pytest.approx(11.6, abs=0.01)
+    assert phase_forwards(config, config.ladder[1], single) == pytest.approx(9.9, abs=0.01)
+    assert phase_forwards(config, config.ladder[2], paired) == pytest.approx(9.6, abs=0.01)
+    per_image = 2 * (32 + 8 + 4 + 2 + 1) + 32 + 8 + 4 + 2 + 1
+    assert evaluation_forwards(config) == config.evaluation.num_images * per_image
+    assert "32 -> 8" in describe(config)
