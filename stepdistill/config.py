@@ -81,6 +81,8 @@ class DiscriminatorOptions(Section):
     """Encoder and mid-block: the base with an adapter, a copy trained whole, or the base as it is."""
     heads: Literal["mid", "multi"] = "mid"
     """A head on the mid-block, or there and on every down block."""
+    loss: Literal["non_saturating", "relativistic"] = "non_saturating"
+    """Each sample judged alone (the paper's form), or each teacher sample against its student's."""
     learning_rate: PositiveFloat | None = None
     """Of trunk and heads; the phase's own where not given."""
     perturbation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)

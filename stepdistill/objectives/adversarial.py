@@ -1,7 +1,10 @@
-"""Non-saturating adversarial losses on logits (Eq 18-21), and the perturbation that keeps D away from clean samples.
+"""Adversarial losses on logits, and the perturbation that keeps D away from clean samples.
 
-    L_D = softplus(-D(teacher_sample)) + softplus(D(student_sample))
-    L_G = softplus(-D(student_sample))
+    non_saturating (Eq 18-21)   L_D = softplus(-D(teacher_sample)) + softplus(D(student_sample))
+                                L_G = softplus(-D(student_sample))
+    relativistic                L_D = softplus(D(student_sample) - D(teacher_sample)),   L_G the same with the signs turned:
+                                each pair shares x_t, prompt and noise, so what D must see is the difference alone
+                                (Jolicoeur-Martineau 2018, arXiv 1807.00734)
     perturbation (Eq 25-26): where s is clean, both samples are re-noised to t* in {10, 250, 500, 750}, same t*, same noise
 """
 
@@ -14,20 +17,44 @@ from stepdistill.diffusion.schedule import CLEAN, NoiseSchedule
 PERTURBATION_TIMESTEPS = (9, 249, 499, 749)
 
 
-def discriminator_loss(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
-    """L_D of logits (B, heads): the mean over heads and batch, a scalar."""
+ADVERSARIAL_LOSSES = ("non_saturating", "relativistic")
+
+
+def discriminator_loss(
+    teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "non_saturating"
+) -> torch.Tensor:
+    """L_D of logits (B, heads): the mean over heads and batch, a scalar; ValueError for an unknown kind."""
+    if kind == "relativistic":
+        return softplus(student_logits - teacher_logits).mean()
+    _check(kind)
     return softplus(-teacher_logits).mean() + softplus(student_logits).mean()
 
 
-def generator_loss(student_logits: torch.Tensor) -> torch.Tensor:
-    """L_G of logits (B, heads): the mean over heads and batch, a scalar."""
+def generator_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, kind: str = "non_saturating"
+) -> torch.Tensor:
+    """L_G of logits (B, heads): the mean over heads and batch, a scalar; the teacher's count when relativistic."""
+    if kind == "relativistic":
+        return softplus(teacher_logits - student_logits).mean()
+    _check(kind)
     return softplus(-student_logits).mean()
 
 
-def accuracy(logits: torch.Tensor, *, is_teacher: bool) -> torch.Tensor:
-    """Share of logits (B, heads) on the right side of 0 after the mean over heads; .5 is chance."""
-    verdict = logits.float().mean(dim=1)
-    return ((verdict > 0) if is_teacher else (verdict < 0)).float().mean()
+def accuracy(
+    teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "non_saturating"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares of teacher and of student samples that D tells right, on the mean over heads; .5 is chance.
+
+    Right is the side of 0 a logit is on; for relativistic logits, which mean nothing alone, of the pairs' mean logit.
+    """
+    teacher, student = teacher_logits.float().mean(dim=1), student_logits.float().mean(dim=1)
+    border = (teacher.mean() + student.mean()) / 2 if kind == "relativistic" else torch.zeros_like(teacher[0])
+    return (teacher > border).float().mean(), (student < border).float().mean()
+
+
+def _check(kind: str) -> None:
+    if kind not in ADVERSARIAL_LOSSES:
+        raise ValueError(f"adversarial loss: got {kind!r}; allowed: {', '.join(ADVERSARIAL_LOSSES)}")
 
 
 def draw_perturbation(prev_timesteps: torch.Tensor, uniform: torch.Tensor, *, weights: list[float]) -> torch.Tensor:

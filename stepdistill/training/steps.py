@@ -115,6 +115,7 @@ def adversarial_step(
     *,
     teacher_steps: int,
     perturbation_weights: list[float],
+    loss: str = "non_saturating",
 ) -> StepResult:
     """Losses of D and of the student on one shared batch (Eq 18-26).
 
@@ -145,18 +146,23 @@ def adversarial_step(
         )
         twice = None if context is None else [torch.cat([f, f]) for f in context]
         teacher_logits, student_logits = discriminator.logits(both, twice).chunk(2)
-        discriminator_loss = adversarial.discriminator_loss(teacher_logits, student_logits)
+        discriminator_loss = adversarial.discriminator_loss(teacher_logits, student_logits, kind=loss)
 
     with roles.discriminator(trainable=False):
         features = discriminator.features(student_seen, seen_at, batch.conditioning)
         still = None if context is None else [f.detach() for f in context]
-        generator_loss = adversarial.generator_loss(discriminator.logits(features, still))
+        generator_loss = adversarial.generator_loss(
+            discriminator.logits(features, still), teacher_logits.detach(), kind=loss
+        )
 
+    right_on_teacher, right_on_student = adversarial.accuracy(
+        teacher_logits.detach(), student_logits.detach(), kind=loss
+    )
     return StepResult(
         {"discriminator": discriminator_loss, "student": generator_loss},
         {
-            "discriminator_accuracy_teacher": adversarial.accuracy(teacher_logits.detach(), is_teacher=True),
-            "discriminator_accuracy_student": adversarial.accuracy(student_logits.detach(), is_teacher=False),
+            "discriminator_accuracy_teacher": right_on_teacher,
+            "discriminator_accuracy_student": right_on_student,
             "mse": (student_sample.detach() - teacher_sample).square().mean(),
         },
     )
@@ -177,4 +183,5 @@ def phase_step(
         batch,
         teacher_steps=teacher_steps,
         perturbation_weights=list(phase.discriminator.perturbation_weights),
+        loss=phase.discriminator.loss,
     )

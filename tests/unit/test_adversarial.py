@@ -20,25 +20,43 @@ def test_losses_are_binary_cross_entropy_with_logits():
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     wanted = bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))
     assert torch.allclose(discriminator_loss(real, fake), wanted)
-    assert torch.allclose(generator_loss(fake), bce(fake, torch.ones_like(fake)))
+    assert torch.allclose(generator_loss(fake, real), bce(fake, torch.ones_like(fake)))
 
 
 def test_losses_at_chance_are_logs_of_two():
     zero = torch.zeros(4, 1)
     assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
-    assert generator_loss(zero).item() == pytest.approx(math.log(2))
+    assert generator_loss(zero, zero).item() == pytest.approx(math.log(2))
 
 
 def test_generator_gradient_does_not_saturate_where_d_is_sure():
     logits = torch.full((1, 1), -20.0, requires_grad=True)
-    generator_loss(logits).backward()
+    generator_loss(logits, logits.detach()).backward()
     assert logits.grad.item() == pytest.approx(-1.0, abs=1e-6)
 
 
+def test_relativistic_losses_see_the_difference_alone():
+    real, fake = randn(8, 2), randn(8, 2, seed=1)
+    for shift in (0.0, 7.0):
+        found = discriminator_loss(real + shift, fake + shift, kind="relativistic")
+        assert torch.allclose(found, -torch.sigmoid(real - fake).log().mean(), atol=1e-5)
+        other = generator_loss(fake + shift, real + shift, kind="relativistic")
+        assert torch.allclose(other, -torch.sigmoid(fake - real).log().mean(), atol=1e-5)
+
+
 def test_accuracy_counts_the_right_side():
-    logits = torch.tensor([[1.0], [2.0], [-1.0], [3.0]])
-    assert accuracy(logits, is_teacher=True).item() == 0.75
-    assert accuracy(logits, is_teacher=False).item() == 0.25
+    teacher, student = torch.tensor([[1.0], [2.0], [-1.0], [3.0]]), torch.tensor([[1.0], [-2.0], [4.0], [5.0]])
+    assert [a.item() for a in accuracy(teacher, student)] == [0.75, 0.25]
+    right = accuracy(teacher + 100, student * 0 + 90, kind="relativistic")
+    assert [a.item() for a in right] == [1.0, 1.0]
+
+
+def test_unknown_kind_of_loss_is_refused():
+    zero = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="non_saturating, relativistic"):
+        discriminator_loss(zero, zero, kind="hinge")
+    with pytest.raises(ValueError, match="non_saturating, relativistic"):
+        generator_loss(zero, zero, kind="hinge")
 
 
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1], [5, 1, 1, 1]])
