@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from stepdistill.config import Phase, RunConfig, load_config
+from stepdistill.config import Phase, RunConfig
+from stepdistill.config_file import load_config
 from stepdistill.data.batches import draw_batch
 from stepdistill.data.cache import load_cache, prepare
-from stepdistill.durable import read_json
 from stepdistill.models.discriminator import Discriminator, encode
 from stepdistill.models.folder import resolve_model_folder
-from stepdistill.models.loading import load_schedule, load_unet
+from stepdistill.models.loading import load_schedule, load_unet, read_scheduler_config
 from stepdistill.models.roles import Roles
 from stepdistill.plan import phase_forwards
 from stepdistill.runtime import environment
@@ -50,7 +50,7 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
     roles = Roles(load_unet(base).to(device), rank=config.lora.rank, seed=0)
     roles.teacher_is_base = rung_index == 0
     cache = load_cache(config)
-    schedule, kind = load_schedule(read_json(base / "scheduler" / "scheduler_config.json"))
+    schedule, kind = load_schedule(read_scheduler_config(base))
     guidance = config.teacher.guidance_scale if roles.teacher_is_base else 1.0
     nets = Denoisers(roles, schedule, cache.unconditional.to(device, torch.float32), kind, kind, guidance)
     discriminator = None
@@ -78,9 +78,7 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
     )
 
     def iteration() -> None:
-        result = phase_step(
-            nets, batch, phase, teacher_steps=rung.teacher_steps, discriminator=discriminator
-        )
+        result = phase_step(nets, batch, phase, teacher_steps=rung.teacher_steps, discriminator=discriminator)
         for loss in result.losses.values():
             loss.backward()
 

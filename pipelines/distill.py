@@ -1,6 +1,6 @@
 """Stage 2: the ladder, rung by rung; `--rung 32:8` trains one of them anew.
 
-    python pipelines/distill.py CONFIG [--rung 32:8] [key=value ...] [--dry-run]
+python pipelines/distill.py CONFIG [--rung 32:8] [key=value ...] [--dry-run]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Stage 4: images and numbers of the teacher and of every rung.
 
-    python pipelines/evaluate.py CONFIG [key=value ...] [--dry-run]
+python pipelines/evaluate.py CONFIG [key=value ...] [--dry-run]
 """
 
 import sys

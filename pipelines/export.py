@@ -1,6 +1,6 @@
 """Stage 3: scheduler and card beside every rung's LoRA.
 
-    python pipelines/export.py CONFIG [key=value ...] [--dry-run]
+python pipelines/export.py CONFIG [key=value ...] [--dry-run]
 """
 
 import sys

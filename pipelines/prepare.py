@@ -1,6 +1,6 @@
 """Stage 1: latents and text embeddings into the run's cache.
 
-    python pipelines/prepare.py CONFIG [key=value ...] [--dry-run]
+python pipelines/prepare.py CONFIG [key=value ...] [--dry-run]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Stage 5: the table and the picture.
 
-    python pipelines/report.py CONFIG [key=value ...] [--dry-run]
+python pipelines/report.py CONFIG [key=value ...] [--dry-run]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Makes the embedded teacher and reader anew from a fixed seed: reader, VAE, then U-Net with its text encoder.
 
-    python pipelines/train_teacher.py OUTPUT_FOLDER [--seed 0]      about 40 minutes on 4 cores
+python pipelines/train_teacher.py OUTPUT_FOLDER [--seed 0]      about 40 minutes on 4 cores
 """
 
 import argparse

@@ -13,7 +13,8 @@ import typer
 import yaml
 
 from stepdistill import plan, stages
-from stepdistill.config import ConfigError, RunConfig, load_config
+from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config_file import load_config
 from stepdistill.run_folder import check_run, resolved
 
 app = typer.Typer(
@@ -23,7 +24,9 @@ app = typer.Typer(
     help="Distil a diffusers text-to-image model to 8, 4, 2 or 1 steps: a LoRA per rung, and a table of what it cost.",
 )
 ConfigPath = Annotated[Path, typer.Argument(help="the YAML file of a run, such as configs/letters.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, such as training.train_batch_size=16")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, such as training.train_batch_size=16")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and what would run")]
 RungOption = Annotated[str | None, typer.Option("--rung", help="one rung anew, such as 32:8")]
 

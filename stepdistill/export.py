@@ -8,16 +8,16 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from stepdistill.config import RunConfig
 from stepdistill.durable import read_json, write_text
 from stepdistill.models.folder import resolve_model_folder
+from stepdistill.models.loading import read_scheduler_config
 from stepdistill.rungs import RungRecord, require_rung, rung_folder
 
 _CARD = """---
 library_name: diffusers
 tags: [lora, text-to-image, few-step, stepdistill]
 ---
-# {{ name }}: {{ record.student_steps }} step{{ "s" if record.student_steps > 1 else "" }}
+# {{ name }}: {{ steps }}
 
-A LoRA that makes its teacher draw in {{ record.student_steps }} U-Net evaluation{{ "s" if record.student_steps > 1 else "" }},
-without guidance. Distilled {{ path }} by stepdistill; rank {{ record.lora_rank }}, alpha the same.
+A LoRA that makes its teacher draw in {{ steps }}, without guidance. Distilled {{ path }} by stepdistill; rank {{ record.lora_rank }}, alpha the same.
 Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on that base, and on fine-tunes of it.
 
 ```python
@@ -39,8 +39,12 @@ def student_scheduler(teacher_scheduler_config: dict, prediction_type: str) -> D
 
     At 8, 4, 2 and 1 steps its (timestep, prev_timestep) pairs are the trained ones exactly.
     """
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    kept = {key: teacher_scheduler_config[key] for key in keys if key in teacher_scheduler_config}
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    kept = {
+        key: teacher_scheduler_config[key]
+        for key in (*betas, "num_train_timesteps")
+        if key in teacher_scheduler_config
+    }
     return DDIMScheduler(
         **kept,
         prediction_type=prediction_type,
@@ -56,7 +60,7 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
     record = require_rung(config.run_dir, student_steps)
     folder = rung_folder(config.run_dir, student_steps)
     base = resolve_model_folder(config.teacher.path)
-    teacher_scheduler = read_json(base / "scheduler" / "scheduler_config.json")
+    teacher_scheduler = read_scheduler_config(base)
     student_scheduler(teacher_scheduler, record.prediction_type).save_pretrained(folder / "scheduler")
     write_text(folder / "README.md", model_card(config, record, folder))
     return folder
@@ -70,8 +74,11 @@ def model_card(config: RunConfig, record: RungRecord, folder: Path) -> str:
     return jinja2.Template(_CARD, undefined=jinja2.StrictUndefined).render(
         name=config.name,
         record=record,
+        steps=f"{record.student_steps} step{'s' if record.student_steps > 1 else ''}",
         path=" -> ".join(map(str, steps)),
-        teacher='embedded_folder("teacher")  # from stepdistill.models.folder' if embedded else f'"{config.teacher.path}"',
+        teacher='embedded_folder("teacher")  # from stepdistill.models.folder'
+        if embedded
+        else f'"{config.teacher.path}"',
         folder=folder.as_posix(),
         prompt=config.preview.prompts[0].replace('"', "'"),
     )
@@ -84,7 +91,9 @@ def load_few_step(pipeline: DiffusionPipeline, folder: Path) -> RungRecord:
     """
     raw = read_json(folder / "rung.json")
     if raw is None or not (folder / "scheduler" / "scheduler_config.json").is_file():
-        raise ValueError(f"{folder} holds no exported rung: run `stepdistill export` (pipelines/export.py) first")
+        raise ValueError(
+            f"{folder} holds no exported rung: run `stepdistill export` (pipelines/export.py) first"
+        )
     pipeline.load_lora_weights(folder)
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     return RungRecord(**raw)

@@ -10,18 +10,18 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from stepdistill.config import Phase, Rung, RunConfig
+from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.durable import read_json, sha256_file
+from stepdistill.durable import sha256_file
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.folder import resolve_model_folder
-from stepdistill.models.loading import fingerprint, load_schedule, load_unet, load_vae
+from stepdistill.models.loading import fingerprint, load_schedule, load_unet, load_vae, read_scheduler_config
 from stepdistill.models.roles import STUDENT, TEACHER, Roles
 from stepdistill.rng import derive_seed
-from stepdistill.runtime import Runtime
 from stepdistill.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
+from stepdistill.runtime import Runtime
 from stepdistill.training.log import TrainingLog
 from stepdistill.training.preview import Preview
 from stepdistill.training.stage import Stage, run_stage
@@ -64,7 +64,9 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
     todo = [r for r in config.ladder if only is None or (r.teacher_steps, r.student_steps) == only]
     if not todo:
         known = ", ".join(f"{r.teacher_steps}:{r.student_steps}" for r in config.ladder)
-        raise ValueError(f"--rung: got {only[0]}:{only[1]}; allowed: {known}" if only else "the ladder is empty")
+        raise ValueError(
+            f"--rung: got {only[0]}:{only[1]}; allowed: {known}" if only else "the ladder is empty"
+        )
     if only is None:
         todo = _unfinished(config)
     if not todo:
@@ -91,7 +93,7 @@ def _unfinished(config: RunConfig) -> list[Rung]:
 def _load(config: RunConfig, runtime: Runtime) -> Shared:
     base = resolve_model_folder(config.teacher.path)
     unet = load_unet(base, dtype=runtime.weight_dtype).to(runtime.device)
-    schedule, prediction_type = load_schedule(read_json(base / "scheduler" / "scheduler_config.json"))
+    schedule, prediction_type = load_schedule(read_scheduler_config(base))
     roles = Roles(
         unet,
         rank=config.lora.rank,
@@ -187,7 +189,7 @@ def _train_phase(
 
 
 def save_lora(roles: Roles, folder: Path) -> None:
-    """Writes the student as pytorch_lora_weights.safetensors: peft's own keys, which diffusers loads in full, with metadata."""
+    """Writes the student's LoRA under peft's own keys, which diffusers loads in full, with its metadata."""
     StableDiffusionPipeline.save_lora_weights(
         folder,
         unet_lora_layers=adapters.adapter_state(roles.unet, STUDENT),

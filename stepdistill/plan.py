@@ -1,6 +1,6 @@
 """What a run will do, and what it costs in U-Net forwards, before it starts. No torch."""
 
-from stepdistill.config import Phase, Rung, RunConfig
+from stepdistill.config import Phase, RunConfig, Rung
 
 # In units of one forward of the bare U-Net per sample (section 5 of the recipe, computed on SDXL): LoRA forward and
 # backward, then what the discriminator adds.
@@ -39,7 +39,10 @@ def evaluation_forwards(config: RunConfig) -> float:
 
 def describe(config: RunConfig) -> str:
     """What would run, a line per phase."""
-    lines = [f"run folder {config.run_dir}", f"prepare    {config.data.num_images} images of {config.data.source}"]
+    lines = [
+        f"run folder {config.run_dir}",
+        f"prepare    {config.data.num_images} images of {config.data.source}",
+    ]
     for rung in config.ladder:
         for phase in rung.phases:
             lines.append(

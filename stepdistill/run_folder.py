@@ -28,7 +28,9 @@ def check_run(config: RunConfig) -> None:
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         if run_dir.is_dir() and any(run_dir.iterdir()):
-            raise ConfigError(f"name: {run_dir} holds files that are no run's; choose another name or output_dir")
+            raise ConfigError(
+                f"name: {run_dir} holds files that are no run's; choose another name or output_dir"
+            )
         return
     differing = _differences(_read(saved), resolved(config))
     if differing:
@@ -73,7 +75,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        return {k: v for name, part in value.items() for k, v in _flat(part, f"{key}.{name}" if key else name).items()}
+        return {
+            k: v
+            for name, part in value.items()
+            for k, v in _flat(part, f"{key}.{name}" if key else name).items()
+        }
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         return {k: v for index, part in enumerate(value) for k, v in _flat(part, f"{key}.{index}").items()}
     return {key: value}

@@ -1,7 +1,7 @@
 """A finished rung on disk: its LoRA and what it is. Files only; reading one needs no torch.
 
-    rungs/<student_steps>/pytorch_lora_weights.safetensors   the LoRA, against the base
-    rungs/<student_steps>/rung.json                          steps, prediction type, base, sha256; written last
+rungs/<student_steps>/pytorch_lora_weights.safetensors   the LoRA, against the base
+rungs/<student_steps>/rung.json                          steps, prediction type, base, sha256; written last
 """
 
 from dataclasses import asdict, dataclass
@@ -48,7 +48,7 @@ def require_rung(run_dir: Path, student_steps: int) -> RungRecord:
     """read_rung, or a ValueError that says what to run."""
     record = read_rung(run_dir, student_steps)
     if record is None:
-        finished = [steps for steps in finished_rungs(run_dir)]
+        finished = finished_rungs(run_dir)
         raise ValueError(
             f"no finished {student_steps}-step rung in {run_dir}; finished: {', '.join(map(str, finished)) or 'none'}; "
             f"run `stepdistill distill` first"

@@ -44,7 +44,9 @@ class Runtime:
         if self.num_processes == 1:
             return
         parameters = list(parameters)
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
+        flat = torch.cat(
+            [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters]
+        )
         flat = self.accelerator.reduce(flat, reduction="mean")
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter).clone()

@@ -107,7 +107,9 @@ def _estimate(config: RunConfig) -> str:
     from stepdistill.ladder import seconds_per_forward
 
     each = seconds_per_forward(config)
-    training, evaluation = (each * n for n in (plan.training_forwards(config), plan.evaluation_forwards(config)))
+    training, evaluation = (
+        each * n for n in (plan.training_forwards(config), plan.evaluation_forwards(config))
+    )
     return (
         f"this will take about {(training + evaluation) / 60:.1f} minutes here: "
         f"{training / 60:.1f} for the ladder, {evaluation / 60:.1f} for the images of the table"

@@ -52,5 +52,7 @@ def draw_batch(
         prev_timesteps=jump(timesteps, student_steps, num_train_timesteps=num_train_timesteps).to(device),
         conditioning=cache.conditioning.rows(cache.prompt_index[rows]).to(device, dtype),
         perturbation_uniform=rng.uniform(indices, seed=seed, keys=(*keys, "perturbation")).to(device),
-        perturbation_noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise")).to(device),
+        perturbation_noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise")).to(
+            device
+        ),
     )

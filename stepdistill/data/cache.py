@@ -1,8 +1,8 @@
 """Latents and text embeddings, made once by `prepare`, read by every phase.
 
-    cache/latents.safetensors   latents (N, C, H, W) scaled, prompt_index (N,)
-    cache/text.safetensors      embeddings of every distinct prompt, and of no prompt
-    cache/manifest.json         what they were made from, the prompts, and a sha256 of each file
+cache/latents.safetensors   latents (N, C, H, W) scaled, prompt_index (N,)
+cache/text.safetensors      embeddings of every distinct prompt, and of no prompt
+cache/manifest.json         what they were made from, the prompts, and a sha256 of each file
 """
 
 import logging
@@ -72,7 +72,9 @@ def load_cache(config: RunConfig) -> LatentCache:
     folder = config.run_dir / "cache"
     manifest = read_json(folder / "manifest.json")
     if manifest is None or not _intact(folder, manifest):
-        raise ValueError(f"no intact cache in {folder}: run `stepdistill prepare` (pipelines/prepare.py) first")
+        raise ValueError(
+            f"no intact cache in {folder}: run `stepdistill prepare` (pipelines/prepare.py) first"
+        )
     data, text = (load_file(folder / name) for name in _FILES)
     return LatentCache(
         latents=data["latents"],
@@ -84,7 +86,9 @@ def load_cache(config: RunConfig) -> LatentCache:
 
 
 @torch.no_grad()
-def encode_latents(pipeline: DiffusionPipeline, images: torch.Tensor, *, batch_size: int = 128) -> torch.Tensor:
+def encode_latents(
+    pipeline: DiffusionPipeline, images: torch.Tensor, *, batch_size: int = 128
+) -> torch.Tensor:
     """uint8 images (N, 3, H, W) -> scaled posterior means (N, C, h, w), float32; ValueError on a non-finite latent."""
     vae = pipeline.vae
     parts = []
@@ -106,7 +110,8 @@ def _letters_images(num_images: int, *, seed: int) -> tuple[torch.Tensor, list[s
 
 def _intact(folder: Path, manifest: dict) -> bool:
     return all(
-        (folder / name).is_file() and sha256_file(folder / name) == manifest["sha256"][name] for name in _FILES
+        (folder / name).is_file() and sha256_file(folder / name) == manifest["sha256"][name]
+        for name in _FILES
     )
 
 

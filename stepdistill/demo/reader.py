@@ -4,6 +4,7 @@ Its three answers together are the letters world's prompt accuracy; its 96-d fea
 measured on. It ships in the package, trained by `pipelines/train_teacher.py`.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ class Reader(nn.Module):
         super().__init__()
         channels = (3, 24, 48, 96)
         blocks: list[nn.Module] = []
-        for before, after in zip(channels[:-1], channels[1:], strict=True):
+        for before, after in itertools.pairwise(channels):
             blocks += [
                 nn.Conv2d(before, after, 3, padding=1),
                 nn.GroupNorm(8, after),

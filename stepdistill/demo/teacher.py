@@ -159,7 +159,9 @@ def _train(
         if after_step is not None:
             after_step(step)
         if step % 100 == 0 or step == steps - 1:
-            logger.info("%s %d/%d loss %.4f %.0f s", name, step, steps, loss.item(), time.monotonic() - started)
+            logger.info(
+                "%s %d/%d loss %.4f %.0f s", name, step, steps, loss.item(), time.monotonic() - started
+            )
 
 
 def train_reader(images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> Reader:

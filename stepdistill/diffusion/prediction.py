@@ -1,7 +1,7 @@
 """epsilon, x0 and v: one place converts a U-Net's output, so that everything else asks for what it wants.
 
-    x_t = alpha_t x_0 + sigma_t e   (Eq 1)        x_0 = (x_t - sigma_t e) / alpha_t   (Eq 3)
-    v   = alpha_t e - sigma_t x_0                 e   = (x_t - alpha_t x_0) / sigma_t (Eq 4)
+x_t = alpha_t x_0 + sigma_t e   (Eq 1)        x_0 = (x_t - sigma_t e) / alpha_t   (Eq 3)
+v   = alpha_t e - sigma_t x_0                 e   = (x_t - alpha_t x_0) / sigma_t (Eq 4)
 """
 
 import torch
@@ -34,7 +34,9 @@ def convert(
         return output
     alpha, sigma = schedule.alpha_sigma(timesteps, ndim=x_t.ndim, dtype=dtype)
     if prediction_type == "epsilon" and not bool((alpha > 0).all()):
-        raise ValueError("epsilon says nothing about x0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample")
+        raise ValueError(
+            "epsilon says nothing about x0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample"
+        )
     if prediction_type == "epsilon":
         original, noise = (x_t - sigma * output) / alpha, output
     elif prediction_type == "sample":
@@ -59,7 +61,9 @@ def to_original_and_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(predicted x_0, predicted e), each (B, ...): what a solver moves with."""
     original, noise = (
-        convert(model_output, sample, timesteps, schedule=schedule, prediction_type=prediction_type, target=target)
+        convert(
+            model_output, sample, timesteps, schedule=schedule, prediction_type=prediction_type, target=target
+        )
         for target in ("sample", "epsilon")
     )
     return original, noise

@@ -6,6 +6,7 @@ Legend, with the equation numbers of SDXL-Lightning (arXiv 2402.13929):
     timestep        int64, 999 = noisiest .. 0, and CLEAN = -1 (alpha 1, sigma 0)
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,9 @@ CLEAN = -1
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 
 
-def make_betas(beta_schedule: str, *, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:
+def make_betas(
+    beta_schedule: str, *, beta_start: float, beta_end: float, num_train_timesteps: int
+) -> torch.Tensor:
     """betas (num_train_timesteps,), float64, as diffusers' schedulers define them.
 
     scaled_linear is linear in sqrt(beta) (Stable Diffusion), squaredcos_cap_v2 is Nichol and Dhariwal 2021 with betas
@@ -97,7 +100,9 @@ def trailing_timesteps(num_inference_steps: int, *, num_train_timesteps: int = 1
     `trailing` of Lin et al. 2023, table 2; the next node after the last one is CLEAN.
     """
     if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(f"num_inference_steps: got {num_inference_steps}; allowed: 1 to {num_train_timesteps}")
+        raise ValueError(
+            f"num_inference_steps: got {num_inference_steps}; allowed: 1 to {num_train_timesteps}"
+        )
     nodes = num_train_timesteps - torch.arange(num_inference_steps, dtype=torch.float64) * (
         num_train_timesteps / num_inference_steps
     )
@@ -106,8 +111,11 @@ def trailing_timesteps(num_inference_steps: int, *, num_train_timesteps: int = 1
 
 def timestep_pairs(num_inference_steps: int, *, num_train_timesteps: int = 1000) -> list[tuple[int, int]]:
     """The (timestep, prev_timestep) moves of a whole N-step sampling, the last one to CLEAN."""
-    nodes = [*trailing_timesteps(num_inference_steps, num_train_timesteps=num_train_timesteps).tolist(), CLEAN]
-    return list(zip(nodes[:-1], nodes[1:], strict=True))
+    nodes = [
+        *trailing_timesteps(num_inference_steps, num_train_timesteps=num_train_timesteps).tolist(),
+        CLEAN,
+    ]
+    return list(itertools.pairwise(nodes))
 
 
 def jump(timesteps: torch.Tensor, student_steps: int, *, num_train_timesteps: int = 1000) -> torch.Tensor:
@@ -122,7 +130,11 @@ def jump(timesteps: torch.Tensor, student_steps: int, *, num_train_timesteps: in
 
 
 def substep_path(
-    timesteps: torch.Tensor, prev_timesteps: torch.Tensor, teacher_steps: int, *, num_train_timesteps: int = 1000
+    timesteps: torch.Tensor,
+    prev_timesteps: torch.Tensor,
+    teacher_steps: int,
+    *,
+    num_train_timesteps: int = 1000,
 ) -> torch.Tensor:
     """The nodes a teacher of `teacher_steps` visits from timesteps (B,) to prev_timesteps (B,): int64 (B, K + 1).
 

@@ -1,7 +1,7 @@
 """Moves along the probability flow by explicit (timestep, prev_timestep) pairs.
 
-    move(x_t, x_0, e, t -> s) = alpha_s x_0 + sigma_s e   (Eq 5: DDIM with eta 0, Euler in sigma space)
-    guidance:  e = e_u + w (e_c - e_u)                    (Ho and Salimans 2022; w = 1 is none)
+move(x_t, x_0, e, t -> s) = alpha_s x_0 + sigma_s e   (Eq 5: DDIM with eta 0, Euler in sigma space)
+guidance:  e = e_u + w (e_c - e_u)                    (Ho and Salimans 2022; w = 1 is none)
 """
 
 from collections.abc import Callable
@@ -90,4 +90,3 @@ def move_gain(
     alpha_t, sigma_t = schedule.alpha_sigma(timesteps, ndim=ndim)
     alpha_s, sigma_s = schedule.alpha_sigma(prev_timesteps, ndim=ndim)
     return (sigma_s - alpha_s * sigma_t / alpha_t).to(dtype)
-

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from stepdistill.config import RunConfig
 from stepdistill.demo import letters
 from stepdistill.demo.reader import load_reader
 from stepdistill.durable import write_json
-from stepdistill.evaluation.generate import Generator, Row, read_images, read_latents, rows_of
+from stepdistill.evaluation.generate import Generator, read_images, read_latents, rows_of
 from stepdistill.evaluation.metrics import fid, latent_mse, prompt_accuracy
 from stepdistill.models.folder import embedded_folder
 from stepdistill.rng import derive_seed
@@ -56,7 +55,9 @@ def evaluate(config: RunConfig) -> dict:
                 "fid_to_real": fid(real, images, features=features),
                 "fid_to_teacher": fid(reference, images, features=features),
                 "prompt_accuracy": prompt_accuracy(images, wanted, reader=reader),
-                "latent_mse_to_teacher": latent_mse(read_latents(generator.row_folder(row)), reference_latents),
+                "latent_mse_to_teacher": latent_mse(
+                    read_latents(generator.row_folder(row)), reference_latents
+                ),
                 "seconds_per_image": seconds,
                 "speed_up": slowest / seconds,
             }
@@ -75,5 +76,3 @@ def _renderings(wanted: list[letters.Triple], seed: int, name: str) -> torch.Ten
     stream = derive_seed(seed, name) % 2**32
     pixels = [np.asarray(letters.render_at(t, seed=stream, index=i)) for i, t in enumerate(wanted)]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-
-

@@ -1,6 +1,6 @@
 """Images for one row of the table, by the vanilla diffusers pipeline, kept with a hash of all that they depend on.
 
-    evaluation/<row>/images/000000.png ..   latents.safetensors   manifest.json (written last)
+evaluation/<row>/images/000000.png ..   latents.safetensors   manifest.json (written last)
 """
 
 import shutil
@@ -44,13 +44,21 @@ def rows_of(config: RunConfig) -> list[Row]:
     teachers = [
         Row(f"teacher-{n}", n, config.teacher.guidance_scale) for n in config.evaluation.teacher_steps
     ]
-    students = [Row(f"student-{r.student_steps}", r.student_steps, 1.0, r.student_steps) for r in config.ladder]
+    students = [
+        Row(f"student-{r.student_steps}", r.student_steps, 1.0, r.student_steps) for r in config.ladder
+    ]
     return teachers + students
 
 
 @torch.no_grad()
 def draw(
-    pipeline: DiffusionPipeline, prompts: list[str], *, steps: int, guidance_scale: float, seed: int, first: int
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    *,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    first: int,
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """Images of prompts, and their final latents (n, C, h, w): image k of the set comes from a generator of its own,
     seeded by (seed, first + k), so it does not depend on the batch."""
@@ -113,7 +121,12 @@ class Generator:
             chunk = self._prompts[start : start + batch_size]
             began = time.monotonic()
             images, final = draw(
-                pipeline, chunk, steps=row.steps, guidance_scale=row.guidance_scale, seed=self.seed, first=start
+                pipeline,
+                chunk,
+                steps=row.steps,
+                guidance_scale=row.guidance_scale,
+                seed=self.seed,
+                first=start,
             )
             seconds += time.monotonic() - began
             latents.append(final)

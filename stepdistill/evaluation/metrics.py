@@ -16,7 +16,9 @@ def fid(first: torch.Tensor, second: torch.Tensor, *, features: nn.Module, batch
     `features` maps uint8 images to (B, D) and has `num_features` = D (Heusel et al. 2017, Eq 6).
     """
     height, width = first.shape[-2:]
-    metric = FrechetInceptionDistance(feature=features, input_img_size=(3, height, width)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=features, input_img_size=(3, height, width)).set_dtype(
+        torch.float64
+    )
     for images, real in ((first, True), (second, False)):
         for chunk in images.split(batch_size):
             metric.update(chunk, real=real)

@@ -28,7 +28,9 @@ TARGET_MODULES = (
     "upsamplers.0.conv",
     "time_emb_proj",
 )
-_ENCODER_TARGETS = r"(down_blocks|mid_block)\..*\.(" + "|".join(n.replace(".", r"\.") for n in TARGET_MODULES) + ")"
+_ENCODER_TARGETS = (
+    r"(down_blocks|mid_block)\..*\.(" + "|".join(n.replace(".", r"\.") for n in TARGET_MODULES) + ")"
+)
 
 
 def lora_config(rank: int, *, encoder_only: bool = False) -> LoraConfig:
@@ -71,7 +73,9 @@ def active_adapter(unet: UNet2DConditionModel) -> str | None:
     return None
 
 
-def activate(unet: UNet2DConditionModel, name: str | None, *, layers: list[BaseTunerLayer] | None = None) -> None:
+def activate(
+    unet: UNet2DConditionModel, name: str | None, *, layers: list[BaseTunerLayer] | None = None
+) -> None:
     """Makes one adapter, or with None none, the active one. Leaves requires_grad alone."""
     for layer in layers if layers is not None else lora_layers(unet):
         layer._active_adapter = [] if name is None else [name]

@@ -47,7 +47,7 @@ class Conditioning:
 def encode_prompts(
     pipeline: DiffusionPipeline, prompts: list[str], *, image_size: tuple[int, int], batch_size: int = 32
 ) -> Conditioning:
-    """Embeddings of prompts by the pipeline's own encode_prompt; image_size (height, width) in pixels for SDXL's time_ids."""
+    """Embeddings of prompts by the pipeline's own encode_prompt; image_size is (height, width), for SDXL's time_ids."""
     parts: list[torch.Tensor] = []
     pooled: list[torch.Tensor] = []
     for start in range(0, len(prompts), batch_size):
@@ -60,9 +60,12 @@ def encode_prompts(
             pooled.append(encoded[2])
     if not pooled:
         return Conditioning(torch.cat(parts))
-    time_ids = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=pooled[0].dtype, device=pooled[0].device)
+    time_ids = torch.tensor(
+        [[*image_size, 0, 0, *image_size]], dtype=pooled[0].dtype, device=pooled[0].device
+    )
     return Conditioning(
-        torch.cat(parts), {"text_embeds": torch.cat(pooled), "time_ids": time_ids.expand(len(prompts), -1).clone()}
+        torch.cat(parts),
+        {"text_embeds": torch.cat(pooled), "time_ids": time_ids.expand(len(prompts), -1).clone()},
     )
 
 

@@ -1,11 +1,11 @@
 """The discriminator: the base U-Net's encoder and mid-block, with a head that ends in one logit.
 
-    trunk   lora    the shared base with an adapter of D's own (fits one card)
-            full    a copy of the base's encoder, trained whole (the paper's form)
-            frozen  the shared base as it is
-    heads   mid     on the mid-block's features (the paper's form)
-            multi   there and on the output of every down block
-    paired  the features of x_s at s beside those of x_t at t (Eq 22); single: of x_s alone (Eq 23)
+trunk   lora    the shared base with an adapter of D's own (fits one card)
+        full    a copy of the base's encoder, trained whole (the paper's form)
+        frozen  the shared base as it is
+heads   mid     on the mid-block's features (the paper's form)
+        multi   there and on the output of every down block
+paired  the features of x_s at s beside those of x_t at t (Eq 22); single: of x_s alone (Eq 23)
 """
 
 import copy
@@ -24,13 +24,15 @@ HEADS = ("mid", "multi")
 def encode(
     unet: UNet2DConditionModel, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
 ) -> list[torch.Tensor]:
-    """Features of the encoder, one (B, C_i, H_i, W_i) per down block and the mid-block's last: a U-Net without its decoder."""
+    """Features (B, C_i, H_i, W_i) after each down block and the mid-block: a U-Net without its decoder."""
     hidden_states = conditioning.encoder_hidden_states
     added = conditioning.added_cond_kwargs or None
     emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
     augmentation = unet.get_aug_embed(emb=emb, encoder_hidden_states=hidden_states, added_cond_kwargs=added)
     emb = emb if augmentation is None else emb + augmentation
-    hidden_states = unet.process_encoder_hidden_states(encoder_hidden_states=hidden_states, added_cond_kwargs=added)
+    hidden_states = unet.process_encoder_hidden_states(
+        encoder_hidden_states=hidden_states, added_cond_kwargs=added
+    )
     state = unet.conv_in(sample)
     features = []
     for block in (*unet.down_blocks, unet.mid_block):
@@ -52,7 +54,11 @@ class Head(nn.Module):
         while size > 1:
             # 32 groups for the widths of SD and SDXL; at 1 x 1 a group of few channels normalises the signal away
             groups = next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0 and (width // g >= 16 or g == 1))
-            layers += [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.GroupNorm(groups, width), nn.SiLU()]
+            layers += [
+                nn.Conv2d(in_channels, width, 4, stride=2, padding=1),
+                nn.GroupNorm(groups, width),
+                nn.SiLU(),
+            ]
             in_channels, size = width, size // 2
         self.body = nn.Sequential(*layers)
         self.logit = nn.Linear(in_channels, 1)
@@ -71,6 +77,8 @@ class Discriminator(nn.Module):
         sample_size: height or width of the latents, the smaller one.
     """
 
+    _roles: Roles
+
     def __init__(
         self,
         roles: Roles,
@@ -85,7 +93,9 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         if trunk not in TRUNKS or heads not in HEADS:
-            raise ValueError(f"discriminator: got trunk {trunk!r}, heads {heads!r}; allowed: {TRUNKS}, {HEADS}")
+            raise ValueError(
+                f"discriminator: got trunk {trunk!r}, heads {heads!r}; allowed: {TRUNKS}, {HEADS}"
+            )
         self.paired, self._heads_at, self._trunk = paired, heads, trunk
         object.__setattr__(self, "_roles", roles)  # shared, so not among this module's own parameters
         channels = list(roles.unet.config.block_out_channels)
@@ -97,7 +107,7 @@ class Discriminator(nn.Module):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(Head(c * (2 if paired else 1), c, size) for c, size in places)
         roles.drop_discriminator()
-        self.encoder: nn.Module | None = None
+        self.encoder: UNet2DConditionModel | None = None
         if trunk == "full":
             if base is None:
                 raise ValueError("a full trunk copies the base U-Net: pass `base`, loaded without adapters")

@@ -8,13 +8,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
 from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
+from stepdistill.durable import read_json
 
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The vanilla pipeline, safetensors only, never from the network, without its progress bar."""
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder, dtype=dtype, **_local(folder)
-    )
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **_local(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -39,6 +38,14 @@ def _variant(folder: Path) -> str | None:
     """ "fp16" where the U-Net's weights come in that variant alone, else None."""
     names = [path.name for path in (folder / "unet").glob("*.safetensors")]
     return "fp16" if names and all(".fp16." in name for name in names) else None
+
+
+def read_scheduler_config(folder: Path) -> dict:
+    """The pipeline's scheduler_config.json; ValueError where it cannot be read."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'scheduler' / 'scheduler_config.json'} is missing or is no JSON object")
+    return config
 
 
 def load_schedule(scheduler_config: dict) -> tuple[NoiseSchedule, str]:

@@ -1,11 +1,11 @@
 """Teacher, student and discriminator on one base U-Net: a role is a context, and leaving it restores what was.
 
-    teacher         the frozen adapter of an earlier rung, or the bare base
-    student         the adapter that this rung trains
-    discriminator   encoder and mid-block, with an adapter of its own, or the bare base's, or a full copy
+teacher         the frozen adapter of an earlier rung, or the bare base
+student         the adapter that this rung trains
+discriminator   encoder and mid-block, with an adapter of its own, or the bare base's, or a full copy
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.models.adapters import activate, add_adapter, adapter_parameters, lora_layers
+from stepdistill.models.adapters import activate, adapter_parameters, add_adapter, lora_layers
 from stepdistill.models.conditioning import Conditioning
 
 TEACHER, STUDENT, DISCRIMINATOR = "teacher", "student", "discriminator"
@@ -116,7 +116,7 @@ class Roles:
         with self.restored(RoleState(self._trunk_adapter, trainable)):
             yield
 
-    def checkpointed(self, module: Callable, *args: object) -> object:
+    def checkpointed(self, module: torch.nn.Module, *args: object) -> object:
         """diffusers' gradient_checkpointing_func: the recompute runs under the role of the forward, not of the moment."""
         state = self._state
         return checkpoint(
@@ -126,7 +126,9 @@ class Roles:
             context_fn=lambda: (nullcontext(), self.restored(state)),
         )
 
-    def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def predict(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
         """The raw output (B, C, H, W) of the role in force, in the dtype of `sample`; inputs go in the U-Net's dtype."""
         output = self.unet(
             sample.to(self.unet.dtype),

@@ -1,11 +1,11 @@
 """Adversarial losses on logits, and the perturbation that keeps D away from clean samples.
 
-    non_saturating (Eq 18-21)   L_D = softplus(-D(teacher_sample)) + softplus(D(student_sample))
-                                L_G = softplus(-D(student_sample))
-    relativistic                L_D = softplus(D(student_sample) - D(teacher_sample)),   L_G the same with the signs turned:
-                                each pair shares x_t, prompt and noise, so what D must see is the difference alone
-                                (Jolicoeur-Martineau 2018, arXiv 1807.00734)
-    perturbation (Eq 25-26): where s is clean, both samples are re-noised to t* in {10, 250, 500, 750}, same t*, same noise
+non_saturating (Eq 18-21)   L_D = softplus(-D(teacher_sample)) + softplus(D(student_sample))
+                            L_G = softplus(-D(student_sample))
+relativistic                L_D = softplus(D(student_sample) - D(teacher_sample)),   L_G the same with the signs turned:
+                            each pair shares x_t, prompt and noise, so what D must see is the difference alone
+                            (Jolicoeur-Martineau 2018, arXiv 1807.00734)
+perturbation (Eq 25-26): where s is clean, both samples are re-noised to t* in {10, 250, 500, 750}, same t*, same noise
 """
 
 import torch
@@ -45,11 +45,14 @@ def accuracy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Shares of teacher and of student samples that D tells right, on the mean over heads; .5 is chance.
 
-    Right is the side of 0 a logit is on; for relativistic logits, which mean nothing alone, of the pairs' mean logit.
+    Right is the side of 0 that a logit is on. Relativistic logits mean nothing alone: there it is the share of pairs
+    whose teacher sample has the larger one, for both.
     """
     teacher, student = teacher_logits.float().mean(dim=1), student_logits.float().mean(dim=1)
-    border = (teacher.mean() + student.mean()) / 2 if kind == "relativistic" else torch.zeros_like(teacher[0])
-    return (teacher > border).float().mean(), (student < border).float().mean()
+    if kind == "relativistic":
+        right = (teacher > student).float().mean()
+        return right, right
+    return (teacher > 0).float().mean(), (student < 0).float().mean()
 
 
 def _check(kind: str) -> None:
@@ -57,7 +60,9 @@ def _check(kind: str) -> None:
         raise ValueError(f"adversarial loss: got {kind!r}; allowed: {', '.join(ADVERSARIAL_LOSSES)}")
 
 
-def draw_perturbation(prev_timesteps: torch.Tensor, uniform: torch.Tensor, *, weights: list[float]) -> torch.Tensor:
+def draw_perturbation(
+    prev_timesteps: torch.Tensor, uniform: torch.Tensor, *, weights: list[float]
+) -> torch.Tensor:
     """The timesteps (B,) at which D sees the samples: t* where prev_timestep is CLEAN, else prev_timestep.
 
     uniform (B,) in [0, 1) picks among PERTURBATION_TIMESTEPS with `weights` (1:1:1:1, later 5:1:1:1).

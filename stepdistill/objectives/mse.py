@@ -1,10 +1,10 @@
 """The student's one move against the teacher's many: mean squared error in a named space (Eq 16).
 
-    prev_sample   || y_hat - y ||^2 on x_s, the paper's form; it equals k_ts^2 times the epsilon form, where
-                  k_ts = sigma_s - alpha_s sigma_t / alpha_t, and grows 15,000-fold from the 32-step rung to one step
-    epsilon       the same error read as epsilon:  (y_hat - y) / k_ts
-    sample        ... as x_0:                      (y_hat - y) / (alpha_s - sigma_s alpha_t / sigma_t)
-    v_prediction  ... as v:                        the x_0 error / sigma_t
+prev_sample   || y_hat - y ||^2 on x_s, the paper's form; it equals k_ts^2 times the epsilon form, where
+              k_ts = sigma_s - alpha_s sigma_t / alpha_t, and grows 15,000-fold from the 32-step rung to one step
+epsilon       the same error read as epsilon:  (y_hat - y) / k_ts
+sample        ... as x_0:                      (y_hat - y) / (alpha_s - sigma_s alpha_t / sigma_t)
+v_prediction  ... as v:                        the x_0 error / sigma_t
 """
 
 import torch
@@ -25,7 +25,9 @@ def space_weight(
     noise_gain = move_gain(timesteps, prev_timesteps, schedule=schedule)
     if space == "epsilon":
         return noise_gain**-2
-    original_gain = noise_gain * alpha_t / sigma_t  # x_0 and epsilon trade at sigma_t / alpha_t for a given x_t
+    original_gain = (
+        noise_gain * alpha_t / sigma_t
+    )  # x_0 and epsilon trade at sigma_t / alpha_t for a given x_t
     if space == "sample":
         return original_gain**-2
     if space == "v_prediction":

@@ -24,7 +24,9 @@ def build_report(run_dir: Path, *, grid_columns: int = 10) -> Path:
     """Writes report/results.json, results.md and grid.png of an evaluated run; returns the folder."""
     results = read_json(run_dir / "evaluation" / "results.json")
     if results is None:
-        raise ValueError(f"{run_dir} is not evaluated yet: run `stepdistill evaluate` (pipelines/evaluate.py) first")
+        raise ValueError(
+            f"{run_dir} is not evaluated yet: run `stepdistill evaluate` (pipelines/evaluate.py) first"
+        )
     folder = run_dir / "report"
     results["environment"] = read_json(run_dir / "environment.json")
     write_json(folder / "results.json", results)

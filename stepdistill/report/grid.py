@@ -23,6 +23,7 @@ def image_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
         pen.text((6, top + tile[1] / 2), label, fill="black", font=font, anchor="lm")
         for x, image in enumerate(images):
             sheet.paste(
-                image.convert("RGB").resize(tile, Image.Resampling.NEAREST), (margin + x * (tile[0] + _GAP), top)
+                image.convert("RGB").resize(tile, Image.Resampling.NEAREST),
+                (margin + x * (tile[0] + _GAP), top),
             )
     return sheet

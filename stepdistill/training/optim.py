@@ -40,7 +40,7 @@ class RoleOptimizer:
     @property
     def learning_rate(self) -> float:
         """Of the update to come."""
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
 
     def clip(self, max_grad_norm: float) -> torch.Tensor:
         """Clips the gradients' total norm to max_grad_norm; returns the norm before, a scalar."""

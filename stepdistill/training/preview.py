@@ -9,7 +9,7 @@ from PIL import Image
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
 from stepdistill.diffusion.schedule import CLEAN, trailing_timesteps
-from stepdistill.diffusion.solver import rollout
+from stepdistill.diffusion.solver import Predictor, rollout
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.report.grid import image_grid
 from stepdistill.training.steps import Denoisers, teacher_rollout
@@ -74,7 +74,7 @@ class Preview:
         return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in pixels]
 
 
-def _predictor(nets: Denoisers, conditioning: Conditioning):  # noqa: ANN202
+def _predictor(nets: Denoisers, conditioning: Conditioning) -> Predictor:
     def predict(rows: torch.Tensor, state: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return nets.roles.predict(state, timesteps, conditioning.rows(rows))
 

@@ -38,7 +38,9 @@ class StepResult:
 
 def noisy_latents(nets: Denoisers, batch: Batch) -> torch.Tensor:
     """x_t (B, C, H, W): noised data, and the noise itself at the last timestep (Eq 24)."""
-    return nets.schedule.add_noise(batch.original_samples, batch.noise, batch.timesteps, pure_noise_at_last=True)
+    return nets.schedule.add_noise(
+        batch.original_samples, batch.noise, batch.timesteps, pure_noise_at_last=True
+    )
 
 
 def teacher_rollout(
@@ -52,7 +54,8 @@ def teacher_rollout(
             return nets.roles.predict(state, timesteps, told)
         both = Conditioning.concat(nets.unconditional.expand(len(rows)), told)
         output = nets.roles.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), both)
-        return guide(*output.chunk(2), nets.guidance_scale)
+        uncond, cond = output.chunk(2)
+        return guide(uncond, cond, nets.guidance_scale)
 
     with nets.roles.teacher():
         return rollout(

@@ -10,7 +10,11 @@ import pytest
 def stepdistill(*arguments, cwd=None):
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "stepdistill", *arguments], capture_output=True, text=True, check=False, cwd=cwd
+        [sys.executable, "-m", "stepdistill", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
     )
     return done, time.monotonic() - started
 
@@ -46,7 +50,9 @@ def test_an_output_folder_of_another_run_is_refused(tmp_path):
 
 
 def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
-    done, _ = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", "seed=9", "--dry-run")
+    done, _ = stepdistill(
+        "run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", "seed=9", "--dry-run"
+    )
     assert done.returncode == 0
     assert "seed: 9" in done.stdout
     assert "128 -> 32" in done.stdout

@@ -1,7 +1,7 @@
 import pytest
 
 from stepdistill import stages
-from stepdistill.config import load_config
+from stepdistill.config_file import load_config
 
 
 def tiny_config(output_dir, *overrides):

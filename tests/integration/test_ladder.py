@@ -110,7 +110,9 @@ def test_an_update_does_not_depend_on_the_micro_batch(tmp_path):
         config = config.model_copy(update={"ladder": config.ladder[:1]})
         prepare(config)
         distill(config)
-        found.append((load_file(rung_folder(config.run_dir, 32) / WEIGHT_NAME), read_log(config.run_dir / "log.jsonl")))
+        found.append(
+            (load_file(rung_folder(config.run_dir, 32) / WEIGHT_NAME), read_log(config.run_dir / "log.jsonl"))
+        )
     for key, tensor in found[0][0].items():
         assert torch.allclose(tensor, found[1][0][key], atol=2e-4), key
     for ours, theirs in zip(found[0][1], found[1][1], strict=True):
@@ -149,7 +151,9 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
     plain = StableDiffusionPipeline.from_pretrained(embedded_folder("teacher"), dtype=torch.float32)
     plain.scheduler = pipeline.scheduler
     plain.set_progress_bar_config(disable=True)
-    without = plain(prompts, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent").images
+    without = plain(
+        prompts, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent"
+    ).images
     assert (without - theirs).abs().max() > 1e-3
 
 
@@ -213,7 +217,11 @@ def test_sample_writes_a_png(finished_run, tmp_path):
     from PIL import Image
 
     output = stages.sample(
-        finished_run.run_dir, steps=4, prompt="a red letter a on white", seed=0, output=tmp_path / "a" / "x.png"
+        finished_run.run_dir,
+        steps=4,
+        prompt="a red letter a on white",
+        seed=0,
+        output=tmp_path / "a" / "x.png",
     )
     assert Image.open(output).size == (32, 32)
     with pytest.raises(ValueError, match="finished: 32, 8, 4, 2, 1"):

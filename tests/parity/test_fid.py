@@ -36,7 +36,9 @@ def two_sets():
 
 def test_fid_equals_the_closed_form_of_two_gaussians(two_sets):
     first, second = two_sets
-    moments = [(x.flatten(1).double().numpy().mean(0), np.cov(x.flatten(1).double().numpy().T)) for x in two_sets]
+    moments = [
+        (x.flatten(1).double().numpy().mean(0), np.cov(x.flatten(1).double().numpy().T)) for x in two_sets
+    ]
     (m1, c1), (m2, c2) = moments
     wanted = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
     assert fid(first, second, features=Pixels()) == pytest.approx(wanted, rel=1e-6)

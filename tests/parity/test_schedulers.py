@@ -4,7 +4,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
-from stepdistill.diffusion.schedule import CLEAN, NoiseSchedule, make_betas, timestep_pairs, trailing_timesteps
+from stepdistill.diffusion.schedule import (
+    CLEAN,
+    NoiseSchedule,
+    make_betas,
+    timestep_pairs,
+    trailing_timesteps,
+)
 from stepdistill.diffusion.solver import move
 from tests.conftest import randn
 
@@ -65,4 +71,6 @@ def test_moves_equal_euler_trailing(schedule, steps):
 def test_add_noise_is_diffusers(schedule):
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", **BETAS)
     clean, noise, t = randn(3, 4, 8, 8), randn(3, 4, 8, 8, seed=1), torch.tensor([999, 400, 0])
-    assert torch.allclose(schedule.add_noise(clean, noise, t), scheduler.add_noise(clean, noise, t), atol=1e-5)
+    assert torch.allclose(
+        schedule.add_noise(clean, noise, t), scheduler.add_noise(clean, noise, t), atol=1e-5
+    )

@@ -45,10 +45,13 @@ def test_relativistic_losses_see_the_difference_alone():
 
 
 def test_accuracy_counts_the_right_side():
-    teacher, student = torch.tensor([[1.0], [2.0], [-1.0], [3.0]]), torch.tensor([[1.0], [-2.0], [4.0], [5.0]])
+    teacher, student = (
+        torch.tensor([[1.0], [2.0], [-1.0], [3.0]]),
+        torch.tensor([[1.0], [-2.0], [4.0], [5.0]]),
+    )
     assert [a.item() for a in accuracy(teacher, student)] == [0.75, 0.25]
-    right = accuracy(teacher + 100, student * 0 + 90, kind="relativistic")
-    assert [a.item() for a in right] == [1.0, 1.0]
+    right = accuracy(teacher + 100, student + 100, kind="relativistic")
+    assert [a.item() for a in right] == [0.25, 0.25]  # one pair of four, whatever both are shifted by
 
 
 def test_unknown_kind_of_loss_is_refused():

@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from stepdistill.config import ConfigError, load_config, parse_config
+from stepdistill.config import ConfigError
+from stepdistill.config_file import load_config, parse_config
 from stepdistill.plan import describe, evaluation_forwards, phase_forwards
 from stepdistill.run_folder import check_run, open_run, read_run_config, resolved
 
@@ -11,7 +12,10 @@ CONFIG = "configs/letters.yaml"
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("ladder.1.student_steps=12", ["ladder.1.student_steps", "got 12", "allowed: 1, 2, 4, 8, 16", "nearest: 8"]),
+        (
+            "ladder.1.student_steps=12",
+            ["ladder.1.student_steps", "got 12", "allowed: 1, 2, 4, 8, 16", "nearest: 8"],
+        ),
         ("trainig.x=3", ["trainig", "nearest: training", "allowed: data"]),
         ("training.train_batchsize=4", ["training.train_batchsize", "got", "nearest: train_batch_size"]),
         ("ladder.0.phases.0.learning_rat=4", ["ladder.0.phases.0.learning_rat", "nearest: learning_rate"]),
@@ -93,7 +97,9 @@ def test_a_run_folder_tells_its_config_wherever_it_was_moved(tmp_path):
         read_run_config(tmp_path)
 
 
-@pytest.mark.parametrize("missing", ["model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "missing", ["model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"]
+)
 def test_an_incomplete_teacher_names_what_it_lacks(tmp_path, missing):
     import shutil
 
@@ -103,7 +109,7 @@ def test_an_incomplete_teacher_names_what_it_lacks(tmp_path, missing):
     shutil.copytree(embedded_folder("teacher"), folder)
     assert missing_parts(folder) == []
     (folder / missing).unlink()
-    with pytest.raises(ConfigError, match="teacher.path") as caught:
+    with pytest.raises(ConfigError, match=r"teacher\.path") as caught:
         check_run(load_config(CONFIG, [f"teacher.path={folder}", f"output_dir={tmp_path}"]))
     assert missing in str(caught.value)
 

@@ -14,7 +14,9 @@ def test_the_prev_sample_loss_is_k_squared_times_the_epsilon_one(schedule, steps
     ends = jump(timesteps, steps)
     x_t = randn(steps, 4, 8, 8, dtype=torch.float64)
     first, second = (randn(steps, 4, 8, 8, seed=k, dtype=torch.float64) for k in (1, 2))
-    moved = [move(e, x_t, timesteps, ends, schedule=schedule, prediction_type="epsilon") for e in (first, second)]
+    moved = [
+        move(e, x_t, timesteps, ends, schedule=schedule, prediction_type="epsilon") for e in (first, second)
+    ]
     gain = move_gain(timesteps, ends, schedule=schedule)
     per_row = (first - second).square().flatten(1).mean(1)
     weighed = mse_loss(*moved, timesteps, ends, schedule=schedule, space="prev_sample")
@@ -37,9 +39,12 @@ def test_each_space_measures_the_error_of_that_prediction(schedule, space):
     x_t = randn(4, 4, 8, 8, dtype=torch.float64)
     first, second = (randn(4, 4, 8, 8, seed=k, dtype=torch.float64) for k in (1, 2))
     as_space = [
-        convert(e, x_t, timesteps, schedule=schedule, prediction_type="epsilon", target=space) for e in (first, second)
+        convert(e, x_t, timesteps, schedule=schedule, prediction_type="epsilon", target=space)
+        for e in (first, second)
     ]
-    moved = [move(e, x_t, timesteps, ends, schedule=schedule, prediction_type="epsilon") for e in (first, second)]
+    moved = [
+        move(e, x_t, timesteps, ends, schedule=schedule, prediction_type="epsilon") for e in (first, second)
+    ]
     found = mse_loss(*moved, timesteps, ends, schedule=schedule, space=space)
     assert torch.allclose(found, (as_space[0] - as_space[1]).square().mean(), rtol=1e-9)
 

@@ -44,7 +44,12 @@ def test_moves_do_not_depend_on_the_prediction_type(schedule):
 def test_bfloat16_outputs_are_converted_in_float32(schedule):
     x_t, output = randn(4, 4, 8, 8), randn(4, 4, 8, 8, seed=1)
     found = convert(
-        output.bfloat16(), x_t.bfloat16(), TIMESTEPS, schedule=schedule, prediction_type="epsilon", target="sample"
+        output.bfloat16(),
+        x_t.bfloat16(),
+        TIMESTEPS,
+        schedule=schedule,
+        prediction_type="epsilon",
+        target="sample",
     )
     wanted = convert(
         output.bfloat16().double(),

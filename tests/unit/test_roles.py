@@ -112,7 +112,9 @@ def test_mse_gradients_equal_those_of_separate_unets(schedule, checkpointing):
     wanted.losses["student"].backward()
     assert torch.allclose(result.losses["student"], wanted.losses["student"], rtol=1e-6)
     for found, other in zip(
-        grads(nets.roles.student_parameters), grads(adapters.adapter_parameters(student, "default")), strict=True
+        grads(nets.roles.student_parameters),
+        grads(adapters.adapter_parameters(student, "default")),
+        strict=True,
     ):
         assert torch.allclose(found, other, atol=1e-6)
     assert all(p.grad is None for p in adapters.adapter_parameters(nets.roles.unet, TEACHER))
@@ -215,9 +217,14 @@ def test_after_each_step_only_its_own_role_has_gradients(schedule, trunk, checkp
 def test_roles_restore_what_was_also_on_exceptions(schedule):
     roles = make_nets(schedule).roles
     before = roles.state
-    with pytest.raises(RuntimeError, match="stop"), roles.student(), roles.discriminator(trainable=False):
-        assert adapters.active_adapter(roles.unet) is None
-        raise RuntimeError("stop")
+
+    def fail_inside():
+        with roles.student(), roles.discriminator(trainable=False):
+            assert adapters.active_adapter(roles.unet) is None
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_inside()
     assert roles.state == before
     assert adapters.active_adapter(roles.unet) == before.adapter
     with roles.student():
@@ -241,7 +248,9 @@ def test_encode_is_the_unets_own_encoder():
     unet, x, t, c = build_tiny_unet(), randn(2, 4, 8, 8), torch.tensor([9, 749]), make_conditioning(2)
     seen = []
     for block in (*unet.down_blocks, unet.mid_block):
-        block.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        block.register_forward_hook(
+            lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
     forward(unet, x, t, c)
     wanted = list(seen)
     for found, other in zip(encode(unet, x, t, c), wanted, strict=True):
@@ -252,7 +261,14 @@ def test_encode_is_the_unets_own_encoder():
 def test_every_trunk_starts_as_the_base_and_trains_what_it_says(schedule, trunk):
     nets = make_nets(schedule)
     discriminator = Discriminator(
-        nets.roles, trunk=trunk, heads="multi", paired=False, rank=4, seed=3, sample_size=8, base=build_tiny_unet()
+        nets.roles,
+        trunk=trunk,
+        heads="multi",
+        paired=False,
+        rank=4,
+        seed=3,
+        sample_size=8,
+        base=build_tiny_unet(),
     )
     x, t, c = randn(2, 4, 8, 8), torch.tensor([9, 749]), make_conditioning(2)
     with nets.roles.discriminator(trainable=True):
@@ -262,7 +278,11 @@ def test_every_trunk_starts_as_the_base_and_trains_what_it_says(schedule, trunk)
     assert discriminator.logits(found).shape == (2, 3)
     in_heads = sum(1 for _ in discriminator.heads.parameters())
     in_trunk = len(nets.roles.discriminator_parameters) - in_heads
-    encoder = sum(1 for n, _ in build_tiny_unet().named_parameters() if not n.startswith(("up_", "conv_out", "conv_norm")))
+    encoder = sum(
+        1
+        for n, _ in build_tiny_unet().named_parameters()
+        if not n.startswith(("up_", "conv_out", "conv_norm"))
+    )
     assert in_trunk == {"frozen": 0, "full": encoder, "lora": in_trunk}[trunk]
     assert (in_trunk > 0) == (trunk != "frozen")
 

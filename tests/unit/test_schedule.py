@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from tests.conftest import randn
 LADDER = (128, 32, 8, 4, 2, 1)
 
 
-@pytest.mark.parametrize(("fine", "coarse"), list(zip(LADDER[:-1], LADDER[1:], strict=True)))
+@pytest.mark.parametrize(("fine", "coarse"), list(itertools.pairwise(LADDER)))
 def test_grids_nest_with_equal_substeps(fine, coarse):
     k = fine // coarse
     assert trailing_timesteps(fine)[::k].tolist() == trailing_timesteps(coarse).tolist()

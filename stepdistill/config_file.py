@@ -1,0 +1,121 @@
+"""A config read from its file, with overrides; every mistake in one line with the nearest known key. No torch."""
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from stepdistill.config import (
+    ConfigError,
+    Data,
+    DiscriminatorOptions,
+    Evaluation,
+    Lora,
+    Phase,
+    Preview,
+    RunConfig,
+    Rung,
+    Section,
+    Teacher,
+    Training,
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The config of a YAML file with key=value overrides such as `ladder.0.phases.0.max_train_steps=5`; ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in Path("configs").glob("*.yaml")], n=1)
+        hint = f"; did you mean configs/{near[0]}?" if near else ""
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}{hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the config {path} is not UTF-8 text") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path}: got {type(raw).__name__}; allowed: a mapping of keys such as name, ladder"
+        )
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> RunConfig:
+    """A RunConfig of plain data; ConfigError with one clear line for the first thing that is wrong."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: allowed: key=value, such as training.train_batch_size=16")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 1e-3 as text
+    node: Any = raw
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_list_index(node, part, override)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {override!r}: {part} holds {node!r}, which has no keys below it")
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {override!r}: got {part!r} for a list; allowed: 0 to {len(node) - 1}")
+    return int(part)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = ".".join(str(part) for part in first["loc"])
+    kind, message, got = first["type"], first["msg"], first.get("input")
+    if isinstance(first.get("ctx", {}).get("error"), ConfigError):
+        return str(first["ctx"]["error"])
+    if kind == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        hint = f"nearest: {nearest[0]}; " if nearest else ""
+        return f"{location}: got an unknown key with value {got!r}; {hint}allowed: {', '.join(known)}"
+    if kind == "missing":
+        return f"{location}: got nothing; a value is required"
+    return f"{location}: got {got!r} ({type(got).__name__}); allowed: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    sections: dict[str, type[Section]] = {
+        "teacher": Teacher,
+        "lora": Lora,
+        "data": Data,
+        "training": Training,
+        "ladder": Rung,
+        "phases": Phase,
+        "discriminator": DiscriminatorOptions,
+        "preview": Preview,
+        "evaluation": Evaluation,
+    }
+    names = [part for part in location if isinstance(part, str)]
+    section = sections.get(names[-1], RunConfig) if names else RunConfig
+    return sorted(section.model_fields)

@@ -1,0 +1,117 @@
+"""Data flows one way: a file imports only from layers above it, and one file owns each heavy dependency."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path("stepdistill")
+# From the top: a file may import from its own layer and from those before it.
+LAYERS = [
+    {"durable", "rng", "diffusion"},
+    {"objectives", "demo.letters", "demo.reader"},
+    {"models.folder"},
+    {"config", "rungs", "report"},
+    {"config_file"},
+    {"run_folder", "plan", "runtime"},
+    {"models"},
+    {"data"},
+    {"training"},
+    {"ladder", "export", "demo.teacher"},
+    {"evaluation"},
+    {"stages"},
+    {"cli"},
+    {"__main__"},
+]
+OWNERS = {
+    "peft": {"models/adapters.py"},
+    "accelerate": {"runtime.py"},
+    "torchmetrics": {"evaluation/metrics.py"},
+}
+TORCH_ONLY = ("diffusion", "objectives")
+NO_TORCH = (
+    "config",
+    "config_file",
+    "run_folder",
+    "plan",
+    "rungs",
+    "durable",
+    "report",
+    "models/folder",
+    "stages",
+    "cli",
+)
+
+
+def modules():
+    return sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+
+
+def name_of(path):
+    return ".".join(path.with_suffix("").parts[1:])
+
+
+def layer_of(name):
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        for index, layer in enumerate(LAYERS):
+            if ".".join(parts[:length]) in layer:
+                return index
+    raise AssertionError(f"{name} is in no layer: add it to LAYERS")
+
+
+def imports(path, *, top_level_only=False):
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module.startswith("stepdistill"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def known_names():
+    return {f"stepdistill.{name_of(p)}" for p in modules()}
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_imports_point_up(path):
+    own = layer_of(name_of(path))
+    for imported in set(imports(path)) & known_names():
+        assert layer_of(imported.removeprefix("stepdistill.")) <= own, f"{path} imports {imported}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_heavy_dependencies_have_one_owner(path):
+    relative = path.relative_to(PACKAGE).as_posix()
+    for imported in imports(path):
+        root = imported.split(".")[0]
+        if root in OWNERS:
+            assert relative in OWNERS[root], f"{path} imports {root}"
+        if relative.startswith(TORCH_ONLY):
+            assert root in {"torch", "stepdistill", "collections", "dataclasses", "math"}, (
+                f"{path} imports {root}"
+            )
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_what_runs_before_the_config_is_right_imports_no_torch(path):
+    relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    if relative.startswith(NO_TORCH):
+        roots = {i.split(".")[0] for i in imports(path, top_level_only=True)}
+        assert not roots & {"torch", "diffusers", "transformers", "peft", "accelerate"}, path
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_files_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300, path
+    assert ast.get_docstring(ast.parse(text)), path
+    assert path.stem not in {"utils", "misc", "common", "helpers"}
+
+
+def test_stage_scripts_are_thin():
+    for path in Path("pipelines").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 100, path
