@@ -2,8 +2,8 @@
 
     python eval/compare_objectives.py [--num-images 2000] [--output eval/results/letters]
 
-Runs configs/letters.yaml and configs/letters_adversarial.yaml (finished rungs are kept), evaluates both on the same
-prompts and noise, and writes OUTPUT.md, OUTPUT.json and the grid OUTPUT.png.
+Three ladders: configs/letters.yaml, configs/letters_adversarial.yaml, and the first with its last rung converted to x0
+(convert, then mse). Rungs that two ladders share are trained once. Writes OUTPUT.md, OUTPUT.json and the grid OUTPUT.png.
 """
 
 import argparse
@@ -15,19 +15,29 @@ import sys
 from pathlib import Path
 
 from stepdistill import stages
+from stepdistill.config import RunConfig
 from stepdistill.config_file import load_config
 from stepdistill.durable import read_json
 from stepdistill.plan import training_forwards
 from stepdistill.report.build import markdown_table
-from stepdistill.rungs import read_rung
+from stepdistill.run_folder import open_run
+from stepdistill.rungs import read_rung, rung_folder
 from stepdistill.training.log import read_log
+
+X0 = "[{objective: convert, max_train_steps: 60}, {objective: mse, max_train_steps: 140, learning_rate: 0.002}]"
+LADDERS = {
+    "mse": ("configs/letters.yaml", []),
+    "adversarial": ("configs/letters_adversarial.yaml", []),
+    "x0": (
+        "configs/letters.yaml",
+        ["name=letters-x0", "ladder.4.prediction_type=sample", f"ladder.4.phases={X0}"],
+    ),
+}
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def discriminator_accuracy(run_dir: Path) -> dict[str, float]:
@@ -37,43 +47,61 @@ def discriminator_accuracy(run_dir: Path) -> dict[str, float]:
         if "discriminator_accuracy_teacher" in record:
             both = (record["discriminator_accuracy_teacher"] + record["discriminator_accuracy_student"]) / 2
             phases.setdefault(f"{record['rung']} {record['objective']}", []).append(both)
-    return {name: sum(v[-(len(v) // 4 or 1) :]) / (len(v) // 4 or 1) for name, v in phases.items()}
+    last = {name: values[-max(1, len(values) // 4) :] for name, values in phases.items()}
+    return {name: round(sum(values) / len(values), 3) for name, values in last.items()}
+
+
+def share(first: RunConfig, config: RunConfig) -> None:
+    """Copies into a new run what it has in common with a finished one: cache, leading equal rungs, teacher's images."""
+    if config.run_dir.exists():
+        return
+    open_run(config)
+    shutil.copytree(first.run_dir / "cache", config.run_dir / "cache")
+    for ours, theirs in zip(config.ladder, first.ladder, strict=True):
+        if ours != theirs:
+            break
+        shutil.copytree(
+            rung_folder(first.run_dir, theirs.student_steps), rung_folder(config.run_dir, ours.student_steps)
+        )
+    for row in (first.run_dir / "evaluation").glob("teacher-*"):
+        shutil.copytree(row, config.run_dir / "evaluation" / row.name)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The adversarial ladder beside the mse-only one.")
     parser.add_argument("--num-images", type=int, default=2000)
-    parser.add_argument("--output-dir", default="runs")
+    parser.add_argument("--output-dir", default="runs/compare")
     parser.add_argument("--output", type=Path, default=Path("eval/results/letters"))
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    overrides = [f"output_dir={args.output_dir}", f"evaluation.num_images={args.num_images}"]
-    table, facts = [], {}
-    for label, path in (("mse", "configs/letters.yaml"), ("adversarial", "configs/letters_adversarial.yaml")):
-        config = load_config(path, overrides)
+    common = [f"output_dir={args.output_dir}", f"evaluation.num_images={args.num_images}"]
+    configs = {label: load_config(path, common + more) for label, (path, more) in LADDERS.items()}
+    table, facts, made_at = [], {}, commit()
+    for label, config in configs.items():
+        if label != "mse":
+            share(configs["mse"], config)
         stages.run_all(config)
         results = read_json(config.run_dir / "report" / "results.json")
         records = [read_rung(config.run_dir, rung.student_steps) for rung in config.ladder]
         facts[label] = {
             "rows": results["rows"],
             "fid_floor": results["fid_floor"],
-            "training_seconds": sum(r.training_seconds for r in records if r is not None),
+            "training_seconds": {r.student_steps: r.training_seconds for r in records if r is not None},
             "unet_forwards": round(training_forwards(config)),
             "discriminator_accuracy": discriminator_accuracy(config.run_dir),
             "environment": results["environment"],
         }
         for row in results["rows"]:
-            if row["distilled"]:
+            if row["distilled"] and (label != "x0" or row["steps"] == 1):
                 table.append(row | {"row": f"{row['row']}, {label}"})
             elif label == "mse":
-                table.append(row | {"row": row["row"]})
-        if label == "mse":
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(config.run_dir / "report" / "grid.png", args.output.with_suffix(".png"))
-    table.sort(key=lambda row: (row["distilled"], -row["steps"], row["row"]))
+                table.append(row)
+    table.sort(key=lambda row: (row["distilled"], -row["steps"]))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(configs["mse"].run_dir / "report" / "grid.png", args.output.with_suffix(".png"))
     text = markdown_table(table)
     args.output.with_suffix(".md").write_text(text + "\n")
-    payload = {"commit": commit(), "num_images": args.num_images, "ladders": facts}
+    payload = {"commit": made_at, "num_images": args.num_images, "ladders": facts}
     args.output.with_suffix(".json").write_text(json.dumps(payload, indent=2) + "\n")
     print(text)
     return 0

@@ -17,7 +17,8 @@ tags: [lora, text-to-image, few-step, stepdistill]
 ---
 # {{ name }}: {{ steps }}
 
-A LoRA that makes its teacher draw in {{ steps }}, without guidance. Distilled {{ path }} by stepdistill; rank {{ record.lora_rank }}, alpha the same.
+A LoRA that makes its teacher draw in {{ steps }}, without guidance.
+Distilled {{ path }} by stepdistill; rank {{ record.lora_rank }}, alpha the same.
 Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on that base, and on fine-tunes of it.
 
 ```python

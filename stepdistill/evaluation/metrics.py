@@ -11,7 +11,7 @@ from stepdistill.demo.reader import Reader
 
 
 def fid(first: torch.Tensor, second: torch.Tensor, *, features: nn.Module, batch_size: int = 256) -> float:
-    """Frechet distance between two sets of uint8 images (N, 3, H, W) on `features`, moments in float64.
+    """Frechet distance between two sets of uint8 images (N, 3, H, W) on `features`, moments in float64, never below 0.
 
     `features` maps uint8 images to (B, D) and has `num_features` = D (Heusel et al. 2017, Eq 6).
     """
@@ -22,7 +22,7 @@ def fid(first: torch.Tensor, second: torch.Tensor, *, features: nn.Module, batch
     for images, real in ((first, True), (second, False)):
         for chunk in images.split(batch_size):
             metric.update(chunk, real=real)
-    return float(metric.compute())
+    return max(0.0, float(metric.compute()))
 
 
 @torch.no_grad()
