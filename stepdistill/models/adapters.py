@@ -4,6 +4,7 @@ peft's own switches (`set_adapter`, `disable_adapters`) also flip requires_grad,
 forward and its backward. Here the active adapter is one field of every LoRA layer, and gradients are nobody's side effect.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -47,7 +48,10 @@ def add_adapter(
     Which adapter is active stays as it was: none, for the first one.
     """
     active = active_adapter(unet)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Already found a `peft_config`"
+        )  # several adapters are the idea
         torch.manual_seed(seed)
         unet.add_adapter(lora_config(rank, encoder_only=encoder_only), adapter_name=name)
     parameters = adapter_parameters(unet, name)
