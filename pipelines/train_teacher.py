@@ -30,8 +30,8 @@ paper). Typeface, angle, size and place are its own choice. It exists to be dist
 AutoencoderKL (24, 48, 48) with 4 x 8 x 8 latents; CLIPTextModel of width 64 with 2 layers; UNet2DConditionModel (64, 128),
 3.9 M parameters, cross-attention at 4 x 4; epsilon, scaled_linear betas, trailing timesteps. fp16 safetensors.
 
-Made by `python pipelines/train_teacher.py OUTPUT` from {num_images:,} renderings, seed {seed}: VAE {vae_steps:,} steps of 32,
-U-Net and text encoder {unet_steps:,} steps of 64 with EMA, captions dropped at 10 %. The pictures are drawn with the
+Made by `python pipelines/train_teacher.py OUTPUT` from {num_images:,} renderings, seed {seed}: VAE {vae_steps:,} steps of
+32, U-Net and text encoder {unet_steps:,} steps of 64 with EMA, captions dropped at 10 %. The pictures are drawn with the
 typefaces that matplotlib ships (DejaVu, STIX, Computer Modern).
 """
 

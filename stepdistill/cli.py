@@ -104,20 +104,37 @@ def sample(
 
 
 def guarded(command: Callable[[], object]) -> int:
-    """Runs a command; a user's mistake becomes one line and exit code 2, an interrupted run 130."""
+    """Runs a command; a user's mistake becomes one line and exit code 2, numbers not finite 1, an interruption 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("stepdistill").setLevel(logging.INFO)
     try:
         command()
     except ValueError as error:
+        if not _raised_here(error):
+            raise
         print(f"stepdistill: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from stepdistill.training.optim import NonFiniteError
+
+        if not isinstance(error, NonFiniteError):
+            raise
+        print(f"stepdistill: {error}", file=sys.stderr)
+        return 1
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     except KeyboardInterrupt:
         print("stepdistill: interrupted; the same command goes on at the last finished rung", file=sys.stderr)
         return 130
     return 0
+
+
+def _raised_here(error: BaseException) -> bool:
+    """True for a ValueError of this package, which is a message to the user; others keep their traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 def main() -> None:

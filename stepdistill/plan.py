@@ -1,5 +1,7 @@
 """What a run will do, and what it costs in U-Net forwards, before it starts. No torch."""
 
+from collections.abc import Collection
+
 from stepdistill.config import Phase, RunConfig, Rung
 
 # In units of one forward of the bare U-Net per sample (section 5 of the recipe, computed on SDXL): LoRA forward and
@@ -19,13 +21,13 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     return substeps + _STUDENT + _DISCRIMINATOR.get(phase.objective, 0.0)
 
 
-def training_forwards(config: RunConfig, *, only: tuple[int, int] | None = None) -> float:
-    """Forwards of all phases, in samples."""
+def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:
+    """Forwards of all phases, in samples, without the rungs (their student_steps) that are finished."""
     batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
     return batch * sum(
         phase.max_train_steps * phase_forwards(config, rung, phase)
         for rung in config.ladder
-        if only in (None, (rung.teacher_steps, rung.student_steps))
+        if rung.student_steps not in finished
         for phase in rung.phases
     )
 

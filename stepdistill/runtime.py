@@ -56,6 +56,11 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
 
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU: of everything outside the training loop."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def environment() -> dict[str, str | int]:
     """Versions and machine, for environment.json and the report."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "safetensors")

@@ -91,10 +91,11 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     from stepdistill.export import export_rung, load_few_step
     from stepdistill.models.folder import resolve_model_folder
     from stepdistill.models.loading import load_pipeline
+    from stepdistill.runtime import default_device
 
     if not (rung_folder(run_dir, steps) / "scheduler").is_dir():
         export_rung(config, steps)
-    pipeline = load_pipeline(resolve_model_folder(config.teacher.path))
+    pipeline = load_pipeline(resolve_model_folder(config.teacher.path)).to(default_device())
     load_few_step(pipeline, rung_folder(run_dir, steps))
     images, _ = draw(pipeline, [prompt], steps=steps, guidance_scale=1.0, seed=seed, first=0)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,11 +106,11 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
 def _estimate(config: RunConfig) -> str:
     """Minutes to come: the forwards of the plan, each as long as one is now on this machine."""
     from stepdistill.ladder import seconds_per_forward
+    from stepdistill.rungs import finished_rungs
 
     each = seconds_per_forward(config)
-    training, evaluation = (
-        each * n for n in (plan.training_forwards(config), plan.evaluation_forwards(config))
-    )
+    training = each * plan.training_forwards(config, finished=finished_rungs(config.run_dir))
+    evaluation = each * plan.evaluation_forwards(config)
     return (
         f"this will take about {(training + evaluation) / 60:.1f} minutes here: "
         f"{training / 60:.1f} for the ladder, {evaluation / 60:.1f} for the images of the table"

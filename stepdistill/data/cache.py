@@ -21,6 +21,7 @@ from stepdistill.models.conditioning import Conditioning, encode_prompts, encode
 from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import fingerprint, load_pipeline
 from stepdistill.rng import derive_seed
+from stepdistill.runtime import default_device
 
 logger = logging.getLogger(__name__)
 _FILES = ("latents.safetensors", "text.safetensors")
@@ -49,7 +50,7 @@ def prepare(config: RunConfig) -> bool:
     manifest = read_json(folder / "manifest.json")
     if manifest is not None and manifest["key"] == key and _intact(folder, manifest):
         return False
-    pipeline = load_pipeline(base)
+    pipeline = load_pipeline(base).to(default_device())
     images, prompts = _letters_images(config.data.num_images, seed=derive_seed(config.seed, "data") % 2**32)
     distinct = sorted({*prompts, *config.preview.prompts})
     rows = {prompt: row for row, prompt in enumerate(distinct)}

@@ -15,6 +15,7 @@ from stepdistill.evaluation.metrics import fid, latent_mse, prompt_accuracy
 from stepdistill.models.folder import embedded_folder
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import require_rung
+from stepdistill.runtime import default_device
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def evaluate(config: RunConfig) -> dict:
     count = config.evaluation.num_images
     wanted = letters.sample_triples(count, seed=derive_seed(config.seed, "evaluation prompts") % 2**32)
     prompts = [triple.caption for triple in wanted]
-    generator = Generator(config, prompts, device="cuda" if torch.cuda.is_available() else "cpu")
+    generator = Generator(config, prompts, device=default_device())
     reader = load_reader(embedded_folder("reader") / "model.fp16.safetensors")
     real, other = (_renderings(wanted, config.seed, name) for name in ("real", "other real"))
     features = copy.deepcopy(reader)  # torchmetrics turns it to float64

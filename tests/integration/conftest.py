@@ -5,7 +5,7 @@ from stepdistill.config_file import load_config
 
 
 def tiny_config(output_dir, *overrides):
-    """The letters ladder with two updates a phase and 16 images a row."""
+    """The letters ladder with two updates a phase, the last rung converted to x0, and 16 images a row."""
     phases = [f"ladder.{rung}.phases.0.max_train_steps=2" for rung in range(5)]
     return load_config(
         "configs/letters.yaml",
@@ -16,7 +16,8 @@ def tiny_config(output_dir, *overrides):
             "evaluation.num_images=16",
             "evaluation.grid_columns=4",
             *phases,
-            "ladder.4.phases.1.max_train_steps=2",
+            "ladder.4.prediction_type=sample",
+            "ladder.4.phases=[{objective: convert, max_train_steps: 2}, {objective: mse, max_train_steps: 2}]",
             *overrides,
         ],
     )
