@@ -31,6 +31,18 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+def canonical_safetensors(path: Path) -> None:
+    """Rewrites a safetensors file's header with sorted keys: the writer orders its metadata by chance, so that equal
+    tensors and metadata would not be equal bytes."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
 def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.durable import sha256_file
+from stepdistill.durable import canonical_safetensors, sha256_file
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.folder import resolve_model_folder
@@ -189,13 +189,14 @@ def _train_phase(
 
 
 def save_lora(roles: Roles, folder: Path) -> None:
-    """Writes the student's LoRA under peft's own keys, which diffusers loads in full, with its metadata."""
+    """Writes the student's LoRA under peft's own keys, which diffusers loads in full; equal weights, equal bytes."""
     StableDiffusionPipeline.save_lora_weights(
         folder,
         unet_lora_layers=adapters.adapter_state(roles.unet, STUDENT),
         unet_lora_adapter_metadata=adapters.adapter_metadata(roles.unet, STUDENT),
         weight_name=WEIGHT_NAME,
     )
+    canonical_safetensors(folder / WEIGHT_NAME)
 
 
 def read_lora(run_dir: Path, student_steps: int) -> dict:
