@@ -21,7 +21,7 @@ from stepdistill.config import Phase, RunConfig
 from stepdistill.config_file import load_config
 from stepdistill.data.batches import draw_batch
 from stepdistill.data.cache import load_cache, prepare
-from stepdistill.models.discriminator import Discriminator, encode
+from stepdistill.models.discriminator import build_discriminator, encode
 from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import load_schedule, load_unet, read_scheduler_config
 from stepdistill.models.roles import Roles
@@ -53,18 +53,9 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
     schedule, kind = load_schedule(read_scheduler_config(base))
     guidance = config.teacher.guidance_scale if roles.teacher_is_base else 1.0
     nets = Denoisers(roles, schedule, cache.unconditional.to(device, torch.float32), kind, kind, guidance)
-    discriminator = None
-    if phase.objective in ("paired", "single"):
-        discriminator = Discriminator(
-            roles,
-            trunk=phase.discriminator.trunk,
-            heads=phase.discriminator.heads,
-            paired=phase.objective == "paired",
-            rank=config.lora.rank,
-            seed=0,
-            sample_size=min(cache.latents.shape[-2:]),
-            base=load_unet(base) if phase.discriminator.trunk == "full" else None,
-        )
+    discriminator = build_discriminator(
+        roles, phase, base=base, rank=config.lora.rank, seed=0, sample_size=min(cache.latents.shape[-2:])
+    )
     size = config.training.train_batch_size
     batch = draw_batch(
         cache,

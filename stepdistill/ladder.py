@@ -15,7 +15,7 @@ from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.durable import canonical_safetensors, sha256_file
 from stepdistill.models import adapters
-from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.discriminator import build_discriminator
 from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import fingerprint, load_schedule, load_unet, load_vae, read_scheduler_config
 from stepdistill.models.roles import STUDENT, TEACHER, Roles
@@ -164,18 +164,14 @@ def _train_phase(
         student_prediction_type=kinds[students.index(rung.student_steps)],
         guidance_scale=config.teacher.guidance_scale if roles.teacher_is_base else 1.0,
     )
-    discriminator = None
-    if phase.objective in ("paired", "single"):
-        discriminator = Discriminator(
-            roles,
-            trunk=phase.discriminator.trunk,
-            heads=phase.discriminator.heads,
-            paired=phase.objective == "paired",
-            rank=config.lora.rank,
-            seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
-            sample_size=min(shared.cache.latents.shape[-2:]),
-            base=load_unet(shared.base) if phase.discriminator.trunk == "full" else None,
-        )
+    discriminator = build_discriminator(
+        roles,
+        phase,
+        base=shared.base,
+        rank=config.lora.rank,
+        seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
+        sample_size=min(shared.cache.latents.shape[-2:]),
+    )
 
     def draw(name: str) -> None:
         if shared.runtime.is_main:

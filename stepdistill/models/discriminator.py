@@ -9,12 +9,15 @@ paired  the features of x_s at s beside those of x_t at t (Eq 22); single: of x_
 """
 
 import copy
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from stepdistill.config import Phase
 from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.loading import load_unet
 from stepdistill.models.roles import Roles
 
 TRUNKS = ("lora", "full", "frozen")
@@ -134,6 +137,25 @@ class Discriminator(nn.Module):
             assert context is not None, "a paired discriminator compares x_s with x_t"
             features = [torch.cat(pair, dim=1) for pair in zip(features, context, strict=True)]
         return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], dim=1)
+
+
+def build_discriminator(
+    roles: Roles, phase: Phase, *, base: Path, rank: int, seed: int, sample_size: int
+) -> Discriminator | None:
+    """The discriminator that a phase asks for, fresh; None for mse and convert. `base` is the pipeline's folder."""
+    if phase.objective not in ("paired", "single"):
+        return None
+    options = phase.discriminator
+    return Discriminator(
+        roles,
+        trunk=options.trunk,
+        heads=options.heads,
+        paired=phase.objective == "paired",
+        rank=rank,
+        seed=seed,
+        sample_size=sample_size,
+        base=load_unet(base) if options.trunk == "full" else None,
+    )
 
 
 def _without_decoder(base: UNet2DConditionModel) -> UNet2DConditionModel:
