@@ -4,6 +4,7 @@ evaluation/<row>/images/000000.png ..   latents.safetensors   manifest.json (wri
 """
 
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -101,7 +102,8 @@ class Generator:
         return self._config.run_dir / "evaluation" / row.name
 
     def ensure(self, row: Row, *, progress: Callable[[int], None] = lambda done: None) -> dict:
-        """Draws a row unless images of the same hash are there; returns its manifest: key, seconds_per_image, nfe."""
+        """Draws a row unless images of the same hash are there; returns its manifest: key, nfe, and
+        seconds_per_image, the median over batches."""
         folder = self.row_folder(row)
         record = None if row.student_steps is None else read_rung(self._config.run_dir, row.student_steps)
         key = sha256_json(
@@ -116,7 +118,7 @@ class Generator:
         pipeline = self._ready(row)
         batch_size = self._config.evaluation.batch_size
         draw(pipeline, self._prompts[:batch_size], steps=1, guidance_scale=1.0, seed=0, first=0)  # warm-up
-        latents, seconds = [], 0.0
+        latents, seconds = [], []
         for start in range(0, len(self._prompts), batch_size):
             chunk = self._prompts[start : start + batch_size]
             began = time.monotonic()
@@ -128,7 +130,7 @@ class Generator:
                 seed=self.seed,
                 first=start,
             )
-            seconds += time.monotonic() - began
+            seconds.append((time.monotonic() - began) / len(chunk))
             latents.append(final)
             for k, image in enumerate(images):
                 image.save(folder / "images" / f"{start + k:06d}.png", compress_level=1)
@@ -139,7 +141,7 @@ class Generator:
             **asdict(row),
             "nfe": row.nfe,
             "num_images": len(self._prompts),
-            "seconds_per_image": seconds / len(self._prompts),
+            "seconds_per_image": statistics.median(seconds),
             "prompts_sha256": sha256_json(self._prompts),
         }
         write_json(folder / "manifest.json", manifest)
