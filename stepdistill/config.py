@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -59,14 +59,19 @@ class Training(Section):
     """The learning rate decays along a cosine to this share of itself."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the student's moving average, which is then what a phase leaves; 0 keeps the last weights."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast on CUDA; masters of what trains stay float32."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16: the base in bfloat16 under autocast; masters of what trains stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     logging_steps: PositiveInt = 20
     """A console line every so many updates; the JSONL log has every one."""
     preview_steps: Annotated[int, Field(ge=0)] = 0
     """A preview picture every so many updates, beside the one at the end of each phase; 0 is only that one."""
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML 1.1 reads a bare no as false
 
 
 class DiscriminatorOptions(Section):

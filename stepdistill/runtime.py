@@ -16,9 +16,15 @@ class Runtime:
     """What the loop of a phase needs of its surroundings."""
 
     def __init__(self, *, mixed_precision: str = "no") -> None:
-        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        # accelerate fixes one precision per process, and one process may run ladders of several
+        self.accelerator = Accelerator(mixed_precision="no")
         self.device: torch.device = self.accelerator.device
         self.weight_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16 where mixed precision is on; a context that changes nothing elsewhere."""
+        enabled = self.weight_dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     @property
     def is_main(self) -> bool:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +130,7 @@ def _accumulate(
             dtype=runtime.weight_dtype,
             num_train_timesteps=stage.nets.schedule.num_train_timesteps,
         )
-        with _autocast(runtime):
+        with runtime.autocast():
             result = phase_step(
                 stage.nets,
                 batch,
@@ -145,10 +144,6 @@ def _accumulate(
         for name, value in named.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / count
     return {name: value.item() for name, value in sums.items()}
-
-
-def _autocast(runtime: Runtime) -> AbstractContextManager[None]:
-    return runtime.accelerator.autocast()
 
 
 def _stop_if_not_finite(stage: Stage, step: int, numbers: dict[str, float]) -> None:

@@ -188,11 +188,13 @@ def test_a_cache_that_was_changed_is_refused(tmp_path):
     assert len(load_cache(config)) == 40
 
 
-def test_the_adversarial_ladder_trains_every_role_and_logs_it(tmp_path):
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_adversarial_ladder_trains_every_role_and_logs_it(tmp_path, mixed_precision):
     phases = "[{objective: paired, max_train_steps: 2}, {objective: single, max_train_steps: 2}]"
     overrides = [f"ladder.{k}.phases={phases}" for k in (1, 2)]
     overrides += [
         "training.ema_decay=0.9",
+        f"training.mixed_precision={mixed_precision}",
         "training.gradient_checkpointing=true",
         "ladder.2.phases.1.discriminator.trunk=full",
         "ladder.2.phases.1.teacher_steps=32",
