@@ -10,7 +10,6 @@ import argparse
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -33,11 +32,6 @@ LADDERS = {
         ["name=letters-x0", "ladder.4.prediction_type=sample", f"ladder.4.phases={X0}"],
     ),
 }
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def discriminator_accuracy(run_dir: Path) -> dict[str, float]:

@@ -6,7 +6,9 @@ processes in one flat all-reduce.
 
 import importlib.metadata
 import platform
+import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -67,10 +69,21 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def source_commit() -> str:
+    """The commit of the checkout this package runs from, `-dirty` where files differ; "none" outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "none"
+    return done.stdout.strip() or "none"
+
+
 def environment() -> dict[str, str | int]:
-    """Versions and machine, for environment.json and the report."""
+    """Versions, commit and machine, for environment.json and the report."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "safetensors")
     return {
+        "commit": source_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
