@@ -21,6 +21,7 @@ from stepdistill.plan import training_forwards
 from stepdistill.report.build import markdown_table
 from stepdistill.run_folder import open_run
 from stepdistill.rungs import read_rung, rung_folder
+from stepdistill.runtime import source_commit
 from stepdistill.training.log import read_log
 
 X0 = "[{objective: convert, max_train_steps: 60}, {objective: mse, max_train_steps: 140, learning_rate: 0.002}]"
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     common = [f"output_dir={args.output_dir}", f"evaluation.num_images={args.num_images}"]
     configs = {label: load_config(path, common + more) for label, (path, more) in LADDERS.items()}
-    table, facts, made_at = [], {}, commit()
+    table, facts, made_at = [], {}, source_commit()
     for label, config in configs.items():
         if label != "mse":
             share(configs["mse"], config)
