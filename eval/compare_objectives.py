@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         records = [read_rung(config.run_dir, rung.student_steps) for rung in config.ladder]
         facts[label] = {
             "rows": results["rows"],
-            "fid_floor": results["fid_floor"],
+            "floor": results["floor"],
             "training_seconds": {r.student_steps: r.training_seconds for r in records if r is not None},
             "unet_forwards": round(training_forwards(config)),
             "discriminator_accuracy": discriminator_accuracy(config.run_dir),

@@ -86,9 +86,23 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = 
 
 
 @app.command()
-def report(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """The table and the picture."""
-    _stage(config, overrides, dry_run, stages.report)
+def report(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN [RUN ...] | CONFIG [key=value ...]", help="run folders, or the config of one"
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="the folder to write; RUN/report where not given")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """The page, the table and the picture of a run, still training or not; of several runs, a comparison."""
+    if Path(targets[0]).is_dir():
+        stages.report_runs([Path(target) for target in targets], output=output)
+    else:
+        _stage(Path(targets[0]), targets[1:], dry_run, lambda config: stages.report(config, output=output))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from stepdistill.config import (
     DiscriminatorOptions,
     Evaluation,
     Lora,
+    LoraRow,
     Phase,
     Preview,
     RunConfig,
@@ -115,6 +116,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "discriminator": DiscriminatorOptions,
         "preview": Preview,
         "evaluation": Evaluation,
+        "loras": LoraRow,
     }
     names = [part for part in location if isinstance(part, str)]
     section = sections.get(names[-1], RunConfig) if names else RunConfig

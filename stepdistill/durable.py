@@ -10,7 +10,7 @@ from typing import Any
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one step: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -10,6 +10,10 @@ _STUDENT = 1.083 + 1.268
 _DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
 
 
+COST_REPEATS = 2
+"""How often a row's cost is measured at each batch."""
+
+
 def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     """Forwards per sample and update of one phase."""
     if phase.objective == "convert":
@@ -33,10 +37,20 @@ def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> f
 
 
 def evaluation_forwards(config: RunConfig) -> float:
-    """Forwards of the table's images, in samples."""
+    """Forwards of all images that the evaluation draws, in samples: rows, floor, studies, cost."""
+    options = config.evaluation
     guided = 2 if config.teacher.guidance_scale > 1 else 1
-    per_image = guided * sum(config.evaluation.teacher_steps) + sum(r.student_steps for r in config.ladder)
-    return config.evaluation.num_images * per_image
+    teachers = [guided * n for n in options.teacher_steps]
+    students = [r.student_steps for r in config.ladder]
+    others = [lora.steps * (2 if lora.guidance_scale > 1 else 1) for lora in options.loras]
+    rows = sum(teachers + students + others)
+    images = options.num_images * (rows + (teachers[0] if options.floor else 0))
+    seeds = options.diversity_prompts * options.diversity_seeds * (teachers[0] + sum(students + others))
+    sweep = len(options.lora_scales) * sum(students)
+    matrix = len(students) * sum(students) if options.matrix else 0
+    studies = options.study_images * (sweep + matrix + (teachers[0] if sweep or matrix else 0))
+    cost = COST_REPEATS * sum(options.cost_batch_sizes) * rows
+    return images + seeds + studies + cost
 
 
 def describe(config: RunConfig) -> str:
@@ -53,7 +67,7 @@ def describe(config: RunConfig) -> str:
             )
     rungs = ", ".join(str(r.student_steps) for r in config.ladder)
     lines.append(f"export     the LoRAs of {rungs} steps")
-    rows = len(config.evaluation.teacher_steps) + len(config.ladder)
+    rows = len(config.evaluation.teacher_steps) + len(config.ladder) + len(config.evaluation.loras)
     lines.append(f"evaluate   {rows} rows of {config.evaluation.num_images} images")
-    lines.append("report     results.json, results.md, grid.png")
+    lines.append("report     index.html, results.json, results.md, grid.png")
     return "\n".join(lines)

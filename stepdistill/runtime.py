@@ -9,9 +9,10 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 
 class Runtime:
@@ -62,6 +63,31 @@ class Runtime:
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()
+
+
+class Processes:
+    """The processes of a launch, for work that has no gradients: each takes its share."""
+
+    def __init__(self) -> None:
+        self._state = PartialState()
+        several = self._state.num_processes > 1
+        self.device: torch.device = self._state.device if several else default_device()
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that measures and writes."""
+        return self._state.is_main_process
+
+    def share(self, items: list[Any]) -> list[Any]:
+        """This process's part of a list; every process must call it with the same list."""
+        if len(items) < self._state.num_processes:
+            return items[self._state.process_index :][:1]
+        with self._state.split_between_processes(items) as mine:
+            return list(mine)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._state.wait_for_everyone()
 
 
 def default_device() -> torch.device:

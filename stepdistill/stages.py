@@ -5,6 +5,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from stepdistill import plan
@@ -56,12 +57,20 @@ def evaluate(config: RunConfig) -> None:
     measure(config)
 
 
-def report(config: RunConfig) -> Path:
-    """The table and the picture; returns their folder."""
+def report(config: RunConfig, *, output: Path | None = None) -> Path:
+    """The page, the table and the picture of a run; returns their folder."""
+    return report_runs([open_run(config)], output=output, grid_columns=config.evaluation.grid_columns)
+
+
+def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_columns: int = 10) -> Path:
+    """The report of one run folder, or a comparison of several."""
     from stepdistill.report.build import build_report
 
-    folder = build_report(open_run(config), grid_columns=config.evaluation.grid_columns)
-    logger.info("%s\nreport: %s", (folder / "results.md").read_text(encoding="utf-8"), folder)
+    folder = build_report(run_dirs, output, grid_columns=grid_columns)
+    table = folder / "results.md"
+    if table.is_file():
+        logger.info("%s", table.read_text(encoding="utf-8"))
+    logger.info("report: %s", folder / "index.html")
     return folder
 
 

@@ -1,79 +1,216 @@
-"""Every row drawn and measured: results.json's content."""
+"""Every row drawn and measured: evaluation/results.json, what the report is made of."""
 
-import copy
 import logging
-
-import numpy as np
-import torch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from stepdistill.config import RunConfig
-from stepdistill.demo import letters
 from stepdistill.demo.reader import load_reader
-from stepdistill.durable import write_json
-from stepdistill.evaluation.generate import Generator, read_images, read_latents, rows_of
-from stepdistill.evaluation.metrics import fid, latent_mse, prompt_accuracy
+from stepdistill.durable import read_json, sha256_json, write_json, write_text
+from stepdistill.evaluation.cost import measure_cost
+from stepdistill.evaluation.drift import image_drift
+from stepdistill.evaluation.features import clip_score
+from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.measure import Distances, ImageSet
+from stepdistill.evaluation.metrics import described, latent_mse, prompt_accuracy
+from stepdistill.evaluation.outside import run_score_cmd
+from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.rows import Row, rows_of
+from stepdistill.evaluation.studies import Studies
+from stepdistill.evaluation.subject import RealImages, Subject, subject_of
 from stepdistill.models.folder import embedded_folder
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import require_rung
-from stepdistill.runtime import default_device
+from stepdistill.runtime import Processes
 
 logger = logging.getLogger(__name__)
 
+FEW_IMAGES = 5000
+_SCORE_TIMEOUT = 24 * 3600.0
 
-def evaluate(config: RunConfig) -> dict:
+
+def evaluate(config: RunConfig) -> dict[str, Any]:
     """Draws what is not drawn yet, measures all rows, writes evaluation/results.json and returns it.
 
-    Needs every rung finished and exported; ValueError otherwise.
+    Under `accelerate launch` the processes share the drawing, and the main one measures; the others return {}.
+    ValueError where a rung is not finished, or a file that the config names is not right: before anything is drawn.
     """
     rows = rows_of(config)
     for row in rows:
         if row.student_steps is not None:
             require_rung(config.run_dir, row.student_steps)
-    count = config.evaluation.num_images
-    wanted = letters.sample_triples(count, seed=derive_seed(config.seed, "evaluation prompts") % 2**32)
-    prompts = [triple.caption for triple in wanted]
-    generator = Generator(config, prompts, device=default_device())
-    reader = load_reader(embedded_folder("reader") / "model.fp16.safetensors")
-    real, other = (_renderings(wanted, config.seed, name) for name in ("real", "other real"))
-    features = copy.deepcopy(reader)  # torchmetrics turns it to float64
-    manifests = {}
-    for row in rows:
-        manifests[row.name] = generator.ensure(row)
-        logger.info("drew %d images of %s", count, row.name)
-    reference = read_images(generator.row_folder(rows[0]), count)
-    reference_latents = read_latents(generator.row_folder(rows[0]))
-    slowest = manifests[rows[0].name]["seconds_per_image"]
-    measured = []
-    for row in rows:
-        images = read_images(generator.row_folder(row), count)
-        seconds = manifests[row.name]["seconds_per_image"]
-        measured.append(
-            {
-                "row": row.name,
-                "steps": row.steps,
-                "nfe": row.nfe,
-                "distilled": row.student_steps is not None,
-                "fid_to_real": fid(real, images, features=features),
-                "fid_to_teacher": fid(reference, images, features=features),
-                "prompt_accuracy": prompt_accuracy(images, wanted, reader=reader),
-                "latent_mse_to_teacher": latent_mse(
-                    read_latents(generator.row_folder(row)), reference_latents
-                ),
-                "seconds_per_image": seconds,
-                "speed_up": slowest / seconds,
-            }
+    subject, processes = subject_of(config), Processes()
+    distances = Distances(config.evaluation, device=processes.device)
+    work = _Work(config, rows, subject, Sampler(config, device=processes.device), processes)
+    work.draw()
+    return work.measure(distances) if processes.is_main else {}
+
+
+class _Work:
+    """The drawing and the measuring of one run's table."""
+
+    def __init__(
+        self, config: RunConfig, rows: Sequence[Row], subject: Subject, sampler: Sampler, processes: Processes
+    ) -> None:
+        self._config, self._options = config, config.evaluation
+        self._rows, self._subject, self._sampler, self._processes = rows, subject, sampler, processes
+        self._folder = config.run_dir / "evaluation"
+        self._studies = Studies(config, sampler, processes, subject.prompts, self._folder)
+        self._seed = derive_seed(config.seed, "evaluation")
+
+    def draw(self) -> None:
+        """All pictures, by all processes."""
+        self._manifests = {}
+        for row in self._rows:
+            self._manifests[row.name] = self._ensure(row, self._folder / row.name, self._seed)
+        if self._options.floor:
+            other = derive_seed(self._config.seed, "evaluation, other seeds")
+            self._floor_manifest = self._ensure(self._rows[0], self._folder / "floor", other)
+        few = [row for row in self._rows if row.kind != "teacher"]
+        self._grid = self._studies.draw_seeds([self._rows[0], *few])
+        students = [row for row in self._rows if row.kind == "student"]
+        self._sweep = self._studies.scale_sweep(students, self._rows[0])
+        self._matrix = self._studies.matrix(students, self._rows[0])
+
+    def measure(self, distances: Distances) -> dict[str, Any]:
+        """results.json, by the main process."""
+        real = self._real_set("real", self._subject.real)
+        rows = [self._measure_row(row, distances, real) for row in self._rows]
+        if self._grid is not None:
+            spread = {name: self._spread(name, distances) for name in self._grid["rows"]}
+            for row in rows:
+                if row["row"] in spread:
+                    row["diversity"] = spread[row["row"]] / max(spread[self._rows[0].name], 1e-12)
+        for row in rows:
+            row["speed_up"] = rows[0]["seconds_per_image"] / row["seconds_per_image"]
+        floor = self._measure_floor(distances, real)
+        results = {
+            "num_images": self._options.num_images,
+            "reference": self._rows[0].name,
+            "prompts": list(self._subject.prompts[: self._options.grid_columns]),
+            "protocol": self._protocol(distances),
+            "floor": floor,
+            "warnings": self._warnings(),
+            "metrics": described(key for row in rows for key in row),
+            "rows": rows,
+            "diversity_grid": self._grid,
+            "scale_sweep": self._sweep,
+            "matrix": self._matrix,
+        }
+        write_json(self._folder / "results.json", results)
+        return results
+
+    def _measure_row(self, row: Row, distances: Distances, real: ImageSet | None) -> dict[str, Any]:
+        count, reference = self._options.num_images, self._folder / self._rows[0].name
+        pictures, teachers = PictureFolder(self._folder / row.name), PictureFolder(reference)
+        images, teacher = self._drawn_set(pictures), self._drawn_set(teachers)
+        found: dict[str, Any] = {
+            "row": row.name,
+            "kind": row.kind,
+            "steps": row.steps,
+            "nfe": row.nfe,
+            "guidance_scale": row.guidance_scale,
+            "distilled": row.kind != "teacher",
+            **distances.to_real(images, real),
+            **distances.to_teacher(images, teacher),
+            "latent_mse_to_teacher": latent_mse(pictures.latents(), teachers.latents()),
+            **image_drift(pictures.batches(count), teachers.batches(count)),
+            "seconds_per_image": self._manifests[row.name]["seconds_per_image"],
+        }
+        if self._subject.wanted is not None:
+            reader = load_reader(embedded_folder("reader") / "model.fp16.safetensors")
+            found["prompt_accuracy"] = prompt_accuracy(
+                pictures.batches(count), self._subject.wanted, reader=reader
+            )
+        if distances.clip is not None:
+            found["clip_score"] = clip_score(
+                distances.clip.extractor, pictures.batches(count), self._subject.prompts
+            )
+        if self._options.score_cmd is not None:
+            found |= self._outside(row)
+        if self._options.cost_batch_sizes:
+            found["cost"] = self._cost(row)
+        logger.info("measured %s", row.name)
+        return found
+
+    def _measure_floor(self, distances: Distances, real: ImageSet | None) -> dict[str, float]:
+        """Two sets of real images against each other, and the teacher against itself with other seeds."""
+        found: dict[str, float] = {}
+        other = self._real_set("other real", self._subject.other_real)
+        if other is not None and real is not None:
+            found |= distances.to_real(other, real)
+        if self._options.floor:
+            first, again = (PictureFolder(self._folder / n) for n in (self._rows[0].name, "floor"))
+            found |= distances.to_teacher(self._drawn_set(again), self._drawn_set(first))
+        return found
+
+    def _cost(self, row: Row) -> dict[str, Any]:
+        path, sizes = self._folder / row.name / "cost.json", list(self._options.cost_batch_sizes)
+        key = sha256_json([self._manifests[row.name]["key"], sizes, str(self._processes.device)])
+        kept = read_json(path)
+        if kept is None or kept["key"] != key:
+            cost = measure_cost(
+                self._sampler, row, self._subject.prompts, batch_sizes=sizes, device=self._processes.device
+            )
+            kept = {"key": key, "cost": cost}
+            write_json(path, kept)
+        return kept["cost"]
+
+    def _outside(self, row: Row) -> dict[str, float]:
+        prompts = self._folder / row.name / "prompts.txt"
+        write_text(prompts, "".join(f"{' '.join(p.split())}\n" for p in self._subject.prompts))
+        scores = run_score_cmd(
+            self._options.score_cmd or "",
+            images=self._folder / row.name / "images",
+            prompts=prompts,
+            timeout=_SCORE_TIMEOUT,
         )
-    results = {
-        "num_images": count,
-        "reference": rows[0].name,
-        "fid_floor": fid(real, other, features=features),
-        "rows": measured,
-    }
-    write_json(config.run_dir / "evaluation" / "results.json", results)
-    return results
+        return {f"score_{name}": value for name, value in scores.items()}
 
+    def _spread(self, name: str, distances: Distances) -> float:
+        row = next(row for row in self._rows if row.name == name)
+        view = distances.main
+        return self._studies.seed_diversity(row, self._grid or {}, view.extractor, resize=view.resize)
 
-def _renderings(wanted: list[letters.Triple], seed: int, name: str) -> torch.Tensor:
-    stream = derive_seed(seed, name) % 2**32
-    pixels = [np.asarray(letters.render_at(t, seed=stream, index=i)) for i, t in enumerate(wanted)]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    def _ensure(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
+        made = self._sampler.ensure(row, folder, self._subject.prompts, seed=seed, processes=self._processes)
+        logger.info("%d images of %s are in %s", len(self._subject.prompts), row.name, folder)
+        return made
+
+    def _drawn_set(self, pictures: PictureFolder) -> ImageSet:
+        count = self._options.num_images
+        return ImageSet(str(pictures.key), pictures.path / "features", lambda: pictures.batches(count))
+
+    def _real_set(self, name: str, images: RealImages | None) -> ImageSet | None:
+        if images is None:
+            return None
+        return ImageSet(images.key, self._folder / "features" / name.replace(" ", "-"), images.batches)
+
+    def _warnings(self) -> list[str]:
+        count = self._options.num_images
+        if count >= FEW_IMAGES:
+            return []
+        return [
+            f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with the floor and "
+            f"with other rows of this table, not with published numbers"
+        ]
+
+    def _protocol(self, distances: Distances) -> dict[str, Any]:
+        extractor, real = distances.main.extractor, self._subject.real
+        return {
+            "prompts_sha256": sha256_json(list(self._subject.prompts)),
+            "num_images": self._options.num_images,
+            "seed": self._seed,
+            "feature_extractor": extractor.name,
+            "feature_extractor_sha256": extractor.sha256,
+            "feature_dimension": extractor.num_features,
+            "resize": self._options.resize,
+            "patch_size": self._options.patch_size,
+            "real_images": real.about if real is not None else self._options.reference_stats or "none",
+            "real_images_key": real.key if real is not None else None,
+            "dtype": self._options.dtype,
+            "device": str(self._processes.device),
+            "batch_size": self._options.batch_size,
+            "config_sha256": sha256_json(self._config.model_dump(mode="json")),
+        }

@@ -1,68 +1,43 @@
-"""Images for one row of the table, by the vanilla diffusers pipeline, kept with a hash of all that they depend on.
-
-evaluation/<row>/images/000000.png ..   latents.safetensors   manifest.json (written last)
+"""Images by the vanilla diffusers pipeline, its LoRA loaded from disk; one generator per image, so image k depends on
+its prompt and on (seed, k) alone: not on the batch, the number of processes or where an interruption was.
 """
 
-import shutil
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from stepdistill.config import RunConfig
-from stepdistill.durable import read_json, sha256_json, write_json
+from stepdistill.durable import sha256_file, sha256_json
+from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.rows import Row, lora_file, scheduler_class
 from stepdistill.export import load_few_step, student_scheduler
 from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import fingerprint, load_pipeline
-from stepdistill.rng import derive_seed, generator
-from stepdistill.rungs import read_rung, rung_folder
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to draw: `student_steps` names the rung whose LoRA is loaded, None is the undistilled teacher."""
-
-    name: str
-    steps: int
-    guidance_scale: float
-    student_steps: int | None = None
-
-    @property
-    def nfe(self) -> int:
-        """U-Net evaluations per image; guidance counts two a step."""
-        return self.steps * (2 if self.guidance_scale > 1 else 1)
-
-
-def rows_of(config: RunConfig) -> list[Row]:
-    """The table's rows: the teacher at its step counts, then every rung of the ladder."""
-    teachers = [
-        Row(f"teacher-{n}", n, config.teacher.guidance_scale) for n in config.evaluation.teacher_steps
-    ]
-    students = [
-        Row(f"student-{r.student_steps}", r.student_steps, 1.0, r.student_steps) for r in config.ladder
-    ]
-    return teachers + students
+from stepdistill.rng import generator
+from stepdistill.rungs import rung_folder
+from stepdistill.runtime import Processes
+from stepdistill.training.log import PhaseProgress
 
 
 @torch.no_grad()
 def draw(
     pipeline: DiffusionPipeline,
-    prompts: list[str],
+    prompts: Sequence[str],
     *,
     steps: int,
     guidance_scale: float,
     seed: int,
     first: int,
+    **options: Any,
 ) -> tuple[list[Image.Image], torch.Tensor]:
-    """Images of prompts, and their final latents (n, C, h, w): image k of the set comes from a generator of its own,
-    seeded by (seed, first + k), so it does not depend on the batch."""
+    """Images of prompts, and their final latents (n, C, h, w) in float32 on the CPU: image k of the call comes from a
+    generator of its own, seeded by (seed, first + k). `options` go to the pipeline."""
     last: dict[str, torch.Tensor] = {}
 
     def keep(_pipeline: DiffusionPipeline, _step: int, _timestep: int, state: dict) -> dict:
@@ -70,102 +45,113 @@ def draw(
         return state
 
     images = pipeline(
-        prompts,
+        list(prompts),
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=[generator(seed, "image", first + k) for k in range(len(prompts))],
         callback_on_step_end=keep,
         callback_on_step_end_tensor_inputs=["latents"],
+        **options,
     ).images
     return images, last["latents"].float().cpu()
 
 
-class Generator:
-    """Makes the rows of one run with one pipeline.
+class Sampler:
+    """One pipeline that draws as one row after another.
 
     Args:
         config: the run.
-        prompts: one per image.
         device: where to draw.
     """
 
-    def __init__(self, config: RunConfig, prompts: list[str], *, device: torch.device | str = "cpu") -> None:
-        self._config, self._prompts = config, prompts
+    def __init__(self, config: RunConfig, *, device: torch.device | str = "cpu") -> None:
+        self._config, self._device = config, device
         self._base = resolve_model_folder(config.teacher.path)
         self._fingerprint = fingerprint(self._base)
         self._pipeline: DiffusionPipeline | None = None
-        self._device = device
-        self.seed = derive_seed(config.seed, "evaluation")
+        self._loaded: tuple[object, ...] | None = None
 
-    def row_folder(self, row: Row) -> Path:
-        """Where a row's images are."""
-        return self._config.run_dir / "evaluation" / row.name
-
-    def ensure(self, row: Row, *, progress: Callable[[int], None] = lambda done: None) -> dict:
-        """Draws a row unless images of the same hash are there; returns its manifest: key, nfe, and
-        seconds_per_image, the median over batches."""
-        folder = self.row_folder(row)
-        record = None if row.student_steps is None else read_rung(self._config.run_dir, row.student_steps)
-        key = sha256_json(
-            [asdict(row), self._fingerprint, record and record.sha256, self._prompts, self.seed]
-        )
-        manifest = read_json(folder / "manifest.json")
-        if manifest is not None and manifest["key"] == key:
-            progress(len(self._prompts))
-            return manifest
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "images").mkdir(parents=True)
+    def draw(
+        self, row: Row, prompts: Sequence[str], *, seed: int, first: int = 0
+    ) -> tuple[list[Image.Image], torch.Tensor]:
+        """`draw` as this row says."""
+        options: dict[str, Any] = {}
+        if row.lora is not None:
+            options["eta"] = row.lora.eta
+            if row.lora.timesteps is not None:
+                options["timesteps"] = list(row.lora.timesteps)
         pipeline = self._ready(row)
-        batch_size = self._config.evaluation.batch_size
-        draw(pipeline, self._prompts[:batch_size], steps=1, guidance_scale=1.0, seed=0, first=0)  # warm-up
-        latents, seconds = [], []
-        for start in range(0, len(self._prompts), batch_size):
-            chunk = self._prompts[start : start + batch_size]
-            began = time.monotonic()
-            images, final = draw(
-                pipeline,
-                chunk,
-                steps=row.steps,
-                guidance_scale=row.guidance_scale,
-                seed=self.seed,
-                first=start,
-            )
-            seconds.append((time.monotonic() - began) / len(chunk))
-            latents.append(final)
-            for k, image in enumerate(images):
-                image.save(folder / "images" / f"{start + k:06d}.png", compress_level=1)
-            progress(len(chunk))
-        save_file({"latents": torch.cat(latents).contiguous()}, folder / "latents.safetensors")
-        manifest = {
-            "key": key,
-            **asdict(row),
-            "nfe": row.nfe,
-            "num_images": len(self._prompts),
-            "seconds_per_image": statistics.median(seconds),
-            "prompts_sha256": sha256_json(self._prompts),
-        }
-        write_json(folder / "manifest.json", manifest)
-        return manifest
+        return draw(
+            pipeline,
+            prompts,
+            steps=row.steps,
+            guidance_scale=row.guidance_scale,
+            seed=seed,
+            first=first,
+            **options,
+        )
+
+    def key(self, row: Row, prompts: Sequence[str], *, seed: int) -> str:
+        """A hash of all that the images of a row depend on."""
+        weights = row.weights(self._config.run_dir)
+        what = asdict(row) | {"lora": row.lora and row.lora.model_dump(mode="json", exclude={"path"})}
+        made_by = [self._fingerprint, weights and sha256_file(weights), self._config.evaluation.dtype]
+        return sha256_json([what, made_by, list(prompts), seed])
+
+    def ensure(
+        self, row: Row, folder: Path, prompts: Sequence[str], *, seed: int, processes: Processes
+    ) -> dict[str, Any]:
+        """Draws the images of a row that are not in the folder yet, each process its share; returns the manifest: key,
+        nfe, and seconds_per_image, the median over chunks, which leaves the warm-up out."""
+        pictures, size = PictureFolder(folder), self._config.evaluation.batch_size
+        if processes.is_main:
+            about = {"name": row.name, "steps": row.steps, "nfe": row.nfe, "num_images": len(prompts)}
+            key = self.key(row, prompts, seed=seed)
+            pictures.begin(key, about | {"prompts_sha256": sha256_json(list(prompts)), "seed": seed})
+        processes.wait()
+        missing = pictures.missing(len(prompts), size)
+        processes.wait()  # nobody draws before everybody has looked
+        mine = processes.share(missing)
+        total = sum(map(len, mine))
+        shown = processes.is_main and total >= 2 * size
+        with PhaseProgress(
+            f"draw {row.name}", total, logging_steps=max(size, total // 4), enabled=shown
+        ) as bar:
+            done = 0
+            for chunk in mine:
+                began = time.monotonic()
+                wanted = prompts[chunk.start : chunk.stop]
+                images, latents = self.draw(row, wanted, seed=seed, first=chunk.start)
+                seconds = (time.monotonic() - began) / len(chunk)
+                pictures.add(chunk.start, images, latents, seconds=seconds)
+                done += len(chunk)
+                bar.update(done, {"s / image": seconds})
+        processes.wait()
+        return pictures.finish() if processes.is_main else {}
 
     def _ready(self, row: Row) -> DiffusionPipeline:
         if self._pipeline is None:
-            self._pipeline = load_pipeline(self._base).to(self._device)
-            self._teacher_scheduler = dict(self._pipeline.scheduler.config)
-        self._pipeline.unload_lora_weights()
-        if row.student_steps is None:
-            kind = self._teacher_scheduler.get("prediction_type", "epsilon")
-            self._pipeline.scheduler = student_scheduler(self._teacher_scheduler, kind)
+            dtype = getattr(torch, self._config.evaluation.dtype)
+            self._pipeline = load_pipeline(self._base, dtype=dtype).to(self._device)
+            self._base_scheduler = self._pipeline.scheduler
+        pipeline = self._pipeline
+        loaded = (row.student_steps, row.lora, row.lora_scale)
+        if loaded == self._loaded:
+            return pipeline
+        self._loaded = None  # until all of it is
+        pipeline.unload_lora_weights()
+        config = dict(self._base_scheduler.config)
+        if row.student_steps is not None:
+            load_few_step(pipeline, rung_folder(self._config.run_dir, row.student_steps))
+        elif row.lora is not None:
+            file = lora_file(row.lora)
+            pipeline.load_lora_weights(file.parent, weight_name=file.name)
+            kind = scheduler_class(row.lora.scheduler)
+            pipeline.scheduler = kind.from_config(config, **row.lora.scheduler_options)
         else:
-            load_few_step(self._pipeline, rung_folder(self._config.run_dir, row.student_steps))
-        return self._pipeline
-
-
-def read_images(folder: Path, num_images: int) -> torch.Tensor:
-    """uint8 (N, 3, H, W): the images of a row."""
-    pictures = [np.asarray(Image.open(folder / "images" / f"{k:06d}.png")) for k in range(num_images)]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-
-
-def read_latents(folder: Path) -> torch.Tensor:
-    """Final latents (N, C, h, w) of a row."""
-    return load_file(folder / "latents.safetensors")["latents"]
+            pipeline.scheduler = student_scheduler(config, config.get("prediction_type", "epsilon"))
+        if row.lora_scale != 1.0:
+            active = pipeline.get_active_adapters()
+            pipeline.set_adapters(active, [row.lora_scale] * len(active))
+        self._loaded = loaded
+        return pipeline

@@ -1,34 +1,65 @@
-"""The numbers of the table. Owns torchmetrics."""
+"""What the table's metrics are called, how they are shown, and those that are one line of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from stepdistill.demo.letters import Triple
 from stepdistill.demo.reader import Reader
 
+# In table order: title, format, which way is better, one sentence.
+_TABLE = (
+    ("fid_to_real", "FID to real", ".1f", "lower", "Frechet distance to real images."),
+    ("fid_to_teacher", "FID to teacher", ".2f", "lower", "Frechet distance to the teacher's own images."),
+    ("patch_fid_to_real", "patch FID to real", ".1f", "lower", "FID of centre crops without resize: detail."),
+    ("patch_fid_to_teacher", "patch FID to teacher", ".2f", "lower", "Centre crops against the teacher's."),
+    ("kid_to_real", "KID to real", ".4g", "lower", "Kernel distance, unbiased at any number of images."),
+    ("kid_to_real_std", "its deviation", ".2g", "", "Standard deviation of KID over subsets."),
+    ("kid_to_teacher", "KID to teacher", ".4g", "lower", "Kernel distance to the teacher's own images."),
+    ("kid_to_teacher_std", "its deviation", ".2g", "", "Standard deviation of KID over subsets."),
+    ("cmmd_to_real", "CMMD to real", ".3f", "lower", "MMD of CLIP embeddings to real images."),
+    ("cmmd_to_teacher", "CMMD to teacher", ".3f", "lower", "MMD of CLIP embeddings to the teacher's."),
+    ("fd_dinov2_to_real", "FD-DINOv2 to real", ".1f", "lower", "Frechet distance on DINOv2 features."),
+    ("fd_dinov2_to_teacher", "FD-DINOv2 to teacher", ".2f", "lower", "The same to the teacher's images."),
+    ("precision", "precision", ".3f", "higher", "Share of images that lie among the real ones."),
+    ("recall", "recall", ".3f", "higher", "Share of real images that lie among the drawn ones."),
+    ("density", "density", ".3f", "higher", "How deep among the real ones images lie."),
+    ("coverage", "coverage", ".3f", "higher", "Share of real images with a drawn one near."),
+    ("prompt_accuracy", "prompt accuracy", ".3f", "higher", "Letter, ink and paper all as the prompt says."),
+    ("clip_score", "CLIP score", ".2f", "higher", "100 x cosine between image and prompt."),
+    ("diversity", "diversity", ".2f", "one", "Spread over seeds, as a share of the teacher's."),
+    ("latent_mse_to_teacher", "latent MSE to teacher", ".4f", "lower", "At equal noise."),
+    (
+        "colour_drift",
+        "colour drift",
+        ".1f",
+        "lower",
+        "Distance of mean colours to the teacher's, grey levels.",
+    ),
+    ("contrast_drift", "contrast drift", "+.3f", "zero", "Luma deviation over the teacher's, minus 1."),
+    ("sharpness_drift", "sharpness drift", "+.3f", "zero", "Laplacian variance over the teacher's, minus 1."),
+)
+METRICS = {
+    key: {"title": title, "format": form, "better": better, "about": about}
+    for key, title, form, better, about in _TABLE
+}
 
-def fid(first: torch.Tensor, second: torch.Tensor, *, features: nn.Module, batch_size: int = 256) -> float:
-    """Frechet distance between two sets of uint8 images (N, 3, H, W) on `features`, moments in float64, never below 0.
 
-    `features` maps uint8 images to (B, D) and has `num_features` = D (Heusel et al. 2017, Eq 6).
-    """
-    height, width = first.shape[-2:]
-    metric = FrechetInceptionDistance(feature=features, input_img_size=(3, height, width)).set_dtype(
-        torch.float64
-    )
-    for images, real in ((first, True), (second, False)):
-        for chunk in images.split(batch_size):
-            metric.update(chunk, real=real)
-    return max(0.0, float(metric.compute()))
+def described(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """METRICS of the keys that occur, in table order; an outside scorer's follow under their own names."""
+    wanted = set(keys)
+    known = {key: about for key, about in METRICS.items() if key in wanted}
+    outside = sorted(key for key in wanted if key.startswith("score_"))
+    return known | {
+        key: {"title": key.removeprefix("score_"), "format": ".3f", "better": "", "about": "By score_cmd."}
+        for key in outside
+    }
 
 
 @torch.no_grad()
-def prompt_accuracy(images: torch.Tensor, wanted: Sequence[Triple], *, reader: Reader) -> float:
-    """Share of uint8 images (N, 3, 32, 32) whose letter, ink and paper are all as the prompt says."""
-    seen = [triple for chunk in images.split(256) for triple in reader.read(chunk)]
+def prompt_accuracy(batches: Iterable[torch.Tensor], wanted: Sequence[Triple], *, reader: Reader) -> float:
+    """Share of uint8 images, in batches (B, 3, 32, 32), whose letter, ink and paper are all as the prompt says."""
+    seen = [triple for batch in batches for triple in reader.read(batch)]
     return sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(seen)
 
 

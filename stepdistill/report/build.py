@@ -1,68 +1,81 @@
-"""The report of a run: results.json, a Markdown table, a picture. JSON and PNG in; no torch."""
+"""The report of a run, or a comparison of several: index.html, results.json, results.md, grid.png. No torch.
 
+A run that is still training has a page alone; numbers and pictures come with `stepdistill evaluate`.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from stepdistill.durable import write_json, write_text
+from stepdistill.report.entries import Entry, entries_of
+from stepdistill.report.gallery import comparison_sheet
+from stepdistill.report.markdown import markdown, markdown_table
+from stepdistill.report.page import render
+from stepdistill.report.read import Run, read_run
+from stepdistill.report.summary import joined_names
 
-from stepdistill.durable import read_json, write_json, write_text
-from stepdistill.report.grid import image_grid
-
-_COLUMNS = {
-    "row": ("model", "{}"),
-    "nfe": ("U-Net passes", "{}"),
-    "fid_to_real": ("FID to real", "{:.1f}"),
-    "fid_to_teacher": ("FID to teacher", "{:.2f}"),
-    "prompt_accuracy": ("prompt accuracy", "{:.3f}"),
-    "latent_mse_to_teacher": ("latent MSE to teacher", "{:.4f}"),
-    "seconds_per_image": ("s / image", "{:.4f}"),
-    "speed_up": ("speed-up", "{:.1f} x"),
-}
+__all__ = ["build_report", "markdown", "markdown_table"]
 
 
-def build_report(run_dir: Path, *, grid_columns: int = 10) -> Path:
-    """Writes report/results.json, results.md and grid.png of an evaluated run; returns the folder."""
-    results = read_json(run_dir / "evaluation" / "results.json")
-    if results is None:
-        raise ValueError(
-            f"{run_dir} is not evaluated yet: run `stepdistill evaluate` (pipelines/evaluate.py) first"
-        )
-    folder = run_dir / "report"
-    results["environment"] = read_json(run_dir / "environment.json")
-    write_json(folder / "results.json", results)
-    write_text(folder / "results.md", markdown(run_dir.name, results))
-    comparison_grid(run_dir, results, columns=grid_columns).save(folder / "grid.png")
+def build_report(
+    run_dirs: Path | Sequence[Path], output: Path | None = None, *, grid_columns: int = 10
+) -> Path:
+    """Writes the report of a run to report/ in its folder, of several to comparison/ beside them; returns the folder.
+
+    Args:
+        run_dirs: the run's folder, or several.
+        output: another folder to write to.
+        grid_columns: prompts in the same-noise grid.
+    ValueError where a folder is no run, or has nothing to report yet.
+    """
+    folders = [run_dirs] if isinstance(run_dirs, Path) else list(run_dirs)
+    runs = _named_apart([read_run(folder) for folder in folders])
+    if output is not None:
+        folder = output
+    else:
+        folder = folders[0] / "report" if len(folders) == 1 else folders[0].parent / "comparison"
+    write_text(folder / "index.html", render(runs, columns=grid_columns))
+    evaluated = [run for run in runs if run.results is not None]
+    if evaluated:
+        _write_numbers(folder, runs, evaluated, columns=grid_columns)
     return folder
 
 
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [[title for title, _ in _COLUMNS.values()], ["---", *["---:"] * (len(_COLUMNS) - 1)]]
-    lines += [[form.format(row[key]) for key, (_, form) in _COLUMNS.items()] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+def _write_numbers(folder: Path, runs: Sequence[Run], evaluated: Sequence[Run], *, columns: int) -> None:
+    every = {run.name: {**(run.results or {}), "environment": run.environment} for run in evaluated}
+    entries = entries_of(evaluated)
+    if len(runs) == 1:
+        facts, title = every[runs[0].name], runs[0].name
+        text = facts | {"rows": list(runs[0].rows)}
+    else:
+        facts, title = {"runs": every}, joined_names(evaluated)
+        text = _joined(evaluated, entries)
+    write_json(folder / "results.json", facts)
+    write_text(folder / "results.md", markdown(title, text))
+    sheet = comparison_sheet(entries, columns=columns)
+    if sheet is not None:
+        sheet.save(folder / "grid.png")
 
 
-def markdown(name: str, results: dict[str, Any]) -> str:
-    """results.md: the table and what it was measured on."""
-    return (
-        f"# {name}\n\n{markdown_table(results['rows'])}\n\n"
-        f"{results['num_images']} images a row, equal prompts and noise. FID to teacher: against the images of "
-        f"{results['reference']}. Two sets of real images are {results['fid_floor']:.1f} apart at this number of images.\n\n"
-        f"![same noise per column](grid.png)\n"
-    )
+def _joined(evaluated: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:
+    """Several runs as if they were one, for the Markdown table."""
+    metrics = {key: about for run in reversed(evaluated) for key, about in run.metrics.items()}
+    rows = [entry.row | {"row": entry.label} for entry in entries]
+    return {**(evaluated[0].results or {}), "metrics": metrics, "rows": rows}
 
 
-def comparison_grid(run_dir: Path, results: dict[str, Any], *, columns: int) -> Image.Image:
-    """Rows: the reference, then for each step count the undistilled teacher and the student; same noise per column."""
-    names = {row["row"] for row in results["rows"]}
-    order = [results["reference"]]
-    for row in sorted((r for r in results["rows"] if r["distilled"]), key=lambda r: -r["steps"]):
-        order += [n for n in (f"teacher-{row['steps']}", row["row"]) if n in names and n not in order]
-    return image_grid(
-        {
-            name.replace("-", " "): [
-                Image.open(run_dir / "evaluation" / name / "images" / f"{k:06d}.png") for k in range(columns)
-            ]
-            for name in order
-        }
-    )
+def _named_apart(runs: Sequence[Run]) -> list[Run]:
+    """Runs under names that differ: their folder's, with the folder above where two are called the same."""
+    if _differ(runs):
+        return list(runs)
+    longer = [run.renamed(f"{run.path.resolve().parent.name}/{run.name}") for run in runs]
+    if not _differ(longer):
+        raise ValueError(
+            f"several runs are called {runs[0].name}: give each folder once, under names that differ"
+        )
+    return longer
+
+
+def _differ(runs: Sequence[Run]) -> bool:
+    return len({run.name for run in runs}) == len(runs)

@@ -1,4 +1,4 @@
-"""Pictures in rows: one label per row, one column per prompt."""
+"""Pictures in rows on one sheet: one label per row, one column per prompt."""
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -6,11 +6,16 @@ _MIN_TILE = 64
 _GAP = 2
 
 
-def image_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """A white sheet with a row of equal tiles per label; tiles under 64 pixels are enlarged without smoothing."""
+def image_grid(rows: dict[str, list[Image.Image]], *, max_tile: int | None = None) -> Image.Image:
+    """A white sheet with a row of equal tiles per label; tiles under 64 pixels are enlarged without smoothing, those
+    over `max_tile` shrunk."""
     width, height = next(iter(rows.values()))[0].size
-    scale = -(-_MIN_TILE // max(width, height)) if max(width, height) < _MIN_TILE else 1
-    tile = (width * scale, height * scale)
+    longest = max(width, height)
+    if max_tile is not None and longest > max_tile:
+        tile, filter_ = fitting((width, height), max_tile), Image.Resampling.LANCZOS
+    else:
+        scale = -(-_MIN_TILE // longest) if longest < _MIN_TILE else 1
+        tile, filter_ = (width * scale, height * scale), Image.Resampling.NEAREST
     font = ImageFont.load_default(size=max(12, tile[1] // 5))
     margin = max(int(font.getlength(label)) for label in rows) + 12
     columns = max(len(images) for images in rows.values())
@@ -22,8 +27,12 @@ def image_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
         top = _GAP + y * (tile[1] + _GAP)
         pen.text((6, top + tile[1] / 2), label, fill="black", font=font, anchor="lm")
         for x, image in enumerate(images):
-            sheet.paste(
-                image.convert("RGB").resize(tile, Image.Resampling.NEAREST),
-                (margin + x * (tile[0] + _GAP), top),
-            )
+            sheet.paste(image.convert("RGB").resize(tile, filter_), (margin + x * (tile[0] + _GAP), top))
     return sheet
+
+
+def fitting(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """The size whose longer side is `longest`, in the same proportions."""
+    width, height = size
+    share = longest / max(size)
+    return max(1, round(width * share)), max(1, round(height * share))

@@ -54,7 +54,7 @@ class PhaseProgress:
         self._title, self._total, self._every = title, total, logging_steps
         self._enabled = enabled
         self._console = Console(file=sys.stdout, highlight=False)
-        self._started = time.monotonic()
+        self._started, self._shown = time.monotonic(), 0
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
             self._bar = Progress(
@@ -83,7 +83,8 @@ class PhaseProgress:
         text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=done, numbers=text)
-        elif self._enabled and (done % self._every == 0 or done == self._total):
+        elif self._enabled and (done // self._every > self._shown or done == self._total):
+            self._shown = done // self._every
             elapsed = time.monotonic() - self._started
             remaining = elapsed / done * (self._total - done)
             self._console.print(

@@ -68,7 +68,7 @@ def test_a_stage_script_says_which_stage_comes_before_it(tmp_path, stage):
         check=False,
     )
     assert done.returncode == 2
-    before = {"distill": "prepare", "export": "distill", "evaluate": "distill", "report": "evaluate"}[stage]
+    before = {"distill": "prepare", "export": "distill", "evaluate": "distill", "report": "distill"}[stage]
     assert f"stepdistill {before}" in done.stderr
     assert "Traceback" not in done.stderr
 

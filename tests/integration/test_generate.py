@@ -1,46 +1,169 @@
+import dataclasses
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 import torch
 
-from stepdistill.evaluation.generate import Generator, Row, draw, read_images, rows_of
-from stepdistill.export import load_few_step
-from stepdistill.models.folder import embedded_folder
-from stepdistill.models.loading import load_pipeline
+from stepdistill.config import ConfigError, LoraRow
+from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.rows import Row, lora_row, rows_of
 from stepdistill.rungs import rung_folder
+from stepdistill.runtime import Processes
+from tests.integration.conftest import tiny_config
+
+PROMPTS = ["a red letter a on white", "a blue letter b on gray", "a black letter z on pink"] * 5
 
 
-def test_image_k_does_not_depend_on_the_batch_size(finished_run):
-    pipeline = load_pipeline(embedded_folder("teacher"))
-    load_few_step(pipeline, rung_folder(finished_run.run_dir, 4))
-    prompts = ["a red letter a on white", "a blue letter b on gray", "a black letter z on pink"] * 3
-    found = []
-    for size in (1, 4, 9):
-        images, latents = [], []
-        for first in range(0, 9, size):
-            chunk = prompts[first : first + size]
-            pictures, final = draw(pipeline, chunk, steps=4, guidance_scale=1.0, seed=5, first=first)
-            images += [np.asarray(p).astype(int) for p in pictures]
-            latents.append(final)
-        found.append((np.stack(images), torch.cat(latents)))
-    for images, latents in found[1:]:
-        assert torch.allclose(latents, found[0][1], atol=1e-4)
-        assert np.abs(images - found[0][0]).max() <= 1
-    assert np.abs(found[0][0][0] - found[0][0][3]).max() > 50  # equal prompts, other noise: other pictures
+def with_batch(config, size):
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"batch_size": size})})
 
 
-def test_rows_are_drawn_once_and_again_when_something_changed(finished_run):
-    generator = Generator(finished_run, ["a red letter a on white"] * 3)
+def make(config, folder, row, *, size=64, prompts=PROMPTS, seed=5):
+    sampler = Sampler(with_batch(config, size))
+    return sampler.ensure(row, folder, prompts, seed=seed, processes=Processes())
+
+
+def pixels(folder):
+    return torch.cat(list(PictureFolder(folder).batches(len(PROMPTS)))).int()
+
+
+def bytes_of(folder):
+    return {p.name: p.read_bytes() for p in sorted((folder / "images").glob("*.png"))}
+
+
+def test_image_k_does_not_depend_on_the_batch_size(trained_run, tmp_path):
+    row = Row("student-4", 4, 1.0, 4)
+    for size in (1, 7, 64):
+        make(trained_run, tmp_path / str(size), row, size=size)
+    expected, latents = pixels(tmp_path / "64"), PictureFolder(tmp_path / "64").latents()
+    for size in ("1", "7"):
+        assert torch.allclose(PictureFolder(tmp_path / size).latents(), latents, atol=1e-4)
+        assert (pixels(tmp_path / size) - expected).abs().max() <= 1
+    assert (expected[0] - expected[3]).abs().max() > 50  # equal prompts, other noise: other pictures
+
+
+def test_interrupted_drawing_goes_on_to_the_same_images(trained_run, tmp_path, monkeypatch):
+    row = Row("student-2", 2, 1.0, 2)
+    make(trained_run, tmp_path / "whole", row, size=4)
+    real_add, calls = PictureFolder.add, []
+
+    def add_twice(self, *args, **kwargs):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(args)
+        real_add(self, *args, **kwargs)
+
+    monkeypatch.setattr(PictureFolder, "add", add_twice)
+    with pytest.raises(KeyboardInterrupt):
+        make(trained_run, tmp_path / "again", row, size=4)
+    monkeypatch.undo()
+    folder = PictureFolder(tmp_path / "again")
+    assert folder.missing(len(PROMPTS), 4) == [range(8, 12), range(12, 15)]
+    stamp = (folder.path / "images" / "000000.png").stat().st_mtime_ns
+    make(trained_run, tmp_path / "again", row, size=4)
+    assert (folder.path / "images" / "000000.png").stat().st_mtime_ns == stamp
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "whole")
+    assert torch.equal(folder.latents(), PictureFolder(tmp_path / "whole").latents())
+
+
+def test_two_processes_draw_the_same_images(trained_run, tmp_path):
+    """accelerate launch on the stage script: every row as one process draws it."""
+    config = tiny_config(trained_run.output_dir, "evaluation.batch_size=4")
+    alone = tmp_path / "alone"
+    for row in rows_of(config)[3:6]:
+        make(config, alone / row.name, row, size=4, prompts=PROMPTS[:10])
+    script = f"""
+from pathlib import Path
+import torch
+torch.set_num_threads({torch.get_num_threads()})
+from stepdistill.run_folder import read_run_config
+from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.rows import rows_of
+from stepdistill.runtime import Processes
+config = read_run_config(Path({str(config.run_dir)!r}))
+config = config.model_copy(update={{"evaluation": config.evaluation.model_copy(update={{"batch_size": 4}})}})
+processes = Processes()
+sampler = Sampler(config, device=processes.device)
+for row in rows_of(config)[3:6]:
+    sampler.ensure(row, Path({str(tmp_path)!r}) / "two" / row.name, {PROMPTS[:10]!r}, seed=5, processes=processes)
+"""
+    (tmp_path / "draw.py").write_text(script)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        str(tmp_path / "draw.py"),
+    ]
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for row in rows_of(config)[3:6]:
+        markers = list((tmp_path / "two" / row.name / "chunks").glob("*.json"))
+        assert len(markers) == 3
+        assert bytes_of(tmp_path / "two" / row.name) == bytes_of(alone / row.name)
+
+
+def test_rows_are_drawn_once_and_again_when_something_changed(trained_run, tmp_path):
     row = Row("again", 1, 1.0)
-    first = generator.ensure(row)
-    folder = generator.row_folder(row)
-    stamp = (folder / "images" / "000000.png").stat().st_mtime_ns
-    assert generator.ensure(row) == first
-    assert (folder / "images" / "000000.png").stat().st_mtime_ns == stamp
-    other = Generator(finished_run, ["a red letter b on white"] * 3)
-    assert other.ensure(row)["key"] != first["key"]
-    assert read_images(folder, 3).shape == (3, 3, 32, 32)
+    first = make(trained_run, tmp_path / "again", row)
+    stamp = (tmp_path / "again" / "images" / "000000.png").stat().st_mtime_ns
+    assert make(trained_run, tmp_path / "again", row) == first
+    assert (tmp_path / "again" / "images" / "000000.png").stat().st_mtime_ns == stamp
+    other = make(trained_run, tmp_path / "again", row, prompts=["a red letter b on white"] * 3)
+    assert other["key"] != first["key"]
+    assert len(bytes_of(tmp_path / "again")) == 3
 
 
-def test_nfe_counts_guidance_twice(finished_run):
-    rows = {row.name: row.nfe for row in rows_of(finished_run)}
+def test_a_named_lora_is_the_rung_it_is_a_copy_of(trained_run, tmp_path):
+    """With DDIM, trailing, no guidance: bit for bit the student's own row."""
+    options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    lora = LoraRow(
+        name="copy", path=str(rung_folder(trained_run.run_dir, 4)), steps=4, scheduler_options=options
+    )
+    make(trained_run, tmp_path / "copy", lora_row(lora))
+    make(trained_run, tmp_path / "rung", Row("student-4", 4, 1.0, 4))
+    assert bytes_of(tmp_path / "copy") == bytes_of(tmp_path / "rung")
+    half = dataclasses.replace(lora_row(lora), lora_scale=0.5)
+    make(trained_run, tmp_path / "half", half)
+    assert bytes_of(tmp_path / "half") != bytes_of(tmp_path / "rung")
+    nothing = dataclasses.replace(lora_row(lora), lora_scale=0.0)
+    make(trained_run, tmp_path / "nothing", nothing)
+    make(trained_run, tmp_path / "teacher", Row("teacher-4", 4, 1.0))
+    assert np.abs((pixels(tmp_path / "nothing") - pixels(tmp_path / "teacher")).numpy()).max() <= 1
+
+
+def test_a_named_lora_brings_its_own_scheduler_and_timesteps(trained_run, tmp_path):
+    path = str(rung_folder(trained_run.run_dir, 4))
+    lcm = LoraRow(name="lcm", path=path, steps=4, scheduler="LCMScheduler", scheduler_options={})
+    explicit = LoraRow(**lcm.model_dump() | {"name": "dmd2", "timesteps": (999, 749, 499, 249)})
+    for lora in (lcm, explicit):
+        make(trained_run, tmp_path / lora.name, lora_row(lora))
+    assert bytes_of(tmp_path / "lcm") != bytes_of(tmp_path / "dmd2")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"path": "nowhere.safetensors"}, "allowed: a .safetensors file"),
+        ({"path": "."}, "pytorch_lora_weights.safetensors"),
+        ({"scheduler": "NoScheduler"}, "allowed: a class of diffusers"),
+        ({"scheduler": "UNet2DConditionModel"}, "allowed: a class of diffusers"),
+    ],
+)
+def test_a_named_lora_that_cannot_be_is_refused_in_one_line(trained_run, change, said):
+    good = {"name": "x", "path": str(rung_folder(trained_run.run_dir, 4)), "steps": 4}
+    with pytest.raises(ConfigError, match=said) as caught:
+        lora_row(LoraRow(**good | change))
+    assert "\n" not in str(caught.value)
+
+
+def test_nfe_counts_guidance_twice(trained_run):
+    rows = {row.name: row.nfe for row in rows_of(trained_run)}
     assert rows["teacher-32"] == 64
     assert rows["student-4"] == 4

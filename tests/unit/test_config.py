@@ -125,5 +125,13 @@ def test_the_plan_counts_the_recipes_forwards():
     assert phase_forwards(config, config.ladder[1], single) == pytest.approx(9.9, abs=0.01)
     assert phase_forwards(config, config.ladder[2], paired) == pytest.approx(9.6, abs=0.01)
     per_image = 2 * (32 + 8 + 4 + 2 + 1) + 32 + 8 + 4 + 2 + 1
-    assert evaluation_forwards(config) == config.evaluation.num_images * per_image
+    plain = [
+        f"evaluation.{key}"
+        for key in ("floor=false", "diversity_prompts=0", "lora_scales=[]", "matrix=false")
+    ]
+    plain.append("evaluation.cost_batch_sizes=[]")
+    assert evaluation_forwards(load_config(CONFIG, plain)) == config.evaluation.num_images * per_image
+    seeds, sweep, matrix, cost = 64 * (64 + 47), 8 * (6 * 47 + 64), 8 * 5 * 47, 2 * (1 + 8 + 32) * per_image
+    whole = config.evaluation.num_images * (per_image + 64) + seeds + sweep + matrix + cost
+    assert evaluation_forwards(config) == whole
     assert "32 -> 8" in describe(config)

@@ -11,14 +11,14 @@ LAYERS = [
     {"durable", "rng", "diffusion"},
     {"objectives", "demo.letters", "demo.reader"},
     {"models.folder"},
-    {"config", "rungs", "report"},
+    {"config", "rungs", "report.grid"},
     {"config_file"},
     {"run_folder", "plan", "runtime"},
     {"models"},
     {"data"},
     {"training"},
     {"ladder", "export", "demo.teacher"},
-    {"evaluation"},
+    {"evaluation", "report"},
     {"stages"},
     {"cli"},
     {"__main__"},
@@ -26,7 +26,9 @@ LAYERS = [
 OWNERS = {
     "peft": {"models/adapters.py"},
     "accelerate": {"runtime.py"},
-    "torchmetrics": {"evaluation/metrics.py"},
+    "torchmetrics": {"evaluation/distances.py", "evaluation/features.py"},
+    "psutil": {"evaluation/cost.py"},
+    "matplotlib": {"report/plots.py", "demo/letters.py"},
 }
 TORCH_ONLY = ("diffusion", "objectives")
 NO_TORCH = (

@@ -1,0 +1,64 @@
+"""COCO 2014 as a prompt file and a folder of real images: one caption of each of N pictures, the same ones for ever.
+
+    python eval/coco_prompts.py captions_val2014.json val2014/ --num-images 10000 --output coco10k
+
+Writes OUTPUT/prompts.txt (a caption a line) and OUTPUT/images/ (the pictures of those captions, as symbolic links). The
+subset: pictures in order of their sha256(seed, id), the caption with the lowest id of each.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+
+def subset(annotations: dict, *, num_images: int, seed: int) -> list[tuple[str, str]]:
+    """(file name, caption) of `num_images` pictures; ValueError where there are fewer."""
+    captions: dict[int, tuple[int, str]] = {}
+    for entry in annotations["annotations"]:
+        candidate = (entry["id"], " ".join(entry["caption"].split()))
+        captions[entry["image_id"]] = min(captions.get(entry["image_id"], candidate), candidate)
+    names = {image["id"]: image["file_name"] for image in annotations["images"] if image["id"] in captions}
+    if len(names) < num_images:
+        raise ValueError(
+            f"--num-images: got {num_images}; allowed: up to {len(names)}, the pictures with captions"
+        )
+    order = sorted(names, key=lambda number: hashlib.sha256(f"{seed}:{number}".encode()).hexdigest())
+    return [(names[number], captions[number][1]) for number in order[:num_images]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="COCO 2014 as prompts and real images.")
+    parser.add_argument("captions", type=Path, help="captions_val2014.json")
+    parser.add_argument("pictures", type=Path, help="the folder with val2014's pictures")
+    parser.add_argument("--num-images", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    try:
+        annotations = json.loads(args.captions.read_text(encoding="utf-8"))
+        chosen = subset(annotations, num_images=args.num_images, seed=args.seed)
+    except (OSError, KeyError, ValueError) as error:
+        print(f"coco_prompts: {error}", file=sys.stderr)
+        return 2
+    missing = [name for name, _ in chosen if not (args.pictures / name).is_file()]
+    if missing:
+        print(
+            f"coco_prompts: {args.pictures} lacks {len(missing)} pictures, such as {missing[0]}",
+            file=sys.stderr,
+        )
+        return 2
+    images = args.output / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    for name, _ in chosen:
+        link = images / name
+        link.unlink(missing_ok=True)
+        link.symlink_to((args.pictures / name).resolve())
+    (args.output / "prompts.txt").write_text("".join(f"{text}\n" for _, text in chosen), encoding="utf-8")
+    print(f"{len(chosen)} prompts in {args.output / 'prompts.txt'}, their pictures in {images}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Distances between two sets of features (N, D), float64 throughout. FID and KID are torchmetrics'."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+_CHUNK = 1024  # rows of a distance matrix held at a time
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,) and unbiased covariance (D, D) of num_samples features, float64."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    num_samples: int
+
+    @classmethod
+    def from_features(cls, features: torch.Tensor) -> "Moments":
+        """Of features (N, D); ValueError for fewer than 2."""
+        x = _checked(features)
+        return cls(x.mean(dim=0), torch.cov(x.T).reshape(x.shape[1], x.shape[1]), len(x))
+
+    @classmethod
+    def from_npz(cls, path: Path) -> "Moments":
+        """From the field's file of `mu` and `sigma`; ValueError where it has none."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mean, covariance = (
+                    torch.from_numpy(np.asarray(file[k], dtype=np.float64)) for k in ("mu", "sigma")
+                )
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path}: no reference stats: {error}; allowed: an .npz with mu and sigma"
+            ) from None
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit")
+        return cls(mean, covariance, 2)
+
+    def save_npz(self, path: Path) -> None:
+        """Writes `mu` and `sigma`."""
+        np.savez(path, mu=self.mean.numpy(), sigma=self.covariance.numpy())
+
+
+class _Identity(nn.Module):
+    """Features in, features out: torchmetrics' metrics on features that are there already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def fid(first: torch.Tensor | Moments, second: torch.Tensor | Moments) -> float:
+    """Frechet distance of the Gaussians with the sets' moments, never below 0 (Heusel et al. 2017, Eq 6).
+
+    ValueError where the sets have another number of features, or one fewer than 2 samples.
+    """
+    moments = [x if isinstance(x, Moments) else Moments.from_features(x) for x in (first, second)]
+    size = len(moments[0].mean)
+    if len(moments[1].mean) != size:
+        raise ValueError(f"FID of {size} and {len(moments[1].mean)} features: the extractors differ")
+    metric = FrechetInceptionDistance(feature=_Identity(size)).set_dtype(torch.float64)
+    for name, m in zip(("real", "fake"), moments, strict=True):
+        outer = (m.num_samples - 1) * m.covariance + m.num_samples * torch.outer(m.mean, m.mean)
+        setattr(metric, f"{name}_features_sum", m.mean * m.num_samples)
+        setattr(metric, f"{name}_features_cov_sum", outer)
+        setattr(metric, f"{name}_features_num_samples", torch.tensor(m.num_samples))
+    metric.orig_dtype = torch.float64
+    metric._update_count = 1  # the state was filled, not updated: without this compute() warns
+    return max(0.0, float(metric.compute()))
+
+
+def kid(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    *,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    paired: bool = False,
+    gamma: float | None = None,
+) -> tuple[float, float]:
+    """(mean, standard deviation) over random subsets of the unbiased squared MMD with the kernel (gamma x.y + 1)^3
+    (Binkowski et al. 2018, Section 4). Global randomness is left alone.
+
+    gamma is 1 / D where not given, as published. subset_size is cut to the smaller set's. `paired` is for sets whose
+    k-th images have something in common (prompt, noise): the estimate holds for independent ones only, so the even
+    images of one meet the odd ones of the other, and subsets are at most half of those.
+    """
+    x, y = _checked(first), _checked(second)
+    if paired:
+        x, y = x[::2], y[1::2]
+        subset_size = min(subset_size, len(y) // 2)
+    size = min(subset_size, len(x), len(y))
+    if size < 2:
+        raise ValueError(f"KID of {len(first)} and {len(second)} features: too few")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features, which it is given
+        identity = _Identity(x.shape[1])
+        metric = KernelInceptionDistance(feature=identity, subsets=subsets, subset_size=size, gamma=gamma)
+        torch.manual_seed(seed)
+        metric.update(x, real=True)
+        metric.update(y, real=False)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, Eq 1-2): the share of generated features inside some
+    real feature's ball to its k-th neighbour, and the share of real ones inside some generated feature's."""
+    x, y = _checked(real), _checked(generated)
+    return _share_inside(y, x, _radii(x, k)), _share_inside(x, y, _radii(y, k))
+
+
+def density_coverage(real: torch.Tensor, generated: torch.Tensor, *, k: int = 5) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020, Eq 3-4): how many real balls a generated feature lies in, over k, and the
+    share of real balls with a generated feature inside."""
+    x, y = _checked(real), _checked(generated)
+    radii = _radii(x, k)
+    inside, covered = 0, 0
+    for start in range(0, len(x), _CHUNK):
+        hits = _distances(x[start : start + _CHUNK], y) < radii[start : start + _CHUNK, None]
+        inside += int(hits.sum())
+        covered += int(hits.any(dim=1).sum())
+    return inside / (k * len(y)), covered / len(x)
+
+
+def cmmd(first: torch.Tensor, second: torch.Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+    """Squared MMD of unit-length embeddings under a Gaussian kernel, times 1000 (Jayasumana et al. 2024, Section 4).
+
+    The V-statistic: pairs of a sample with itself count, as in its authors' code, so it is never below 0.
+    """
+    x, y = (nn.functional.normalize(_checked(features), dim=1) for features in (first, second))
+    gamma = 1 / (2 * sigma**2)
+
+    def mean_kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+        total = sum(float(torch.exp(-gamma * _distances(part, b) ** 2).sum()) for part in a.split(_CHUNK))
+        return total / (len(a) * len(b))
+
+    return scale * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+
+
+def diversity(features: torch.Tensor) -> float:
+    """Mean distance between two seeds of one prompt, of features (P, S, D) with S >= 2, averaged over prompts."""
+    seeds = features.shape[1]
+    if seeds < 2:
+        raise ValueError(f"diversity of {seeds} seeds a prompt; allowed: 2 or more")
+    x = features.double()
+    apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+    return float(apart.sum(dim=(1, 2)).mean() / (seeds * (seeds - 1)))
+
+
+def _checked(features: torch.Tensor) -> torch.Tensor:
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features {tuple(features.shape)}; allowed: (N, D) with N >= 2")
+    if not torch.isfinite(features).all():
+        raise ValueError("features are not finite: the extractor or an image is broken")
+    return features.double()
+
+
+def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Euclidean, without the matrix product that loses half the digits."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _radii(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Distance of every feature (N, D) to its k-th neighbour other than itself."""
+    if len(x) <= k:
+        raise ValueError(f"{len(x)} features have no {k}-th neighbour; allowed: more than {k}")
+    return torch.cat([_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(_CHUNK)])
+
+
+def _share_inside(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
+    inside = sum(int((_distances(part, centres) <= radii).any(dim=1).sum()) for part in points.split(_CHUNK))
+    return inside / len(points)

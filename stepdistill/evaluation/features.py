@@ -1,0 +1,228 @@
+"""Networks that turn images into features, all local files: reader, Inception, CLIP, DINOv2.
+
+Nothing is downloaded here: a file that is missing is an error that names it.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics.multimodal.clip_score import CLIPScore
+
+from stepdistill.demo.reader import load_reader
+from stepdistill.durable import sha256_file
+from stepdistill.evaluation.resize import center_crop, resize
+from stepdistill.models.folder import embedded_folder
+
+INCEPTION_VARIABLE = "STEPDISTILL_INCEPTION"
+TORCHSCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+_STATE_DICT_SHA256 = "6726825d"  # torch-fidelity's file has the first digits of its sha256 in its name
+_ALLOWED = "reader, inception, inception:FILE, inception:FILE#sha256=HEX, clip:FOLDER, dinov2:FOLDER"
+
+
+class FeatureExtractor(nn.Module):
+    """Images (B, 3, H, W), float in 0..255, to features (B, num_features). `input_size` is the side it wants, None for
+    any; `sha256` is of its weights; `kid_gamma` is for features whose squared length is far from their number."""
+
+    kid_gamma: float | None = None
+
+    def __init__(self, name: str, num_features: int, sha256: str, input_size: int | None) -> None:
+        super().__init__()
+        self.name, self.num_features = name, num_features
+        self.sha256, self.input_size = sha256, input_size
+
+
+class ReaderFeatures(FeatureExtractor):
+    """The letters world's own reader: 96 features of 32 x 32 images, of mean squared length 7,600."""
+
+    kid_gamma = 1e-4
+
+    def __init__(self) -> None:
+        path = embedded_folder("reader") / "model.fp16.safetensors"
+        super().__init__("reader", 96, sha256_file(path), 32)
+        self.reader = load_reader(path)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 32, 32) -> (B, 96); ValueError for another size."""
+        if images.shape[-2:] != (32, 32):
+            raise ValueError(
+                f"evaluation.features: the reader reads 32 x 32 pictures, got {tuple(images.shape[-2:])}; "
+                f"allowed here: inception, clip:FOLDER, dinov2:FOLDER, or a resize"
+            )
+        return self.reader.features(images.round().to(torch.uint8))
+
+
+class InceptionFeatures(FeatureExtractor):
+    """2048-d pool features of FID's Inception, from a TorchScript file or through torch-fidelity."""
+
+    def __init__(self, path: Path, *, sha256: str | None = None) -> None:
+        if not path.is_file():
+            raise ValueError(f"evaluation.features: no Inception weights at {path}; {_where_to_get_them()}")
+        found = sha256_file(path)
+        _check_hash(path, found, sha256)
+        super().__init__("inception", 2048, found, 299)
+        self._scripted = path.suffix == ".pt"
+        if self._scripted:
+            self.net: Any = torch.jit.load(path, map_location="cpu").eval()
+        elif importlib.util.find_spec("torch_fidelity") is not None:
+            from torchmetrics.image.fid import NoTrainInceptionV3
+
+            self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+        else:
+            raise ValueError(
+                f"evaluation.features: {path.name} needs torch-fidelity (the `inception` extra); {_where_to_get_them()}"
+            )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 299, 299) -> (B, 2048). torch-fidelity's graph takes 8 bit, so what a resize made is rounded for it."""
+        if self._scripted:
+            return self.net.layers((images - 128) / 128).flatten(1)
+        return self.net(images.round().clamp(0, 255).to(torch.uint8)).flatten(1)
+
+
+class TransformersFeatures(FeatureExtractor):
+    """CLIP image embeddings or DINOv2's class token, from a local folder in safetensors."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
+
+        loader = {"clip": CLIPModel, "dinov2": Dinov2Model}[kind]
+        try:
+            net = loader.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"evaluation.{kind}: cannot load {folder}: {reason}; "
+                f"allowed: a folder with config.json, preprocessor_config.json and model.safetensors"
+            ) from None
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            digest.update(bytes.fromhex(sha256_file(file)))
+        size = net.config.vision_config.image_size if kind == "clip" else _crop_size(processor)
+        width = net.config.projection_dim if kind == "clip" else net.config.hidden_size
+        super().__init__(kind, width, digest.hexdigest(), size)
+        self.folder = folder
+        self.net: Any = net.requires_grad_(False)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(processor, f"image_{name}")).view(1, 3, 1, 1)
+            self.register_buffer(name, values * 255)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, input_size, input_size) -> (B, num_features)."""
+        pixels = (images - self.mean) / self.std
+        if self.name == "clip":
+            return self.net.visual_projection(self.net.vision_model(pixel_values=pixels).pooler_output)
+        return self.net(pixel_values=pixels).pooler_output
+
+
+def build_extractor(spec: str, *, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """The extractor that `spec` names, in eval mode; ValueError for another name or a file that is not there."""
+    kind, _, rest = spec.partition(":")
+    if spec == "reader":
+        made: FeatureExtractor = ReaderFeatures()
+    elif kind == "inception":
+        file, _, digest = rest.partition("#sha256=")
+        made = InceptionFeatures(Path(file) if file else _inception_file(), sha256=digest or None)
+    elif kind in ("clip", "dinov2") and rest:
+        made = TransformersFeatures(kind, Path(rest))
+    else:
+        raise ValueError(f"evaluation.features: got {spec!r}; allowed: {_ALLOWED}")
+    return made.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def extract(
+    batches: Iterable[torch.Tensor],
+    extractor: FeatureExtractor,
+    *,
+    resize: str,
+    crop: int | None = None,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Features (N, D), float32 on the CPU, of uint8 batches (B, 3, H, W), cropped and resized, batch_size at a time."""
+    found = [
+        _features(part, extractor, protocol=resize, crop=crop)
+        for batch in batches
+        for part in batch.split(batch_size)
+    ]
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def clip_score(extractor: FeatureExtractor, batches: Iterable[torch.Tensor], prompts: Sequence[str]) -> float:
+    """Mean of 100 max(cos(image, prompt), 0) by torchmetrics (Hessel et al. 2021, Eq 1); prompts are cut to the context."""
+    if not isinstance(extractor, TransformersFeatures) or extractor.name != "clip":
+        raise ValueError(f"CLIP score needs CLIP, got {extractor.name}")
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(extractor.folder, local_files_only=True)
+    metric = CLIPScore(model_name_or_path=lambda: (_Unwrapped(extractor.net), processor))
+    metric.to(extractor.mean.device)
+    first = 0
+    for batch in batches:
+        metric.update(list(batch.to(extractor.mean.device)), list(prompts[first : first + len(batch)]))
+        first += len(batch)
+    return float(metric.compute())
+
+
+class _Unwrapped(nn.Module):
+    """CLIP whose get_*_features give tensors: those of transformers 5 give objects, which torchmetrics cannot use."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net: Any = net
+        self.config = net.config
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.net.visual_projection(self.net.vision_model(pixel_values=pixel_values).pooler_output)
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        text = self.net.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        return self.net.text_projection(text.pooler_output)
+
+
+def _features(
+    images: torch.Tensor, extractor: FeatureExtractor, *, protocol: str, crop: int | None
+) -> torch.Tensor:
+    if crop is not None:
+        images = center_crop(images, crop)
+    device = next(extractor.parameters()).device
+    sized = resize(images.to(device), protocol, size=extractor.input_size or images.shape[-1])
+    return extractor(sized).float().cpu()
+
+
+def _crop_size(processor: object) -> int:
+    size = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
+    return int(size.get("height") or size.get("shortest_edge") or 224)
+
+
+def _check_hash(path: Path, found: str, wanted: str | None) -> None:
+    expected = wanted or (TORCHSCRIPT_SHA256 if path.suffix == ".pt" else _STATE_DICT_SHA256)
+    if not found.startswith(expected.lower()):
+        raise ValueError(
+            f"evaluation.features: {path} has sha256 {found[:16]}.., expected {expected[:16]}..: another or a broken file; "
+            f"inception:FILE#sha256=HEX takes it on your word"
+        )
+
+
+def _inception_file() -> Path:
+    given = os.environ.get(INCEPTION_VARIABLE)
+    if given:
+        return Path(given)
+    return Path(torch.hub.get_dir()) / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+
+
+def _where_to_get_them() -> str:
+    return (
+        f"allowed: NVIDIA's inception-2015-12-05.pt (needs no package) or torch-fidelity's "
+        f"weights-inception-2015-12-05-6726825d.pth, as inception:FILE or in {INCEPTION_VARIABLE}"
+    )

@@ -1,0 +1,107 @@
+"""Distances between sets of images: features once per set, kept with a hash, then every metric on them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stepdistill.config import Evaluation
+from stepdistill.durable import sha256_json
+from stepdistill.evaluation.distances import Moments, cmmd, density_coverage, fid, kid, precision_recall
+from stepdistill.evaluation.features import FeatureExtractor, build_extractor, extract
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images under a key. `cache` is where their features are kept; `batches` begins anew at each call."""
+
+    key: str
+    cache: Path
+    batches: Callable[[], Iterator[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class View:
+    """How images become features: extractor, resize protocol, centre crop."""
+
+    name: str
+    extractor: FeatureExtractor
+    resize: str
+    crop: int | None = None
+
+    def features(self, images: ImageSet) -> torch.Tensor:
+        """(N, D) float32, from the cache where images, extractor and protocol are the same."""
+        key = sha256_json([images.key, self.extractor.sha256, self.resize, self.crop])
+        path = images.cache / f"{self.name}.safetensors"
+        if path.is_file():
+            with safe_open(path, "pt") as kept:
+                if (kept.metadata() or {}).get("key") == key:
+                    return kept.get_tensor("features")
+        found = extract(images.batches(), self.extractor, resize=self.resize, crop=self.crop)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({"features": found.contiguous()}, partial, metadata={"key": key})
+        partial.replace(path)
+        return found
+
+
+class Distances:
+    """Every distance that the config asks for.
+
+    Args:
+        options: the evaluation section.
+        device: where features are computed.
+    """
+
+    def __init__(self, options: Evaluation, *, device: torch.device | str = "cpu") -> None:
+        self._options = options
+        self.main = View("main", build_extractor(options.features, device=device), options.resize)
+        self._views = [self.main]
+        if options.patch_size is not None:
+            self._views.append(View("patch", self.main.extractor, "none", options.patch_size))
+        self.clip = None
+        if options.clip is not None:
+            self.clip = View("clip", build_extractor(f"clip:{options.clip}", device=device), "pil_bicubic")
+            self._views.append(self.clip)
+        if options.dinov2 is not None:
+            dinov2 = build_extractor(f"dinov2:{options.dinov2}", device=device)
+            self._views.append(View("dinov2", dinov2, "pil_bicubic"))
+
+    @cached_property
+    def _stats(self) -> Moments | None:
+        path = self._options.reference_stats
+        return None if path is None else Moments.from_npz(Path(path))
+
+    def to_teacher(self, images: ImageSet, teacher: ImageSet) -> dict[str, float]:
+        """`*_to_teacher` of a set of images."""
+        return self._pairwise(images, teacher, "teacher")
+
+    def to_real(self, images: ImageSet, real: ImageSet | None) -> dict[str, float]:
+        """`*_to_real`, precision, recall, density and coverage; nothing where there is nothing real."""
+        found: dict[str, float] = {}
+        if real is not None:
+            found = self._pairwise(images, real, "real")
+            mine, theirs = self.main.features(images), self.main.features(real)
+            found["precision"], found["recall"] = precision_recall(theirs, mine)
+            found["density"], found["coverage"] = density_coverage(theirs, mine)
+        if self._stats is not None:
+            found["fid_to_real"] = fid(self._stats, self.main.features(images))
+        return found
+
+    def _pairwise(self, images: ImageSet, reference: ImageSet, whom: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for view in self._views:
+            mine, theirs = view.features(images), view.features(reference)
+            if view.name == "clip":
+                found[f"cmmd_to_{whom}"] = cmmd(theirs, mine)
+                continue
+            prefix = {"main": "fid", "patch": "patch_fid", "dinov2": "fd_dinov2"}[view.name]
+            found[f"{prefix}_to_{whom}"] = fid(theirs, mine)
+            if view.name == "main":
+                mean, deviation = kid(theirs, mine, paired=True, gamma=view.extractor.kid_gamma)
+                found |= {f"kid_to_{whom}": mean, f"kid_to_{whom}_std": deviation}
+        return found

@@ -1,0 +1,86 @@
+"""The rows of the table: who draws, in how many steps, with which LoRA, scheduler and guidance."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+from diffusers import SchedulerMixin
+
+from stepdistill.config import ConfigError, LoraRow, RunConfig
+from stepdistill.rungs import WEIGHT_NAME, rung_folder
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to draw. `student_steps` names the rung whose LoRA is loaded, `lora` another LoRA; with neither it is the
+    undistilled teacher."""
+
+    name: str
+    steps: int
+    guidance_scale: float
+    student_steps: int | None = None
+    lora: LoraRow | None = None
+    lora_scale: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """teacher, student or lora."""
+        if self.lora is not None:
+            return "lora"
+        return "teacher" if self.student_steps is None else "student"
+
+    @property
+    def nfe(self) -> int:
+        """U-Net evaluations per image; guidance counts two a step."""
+        return self.steps * (2 if self.guidance_scale > 1 else 1)
+
+    def weights(self, run_dir: Path) -> Path | None:
+        """The LoRA's file, None for the teacher."""
+        if self.lora is not None:
+            return lora_file(self.lora)
+        if self.student_steps is None:
+            return None
+        return rung_folder(run_dir, self.student_steps) / WEIGHT_NAME
+
+
+def rows_of(config: RunConfig) -> list[Row]:
+    """The table's rows: the teacher at its step counts, every rung of the ladder, then the LoRAs that the user names.
+
+    ConfigError where one of those has no file or a scheduler that diffusers does not know.
+    """
+    teachers = [
+        Row(f"teacher-{n}", n, config.teacher.guidance_scale) for n in config.evaluation.teacher_steps
+    ]
+    students = [
+        Row(f"student-{r.student_steps}", r.student_steps, 1.0, r.student_steps) for r in config.ladder
+    ]
+    return teachers + students + [lora_row(lora) for lora in config.evaluation.loras]
+
+
+def lora_row(lora: LoraRow) -> Row:
+    """The row of another LoRA; ConfigError where its file or its scheduler is not there."""
+    weights = lora_file(lora)
+    if not weights.is_file() or weights.suffix != ".safetensors":
+        raise ConfigError(
+            f"evaluation.loras: {lora.name}: got path {lora.path!r}; "
+            f"allowed: a .safetensors file, or a folder with {WEIGHT_NAME}"
+        )
+    scheduler_class(lora.scheduler)
+    return Row(lora.name, lora.steps, lora.guidance_scale, lora=lora, lora_scale=lora.scale)
+
+
+def lora_file(lora: LoraRow) -> Path:
+    """The safetensors file that its path names."""
+    path = Path(lora.path)
+    return path / WEIGHT_NAME if path.is_dir() else path
+
+
+def scheduler_class(name: str) -> type[SchedulerMixin]:
+    """The diffusers scheduler of that name; ConfigError for another."""
+    found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise ConfigError(
+            f"evaluation.loras: got scheduler {name!r}; allowed: a class of diffusers, such as LCMScheduler, "
+            f"EulerDiscreteScheduler, DDIMScheduler, TCDScheduler"
+        )
+    return found

@@ -1,0 +1,109 @@
+"""Small studies beside the table, each a folder of pictures and a number per cell.
+
+seeds    a few prompts, each from several seeds: does the student draw as differently as the teacher does?
+scales   every rung's LoRA at other weights than 1
+matrix   every rung's LoRA sampled at the steps of every other rung
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepdistill.config import RunConfig
+from stepdistill.evaluation.distances import diversity
+from stepdistill.evaluation.features import FeatureExtractor, extract
+from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.metrics import latent_mse
+from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.rows import Row
+from stepdistill.rng import derive_seed
+from stepdistill.runtime import Processes
+
+
+class Studies:
+    """The studies of one run.
+
+    Args:
+        config: the run.
+        sampler: what draws.
+        processes: who shares the drawing.
+        prompts: of the table's images.
+        folder: evaluation/.
+    """
+
+    def __init__(
+        self, config: RunConfig, sampler: Sampler, processes: Processes, prompts: Sequence[str], folder: Path
+    ) -> None:
+        self._config, self._sampler, self._processes = config, sampler, processes
+        self._prompts, self._folder = prompts, folder
+        self._seed = derive_seed(config.seed, "studies")
+
+    def draw_seeds(self, rows: Sequence[Row]) -> dict[str, Any] | None:
+        """Draws every row's pictures, picture number prompt * seeds + seed; what the report needs of them."""
+        options = self._config.evaluation
+        if not options.diversity_prompts:
+            return None
+        chosen = list(dict.fromkeys(self._prompts))[: options.diversity_prompts]
+        repeated = [prompt for prompt in chosen for _ in range(options.diversity_seeds)]
+        for row in rows:
+            self._ensure(row, self._seeds_folder(row), repeated)
+        names = [row.name for row in rows]
+        return {"prompts": chosen, "seeds": options.diversity_seeds, "rows": names}
+
+    def seed_diversity(
+        self, row: Row, grid: dict[str, Any], extractor: FeatureExtractor, *, resize: str
+    ) -> float:
+        """Mean feature distance between the pictures of one prompt from several seeds."""
+        prompts, seeds = len(grid["prompts"]), grid["seeds"]
+        batches = PictureFolder(self._seeds_folder(row)).batches(prompts * seeds)
+        return diversity(extract(batches, extractor, resize=resize).reshape(prompts, seeds, -1))
+
+    def scale_sweep(self, students: Sequence[Row], reference: Row) -> dict[str, Any] | None:
+        """Each student's LoRA at each weight, with the latent distance to the teacher."""
+        scales, count = self._config.evaluation.lora_scales, self._config.evaluation.study_images
+        if not scales:
+            return None
+        cells = [
+            {"row": row.name, "scale": scale}
+            | self._against(reference, replace(row, lora_scale=scale), f"scales/{row.name}@{scale:g}", count)
+            for row in students
+            for scale in scales
+        ]
+        return {"scales": list(scales), "images": count, "cells": cells}
+
+    def matrix(self, students: Sequence[Row], reference: Row) -> dict[str, Any] | None:
+        """Each student's LoRA at each student's steps, with the latent distance to the teacher."""
+        count = self._config.evaluation.study_images
+        if not self._config.evaluation.matrix:
+            return None
+        cells = [
+            {"adapter": row.steps, "steps": other.steps}
+            | self._against(
+                reference, replace(row, steps=other.steps), f"matrix/{row.steps}@{other.steps}", count
+            )
+            for row in students
+            for other in students
+        ]
+        return {"images": count, "cells": cells}
+
+    def _against(self, reference: Row, row: Row, folder: str, count: int) -> dict[str, float]:
+        prompts = self._prompts[:count]
+        teacher = self._folder / "studies" / reference.name
+        self._ensure(reference, teacher, prompts)
+        self._ensure(row, self._folder / folder, prompts)
+        if not self._processes.is_main:
+            return {}
+        apart = latent_mse(self._latents(self._folder / folder), self._latents(teacher))
+        return {"latent_mse_to_teacher": apart}
+
+    def _latents(self, folder: Path) -> torch.Tensor:
+        return PictureFolder(folder).latents()
+
+    def _seeds_folder(self, row: Row) -> Path:
+        return self._folder / "seeds" / row.name
+
+    def _ensure(self, row: Row, folder: Path, prompts: Sequence[str]) -> None:
+        self._sampler.ensure(row, folder, prompts, seed=self._seed, processes=self._processes)

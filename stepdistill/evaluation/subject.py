@@ -1,0 +1,156 @@
+"""What the table is about: the prompts, and the real images that `*_to_real` compares with.
+
+Prompts: a file's, or every caption of the letters world equally often. Real images: a folder's, or for captions of the
+letters world fresh renderings of them; none where neither is there.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from stepdistill.config import ConfigError, RunConfig
+from stepdistill.demo import letters
+from stepdistill.durable import sha256_json
+from stepdistill.rng import derive_seed
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Renderings:
+    """Letters rendered afresh: real images without a file."""
+
+    wanted: Sequence[letters.Triple]
+    seed: int
+
+    @property
+    def about(self) -> str:
+        """For the protocol."""
+        return f"{len(self.wanted)} renderings of the prompts"
+
+    @property
+    def key(self) -> str:
+        """Equal key, equal pictures."""
+        return sha256_json(["renderings", [t.caption for t in self.wanted], self.seed])
+
+    def batches(self, batch_size: int = 256) -> Iterator[torch.Tensor]:
+        """uint8 (B, 3, 32, 32)."""
+        for start in range(0, len(self.wanted), batch_size):
+            chunk = enumerate(self.wanted[start : start + batch_size], start)
+            yield _stack([np.asarray(letters.render_at(t, seed=self.seed, index=i)) for i, t in chunk])
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Pictures of a folder and of the folders in it, in order of their names."""
+
+    folder: Path
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, folder: str) -> "ImageFolder":
+        """ConfigError where there is no folder or no picture."""
+        path = Path(folder)
+        files = tuple(
+            sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
+        )
+        if len(files) < 2:
+            raise ConfigError(
+                f"evaluation.real_images: got {folder!r}, which holds {len(files)} pictures; "
+                f"allowed: a folder with 2 or more of {', '.join(PICTURE_SUFFIXES)}"
+            )
+        return cls(path, files)
+
+    @property
+    def about(self) -> str:
+        """For the protocol."""
+        return f"{len(self.files)} pictures of the folder {self.folder.name}"
+
+    @property
+    def key(self) -> str:
+        """sha256 over names and bytes."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.relative_to(self.folder).as_posix().encode() + b"\0")
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+    def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
+        """uint8 (B, 3, H, W); a new batch begins where the size changes."""
+        waiting: list[np.ndarray] = []
+        for file in self.files:
+            pixels = _read(file)
+            if waiting and (pixels.shape != waiting[0].shape or len(waiting) == batch_size):
+                yield _stack(waiting)
+                waiting = []
+            waiting.append(pixels)
+        yield _stack(waiting)
+
+
+RealImages = Renderings | ImageFolder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Prompts of the images 0 .. N - 1, what they show where that is known, and real images where there are some."""
+
+    prompts: tuple[str, ...]
+    wanted: tuple[letters.Triple, ...] | None
+    real: RealImages | None
+    other_real: RealImages | None
+    """A second set of real images: how far two of them are apart at this number of images."""
+
+
+def subject_of(config: RunConfig) -> Subject:
+    """The prompts and real images that a config asks for; ConfigError where a file is missing, empty or not UTF-8."""
+    count, seed = config.evaluation.num_images, config.seed
+    if config.evaluation.prompts is not None:
+        lines = _read_prompts(Path(config.evaluation.prompts))
+        prompts = tuple(lines[k % len(lines)] for k in range(count))
+    else:
+        triples = letters.sample_triples(count, seed=derive_seed(seed, "evaluation prompts") % 2**32)
+        prompts = tuple(triple.caption for triple in triples)
+    wanted = _triples(prompts)
+    if config.evaluation.real_images is not None:
+        return Subject(prompts, wanted, ImageFolder.open(config.evaluation.real_images), None)
+    if wanted is None:
+        return Subject(prompts, None, None, None)
+    first, second = (Renderings(wanted, derive_seed(seed, name) % 2**32) for name in ("real", "other real"))
+    return Subject(prompts, wanted, first, second)
+
+
+def _triples(prompts: Sequence[str]) -> tuple[letters.Triple, ...] | None:
+    """What the prompts show, where all are captions of the letters world."""
+    try:
+        return tuple(letters.parse_caption(prompt) for prompt in prompts)
+    except ValueError:
+        return None
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"evaluation.prompts: cannot read {path} as UTF-8 text: {error}") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ConfigError(f"evaluation.prompts: {path} is empty; allowed: a text file with a prompt a line")
+    return prompts
+
+
+def _read(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"evaluation.real_images: cannot read {file}: {error}") from None
+
+
+def _stack(pixels: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()

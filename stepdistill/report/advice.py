@@ -1,0 +1,99 @@
+"""What to do next when a number is bad: rules over the numbers at hand, each with the config keys that it is about.
+
+Here: the distances of the whole ladder, and what rules.py says of each rung, put together by remedy.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from stepdistill.report import rules
+from stepdistill.report.entries import Entry, entries_of
+from stepdistill.report.read import PhaseLog, Run, RungLog
+from stepdistill.report.rules import Advice, steps_of
+from stepdistill.report.signs import still_falling
+
+_FAR = 3.0  # times the floor: a distance that is worth updates
+_JUMP = 2.0  # times the rung before
+_NEAR_FLOOR = 2.0
+_MOST_KEYS = 6
+
+
+def advice_for(run: Run) -> list[Advice]:
+    """The rules that the run's numbers set off, those about distances first."""
+    students = {e.steps: e for e in entries_of([run]) if e.kind == "student"}
+    reference = next((e for e in entries_of([run]) if e.is_reference), None)
+    found = [*_far_from_teacher(run, students), *_at_the_floor(run, students)]
+    for rung in run.rungs:
+        student = students.get(rung.student_steps)
+        if student is not None:
+            found += [
+                *rules.looks(student, rung),
+                *rules.prompts(student, rung, reference),
+                *rules.diversity(student, rung),
+            ]
+        for phase in rung.phases:
+            found += rules.discriminator(phase, rung)
+    return list(_merged([*found, *rules.scales(run)]))
+
+
+def _merged(found: Iterable[Advice]) -> Iterator[Advice]:
+    """One entry for each remedy, with the findings and keys of all rungs that call for it."""
+    alike: dict[str, list[Advice]] = {}
+    for advice in found:
+        alike.setdefault(advice.remedy, []).append(advice)
+    for remedy, group in alike.items():
+        findings = "; ".join(advice.finding.removesuffix(".") for advice in group)
+        keys = dict.fromkeys(key for advice in group for key in advice.keys)
+        yield Advice(f"{findings}.", remedy, tuple(keys)[:_MOST_KEYS])
+
+
+def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
+    """The rung that loses the most on the one before it, where it is far above the floor."""
+    floor, before = run.floor.get("fid_to_teacher"), None
+    worst: tuple[float, RungLog, float, float | None] | None = None
+    for rung in run.rungs:
+        fid = students[rung.student_steps].value("fid_to_teacher") if rung.student_steps in students else None
+        if fid is None:
+            continue
+        base = before if before is not None else floor
+        ratio = fid / max(base, 1e-9) if base else 0.0
+        if ratio > _JUMP and (floor is None or fid > _FAR * floor) and (worst is None or ratio > worst[0]):
+            worst = (ratio, rung, fid, before)
+        before = fid
+    if worst is None:
+        return
+    _, rung, fid, before = worst
+    was = f", {before:.2f} at the rung before" if before is not None else ""
+    beside = f"; the floor is {floor:.2f}" if floor else ""
+    remedy, keys = _more_training(rung.main_phase)
+    if rung.student_steps <= 2 and rung.node_steps is None:
+        remedy += " The recipe trains the 2- and 1-step rungs at the nodes of 4 steps."
+        keys.append(f"{rung.key}.node_steps")
+    if rung.student_steps == 1 and rung.prediction_type != "sample":
+        remedy += " It converts the 1-step rung to x0."
+        keys.append(f"{rung.key}.prediction_type")
+    yield Advice(f"{steps_of(rung)}: FID to teacher {fid:.2f}{was}{beside}.", remedy, tuple(keys))
+
+
+def _more_training(phase: PhaseLog) -> tuple[str, list[str]]:
+    updates, rate = f"{phase.key}.max_train_steps", f"{phase.key}.learning_rate"
+    falling = still_falling(phase)
+    if falling is None:
+        return "Give it more updates, or a higher learning rate.", [updates, rate]
+    if falling:
+        return "Its loss was still falling when the phase ended: give it more updates.", [updates]
+    return "Its loss had stopped falling: try a higher learning rate, then a higher rank.", [
+        rate,
+        "lora.rank",
+    ]
+
+
+def _at_the_floor(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
+    floor = run.floor.get("fid_to_teacher")
+    near = [e for e in students.values() if floor and (e.value("fid_to_teacher") or 0) < _NEAR_FLOOR * floor]
+    if len(near) > 1:
+        names = ", ".join(entry.name for entry in near)
+        yield Advice(
+            f"{names}: FID to teacher within {_NEAR_FLOOR:g} times the floor of {floor:.2f}.",
+            "Their order may be chance. To tell them apart, draw more images.",
+            ("evaluation.num_images",),
+        )

@@ -1,0 +1,160 @@
+"""What is plotted and what each plot says in words: distances over steps and cost, losses and accuracies over updates."""
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stepdistill.report.entries import Entry
+from stepdistill.report.plots import Boundary, Curve, Series, curve_plot, scatter_plot
+from stepdistill.report.quantities import number
+from stepdistill.report.read import ADVERSARIAL, PhaseLog, Run, RungLog
+
+_DISTANCES = ("fid_to_teacher", "fid_to_real")
+_NEGLIGIBLE = 1e-6  # the reference against itself
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An SVG as a data URI, its caption, and what it shows in words."""
+
+    uri: str
+    caption: str
+    alt: str
+
+
+def distance_plots(entries: Sequence[Entry]) -> list[Plot]:
+    """FID over steps and over seconds an image, to the teacher and to real images."""
+    plots = []
+    for key in _DISTANCES:
+        title = "FID to the teacher" if key == "fid_to_teacher" else "FID to real images"
+        floors = [floor for e in entries if (floor := e.run.floor.get(key))]
+        floor = floors[0] if floors else None
+        for x_key, x_label, over in (
+            ("steps", "steps", "steps"),
+            ("seconds_per_image", "seconds per image", "cost"),
+        ):
+            series = _series(entries, x_key, key)
+            if sum(len(one.points) for one in series) > 1:
+                svg = scatter_plot(
+                    series, x_label=x_label, y_label=title, floor=floor, steps=x_key == "steps"
+                )
+                plots.append(
+                    Plot(svg_uri(svg), f"{title} over {over}", _spoken(title, x_label, series, floor))
+                )
+    return plots
+
+
+def training_plots(runs: Sequence[Run]) -> list[tuple[str, list[Plot]]]:
+    """Per rung, most steps first: its loss, and where there are adversarial phases their losses and D's accuracy."""
+    steps = sorted({rung.student_steps for run in runs for rung in run.rungs}, reverse=True)
+    found = []
+    for n in steps:
+        rungs = [(run.name, rung) for run in runs for rung in run.rungs if rung.student_steps == n]
+        plots = [plot for plot in (_losses(rungs), _adversarial(rungs), _accuracy(rungs)) if plot is not None]
+        if plots:
+            teachers = "/".join(str(t) for t in dict.fromkeys(rung.teacher_steps for _, rung in rungs))
+            found.append((f"{teachers} → {n} steps", plots))
+    return found
+
+
+def svg_uri(svg: bytes) -> str:
+    """A data URI of an SVG."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _series(entries: Sequence[Entry], x_key: str, y_key: str) -> list[Series]:
+    points: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    several = len({entry.run.name for entry in entries}) > 1
+    for entry in entries:
+        x, y = number(entry.row.get(x_key)), number(entry.row.get(y_key))
+        if x and y and x > 0 and y > _NEGLIGIBLE:
+            name = {"teacher": "undistilled teacher", "student": "students"}.get(entry.kind, entry.label)
+            if several and entry.kind != "lora" and entry.label != entry.name:
+                name = f"{entry.run.name}: {name}"
+            points.setdefault((name, entry.kind == "teacher"), []).append((float(x), float(y)))
+    return [Series(name, tuple(values), is_teacher) for (name, is_teacher), values in points.items()]
+
+
+def _spoken(title: str, x_label: str, series: Sequence[Series], floor: float | None) -> str:
+    parts = [
+        f"{one.label}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in sorted(one.points, reverse=True))
+        for one in series
+    ]
+    ending = "" if floor is None else f". The floor is {floor:.3g}"
+    return f"{title} over {x_label}. " + "; ".join(parts) + ending + "."
+
+
+def _losses(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
+    """MSE of every phase: what mse and convert phases minimise, and what adversarial ones log beside their loss."""
+
+    def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
+        name = "mse" if phase.objective in ADVERSARIAL else "student_loss"
+        return [(name, "MSE", phase.objective in ADVERSARIAL)]
+
+    return _plot(rungs, lines, title="MSE to the teacher's move", y_label="MSE", log=True)
+
+
+def _adversarial(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
+    def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
+        names = [("student_loss", "student", False), ("discriminator_loss", "discriminator", True)]
+        return names if phase.objective in ADVERSARIAL else []
+
+    return _plot(rungs, lines, title="Adversarial losses", y_label="loss", log=False)
+
+
+def _accuracy(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
+    def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
+        if phase.objective not in ADVERSARIAL:
+            return []
+        teacher, student = (f"discriminator_accuracy_{of}" for of in ("teacher", "student"))
+        if phase.values(teacher) == phase.values(student):  # a relativistic loss judges pairs
+            return [(teacher, "of pairs", False)]
+        return [(teacher, "on the teacher's", False), (student, "on the student's", True)]
+
+    return _plot(
+        rungs, lines, title="Discriminator accuracy", y_label="share told right", log=False, chance=0.5
+    )
+
+
+def _plot(
+    rungs: Sequence[tuple[str, RungLog]],
+    lines: Callable[[PhaseLog], list[tuple[str, str, bool]]],
+    *,
+    title: str,
+    y_label: str,
+    log: bool,
+    chance: float | None = None,
+) -> Plot | None:
+    """One plot of a rung in one or several runs; `lines` says what of a phase: key in the log, label, dashed."""
+    curves: list[Curve] = []
+    boundaries: list[Boundary] = []
+    spoken: list[str] = []
+    for place, (run_name, rung) in enumerate(rungs):
+        first = 0
+        for phase in rung.phases:
+            wanted = [(label, dashed, phase.values(key)) for key, label, dashed in lines(phase)]
+            if log:
+                wanted = [(label, dashed, [v for v in values if v > 0]) for label, dashed, values in wanted]
+            wanted = [(label, dashed, values) for label, dashed, values in wanted if values]
+            if not wanted:
+                continue
+            if len(rungs) == 1:
+                boundaries.append(Boundary(first, phase.objective))
+            for order, (label, dashed, values) in enumerate(wanted):
+                name = label if len(rungs) == 1 else run_name if log else f"{run_name}, {label}"
+                known = {curve.label for curve in curves}
+                colour = place if len(rungs) > 1 else order
+                curves.append(
+                    Curve("_" + name if name in known else name, first, tuple(values), colour, dashed)
+                )
+                where = f"{run_name}, " if len(rungs) > 1 else ""
+                spoken.append(f"{where}{phase.objective}, {label}: {values[0]:.3g} to {values[-1]:.3g}")
+            first += max(len(values) for _, _, values in wanted)
+    if not curves:
+        return None
+    if log and any(curve.dashed for curve in curves):
+        y_label += " (dashed: adversarial phases)"
+    svg = curve_plot(curves, boundaries, y_label=y_label, log=log, chance=chance)
+    steps = rungs[0][1].student_steps
+    alt = f"{title} of the {steps}-step rung over its updates, first and last value: {'; '.join(spoken)}."
+    return Plot(svg_uri(svg), title, alt)

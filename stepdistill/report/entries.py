@@ -1,0 +1,99 @@
+"""The rows of one or of several runs as one list, each with the label that it has in tables, plots and pictures.
+
+Of several runs, rows of the undistilled teacher that say the same in all of them are there once; students of equal steps
+stand together, so that runs are compared rung by rung.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepdistill.report.quantities import Number, number
+from stepdistill.report.read import Run
+
+FEW_STEPS = 8
+_SAME = 1e-6
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of a run's table."""
+
+    label: str
+    run: Run
+    row: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The row's name within its run."""
+        return self.row["row"]
+
+    @property
+    def kind(self) -> str:
+        """teacher, student or lora."""
+        return self.row["kind"]
+
+    @property
+    def steps(self) -> int:
+        """num_inference_steps."""
+        return self.row["steps"]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether `*_to_teacher` is measured against this row."""
+        return self.name == self.run.reference
+
+    def value(self, key: str) -> Number | None:
+        """One of its numbers, None where it was not measured."""
+        return number(self.row.get(key))
+
+
+def entries_of(runs: Sequence[Run]) -> list[Entry]:
+    """All rows; see the legend for their order and labels."""
+    if len(runs) == 1:
+        return [Entry(row["row"], runs[0], row) for row in runs[0].rows]
+    every = [Entry(f"{run.name}: {row['row']}", run, row) for run in runs for row in run.rows]
+    teachers: list[Entry] = []
+    for entry in (e for e in every if e.kind == "teacher"):
+        others = [e for e in every if e.name == entry.name and e.run is not entry.run]
+        if all(_same(entry, other) for other in others):
+            if all(t.name != entry.name for t in teachers):
+                teachers.append(Entry(entry.name, entry.run, entry.row))
+        else:
+            teachers.append(entry)
+    rest = [entry for entry in every if entry.kind != "teacher"]
+    return teachers + sorted(rest, key=lambda e: (-e.steps, e.kind == "lora"))
+
+
+def equal_passes(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
+    """The undistilled teacher with as many U-Net passes as this row, else with as many steps; None where there is none."""
+    own = [e for e in entries if e.kind == "teacher" and not e.is_reference]
+    for key in ("nfe", "steps"):
+        for teacher in own:
+            if teacher.row[key] == entry.row[key]:
+                return teacher
+    return None
+
+
+def picture_order(entries: Sequence[Entry]) -> list[Entry]:
+    """The reference, then for each step count the undistilled teacher and who distilled it."""
+    references = [entry for entry in entries if entry.is_reference][:1]
+    distilled = [entry for entry in entries if entry.kind != "teacher"]
+    order = list(references)
+    for steps in sorted({entry.steps for entry in distilled}, reverse=True):
+        for kind in ("teacher", "student", "lora"):
+            order += [e for e in entries if e.kind == kind and e.steps == steps and e not in order]
+    return order
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    """Equal numbers in every metric; what a row costs is measured anew each time and does not count."""
+    for key in {**one.run.metrics, **other.run.metrics}:
+        mine, theirs = one.value(key), other.value(key)
+        if mine is None or theirs is None:
+            if mine != theirs:
+                return False
+        elif not math.isclose(mine, theirs, rel_tol=_SAME, abs_tol=_SAME):
+            return False
+    return True

@@ -1,0 +1,194 @@
+"""The pictures of a report, in tables of their own: same noise, seeds, LoRA scales, adapters at other steps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from stepdistill.report.entries import Entry, picture_order
+from stepdistill.report.grid import image_grid
+from stepdistill.report.pictures import Picture, clipped, embedded, mosaic, open_pictures, row_folder
+from stepdistill.report.quantities import number
+from stepdistill.report.read import Run
+
+_SHOWN, _TILE = 96, 64
+_PROMPT_LENGTH = 60
+_MOST_PROMPTS, _MOST_TILES = 4, 4
+_SHEET_TILE = 256
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many pixels large pictures keep: in the same-noise grid, and in the studies."""
+
+    grid: int
+    study: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A cell: a picture (none where it is missing), a number beneath, whether it is marked."""
+
+    picture: Picture | None
+    note: str = ""
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of pictures."""
+
+    label: str
+    kind: str
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A table of pictures. `prompts`: the columns' full texts where their headings are clipped."""
+
+    caption: str
+    corner: str
+    columns: tuple[str, ...]
+    strips: tuple[Strip, ...]
+    are_prompts: bool = False
+    prompts: tuple[str, ...] = ()
+    is_study: bool = True
+
+
+def same_noise(entries: Sequence[Entry], *, columns: int, sizes: Sizes) -> Gallery | None:
+    """Equal prompt and noise down each column; None where no picture is there."""
+    prompts = _texts(entries[0].run.part("prompts") if entries else None)[:columns]
+    strips = []
+    for entry in picture_order(entries):
+        folder = row_folder(entry.run.path / "evaluation", entry.name)
+        images = [open_pictures(folder, [k], longest=sizes.grid) if folder else [] for k in range(columns)]
+        alts = [
+            f"{entry.label}: {prompts[k] if k < len(prompts) else f'picture {k + 1}'}" for k in range(columns)
+        ]
+        tiles = tuple(
+            Tile(embedded(found[0], alt, shown=_SHOWN) if found else None)
+            for found, alt in zip(images, alts, strict=True)
+        )
+        if any(tile.picture for tile in tiles):
+            strips.append(Strip(entry.label, entry.kind, tiles))
+    if not strips:
+        return None
+    headings = tuple(_clipped_prompt(p) for p in prompts) or tuple(str(k + 1) for k in range(columns))
+    headings += ("",) * (columns - len(headings))
+    caption = "One prompt and one noise per column: what differs within a column is the model alone."
+    return Gallery(caption, "model", headings, tuple(strips), bool(prompts), _unclipped(prompts), False)
+
+
+def seeds(run: Run, *, sizes: Sizes) -> Gallery | None:
+    """A few prompts from several seeds each: a student that draws the same again and again has lost diversity."""
+    study = run.part("diversity_grid") or {}
+    prompts, count = _texts(study.get("prompts"))[:_MOST_PROMPTS], int(number(study.get("seeds")) or 0)
+    kinds = {row["row"]: row["kind"] for row in run.rows}
+    strips = []
+    for name in study.get("rows") or ():
+
+        def draw(place: int, name: str = str(name)) -> Tile:
+            indices = range(place * count, (place + 1) * count)
+            alt = f"{name}, {count} seeds: {prompts[place]}"
+            return _study_tile(run, ("seeds", name), indices, alt, sizes)
+
+        strips.append(_strip(str(name), kinds.get(name, ""), range(len(prompts)), draw))
+    caption = f"One prompt per column, {count} seeds in each cell."
+    headings = tuple(_clipped_prompt(p) for p in prompts)
+    return _if_drawn(Gallery(caption, "model", headings, tuple(strips), True, _unclipped(prompts)))
+
+
+def scale_sweep(run: Run, *, sizes: Sizes) -> Gallery | None:
+    """Every rung's LoRA at other weights; the weight that it was trained at is marked."""
+    study = run.part("scale_sweep") or {}
+    scales = [float(s) for s in study.get("scales") or () if number(s) is not None]
+    cells = {(c.get("row"), c.get("scale")): c for c in study.get("cells") or ()}
+    strips = []
+    for name in dict.fromkeys(str(row) for row, _ in cells):
+
+        def draw(place: int, name: str = name) -> Tile:
+            scale = scales[place]
+            tile = _study_tile(
+                run,
+                ("scales", f"{name}@{scale:g}"),
+                range(_MOST_TILES),
+                f"{name} at LoRA scale {scale:g}",
+                sizes,
+            )
+            return Tile(tile.picture, _mse(cells.get((name, scale))), scale == 1)
+
+        strips.append(_strip(name, "student", range(len(scales)), draw))
+    caption = "Every rung's LoRA at other weights; beneath, the latent MSE to the teacher. Outlined: weight 1, as trained."
+    return _if_drawn(Gallery(caption, "LoRA", tuple(f"scale {s:g}" for s in scales), tuple(strips)))
+
+
+def matrix(run: Run, *, sizes: Sizes) -> Gallery | None:
+    """Every rung's LoRA sampled at every rung's steps; the diagonal is marked."""
+    study = run.part("matrix") or {}
+    cells = {(c.get("adapter"), c.get("steps")): c for c in study.get("cells") or ()}
+    steps = sorted({m for _, m in cells if isinstance(m, int)}, reverse=True)
+    adapters = sorted({n for n, _ in cells if isinstance(n, int)}, reverse=True)
+    strips = []
+    for adapter in adapters:
+
+        def draw(place: int, adapter: int = adapter) -> Tile:
+            sampled, alt = steps[place], f"the {adapter}-step LoRA sampled at {steps[place]} steps"
+            tile = _study_tile(run, ("matrix", f"{adapter}@{sampled}"), range(_MOST_TILES), alt, sizes)
+            return Tile(tile.picture, _mse(cells.get((adapter, sampled))), adapter == sampled)
+
+        strips.append(_strip(f"{adapter}-step LoRA", "student", range(len(steps)), draw))
+    caption = (
+        "Every rung's LoRA sampled at every rung's steps; beneath, the latent MSE to the teacher. "
+        "Outlined: the steps that it was trained for."
+    )
+    return _if_drawn(Gallery(caption, "LoRA", tuple(_steps(m) for m in steps), tuple(strips)))
+
+
+def comparison_sheet(entries: Sequence[Entry], *, columns: int) -> Image.Image | None:
+    """grid.png: the same-noise grid as one picture; None where no picture is there."""
+    rows: dict[str, list[Image.Image]] = {}
+    for entry in picture_order(entries):
+        folder = row_folder(entry.run.path / "evaluation", entry.name)
+        images = open_pictures(folder, range(columns), longest=_SHEET_TILE) if folder else []
+        if images:
+            rows[entry.label.replace("-", " ")] = images
+    return image_grid(rows, max_tile=_SHEET_TILE) if rows else None
+
+
+def _study_tile(run: Run, parts: tuple[str, ...], indices: range, alt: str, sizes: Sizes) -> Tile:
+    folder = row_folder(run.path / "evaluation", *parts)
+    images = open_pictures(folder, indices, longest=sizes.study) if folder else []
+    return Tile(mosaic(images, alt, tile=_TILE) if images else None)
+
+
+def _strip(label: str, kind: str, places: range, draw: Callable[[int], Tile]) -> Strip:
+    return Strip(label, kind, tuple(draw(place) for place in places))
+
+
+def _if_drawn(gallery: Gallery) -> Gallery | None:
+    drawn = any(tile.picture or tile.note for strip in gallery.strips for tile in strip.tiles)
+    return gallery if drawn else None
+
+
+def _mse(cell: dict[str, Any] | None) -> str:
+    value = number((cell or {}).get("latent_mse_to_teacher"))
+    return "" if value is None else f"{value:.4f}"
+
+
+def _steps(n: int) -> str:
+    return "1 step" if n == 1 else f"{n} steps"
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(text) for text in value] if isinstance(value, list) else []
+
+
+def _clipped_prompt(prompt: str) -> str:
+    return clipped(prompt, _PROMPT_LENGTH)
+
+
+def _unclipped(prompts: Sequence[str]) -> tuple[str, ...]:
+    """All of them in full, where any heading is clipped."""
+    return tuple(prompts) if any(len(p) > _PROMPT_LENGTH for p in prompts) else ()

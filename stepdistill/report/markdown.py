@@ -1,0 +1,49 @@
+"""The table as Markdown: results.md, and what the README prints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stepdistill.report.quantities import format_number
+
+_FIRST = {"row": ("model", ""), "nfe": ("U-Net passes", "")}
+_METRICS = {
+    "fid_to_real": ("FID to real", ".1f"),
+    "fid_to_teacher": ("FID to teacher", ".2f"),
+    "prompt_accuracy": ("prompt accuracy", ".3f"),
+    "latent_mse_to_teacher": ("latent MSE to teacher", ".4f"),
+}
+_LAST = {"seconds_per_image": ("s / image", ".4f"), "speed_up": ("speed-up", ".1f")}
+
+
+def markdown_table(rows: list[dict[str, Any]], metrics: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """The rows as a Markdown table: the README's metrics, or all of `metrics` (title and format by key)."""
+    middle = {
+        key: (about.get("title", key), about.get("format", "g")) for key, about in (metrics or {}).items()
+    }
+    columns = _FIRST | (middle or _METRICS) | _LAST
+    lines = [[title for title, _ in columns.values()], ["---", *["---:"] * (len(columns) - 1)]]
+    lines += [[_text(row.get(key), key, spec) for key, (_, spec) in columns.items()] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def markdown(name: str, results: Mapping[str, Any]) -> str:
+    """results.md: the table and what it was measured on."""
+    metrics, floor = results.get("metrics"), results.get("floor") or {}
+    real = floor.get("fid_to_real", results.get("fid_floor"))
+    notes = [
+        f"{results.get('num_images', 'Some')} images a row, equal prompts and noise. FID to teacher: against the images "
+        f"of {results.get('reference', 'the teacher')}."
+    ]
+    if real is not None:
+        notes.append(f"Two sets of real images are {real:.1f} apart at this number of images.")
+    if floor.get("fid_to_teacher") is not None:
+        notes.append(f"The teacher with other seeds is {floor['fid_to_teacher']:.2f} from itself.")
+    table = markdown_table(results["rows"], metrics)
+    return f"# {name}\n\n{table}\n\n{' '.join(notes)}\n\n![same noise per column](grid.png)\n"
+
+
+def _text(value: Any, key: str, spec: str) -> str:
+    if isinstance(value, str):
+        return " ".join(value.split()).replace("|", "\\|")
+    text = format_number(value, spec)
+    return f"{text} x" if key == "speed_up" and value is not None else text

@@ -1,0 +1,182 @@
+"""index.html: one self-contained page under a strict Content-Security-Policy. Everything goes through autoescape."""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from stepdistill.report import gallery
+from stepdistill.report.advice import advice_for
+from stepdistill.report.curves import distance_plots, training_plots
+from stepdistill.report.entries import entries_of
+from stepdistill.report.gallery import Sizes
+from stepdistill.report.pictures import Picture, sheet
+from stepdistill.report.read import Run, RungLog
+from stepdistill.report.summary import joined_names, sentences, warnings_of
+from stepdistill.report.table import cost_table, metrics_of, quality_table
+
+_LARGEST = 20 * 2**20
+# Tried in this order until the page is small enough.
+_SIZES = (Sizes(256, 128), Sizes(192, 96), Sizes(128, 64), Sizes(96, 48))
+_PREVIEW = 1000
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a rung is, for the table of the training section."""
+
+    run: str
+    rung: str
+    phases: str
+    updates: int
+    max_train_steps: int
+    state: str
+    seconds: float | None
+
+
+def render(runs: Sequence[Run], *, columns: int) -> str:
+    """The page of one run, or of several compared; large pictures are shrunk until it is under 20 MiB."""
+    fixed = _context(runs)
+    for sizes in _SIZES:
+        page = _fill(fixed | _pictures(runs, columns=columns, sizes=sizes))
+        if len(page) <= _LARGEST:
+            break
+    return page
+
+
+def content_security_policy(style: str) -> str:
+    """Nothing may load but pictures in the page itself and the one style sheet whose hash this is."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _fill(context: dict[str, Any]) -> str:
+    folder = files("stepdistill.report")
+    style = (folder / "page.css").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+    return template.render(style=Markup(style), policy=content_security_policy(style), **context)
+
+
+def _context(runs: Sequence[Run]) -> dict[str, Any]:
+    """All of the page but the pictures that are measured by size."""
+    entries, several = entries_of(runs), len(runs) > 1
+    floors = {f"{run.name}: floor" if several else "floor": run.floor for run in runs}
+    if len({str(run.floor) for run in runs}) == 1:
+        floors = {"floor": runs[0].floor}
+    metrics = metrics_of(entries)
+    quality = quality_table(entries, floors) if metrics else None
+    return {
+        "title": joined_names(runs),
+        "several": several,
+        "leads": _leads(runs),
+        "warnings": warnings_of(runs),
+        "sentences": sentences(entries),
+        "advice": [(run.name, found) for run in runs if (found := advice_for(run))],
+        "quality": quality,
+        "meanings": [column for column in quality.columns if column.about] if quality else [],
+        "cost": cost_table(entries) if entries else None,
+        "distances": distance_plots(entries),
+        "progress": [row for run in runs for row in _progress(run)],
+        "training": training_plots(runs),
+        "previews": [(run.name, pictures) for run in runs if (pictures := list(_previews(run)))],
+        "protocols": [(run.name, _facts(run), _config_text(run)) for run in runs],
+        "evaluated": any(run.results is not None for run in runs),
+    }
+
+
+def _pictures(runs: Sequence[Run], *, columns: int, sizes: Sizes) -> dict[str, Any]:
+    """The pictures, large ones shrunk to `sizes`."""
+    entries = entries_of(runs)
+    studies = {
+        "seeds": [(run.name, gallery.seeds(run, sizes=sizes)) for run in runs],
+        "scale_sweep": [(run.name, gallery.scale_sweep(run, sizes=sizes)) for run in runs],
+        "matrix": [(run.name, gallery.matrix(run, sizes=sizes)) for run in runs],
+    }
+    drawn = {key: [(name, g) for name, g in found if g is not None] for key, found in studies.items()}
+    return {"same_noise": gallery.same_noise(entries, columns=columns, sizes=sizes), **drawn}
+
+
+def _leads(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """A line for each run; one without a name where all would say the same."""
+    leads = [(run.name, _lead(run)) for run in runs]
+    return leads if len({text for _, text in leads}) > 1 else [("", leads[0][1])]
+
+
+def _lead(run: Run) -> str:
+    """What the run is, in a line."""
+    teacher, lora = run.config.get("teacher") or {}, run.config.get("lora") or {}
+    parts = []
+    if run.rungs:
+        ladder = [run.rungs[0].teacher_steps, *(rung.student_steps for rung in run.rungs)]
+        parts.append(f"ladder {' → '.join(map(str, ladder))}")
+    if "path" in teacher:
+        parts.append(f"teacher {teacher['path']}")
+    if "guidance_scale" in teacher:
+        parts.append(f"guidance {teacher['guidance_scale']:g}")
+    if "rank" in lora:
+        parts.append(f"LoRA rank {lora['rank']}")
+    if run.results is not None and "num_images" in run.results:
+        parts.append(f"{run.results['num_images']:,} images a row, equal prompts and noise")
+    return ", ".join(parts)
+
+
+def _progress(run: Run) -> Iterator[Progress]:
+    going = False
+    for rung in run.rungs:
+        phases = ", ".join(f"{phase.objective} {phase.max_train_steps:,}" for phase in rung.phases)
+        if rung.record is not None:
+            state = "finished"
+        else:
+            state = "in training" if rung.updates and not going else "waiting"
+            going = going or bool(rung.updates)
+        seconds = (rung.record or {}).get("training_seconds")
+        name = f"{rung.teacher_steps} → {rung.student_steps}"
+        yield Progress(run.name, name, phases, rung.updates, rung.max_train_steps, state, seconds)
+
+
+def _previews(run: Run) -> Iterator[tuple[str, Picture]]:
+    for rung in run.rungs:
+        for path in rung.previews:
+            caption = _preview_caption(rung, path.stem)
+            picture = sheet(
+                path, f"Preview, {caption}: the teacher above, the student below", longest=_PREVIEW
+            )
+            if picture is not None:
+                yield caption, picture
+
+
+def _preview_caption(rung: RungLog, stem: str) -> str:
+    """ "4 steps, after phase 1, paired" of phase1-paired-end."""
+    number, _, objective = stem.removeprefix("phase").removesuffix("-end").partition("-")
+    steps = "1 step" if rung.student_steps == 1 else f"{rung.student_steps} steps"
+    return f"{steps}, after phase {number} ({objective})"
+
+
+def _config_text(run: Run) -> str:
+    return yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Protocol, then environment, as flat pairs."""
+    return [*_flat(run.part("protocol") or {}), *_flat(run.environment)]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, part in value.items():
+        if isinstance(part, dict):
+            yield from _flat(part, f"{prefix}{key}.")
+        elif isinstance(part, list):
+            yield f"{prefix}{key}", ", ".join(map(str, part))
+        else:
+            yield f"{prefix}{key}", "none" if part is None else str(part)

@@ -1,0 +1,109 @@
+"""Pictures of a run's folder as data URIs: small ones as PNG, shown enlarged without smoothing; large ones as JPEG."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from stepdistill.report.grid import fitting
+
+_SMALL = 64
+_QUALITY = 85
+_GAP = 2
+_LONGEST_ALT = 160
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An <img>: its data URI, the size that it is shown at, what it shows, and whether it is enlarged."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    enlarged: bool = False
+
+
+def open_pictures(folder: Path, indices: Sequence[int], *, longest: int) -> list[Image.Image]:
+    """Those pictures of images/ that are there, RGB, shrunk to `longest` pixels where they are larger."""
+    found = []
+    for index in indices:
+        try:
+            with Image.open(folder / "images" / f"{index:06d}.png") as image:
+                picture = image.convert("RGB")
+        except (OSError, ValueError):
+            continue
+        if max(picture.size) > longest:
+            picture = picture.resize(fitting(picture.size, longest), Image.Resampling.LANCZOS)
+        found.append(picture)
+    return found
+
+
+def row_folder(evaluation: Path, *parts: str) -> Path | None:
+    """The folder of those parts in evaluation/; None where a part is no plain name."""
+    plain = all(part and part not in (".", "..") and not {"/", "\\", "\0"} & set(part) for part in parts)
+    return evaluation.joinpath(*parts) if plain else None
+
+
+def embedded(image: Image.Image, alt: str, *, shown: int) -> Picture:
+    """A picture whose longer side is shown at about `shown` CSS pixels: a whole multiple of a small one's."""
+    small = max(image.size) <= _SMALL
+    if small:
+        scale = max(1, shown // max(image.size))
+        width, height = image.width * scale, image.height * scale
+    else:
+        width, height = fitting(image.size, min(shown, max(image.size)))
+    return Picture(data_uri(image, lossless=small), width, height, clipped(alt), enlarged=small)
+
+
+def mosaic(images: Sequence[Image.Image], alt: str, *, tile: int) -> Picture:
+    """Equal pictures side by side in about as many rows as columns, each shown at about `tile` CSS pixels."""
+    width, height = images[0].size
+    columns = _columns(len(images))
+    rows = -(-len(images) // columns)
+    small = max(width, height) <= _SMALL
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), "white")
+    for place, image in enumerate(images):
+        sheet.paste(image, (place % columns * (width + _GAP), place // columns * (height + _GAP)))
+    scale = max(1, tile // max(width, height)) if small else min(1, tile / max(width, height))
+    shown = round(sheet.width * scale), round(sheet.height * scale)
+    return Picture(data_uri(sheet, lossless=small), *shown, clipped(alt), enlarged=small)
+
+
+def _columns(count: int) -> int:
+    """About as many columns as rows, so that no place stays empty where that can be."""
+    square = next(n for n in range(1, count + 1) if n * n >= count)
+    return next((n for n in range(square, square + 2) if count % n == 0), square)
+
+
+def sheet(path: Path, alt: str, *, longest: int) -> Picture | None:
+    """A preview's sheet as it is, shrunk where it is wider than `longest`; None where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except (OSError, ValueError):
+        return None
+    lossless = max(picture.size) <= longest
+    if not lossless:
+        picture = picture.resize(fitting(picture.size, longest), Image.Resampling.LANCZOS)
+    return Picture(data_uri(picture, lossless=lossless), *picture.size, clipped(alt))
+
+
+def data_uri(image: Image.Image, *, lossless: bool) -> str:
+    """PNG where lossless, else JPEG."""
+    buffer = io.BytesIO()
+    if lossless:
+        image.save(buffer, format="PNG", optimize=True)
+    else:
+        image.save(buffer, format="JPEG", quality=_QUALITY)
+    kind = "png" if lossless else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def clipped(text: str, longest: int = _LONGEST_ALT) -> str:
+    """One line of at most `longest` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1].rstrip() + "…"

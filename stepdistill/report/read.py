@@ -1,0 +1,198 @@
+"""What a run's folder holds for a report, read once. Files only; keys that an older version did not write may be missing.
+
+config.yaml                  what was asked: ladder, updates
+environment.json             on what
+log.jsonl                    every update
+rungs/<steps>/               finished rungs and their previews
+evaluation/results.json      rows of numbers; the pictures beside it are read where they are shown
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepdistill.durable import read_json
+from stepdistill.report.quantities import number
+from stepdistill.rungs import rung_folder
+
+ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
+
+# The metrics of results that were written before they described their own.
+_FORMER_METRICS = {
+    "fid_to_real": {"title": "FID to real", "format": ".1f", "better": "lower"},
+    "fid_to_teacher": {"title": "FID to teacher", "format": ".2f", "better": "lower"},
+    "prompt_accuracy": {"title": "prompt accuracy", "format": ".3f", "better": "higher"},
+    "latent_mse_to_teacher": {"title": "latent MSE to teacher", "format": ".4f", "better": "lower"},
+}
+
+
+@dataclass(frozen=True)
+class PhaseLog:
+    """One phase of a rung: what the config asks for, and its lines of log.jsonl in order."""
+
+    key: str
+    objective: str
+    max_train_steps: int
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def updates(self) -> int:
+        """Updates done so far."""
+        return max((int(record.get("step", -1)) + 1 for record in self.records), default=0)
+
+    def values(self, name: str) -> list[float]:
+        """What the log says under `name`, in order; what is no finite number is left out."""
+        found = (number(record.get(name)) for record in self.records)
+        return [float(value) for value in found if value is not None]
+
+
+@dataclass(frozen=True)
+class RungLog:
+    """One rung: its phases, and rung.json where it is finished."""
+
+    key: str
+    teacher_steps: int
+    student_steps: int
+    phases: tuple[PhaseLog, ...]
+    record: dict[str, Any] | None
+    previews: tuple[Path, ...]
+    node_steps: int | None = None
+    prediction_type: str | None = None
+
+    @property
+    def updates(self) -> int:
+        """Updates done so far; all of them where the rung is finished (its log may be another run's)."""
+        return self.max_train_steps if self.record is not None else sum(p.updates for p in self.phases)
+
+    @property
+    def main_phase(self) -> PhaseLog:
+        """The phase with the most updates."""
+        return max(self.phases, key=lambda phase: phase.max_train_steps)
+
+    @property
+    def max_train_steps(self) -> int:
+        """Updates of all its phases."""
+        return sum(phase.max_train_steps for phase in self.phases)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run. `rows`, `metrics` and `floor` are empty where it is not evaluated yet."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    rungs: tuple[RungLog, ...]
+    results: dict[str, Any] | None
+    rows: tuple[dict[str, Any], ...] = ()
+    metrics: dict[str, dict[str, str]] = field(default_factory=dict)
+    floor: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> str | None:
+        """The row that `*_to_teacher` is measured against."""
+        return None if self.results is None else self.results.get("reference")
+
+    def part(self, name: str) -> Any:
+        """A key of results.json, None where it is not there."""
+        return None if self.results is None else self.results.get(name)
+
+    def renamed(self, name: str) -> "Run":
+        """The same run under another name."""
+        return replace(self, name=name)
+
+
+def read_run(run_dir: Path) -> Run:
+    """The run in a folder; ValueError in one line where it is none, or has nothing to report yet."""
+    saved = run_dir / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
+    try:
+        config = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {saved}: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{saved} is not the config of a run")
+    try:
+        rungs = tuple(_rungs(run_dir, config))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{saved} is not the config of a run: its ladder cannot be read") from None
+    results = _results(run_dir / "evaluation" / "results.json")
+    if results is None and not any(rung.record or rung.updates for rung in rungs):
+        raise ValueError(f"{run_dir} has nothing to report yet: run `stepdistill distill` first")
+    name = run_dir.resolve().name
+    environment = read_json(run_dir / "environment.json") or {}
+    if results is None:
+        return Run(name, run_dir, config, environment, rungs, None)
+    rows = tuple(_row(row) for row in results["rows"] if isinstance(row, dict) and "row" in row)
+    metrics = results.get("metrics") or {
+        key: about for key, about in _FORMER_METRICS.items() if any(key in row for row in rows)
+    }
+    floor = results.get("floor") or {"fid_to_real": results.get("fid_floor")}
+    known = {key: value for key, value in floor.items() if number(value) is not None}
+    return Run(name, run_dir, config, environment, rungs, results, rows, metrics, known)
+
+
+def _results(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    results = read_json(path)
+    if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
+        raise ValueError(f"{path} is not what `stepdistill evaluate` writes: run it again")
+    return results
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the keys that all have today."""
+    kind = row.get("kind") or ("student" if row.get("distilled") else "teacher")
+    steps = int(number(row.get("steps")) or 0)
+    nfe = number(row.get("nfe")) or steps
+    return row | {"row": str(row["row"]), "kind": str(kind), "steps": steps, "nfe": nfe}
+
+
+def _rungs(run_dir: Path, config: dict[str, Any]) -> Iterator[RungLog]:
+    records: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for line in _log_lines(run_dir / "log.jsonl"):
+        records.setdefault((line.get("rung", 0), line.get("phase", 0)), []).append(line)
+    for index, rung in enumerate(config.get("ladder") or []):
+        steps, key = int(rung["student_steps"]), f"ladder.{index}"
+        folder = rung_folder(run_dir, steps)
+        phases = tuple(
+            PhaseLog(
+                f"{key}.phases.{place}",
+                str(phase.get("objective", "")),
+                int(phase.get("max_train_steps") or 0),
+                tuple(records.get((steps, place), ())),
+            )
+            for place, phase in enumerate(rung.get("phases") or [])
+        )
+        previews = tuple(sorted((folder / "previews").glob("*-end.png")))
+        record = read_json(folder / "rung.json")
+        yield RungLog(
+            key,
+            int(rung["teacher_steps"]),
+            steps,
+            phases,
+            record,
+            previews,
+            rung.get("node_steps"),
+            rung.get("prediction_type"),
+        )
+
+
+def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a log.jsonl; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record

@@ -1,0 +1,49 @@
+"""What a phase's log says about it: is its loss still falling, is its discriminator at chance or too far ahead?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stepdistill.report.read import PhaseLog
+
+_CHANCE = (0.45, 0.55)
+_CERTAIN = 0.95
+_STILL_FALLING = 0.05
+_FEWEST_UPDATES = 8
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """A discriminator that teaches nothing (`at_chance`) or is too far ahead, and the share that it tells right."""
+
+    at_chance: bool
+    accuracy: float
+
+
+def still_falling(phase: PhaseLog) -> bool | None:
+    """Whether the loss fell between the third and the last quarter; None where the log is too short."""
+    losses = phase.values("student_loss")
+    if len(losses) < _FEWEST_UPDATES:
+        return None
+    *_, third, last = _quarter_means(losses)
+    return last < (1 - _STILL_FALLING) * third
+
+
+def adversary(phase: PhaseLog) -> Adversary | None:
+    """At chance in every quarter, or nearly always right at the end while the student's loss rose; None otherwise."""
+    both = (phase.values(f"discriminator_accuracy_{of}") for of in ("teacher", "student"))
+    accuracy = [(a + b) / 2 for a, b in zip(*both, strict=False)]
+    losses = phase.values("student_loss")
+    if min(len(accuracy), len(losses)) < _FEWEST_UPDATES:
+        return None
+    quarters, loss = _quarter_means(accuracy), _quarter_means(losses)
+    if all(_CHANCE[0] <= mean <= _CHANCE[1] for mean in quarters):
+        return Adversary(True, sum(accuracy) / len(accuracy))
+    if quarters[-1] >= _CERTAIN and loss[-1] > loss[0]:
+        return Adversary(False, quarters[-1])
+    return None
+
+
+def _quarter_means(values: Sequence[float]) -> list[float]:
+    n = len(values)
+    quarters = [values[n * k // 4 : n * (k + 1) // 4] for k in range(4)]
+    return [sum(quarter) / len(quarter) for quarter in quarters]

@@ -1,0 +1,132 @@
+"""A line per rung in plain words, made only of what was measured; and what keeps several runs from being compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stepdistill.report.entries import Entry, equal_passes
+from stepdistill.report.quantities import format_number, percent
+from stepdistill.report.read import Run
+
+_DISTANCES = (("fid_to_teacher", "FID to teacher"), ("fid_to_real", "FID to real"))
+# What two runs must share for their numbers to be compared.
+_SHARED = (
+    "num_images",
+    "prompts_sha256",
+    "seed",
+    "feature_extractor_sha256",
+    "resize",
+    "real_images_key",
+    "dtype",
+)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What a row comes to: its steps, whose it is (where that is not plain), and the sentence."""
+
+    heading: str
+    whose: str
+    text: str
+
+
+def sentences(entries: Sequence[Entry]) -> list[Sentence]:
+    """One for each distilled row of a run, or one for each step count of several; most steps first."""
+    distilled = sorted(
+        (e for e in entries if e.kind != "teacher"), key=lambda e: (-e.steps, e.kind == "lora")
+    )
+    if len({entry.run.name for entry in entries}) > 1:
+        steps = dict.fromkeys(entry.steps for entry in distilled)
+        groups = [[e for e in distilled if e.steps == n] for n in steps]
+        found = [(group[0].steps, "", _compared(group, entries)) for group in groups]
+    else:
+        found = [(e.steps, e.label if e.kind == "lora" else "", _measured(e, entries)) for e in distilled]
+    return [
+        Sentence("1 step" if steps == 1 else f"{steps} steps", whose, text[0].upper() + text[1:])
+        for steps, whose, text in found
+        if text
+    ]
+
+
+def joined_names(runs: Sequence[Run]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    *before, last = (run.name for run in runs)
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def warnings_of(runs: Sequence[Run]) -> list[str]:
+    """The runs' own warnings, and what was measured differently among several."""
+    found = list(dict.fromkeys(str(text) for run in runs for text in run.part("warnings") or ()))
+    evaluated = [run for run in runs if run.results is not None]
+    for key in _SHARED:
+        values = {run.name: (run.part("protocol") or {}).get(key, run.part(key)) for run in evaluated}
+        if len({str(value) for value in values.values()}) > 1:
+            each = ", ".join(f"{name}: {value}" for name, value in values.items())
+            found.append(
+                f"the runs were measured differently, so their numbers do not compare: {key} is {each}"
+            )
+    found += [
+        f"{run.name} has no numbers yet: run `stepdistill evaluate`" for run in runs if run.results is None
+    ]
+    return found
+
+
+def _measured(entry: Entry, entries: Sequence[Entry]) -> str:
+    """A row's numbers, one after another."""
+    parts: list[str] = []
+    for key, title in _DISTANCES:
+        if entry.value(key) is not None:
+            parts = [f"{title} {_said(entry, key)}{_beside(key, entry, entries)}"]
+            break
+    return ", ".join([*parts, *_others(entry, entries)])
+
+
+def _compared(group: Sequence[Entry], entries: Sequence[Entry]) -> str:
+    """The rows of one step count, nearest to the teacher first."""
+    parts: list[str] = []
+    for key, title in (*_DISTANCES, ("prompt_accuracy", "prompts read right")):
+        known = [(value, entry) for entry in group if (value := entry.value(key)) is not None]
+        if not known or (key == "fid_to_real" and parts):
+            continue
+        order = sorted(known, key=lambda pair: pair[0], reverse=key == "prompt_accuracy")
+        each = ", ".join(
+            f"{e.name if e.kind == 'lora' else e.run.name} {percent(v) if key == 'prompt_accuracy' else _said(e, key)}"
+            for v, e in order
+        )
+        beside = "" if key == "prompt_accuracy" else _beside(key, order[0][1], entries)
+        parts.append(f"{title}{beside}: {each}")
+    return "; ".join(parts)
+
+
+def _said(entry: Entry, key: str) -> str:
+    return format_number(entry.value(key), entry.run.metrics.get(key, {}).get("format", ".2f"))
+
+
+def _beside(key: str, entry: Entry, entries: Sequence[Entry]) -> str:
+    """What a distance is to be compared with, in brackets."""
+    asides = []
+    teacher = equal_passes(entry, entries)
+    if teacher is not None and teacher.value(key) is not None:
+        same = "U-Net passes" if teacher.row["nfe"] == entry.row["nfe"] else "steps"
+        asides.append(f"undistilled {_said(teacher, key)} at equal {same}")
+    if key in entry.run.floor:
+        spec = entry.run.metrics.get(key, {}).get("format", ".2f")
+        asides.append(f"floor {format_number(entry.run.floor[key], spec)}")
+    return f" ({'; '.join(asides)})" if asides else ""
+
+
+def _others(entry: Entry, entries: Sequence[Entry]) -> list[str]:
+    found = []
+    reference = next((e for e in entries if e.is_reference), None)
+    accuracy, clip, diversity = (entry.value(k) for k in ("prompt_accuracy", "clip_score", "diversity"))
+    if accuracy is not None:
+        found.append(f"prompts read right {percent(accuracy)}")
+    if clip is not None:
+        beside = None if reference is None else reference.value("clip_score")
+        found.append(f"CLIP score {clip:.2f}" + (f" (teacher {beside:.2f})" if beside is not None else ""))
+    if diversity is not None:
+        found.append(f"{diversity:.2f} of the teacher's diversity")
+    speed_up = entry.value("speed_up")
+    if speed_up is not None:
+        compared = f"{speed_up:.1f} x faster" if speed_up >= 1 else f"{1 / max(speed_up, 1e-9):.1f} x slower"
+        found.append(f"{compared} than {reference.name}" if reference is not None else compared)
+    return found

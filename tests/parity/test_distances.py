@@ -1,0 +1,168 @@
+"""Every distance against an independent reference on the same features, to 1e-6."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from stepdistill.evaluation.distances import (
+    Moments,
+    cmmd,
+    density_coverage,
+    diversity,
+    fid,
+    kid,
+    precision_recall,
+)
+
+
+def two_sets(n=150, m=130, size=12):
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(size, size))
+    first = rng.normal(size=(n, size)) @ root + 3
+    second = 1.2 * rng.normal(size=(m, size)) @ root + rng.normal(size=size)
+    return torch.from_numpy(first), torch.from_numpy(second)
+
+
+def test_fid_equals_scipys_matrix_square_root():
+    x, y = two_sets()
+    (m1, c1), (m2, c2) = ((a.numpy().mean(0), np.cov(a.numpy().T)) for a in (x, y))
+    wanted = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
+    assert fid(x, y) == pytest.approx(wanted, rel=1e-6)
+    assert fid(x.float(), y.float()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_fid_equals_the_closed_form_of_two_diagonal_gaussians():
+    size = 64
+    mean, deviation = torch.linspace(-2, 3, size).double(), torch.linspace(0.1, 4, size).double()
+    first = Moments(torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64), 1000)
+    second = Moments(mean, torch.diag(deviation**2), 777)
+    wanted = float((mean**2).sum() + ((deviation - 1) ** 2).sum())
+    assert fid(first, second) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_fid_of_a_set_with_itself_is_zero():
+    x, _ = two_sets(n=2000, size=48)
+    assert fid(x, x) < 1e-6 * float(x.var(dim=0).sum())
+
+
+def test_fid_from_a_file_of_moments(tmp_path):
+    x, y = two_sets()
+    Moments.from_features(x).save_npz(tmp_path / "stats.npz")
+    assert fid(Moments.from_npz(tmp_path / "stats.npz"), y) == pytest.approx(fid(x, y), rel=1e-9)
+
+
+@pytest.mark.parametrize("content", ["text", "missing", "shapes"])
+def test_a_file_that_holds_no_moments_is_named(tmp_path, content):
+    path = tmp_path / "stats.npz"
+    if content == "text":
+        path.write_text("not numpy")
+    elif content == "missing":
+        np.savez(path, mu=np.zeros(3))
+    else:
+        np.savez(path, mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"stats\.npz"):
+        Moments.from_npz(path)
+
+
+def test_kid_equals_a_direct_loop_over_pairs():
+    x, y = two_sets(n=40, m=40, size=7)
+
+    def kernel(a, b):
+        return (float(a @ b) / 7 + 1) ** 3
+
+    n = 40
+    within = [
+        sum(kernel(s[i], s[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1)) for s in (x, y)
+    ]
+    across = sum(kernel(a, b) for a in x for b in y) / n**2
+    mean, deviation = kid(x, y, subsets=3, subset_size=1000)
+    assert mean == pytest.approx(sum(within) - 2 * across, rel=1e-6)
+    assert deviation == pytest.approx(0, abs=1e-6 * abs(mean))  # every subset is the whole set
+
+
+def test_kid_is_unbiased_and_says_how_sure_it_is():
+    rng = np.random.default_rng(1)
+    x, y = (torch.from_numpy(rng.normal(size=(400, 16))) for _ in range(2))
+    mean, deviation = kid(x, y, subsets=50, subset_size=100)
+    assert abs(mean) < deviation
+    assert kid(x, y, subsets=5, subset_size=100, seed=1) == kid(x, y, subsets=5, subset_size=100, seed=1)
+    assert kid(x, y, subsets=5, subset_size=100, seed=1) != kid(x, y, subsets=5, subset_size=100, seed=2)
+
+
+def test_kid_of_paired_sets_does_not_count_what_pairs_have_in_common():
+    rng = np.random.default_rng(2)
+    common = rng.normal(size=(1000, 16))
+    x, y = (torch.from_numpy(common + 0.1 * rng.normal(size=common.shape)) for _ in range(2))
+    plain, deviation = kid(x, y, subsets=20)[0], kid(x, y, subsets=20, paired=True)[1]
+    assert (
+        plain < -0.5 * float(((x * x).sum(1) / 16 + 1).pow(3).mean()) / 1000
+    )  # the diagonal, which is in one term only
+    assert abs(kid(x, y, subsets=20, paired=True)[0]) < 3 * deviation
+
+
+def brute_radii(x, k):
+    apart = np.linalg.norm(x[:, None] - x[None], axis=-1)
+    return np.sort(apart, axis=1)[:, k]
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_recall_density_coverage_equal_brute_force(k):
+    x, y = two_sets()
+    a, b = x.numpy(), y.numpy()
+    across = np.linalg.norm(b[:, None] - a[None], axis=-1)
+    precision = np.mean([(across[i] <= brute_radii(a, k)).any() for i in range(len(b))])
+    recall = np.mean([(across[:, j] <= brute_radii(b, k)).any() for j in range(len(a))])
+    assert 0 < precision < 1
+    assert 0 < recall < 1
+    assert precision_recall(x, y, k=k) == pytest.approx((precision, recall), rel=1e-6)
+    inside = across < brute_radii(a, k)[None]
+    wanted = (inside.sum() / (k * len(b)), inside.any(axis=0).mean())
+    assert density_coverage(x, y, k=k) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_chunks_do_not_change_a_distance(monkeypatch):
+    x, y = two_sets()
+    whole = [f(x, y) for f in (precision_recall, density_coverage, cmmd)]
+    monkeypatch.setattr("stepdistill.evaluation.distances._CHUNK", 7)
+    for before, now in zip(whole, [f(x, y) for f in (precision_recall, density_coverage, cmmd)], strict=True):
+        assert now == pytest.approx(before, rel=1e-12)
+
+
+def test_cmmd_equals_a_direct_loop_over_pairs():
+    x, y = two_sets(n=30, m=25)
+    a, b = ((s / s.norm(dim=1, keepdim=True)).numpy() for s in (x, y))
+
+    def mean_kernel(s, t):
+        return np.mean([np.exp(-((u - v) ** 2).sum() / 200) for u in s for v in t])
+
+    wanted = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
+    assert cmmd(x, y) == pytest.approx(wanted, rel=1e-6)
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_diversity_is_the_mean_distance_of_two_seeds():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 4, 3)))
+    pairs = [float((p[i] - p[j]).norm()) for p in x for i in range(4) for j in range(4) if i != j]
+    assert diversity(x) == pytest.approx(np.mean(pairs), rel=1e-9)
+    assert diversity(x[:, :1].expand(5, 4, 3)) == 0
+
+
+def test_no_metric_touches_global_randomness():
+    x, y = two_sets()
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    fid(x, y), kid(x, y), precision_recall(x, y), density_coverage(x, y), cmmd(x, y)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_cannot_be_measured_is_said():
+    x, _ = two_sets()
+    with pytest.raises(ValueError, match="extractors differ"):
+        fid(x, x[:, :5])
+    with pytest.raises(ValueError, match="N >= 2"):
+        fid(x, x[:1])
+    with pytest.raises(ValueError, match="no 3-th neighbour"):
+        precision_recall(x, x[:3])
+    with pytest.raises(ValueError, match="not finite"):
+        fid(x, x / 0)

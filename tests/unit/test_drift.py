@@ -1,0 +1,39 @@
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d
+
+from stepdistill.evaluation.drift import image_drift
+
+
+def pictures(seed=0, n=40):
+    return torch.randint(
+        40, 200, (n, 3, 24, 24), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+
+
+def test_equal_images_have_no_drift_however_they_come():
+    x = pictures()
+    assert image_drift([x], x.split(7)) == pytest.approx(
+        {"colour_drift": 0, "contrast_drift": 0, "sharpness_drift": 0}, abs=1e-12
+    )
+
+
+def test_each_change_moves_its_own_number():
+    x = pictures()
+    redder = x.clone()
+    redder[:, 0] += 10
+    found = image_drift([redder], [x])
+    assert found["colour_drift"] == pytest.approx(10 / 3**0.5, rel=1e-9)
+    assert found["contrast_drift"] == pytest.approx(0, abs=1e-9)
+    flatter = ((x.double() - 120) * 0.5 + 120).round().to(torch.uint8)
+    found = image_drift([flatter], [x])
+    assert found["contrast_drift"] == pytest.approx(-0.5, abs=0.01)
+    assert found["sharpness_drift"] == pytest.approx(-0.75, abs=0.01)
+    blurred = avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False).round().to(torch.uint8)
+    assert image_drift([blurred], [x])["sharpness_drift"] < -0.9
+    assert image_drift([x], [blurred])["sharpness_drift"] > 5
+
+
+def test_sets_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="40 images against 39"):
+        image_drift([pictures()], [pictures()[1:]])

@@ -1,0 +1,184 @@
+"""Extractors of the real classes in small: random weights, saved to disk, loaded as a user's files are."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from stepdistill.durable import sha256_file
+from stepdistill.evaluation.features import INCEPTION_VARIABLE, build_extractor, clip_score, extract
+from stepdistill.models.folder import embedded_folder
+from tests.conftest import randn
+
+
+def images(n=5, size=40, seed=0):
+    return torch.randint(
+        0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+
+
+class Layers(nn.Module):
+    """Stands where the Inception file has its layers: (B, 3, 299, 299) in -1..1 to (B, 2048)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(randn(3, 2048))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=(2, 3)) @ self.weight
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers((x - 128) / 128)
+
+
+@pytest.fixture
+def scripted(tmp_path):
+    path = tmp_path / "inception-2015-12-05.pt"
+    torch.jit.script(Scripted()).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    text = {"vocab_size": 1000, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 12, "eos_token_id": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    CLIPModel(config).eval().save_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(embedded_folder("teacher") / "tokenizer")
+    tokenizer.model_max_length = 12
+    size = {"shortest_edge": 32}
+    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=32), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dinov2_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dinov2")
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=1
+    )
+    Dinov2Model(config).eval().save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_features_do_not_depend_on_the_batches(clip_folder):
+    extractor = build_extractor(f"clip:{clip_folder}")
+    x = images(9)
+    whole = extract([x], extractor, resize="pil_bicubic")
+    parts = extract(x.split(4), extractor, resize="pil_bicubic", batch_size=3)
+    assert whole.shape == (9, 8)
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
+def test_clip_and_dinov2_give_what_transformers_gives_for_its_own_preprocessing(clip_folder, dinov2_folder):
+    """Pictures of the right size already, so that only scaling and normalisation remain."""
+    x = images(3, size=32)
+    processor = CLIPImageProcessor.from_pretrained(clip_folder)
+    model = CLIPModel.from_pretrained(clip_folder)
+    with torch.no_grad():
+        pixels = processor(list(x), return_tensors="pt")["pixel_values"]
+        wanted = model.visual_projection(model.vision_model(pixels).pooler_output)
+    extractor = build_extractor(f"clip:{clip_folder}")
+    assert torch.allclose(extract([x], extractor, resize="none"), wanted, atol=1e-5)
+    x = images(3, size=28)
+    model = Dinov2Model.from_pretrained(dinov2_folder)
+    with torch.no_grad():
+        pixels = BitImageProcessor.from_pretrained(dinov2_folder)(list(x), return_tensors="pt")[
+            "pixel_values"
+        ]
+        wanted = model(pixels).last_hidden_state[:, 0]
+    extractor = build_extractor(f"dinov2:{dinov2_folder}")
+    assert extractor.num_features == 16
+    assert torch.allclose(extract([x], extractor, resize="none"), wanted, atol=1e-5)
+
+
+def test_clip_score_is_the_cosine_with_long_prompts_cut(clip_folder):
+    extractor = build_extractor(f"clip:{clip_folder}")
+    prompts = ["a red letter a on white", "a blue letter b on gray " * 300, "<b>\u202e../../x"]
+    x = images(3, size=32)
+    model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
+    with torch.no_grad():
+        seen = extract([x], extractor, resize="none")
+        tokens = processor.tokenizer(
+            prompts, padding=True, truncation=True, max_length=12, return_tensors="pt"
+        )
+        read = model.text_projection(model.text_model(**tokens).pooler_output)
+        cosine = torch.nn.functional.cosine_similarity(seen, read)
+    wanted = float((100 * cosine).mean().clamp(min=0))
+    assert clip_score(extractor, x.split(2), prompts) == pytest.approx(wanted, abs=1e-3)
+    with pytest.raises(ValueError, match="needs CLIP"):
+        clip_score(build_extractor("reader"), [x], prompts)
+
+
+def test_inceptions_file_is_checked_and_called_on_its_own_range(scripted, monkeypatch):
+    with pytest.raises(ValueError, match=r"sha256 .* expected f58cb9b6ec323ed6"):
+        build_extractor(f"inception:{scripted}")
+    spec = f"inception:{scripted}#sha256={sha256_file(scripted)}"
+    extractor = build_extractor(spec)
+    found = extract([images()], extractor, resize="torchmetrics")
+    assert found.shape == (5, 2048)
+    from stepdistill.evaluation.resize import resize
+
+    sized = resize(images(), "torchmetrics", size=299)
+    assert torch.allclose(found, Scripted()(sized).detach(), atol=1e-5)
+    monkeypatch.setenv(INCEPTION_VARIABLE, str(scripted))
+    with pytest.raises(ValueError, match="expected f58cb9b6"):
+        build_extractor("inception")
+
+
+def test_what_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match=r"no Inception weights at .*STEPDISTILL_INCEPTION"):
+        build_extractor("inception")
+    for spec in ("clip", "vgg", "", "reader:x"):
+        with pytest.raises(ValueError, match="allowed: reader, inception"):
+            build_extractor(spec)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text(json.dumps({}))
+    for spec in (f"clip:{tmp_path / 'empty'}", f"dinov2:{tmp_path / 'nowhere'}"):
+        with pytest.raises(ValueError, match=r"cannot load .*model\.safetensors") as caught:
+            build_extractor(spec)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_reader_reads_its_own_size_only():
+    extractor = build_extractor("reader")
+    assert extract([images(size=32)], extractor, resize="none").shape == (5, 96)
+    assert extract([images(size=64)], extractor, resize="torchmetrics").shape == (5, 96)
+    with pytest.raises(ValueError, match="32 x 32"):
+        extract([images(size=64)], extractor, resize="none")
+
+
+def test_a_crop_is_seen_without_resize():
+    extractor = build_extractor("reader")
+    x = images(size=50)
+    inner = x[:, :, 9:41, 9:41]
+    assert torch.equal(
+        extract([x], extractor, resize="none", crop=32), extract([inner], extractor, resize="none")
+    )

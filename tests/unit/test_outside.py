@@ -1,0 +1,48 @@
+import sys
+
+import pytest
+
+from stepdistill.evaluation.outside import run_score_cmd
+
+
+def score(tmp_path, code, *, timeout=20.0, command=None):
+    script = tmp_path / "score.py"
+    script.write_text(code)
+    command = command or f"{sys.executable} {script} --images {{images}} --prompts={{prompts}}"
+    return run_score_cmd(
+        command, images=tmp_path / "my images; rm -rf", prompts=tmp_path / "prompts.txt", timeout=timeout
+    )
+
+
+def test_the_last_line_is_the_scores_and_placeholders_are_filled_in_without_a_shell(tmp_path):
+    code = "import sys, json\nprint('loading')\nprint(json.dumps({'words': len(sys.argv), 'hps': .25}))"
+    assert score(tmp_path, code) == {"words": 4, "hps": 0.25}
+    code = "import sys, json\nassert sys.argv[2].endswith('my images; rm -rf'), sys.argv\nprint('{}')"
+    assert score(tmp_path, code) == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "import sys; print('torch is too old', file=sys.stderr); sys.exit(3)",
+            "left with 3: torch is too old",
+        ),
+        ("print('0.5')", "allowed: a JSON object of numbers"),
+        ('print(\'{"a": "b"}\')', "allowed: a JSON object of numbers"),
+        ("pass", "allowed: a JSON object of numbers"),
+        ("print('{\"a\": NaN}')", "allowed: finite numbers"),
+    ],
+)
+def test_what_a_scorer_does_wrong_is_one_line(tmp_path, code, said):
+    with pytest.raises(ValueError, match=r"evaluation\.score_cmd") as caught:
+        score(tmp_path, code)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_command_that_is_not_there_or_takes_too_long(tmp_path):
+    with pytest.raises(ValueError, match="cannot run no-such-scorer"):
+        score(tmp_path, "", command="no-such-scorer {images}")
+    with pytest.raises(ValueError, match="longer than 1 s"):
+        score(tmp_path, "import time; time.sleep(30)", timeout=1.0)

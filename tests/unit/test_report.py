@@ -1,0 +1,299 @@
+"""The page is self-contained, hostile text stays text, and it says what the numbers at hand say."""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from stepdistill.report.build import build_report
+from stepdistill.report.markdown import markdown_table
+from tests.browser.synthetic_run import HOSTILE, load, make_run, save, write_training
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text between tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self._inside = [], [], ""
+        self.source = text
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_data(self, data):
+        if self._inside != "style":
+            self.texts.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page_of(folder, **options):
+    return Page((build_report(folder, **options) / "index.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "letters", config="configs/letters_adversarial.yaml")
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return page_of(run, grid_columns=4)
+
+
+def changed(run, tmp_path, change):
+    """A copy of the run's files with results.json changed; its pictures stay where they are."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for name in ("config.yaml", "environment.json", "log.jsonl", "rungs"):
+        (folder / name).symlink_to(run / name)
+    (folder / "evaluation").mkdir()
+    for path in (run / "evaluation").iterdir():
+        if path.is_dir():
+            (folder / "evaluation" / path.name).symlink_to(path)
+    results = load(run)
+    save(folder, change(results) or results)
+    return folder
+
+
+def test_nothing_can_load_but_the_pages_own_pictures_and_style(page):
+    policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    styles = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(styles[0].encode()).digest()).decode()
+    assert len(styles) == 1
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form", "input"}
+        assert "style" not in attributes
+        assert not [name for name in attributes if name.startswith("on")]
+        assert attributes.get("src", "data:image/").startswith("data:image/")
+        assert attributes.get("href", "#").startswith("#")
+
+
+def test_links_lead_to_sections_that_are_there(page):
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {a["href"].removeprefix("#") for a in page.all("a")} <= ids
+
+
+def test_every_picture_can_be_read_and_says_what_it_is(page):
+    pictures = page.all("img")
+    assert len(pictures) > 80
+    for attributes in pictures:
+        assert attributes["alt"].strip()
+        kind, data = attributes["src"].removeprefix("data:image/").split(";base64,")
+        content = base64.b64decode(data)
+        if kind == "svg+xml":
+            assert b"<svg" in content
+            assert b"<script" not in content
+        else:
+            shown = int(attributes["width"]), int(attributes["height"])
+            assert min(shown) > 0
+            Image.open(io.BytesIO(content)).load()
+
+
+def test_small_pictures_are_kept_whole_and_shown_larger_without_smoothing(page):
+    tile = next(a for a in page.all("img") if a["alt"].startswith("student-4: "))
+    found = Image.open(io.BytesIO(base64.b64decode(tile["src"].split(",")[1])))
+    assert found.size == (32, 32)
+    assert (tile["width"], tile["class"]) == ("96", "enlarged")
+
+
+def test_large_pictures_become_thumbnails(tmp_path):
+    folder = make_run(tmp_path / "large", size=320, columns=2)
+    page = page_of(folder, grid_columns=2)
+    tile = next(a for a in page.all("img") if a["alt"].startswith("student-4: "))
+    found = Image.open(io.BytesIO(base64.b64decode(tile["src"].split(",")[1])))
+    assert (found.format, found.size) == ("JPEG", (256, 256))
+    assert Image.open(folder / "report" / "grid.png").width < 3 * 320
+
+
+def test_hostile_prompts_are_text(page, run):
+    assert "<script" not in page.source
+    for prompt in HOSTILE:
+        assert (
+            html.escape(prompt, quote=True).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")
+            in page.source
+        )
+    items = re.findall(r"<li><bdi dir=\"auto\">(.*?)</bdi></li>", page.source, re.DOTALL)
+    assert [html.unescape(item) for item in items[:4]] == list(HOSTILE)
+    headings = re.findall(r'<bdi dir="auto" class="prompt">(.*?)</bdi>', page.source)
+    assert max(len(html.unescape(heading)) for heading in headings) <= 60
+
+
+def test_a_row_called_like_a_path_outside_shows_no_picture(run, tmp_path):
+    def escape(results):
+        results["rows"][6]["row"] = "../../../letters/evaluation/student-8"
+        results["matrix"]["cells"][0]["adapter"] = "../.."
+
+    page = page_of(changed(run, tmp_path, escape), grid_columns=4)
+    assert not [a for a in page.all("img") if a["alt"].startswith("../")]
+
+
+def test_the_page_says_what_the_numbers_say(page):
+    for sentence in (
+        "FID to teacher 3.05 (undistilled 50.80 at equal U-Net passes; floor 1.10), prompts read right 99 %, "
+        "0.97 of the teacher's diversity, 8.0 x faster than teacher-32.",
+        "500 images: below 5,000 a Frechet distance is mostly bias",
+        "resize.mode none",
+        "config.yaml",
+    ):
+        assert sentence in page.text
+
+
+def test_the_table_marks_the_best_in_words_and_ends_with_the_floor(page):
+    body = re.search(r'<table class="numbers">.*?</table>', page.source, re.DOTALL)[0]
+    rows = dict(re.findall(r'<th scope="row"><bdi dir="auto">(.*?)</bdi></th>(.*?)</tr>', body, re.DOTALL))
+    assert list(rows)[-1] == "floor"
+    assert "5.8" in rows["floor"]
+    assert '<strong>3.05</strong><span class="unseen"> (best)</span>' in rows["student-4"]
+    assert "(best)" not in rows["lcm-lora"].split("</td>")[1]
+    assert "0.0023 <small>± 0.0002</small>" in re.sub(r"</?strong>|<span.*?</span>", "", rows["student-4"])
+
+
+def test_a_page_is_equal_bytes_for_an_equal_run(run, tmp_path):
+    first, second = (build_report(run, tmp_path / name, grid_columns=4) for name in ("one", "two"))
+    for name in ("index.html", "results.json", "results.md", "grid.png"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_sparse_result_is_reported_as_far_as_it_goes(run, tmp_path):
+    """What was written before metrics and protocol were part of it."""
+
+    def former(results):
+        keys = ("row", "steps", "nfe", "distilled", "fid_to_real", "fid_to_teacher", "prompt_accuracy")
+        keys += ("latent_mse_to_teacher", "seconds_per_image", "speed_up")
+        rows = [{key: row[key] for key in keys} for row in results["rows"] if row["kind"] != "lora"]
+        rows[3]["fid_to_teacher"] = None
+        rows[4]["fid_to_real"] = float("nan")
+        return {"num_images": 8, "reference": "teacher-32", "fid_floor": 5.77, "rows": rows}
+
+    folder = changed(run, tmp_path, former)
+    page = page_of(folder, grid_columns=4)
+    assert "FID to teacher 3.05" in page.text
+    assert "latent MSE to teacher" in page.text
+    text = (folder / "report" / "results.md").read_text()
+    assert "| model | U-Net passes | FID to real | FID to teacher | prompt accuracy |" in text
+    assert "| teacher-2 | 4 | 70.0 | – |" in text
+    assert "5.8 apart" in text
+
+
+def test_pictures_and_logs_may_be_missing(run, tmp_path):
+    write_training(tmp_path / "bare", finished=())
+    (tmp_path / "bare" / "log.jsonl").unlink()
+    (tmp_path / "bare" / "environment.json").unlink()
+    (tmp_path / "bare" / "evaluation").mkdir()
+    save(tmp_path / "bare", load(run))
+    page = page_of(tmp_path / "bare", grid_columns=4)
+    assert all(a["src"].startswith("data:image/svg+xml") for a in page.all("img"))
+    assert "FID to teacher 3.05" in page.text
+    assert not (tmp_path / "bare" / "report" / "grid.png").exists()
+
+
+def test_a_run_in_training_shows_how_far_it_is(tmp_path):
+    write_training(tmp_path / "going", updates=250, finished=(32,))
+    with (tmp_path / "going" / "log.jsonl").open("a") as file:
+        file.write('{"rung": 8, "pha')
+    page = page_of(tmp_path / "going")
+    assert re.search(
+        r"128 → 32 mse 200 200 of 200 finished .* 32 → 8 mse 120 50 of 120 in training", page.text
+    )
+    assert "no numbers yet" in page.text
+    assert [a for a in page.all("img") if a["alt"].startswith("Preview, 32 steps, after phase 0 (mse)")]
+    assert [p["value"] for p in page.all("progress")] == ["200", "50", "0", "0", "0"]
+    assert not (tmp_path / "going" / "report" / "results.md").exists()
+
+
+def test_several_runs_are_compared_rung_by_rung(run, tmp_path):
+    def better(results):
+        for row in results["rows"]:
+            row["fid_to_teacher"] -= 0.5 * (row["kind"] == "student")
+        results["protocol"]["seed"] = 2
+
+    other = changed(run, tmp_path, better)
+    page = page_of([run, other], output=tmp_path / "comparison", grid_columns=4)
+    assert "letters and changed" in page.text
+    assert "changed 2.55, letters 3.05, lcm-lora" in page.text
+    assert "seed is letters: 1, changed: 2" in page.text
+    labels = [
+        html.unescape(label)
+        for label in re.findall(r'<th scope="row"><bdi dir="auto">(.*?)</bdi>', page.source)
+    ]
+    assert "teacher-32" in labels
+    assert "letters: student-4" in labels
+    assert "changed: student-4" in labels
+    facts = json.loads((tmp_path / "comparison" / "results.json").read_text())
+    assert list(facts["runs"]) == ["letters", "changed"]
+    assert "| changed: student-4 | 4 |" in (tmp_path / "comparison" / "results.md").read_text()
+
+
+def test_a_comparisons_folder_is_beside_the_runs(run, tmp_path):
+    for name in ("one", "two"):
+        write_training(tmp_path / name, updates=10, finished=())
+    assert build_report([tmp_path / "one", tmp_path / "two"]) == tmp_path / "comparison"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: None, "is no run folder"),
+        (lambda folder: write_training(folder, updates=0, finished=()), "has nothing to report yet"),
+        (lambda folder: (folder.mkdir(), (folder / "config.yaml").write_text("[1")), "cannot read"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "config.yaml").write_text("ladder: [3]")),
+            "its ladder cannot",
+        ),
+        (
+            lambda folder: (write_training(folder), (folder / "evaluation").mkdir(), save(folder, [])),
+            "is not what `stepdistill evaluate` writes",
+        ),
+    ],
+)
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, make, said):
+    make(tmp_path / "what")
+    with pytest.raises(ValueError, match=said) as caught:
+        build_report(tmp_path / "what")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_run_twice_is_refused(run):
+    with pytest.raises(ValueError, match="several runs are called letters"):
+        build_report([run, run])
+
+
+def test_the_markdown_tables_columns_are_the_readmes_or_the_metrics(run):
+    rows = load(run)["rows"][:1]
+    head, _, body = markdown_table(rows).splitlines()
+    assert head.split(" | ")[2:6] == [
+        "FID to real",
+        "FID to teacher",
+        "prompt accuracy",
+        "latent MSE to teacher",
+    ]
+    assert body == "| teacher-32 | 64 | 23.1 | 3.92 | 0.990 | 0.0312 | 0.0640 | 1.0 x |"
+    chosen = {"diversity": {"title": "diversity", "format": ".2f"}}
+    assert markdown_table([{**rows[0], "row": "a|b"}], chosen).splitlines()[2] == (
+        "| a\\|b | 64 | 0.97 | 0.0640 | 1.0 x |"
+    )
+
+
+def test_the_report_needs_no_torch():
+    code = "import sys, stepdistill.report.build; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,152 @@
+"""Advice is chosen by the numbers, and names keys that a config has."""
+
+import json
+
+import pytest
+from pydantic import BaseModel
+
+from stepdistill.config import RunConfig
+from stepdistill.report.advice import advice_for
+from stepdistill.report.read import read_run
+from tests.browser.synthetic_run import load, make_run, save
+
+ADVERSARIAL = "configs/letters_adversarial.yaml"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "letters", config=ADVERSARIAL, columns=1)
+
+
+def advised(run, **numbers):
+    """Advice after student-4's row is changed to these numbers."""
+    results = load(run)
+    row = next(row for row in results["rows"] if row["row"] == "student-4")
+    row |= numbers
+    save(run, results)
+    return advice_for(read_run(run))
+
+
+def with_log(run, phase, **values):
+    """The log's lines of a phase of the 4-step rung, with values by share of the phase."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    chosen = [line for line in lines if (line["rung"], line["phase"]) == (4, phase)]
+    for place, line in enumerate(chosen):
+        line |= {key: value(place / len(chosen)) for key, value in values.items()}
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def accuracy(of):
+    return {"discriminator_accuracy_teacher": of, "discriminator_accuracy_student": of}
+
+
+def test_good_numbers_call_for_nothing(run):
+    assert advised(run) == []
+
+
+@pytest.mark.parametrize(
+    ("numbers", "found", "key"),
+    [
+        (
+            {"fid_to_teacher": 40.0},
+            "4 steps: FID to teacher 40.00, 2.92 at the rung before",
+            "ladder.2.phases.0.max_train_steps",
+        ),
+        ({"sharpness_drift": -0.3}, "4 steps: 30 % less sharp", "ladder.2.phases.1.max_train_steps"),
+        ({"sharpness_drift": 0.5}, "4 steps: 50 % sharper", "ladder.2.phases.2.learning_rate"),
+        ({"contrast_drift": 0.2}, "4 steps: contrast +20 %", "teacher.guidance_scale"),
+        (
+            {"prompt_accuracy": 0.8},
+            "4 steps: prompts read right 80 %, the teacher's 99 %",
+            "teacher.guidance_scale",
+        ),
+        ({"diversity": 0.6}, "4 steps: its seeds differ 0.60 times", "ladder.2.phases.1.learning_rate"),
+    ],
+)
+def test_a_bad_number_picks_its_advice(run, numbers, found, key):
+    (advice,) = advised(run, **numbers)
+    assert advice.finding.startswith(found)
+    assert key in advice.keys
+
+
+def test_rungs_at_the_floor_want_more_images(run):
+    results = load(run)
+    for row in results["rows"]:
+        if row["row"] in ("student-8", "student-4"):
+            row["fid_to_teacher"] = 1.3
+    save(run, results)
+    assert [a.keys for a in advice_for(read_run(run)) if "within" in a.finding] == [
+        ("evaluation.num_images",)
+    ]
+
+
+def test_a_discriminator_at_chance_wants_a_higher_rate(run):
+    with_log(run, 1, **accuracy(lambda share: 0.5))
+    (advice,) = advised(run)
+    assert advice.finding.startswith("4 steps, paired: the discriminator tells 50 % right")
+    assert advice.keys[0] == "ladder.2.phases.1.discriminator.learning_rate"
+    assert "raise" in advice.remedy
+
+
+def test_a_discriminator_too_far_ahead_wants_a_lower_rate(run):
+    with_log(run, 2, **accuracy(lambda share: 0.6 + 0.4 * share), student_loss=lambda share: 1 + share)
+    assert advised(run) == []
+    with_log(run, 2, **accuracy(lambda share: 1.0), student_loss=lambda share: 1 + share)
+    (advice,) = advised(run)
+    assert advice.keys[0] == "ladder.2.phases.2.discriminator.learning_rate"
+    assert "lower" in advice.remedy
+
+
+@pytest.mark.parametrize(("best", "key"), [(0.5, "learning_rate"), (1.25, "max_train_steps")])
+def test_a_lora_that_is_better_at_another_scale(run, best, key):
+    results = load(run)
+    results["scale_sweep"]["cells"].append({"row": "student-4", "scale": 1.25, "latent_mse_to_teacher": 0.35})
+    for cell in results["scale_sweep"]["cells"]:
+        if cell["row"] == "student-4" and cell["scale"] == best:
+            cell["latent_mse_to_teacher"] = 0.05
+    save(run, results)
+    (advice,) = advice_for(read_run(run))
+    assert advice.finding.startswith(
+        f"4 steps: nearer to the teacher at LoRA scale {best:g} (0.0500) than at 1 (0.1000)"
+    )
+    assert advice.keys[0] == f"ladder.2.phases.2.{key}"
+
+
+def test_alike_findings_are_one_entry(run):
+    results = load(run)
+    for row in results["rows"]:
+        if row["kind"] == "student" and row["steps"] in (4, 2):
+            row["sharpness_drift"] = -0.2
+    save(run, results)
+    (advice,) = advice_for(read_run(run))
+    assert (
+        advice.finding
+        == "4 steps: 20 % less sharp than the teacher; 2 steps: 20 % less sharp than the teacher."
+    )
+
+
+def test_every_key_is_one_of_the_config(run):
+    with_log(run, 1, **accuracy(lambda share: 0.5))
+    with_log(run, 2, **accuracy(lambda share: 1.0), student_loss=lambda share: 1 + share)
+    results = load(run)
+    for row in results["rows"]:
+        if row["kind"] == "student":
+            row |= {"fid_to_teacher": 900 / row["steps"], "sharpness_drift": -0.3, "contrast_drift": 0.3}
+            row |= {"prompt_accuracy": 0.2, "diversity": 0.3}
+    for cell in results["scale_sweep"]["cells"]:
+        cell["latent_mse_to_teacher"] = 1 + cell["scale"]
+    save(run, results)
+    keys = [key for advice in advice_for(read_run(run)) for key in advice.keys]
+    assert len(keys) > 12
+    for key in keys:
+        assert_is_a_key(key)
+
+
+def assert_is_a_key(key):
+    section = RunConfig
+    for part in key.split("."):
+        if part.isdigit():
+            continue
+        field = section.model_fields[part]
+        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)), None)

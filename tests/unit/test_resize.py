@@ -1,0 +1,94 @@
+"""The resize protocols on white noise, where they differ most, each against an independent reference."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stepdistill.evaluation.resize import RESIZES, center_crop, resize, to_uint8
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 96, 128), dtype=np.uint8))
+
+
+def test_protocols_keep_the_variance_of_white_noise_as_documented(noise):
+    """Down by 4: tf1 picks pixels and keeps it all; a triangle averages most of it away, bicubic less."""
+    big = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (1, 3, 1024, 1024), dtype=np.uint8))
+    share = {name: float(resize(big, name, size=256).var() / big.float().var()) for name in RESIZES[1:]}
+    assert share["tf1"] == pytest.approx(1.0, abs=0.02)
+    assert share["torchmetrics"] == pytest.approx(
+        (1 / 6) ** 2, rel=0.05
+    )  # sum of a triangle's squares, each axis
+    assert share["torchmetrics"] < share["pil_bicubic"] < 0.1
+    assert share["lanczos512"] < share["pil_bicubic"]
+    assert len({round(value, 4) for value in share.values()}) == 4
+
+
+def test_tf1_equals_a_loop_over_pixels(noise):
+    size = 50
+    image = noise[0, 1].double().numpy()
+    height, width = image.shape
+    wanted = np.empty((size, size))
+    for i in range(size):
+        for j in range(size):
+            y, x = i * height / size, j * width / size
+            top, left = int(y), int(x)
+            below, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            upper = image[top, left] + (image[top, right] - image[top, left]) * (x - left)
+            lower = image[below, left] + (image[below, right] - image[below, left]) * (x - left)
+            wanted[i, j] = upper + (lower - upper) * (y - top)
+    assert np.allclose(resize(noise, "tf1", size=size)[0, 1].numpy(), wanted, atol=1e-3)
+
+
+def test_tf1_enlarges_by_the_same_rule():
+    ramp = torch.arange(4, dtype=torch.uint8).mul(10).expand(1, 3, 4, 4)
+    assert resize(ramp, "tf1", size=8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]
+
+
+def test_antialiased_bilinear_is_pils_up_to_its_rounding(noise):
+    for size in (40, 299):
+        picture = Image.fromarray(noise[0].permute(1, 2, 0).numpy())
+        wanted = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
+        got = resize(noise, "torchmetrics", size=size)[0].permute(1, 2, 0).numpy()
+        assert np.abs(got - wanted).max() <= 1.01
+
+
+def test_pil_bicubic_is_not_quantised_and_stays_in_range(noise):
+    got = resize(noise, "pil_bicubic", size=64)
+    assert got.min() >= 0
+    assert got.max() <= 255
+    assert (got != got.round()).float().mean() > 0.9
+    middling = noise // 2 + 64  # PIL clips 8 bit between its two passes, which floating point does not
+    picture = Image.fromarray(middling[0].permute(1, 2, 0).numpy())
+    wanted = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32)
+    got = resize(middling, "pil_bicubic", size=64)
+    assert np.abs(got[0].permute(1, 2, 0).numpy() - wanted).max() <= 1.01
+
+
+def test_lanczos512_goes_through_512_in_8_bit(noise):
+    picture = Image.fromarray(noise[0].permute(1, 2, 0).numpy()).resize((512, 512), Image.Resampling.LANCZOS)
+    middle = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    assert torch.equal(resize(noise[:1], "lanczos512", size=99), resize(middle, "torchmetrics", size=99))
+
+
+def test_none_leaves_pixels_and_an_unknown_protocol_is_refused(noise):
+    assert torch.equal(resize(noise, "none", size=5), noise.float())
+    with pytest.raises(ValueError, match="allowed: none, torchmetrics"):
+        resize(noise, "bicubic", size=5)
+
+
+def test_the_crop_is_the_centre(noise):
+    crop = center_crop(noise, 32)
+    assert torch.equal(crop, noise[:, :, 32:64, 48:80])
+    with pytest.raises(ValueError, match=r"patch_size: got 97; allowed: up to 96"):
+        center_crop(noise, 97)
+
+
+def test_rounding_not_truncation():
+    levels = torch.linspace(0, 1, 4001)
+    assert torch.equal(to_uint8(torch.arange(256) / 255), torch.arange(256, dtype=torch.uint8))
+    assert float((to_uint8(levels).double() - levels.double() * 255).mean()) == pytest.approx(0, abs=1e-2)
+    truncated = (levels * 255).to(torch.uint8)
+    assert float((truncated.double() - levels.double() * 255).mean()) == pytest.approx(-0.5, abs=1e-2)

@@ -1,0 +1,80 @@
+"""Blur, noise, a lost mode and a colour cast each move the metric that should see them, on rendered letters."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d
+
+from stepdistill.demo import letters
+from stepdistill.evaluation.distances import density_coverage, fid, kid, precision_recall
+from stepdistill.evaluation.drift import image_drift
+from stepdistill.evaluation.features import build_extractor, extract
+
+N = 400
+
+
+def rendered(triples, seed):
+    pixels = [np.asarray(letters.render_at(t, seed=seed, index=i)) for i, t in enumerate(triples)]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """Per change: features and images; "same" is another draw of the same world."""
+    triples = letters.sample_triples(N, seed=0)
+    real, same = rendered(triples, 1), rendered(triples, 2)
+    one_ink = rendered([letters.Triple(t.letter, 0, t.paper) for t in triples], 2)
+    noise = torch.randn(same.shape, generator=torch.Generator().manual_seed(0)) * 50
+    cast = same.float()
+    cast[:, 2] -= 40
+    changed = {
+        "real": real,
+        "same": same,
+        "blur": avg_pool2d(same.float(), 5, stride=1, padding=2, count_include_pad=False),
+        "noise": same + noise,
+        "lost mode": one_ink,
+        "two at once": (same.float() + same.roll(7, 0).float()) / 2,
+        "colour": cast,
+    }
+    pictures = {name: x.float().round().clamp(0, 255).to(torch.uint8) for name, x in changed.items()}
+    extractor = build_extractor("reader")
+    return {name: (extract([x], extractor, resize="none"), x) for name, x in pictures.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "times"), [("blur", 3), ("noise", 1.5), ("lost mode", 10), ("two at once", 5), ("colour", 3)]
+)
+def test_fid_sees_every_change(seen, change, times):
+    """Noise least: the reader was made to read through it."""
+    real, same, changed = seen["real"][0], seen["same"][0], seen[change][0]
+    assert fid(real, changed) > times * fid(real, same)
+
+
+@pytest.mark.parametrize("change", ["lost mode", "two at once", "colour"])
+def test_kid_sees_what_is_more_than_its_deviation(seen, change):
+    real, same, changed = seen["real"][0], seen["same"][0], seen[change][0]
+    near, far = (kid(real, x, gamma=1e-4, subset_size=200, subsets=20, paired=True) for x in (same, changed))
+    assert abs(near[0]) < near[1]
+    assert far[0] > near[0] + 2 * near[1]
+
+
+def test_a_lost_mode_is_lost_recall_and_coverage_not_precision(seen):
+    real, same, lost = seen["real"][0], seen["same"][0], seen["lost mode"][0]
+    assert precision_recall(real, lost)[0] > 0.95
+    assert precision_recall(real, lost)[1] < precision_recall(real, same)[1] - 0.5
+    assert density_coverage(real, lost)[1] < density_coverage(real, same)[1] - 0.05
+
+
+def test_pictures_of_two_things_at_once_are_lost_precision_and_density(seen):
+    real, same, mixed = seen["real"][0], seen["same"][0], seen["two at once"][0]
+    assert precision_recall(real, mixed)[0] < precision_recall(real, same)[0] - 0.1
+    assert density_coverage(real, mixed)[0] < density_coverage(real, same)[0] - 0.15
+
+
+def test_drifts_have_the_right_sign(seen):
+    drift = {name: image_drift([x], [seen["same"][1]]) for name, (_, x) in seen.items()}
+    assert drift["blur"]["sharpness_drift"] < -0.5
+    assert drift["noise"]["sharpness_drift"] > 0.5
+    assert drift["colour"]["colour_drift"] > 15
+    assert drift["blur"]["colour_drift"] < 1
+    assert drift["two at once"]["contrast_drift"] < -0.05

@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stepdistill.config import ConfigError
+from stepdistill.config_file import load_config
+from stepdistill.evaluation.subject import ImageFolder, Renderings, subject_of
+
+
+def config_with(*overrides):
+    return load_config("configs/letters.yaml", ["evaluation.num_images=9", *overrides])
+
+
+def test_the_letters_world_is_its_own_subject():
+    subject = subject_of(config_with())
+    assert len(subject.prompts) == 9
+    assert [t.caption for t in subject.wanted] == list(subject.prompts)
+    real, other = (torch.cat(list(s.batches(4))) for s in (subject.real, subject.other_real))
+    assert real.shape == (9, 3, 32, 32)
+    assert real.dtype == torch.uint8
+    assert not torch.equal(real, other)
+    assert subject.real.key != subject.other_real.key
+    assert torch.equal(real, torch.cat(list(subject_of(config_with()).real.batches(9))))
+
+
+def test_prompts_of_a_file_are_used_in_order_and_again(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\r\n\r\n  <b>&amp;</b> ../../x  \n\u202eright to left\n".encode())
+    subject = subject_of(config_with(f"evaluation.prompts={file}"))
+    assert subject.prompts[:4] == ("a cat", "<b>&amp;</b> ../../x", "\u202eright to left", "a cat")
+    assert len(subject.prompts) == 9
+    assert subject.wanted is None
+    assert subject.real is None
+
+
+def test_captions_of_the_letters_world_in_a_file_keep_what_they_show(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red letter a on white\na purple letter m on pink\n")
+    subject = subject_of(config_with(f"evaluation.prompts={tmp_path / 'prompts.txt'}"))
+    assert subject.wanted[1].caption == "a purple letter m on pink"
+    assert isinstance(subject.real, Renderings)
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe\x00"])
+def test_a_prompt_file_that_cannot_be_is_refused_in_one_line(tmp_path, content):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts") as caught:
+        subject_of(config_with(f"evaluation.prompts={file}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_pictures_of_several_sizes_and_kinds(tmp_path):
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    for k, (size, mode) in enumerate([((8, 6), "RGB"), ((8, 6), "RGBA"), ((5, 5), "L"), ((5, 5), "P")]):
+        Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).convert(mode).save(
+            tmp_path / "in" / f"{k}.png"
+        )
+    (tmp_path / "notes.txt").write_text("no picture")
+    folder = ImageFolder.open(str(tmp_path))
+    assert [tuple(b.shape) for b in folder.batches()] == [(2, 3, 6, 8), (2, 3, 5, 5)]
+    key = folder.key
+    Image.new("RGB", (5, 5)).save(tmp_path / "in" / "3.png")
+    assert ImageFolder.open(str(tmp_path)).key != key
+
+
+def test_a_folder_without_pictures_and_a_broken_picture_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="holds 0 pictures"):
+        ImageFolder.open(str(tmp_path))
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"\x89PNG not really")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.png"):
+        list(ImageFolder.open(str(tmp_path)).batches())
