@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-browser lint clean
 demo: $(VENV)/installed
 	$(BIN)/stepdistill run configs/letters.yaml $(DEMO_ARGS)
 
@@ -15,6 +15,11 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# The report in headless Chromium: needs chromium and chromium-driver (Debian's packages); skips itself without them.
+test-browser: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint,browser]"
+	$(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

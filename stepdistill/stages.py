@@ -69,7 +69,7 @@ def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_co
     folder = build_report(run_dirs, output, grid_columns=grid_columns)
     table = folder / "results.md"
     if table.is_file():
-        logger.info("%s", table.read_text(encoding="utf-8"))
+        logger.info("%s", table.read_text(encoding="utf-8").partition("\n!")[0])
     logger.info("report: %s", folder / "index.html")
     return folder
 

@@ -29,7 +29,7 @@ def markdown_table(rows: list[dict[str, Any]], metrics: Mapping[str, Mapping[str
 def markdown(name: str, results: Mapping[str, Any]) -> str:
     """results.md: the table and what it was measured on."""
     metrics, floor = results.get("metrics"), results.get("floor") or {}
-    real = floor.get("fid_to_real", results.get("fid_floor"))
+    real = floor.get("fid_to_real")
     notes = [
         f"{results.get('num_images', 'Some')} images a row, equal prompts and noise. FID to teacher: against the images "
         f"of {results.get('reference', 'the teacher')}."
@@ -38,8 +38,11 @@ def markdown(name: str, results: Mapping[str, Any]) -> str:
         notes.append(f"Two sets of real images are {real:.1f} apart at this number of images.")
     if floor.get("fid_to_teacher") is not None:
         notes.append(f"The teacher with other seeds is {floor['fid_to_teacher']:.2f} from itself.")
-    table = markdown_table(results["rows"], metrics)
-    return f"# {name}\n\n{table}\n\n{' '.join(notes)}\n\n![same noise per column](grid.png)\n"
+    rows = results["rows"]
+    parts = [f"# {name}", markdown_table(rows), " ".join(notes), "![same noise per column](grid.png)"]
+    if metrics:
+        parts += ["## All metrics", markdown_table(rows, metrics)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _text(value: Any, key: str, spec: str) -> str:

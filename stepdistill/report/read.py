@@ -7,7 +7,6 @@ rungs/<steps>/               finished rungs and their previews
 evaluation/results.json      rows of numbers; the pictures beside it are read where they are shown
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +17,9 @@ import yaml
 from stepdistill.durable import read_json
 from stepdistill.report.quantities import number
 from stepdistill.rungs import rung_folder
+from stepdistill.training.log import read_log
 
 ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
-
-# The metrics of results that were written before they described their own.
-_FORMER_METRICS = {
-    "fid_to_real": {"title": "FID to real", "format": ".1f", "better": "lower"},
-    "fid_to_teacher": {"title": "FID to teacher", "format": ".2f", "better": "lower"},
-    "prompt_accuracy": {"title": "prompt accuracy", "format": ".3f", "better": "higher"},
-    "latent_mse_to_teacher": {"title": "latent MSE to teacher", "format": ".4f", "better": "lower"},
-}
 
 
 @dataclass(frozen=True)
@@ -130,10 +122,7 @@ def read_run(run_dir: Path) -> Run:
     if results is None:
         return Run(name, run_dir, config, environment, rungs, None)
     rows = tuple(_row(row) for row in results["rows"] if isinstance(row, dict) and "row" in row)
-    metrics = results.get("metrics") or {
-        key: about for key, about in _FORMER_METRICS.items() if any(key in row for row in rows)
-    }
-    floor = results.get("floor") or {"fid_to_real": results.get("fid_floor")}
+    metrics, floor = results.get("metrics") or {}, results.get("floor") or {}
     known = {key: value for key, value in floor.items() if number(value) is not None}
     return Run(name, run_dir, config, environment, rungs, results, rows, metrics, known)
 
@@ -157,7 +146,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _rungs(run_dir: Path, config: dict[str, Any]) -> Iterator[RungLog]:
     records: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for line in _log_lines(run_dir / "log.jsonl"):
+    for line in read_log(run_dir / "log.jsonl"):
         records.setdefault((line.get("rung", 0), line.get("phase", 0)), []).append(line)
     for index, rung in enumerate(config.get("ladder") or []):
         steps, key = int(rung["student_steps"]), f"ladder.{index}"
@@ -183,16 +172,3 @@ def _rungs(run_dir: Path, config: dict[str, Any]) -> Iterator[RungLog]:
             rung.get("node_steps"),
             rung.get("prediction_type"),
         )
-
-
-def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a log.jsonl; a last line cut short by a crash is left out."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record

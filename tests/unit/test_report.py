@@ -174,27 +174,6 @@ def test_a_page_is_equal_bytes_for_an_equal_run(run, tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_a_sparse_result_is_reported_as_far_as_it_goes(run, tmp_path):
-    """What was written before metrics and protocol were part of it."""
-
-    def former(results):
-        keys = ("row", "steps", "nfe", "distilled", "fid_to_real", "fid_to_teacher", "prompt_accuracy")
-        keys += ("latent_mse_to_teacher", "seconds_per_image", "speed_up")
-        rows = [{key: row[key] for key in keys} for row in results["rows"] if row["kind"] != "lora"]
-        rows[3]["fid_to_teacher"] = None
-        rows[4]["fid_to_real"] = float("nan")
-        return {"num_images": 8, "reference": "teacher-32", "fid_floor": 5.77, "rows": rows}
-
-    folder = changed(run, tmp_path, former)
-    page = page_of(folder, grid_columns=4)
-    assert "FID to teacher 3.05" in page.text
-    assert "latent MSE to teacher" in page.text
-    text = (folder / "report" / "results.md").read_text()
-    assert "| model | U-Net passes | FID to real | FID to teacher | prompt accuracy |" in text
-    assert "| teacher-2 | 4 | 70.0 | – |" in text
-    assert "5.8 apart" in text
-
-
 def test_pictures_and_logs_may_be_missing(run, tmp_path):
     write_training(tmp_path / "bare", finished=())
     (tmp_path / "bare" / "log.jsonl").unlink()
