@@ -58,8 +58,10 @@ def share(first: RunConfig, config: RunConfig) -> None:
         shutil.copytree(
             rung_folder(first.run_dir, theirs.student_steps), rung_folder(config.run_dir, ours.student_steps)
         )
-    for row in (first.run_dir / "evaluation").glob("teacher-*"):
-        shutil.copytree(row, config.run_dir / "evaluation" / row.name)
+    drawn = first.run_dir / "evaluation"
+    for pattern in ("teacher-*", "floor", "features", "seeds/teacher-*", "studies"):
+        for folder in drawn.glob(pattern):
+            shutil.copytree(folder, config.run_dir / "evaluation" / folder.relative_to(drawn))
 
 
 def main(argv: list[str] | None = None) -> int:
