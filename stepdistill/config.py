@@ -173,8 +173,8 @@ class Evaluation(Section):
     """What the pipeline draws in."""
     features: str = "reader"
     """What FID, KID, precision and coverage are measured on: reader, inception[:FILE], clip:FOLDER or dinov2:FOLDER."""
-    resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] = "none"
-    """How images reach the extractor's size."""
+    resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] | None = None
+    """How images reach the extractor's size; where not given none (reader), torchmetrics (inception), else pil_bicubic."""
     patch_size: PositiveInt | None = None
     """Patch FID on the centre crop of this size, without resize (299 for Inception); off where not given."""
     clip: str | None = None

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 
 _LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # ITU-R BT.601
+_TINY = 1e-12  # flat images against flat ones have no drift
 
 
 def image_drift(images: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> dict[str, float]:
@@ -19,7 +20,7 @@ def image_drift(images: Iterable[torch.Tensor], reference: Iterable[torch.Tensor
     if len(mine) != len(theirs):
         raise ValueError(f"drift of {len(mine)} images against {len(theirs)}")
     contrast, sharpness = (
-        float(mine[:, k].mean() / theirs[:, k].mean().clamp(min=1e-12)) - 1 for k in (3, 4)
+        float((mine[:, k].mean() + _TINY) / (theirs[:, k].mean() + _TINY)) - 1 for k in (3, 4)
     )
     colour = (mine[:, :3] - theirs[:, :3]).square().sum(dim=1).div(3).sqrt().mean()
     return {"colour_drift": float(colour), "contrast_drift": contrast, "sharpness_drift": sharpness}

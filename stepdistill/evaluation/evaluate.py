@@ -18,7 +18,7 @@ from stepdistill.evaluation.outside import run_score_cmd
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, rows_of
 from stepdistill.evaluation.studies import Studies
-from stepdistill.evaluation.subject import RealImages, Subject, subject_of
+from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subject_of
 from stepdistill.models.folder import embedded_folder
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import require_rung
@@ -185,7 +185,8 @@ class _Work:
     def _real_set(self, name: str, images: RealImages | None) -> ImageSet | None:
         if images is None:
             return None
-        return ImageSet(images.key, self._folder / "features" / name.replace(" ", "-"), images.batches)
+        folder = self._folder / "features" / name.replace(" ", "-")
+        return ImageSet(images.key, folder, images.batches, by_prompt=isinstance(images, Renderings))
 
     def _warnings(self) -> list[str]:
         count = self._options.num_images
@@ -205,7 +206,7 @@ class _Work:
             "feature_extractor": extractor.name,
             "feature_extractor_sha256": extractor.sha256,
             "feature_dimension": extractor.num_features,
-            "resize": self._options.resize,
+            "resize": distances.main.resize,
             "patch_size": self._options.patch_size,
             "real_images": real.about if real is not None else self._options.reference_stats or "none",
             "real_images_key": real.key if real is not None else None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 
@@ -21,15 +22,17 @@ from stepdistill.models.folder import embedded_folder
 
 INCEPTION_VARIABLE = "STEPDISTILL_INCEPTION"
 TORCHSCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-_STATE_DICT_SHA256 = "6726825d"  # torch-fidelity's file has the first digits of its sha256 in its name
+_STATE_DICT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _ALLOWED = "reader, inception, inception:FILE, inception:FILE#sha256=HEX, clip:FOLDER, dinov2:FOLDER"
 
 
 class FeatureExtractor(nn.Module):
     """Images (B, 3, H, W), float in 0..255, to features (B, num_features). `input_size` is the side it wants, None for
-    any; `sha256` is of its weights; `kid_gamma` is for features whose squared length is far from their number."""
+    any; `sha256` is of its files; `kid_gamma` is for features whose squared length is far from their number."""
 
     kid_gamma: float | None = None
+    default_resize: str = "pil_bicubic"
 
     def __init__(self, name: str, num_features: int, sha256: str, input_size: int | None) -> None:
         super().__init__()
@@ -41,6 +44,7 @@ class ReaderFeatures(FeatureExtractor):
     """The letters world's own reader: 96 features of 32 x 32 images, of mean squared length 7,600."""
 
     kid_gamma = 1e-4
+    default_resize = "none"
 
     def __init__(self) -> None:
         path = embedded_folder("reader") / "model.fp16.safetensors"
@@ -49,16 +53,14 @@ class ReaderFeatures(FeatureExtractor):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, 32, 32) -> (B, 96); ValueError for another size."""
-        if images.shape[-2:] != (32, 32):
-            raise ValueError(
-                f"evaluation.features: the reader reads 32 x 32 pictures, got {tuple(images.shape[-2:])}; "
-                f"allowed here: inception, clip:FOLDER, dinov2:FOLDER, or a resize"
-            )
+        _require_size(images, self)
         return self.reader.features(images.round().to(torch.uint8))
 
 
 class InceptionFeatures(FeatureExtractor):
     """2048-d pool features of FID's Inception, from a TorchScript file or through torch-fidelity."""
+
+    default_resize = "torchmetrics"
 
     def __init__(self, path: Path, *, sha256: str | None = None) -> None:
         if not path.is_file():
@@ -79,7 +81,8 @@ class InceptionFeatures(FeatureExtractor):
             )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 299, 299) -> (B, 2048). torch-fidelity's graph takes 8 bit, so what a resize made is rounded for it."""
+        """(B, 3, 299, 299) -> (B, 2048), ValueError for another size. torch-fidelity's graph gets rounded 8 bit."""
+        _require_size(images, self)
         if self._scripted:
             return self.net.layers((images - 128) / 128).flatten(1)
         return self.net(images.round().clamp(0, 255).to(torch.uint8)).flatten(1)
@@ -92,32 +95,37 @@ class TransformersFeatures(FeatureExtractor):
     std: torch.Tensor
 
     def __init__(self, kind: str, folder: Path) -> None:
-        from transformers import AutoImageProcessor, CLIPModel, Dinov2Model
+        from transformers import AutoConfig, AutoImageProcessor, CLIPModel, Dinov2Model
 
         loader = {"clip": CLIPModel, "dinov2": Dinov2Model}[kind]
         try:
-            net = loader.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-            processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).splitlines()[0]
+            if (found := AutoConfig.from_pretrained(folder, **_LOCAL).model_type) != kind:
+                raise ValueError(f"it holds {found}")
+            options = _LOCAL | {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            net, loaded = loader.from_pretrained(folder, **options)
+            if loaded["missing_keys"]:  # transformers would leave them random
+                raise ValueError(f"no weights for {min(loaded['missing_keys'])}")
+            processor = AutoImageProcessor.from_pretrained(folder, **_LOCAL)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"evaluation.{kind}: cannot load {folder}: {reason}; "
+                f"evaluation.{kind}: cannot load {folder}: {str(error).splitlines()[0]}; "
                 f"allowed: a folder with config.json, preprocessor_config.json and model.safetensors"
             ) from None
         digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in (*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*config.json"))):
             digest.update(bytes.fromhex(sha256_file(file)))
         size = net.config.vision_config.image_size if kind == "clip" else _crop_size(processor)
         width = net.config.projection_dim if kind == "clip" else net.config.hidden_size
         super().__init__(kind, width, digest.hexdigest(), size)
         self.folder = folder
-        self.net: Any = net.requires_grad_(False)
+        self.net: Any = net.eval().requires_grad_(False)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(processor, f"image_{name}")).view(1, 3, 1, 1)
             self.register_buffer(name, values * 255)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, input_size, input_size) -> (B, num_features)."""
+        """(B, 3, input_size, input_size) -> (B, num_features); ValueError for another size."""
+        _require_size(images, self)
         pixels = (images - self.mean) / self.std
         if self.name == "clip":
             return self.net.visual_projection(self.net.vision_model(pixel_values=pixels).pooler_output)
@@ -159,13 +167,21 @@ def extract(
 
 @torch.no_grad()
 def clip_score(extractor: FeatureExtractor, batches: Iterable[torch.Tensor], prompts: Sequence[str]) -> float:
-    """Mean of 100 max(cos(image, prompt), 0) by torchmetrics (Hessel et al. 2021, Eq 1); prompts are cut to the context."""
+    """100 max(mean cos(image, prompt), 0) by torchmetrics (Hessel et al. 2021, Eq 1); prompts are cut to the context."""
     if not isinstance(extractor, TransformersFeatures) or extractor.name != "clip":
         raise ValueError(f"CLIP score needs CLIP, got {extractor.name}")
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(extractor.folder, local_files_only=True)
-    metric = CLIPScore(model_name_or_path=lambda: (_Unwrapped(extractor.net), processor))
+    processor, net = AutoProcessor.from_pretrained(extractor.folder, **_LOCAL), extractor.net
+    context = net.config.text_config.max_position_embeddings
+
+    def read(*, text: list[str] | None = None, **options: Any) -> Any:
+        """The processor, cutting prompts before their end token; torchmetrics would cut that token off."""
+        if text is None:
+            return processor(**options)
+        return processor.tokenizer(text, truncation=True, max_length=context, **options)
+
+    metric = CLIPScore(model_name_or_path=lambda: (_Unwrapped(net), read))
     metric.to(extractor.mean.device)
     first = 0
     for batch in batches:
@@ -200,6 +216,15 @@ def _features(
     return extractor(sized).float().cpu()
 
 
+def _require_size(images: torch.Tensor, extractor: FeatureExtractor) -> None:
+    side, got = extractor.input_size, tuple(images.shape[-2:])
+    if got != (side, side):
+        raise ValueError(
+            f"evaluation.resize: {extractor.name} takes {side} x {side} pictures, got {got[0]} x {got[1]}; "
+            f"allowed here: a resize other than none, and {side} as evaluation.patch_size"
+        )
+
+
 def _crop_size(processor: object) -> int:
     size = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
     return int(size.get("height") or size.get("shortest_edge") or 224)
@@ -207,7 +232,7 @@ def _crop_size(processor: object) -> int:
 
 def _check_hash(path: Path, found: str, wanted: str | None) -> None:
     expected = wanted or (TORCHSCRIPT_SHA256 if path.suffix == ".pt" else _STATE_DICT_SHA256)
-    if not found.startswith(expected.lower()):
+    if len(expected) < 8 or not found.startswith(expected.lower()):
         raise ValueError(
             f"evaluation.features: {path} has sha256 {found[:16]}.., expected {expected[:16]}..: another or a broken file; "
             f"inception:FILE#sha256=HEX takes it on your word"

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stepdistill.config import Evaluation
+from stepdistill.config import ConfigError, Evaluation
 from stepdistill.durable import sha256_json
 from stepdistill.evaluation.distances import Moments, cmmd, density_coverage, fid, kid, precision_recall
 from stepdistill.evaluation.features import FeatureExtractor, build_extractor, extract
@@ -17,11 +16,13 @@ from stepdistill.evaluation.features import FeatureExtractor, build_extractor, e
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images under a key. `cache` is where their features are kept; `batches` begins anew at each call."""
+    """Images under a key. `cache` is where their features are kept; `batches` begins anew at each call; `by_prompt` says
+    that image k belongs to prompt k of the table."""
 
     key: str
     cache: Path
     batches: Callable[[], Iterator[torch.Tensor]]
+    by_prompt: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,22 @@ class Distances:
     """
 
     def __init__(self, options: Evaluation, *, device: torch.device | str = "cpu") -> None:
-        self._options = options
-        self.main = View("main", build_extractor(options.features, device=device), options.resize)
+        path = options.reference_stats
+        self._stats = None if path is None else Moments.from_npz(Path(path))
+        extractor = build_extractor(options.features, device=device)
+        self.main = View("main", extractor, options.resize or extractor.default_resize)
+        if self.main.resize == "none" and extractor.name != "reader":
+            raise ConfigError(
+                f"evaluation.resize: got none; {extractor.name} wants {extractor.input_size} pixels; "
+                f"allowed: torchmetrics, tf1, pil_bicubic, lanczos512"
+            )
         self._views = [self.main]
         if options.patch_size is not None:
+            if options.patch_size != extractor.input_size:
+                raise ConfigError(
+                    f"evaluation.patch_size: got {options.patch_size}; allowed: {extractor.input_size}, the side that "
+                    f"{extractor.name} wants without resize"
+                )
             self._views.append(View("patch", self.main.extractor, "none", options.patch_size))
         self.clip = None
         if options.clip is not None:
@@ -70,11 +83,6 @@ class Distances:
         if options.dinov2 is not None:
             dinov2 = build_extractor(f"dinov2:{options.dinov2}", device=device)
             self._views.append(View("dinov2", dinov2, "pil_bicubic"))
-
-    @cached_property
-    def _stats(self) -> Moments | None:
-        path = self._options.reference_stats
-        return None if path is None else Moments.from_npz(Path(path))
 
     def to_teacher(self, images: ImageSet, teacher: ImageSet) -> dict[str, float]:
         """`*_to_teacher` of a set of images."""
@@ -102,6 +110,7 @@ class Distances:
             prefix = {"main": "fid", "patch": "patch_fid", "dinov2": "fd_dinov2"}[view.name]
             found[f"{prefix}_to_{whom}"] = fid(theirs, mine)
             if view.name == "main":
-                mean, deviation = kid(theirs, mine, paired=True, gamma=view.extractor.kid_gamma)
+                paired = images.by_prompt and reference.by_prompt
+                mean, deviation = kid(theirs, mine, paired=paired, gamma=view.extractor.kid_gamma)
                 found |= {f"kid_to_{whom}": mean, f"kid_to_{whom}_std": deviation}
         return found

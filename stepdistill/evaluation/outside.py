@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,28 +15,23 @@ def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) 
 
     ValueError in one line where it cannot start, fails, takes longer than `timeout` seconds or prints something else.
     """
-    words = [
-        word.replace("{images}", str(images)).replace("{prompts}", str(prompts))
-        for word in shlex.split(command)
-    ]
+    try:
+        parts = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"evaluation.score_cmd: cannot read {command!r}: {error}") from None
+    words = [part.replace("{images}", str(images)).replace("{prompts}", str(prompts)) for part in parts]
     if not words:
         raise ValueError("evaluation.score_cmd: got an empty command")
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=timeout)
-    except OSError as error:
-        raise ValueError(f"evaluation.score_cmd: cannot run {words[0]}: {error.strerror}") from None
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"evaluation.score_cmd: {words[0]} took longer than {timeout:.0f} s") from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
+    code, printed, complaints = _run(words, timeout)
+    if code:
+        said = complaints.strip().splitlines()
         raise ValueError(
-            f"evaluation.score_cmd: {words[0]} left with {done.returncode}: {said[-1] if said else 'no message'}"
+            f"evaluation.score_cmd: {words[0]} left with {code}: {said[-1] if said else 'no message'}"
         )
-    lines = done.stdout.strip().splitlines()
+    lines = printed.strip().splitlines()
     try:
-        scores = json.loads(lines[-1] if lines else "")
-        found = {str(name): float(value) for name, value in scores.items()}
-    except (ValueError, AttributeError, TypeError):
+        found = {str(name): _number(value) for name, value in json.loads(lines[-1] if lines else "").items()}
+    except (ValueError, AttributeError, TypeError, OverflowError):
         raise ValueError(
             f"evaluation.score_cmd: the last line of {words[0]} is {lines[-1][:80] if lines else ''!r}; "
             f"allowed: a JSON object of numbers"
@@ -43,3 +40,34 @@ def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) 
     if bad:
         raise ValueError(f"evaluation.score_cmd: {bad[0]} is {found[bad[0]]}; allowed: finite numbers")
     return found
+
+
+def _run(words: list[str], timeout: float) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; past the timeout the command goes with every process it started."""
+    try:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise ValueError(f"evaluation.score_cmd: cannot run {words[0]}: {error.strerror}") from None
+    try:
+        printed, complaints = process.communicate(timeout=timeout)
+    except BaseException as error:  # Ctrl-C too, which does not reach a group of its own
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise ValueError(f"evaluation.score_cmd: {words[0]} took longer than {timeout:.0f} s") from None
+        raise
+    return process.returncode, printed, complaints
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(value)
+    return float(value)

@@ -14,7 +14,8 @@ RESIZES = ("none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512")
 
 
 def resize(images: torch.Tensor, protocol: str, *, size: int) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..255; ValueError for an unknown protocol."""
+    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..255, whatever the sides' ratio; ValueError for an unknown
+    protocol."""
     if protocol not in RESIZES:
         raise ValueError(f"resize: got {protocol!r}; allowed: {', '.join(RESIZES)}")
     if protocol == "none":

@@ -18,6 +18,7 @@ from stepdistill.demo import letters
 from stepdistill.durable import sha256_json
 from stepdistill.rng import derive_seed
 
+FEWEST_PICTURES = 8  # as many as evaluation.num_images at least; coverage looks at 5 neighbours
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -59,10 +60,10 @@ class ImageFolder:
         files = tuple(
             sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
         )
-        if len(files) < 2:
+        if len(files) < FEWEST_PICTURES:
             raise ConfigError(
                 f"evaluation.real_images: got {folder!r}, which holds {len(files)} pictures; "
-                f"allowed: a folder with 2 or more of {', '.join(PICTURE_SUFFIXES)}"
+                f"allowed: a folder with {FEWEST_PICTURES} or more of {', '.join(PICTURE_SUFFIXES)}"
             )
         return cls(path, files)
 

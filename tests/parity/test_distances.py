@@ -52,15 +52,28 @@ def test_fid_from_a_file_of_moments(tmp_path):
     assert fid(Moments.from_npz(tmp_path / "stats.npz"), y) == pytest.approx(fid(x, y), rel=1e-9)
 
 
-@pytest.mark.parametrize("content", ["text", "missing", "shapes"])
+@pytest.mark.parametrize(
+    "content", ["text", "missing", "shapes", "nan", "asymmetric", "cut", "flipped", "array"]
+)
 def test_a_file_that_holds_no_moments_is_named(tmp_path, content):
     path = tmp_path / "stats.npz"
     if content == "text":
         path.write_text("not numpy")
     elif content == "missing":
         np.savez(path, mu=np.zeros(3))
+    elif content == "array":
+        with path.open("wb") as file:
+            np.save(file, np.eye(3))
     else:
-        np.savez(path, mu=np.zeros(3), sigma=np.zeros((2, 2)))
+        sigma = {"shapes": np.zeros((2, 2)), "asymmetric": np.array([[1, 5, 0], [0, 1, 0], [0, 0, 1]])}
+        mean = np.full(3, np.nan) if content == "nan" else np.zeros(3)
+        np.savez(path, mu=mean, sigma=sigma.get(content, np.eye(3)))
+        whole = bytearray(path.read_bytes())
+        if content == "cut":
+            path.write_bytes(whole[: len(whole) // 2])
+        elif content == "flipped":
+            whole[whole.index(b"sigma.npy") + 9 + 140] ^= 1
+            path.write_bytes(whole)
     with pytest.raises(ValueError, match=r"stats\.npz"):
         Moments.from_npz(path)
 
@@ -121,6 +134,12 @@ def test_precision_recall_density_coverage_equal_brute_force(k):
     assert density_coverage(x, y, k=k) == pytest.approx(wanted, rel=1e-6)
 
 
+def test_the_edge_of_a_ball_is_inside_for_precision_and_outside_for_density():
+    real, generated = (torch.tensor(values)[:, None].double() for values in ([0, 1, 2, 3], [4, 6]))
+    assert precision_recall(real, generated, k=1) == (0.5, 0.5)  # 4 is 1 from 3; 2 and 3 are up to 2 from 4
+    assert density_coverage(real, generated, k=1) == (0, 0)
+
+
 def test_chunks_do_not_change_a_distance(monkeypatch):
     x, y = two_sets()
     whole = [f(x, y) for f in (precision_recall, density_coverage, cmmd)]
@@ -158,8 +177,11 @@ def test_no_metric_touches_global_randomness():
 
 def test_what_cannot_be_measured_is_said():
     x, _ = two_sets()
-    with pytest.raises(ValueError, match="extractors differ"):
-        fid(x, x[:, :5])
+    for metric in (fid, kid, precision_recall, density_coverage, cmmd):
+        with pytest.raises(ValueError, match="extractors differ"):
+            metric(x, x[:, :5])
+    with pytest.raises(ValueError, match="not finite"):
+        diversity(x[:10].reshape(5, 2, -1) / 0)
     with pytest.raises(ValueError, match="N >= 2"):
         fid(x, x[:1])
     with pytest.raises(ValueError, match="no 3-th neighbour"):

@@ -34,6 +34,25 @@ def test_each_change_moves_its_own_number():
     assert image_drift([x], [blurred])["sharpness_drift"] > 5
 
 
+def test_contrast_weighs_the_primaries_as_luma_does():
+    grey = pictures()[:, :1]
+    red, green, blue = (torch.cat([grey * (k == j) for j in range(3)], dim=1) for k in range(3))
+    assert image_drift([red], [green])["contrast_drift"] == pytest.approx(0.299 / 0.587 - 1, rel=1e-9)
+    assert image_drift([blue], [green])["contrast_drift"] == pytest.approx(0.114 / 0.587 - 1, rel=1e-9)
+
+
+def test_a_gradient_of_brightness_is_not_sharpness():
+    x = pictures()
+    brighter = x + torch.arange(24, dtype=torch.uint8) * 2
+    assert image_drift([brighter], [x])["sharpness_drift"] == pytest.approx(0, abs=1e-9)
+
+
+def test_flat_pictures_have_no_drift_to_flat_ones():
+    flat = torch.full((2, 3, 8, 8), 99, dtype=torch.uint8)
+    found = image_drift([flat], [flat // 3])
+    assert found == {"colour_drift": pytest.approx(66), "contrast_drift": 0, "sharpness_drift": 0}
+
+
 def test_sets_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="40 images against 39"):
         image_drift([pictures()], [pictures()[1:]])

@@ -1,9 +1,11 @@
 """Extractors of the real classes in small: random weights, saved to disk, loaded as a user's files are."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BitImageProcessor,
@@ -118,6 +120,7 @@ def test_clip_and_dinov2_give_what_transformers_gives_for_its_own_preprocessing(
 
 
 def test_clip_score_is_the_cosine_with_long_prompts_cut(clip_folder):
+    """A negative cosine is shown as 0, which would hide a wrong one: the projection is negated for those."""
     extractor = build_extractor(f"clip:{clip_folder}")
     prompts = ["a red letter a on white", "a blue letter b on gray " * 300, "<b>\u202e../../x"]
     x = images(3, size=32)
@@ -128,9 +131,17 @@ def test_clip_score_is_the_cosine_with_long_prompts_cut(clip_folder):
             prompts, padding=True, truncation=True, max_length=12, return_tensors="pt"
         )
         read = model.text_projection(model.text_model(**tokens).pooler_output)
-        cosine = torch.nn.functional.cosine_similarity(seen, read)
-    wanted = float((100 * cosine).mean().clamp(min=0))
-    assert clip_score(extractor, x.split(2), prompts) == pytest.approx(wanted, abs=1e-3)
+        cosines = torch.nn.functional.cosine_similarity(seen, read).tolist()
+    for k, cosine in enumerate(cosines):
+        pair = ([x[k : k + 1]], prompts[k : k + 1])
+        assert clip_score(extractor, *pair) == pytest.approx(max(100 * cosine, 0), abs=1e-3)
+        extractor.net.visual_projection.weight.neg_()
+        assert clip_score(extractor, *pair) == pytest.approx(max(-100 * cosine, 0), abs=1e-3)
+        extractor.net.visual_projection.weight.neg_()
+    for sign in (1, -1):
+        wanted = max(sign * 100 * sum(cosines) / 3, 0)
+        assert clip_score(extractor, x.split(2), prompts) == pytest.approx(wanted, abs=1e-3)
+        extractor.net.visual_projection.weight.neg_()
     with pytest.raises(ValueError, match="needs CLIP"):
         clip_score(build_extractor("reader"), [x], prompts)
 
@@ -146,9 +157,44 @@ def test_inceptions_file_is_checked_and_called_on_its_own_range(scripted, monkey
 
     sized = resize(images(), "torchmetrics", size=299)
     assert torch.allclose(found, Scripted()(sized).detach(), atol=1e-5)
+    with pytest.raises(ValueError, match="inception takes 299 x 299 pictures, got 40 x 40"):
+        extract([images()], extractor, resize="none")
     monkeypatch.setenv(INCEPTION_VARIABLE, str(scripted))
     with pytest.raises(ValueError, match="expected f58cb9b6"):
         build_extractor("inception")
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_weights_in_half_precision_still_give_float32_features(kind, clip_folder, dinov2_folder, tmp_path):
+    folder = {"clip": clip_folder, "dinov2": dinov2_folder}[kind]
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    weights = {name: tensor.half() for name, tensor in load_file(half / "model.safetensors").items()}
+    save_file(weights, half / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"dtype": "float16", "torch_dtype": "float16"}))
+    extractor = build_extractor(f"{kind}:{half}")
+    assert {parameter.dtype for parameter in extractor.parameters()} == {torch.float32}
+    x = images(2, size=extractor.input_size)
+    found = extract([x], extractor, resize="none")
+    assert torch.allclose(
+        found, extract([x], build_extractor(f"{kind}:{folder}"), resize="none"), atol=0.01, rtol=0.01
+    )
+
+
+def test_a_folder_without_all_weights_is_refused_instead_of_left_random(clip_folder, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(clip_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    text = {name: tensor for name, tensor in weights.items() if not name.startswith("vi")}
+    save_file(text, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"evaluation\.clip: cannot load .*no weights for vision_model"):
+        build_extractor(f"clip:{folder}")
+    with pytest.raises(ValueError, match=r"evaluation\.dinov2: cannot load .*it holds clip"):
+        build_extractor(f"dinov2:{clip_folder}")
+    (folder / "model.safetensors").write_bytes((clip_folder / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"evaluation\.clip: cannot load"):
+        build_extractor(f"clip:{folder}")
 
 
 def test_what_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):
@@ -171,7 +217,7 @@ def test_the_reader_reads_its_own_size_only():
     extractor = build_extractor("reader")
     assert extract([images(size=32)], extractor, resize="none").shape == (5, 96)
     assert extract([images(size=64)], extractor, resize="torchmetrics").shape == (5, 96)
-    with pytest.raises(ValueError, match="32 x 32"):
+    with pytest.raises(ValueError, match="takes 32 x 32 pictures, got 64 x 64"):
         extract([images(size=64)], extractor, resize="none")
 
 

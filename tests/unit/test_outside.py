@@ -1,5 +1,6 @@
 import sys
 
+import psutil
 import pytest
 
 from stepdistill.evaluation.outside import run_score_cmd
@@ -21,6 +22,13 @@ def test_the_last_line_is_the_scores_and_placeholders_are_filled_in_without_a_sh
     assert score(tmp_path, code) == {}
 
 
+def test_bytes_that_are_no_text_do_not_matter(tmp_path):
+    code = (
+        "import sys\nfor s in (sys.stdout, sys.stderr): s.buffer.write(b'caf\\xe9\\n')\nprint('{\"a\": 1}')"
+    )
+    assert score(tmp_path, code) == {"a": 1}
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
@@ -32,6 +40,10 @@ def test_the_last_line_is_the_scores_and_placeholders_are_filled_in_without_a_sh
         ('print(\'{"a": "b"}\')', "allowed: a JSON object of numbers"),
         ("pass", "allowed: a JSON object of numbers"),
         ("print('{\"a\": NaN}')", "allowed: finite numbers"),
+        ("print('{\"a\": true}')", "allowed: a JSON object of numbers"),
+        ('print(\'{"a": "0.5"}\')', "allowed: a JSON object of numbers"),
+        ("print('{\"a\": 1' + '0' * 400 + '}')", "allowed: a JSON object of numbers"),
+        ("input()", "EOF"),
     ],
 )
 def test_what_a_scorer_does_wrong_is_one_line(tmp_path, code, said):
@@ -44,5 +56,22 @@ def test_what_a_scorer_does_wrong_is_one_line(tmp_path, code, said):
 def test_a_command_that_is_not_there_or_takes_too_long(tmp_path):
     with pytest.raises(ValueError, match="cannot run no-such-scorer"):
         score(tmp_path, "", command="no-such-scorer {images}")
+    with pytest.raises(ValueError, match=r"evaluation\.score_cmd: cannot read .*No closing quotation"):
+        score(tmp_path, "", command="python 'score.py")
     with pytest.raises(ValueError, match="longer than 1 s"):
         score(tmp_path, "import time; time.sleep(30)", timeout=1.0)
+
+
+def test_what_a_late_command_started_ends_with_it(tmp_path):
+    """As `conda run python score.py` would: the scorer proper is a grandchild."""
+    code = (
+        "import pathlib, subprocess\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))\n"
+        "child.wait()"
+    )
+    with pytest.raises(ValueError, match="longer than 2 s"):
+        score(tmp_path, code, timeout=2.0)
+    child = int((tmp_path / "pid").read_text())
+    gone = [not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE]
+    assert gone == [True]

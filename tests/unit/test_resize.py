@@ -60,6 +60,13 @@ def test_pil_bicubic_is_not_quantised_and_stays_in_range(noise):
     assert got.min() >= 0
     assert got.max() <= 255
     assert (got != got.round()).float().mean() > 0.9
+    edges = (noise > 127).to(torch.uint8) * 255
+    overshoot = Image.fromarray(edges[0, 0].numpy().astype(np.float32)).resize(
+        (299, 299), Image.Resampling.BICUBIC
+    )
+    assert overshoot.getextrema()[0] < -10
+    clipped = resize(edges, "pil_bicubic", size=299)
+    assert (clipped.min(), clipped.max()) == (0, 255)
     middling = noise // 2 + 64  # PIL clips 8 bit between its two passes, which floating point does not
     picture = Image.fromarray(middling[0].permute(1, 2, 0).numpy())
     wanted = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32)

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from stepdistill.demo import letters
-from stepdistill.evaluation.distances import density_coverage, fid, kid, precision_recall
+from stepdistill.evaluation.distances import density_coverage, diversity, fid, kid, precision_recall
 from stepdistill.evaluation.drift import image_drift
 from stepdistill.evaluation.features import build_extractor, extract
 
@@ -69,6 +69,19 @@ def test_pictures_of_two_things_at_once_are_lost_precision_and_density(seen):
     real, same, mixed = seen["real"][0], seen["same"][0], seen["two at once"][0]
     assert precision_recall(real, mixed)[0] < precision_recall(real, same)[0] - 0.1
     assert density_coverage(real, mixed)[0] < density_coverage(real, same)[0] - 0.15
+
+
+def test_seeds_that_draw_less_differently_are_lost_diversity():
+    triples = letters.sample_triples(8, seed=5)
+
+    def spread(mixing):
+        pictures = torch.stack([rendered(triples, seed) for seed in range(6)], dim=1).float()
+        first = pictures[:, :1]
+        mixed = (pictures + mixing * (first - pictures)).round().to(torch.uint8).flatten(0, 1)
+        return diversity(extract([mixed], build_extractor("reader"), resize="none").reshape(8, 6, -1))
+
+    assert spread(1.0) == 0
+    assert spread(0.7) < 0.7 * spread(0.0)
 
 
 def test_drifts_have_the_right_sign(seen):

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from stepdistill.config import ConfigError, Evaluation
+from stepdistill.evaluation.distances import Moments, fid
+from stepdistill.evaluation.measure import Distances, ImageSet
+
+
+def image_set(folder, name, seed, *, n=40, by_prompt=True):
+    pictures = torch.randint(
+        0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
+    calls = []
+
+    def batches():
+        calls.append(name)
+        yield from pictures.split(16)
+
+    return ImageSet(f"{name}{seed}", folder / name, batches, by_prompt), calls
+
+
+def test_features_are_made_once_and_again_for_other_images_or_another_protocol(tmp_path):
+    first, calls = image_set(tmp_path, "first", 0)
+    second, others = image_set(tmp_path, "second", 1)
+    distances = Distances(Evaluation())
+    found = distances.to_real(first, second) | distances.to_teacher(first, second)
+    assert (len(calls), len(others)) == (1, 1)
+    assert found["fid_to_real"] == found["fid_to_teacher"] > 0
+    assert set(found) == {
+        *("fid_to_real", "kid_to_real", "kid_to_real_std", "precision", "recall", "density", "coverage"),
+        *("fid_to_teacher", "kid_to_teacher", "kid_to_teacher_std"),
+    }
+    assert Distances(Evaluation()).to_teacher(first, second)["fid_to_teacher"] == found["fid_to_teacher"]
+    assert len(calls) == 1
+    Distances(Evaluation(resize="tf1")).to_teacher(first, second)
+    assert len(calls) == 2
+    changed, changed_calls = image_set(tmp_path, "first", 2)
+    distances.to_teacher(changed, second)
+    assert len(changed_calls) == 1
+
+
+def test_reference_stats_stand_for_real_images(tmp_path):
+    first, _ = image_set(tmp_path, "first", 0)
+    second, _ = image_set(tmp_path, "second", 1)
+    plain = Distances(Evaluation())
+    Moments.from_features(plain.main.features(second)).save_npz(tmp_path / "stats.npz")
+    distances = Distances(Evaluation(reference_stats=str(tmp_path / "stats.npz")))
+    wanted = fid(plain.main.features(second), plain.main.features(first))
+    assert distances.to_real(first, None) == {"fid_to_real": pytest.approx(wanted, rel=1e-9)}
+    assert plain.to_real(first, None) == {}
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(ConfigError, match=r"evaluation\.patch_size: got 299; allowed: 32"):
+        Distances(Evaluation(patch_size=299))
+    with pytest.raises(ValueError, match=r"stats\.npz"):
+        Distances(Evaluation(reference_stats=str(tmp_path / "stats.npz")))
