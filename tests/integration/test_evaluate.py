@@ -1,0 +1,115 @@
+"""The table, end to end: every kind of row and study, hostile prompts, an outside scorer, memory."""
+
+import html
+import json
+import shutil
+import sys
+
+import pytest
+
+from stepdistill import stages
+from stepdistill.config import ConfigError
+from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.rungs import rung_folder
+from tests.integration.conftest import tiny_config
+
+HOSTILE = [
+    "<script>alert('x')</script><img src=x onerror=alert(1)>",
+    "../../x",
+    "\u202e\u200fright to left " + "long " * 800,
+    "a prompt | with pipes & {{ braces }}",
+]
+
+
+@pytest.fixture
+def copy_of(trained_run, tmp_path):
+    """A config for a copy of the trained run, with overrides."""
+
+    def make(*overrides):
+        config = tiny_config(
+            tmp_path,
+            "evaluation.num_images=8",
+            "evaluation.teacher_steps=[2, 1]",
+            "evaluation.matrix=false",
+            *overrides,
+        )
+        shutil.copytree(
+            trained_run.run_dir, config.run_dir, ignore=shutil.ignore_patterns("evaluation", "report")
+        )
+        return config
+
+    return make
+
+
+def saved(config):
+    return json.loads((config.run_dir / "evaluation" / "results.json").read_text())
+
+
+def test_the_table_has_every_kind_of_row_floor_and_study(finished_run):
+    results = saved(finished_run)
+    rows = {row["row"]: row for row in results["rows"]}
+    assert set(results["floor"]) >= {"fid_to_real", "fid_to_teacher", "precision", "coverage"}
+    assert results["floor"]["fid_to_teacher"] > rows["teacher-8"]["fid_to_teacher"] > 0
+    assert "below 5,000" in results["warnings"][0]
+    assert rows["teacher-32"]["diversity"] == 1.0
+    assert {"drift" in key for key in results["metrics"]} == {True, False}
+    cells = {(c["adapter"], c["steps"]) for c in results["matrix"]["cells"]}
+    assert cells == {(n, m) for n in (32, 8, 4, 2, 1) for m in (32, 8, 4, 2, 1)}
+    assert {(c["row"], c["scale"]) for c in results["scale_sweep"]["cells"]} == {
+        (f"student-{n}", 0.5) for n in (32, 8, 4, 2, 1)
+    }
+    for row in results["rows"]:
+        assert row["cost"]["images_per_second"] > 0
+        assert row["cost"]["peak_memory_mib"] > 50
+    for key in (
+        "prompts_sha256",
+        "feature_extractor_sha256",
+        "resize",
+        "seed",
+        "config_sha256",
+        "real_images_key",
+    ):
+        assert results["protocol"][key], key
+
+
+def test_measuring_again_gives_every_number_again_without_drawing(finished_run):
+    before = saved(finished_run)
+    stamp = (finished_run.run_dir / "evaluation/student-4/images/000003.png").stat().st_mtime_ns
+    assert json.loads(json.dumps(evaluate(finished_run))) == before
+    assert (finished_run.run_dir / "evaluation/student-4/images/000003.png").stat().st_mtime_ns == stamp
+
+
+def test_hostile_prompts_are_drawn_and_reported_as_text(copy_of, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(HOSTILE), encoding="utf-8")
+    lora = f"{{name: other, path: {rung_folder(tmp_path / 'letters', 4)}, steps: 2, scheduler: LCMScheduler}}"
+    scorer = "import sys, pathlib, json; print(json.dumps({'lines': len(open(sys.argv[2]).readlines()), "
+    scorer += "'pngs': len(list(pathlib.Path(sys.argv[1]).glob('*.png')))}))"
+    (tmp_path / "scorer.py").write_text(scorer)
+    config = copy_of(
+        f"evaluation.prompts={tmp_path / 'prompts.txt'}",
+        f"evaluation.loras=[{lora}]",
+        f"evaluation.score_cmd='{sys.executable} {tmp_path / 'scorer.py'} {{images}} {{prompts}}'",
+    )
+    stages.evaluate(config)
+    folder = stages.report(config)
+    results = saved(config)
+    assert [row["row"] for row in results["rows"]][-1] == "other"
+    assert results["rows"][-1]["score_lines"] == 8
+    assert results["rows"][-1]["score_pngs"] == 8
+    assert "prompt_accuracy" not in results["rows"][0]
+    assert "fid_to_real" not in results["rows"][0]
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "onerror=alert(1)>" not in page
+    assert html.escape(HOSTILE[0], quote=False).replace("'", "&#39;") in page
+    assert not list(tmp_path.parent.glob("x*"))
+
+
+def test_what_is_wrong_is_said_before_anything_is_drawn(copy_of):
+    config = copy_of("evaluation.features=vgg")
+    with pytest.raises(ValueError, match="allowed: reader, inception"):
+        evaluate(config)
+    assert not (config.run_dir / "evaluation" / "teacher-2").exists()
+    named = config.evaluation.model_copy(update={"features": "reader", "prompts": "nowhere.txt"})
+    with pytest.raises(ConfigError, match="nowhere"):
+        evaluate(config.model_copy(update={"evaluation": named}))
