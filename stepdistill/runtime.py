@@ -15,13 +15,18 @@ import torch
 from accelerate import Accelerator, PartialState
 
 
+_ON_CPU = (
+    not torch.cuda.is_available()
+)  # said aloud, or accelerate sees one process where torchrun started several
+
+
 class Runtime:
     """What the loop of a phase needs of its surroundings."""
 
     def __init__(self, *, mixed_precision: str = "no") -> None:
         # accelerate fixes one precision per process, and one process may run ladders of several
-        self.accelerator = Accelerator(mixed_precision="no")
-        self.device: torch.device = self.accelerator.device
+        self.accelerator = Accelerator(mixed_precision="no", cpu=_ON_CPU)
+        self.device: torch.device = torch.device("cpu") if _ON_CPU else self.accelerator.device
         self.weight_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
     def autocast(self) -> torch.autocast:
@@ -69,9 +74,8 @@ class Processes:
     """The processes of a launch, for work that has no gradients: each takes its share."""
 
     def __init__(self) -> None:
-        self._state = PartialState()
-        several = self._state.num_processes > 1
-        self.device: torch.device = self._state.device if several else default_device()
+        self._state = PartialState(cpu=_ON_CPU)
+        self.device: torch.device = torch.device("cpu") if _ON_CPU else self._state.device
 
     @property
     def is_main(self) -> bool:

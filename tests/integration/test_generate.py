@@ -70,7 +70,7 @@ def test_interrupted_drawing_goes_on_to_the_same_images(trained_run, tmp_path, m
 
 
 def test_two_processes_draw_the_same_images(trained_run, tmp_path):
-    """accelerate launch on the stage script: every row as one process draws it."""
+    """Under torchrun: each draws its share, and every row is as one process draws it."""
     config = tiny_config(trained_run.output_dir, "evaluation.batch_size=4")
     alone = tmp_path / "alone"
     for row in rows_of(config)[3:6]:
@@ -87,22 +87,18 @@ config = read_run_config(Path({str(config.run_dir)!r}))
 config = config.model_copy(update={{"evaluation": config.evaluation.model_copy(update={{"batch_size": 4}})}})
 processes = Processes()
 sampler = Sampler(config, device=processes.device)
+drawn, draw = [], sampler.draw
+sampler.draw = lambda row, prompts, **keys: (drawn.append(len(prompts)), draw(row, prompts, **keys))[1]
 for row in rows_of(config)[3:6]:
     sampler.ensure(row, Path({str(tmp_path)!r}) / "two" / row.name, {PROMPTS[:10]!r}, seed=5, processes=processes)
+(Path({str(tmp_path)!r}) / f"drawn{{processes.is_main}}").write_text(str(sum(drawn)))
 """
     (tmp_path / "draw.py").write_text(script)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        str(tmp_path / "draw.py"),
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch.append(str(tmp_path / "draw.py"))
     done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert [int((tmp_path / f"drawn{main}").read_text()) for main in (True, False)] == [3 * 8, 3 * 2]
     for row in rows_of(config)[3:6]:
         markers = list((tmp_path / "two" / row.name / "chunks").glob("*.json"))
         assert len(markers) == 3
