@@ -22,7 +22,7 @@ from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subj
 from stepdistill.models.folder import embedded_folder
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import require_rung
-from stepdistill.runtime import Processes
+from stepdistill.runtime import Processes, source_commit
 
 logger = logging.getLogger(__name__)
 
@@ -214,4 +214,5 @@ class _Work:
             "device": str(self._processes.device),
             "batch_size": self._options.batch_size,
             "config_sha256": sha256_json(self._config.model_dump(mode="json")),
+            "evaluated_at_commit": source_commit(),
         }
