@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
-
-_ON_CPU = (
-    not torch.cuda.is_available()
-)  # said aloud, or accelerate sees one process where torchrun started several
+_ON_CPU = not torch.cuda.is_available()
+"""Said aloud, or accelerate sees one process where torchrun started several."""
 
 
 class Runtime:
