@@ -131,6 +131,10 @@ class _Work:
             found |= self._outside(row)
         if self._options.cost_batch_sizes:
             found["cost"] = self._cost(row)
+            # one after another at rest, where the drawing may have gone on for hours beside anything
+            found["seconds_per_image"] = 1 / found["cost"].get(
+                "images_per_second", 1 / found["seconds_per_image"]
+            )
         logger.info("measured %s", row.name)
         return found
 
