@@ -39,10 +39,12 @@ class Lora(Section):
 class Data(Section):
     """What noise is added to."""
 
-    source: Literal["letters"] = "letters"
-    """Renderings of the letters world."""
+    source: str = "letters"
+    """Renderings of the letters world, or a folder of pictures, each with its caption in a .txt file beside it."""
     num_images: PositiveInt = 4096
-    """How many pictures are rendered and encoded into the cache."""
+    """How many pictures go into the cache: so many are rendered, of a folder the first so many."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the captions that distillation does not see; the table is then about these alone."""
 
 
 class Training(Section):
@@ -158,9 +160,9 @@ class Evaluation(Section):
     num_images: Annotated[int, Field(ge=8)] = 500
     """Images per row."""
     prompts: str | None = None
-    """A text file, one prompt a line, used in order and again from the start; the letters world's where not given."""
+    """A text file, one prompt a line, used in order and again from the start; the captions of `data` where not given."""
     real_images: str | None = None
-    """A folder of pictures that `*_to_real` compares with; renderings of the letters world where not given."""
+    """A folder of pictures that `*_to_real` compares with; where not given the pictures of `data`, letters fresh."""
     reference_stats: str | None = None
     """An .npz with mu and sigma of real images under the same extractor and resize, for `fid_to_real` without pictures."""
     teacher_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 8, 4, 2, 1)

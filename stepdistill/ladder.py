@@ -72,7 +72,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
     if not todo:
         return []
     runtime = Runtime(mixed_precision=config.training.mixed_precision)
-    shared = _load(config, runtime)
+    shared = load_shared(config, runtime)
     log = None
     if runtime.is_main:
         log = TrainingLog(config.run_dir / "log.jsonl", drop_rungs={r.student_steps for r in todo})
@@ -90,7 +90,8 @@ def _unfinished(config: RunConfig) -> list[Rung]:
     return []
 
 
-def _load(config: RunConfig, runtime: Runtime) -> Shared:
+def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
+    """The base U-Net with its roles, the cache and what else all rungs need."""
     base = resolve_model_folder(config.teacher.path)
     unet = load_unet(base, dtype=runtime.weight_dtype).to(runtime.device)
     schedule, prediction_type = load_schedule(read_scheduler_config(base))

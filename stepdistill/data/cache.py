@@ -6,20 +6,20 @@ cache/manifest.json         what they were made from, the prompts, and a sha256 
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from stepdistill.config import RunConfig
-from stepdistill.demo import letters
+from stepdistill.data.source import training_pictures
 from stepdistill.durable import read_json, sha256_file, sha256_json, write_json
 from stepdistill.models.conditioning import Conditioning, encode_prompts, encode_unconditional
 from stepdistill.models.folder import resolve_model_folder
-from stepdistill.models.loading import fingerprint, load_pipeline
+from stepdistill.models.loading import fingerprint, image_size, load_pipeline
 from stepdistill.rng import derive_seed
 from stepdistill.runtime import default_device
 
@@ -51,11 +51,13 @@ def prepare(config: RunConfig) -> bool:
     if manifest is not None and manifest["key"] == key and _intact(folder, manifest):
         return False
     pipeline = load_pipeline(base).to(default_device())
-    images, prompts = _letters_images(config.data.num_images, seed=derive_seed(config.seed, "data") % 2**32)
+    size = image_size(base)
+    prompts, pictures = training_pictures(
+        config.data, size=size, seed=derive_seed(config.seed, "data") % 2**32
+    )
     distinct = sorted({*prompts, *config.preview.prompts})
     rows = {prompt: row for row, prompt in enumerate(distinct)}
-    latents = encode_latents(pipeline, images)
-    size = (images.shape[-2], images.shape[-1])
+    latents = encode_latents(pipeline, pictures)
     folder.mkdir(parents=True, exist_ok=True)
     prompt_index = torch.tensor([rows[prompt] for prompt in prompts])
     save_file({"latents": latents.contiguous(), "prompt_index": prompt_index}, folder / _FILES[0])
@@ -87,26 +89,18 @@ def load_cache(config: RunConfig) -> LatentCache:
 
 
 @torch.no_grad()
-def encode_latents(
-    pipeline: DiffusionPipeline, images: torch.Tensor, *, batch_size: int = 128
-) -> torch.Tensor:
-    """uint8 images (N, 3, H, W) -> scaled posterior means (N, C, h, w), float32; ValueError on a non-finite latent."""
+def encode_latents(pipeline: DiffusionPipeline, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """uint8 images (B, 3, H, W) -> scaled posterior means (N, C, h, w), float32; ValueError on a non-finite latent."""
     vae = pipeline.vae
     parts = []
-    for chunk in images.split(batch_size):
-        pixels = (chunk.to(vae.device, torch.float32) / 127.5 - 1.0).to(vae.dtype)
+    for batch in batches:
+        pixels = (batch.to(vae.device, torch.float32) / 127.5 - 1.0).to(vae.dtype)
         parts.append(vae.encode(pixels).latent_dist.mean.float().cpu() * vae.config.scaling_factor)
     latents = torch.cat(parts)
     bad = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"the VAE gives non-finite latents for image {bad[0]} and {len(bad) - 1} more")
     return latents
-
-
-def _letters_images(num_images: int, *, seed: int) -> tuple[torch.Tensor, list[str]]:
-    triples = letters.sample_triples(num_images, seed=seed)
-    pixels = np.stack([np.asarray(letters.render_at(t, seed=seed, index=i)) for i, t in enumerate(triples)])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), [t.caption for t in triples]
 
 
 def _intact(folder: Path, manifest: dict) -> bool:

@@ -5,6 +5,7 @@ obey and a diversity to lose, and a program can check both. Every picture is a f
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,9 +119,9 @@ def render_at(triple: Triple, *, seed: int, index: int) -> Image.Image:
     return render(triple, generator=np.random.default_rng([seed, index]))
 
 
-def sample_triples(num_images: int, *, seed: int) -> list[Triple]:
-    """`num_images` triples: whole shuffled passes over all 520, so that every caption comes equally often."""
-    triples = all_triples()
+def sample_triples(num_images: int, *, seed: int, among: Sequence[Triple] | None = None) -> list[Triple]:
+    """`num_images` triples: whole shuffled passes over all 520, or over some, so that each comes equally often."""
+    triples = all_triples() if among is None else among
     generator = np.random.default_rng([seed, 0x7121])
     order: list[int] = []
     while len(order) < num_images:

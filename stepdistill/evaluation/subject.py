@@ -1,7 +1,7 @@
 """What the table is about: the prompts, and the real images that `*_to_real` compares with.
 
-Prompts: a file's, or every caption of the letters world equally often. Real images: a folder's, or for captions of the
-letters world fresh renderings of them; none where neither is there.
+Prompts: a file's, or the captions of the run's data, those held out where some are. Real images: a folder's, for captions
+of the letters world fresh renderings of them, else the data's own pictures of these captions.
 """
 
 import hashlib
@@ -14,12 +14,20 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.data.source import (
+    PICTURE_SUFFIXES,
+    CaptionedPicture,
+    evaluation_pictures,
+    evaluation_triples,
+    stacked,
+)
 from stepdistill.demo import letters
-from stepdistill.durable import sha256_json
+from stepdistill.durable import sha256_file, sha256_json
+from stepdistill.models.folder import resolve_model_folder
+from stepdistill.models.loading import image_size
 from stepdistill.rng import derive_seed
 
 FEWEST_PICTURES = 8  # as many as evaluation.num_images at least; coverage looks at 5 neighbours
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,9 @@ class Renderings:
         """uint8 (B, 3, 32, 32)."""
         for start in range(0, len(self.wanted), batch_size):
             chunk = enumerate(self.wanted[start : start + batch_size], start)
-            yield _stack([np.asarray(letters.render_at(t, seed=self.seed, index=i)) for i, t in chunk])
+            yield from stacked(
+                (np.asarray(letters.render_at(t, seed=self.seed, index=i)) for i, t in chunk), batch_size
+            )
 
 
 @dataclass(frozen=True)
@@ -84,17 +94,32 @@ class ImageFolder:
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
         """uint8 (B, 3, H, W); a new batch begins where the size changes."""
-        waiting: list[np.ndarray] = []
-        for file in self.files:
-            pixels = _read(file)
-            if waiting and (pixels.shape != waiting[0].shape or len(waiting) == batch_size):
-                yield _stack(waiting)
-                waiting = []
-            waiting.append(pixels)
-        yield _stack(waiting)
+        return stacked((_read(file) for file in self.files), batch_size)
 
 
-RealImages = Renderings | ImageFolder
+@dataclass(frozen=True)
+class DataPictures:
+    """Pictures of the run's own data, as large as the teacher draws."""
+
+    pictures: tuple[CaptionedPicture, ...]
+    size: tuple[int, int]
+
+    @property
+    def about(self) -> str:
+        """For the protocol."""
+        return f"{len(self.pictures)} pictures of the data, {self.size[1]} x {self.size[0]}"
+
+    @property
+    def key(self) -> str:
+        """sha256 over bytes and size."""
+        return sha256_json([*self.size, *(sha256_file(picture.file) for picture in self.pictures)])
+
+    def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
+        """uint8 (B, 3, H, W)."""
+        return stacked((picture.pixels(self.size) for picture in self.pictures), batch_size)
+
+
+RealImages = Renderings | ImageFolder | DataPictures
 
 
 @dataclass(frozen=True)
@@ -111,15 +136,25 @@ class Subject:
 def subject_of(config: RunConfig) -> Subject:
     """The prompts and real images that a config asks for; ConfigError where a file is missing, empty or not UTF-8."""
     count, seed = config.evaluation.num_images, config.seed
+    own: tuple[CaptionedPicture, ...] = ()
     if config.evaluation.prompts is not None:
         lines = _read_prompts(Path(config.evaluation.prompts))
-        prompts = tuple(lines[k % len(lines)] for k in range(count))
+    elif config.data.source != "letters":
+        own = tuple(evaluation_pictures(config.data))
+        lines = [picture.caption for picture in own]
     else:
-        triples = letters.sample_triples(count, seed=derive_seed(seed, "evaluation prompts") % 2**32)
-        prompts = tuple(triple.caption for triple in triples)
+        drawn_from = evaluation_triples(config.data)
+        triples = letters.sample_triples(
+            count, seed=derive_seed(seed, "evaluation prompts") % 2**32, among=drawn_from
+        )
+        lines = [triple.caption for triple in triples]
+    prompts = tuple(lines[k % len(lines)] for k in range(count))
     wanted = _triples(prompts)
     if config.evaluation.real_images is not None:
         return Subject(prompts, wanted, ImageFolder.open(config.evaluation.real_images), None)
+    if own:
+        size = image_size(resolve_model_folder(config.teacher.path))
+        return Subject(prompts, wanted, DataPictures(own, size), None)
     if wanted is None:
         return Subject(prompts, None, None, None)
     first, second = (Renderings(wanted, derive_seed(seed, name) % 2**32) for name in ("real", "other real"))
@@ -151,7 +186,3 @@ def _read(file: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"evaluation.real_images: cannot read {file}: {error}") from None
-
-
-def _stack(pixels: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()

@@ -18,6 +18,18 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Diffus
     return pipeline
 
 
+def image_size(folder: Path) -> tuple[int, int]:
+    """(height, width) in pixels that the pipeline draws where nobody asks for another; ValueError where it is not said."""
+    unet, vae = (read_json(folder / part / "config.json") or {} for part in ("unet", "vae"))
+    side, blocks = unet.get("sample_size"), vae.get("block_out_channels")
+    if side is None or blocks is None:
+        raise ValueError(
+            f"{folder}: unet/config.json has no sample_size or vae/config.json no block_out_channels"
+        )
+    height, width = (side, side) if isinstance(side, int) else side
+    return height * 2 ** (len(blocks) - 1), width * 2 ** (len(blocks) - 1)
+
+
 def load_unet(folder: Path, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The pipeline's U-Net, frozen, in eval mode."""
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **_local(folder))

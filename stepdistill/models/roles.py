@@ -8,6 +8,7 @@ discriminator   encoder and mid-block, with an adapter of its own, or the bare b
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -45,6 +46,7 @@ class Roles:
         add_adapter(unet, TEACHER, rank=rank, seed=seed)
         self.student_parameters = adapter_parameters(unet, STUDENT)
         self.discriminator_parameters: list[torch.nn.Parameter] = []
+        self._further: dict[str, list[torch.nn.Parameter]] = {}
         self.teacher_is_base = True
         self._trunk_adapter: str | None = None
         self._state = RoleState(None, True)
@@ -55,7 +57,7 @@ class Roles:
     def _refresh(self) -> None:
         self._layers = lora_layers(self.unet)
         activate(self.unet, self._state.adapter, layers=self._layers)
-        for parameter in self.student_parameters:
+        for parameter in chain(self.student_parameters, *self._further.values()):
             parameter.requires_grad_(True)
 
     def add_trunk_adapter(self, *, rank: int, seed: int) -> list[torch.nn.Parameter]:
@@ -65,6 +67,12 @@ class Roles:
         self._trunk_adapter = DISCRIMINATOR
         self._refresh()
         return parameters
+
+    def add_role(self, name: str, *, rank: int, seed: int) -> list[torch.nn.Parameter]:
+        """A further adapter on the whole U-Net, for `role(name)`: a fake score. Its parameters take gradients."""
+        self._further[name] = add_adapter(self.unet, name, rank=rank, seed=seed)
+        self._refresh()
+        return self._further[name]
 
     def drop_discriminator(self) -> None:
         """Forgets the discriminator's adapter and parameters, as at the end of a phase."""
@@ -108,6 +116,12 @@ class Roles:
     def student(self) -> Iterator[None]:
         """The student."""
         with self.restored(RoleState(STUDENT, self._state.discriminator_trainable)):
+            yield
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """A role that `add_role` made."""
+        with self.restored(RoleState(name, self._state.discriminator_trainable)):
             yield
 
     @contextmanager

@@ -1,0 +1,82 @@
+"""LCM-LoRA (Luo et al. 2023, arXiv 2310.04378 and 2311.05556): skip-step consistency on a 50-node grid.
+
+f(x, t)   = c_skip(t) x + c_out(t) x0(x, t)      c_skip = sd^2 / (tau^2 + sd^2), c_out = tau / sqrt(tau^2 + sd^2)
+x_s       = one DDIM step t -> s = t - 20 of the guided teacher;  at the last node s is 0
+loss      = huber(f(x_t, t; student), f(x_s, s; the same weights, no gradient)), sqrt(d^2 + c^2) - c
+
+Settings of the published trainer: 50 nodes, tau = 10 t, sd = .5, huber c = .001, guidance in the teacher's step alone,
+LoRA. Sampled with diffusers' LCMScheduler at guidance 1. What is tuned here, as for every method, is the learning rate.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from stepdistill.diffusion.prediction import convert, to_original_and_noise
+from stepdistill.diffusion.schedule import NoiseSchedule
+
+NODES = 50
+HUBER_C = 0.001
+SIGMA_DATA = 0.5
+TIMESTEP_SCALING = 10.0
+# Forwards of the bare U-Net per sample and update: guided teacher 2, target 1.083, student 1.083 + 1.268.
+FORWARDS = 2 + 1.083 + 1.083 + 1.268
+
+# sample (B, ...), timesteps (B,) -> model output (B, ...)
+Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def boundary_scalings(timesteps: torch.Tensor, *, ndim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """c_skip and c_out at timesteps (B,), each (B, 1, ..) with `ndim` dimensions: f(x, 0) = x."""
+    tau = timesteps.double() * TIMESTEP_SCALING
+    skip = SIGMA_DATA**2 / (tau**2 + SIGMA_DATA**2)
+    out = tau / (tau**2 + SIGMA_DATA**2).sqrt()
+    shape = (-1,) + (1,) * (ndim - 1)
+    return skip.view(shape), out.view(shape)
+
+
+def consistency_loss(
+    student: Model,
+    target: Model,
+    teacher: Model,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+) -> torch.Tensor:
+    """The loss of x_t (B, ...) at timesteps (B,) of the 50-node grid, a scalar; `teacher` is guided already."""
+    prev_timesteps = (timesteps - schedule.num_train_timesteps // NODES).clamp(min=0)
+    with torch.no_grad():
+        original, noise = to_original_and_noise(
+            teacher(sample, timesteps),
+            sample,
+            timesteps,
+            schedule=schedule,
+            prediction_type=prediction_type,
+        )
+        alpha, sigma = schedule.alpha_sigma(prev_timesteps, ndim=sample.ndim, dtype=sample.dtype)
+        prev_sample = alpha * original + sigma * noise
+        wanted = consistency(target, prev_sample, prev_timesteps, schedule, prediction_type)
+    found = consistency(student, sample, timesteps, schedule, prediction_type)
+    return (((found - wanted) ** 2 + HUBER_C**2).sqrt() - HUBER_C).mean()
+
+
+def consistency(
+    model: Model,
+    sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+) -> torch.Tensor:
+    """f(x_t, t) (B, ...)."""
+    original = convert(
+        model(sample, timesteps),
+        sample,
+        timesteps,
+        schedule=schedule,
+        prediction_type=prediction_type,
+        target="sample",
+    )
+    skip, out = boundary_scalings(timesteps, ndim=sample.ndim)
+    return skip.to(sample.dtype) * sample + out.to(sample.dtype) * original

@@ -1,0 +1,228 @@
+"""The peers' objectives on Gaussian data, where scores, flows and fixed points have closed forms."""
+
+import pytest
+import torch
+from diffusers import LCMScheduler
+
+from eval.peers import dmd2, lcm
+from stepdistill.diffusion.schedule import NoiseSchedule, make_betas, trailing_timesteps
+
+MEAN, STD = 0.7, 0.4
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
+    return NoiseSchedule.from_betas(betas)
+
+
+def exact(schedule, mean=MEAN, std=STD):
+    """epsilon of x_t for data N(mean, std^2): sigma (x - alpha mean) / (alpha^2 std^2 + sigma^2)."""
+
+    def output(sample, timesteps):
+        alpha, sigma = schedule.alpha_sigma(timesteps, ndim=sample.ndim, dtype=sample.dtype)
+        return sigma * (sample - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+
+    return output
+
+
+def ddim_map(schedule, timesteps):
+    """Slope and offset of the 50-node DDIM flow from each of `timesteps` down to timestep 0, step after step."""
+    slope, offset = torch.ones(len(timesteps), dtype=torch.float64), torch.zeros(len(timesteps)).double()
+    current = timesteps.clone()
+    while bool((current > 0).any()):
+        following = torch.where(current > 0, (current - 20).clamp(min=0), current)
+        a, s = schedule.alpha_sigma(current)
+        a2, s2 = schedule.alpha_sigma(following)
+        gain = s / (a**2 * STD**2 + s**2)
+        moved = torch.stack([torch.ones_like(a), torch.zeros_like(a)])
+        epsilon = torch.stack([gain, -gain * a * MEAN])
+        step = a2 / a * (moved - s * epsilon) + s2 * epsilon
+        here = current > 0
+        slope, offset = (
+            torch.where(here, step[0] * slope, slope),
+            torch.where(here, step[0] * offset + step[1], offset),
+        )
+        current = following
+    return slope, offset
+
+
+def test_boundary_scalings_are_those_of_the_scheduler_that_samples_the_lora():
+    scheduler = LCMScheduler()
+    for t in (0, 1, 19, 499, 999):
+        skip, out = lcm.boundary_scalings(torch.tensor([t]))
+        assert (float(skip), float(out)) == pytest.approx(
+            scheduler.get_scalings_for_boundary_condition_discrete(t), rel=1e-6, abs=1e-12
+        )
+
+
+def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(schedule):
+    """f(x_t) = DDIM's map to 0 has no loss; the slope alone, without the offset, has."""
+    timesteps = trailing_timesteps(lcm.NODES)
+    sample = torch.linspace(-2, 2, len(timesteps), dtype=torch.float64)[:, None]
+
+    def flow(shift):
+        def output(x, t):
+            slope, offset = ddim_map(schedule, t)
+            skip, out = lcm.boundary_scalings(t, ndim=2)
+            alpha, sigma = schedule.alpha_sigma(t, ndim=2)
+            wanted = slope[:, None] * x + shift * offset[:, None]
+            original = torch.where(t[:, None] > 0, (wanted - skip * x) / out.clamp(min=1e-9), x)
+            return (x - alpha * original) / sigma
+
+        return output
+
+    losses = [
+        float(
+            lcm.consistency_loss(
+                flow(shift),
+                flow(shift),
+                exact(schedule),
+                sample,
+                timesteps,
+                schedule=schedule,
+                prediction_type="epsilon",
+            )
+        )
+        for shift in (1.0, 0.0)
+    ]
+    assert losses[0] < 1e-9
+    assert losses[1] > 1e-4
+
+
+def test_consistency_training_learns_the_flow(schedule):
+    """A table of affine maps, trained with the loss, ends at DDIM's own map of the 50 nodes."""
+    nodes = trailing_timesteps(lcm.NODES)
+    row = torch.full((1001,), -1)
+    row[nodes] = torch.arange(lcm.NODES)
+    table = torch.zeros(lcm.NODES, 2, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([table], lr=0.03)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
+
+    def student(x, t):
+        """epsilon that implies x_0 = slope x + offset; at timestep 0 whatever, f is x there."""
+        weights = table[row[t].clamp(min=0)]
+        original = weights[:, :1] * x + weights[:, 1:]
+        alpha, sigma = schedule.alpha_sigma(t, ndim=2)
+        return (x - alpha * original) / sigma
+
+    for _ in range(3000):
+        x0 = MEAN + STD * torch.randn(200, 1, generator=generator, dtype=torch.float64)
+        timesteps = nodes.repeat(4)
+        noisy = schedule.add_noise(
+            x0, torch.randn(200, 1, generator=generator, dtype=torch.float64), timesteps
+        )
+        loss = lcm.consistency_loss(
+            student,
+            student,
+            exact(schedule),
+            noisy,
+            timesteps,
+            schedule=schedule,
+            prediction_type="epsilon",
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    slope, offset = ddim_map(schedule, nodes)
+    a, s = schedule.alpha_sigma(nodes)
+    spread = (a**2 * STD**2 + s**2).sqrt()
+    found = table.detach()
+    wrong = (found[:, 0] - slope) * a * MEAN + found[:, 1] - offset
+    assert wrong.abs().max() < 0.03
+    assert ((found[:, 0] - slope) * spread).abs().max() < 0.03
+
+
+def test_distribution_matching_pulls_along_the_difference_of_the_scores(schedule):
+    """For two Gaussians the gradient is g / n with both x_0 predictions in closed form."""
+    original = torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None].requires_grad_()
+    timesteps = torch.tensor([30, 100, 300, 500, 700, 900])
+    noise = torch.linspace(1, -1, 6, dtype=torch.float64)[:, None]
+
+    def denoiser(mean, std):
+        def to_original(x, t):
+            a, s = schedule.alpha_sigma(t, ndim=2)
+            return (a * std**2 * x + s**2 * mean) / (a**2 * std**2 + s**2)
+
+        return to_original
+
+    real, fake = denoiser(MEAN, STD), denoiser(-0.3, 0.9)
+    dmd2.distribution_matching_loss(original, real, fake, timesteps, noise, schedule=schedule).backward()
+    x = original.detach()
+    noisy = schedule.add_noise(x, noise, timesteps)
+    wanted = (fake(noisy, timesteps) - real(noisy, timesteps)) / (x - real(noisy, timesteps)).abs() / 6
+    assert torch.allclose(original.grad, wanted, rtol=1e-9)
+
+
+def test_dmd2_training_matches_the_data(schedule):
+    """An affine one-step generator with the exact score of its own output as fake ends at the data's mean and spread."""
+    weights = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([weights], lr=0.02)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+    low, high = dmd2.SCORE_RANGE
+
+    def denoiser(mean, std):
+        def to_original(x, t):
+            a, s = schedule.alpha_sigma(t, ndim=2)
+            return (a * std**2 * x + s**2 * mean) / (a**2 * std**2 + s**2)
+
+        return to_original
+
+    for _ in range(800):
+        z = torch.randn(256, 1, generator=generator, dtype=torch.float64)
+        original = weights[0] + weights[1] * z
+        timesteps = torch.randint(low, high, (256,), generator=generator)
+        noise = torch.randn(256, 1, generator=generator, dtype=torch.float64)
+        mean, std = weights.detach()
+        loss = dmd2.distribution_matching_loss(
+            original, denoiser(MEAN, STD), denoiser(mean, std), timesteps, noise, schedule=schedule
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    mean, std = weights.detach().tolist()
+    assert mean == pytest.approx(MEAN, abs=0.02)
+    assert abs(std) == pytest.approx(STD, abs=0.02)
+
+
+def test_the_fake_scores_loss_is_least_at_the_exact_score(schedule):
+    generator = torch.Generator().manual_seed(0)
+    x0 = MEAN + STD * torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
+    noise = torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
+    timesteps = torch.randint(20, 980, (20_000,), generator=generator)
+    noisy = schedule.add_noise(x0, noise, timesteps)
+
+    def loss(mean, std):
+        output = exact(schedule, mean, std)(noisy, timesteps)
+        return float(
+            dmd2.fake_score_loss(
+                output, noisy, noise, timesteps, schedule=schedule, prediction_type="epsilon"
+            )
+        )
+
+    best = loss(MEAN, STD)
+    assert all(best < loss(m, s) for m, s in ((0.6, STD), (0.8, STD), (MEAN, 0.3), (MEAN, 0.5)))
+
+
+def test_backward_simulation_with_the_exact_denoiser_of_a_point_gives_its_noised_nodes(schedule):
+    """Where x_0 is known whatever the input, x at node k is alpha_k x_0 + sigma_k noise_k; node 0 is the noise."""
+    nodes, generator = trailing_timesteps(4), torch.Generator().manual_seed(0)
+    noises = torch.randn(4, 8, 3, generator=generator, dtype=torch.float64)
+    stops = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
+    point = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
+    seen = []
+
+    def denoise(rows, x, t):
+        seen.append(len(rows))
+        return point[rows]
+
+    found = dmd2.backward_simulation(denoise, noises, nodes, stops, schedule=schedule)
+    for k, stop in enumerate(stops.tolist()):
+        a, s = schedule.alpha_sigma(nodes[stop : stop + 1])
+        wanted = noises[0, k] if stop == 0 else a * point[k] + s * noises[stop, k]
+        assert torch.allclose(found[k], wanted)
+    assert seen == [6, 4, 2]
