@@ -69,6 +69,16 @@ def test_interrupted_drawing_goes_on_to_the_same_images(trained_run, tmp_path, m
     assert torch.equal(folder.latents(), PictureFolder(tmp_path / "whole").latents())
 
 
+@pytest.fixture
+def one_thread():
+    """As torchrun gives each process: sums come out equal, and two processes do not wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_draw_the_same_images(trained_run, tmp_path):
     """Under torchrun: each draws its share, and every row is as one process draws it."""
     config = tiny_config(trained_run.output_dir, "evaluation.batch_size=4")
@@ -78,7 +88,7 @@ def test_two_processes_draw_the_same_images(trained_run, tmp_path):
     script = f"""
 from pathlib import Path
 import torch
-torch.set_num_threads({torch.get_num_threads()})
+torch.set_num_threads(1)
 from stepdistill.run_folder import read_run_config
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.rows import rows_of
