@@ -103,7 +103,7 @@ class Phase(Section):
     """Of the student's LoRA, after warm-up."""
     teacher_steps: PositiveInt | None = None
     """Another rung of this ladder as teacher (skip-level); the rung's own where not given."""
-    loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction"] = "prev_sample"
+    loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr"] = "prev_sample"
     """Where mse is measured."""
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
     """Of paired and single phases."""

@@ -202,7 +202,12 @@ def read_lora(run_dir: Path, student_steps: int) -> dict:
         raise ValueError(
             f"the {student_steps}-step rung in {run_dir} is missing or changed; `stepdistill distill` makes it anew"
         )
-    state = load_file(rung_folder(run_dir, student_steps) / WEIGHT_NAME)
+    return read_lora_file(rung_folder(run_dir, student_steps) / WEIGHT_NAME)
+
+
+def read_lora_file(path: Path) -> dict:
+    """The weights of a file that `save_lora` wrote, under peft's keys."""
+    state = load_file(path)
     return {key.removeprefix(_UNET_PREFIX): tensor for key, tensor in state.items()}
 
 

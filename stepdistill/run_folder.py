@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import write_text
@@ -32,7 +33,7 @@ def check_run(config: RunConfig) -> None:
                 f"name: {run_dir} holds files that are no run's; choose another name or output_dir"
             )
         return
-    differing = _differences(_read(saved), resolved(config))
+    differing = _differences(_saved(saved), resolved(config))
     if differing:
         key, before, now = differing[0]
         others = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
@@ -71,6 +72,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not the config of a run")
     return raw
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """A run's config with the defaults of keys that its version did not know; as it is where this version cannot read it."""
+    raw = _read(path)
+    try:
+        return resolved(RunConfig.model_validate(raw))
+    except ValidationError:
+        return raw
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ prev_sample   || y_hat - y ||^2 on x_s, the paper's form; it equals k_ts^2 times
 epsilon       the same error read as epsilon:  (y_hat - y) / k_ts
 sample        ... as x_0:                      (y_hat - y) / (alpha_s - sigma_s alpha_t / sigma_t)
 v_prediction  ... as v:                        the x_0 error / sigma_t
+truncated_snr the larger of epsilon and sample: the x_0 error weighed by max(SNR, 1) (Salimans and Ho 2022, 2202.00512)
 """
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.diffusion.solver import move_gain
 
-LOSS_SPACES = ("prev_sample", "epsilon", "sample", "v_prediction")
+LOSS_SPACES = ("prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr")
 
 
 def space_weight(
@@ -32,6 +33,8 @@ def space_weight(
         return original_gain**-2
     if space == "v_prediction":
         return (original_gain * sigma_t) ** -2
+    if space == "truncated_snr":
+        return torch.maximum(noise_gain**-2, original_gain**-2)
     raise ValueError(f"loss_space: got {space!r}; allowed: {', '.join(LOSS_SPACES)}")
 
 

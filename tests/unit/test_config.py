@@ -86,6 +86,17 @@ def test_another_runs_folder_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
+def test_a_run_of_a_version_without_some_keys_goes_on(tmp_path):
+    config = load_config(CONFIG, [f"output_dir={tmp_path}"])
+    open_run(config)
+    saved = yaml.safe_load((config.run_dir / "config.yaml").read_text())
+    del saved["data"]["held_out"], saved["training"]["ema_decay"]
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    check_run(config)
+    with pytest.raises(ConfigError, match=r"held_out: got 0\.1"):
+        check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "data.held_out=0.1"]))
+
+
 def test_a_run_folder_tells_its_config_wherever_it_was_moved(tmp_path):
     config = load_config(CONFIG, [f"output_dir={tmp_path / 'a'}"])
     open_run(config)

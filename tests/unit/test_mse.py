@@ -57,3 +57,12 @@ def test_unknown_space_is_refused(schedule):
 def test_convert_loss_is_the_plain_mean_square():
     first, second = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
     assert torch.allclose(convert_loss(first, second), ((first - second) ** 2).mean())
+
+
+def test_truncated_snr_is_the_x0_error_weighed_by_the_larger_of_snr_and_one(schedule):
+    timesteps = trailing_timesteps(8)
+    ends = jump(timesteps, 8)
+    alpha, sigma = schedule.alpha_sigma(timesteps)
+    found = space_weight(timesteps, ends, schedule=schedule, space="truncated_snr")
+    on_sample = space_weight(timesteps, ends, schedule=schedule, space="sample")
+    assert torch.allclose(found, on_sample * ((alpha / sigma) ** 2).clamp(min=1), rtol=1e-9)

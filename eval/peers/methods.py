@@ -1,0 +1,166 @@
+"""The methods side by side: each trains its LoRAs within a budget of U-Net forwards, and says how each is sampled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepdistill import plan, stages
+from stepdistill.config import LoraRow, RunConfig
+from stepdistill.config_file import parse_config
+from stepdistill.durable import read_json
+from stepdistill.ladder import prediction_types, read_lora_file
+from stepdistill.models.folder import resolve_model_folder
+from stepdistill.models.loading import read_scheduler_config
+from stepdistill.run_folder import resolved
+from stepdistill.rungs import WEIGHT_NAME, read_rung, rung_folder
+
+from . import dmd2, lcm
+from .train import train_dmd2, train_lcm
+
+STEPS = (8, 4, 2, 1)
+HERE = Path(__file__).parent
+LCM_LEARNING_RATE = 1e-3
+DMD2_LEARNING_RATE = 2e-4
+
+
+@dataclass(frozen=True)
+class Method:
+    """`train(config)` makes the LoRAs in the config's run folder; `rows(config)` are their rows, one per step count."""
+
+    name: str
+    config: Callable[[RunConfig, float, float], RunConfig]
+    train: Callable[[RunConfig, float, float], None]
+    rows: Callable[[RunConfig], list[LoraRow]]
+    cost: Callable[[RunConfig], tuple[float, float]]
+
+
+def scaled(config: RunConfig, *, budget: float, factor: float) -> RunConfig:
+    """The config with every phase's updates scaled so that training takes `budget` forwards, learning rates by factor."""
+    share = budget / plan.training_forwards(config)
+    raw = resolved(config)
+    for rung in raw["ladder"]:
+        for phase in rung["phases"]:
+            phase["max_train_steps"] = max(1, round(phase["max_train_steps"] * share))
+            phase["learning_rate"] *= factor
+            rate = phase["discriminator"]["learning_rate"]
+            phase["discriminator"]["learning_rate"] = None if rate is None else rate * factor
+    return parse_config(raw)
+
+
+def _named(config: RunConfig, name: str) -> RunConfig:
+    return config.model_copy(update={"name": f"{name}-s{config.seed}"})
+
+
+def ladder_method(name: str, path: Path | None) -> Method:
+    """A ladder of this package: the config's own, or a YAML file's `ladder` in its place."""
+
+    def configure(config: RunConfig, budget: float, factor: float) -> RunConfig:
+        raw = resolved(config)
+        if path is not None:
+            raw["ladder"] = yaml.safe_load(path.read_text())["ladder"]
+        return _named(scaled(parse_config(raw), budget=budget, factor=factor), name)
+
+    def train(config: RunConfig, _budget: float, _factor: float) -> None:
+        stages.prepare(config)
+        stages.distill(config)
+        stages.export(config)
+
+    def rows(config: RunConfig) -> list[LoraRow]:
+        scheduler = read_scheduler_config(resolve_model_folder(config.teacher.path))
+        kinds = prediction_types(config, scheduler.get("prediction_type", "epsilon"))
+        return [
+            LoraRow(
+                name=f"{name}-{rung.student_steps}",
+                path=str(rung_folder(config.run_dir, rung.student_steps)),
+                steps=rung.student_steps,
+                scheduler_options={"timestep_spacing": "trailing", "prediction_type": kind},
+            )
+            for rung, kind in zip(config.ladder, kinds, strict=True)
+            if rung.student_steps in STEPS
+        ]
+
+    def cost(config: RunConfig) -> tuple[float, float]:
+        records = [read_rung(config.run_dir, rung.student_steps) for rung in config.ladder]
+        return plan.training_forwards(config), sum(r.training_seconds for r in records if r is not None)
+
+    return Method(name, configure, train, rows, cost)
+
+
+def lcm_method() -> Method:
+    """One LoRA for all step counts."""
+
+    def train(config: RunConfig, budget: float, factor: float) -> None:
+        stages.prepare(config)
+        updates = round(budget / lcm.FORWARDS / config.training.train_batch_size)
+        train_lcm(config, config.run_dir / "lcm", updates=updates, learning_rate=LCM_LEARNING_RATE * factor)
+
+    def rows(config: RunConfig) -> list[LoraRow]:
+        folder = str(config.run_dir / "lcm")
+        return [
+            LoraRow(
+                name=f"lcm-lora-{n}", path=folder, steps=n, scheduler="LCMScheduler", scheduler_options={}
+            )
+            for n in STEPS
+        ]
+
+    return Method("lcm-lora", lambda c, *_: _named(c, "lcm-lora"), train, rows, _cost_of(["lcm"]))
+
+
+def dmd2_method() -> Method:
+    """A LoRA per step count with an equal share of the budget, each from the one before."""
+
+    def train(config: RunConfig, budget: float, factor: float) -> None:
+        stages.prepare(config)
+        start: dict[str, Any] | None = None
+        for n in STEPS:
+            updates = max(1, round(budget / len(STEPS) / dmd2.forwards(n) / config.training.train_batch_size))
+            folder = config.run_dir / f"dmd2-{n}"
+            train_dmd2(
+                config,
+                folder,
+                steps=n,
+                updates=updates,
+                learning_rate=DMD2_LEARNING_RATE * factor,
+                start=start,
+            )
+            start = read_lora_file(folder / WEIGHT_NAME)
+
+    def rows(config: RunConfig) -> list[LoraRow]:
+        return [
+            LoraRow(
+                name=f"dmd2-lora-{n}",
+                path=str(config.run_dir / f"dmd2-{n}"),
+                steps=n,
+                scheduler="LCMScheduler",
+                scheduler_options={},
+                timesteps=tuple(999 - k * 1000 // n for k in range(n)),
+            )
+            for n in STEPS
+        ]
+
+    folders = [f"dmd2-{n}" for n in STEPS]
+    return Method("dmd2-lora", lambda c, *_: _named(c, "dmd2-lora"), train, rows, _cost_of(folders))
+
+
+def methods() -> dict[str, Method]:
+    """Ours first."""
+    found = (
+        ladder_method("stepdistill", None),
+        ladder_method("progressive", HERE / "progressive.yaml"),
+        lcm_method(),
+        dmd2_method(),
+        ladder_method("lightning", HERE / "lightning.yaml"),
+    )
+    return {method.name: method for method in found}
+
+
+def _cost_of(folders: list[str]) -> Callable[[RunConfig], tuple[float, float]]:
+    def cost(config: RunConfig) -> tuple[float, float]:
+        records = [read_json(config.run_dir / folder / "peer.json") or {} for folder in folders]
+        forwards = sum(r.get("unet_forwards", 0) for r in records)
+        return forwards, sum(r.get("training_seconds", 0.0) for r in records)
+
+    return cost
