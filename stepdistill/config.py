@@ -86,6 +86,8 @@ class DiscriminatorOptions(Section):
     """A head on the mid-block, or there and on every down block."""
     loss: Literal["non_saturating", "relativistic"] = "non_saturating"
     """Each sample judged alone (the paper's form), or each teacher sample against its student's."""
+    real: Literal["teacher", "data"] = "teacher"
+    """What D takes for real: the teacher's x_s (the paper's form), or the data noised to s, which needs no teacher."""
     learning_rate: PositiveFloat | None = None
     """Of trunk and heads; the phase's own where not given."""
     perturbation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
@@ -115,7 +117,7 @@ class Rung(Section):
     teacher_steps: PositiveInt
     """Steps of the teacher: 128 of the base model for the first rung, the student before after that."""
     student_steps: PositiveInt
-    """Steps of the student that this rung makes."""
+    """Steps of the student that this rung makes; on the first rung as many as the teacher's teach guidance alone."""
     node_steps: PositiveInt | None = None
     """The grid whose nodes the student is trained at; its own where not given (recipe: 4 for the 2- and 1-step rungs)."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
@@ -250,8 +252,8 @@ def _divisors(n: int) -> list[int]:
 
 def _check_rung(index: int, ladder: tuple[Rung, ...]) -> None:
     rung, key = ladder[index], f"ladder.{index}"
-    if rung.student_steps not in _divisors(rung.teacher_steps):
-        allowed = _divisors(rung.teacher_steps)
+    allowed = _divisors(rung.teacher_steps) + ([] if index else [rung.teacher_steps])
+    if rung.student_steps not in allowed:
         nearest = min(allowed, key=lambda n: abs(n - rung.student_steps), default=1)
         raise ConfigError(
             f"{key}.student_steps: got {rung.student_steps}; {rung.teacher_steps} teacher steps do not divide into it; "

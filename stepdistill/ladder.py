@@ -151,8 +151,9 @@ def _train_phase(
 ) -> None:
     config, roles = shared.config, shared.roles
     students = [r.student_steps for r in config.ladder]
+    earlier = students[: students.index(rung.student_steps)]
     teacher_steps = phase.teacher_steps or rung.teacher_steps
-    roles.teacher_is_base = teacher_steps not in students
+    roles.teacher_is_base = teacher_steps not in earlier
     teacher_kind = shared.base_prediction_type
     if not roles.teacher_is_base:
         adapters.load_adapter_state(roles.unet, TEACHER, read_lora(config.run_dir, teacher_steps))

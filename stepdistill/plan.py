@@ -19,10 +19,11 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     if phase.objective == "convert":
         return 1 + _STUDENT
     teacher_steps = phase.teacher_steps or rung.teacher_steps
-    students = [r.student_steps for r in config.ladder]
-    guided = teacher_steps not in students and config.teacher.guidance_scale > 1
+    earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
+    guided = teacher_steps not in earlier and config.teacher.guidance_scale > 1
+    asked = phase.objective not in _DISCRIMINATOR or phase.discriminator.real == "teacher"
     substeps = teacher_steps // rung.student_steps * (2 if guided else 1)
-    return substeps + _STUDENT + _DISCRIMINATOR.get(phase.objective, 0.0)
+    return (substeps if asked else 0) + _STUDENT + _DISCRIMINATOR.get(phase.objective, 0.0)
 
 
 def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:

@@ -119,23 +119,29 @@ def adversarial_step(
     teacher_steps: int,
     perturbation_weights: list[float],
     loss: str = "non_saturating",
+    real: str = "teacher",
 ) -> StepResult:
     """Losses of D and of the student on one shared batch (Eq 18-26).
 
+    real: "teacher" (the paper's) or "data": x_0 noised to s with the noise of x_t, so that real and fake share x_t still;
+    the teacher is not asked then, and the student is drawn to the data rather than to the guided teacher.
     Both are taken against the same D, so an update does not depend on how a batch is split. D sees detached samples;
     the student's loss goes through a D whose parameters take no gradient; x_t's features are computed once.
     """
     roles, schedule = nets.roles, nets.schedule
     sample = noisy_latents(nets, batch)
-    path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
-    teacher_sample = teacher_rollout(nets, sample, path, batch.conditioning)
+    if real == "teacher":
+        path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
+        real_sample = teacher_rollout(nets, sample, path, batch.conditioning)
+    else:
+        real_sample = schedule.add_noise(batch.original_samples, batch.noise, batch.prev_timesteps)
     student_sample = student_move(nets, sample, batch)
     seen_at = adversarial.draw_perturbation(
         batch.prev_timesteps, batch.perturbation_uniform, weights=perturbation_weights
     )
-    teacher_seen, student_seen = (
+    real_seen, student_seen = (
         adversarial.perturb(x, batch.perturbation_noise, batch.prev_timesteps, seen_at, schedule=schedule)
-        for x in (teacher_sample, student_sample)
+        for x in (real_sample, student_sample)
     )
 
     with roles.discriminator(trainable=True):
@@ -143,30 +149,30 @@ def adversarial_step(
         if discriminator.paired:
             context = discriminator.features(sample, batch.timesteps, batch.conditioning)
         both = discriminator.features(
-            torch.cat([teacher_seen, student_seen.detach()]),
+            torch.cat([real_seen, student_seen.detach()]),
             torch.cat([seen_at, seen_at]),
             Conditioning.concat(batch.conditioning, batch.conditioning),
         )
         twice = None if context is None else [torch.cat([f, f]) for f in context]
-        teacher_logits, student_logits = discriminator.logits(both, twice).chunk(2)
-        discriminator_loss = adversarial.discriminator_loss(teacher_logits, student_logits, kind=loss)
+        real_logits, student_logits = discriminator.logits(both, twice).chunk(2)
+        discriminator_loss = adversarial.discriminator_loss(real_logits, student_logits, kind=loss)
 
     with roles.discriminator(trainable=False):
         features = discriminator.features(student_seen, seen_at, batch.conditioning)
         still = None if context is None else [f.detach() for f in context]
         generator_loss = adversarial.generator_loss(
-            discriminator.logits(features, still), teacher_logits.detach(), kind=loss
+            discriminator.logits(features, still), real_logits.detach(), kind=loss
         )
 
     right_on_teacher, right_on_student = adversarial.accuracy(
-        teacher_logits.detach(), student_logits.detach(), kind=loss
+        real_logits.detach(), student_logits.detach(), kind=loss
     )
     return StepResult(
         {"discriminator": discriminator_loss, "student": generator_loss},
         {
             "discriminator_accuracy_teacher": right_on_teacher,
             "discriminator_accuracy_student": right_on_student,
-            "mse": (student_sample.detach() - teacher_sample).square().mean(),
+            "mse": (student_sample.detach() - real_sample).square().mean(),
         },
     )
 
@@ -187,4 +193,5 @@ def phase_step(
         teacher_steps=teacher_steps,
         perturbation_weights=list(phase.discriminator.perturbation_weights),
         loss=phase.discriminator.loss,
+        real=phase.discriminator.real,
     )

@@ -5,7 +5,10 @@ import torch
 from diffusers import LCMScheduler
 
 from eval.peers import dmd2, lcm
-from stepdistill.diffusion.schedule import NoiseSchedule, make_betas, trailing_timesteps
+from stepdistill.diffusion.schedule import NoiseSchedule, jump, make_betas, substep_path, trailing_timesteps
+from stepdistill.diffusion.solver import implied_noise, move, rollout
+from stepdistill.objectives import adversarial
+from stepdistill.objectives.mse import mse_loss
 
 MEAN, STD = 0.7, 0.4
 
@@ -226,3 +229,65 @@ def test_backward_simulation_with_the_exact_denoiser_of_a_point_gives_its_noised
         wanted = noises[0, k] if stop == 0 else a * point[k] + s * noises[stop, k]
         assert torch.allclose(found[k], wanted)
     assert seen == [6, 4, 2]
+
+
+def test_progressive_distillation_learns_the_two_steps_of_its_teacher(schedule):
+    """Affine students of Gaussian data reach the map of two DDIM moves exactly, from every node, in the x0 loss."""
+    nodes, teacher = trailing_timesteps(8), exact(schedule)
+    ends = jump(nodes, 8)
+    path = substep_path(nodes, ends, 16)
+    table = torch.zeros(8, 2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([table], lr=0.05)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1500):
+        x0 = MEAN + STD * torch.randn(8, 32, generator=generator, dtype=torch.float64)
+        x = schedule.add_noise(x0, torch.randn(8, 32, generator=generator, dtype=torch.float64), nodes)
+        target = rollout(
+            lambda rows, state, t: teacher(state, t), x, path, schedule=schedule, prediction_type="epsilon"
+        )
+        moved = move(
+            table[:, :1] * x + table[:, 1:], x, nodes, ends, schedule=schedule, prediction_type="epsilon"
+        )
+        loss = mse_loss(moved, target, nodes, ends, schedule=schedule, space="truncated_snr")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    for x in (torch.full((8, 1), v, dtype=torch.float64) for v in (-1.0, 0.0, 2.0)):
+        target = rollout(
+            lambda rows, state, t: teacher(state, t), x, path, schedule=schedule, prediction_type="epsilon"
+        )
+        wanted = implied_noise(x, target, nodes, ends, schedule=schedule)
+        assert torch.allclose(table.detach()[:, :1] * x + table.detach()[:, 1:], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
+def test_the_adversary_brings_mean_and_spread_to_the_reals(schedule, kind):
+    """A critic with the logits that tell two Gaussians apart, a + b x + c x^2, and an affine student."""
+    student = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    critic = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    of_student = torch.optim.Adam([student], lr=0.004, betas=(0.0, 0.99))
+    of_critic = torch.optim.Adam([critic], lr=0.04, betas=(0.0, 0.99), weight_decay=0.01)
+    decay = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 3000) for o in (of_student, of_critic)]
+
+    def logits(x, weights):
+        return (weights[0] + weights[1] * x + weights[2] * x**2).unsqueeze(1)
+
+    for _ in range(3000):
+        real = MEAN + STD * torch.randn(512, generator=generator, dtype=torch.float64)
+        fake = student[0] + student[1] * torch.randn(512, generator=generator, dtype=torch.float64)
+        found = [logits(x, critic) for x in (real, fake.detach())]
+        of_critic.zero_grad()
+        adversarial.discriminator_loss(*found, kind=kind).backward()
+        of_critic.step()
+        fixed = critic.detach()
+        of_student.zero_grad()
+        adversarial.generator_loss(logits(fake, fixed), logits(real, fixed), kind=kind).backward()
+        of_student.step()
+        for schedule_of_rate in decay:
+            schedule_of_rate.step()
+    mean, std = student.detach().tolist()
+    assert mean == pytest.approx(MEAN, abs=0.05)
+    assert abs(std) == pytest.approx(STD, abs=0.06)

@@ -135,6 +135,10 @@ def test_the_plan_counts_the_recipes_forwards():
     assert phase_forwards(config, config.ladder[1], paired) == pytest.approx(11.6, abs=0.01)
     assert phase_forwards(config, config.ladder[1], single) == pytest.approx(9.9, abs=0.01)
     assert phase_forwards(config, config.ladder[2], paired) == pytest.approx(9.6, abs=0.01)
+    on_data = single.model_copy(
+        update={"discriminator": single.discriminator.model_copy(update={"real": "data"})}
+    )
+    assert phase_forwards(config, config.ladder[1], on_data) == pytest.approx(5.9, abs=0.01)
     per_image = 2 * (32 + 8 + 4 + 2 + 1) + 32 + 8 + 4 + 2 + 1
     plain = [
         f"evaluation.{key}"
@@ -146,3 +150,12 @@ def test_the_plan_counts_the_recipes_forwards():
     whole = config.evaluation.num_images * (per_image + 64) + seeds + sweep + matrix + cost
     assert evaluation_forwards(config) == whole
     assert "32 -> 8" in describe(config)
+
+
+def test_a_first_rung_of_equal_steps_learns_guidance_at_two_forwards():
+    overrides = ["ladder.0.teacher_steps=32"]
+    config = load_config(CONFIG, overrides)
+    first = config.ladder[0]
+    assert phase_forwards(config, first, first.phases[0]) == pytest.approx(2 + 2.351, abs=0.01)
+    with pytest.raises(ConfigError, match=r"ladder\.1\.student_steps: got 32"):
+        load_config(CONFIG, [*overrides, "ladder.1.student_steps=32"])

@@ -12,7 +12,7 @@ from stepdistill.diffusion.schedule import CLEAN
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import HEADS, TRUNKS, Discriminator, encode
 from stepdistill.models.roles import DISCRIMINATOR, STUDENT, TEACHER, Roles
-from stepdistill.training.steps import Denoisers, adversarial_step, mse_step, student_move
+from stepdistill.training.steps import Denoisers, adversarial_step, mse_step, noisy_latents, student_move
 from tests.conftest import build_tiny_unet, make_conditioning, randn
 
 BATCH = 3
@@ -212,6 +212,24 @@ def test_after_each_step_only_its_own_role_has_gradients(schedule, trunk, checkp
     assert all(p.grad is None for p in adapters.adapter_parameters(roles.unet, TEACHER))
     base = [p for n, p in roles.unet.named_parameters() if "lora_" not in n]
     assert not any(p.requires_grad for p in base)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_with_the_data_as_real_the_teacher_is_not_asked(schedule, monkeypatch, paired):
+    """Real is x_0 noised to s with the noise of x_t: at a clean s x_0 itself; the student's side stays as it was."""
+    nets, batch = make_nets(schedule), make_batch()
+    discriminator = make_discriminator(nets, paired=paired)
+    options = {"teacher_steps": 8, "perturbation_weights": [1.0, 1.0, 1.0, 1.0]}
+    by_teacher = adversarial_step(nets, discriminator, batch, **options)
+    monkeypatch.setattr(nets.roles, "teacher", lambda: pytest.fail("the teacher was asked"))
+    result = adversarial_step(nets, discriminator, batch, real="data", **options)
+    moved = student_move(nets, noisy_latents(nets, batch), batch).detach()
+    alpha, sigma = schedule.alpha_sigma(batch.prev_timesteps, ndim=4, dtype=torch.float32)
+    real = alpha * batch.original_samples + sigma * batch.noise
+    assert torch.equal(real[2], batch.original_samples[2])
+    assert torch.allclose(result.metrics["mse"], (moved - real).square().mean(), rtol=1e-5)
+    assert torch.allclose(result.losses["student"], by_teacher.losses["student"], rtol=1e-5)
+    assert not torch.allclose(result.losses["discriminator"], by_teacher.losses["discriminator"], rtol=1e-3)
 
 
 def test_roles_restore_what_was_also_on_exceptions(schedule):
