@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from side_by_side import STEPS
 
 from stepdistill import plan, stages
 from stepdistill.config import LoraRow, RunConfig
@@ -20,7 +21,6 @@ from stepdistill.rungs import WEIGHT_NAME, read_rung, rung_folder
 from . import dmd2, lcm
 from .train import train_dmd2, train_lcm
 
-STEPS = (8, 4, 2, 1)
 HERE = Path(__file__).parent
 LCM_LEARNING_RATE = 1e-3
 DMD2_LEARNING_RATE = 2e-4
@@ -28,13 +28,15 @@ DMD2_LEARNING_RATE = 2e-4
 
 @dataclass(frozen=True)
 class Method:
-    """`train(config)` makes the LoRAs in the config's run folder; `rows(config)` are their rows, one per step count."""
+    """config  the method's own of the shared one         train  makes the LoRAs in its run folder
+    rows    how its LoRAs are sampled, one row a step count  cost   what training took
+    `config` and `train` take the budget in U-Net forwards and the factor on learning rates."""
 
     name: str
     config: Callable[[RunConfig, float, float], RunConfig]
     train: Callable[[RunConfig, float, float], None]
     rows: Callable[[RunConfig], list[LoraRow]]
-    cost: Callable[[RunConfig], tuple[float, float]]
+    cost: Callable[[RunConfig], dict[str, float]]
 
 
 def scaled(config: RunConfig, *, budget: float, factor: float) -> RunConfig:
@@ -82,9 +84,10 @@ def ladder_method(name: str, path: Path | None) -> Method:
             if rung.student_steps in STEPS
         ]
 
-    def cost(config: RunConfig) -> tuple[float, float]:
+    def cost(config: RunConfig) -> dict[str, float]:
         records = [read_rung(config.run_dir, rung.student_steps) for rung in config.ladder]
-        return plan.training_forwards(config), sum(r.training_seconds for r in records if r is not None)
+        seconds = sum(r.training_seconds for r in records if r is not None)
+        return {"unet_forwards": round(plan.training_forwards(config)), "training_seconds": round(seconds, 1)}
 
     return Method(name, configure, train, rows, cost)
 
@@ -157,10 +160,9 @@ def methods() -> dict[str, Method]:
     return {method.name: method for method in found}
 
 
-def _cost_of(folders: list[str]) -> Callable[[RunConfig], tuple[float, float]]:
-    def cost(config: RunConfig) -> tuple[float, float]:
+def _cost_of(folders: list[str]) -> Callable[[RunConfig], dict[str, float]]:
+    def cost(config: RunConfig) -> dict[str, float]:
         records = [read_json(config.run_dir / folder / "peer.json") or {} for folder in folders]
-        forwards = sum(r.get("unet_forwards", 0) for r in records)
-        return forwards, sum(r.get("training_seconds", 0.0) for r in records)
+        return {key: sum(r.get(key, 0) for r in records) for key in ("unet_forwards", "training_seconds")}
 
     return cost

@@ -1,0 +1,105 @@
+"""What the comparisons share: held-out captions, one table per seed by the package's own evaluation, means over seeds."""
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stepdistill import stages
+from stepdistill.config import LoraRow, RunConfig
+from stepdistill.config_file import load_config
+from stepdistill.durable import read_json
+from stepdistill.run_folder import open_run
+
+STEPS = (8, 4, 2, 1)
+SIZES = {"cpu": ["training.train_batch_size=32"], "gpu": ["training.train_batch_size=256"]}
+MEASURES = {
+    "fid_to_real": ("FID to real", ".1f"),
+    "fid_to_teacher": ("FID to teacher", ".2f"),
+    "prompt_accuracy": ("prompt accuracy", ".3f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "sharpness_drift": ("sharpness drift", "+.3f"),
+    "diversity": ("diversity", ".3f"),
+}
+HELD_OUT = 0.1
+# What tells methods apart needs no sweep, matrix or timing of every row.
+_LEAN = ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluation.cost_batch_sizes=[]"]
+
+
+def arguments(parser: argparse.ArgumentParser, *, output: str, output_dir: str) -> None:
+    """The options that every comparison has."""
+    parser.add_argument("--config", default="configs/letters.yaml")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--size", choices=list(SIZES), default="cpu")
+    parser.add_argument(
+        "--budget", type=float, help="U-Net forwards; the config's own ladder's where not given"
+    )
+    parser.add_argument("--output-dir", default=output_dir)
+    parser.add_argument("--output", type=Path, default=Path(output))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def base_config(args: argparse.Namespace, seed: int, *more: str) -> RunConfig:
+    """The user's config with what all methods share here."""
+    common = [f"output_dir={args.output_dir}", f"seed={seed}", f"data.held_out={HELD_OUT}", *_LEAN]
+    return load_config(args.config, [*common, *SIZES[args.size], *more, *args.overrides])
+
+
+def share_cache(base: RunConfig, config: RunConfig) -> None:
+    """Prepares the latents of a seed once; every method's run gets a copy."""
+    first = base.model_copy(update={"name": f"cache-s{base.seed}"})
+    stages.prepare(first)
+    if not (config.run_dir / "cache").exists():
+        open_run(config)
+        shutil.copytree(first.run_dir / "cache", config.run_dir / "cache")
+
+
+def measure(base: RunConfig, name: str, loras: Sequence[LoraRow]) -> dict[str, dict[str, Any]]:
+    """Every LoRA in one table beside the teacher, by row name; its run folder is output_dir/name."""
+    options = base.evaluation.model_copy(update={"loras": tuple(loras)})
+    config = base.model_copy(update={"name": name, "evaluation": options, "ladder": ()})
+    stages.evaluate(config)
+    stages.report(config)
+    results = read_json(config.run_dir / "evaluation" / "results.json")
+    return {row["row"]: row for row in results["rows"]}
+
+
+def summary(
+    tables: Sequence[dict[str, dict[str, Any]]], rows: Sequence[str]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The Markdown table of means with deviations over the seeds' tables, and the same as data."""
+    found = []
+    for name in rows:
+        drawn = [table[name] for table in tables]
+        entry: dict[str, Any] = {"row": name, "nfe": drawn[0]["nfe"]}
+        for measure_name in MEASURES:
+            values = [row[measure_name] for row in drawn if row.get(measure_name) is not None]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                entry[measure_name] = {"mean": statistics.fmean(values), "std": spread}
+        found.append(entry)
+    shown = {m: about for m, about in MEASURES.items() if any(m in entry for entry in found)}
+    head = ["model", "U-Net passes", *(title for title, _ in shown.values())]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for entry in found:
+        cells = [_cell(entry.get(m), spec) for m, (_, spec) in shown.items()]
+        lines.append(f"| {entry['row']} | {entry['nfe']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines), found
+
+
+def write(output: Path, text: str, payload: dict[str, Any]) -> None:
+    """OUTPUT.md and OUTPUT.json."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".md").write_text(text + "\n")
+    output.with_suffix(".json").write_text(json.dumps(payload, indent=2) + "\n")
+
+
+def _cell(value: dict[str, Any] | None, spec: str) -> str:
+    if value is None:
+        return ""
+    spread = "" if value["std"] is None else f" ± {value['std']:{spec.lstrip('+')}}"
+    return f"{value['mean']:{spec}}{spread}"
