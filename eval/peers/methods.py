@@ -1,5 +1,6 @@
 """The methods side by side: each trains its LoRAs within a budget of U-Net forwards, and says how each is sampled."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,16 +40,20 @@ class Method:
     cost: Callable[[RunConfig], dict[str, float]]
 
 
-def scaled(config: RunConfig, *, budget: float, factor: float) -> RunConfig:
-    """The config with every phase's updates scaled so that training takes `budget` forwards, learning rates by factor."""
-    share = budget / plan.training_forwards(config)
+def scaled(config: RunConfig, *, budget: float, keep: int = 0, factor: float = 1.0) -> RunConfig:
+    """The config with the updates of all rungs but the first `keep` scaled so that training takes `budget` forwards, and
+    every learning rate by `factor`."""
+    kept = [rung.student_steps for rung in config.ladder[keep:]]
+    fixed = plan.training_forwards(config, finished=kept) if keep else 0.0
+    share = (budget - fixed) / (plan.training_forwards(config) - fixed)
     raw = resolved(config)
-    for rung in raw["ladder"]:
+    for rung in raw["ladder"][keep:]:
         for phase in rung["phases"]:
             phase["max_train_steps"] = max(1, round(phase["max_train_steps"] * share))
-            phase["learning_rate"] *= factor
-            rate = phase["discriminator"]["learning_rate"]
-            phase["discriminator"]["learning_rate"] = None if rate is None else rate * factor
+    for phase in (phase for rung in raw["ladder"] for phase in rung["phases"]):
+        phase["learning_rate"] *= factor
+        rate = phase["discriminator"]["learning_rate"]
+        phase["discriminator"]["learning_rate"] = None if rate is None else rate * factor
     return parse_config(raw)
 
 
@@ -56,14 +61,17 @@ def _named(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"name": f"{name}-s{config.seed}"})
 
 
-def ladder_method(name: str, path: Path | None) -> Method:
-    """A ladder of this package: the config's own, or a YAML file's `ladder` in its place."""
+def ladder_method(name: str, change: Callable[[RunConfig], RunConfig]) -> Method:
+    """A ladder of this package, `change`d from the config's own."""
 
     def configure(config: RunConfig, budget: float, factor: float) -> RunConfig:
-        raw = resolved(config)
-        if path is not None:
-            raw["ladder"] = yaml.safe_load(path.read_text())["ladder"]
-        return _named(scaled(parse_config(raw), budget=budget, factor=factor), name)
+        own = scaled(config, budget=budget)
+        changed = change(own)
+        pairs = zip(changed.ladder, own.ladder, strict=False)
+        keep = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        if keep == len(changed.ladder):
+            return _named(scaled(own, budget=budget, factor=factor), name)
+        return _named(scaled(changed, budget=budget, keep=keep, factor=factor), name)
 
     def train(config: RunConfig, _budget: float, _factor: float) -> None:
         stages.prepare(config)
@@ -148,14 +156,23 @@ def dmd2_method() -> Method:
     return Method("dmd2-lora", lambda c, *_: _named(c, "dmd2-lora"), train, rows, _cost_of(folders))
 
 
+def ladder_of(path: Path) -> Callable[[RunConfig], RunConfig]:
+    """A config with the `ladder` of a YAML file in place of its own."""
+
+    def change(config: RunConfig) -> RunConfig:
+        return parse_config(resolved(config) | {"ladder": yaml.safe_load(path.read_text())["ladder"]})
+
+    return change
+
+
 def methods() -> dict[str, Method]:
     """Ours first."""
     found = (
-        ladder_method("stepdistill", None),
-        ladder_method("progressive", HERE / "progressive.yaml"),
+        ladder_method("stepdistill", lambda config: config),
+        ladder_method("progressive", ladder_of(HERE / "progressive.yaml")),
         lcm_method(),
         dmd2_method(),
-        ladder_method("lightning", HERE / "lightning.yaml"),
+        ladder_method("lightning", ladder_of(HERE / "lightning.yaml")),
     )
     return {method.name: method for method in found}
 
