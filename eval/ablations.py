@@ -3,7 +3,7 @@
     python eval/ablations.py [--config configs/letters.yaml] [--only NAME ...] [--seeds 0 1 2] [key=value ...]
 
 A variant changes the ladder of the config; the updates of the rungs it changes, and of those below, are then scaled so that
-the whole takes as many forwards. Leading rungs that it shares with the default are not trained again. A tenth of the captions
+the whole takes as many forwards. Leading rungs shared with the default are not trained again. A tenth of the captions
 is kept out of training and is what is drawn.
 """
 
