@@ -21,6 +21,7 @@ from side_by_side import STEPS, arguments, base_config, measure, share_cache, su
 from stepdistill import plan
 from stepdistill.config import RunConfig
 from stepdistill.config_file import parse_config
+from stepdistill.evaluation.evaluate import check_evaluation
 from stepdistill.run_folder import resolved
 from stepdistill.rungs import rung_folder
 from stepdistill.runtime import source_commit
@@ -166,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     made_at, chosen = source_commit(), list(dict.fromkeys(["default", *args.only]))
     budget = args.budget or plan.training_forwards(base_config(args, 0))
     tables = []
+    check_evaluation(base_config(args, 0))
     for seed in args.seeds:
         base, loras, first = base_config(args, seed), [], None
         for name in chosen:

@@ -25,6 +25,7 @@ from side_by_side import STEPS, arguments, base_config, measure, share_cache, su
 from stepdistill import plan
 from stepdistill.config import RunConfig
 from stepdistill.durable import read_json, write_json
+from stepdistill.evaluation.evaluate import check_evaluation
 from stepdistill.runtime import source_commit
 
 FACTORS = (1 / 3, 1.0, 3.0)
@@ -90,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = read_json(args.output.with_suffix(".rates.json")) or {}
     rates = {name: record["factor"] for name, record in kept.items()}
     tables, costs = [], []
+    check_evaluation(base_config(args, 0))
     for seed in args.seeds:
         base = base_config(args, seed)
         trained = [(m, train(m, base, budget, rates.get(m.name, 1.0))) for m in chosen(args)]

@@ -30,10 +30,17 @@ FEW_IMAGES = 5000
 _SCORE_TIMEOUT = 24 * 3600.0
 
 
+def check_evaluation(config: RunConfig) -> None:
+    """ValueError where the table could not be made after the ladder: prompts, pictures, LoRAs, weights of extractors."""
+    rows_of(config)
+    subject_of(config)
+    Distances(config.evaluation, device="cpu")
+
+
 def evaluate(config: RunConfig) -> dict[str, Any]:
     """Draws what is not drawn yet, measures all rows, writes evaluation/results.json and returns it.
 
-    Under `accelerate launch` the processes share the drawing, and the main one measures; the others return {}.
+    Under torchrun the processes share the drawing, and the main one measures; the others return {}.
     ValueError where a rung is not finished, or a file that the config names is not right: before anything is drawn.
     """
     rows = rows_of(config)

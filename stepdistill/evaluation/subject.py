@@ -141,6 +141,11 @@ def subject_of(config: RunConfig) -> Subject:
         lines = _read_prompts(Path(config.evaluation.prompts))
     elif config.data.source != "letters":
         own = tuple(evaluation_pictures(config.data))
+        if config.evaluation.real_images is None and len(own) < FEWEST_PICTURES:
+            raise ConfigError(
+                f"data.held_out: got {config.data.held_out}, which leaves {len(own)} pictures of {config.data.source} to "
+                f"measure with; allowed: a share that leaves {FEWEST_PICTURES} or more, or evaluation.real_images"
+            )
         lines = [picture.caption for picture in own]
     else:
         drawn_from = evaluation_triples(config.data)

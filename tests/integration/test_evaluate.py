@@ -113,3 +113,11 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(copy_of):
     named = config.evaluation.model_copy(update={"features": "reader", "prompts": "nowhere.txt"})
     with pytest.raises(ConfigError, match="nowhere"):
         evaluate(config.model_copy(update={"evaluation": named}))
+
+
+@pytest.mark.parametrize("wrong", ["prompts=nowhere.txt", "features=clip:nowhere", "real_images=nowhere"])
+def test_a_table_that_cannot_be_made_stops_the_run_before_the_ladder(tmp_path, wrong):
+    config = tiny_config(tmp_path, f"evaluation.{wrong}")
+    with pytest.raises(ValueError, match=r"evaluation\..*nowhere"):
+        stages.run_all(config)
+    assert not (config.run_dir / "cache").exists()

@@ -73,3 +73,30 @@ def test_a_folder_without_pictures_and_a_broken_picture_are_named(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(b"\x89PNG not really")
     with pytest.raises(ValueError, match=r"cannot read .*a\.png"):
         list(ImageFolder.open(str(tmp_path)).batches())
+
+
+def test_a_folder_of_captioned_pictures_is_its_own_subject(tmp_path):
+    """Prompts are the held-out captions in order and again; real images these pictures at the teacher's size."""
+    for k in range(80):
+        Image.new("RGB", (50, 40), (3 * k, 0, 0)).save(tmp_path / f"{k:02d}.png")
+        (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
+    options = [f"data.source={tmp_path}", "data.held_out=0.25", "evaluation.num_images=50"]
+    subject = subject_of(load_config("configs/letters.yaml", options))
+    captions = list(dict.fromkeys(subject.prompts))
+    assert 8 <= len(captions) < 40
+    assert subject.prompts == tuple(captions[k % len(captions)] for k in range(50))
+    assert subject.wanted is None
+    pictures = torch.cat(list(subject.real.batches()))
+    assert pictures.shape == (len(captions), 3, 32, 32)
+    assert pictures[:, 0, 0, 0].tolist() == [3 * int(caption.split()[1]) for caption in captions]
+    before = subject.real.key
+    Image.new("RGB", (50, 40), (9, 9, 9)).save(tmp_path / f"{int(captions[0].split()[1]):02d}.png")
+    assert subject.real.key != before
+
+
+def test_too_few_held_out_pictures_are_refused(tmp_path):
+    for k in range(30):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{k:02d}.png")
+        (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
+    with pytest.raises(ConfigError, match=r"data\.held_out: got 0\.1, which leaves \d pictures"):
+        subject_of(load_config("configs/letters.yaml", [f"data.source={tmp_path}", "data.held_out=0.1"]))

@@ -1,0 +1,49 @@
+"""The comparison as a user runs it: another world than letters, tiny budget, then again where it stopped."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+METHODS = ["stepdistill", "lcm-lora", "dmd2-lora"]
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder of pictures that are no letters, each with its caption, and a config that names it."""
+    folder = tmp_path / "walls"
+    folder.mkdir()
+    for k in range(240):
+        Image.new("RGB", (48, 40), (k, 255 - k, 90)).save(folder / f"{k:03d}.png")
+        (folder / f"{k:03d}.txt").write_text(f"a wall number {k}")
+    return folder
+
+
+@pytest.mark.slow
+def test_peers_are_compared_on_any_folder_of_captioned_pictures(world, tmp_path):
+    output = tmp_path / "peers"
+    options = ["--seeds", "0", "--budget", "400", "--methods", *METHODS]
+    options += ["--output-dir", str(tmp_path / "runs"), "--output", str(output)]
+    options += [f"data.source={world}", "training.train_batch_size=2", "evaluation.num_images=8"]
+    options += ["evaluation.resize=torchmetrics", "evaluation.teacher_steps=[8, 4]", "evaluation.floor=false"]
+    options += ["evaluation.diversity_prompts=0"]
+    command = [sys.executable, "eval/compare_peers.py", *options]
+    first = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    results = json.loads(output.with_suffix(".json").read_text())
+    table = results["tables"][0]
+    assert set(table) == {"teacher-8", "teacher-4"} | {f"{m}-{n}" for m in METHODS for n in (8, 4, 2, 1)}
+    assert all(row["fid_to_teacher"] >= -1e-6 for row in table.values())
+    assert table["teacher-8"]["fid_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert "prompt_accuracy" not in table["lcm-lora-4"]
+    forwards = [cost["unet_forwards"] for cost in results["costs"][0].values()]
+    assert max(forwards) <= 1.6 * 400  # a few updates are coarse: DMD2's is 40 forwards of 2 samples
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert json.loads(output.with_suffix(".json").read_text())["table"] == results["table"]
