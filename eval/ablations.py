@@ -10,20 +10,18 @@ is kept out of training and is what is drawn.
 import argparse
 import copy
 import logging
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from peers.methods import Method, ladder_method
-from side_by_side import STEPS, arguments, base_config, measure, share_cache, summary, write
+from side_by_side import STEPS, arguments, base_config, measure, share_cache, share_rungs, summary, write
 
 from stepdistill import plan
 from stepdistill.config import RunConfig
 from stepdistill.config_file import parse_config
 from stepdistill.evaluation.evaluate import check_evaluation
 from stepdistill.run_folder import resolved
-from stepdistill.rungs import rung_folder
 from stepdistill.runtime import source_commit
 
 Ladder = list[dict[str, Any]]
@@ -146,16 +144,6 @@ def variant(name: str) -> Method:
         return parse_config(raw)
 
     return ladder_method(name, change)
-
-
-def share_rungs(first: RunConfig, config: RunConfig) -> None:
-    """Copies the leading rungs that a run has in common with a finished one."""
-    for ours, theirs in zip(config.ladder, first.ladder, strict=False):
-        source, target = (rung_folder(c.run_dir, ours.student_steps) for c in (first, config))
-        if ours != theirs or not source.exists():
-            break
-        if not target.exists():
-            shutil.copytree(source, target)
 
 
 def main(argv: list[str] | None = None) -> int:

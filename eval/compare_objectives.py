@@ -13,6 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from side_by_side import share_rungs
+
 from stepdistill import stages
 from stepdistill.config import RunConfig
 from stepdistill.config_file import load_config
@@ -20,7 +22,7 @@ from stepdistill.durable import read_json
 from stepdistill.plan import training_forwards
 from stepdistill.report.build import markdown_table
 from stepdistill.run_folder import open_run
-from stepdistill.rungs import read_rung, rung_folder
+from stepdistill.rungs import read_rung
 from stepdistill.runtime import source_commit
 from stepdistill.training.log import read_log
 
@@ -52,12 +54,7 @@ def share(first: RunConfig, config: RunConfig) -> None:
         return
     open_run(config)
     shutil.copytree(first.run_dir / "cache", config.run_dir / "cache")
-    for ours, theirs in zip(config.ladder, first.ladder, strict=True):
-        if ours != theirs:
-            break
-        shutil.copytree(
-            rung_folder(first.run_dir, theirs.student_steps), rung_folder(config.run_dir, ours.student_steps)
-        )
+    share_rungs(first, config)
     drawn = first.run_dir / "evaluation"
     for pattern in ("teacher-*", "floor", "features", "seeds/teacher-*", "studies"):
         for folder in drawn.glob(pattern):
@@ -72,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     common = [f"output_dir={args.output_dir}", f"evaluation.num_images={args.num_images}"]
+    common += ["evaluation.diversity_prompts=8", "evaluation.cost_batch_sizes=[1, 8, 32]"]
     configs = {label: load_config(path, common + more) for label, (path, more) in LADDERS.items()}
     table, facts, made_at = [], {}, source_commit()
     for label, config in configs.items():

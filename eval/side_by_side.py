@@ -13,6 +13,7 @@ from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config_file import load_config
 from stepdistill.durable import read_json
 from stepdistill.run_folder import open_run
+from stepdistill.rungs import rung_folder
 
 STEPS = (8, 4, 2, 1)
 SIZES = {"cpu": ["training.train_batch_size=32"], "gpu": ["training.train_batch_size=256"]}
@@ -56,6 +57,16 @@ def share_cache(base: RunConfig, config: RunConfig) -> None:
     if not (config.run_dir / "cache").exists():
         open_run(config)
         shutil.copytree(first.run_dir / "cache", config.run_dir / "cache")
+
+
+def share_rungs(first: RunConfig, config: RunConfig) -> None:
+    """Copies the leading rungs that a run has in common with a finished one."""
+    for ours, theirs in zip(config.ladder, first.ladder, strict=False):
+        source, target = (rung_folder(c.run_dir, ours.student_steps) for c in (first, config))
+        if ours != theirs or not source.exists():
+            break
+        if not target.exists():
+            shutil.copytree(source, target)
 
 
 def measure(base: RunConfig, name: str, loras: Sequence[LoraRow]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from stepdistill import plan
 from stepdistill.config import RunConfig
 from stepdistill.durable import write_json
-from stepdistill.run_folder import open_run
+from stepdistill.run_folder import check_run, open_run
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,12 @@ def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_co
 def run_all(config: RunConfig) -> None:
     """Every stage, after saying how long it takes; what the table needs is looked at before the ladder is climbed."""
     started = time.monotonic()
-    open_run(config)
+    check_run(config)
     _quiet_libraries()
     from stepdistill.evaluation.evaluate import check_evaluation
 
     check_evaluation(config)
+    open_run(config)
     logger.info("%s", plan.describe(config))
     prepare(config)
     logger.info("%s", _estimate(config))

@@ -48,10 +48,6 @@ class Moments:
             raise ValueError(f"{path}: mu and sigma are no moments: not finite, or sigma is not symmetric")
         return cls(mean, covariance, 2)
 
-    def save_npz(self, path: Path) -> None:
-        """Writes `mu` and `sigma`."""
-        np.savez(path, mu=self.mean.numpy(), sigma=self.covariance.numpy())
-
 
 class _Identity(nn.Module):
     """Features in, features out: torchmetrics' metrics on features that are there already."""

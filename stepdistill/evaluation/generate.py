@@ -70,6 +70,7 @@ class Sampler:
         self._fingerprint = fingerprint(self._base)
         self._pipeline: DiffusionPipeline | None = None
         self._loaded: tuple[object, ...] | None = None
+        self._scale = 1.0
 
     def draw(
         self, row: Row, prompts: Sequence[str], *, seed: int, first: int = 0
@@ -134,11 +135,19 @@ class Sampler:
             dtype = getattr(torch, self._config.evaluation.dtype)
             self._pipeline = load_pipeline(self._base, dtype=dtype).to(self._device)
             self._base_scheduler = self._pipeline.scheduler
-        pipeline = self._pipeline
-        loaded = (row.student_steps, row.lora, row.lora_scale)
+        self._load(self._pipeline, row)
+        if row.lora_scale != self._scale:  # reading a LoRA again takes longer than a few images do
+            active = self._pipeline.get_active_adapters()
+            self._pipeline.set_adapters(active, [row.lora_scale] * len(active))
+            self._scale = row.lora_scale
+        return self._pipeline
+
+    def _load(self, pipeline: DiffusionPipeline, row: Row) -> None:
+        """The row's LoRA at weight 1, and its scheduler; nothing where they are loaded."""
+        loaded = (row.student_steps, row.lora)
         if loaded == self._loaded:
-            return pipeline
-        self._loaded = None  # until all of it is
+            return
+        self._loaded, self._scale = None, 1.0  # until all of it is
         pipeline.unload_lora_weights()
         config = dict(self._base_scheduler.config)
         if row.student_steps is not None:
@@ -150,8 +159,4 @@ class Sampler:
             pipeline.scheduler = kind.from_config(config, **row.lora.scheduler_options)
         else:
             pipeline.scheduler = student_scheduler(config, config.get("prediction_type", "epsilon"))
-        if row.lora_scale != 1.0:
-            active = pipeline.get_active_adapters()
-            pipeline.set_adapters(active, [row.lora_scale] * len(active))
         self._loaded = loaded
-        return pipeline

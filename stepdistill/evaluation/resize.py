@@ -40,11 +40,6 @@ def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
     return images[..., top : top + size, left : left + size]
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Floating point in 0..1 to uint8 by rounding; truncation would darken by half a grey level on average."""
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def _antialiased(images: torch.Tensor, size: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(
         images, size=(size, size), mode="bilinear", align_corners=False, antialias=True

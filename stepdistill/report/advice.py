@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from stepdistill.report import rules
 from stepdistill.report.entries import Entry, entries_of
 from stepdistill.report.read import PhaseLog, Run, RungLog
-from stepdistill.report.rules import Advice, steps_of
+from stepdistill.report.rules import Advice
 from stepdistill.report.signs import still_falling
 
 _FAR = 3.0  # times the floor: a distance that is worth updates
@@ -71,7 +71,7 @@ def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
     if rung.student_steps == 1 and rung.prediction_type != "sample":
         remedy += " It converts the 1-step rung to x0."
         keys.append(f"{rung.key}.prediction_type")
-    yield Advice(f"{steps_of(rung)}: FID to teacher {fid:.2f}{was}{beside}.", remedy, tuple(keys))
+    yield Advice(f"{rung.title}: FID to teacher {fid:.2f}{was}{beside}.", remedy, tuple(keys))
 
 
 def _more_training(phase: PhaseLog) -> tuple[str, list[str]]:

@@ -9,7 +9,7 @@ from PIL import Image
 from stepdistill.report.entries import Entry, picture_order
 from stepdistill.report.grid import image_grid
 from stepdistill.report.pictures import Picture, clipped, embedded, mosaic, open_pictures, row_folder
-from stepdistill.report.quantities import number
+from stepdistill.report.quantities import number, steps_text
 from stepdistill.report.read import Run
 
 _SHOWN, _TILE = 96, 64
@@ -143,7 +143,7 @@ def matrix(run: Run, *, sizes: Sizes) -> Gallery | None:
         "Every rung's LoRA sampled at every rung's steps; beneath, the latent MSE to the teacher. "
         "Outlined: the steps that it was trained for."
     )
-    return _if_drawn(Gallery(caption, "LoRA", tuple(_steps(m) for m in steps), tuple(strips)))
+    return _if_drawn(Gallery(caption, "LoRA", tuple(steps_text(m) for m in steps), tuple(strips)))
 
 
 def comparison_sheet(entries: Sequence[Entry], *, columns: int) -> Image.Image | None:
@@ -175,10 +175,6 @@ def _if_drawn(gallery: Gallery) -> Gallery | None:
 def _mse(cell: dict[str, Any] | None) -> str:
     value = number((cell or {}).get("latent_mse_to_teacher"))
     return "" if value is None else f"{value:.4f}"
-
-
-def _steps(n: int) -> str:
-    return "1 step" if n == 1 else f"{n} steps"
 
 
 def _texts(value: Any) -> list[str]:

@@ -159,8 +159,7 @@ def _previews(run: Run) -> Iterator[tuple[str, Picture]]:
 def _preview_caption(rung: RungLog, stem: str) -> str:
     """ "4 steps, after phase 1, paired" of phase1-paired-end."""
     number, _, objective = stem.removeprefix("phase").removesuffix("-end").partition("-")
-    steps = "1 step" if rung.student_steps == 1 else f"{rung.student_steps} steps"
-    return f"{steps}, after phase {number} ({objective})"
+    return f"{rung.title}, after phase {number} ({objective})"
 
 
 def _config_text(run: Run) -> str:

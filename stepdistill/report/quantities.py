@@ -24,6 +24,11 @@ def format_number(value: Any, spec: str) -> str:
         return f"{found:g}"
 
 
+def steps_text(steps: int) -> str:
+    """ "4 steps"."""
+    return "1 step" if steps == 1 else f"{steps} steps"
+
+
 def percent(share: float) -> str:
     """A share as percent, with a digit behind the point where there is one to show."""
     return f"{share:.1%}".replace(".0%", "%").replace("%", " %")

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from stepdistill.durable import read_json
-from stepdistill.report.quantities import number
+from stepdistill.report.quantities import number, steps_text
 from stepdistill.rungs import rung_folder
 from stepdistill.training.log import read_log
 
@@ -54,6 +54,11 @@ class RungLog:
     previews: tuple[Path, ...]
     node_steps: int | None = None
     prediction_type: str | None = None
+
+    @property
+    def title(self) -> str:
+        """ "4 steps"."""
+        return steps_text(self.student_steps)
 
     @property
     def updates(self) -> int:

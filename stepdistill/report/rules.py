@@ -32,7 +32,7 @@ def looks(student: Entry, rung: RungLog) -> Iterator[Advice]:
     sharpness, contrast = student.value("sharpness_drift"), student.value("contrast_drift")
     adversarial = [phase for phase in rung.phases if phase.objective in ADVERSARIAL]
     if sharpness is not None and sharpness < _BLUR:
-        finding = f"{steps_of(rung)}: {percent(-sharpness)} less sharp than the teacher."
+        finding = f"{rung.title}: {percent(-sharpness)} less sharp than the teacher."
         if rung.student_steps > FEW_STEPS:
             keys: tuple[str, ...] = (f"{rung.main_phase.key}.max_train_steps",)
             yield Advice(finding, "At this many steps it is too little training: give it more updates.", keys)
@@ -47,7 +47,7 @@ def looks(student: Entry, rung: RungLog) -> Iterator[Advice]:
             )
     if sharpness is not None and sharpness > _HARSH and adversarial:
         yield Advice(
-            f"{steps_of(rung)}: {percent(sharpness)} sharper than the teacher.",
+            f"{rung.title}: {percent(sharpness)} sharper than the teacher.",
             "The adversary overdoes it: lower the learning rate of those phases, or give them fewer updates.",
             tuple(
                 f"{phase.key}.{key}" for phase in adversarial for key in ("learning_rate", "max_train_steps")
@@ -55,7 +55,7 @@ def looks(student: Entry, rung: RungLog) -> Iterator[Advice]:
         )
     if contrast is not None and abs(contrast) > _CONTRAST:
         yield Advice(
-            f"{steps_of(rung)}: contrast {'+' if contrast > 0 else ''}{percent(contrast)} against the teacher.",
+            f"{rung.title}: contrast {'+' if contrast > 0 else ''}{percent(contrast)} against the teacher.",
             "Guidance is learned on the first rung: compare its row first, then change the guidance or its updates.",
             ("teacher.guidance_scale", "ladder.0.phases.0.max_train_steps"),
         )
@@ -71,7 +71,7 @@ def prompts(student: Entry, rung: RungLog, reference: Entry | None) -> Iterator[
         own, teachers = student.value(key), reference.value(key) if reference is not None else None
         if own is not None and teachers is not None and own < teachers - lost:
             yield Advice(
-                f"{steps_of(rung)}: {title} {said(own)}, the teacher's {said(teachers)}.",
+                f"{rung.title}: {title} {said(own)}, the teacher's {said(teachers)}.",
                 "Give the rung more updates; where the first rung is low already, raise the guidance it learns.",
                 (f"{rung.main_phase.key}.max_train_steps", "teacher.guidance_scale"),
             )
@@ -83,7 +83,7 @@ def diversity(student: Entry, rung: RungLog) -> Iterator[Advice]:
     if diversity is not None and diversity < _DIVERSITY:
         adversarial = [phase for phase in rung.phases if phase.objective in ADVERSARIAL] or [rung.main_phase]
         yield Advice(
-            f"{steps_of(rung)}: its seeds differ {diversity:.2f} times as much as the teacher's.",
+            f"{rung.title}: its seeds differ {diversity:.2f} times as much as the teacher's.",
             "The student draws the same again: lower the learning rate or the updates of the phase that took it away, "
             "and compare the seeds below.",
             tuple(
@@ -94,7 +94,11 @@ def diversity(student: Entry, rung: RungLog) -> Iterator[Advice]:
 
 def discriminator(phase: PhaseLog, rung: RungLog) -> Iterator[Advice]:
     """A discriminator that teaches nothing, or is too far ahead."""
-    found, where, key = adversary(phase), f"{steps_of(rung)}, {phase.objective}", f"{phase.key}.discriminator"
+    found, where, key = (
+        adversary(phase),
+        f"{rung.title}, {phase.objective}",
+        f"{phase.key}.discriminator",
+    )
     if found is None:
         return
     if found.at_chance:
@@ -124,7 +128,7 @@ def scales(run: Run) -> Iterator[Advice]:
         best = min(known.items(), key=lambda item: item[1])[0]
         if best != 1 and known[best] < _SCALE_GAIN * known[1]:
             finding = (
-                f"{steps_of(rung)}: nearer to the teacher at LoRA scale {best:g} ({known[best]:.4f}) "
+                f"{rung.title}: nearer to the teacher at LoRA scale {best:g} ({known[best]:.4f}) "
                 f"than at 1 ({known[1]:.4f})."
             )
             last = rung.phases[-1].key
@@ -134,11 +138,6 @@ def scales(run: Run) -> Iterator[Advice]:
             else:
                 remedy = "It has not got there yet: give it more updates."
                 yield Advice(finding, remedy, (f"{last}.max_train_steps",))
-
-
-def steps_of(rung: RungLog) -> str:
-    """ "4 steps"."""
-    return "1 step" if rung.student_steps == 1 else f"{rung.student_steps} steps"
 
 
 def _two_digits(value: float) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepdistill.report.entries import Entry, equal_passes
-from stepdistill.report.quantities import format_number, percent
+from stepdistill.report.quantities import format_number, percent, steps_text
 from stepdistill.report.read import Run
 
 _DISTANCES = (("fid_to_teacher", "FID to teacher"), ("fid_to_real", "FID to real"))
@@ -41,9 +41,7 @@ def sentences(entries: Sequence[Entry]) -> list[Sentence]:
     else:
         found = [(e.steps, e.label if e.kind == "lora" else "", _measured(e, entries)) for e in distilled]
     return [
-        Sentence("1 step" if steps == 1 else f"{steps} steps", whose, text[0].upper() + text[1:])
-        for steps, whose, text in found
-        if text
+        Sentence(steps_text(steps), whose, text[0].upper() + text[1:]) for steps, whose, text in found if text
     ]
 
 

@@ -172,7 +172,9 @@ def adversarial_step(
         {
             "discriminator_accuracy_teacher": right_on_teacher,
             "discriminator_accuracy_student": right_on_student,
-            "mse": (student_sample.detach() - real_sample).square().mean(),
+            "mse" if real == "teacher" else "mse_to_data": (student_sample.detach() - real_sample)
+            .square()
+            .mean(),
         },
     )
 

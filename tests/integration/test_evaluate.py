@@ -120,4 +120,4 @@ def test_a_table_that_cannot_be_made_stops_the_run_before_the_ladder(tmp_path, w
     config = tiny_config(tmp_path, f"evaluation.{wrong}")
     with pytest.raises(ValueError, match=r"evaluation\..*nowhere"):
         stages.run_all(config)
-    assert not (config.run_dir / "cache").exists()
+    assert not config.run_dir.exists()

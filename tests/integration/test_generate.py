@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepdistill.config import ConfigError, LoraRow
-from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.generate import Sampler, draw
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, lora_row, rows_of
 from stepdistill.rungs import rung_folder
@@ -43,6 +43,19 @@ def test_image_k_does_not_depend_on_the_batch_size(trained_run, tmp_path):
         assert torch.allclose(PictureFolder(tmp_path / size).latents(), latents, atol=1e-4)
         assert (pixels(tmp_path / size) - expected).abs().max() <= 1
     assert (expected[0] - expected[3]).abs().max() > 50  # equal prompts, other noise: other pictures
+
+
+def test_pictures_are_rounded_to_8_bit_not_truncated(trained_run, tmp_path):
+    """What is measured is round(255 x) of the pipeline's floats; truncation would darken by half a grey level."""
+    row = Row("teacher-2", 2, 3.0)
+    make(trained_run, tmp_path / "drawn", row)
+    sampler = Sampler(with_batch(trained_run, 64))
+    pipeline = sampler._ready(row)
+    floats, _ = draw(pipeline, PROMPTS, steps=2, guidance_scale=3.0, seed=5, first=0, output_type="np")
+    exact = torch.from_numpy(np.asarray(floats)).permute(0, 3, 1, 2).double() * 255
+    drawn = pixels(tmp_path / "drawn").double()
+    assert (drawn - exact).abs().max() <= 0.5 + 1e-4
+    assert (drawn - exact).mean().abs() < 0.05 < (exact - exact.floor()).mean()
 
 
 def test_interrupted_drawing_goes_on_to_the_same_images(trained_run, tmp_path, monkeypatch):
@@ -138,6 +151,11 @@ def test_a_named_lora_is_the_rung_it_is_a_copy_of(trained_run, tmp_path):
     half = dataclasses.replace(lora_row(lora), lora_scale=0.5)
     make(trained_run, tmp_path / "half", half)
     assert bytes_of(tmp_path / "half") != bytes_of(tmp_path / "rung")
+    sampler, again = Sampler(with_batch(trained_run, 64)), lora_row(lora)
+    for row in (half, again):  # another weight, then the first one: the LoRA is read once
+        sampler.ensure(row, tmp_path / f"at{row.lora_scale}", PROMPTS, seed=5, processes=Processes())
+    assert bytes_of(tmp_path / "at0.5") == bytes_of(tmp_path / "half")
+    assert bytes_of(tmp_path / "at1.0") == bytes_of(tmp_path / "rung")
     nothing = dataclasses.replace(lora_row(lora), lora_scale=0.0)
     make(trained_run, tmp_path / "nothing", nothing)
     make(trained_run, tmp_path / "teacher", Row("teacher-4", 4, 1.0))

@@ -146,7 +146,7 @@ def test_the_plan_counts_the_recipes_forwards():
     ]
     plain.append("evaluation.cost_batch_sizes=[]")
     assert evaluation_forwards(load_config(CONFIG, plain)) == config.evaluation.num_images * per_image
-    seeds, sweep, matrix, cost = 64 * (64 + 47), 8 * (6 * 47 + 64), 8 * 5 * 47, 2 * (1 + 8 + 32) * per_image
+    seeds, sweep, matrix, cost = 32 * (64 + 47), 4 * (3 * 47 + 64), 4 * 5 * 47, 2 * (1 + 32) * per_image
     whole = config.evaluation.num_images * (per_image + 64) + seeds + sweep + matrix + cost
     assert evaluation_forwards(config) == whole
     assert "32 -> 8" in describe(config)

@@ -29,6 +29,13 @@ def test_students_beat_the_undistilled_teacher_on_the_committed_numbers():
         assert rows[name]["fid_to_teacher"] <= other[name]["fid_to_teacher"]
 
 
+def test_the_readmes_floors_are_the_committed_result():
+    floor = json.loads(Path("eval/results/letters.json").read_text())["ladders"]["mse"]["floor"]
+    text = " ".join(Path("README.md").read_text().split())
+    assert f"two sets of real images are {floor['fid_to_real']:.1f} apart" in text
+    assert f"two of the teacher with other seeds {floor['fid_to_teacher']:.1f}" in text
+
+
 def test_the_readmes_speed_is_the_committed_result():
     ratios = [row["ratio"] for row in json.loads(Path("eval/results/bench.json").read_text())["rows"]]
     assert (

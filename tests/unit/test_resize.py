@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.evaluation.resize import RESIZES, center_crop, resize, to_uint8
+from stepdistill.evaluation.resize import RESIZES, center_crop, resize
 
 PROTOCOL = Path(__file__).parents[2] / "eval" / "protocol.md"
 
@@ -97,11 +97,3 @@ def test_the_crop_is_the_centre(noise):
     assert torch.equal(crop, noise[:, :, 32:64, 48:80])
     with pytest.raises(ValueError, match=r"patch_size: got 97; allowed: up to 96"):
         center_crop(noise, 97)
-
-
-def test_rounding_not_truncation():
-    levels = torch.linspace(0, 1, 4001)
-    assert torch.equal(to_uint8(torch.arange(256) / 255), torch.arange(256, dtype=torch.uint8))
-    assert float((to_uint8(levels).double() - levels.double() * 255).mean()) == pytest.approx(0, abs=1e-2)
-    truncated = (levels * 255).to(torch.uint8)
-    assert float((truncated.double() - levels.double() * 255).mean()) == pytest.approx(-0.5, abs=1e-2)

@@ -227,7 +227,7 @@ def test_with_the_data_as_real_the_teacher_is_not_asked(schedule, monkeypatch, p
     alpha, sigma = schedule.alpha_sigma(batch.prev_timesteps, ndim=4, dtype=torch.float32)
     real = alpha * batch.original_samples + sigma * batch.noise
     assert torch.equal(real[2], batch.original_samples[2])
-    assert torch.allclose(result.metrics["mse"], (moved - real).square().mean(), rtol=1e-5)
+    assert torch.allclose(result.metrics["mse_to_data"], (moved - real).square().mean(), rtol=1e-5)
     assert torch.allclose(result.losses["student"], by_teacher.losses["student"], rtol=1e-5)
     assert not torch.allclose(result.losses["discriminator"], by_teacher.losses["discriminator"], rtol=1e-3)
 

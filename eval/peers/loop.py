@@ -1,0 +1,123 @@
+"""What the peers' loops share: batches and noise by index, one guarded update, the guided base, the file at the end."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from stepdistill import rng
+from stepdistill.config import RunConfig
+from stepdistill.data.batches import Batch, draw_batch
+from stepdistill.diffusion.prediction import convert
+from stepdistill.diffusion.solver import guide
+from stepdistill.durable import write_json
+from stepdistill.ladder import load_shared, save_lora
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.runtime import Runtime
+from stepdistill.training.log import PhaseProgress
+from stepdistill.training.optim import RoleOptimizer
+
+
+class Loop:
+    """The surroundings of one peer's training.
+
+    Args:
+        config: the run; its cache must be prepared.
+        keys: what names the randomness.
+        nodes: the grid of timesteps that batches are drawn from.
+    """
+
+    def __init__(self, config: RunConfig, keys: tuple[rng.Key, ...], nodes: int) -> None:
+        self._began = time.monotonic()
+        self.shared = load_shared(config, Runtime(mixed_precision=config.training.mixed_precision))
+        self._config, self._keys, self._nodes = config, keys, nodes
+
+    def batch(self, number: int) -> Batch:
+        """The batch of one update."""
+        return draw_batch(
+            self.shared.cache,
+            self._indices(number),
+            student_steps=self._nodes,
+            node_steps=self._nodes,
+            seed=self._config.seed,
+            keys=self._keys,
+            device=self.shared.runtime.device,
+            dtype=self.shared.runtime.weight_dtype,
+        )
+
+    def uniform(self, number: int, name: str) -> torch.Tensor:
+        """(B,) in [0, 1)."""
+        found = rng.uniform(self._indices(number), seed=self._config.seed, keys=(*self._keys, name))
+        return found.to(self.shared.runtime.device)
+
+    def normal(self, number: int, name: str) -> torch.Tensor:
+        """(B, C, H, W)."""
+        shape, keys = tuple(self.shared.cache.latents.shape[1:]), (*self._keys, name)
+        found = rng.normal(shape, self._indices(number), seed=self._config.seed, keys=keys)
+        return found.to(self.shared.runtime.device)
+
+    def optimizer(
+        self, parameters: list[torch.nn.Parameter], learning_rate: float, updates: int
+    ) -> RoleOptimizer:
+        """As every method here has it: Adam, the config's warm-up and decay."""
+        return RoleOptimizer(
+            parameters,
+            learning_rate=learning_rate,
+            adversarial=False,
+            max_train_steps=updates,
+            lr_warmup_steps=self._config.training.lr_warmup_steps,
+            lr_final_fraction=self._config.training.lr_final_fraction,
+        )
+
+    def update(self, optimizer: RoleOptimizer, loss: torch.Tensor) -> float:
+        """One clipped update; returns the loss."""
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.clip(self._config.training.max_grad_norm)
+        optimizer.step()
+        return loss.item()
+
+    def progress(self, title: str, updates: int) -> PhaseProgress:
+        """A bar, or plain lines."""
+        return PhaseProgress(title, updates, logging_steps=self._config.training.logging_steps, enabled=True)
+
+    def guided(self, conditioning: Conditioning) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The base model's guided output (B, C, H, W) of sample and timesteps (B,), without gradient."""
+        roles, runtime = self.shared.roles, self.shared.runtime
+        unconditional = self.shared.cache.unconditional.to(runtime.device, runtime.weight_dtype)
+
+        def output(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            both = Conditioning.concat(unconditional.expand(len(sample)), conditioning)
+            with roles.teacher():
+                found = roles.predict(torch.cat([sample, sample]), torch.cat([timesteps, timesteps]), both)
+            return guide(*found.chunk(2), self._config.teacher.guidance_scale)
+
+        return output
+
+    def original(self, output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_0 (B, C, H, W) that a model output of the base's kind implies."""
+        return convert(
+            output,
+            sample,
+            timesteps,
+            schedule=self.shared.schedule,
+            prediction_type=self.shared.base_prediction_type,
+            target="sample",
+        )
+
+    def finish(self, folder: Path, *, updates: int, learning_rate: float, forwards: float) -> None:
+        """The LoRA and peer.json, which says what it took; `forwards` per sample and update."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_lora(self.shared.roles, folder)
+        record = {
+            "updates": updates,
+            "learning_rate": learning_rate,
+            "unet_forwards": round(updates * forwards * self._config.training.train_batch_size),
+            "training_seconds": round(time.monotonic() - self._began, 1),
+        }
+        write_json(folder / "peer.json", record)
+
+    def _indices(self, number: int) -> list[int]:
+        size = self._config.training.train_batch_size
+        return list(range(number * size, (number + 1) * size))
