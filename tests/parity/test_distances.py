@@ -1,5 +1,8 @@
 """Every distance against an independent reference on the same features, to 1e-6."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -44,6 +47,14 @@ def test_fid_equals_the_closed_form_of_two_diagonal_gaussians():
 def test_fid_of_a_set_with_itself_is_zero():
     x, _ = two_sets(n=2000, size=48)
     assert fid(x, x) < 1e-6 * float(x.var(dim=0).sum())
+
+
+def test_the_bias_of_fid_is_as_the_protocol_says():
+    generator, text = torch.Generator().manual_seed(0), Path("eval/protocol.md").read_text()
+    for count in (1000, 5000, 10_000, 30_000):
+        apart = fid(*(torch.randn(count, 256, generator=generator) for _ in range(2)))
+        documented = re.search(rf"([\d.]+)(?: apart)? at {count:,}", text)
+        assert apart == pytest.approx(float(documented[1]), rel=0.03)
 
 
 def test_fid_from_a_file_of_moments(tmp_path):
