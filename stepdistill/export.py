@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from stepdistill.config import RunConfig
 from stepdistill.durable import read_json, write_text
-from stepdistill.models.folder import resolve_model_folder
+from stepdistill.models.folder import EMBEDDED_TEACHER, resolve_model_folder
 from stepdistill.models.loading import read_scheduler_config
 from stepdistill.rungs import RungRecord, require_rung, rung_folder
 
@@ -22,12 +22,16 @@ Distilled {{ path }} by stepdistill; rank {{ record.lora_rank }}, alpha the same
 Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on that base, and on fine-tunes of it.
 
 ```python
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+{% if embedded %}
+from stepdistill.models.folder import embedded_folder
+{% endif %}
 
-pipeline = DiffusionPipeline.from_pretrained({{ teacher }})
-pipeline.load_lora_weights("{{ folder }}")
-pipeline.scheduler = DDIMScheduler.from_pretrained("{{ folder }}", subfolder="scheduler")
-image = pipeline("{{ prompt }}", num_inference_steps={{ record.student_steps }}, guidance_scale=1.0).images[0]
+pipeline = DiffusionPipeline.from_pretrained({{ teacher }}, dtype=torch.float32)
+pipeline.load_lora_weights({{ folder }})
+pipeline.scheduler = DDIMScheduler.from_pretrained({{ folder }}, subfolder="scheduler")
+image = pipeline({{ prompt }}, num_inference_steps={{ record.student_steps }}, guidance_scale=1.0).images[0]
 ```
 
 The scheduler matters: trailing timesteps, no clipping, `prediction_type="{{ record.prediction_type }}"`. So do the steps
@@ -71,17 +75,17 @@ def model_card(config: RunConfig, record: RungRecord, folder: Path) -> str:
     """The rung's README.md."""
     steps = [config.ladder[0].teacher_steps, *(r.student_steps for r in config.ladder)]
     steps = steps[: steps.index(record.student_steps) + 1]
-    embedded = config.teacher.path == "letters"
-    return jinja2.Template(_CARD, undefined=jinja2.StrictUndefined).render(
+    embedded = config.teacher.path == EMBEDDED_TEACHER
+    template = jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return template.render(
         name=config.name,
         record=record,
         steps=f"{record.student_steps} step{'s' if record.student_steps > 1 else ''}",
         path=" -> ".join(map(str, steps)),
-        teacher='embedded_folder("teacher")  # from stepdistill.models.folder'
-        if embedded
-        else f'"{config.teacher.path}"',
-        folder=folder.as_posix(),
-        prompt=config.preview.prompts[0].replace('"', "'"),
+        embedded=embedded,
+        teacher='embedded_folder("teacher")' if embedded else repr(config.teacher.path),
+        folder=repr(folder.as_posix()),
+        prompt=repr(config.preview.prompts[0]),
     )
 
 

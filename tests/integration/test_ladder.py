@@ -1,7 +1,10 @@
 """The whole ladder in small, on the embedded teacher."""
 
+import ast
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from stepdistill import rng, stages
 from stepdistill.data.cache import load_cache, prepare
 from stepdistill.diffusion.schedule import CLEAN, trailing_timesteps
 from stepdistill.diffusion.solver import rollout
+from stepdistill.export import model_card
 from stepdistill.ladder import distill, read_lora
 from stepdistill.models import adapters
 from stepdistill.models.conditioning import encode_prompts
@@ -155,6 +159,33 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
         prompts, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent"
     ).images
     assert (without - theirs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("page", ["README.md", "card"])
+def test_the_lines_that_the_readme_and_the_card_show_draw_an_image(finished_run, page):
+    folder = rung_folder(finished_run.run_dir, 4)
+    text = (folder / "README.md" if page == "card" else Path(page)).read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict = {}
+    exec(lines.replace("runs/letters/rungs/4", folder.as_posix()), names)
+    assert names["image"].size == (32, 32)
+    assert names["pipeline"].get_active_adapters()
+
+
+def test_the_card_is_python_whatever_the_prompt_and_the_path_are(finished_run):
+    prompt, path = """a "red" letter's\n\\ end""", "/models/it's mine"
+    config = finished_run.model_copy(
+        update={
+            "preview": finished_run.preview.model_copy(update={"prompts": (prompt,)}),
+            "teacher": finished_run.teacher.model_copy(update={"path": path}),
+        }
+    )
+    record = read_rung(finished_run.run_dir, 4)
+    card = model_card(config, record, rung_folder(finished_run.run_dir, 4))
+    (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    texts = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
+    assert prompt in texts
+    assert path in texts
 
 
 def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path):
