@@ -11,6 +11,8 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+# Under torchrun the main process measures alone; torchmetrics would wait for the others to sync with.
+ALONE = {"sync_on_compute": False}
 _CHUNK = 1024  # rows of a distance matrix held at a time
 
 
@@ -69,7 +71,7 @@ def fid(first: torch.Tensor | Moments, second: torch.Tensor | Moments) -> float:
     size = len(moments[0].mean)
     if len(moments[1].mean) != size:
         raise ValueError(f"FID of {size} and {len(moments[1].mean)} features: the extractors differ")
-    metric = FrechetInceptionDistance(feature=_Identity(size)).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Identity(size), **ALONE).set_dtype(torch.float64)
     for name, m in zip(("real", "fake"), moments, strict=True):
         outer = (m.num_samples - 1) * m.covariance + m.num_samples * torch.outer(m.mean, m.mean)
         setattr(metric, f"{name}_features_sum", m.mean * m.num_samples)
@@ -107,7 +109,9 @@ def kid(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # that it keeps the features, which it is given
         identity = _Identity(x.shape[1])
-        metric = KernelInceptionDistance(feature=identity, subsets=subsets, subset_size=size, gamma=gamma)
+        metric = KernelInceptionDistance(
+            feature=identity, subsets=subsets, subset_size=size, gamma=gamma, **ALONE
+        )
         torch.manual_seed(seed)
         metric.update(x, real=True)
         metric.update(y, real=False)

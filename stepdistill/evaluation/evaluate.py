@@ -186,7 +186,8 @@ class _Work:
 
     def _ensure(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
         made = self._sampler.ensure(row, folder, self._subject.prompts, seed=seed, processes=self._processes)
-        logger.info("%d images of %s are in %s", len(self._subject.prompts), row.name, folder)
+        if self._processes.is_main:
+            logger.info("%d images of %s are in %s", len(self._subject.prompts), row.name, folder)
         return made
 
     def _drawn_set(self, pictures: PictureFolder) -> ImageSet:

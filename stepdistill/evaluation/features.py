@@ -17,6 +17,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 
 from stepdistill.demo.reader import load_reader
 from stepdistill.durable import sha256_file
+from stepdistill.evaluation.distances import ALONE
 from stepdistill.evaluation.resize import center_crop, resize
 from stepdistill.models.folder import embedded_folder
 
@@ -181,7 +182,7 @@ def clip_score(extractor: FeatureExtractor, batches: Iterable[torch.Tensor], pro
             return processor(**options)
         return processor.tokenizer(text, truncation=True, max_length=context, **options)
 
-    metric = CLIPScore(model_name_or_path=lambda: (_Unwrapped(net), read))
+    metric = CLIPScore(model_name_or_path=lambda: (_Unwrapped(net), read), **ALONE)
     metric.to(extractor.mean.device)
     first = 0
     for batch in batches:

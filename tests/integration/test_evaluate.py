@@ -3,13 +3,16 @@
 import html
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from stepdistill import stages
 from stepdistill.config import ConfigError
 from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.run_folder import open_run
 from stepdistill.rungs import rung_folder
 from tests.integration.conftest import tiny_config
 
@@ -77,6 +80,31 @@ def test_measuring_again_gives_every_number_again_without_drawing(finished_run):
     stamp = (finished_run.run_dir / "evaluation/student-4/images/000003.png").stat().st_mtime_ns
     assert json.loads(json.dumps(evaluate(finished_run))) == before
     assert (finished_run.run_dir / "evaluation/student-4/images/000003.png").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_the_stage_script_under_torchrun_measures_what_one_process_does(copy_of):
+    """Every row drawn anew by two processes, measured by the first: all numbers but those of cost."""
+    config = copy_of("evaluation.num_images=12", "evaluation.batch_size=4")
+    repository, alone = Path(__file__).parents[2], evaluate(config)
+    shutil.rmtree(config.run_dir / "evaluation")
+    open_run(config)
+    arguments = [str(config.run_dir / "config.yaml"), f"output_dir={config.output_dir}"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(repository / "pipelines" / "evaluate.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = " ".join((done.stdout + done.stderr).split()).count("12 images of teacher-2 are in")
+    assert said == 2  # the row and the floor, by one process
+    together = saved(config)
+    for ours, theirs in zip(alone["rows"], together["rows"], strict=True):
+        for key in ("fid_to_real", "fid_to_teacher", "kid_to_real", "precision", "prompt_accuracy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), (ours["row"], key)
 
 
 def test_hostile_prompts_are_drawn_and_reported_as_text(copy_of, tmp_path):
