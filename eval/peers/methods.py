@@ -70,7 +70,7 @@ def ladder_method(name: str, change: Callable[[RunConfig], RunConfig]) -> Method
         pairs = zip(changed.ladder, own.ladder, strict=False)
         keep = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         if keep == len(changed.ladder):
-            return _named(scaled(own, budget=budget, factor=factor), name)
+            return _named(scaled(own, budget=plan.training_forwards(own), factor=factor), name)
         return _named(scaled(changed, budget=budget, keep=keep, factor=factor), name)
 
     def train(config: RunConfig, _budget: float, _factor: float) -> None:
