@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             loras += method.rows(config)
         tables.append(measure(base, f"table-s{seed}", loras))
     rows = [f"teacher-{max(base.evaluation.teacher_steps)}"]
-    rows += [f"{name}-{n}" for n in STEPS for name in chosen if f"{name}-{n}" in tables[0]]
+    rows += [f"{name}-{n}" for n in STEPS for name in chosen if f"{name}-{n}" in tables[0].rows]
     text, table = summary(tables, rows)
     payload = {
         "commit": made_at,
@@ -177,11 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         "budget": budget,
         "seeds": args.seeds,
     }
-    write(
-        args.output,
-        text,
-        payload | {"num_images": base.evaluation.num_images, "table": table, "tables": tables},
-    )
+    write(args.output, text, tables, payload | {"num_images": base.evaluation.num_images, "table": table})
     print(text)
     return 0
 

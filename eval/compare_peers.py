@@ -3,7 +3,8 @@
     python eval/compare_peers.py [--config configs/letters.yaml] [--methods ...] [--seeds 0 1 2] [--size cpu|gpu]
         [--budget FORWARDS] [--tune] [key=value ...]
 
-stepdistill    the config's own ladder        progressive   MSE alone, halving (Salimans and Ho)
+stepdistill    the config's own ladder        stepdistill-mse   the same without its adversarial phases
+progressive    MSE alone, halving (Salimans and Ho)
 lcm-lora       skip-step consistency          dmd2-lora     distribution matching, backward simulation, GAN
 lightning      SDXL-Lightning as printed
 
@@ -20,14 +21,20 @@ import sys
 from typing import Any
 
 from peers.methods import Method, methods
-from side_by_side import STEPS, arguments, base_config, measure, share_cache, summary, write
+from side_by_side import STEPS, arguments, base_config, measure, picture, share_cache, summary, write
 
 from stepdistill import plan
 from stepdistill.config import RunConfig
 from stepdistill.durable import read_json, write_json
 from stepdistill.evaluation.evaluate import check_evaluation
+from stepdistill.evaluation.subject import subject_of
 from stepdistill.runtime import source_commit
 
+PICTURE = {
+    "teacher-4": "teacher 4",
+    **{f"stepdistill-{n}": f"ours {n}" for n in (4, 2, 1)},
+    "lcm-lora-4": "LCM-LoRA 4",
+}
 FACTORS = (1 / 3, 1.0, 3.0)
 TUNING_SEED, TUNING_SHARE = 100, 0.25
 _TUNING = [
@@ -60,7 +67,7 @@ def tune(args: argparse.Namespace, budget: float) -> None:
             folder = f"output_dir={args.output_dir}/tuning-{factor:.2f}"
             base = base_config(args, TUNING_SEED, *_TUNING, folder)
             config = train(method, base, budget * TUNING_SHARE, factor)
-            rows = measure(base, f"table-{method.name}", method.rows(config))
+            rows = measure(base, f"table-{method.name}", method.rows(config)).rows
             values = [rows[f"{method.name}-{n}"]["fid_to_real"] for n in STEPS]
             scores[f"{factor:.2f}"] = sum(map(math.log, values)) / len(values)
             logger.info(
@@ -106,7 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     text, table = summary(tables, names)
     payload = {"commit": made_at, "config": args.config, "size": args.size, "budget": budget, "rates": rates}
     payload |= {"seeds": args.seeds, "num_images": base.evaluation.num_images, "table": table, "costs": costs}
-    write(args.output, text, payload | {"tables": tables})
+    write(args.output, text, tables, payload)
+    shown = {names[0]: names[0].replace("-", " ")} | PICTURE
+    prompts = subject_of(base_config(args, args.seeds[0])).prompts
+    picture(tables[0], shown, prompts).save(args.output.with_suffix(".png"))
     print(text)
     return 0
 

@@ -5,13 +5,17 @@ import json
 import shutil
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from stepdistill import stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config_file import load_config
 from stepdistill.durable import read_json
+from stepdistill.report.grid import image_grid
 from stepdistill.run_folder import open_run
 from stepdistill.rungs import rung_folder
 
@@ -27,6 +31,7 @@ MEASURES = {
     "diversity": ("diversity", ".3f"),
 }
 HELD_OUT = 0.1
+COLUMNS = 10
 # What tells methods apart needs no sweep, matrix or timing of every row.
 _LEAN = ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluation.cost_batch_sizes=[]"]
 
@@ -69,23 +74,30 @@ def share_rungs(first: RunConfig, config: RunConfig) -> None:
             shutil.copytree(source, target)
 
 
-def measure(base: RunConfig, name: str, loras: Sequence[LoraRow]) -> dict[str, dict[str, Any]]:
-    """Every LoRA in one table beside the teacher, by row name; its run folder is output_dir/name."""
+@dataclass(frozen=True)
+class Table:
+    """rows by name, the floor, and where the pictures of each row are: evaluation/<row>."""
+
+    rows: dict[str, dict[str, Any]]
+    floor: dict[str, Any] | None
+    run_dir: Path
+
+
+def measure(base: RunConfig, name: str, loras: Sequence[LoraRow]) -> Table:
+    """Every LoRA in one table beside the teacher; its run folder is output_dir/name."""
     options = base.evaluation.model_copy(update={"loras": tuple(loras)})
     config = base.model_copy(update={"name": name, "evaluation": options, "ladder": ()})
     stages.evaluate(config)
     stages.report(config)
     results = read_json(config.run_dir / "evaluation" / "results.json")
-    return {row["row"]: row for row in results["rows"]}
+    return Table({row["row"]: row for row in results["rows"]}, results.get("floor"), config.run_dir)
 
 
-def summary(
-    tables: Sequence[dict[str, dict[str, Any]]], rows: Sequence[str]
-) -> tuple[str, list[dict[str, Any]]]:
+def summary(tables: Sequence[Table], rows: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
     """The Markdown table of means with deviations over the seeds' tables, and the same as data."""
     found = []
     for name in rows:
-        drawn = [table[name] for table in tables]
+        drawn = [table.rows[name] for table in tables]
         entry: dict[str, Any] = {"row": name, "nfe": drawn[0]["nfe"]}
         for measure_name in MEASURES:
             values = [row[measure_name] for row in drawn if row.get(measure_name) is not None]
@@ -102,10 +114,24 @@ def summary(
     return "\n".join(lines), found
 
 
-def write(output: Path, text: str, payload: dict[str, Any]) -> None:
+def picture(table: Table, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
+    """The first pictures of each row that is there under its label, a prompt and a noise a column."""
+    shown = {}
+    for name, label in rows.items():
+        folder = table.run_dir / "evaluation" / name / "images"
+        if folder.is_dir():
+            files = [folder / f"{k:06d}.png" for k in range(min(COLUMNS, len(prompts)))]
+            shown[label] = [Image.open(file) for file in files]
+    return image_grid(shown, headings=prompts[:COLUMNS], max_tile=256)
+
+
+def write(output: Path, text: str, tables: Sequence[Table], payload: dict[str, Any]) -> None:
     """OUTPUT.md and OUTPUT.json."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text(text + "\n")
+    environment = read_json(tables[0].run_dir / "environment.json")
+    payload |= {"environment": environment, "floors": [table.floor for table in tables]}
+    payload["tables"] = [table.rows for table in tables]
     output.with_suffix(".json").write_text(json.dumps(payload, indent=2) + "\n")
 
 

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import jinja2
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from stepdistill.config import RunConfig
 from stepdistill.durable import read_json, write_text
 from stepdistill.models.folder import EMBEDDED_TEACHER, resolve_model_folder
-from stepdistill.models.loading import read_scheduler_config
+from stepdistill.models.loading import load_schedule, read_scheduler_config
 from stepdistill.rungs import RungRecord, require_rung, rung_folder
 
 _CARD = """---
@@ -34,15 +35,19 @@ pipeline.scheduler = DDIMScheduler.from_pretrained({{ folder }}, subfolder="sche
 image = pipeline({{ prompt }}, num_inference_steps={{ record.student_steps }}, guidance_scale=1.0).images[0]
 ```
 
-The scheduler matters: trailing timesteps, no clipping, `prediction_type="{{ record.prediction_type }}"`. So do the steps
-(this LoRA is for {{ record.student_steps }}) and the guidance (it is baked in: 1.0 means off).
+The scheduler matters: trailing timesteps, no clipping, `prediction_type="{{ record.prediction_type }}"`
+{%- if record.start_timestep is not none %}, betas that end at timestep {{ record.start_timestep }}{% endif %}.
+So do the steps (this LoRA is for {{ record.student_steps }}) and the guidance (it is baked in: 1.0 means off).
 """
 
 
-def student_scheduler(teacher_scheduler_config: dict, prediction_type: str) -> DDIMScheduler:
+def student_scheduler(
+    teacher_scheduler_config: dict, prediction_type: str, *, start_timestep: int | None = None
+) -> DDIMScheduler:
     """DDIM on the teacher's betas with what few steps need: trailing spacing, alpha 1 at the end, no clipping.
 
-    At 8, 4, 2 and 1 steps its (timestep, prev_timestep) pairs are the trained ones exactly.
+    At 8, 4, 2 and 1 steps its (timestep, prev_timestep) pairs are the trained ones exactly. start_timestep: the betas end
+    there, so that one trailing step is told it with the pure noise.
     """
     betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     kept = {
@@ -50,6 +55,12 @@ def student_scheduler(teacher_scheduler_config: dict, prediction_type: str) -> D
         for key in (*betas, "num_train_timesteps")
         if key in teacher_scheduler_config
     }
+    if start_timestep is not None:
+        schedule, _ = load_schedule(teacher_scheduler_config)
+        alphas_cumprod = schedule.alphas_cumprod[: start_timestep + 1]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        kept |= {"trained_betas": (1 - alphas_cumprod / before).tolist(), "rescale_betas_zero_snr": False}
+        kept["num_train_timesteps"] = len(alphas_cumprod)
     return DDIMScheduler(
         **kept,
         prediction_type=prediction_type,
@@ -66,7 +77,10 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
     folder = rung_folder(config.run_dir, student_steps)
     base = resolve_model_folder(config.teacher.path)
     teacher_scheduler = read_scheduler_config(base)
-    student_scheduler(teacher_scheduler, record.prediction_type).save_pretrained(folder / "scheduler")
+    scheduler = student_scheduler(
+        teacher_scheduler, record.prediction_type, start_timestep=record.start_timestep
+    )
+    scheduler.save_pretrained(folder / "scheduler")
     write_text(folder / "README.md", model_card(config, record, folder))
     return folder
 

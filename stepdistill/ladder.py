@@ -132,6 +132,7 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
             base_fingerprint=fingerprint(shared.base),
             sha256=sha256_file(partial / WEIGHT_NAME),
             training_seconds=round(time.monotonic() - started, 1),
+            start_timestep=rung.start_timestep,
         )
         record.write(partial)
         final = rung_folder(config.run_dir, rung.student_steps)
@@ -165,6 +166,7 @@ def _train_phase(
         teacher_prediction_type=teacher_kind,
         student_prediction_type=kinds[students.index(rung.student_steps)],
         guidance_scale=config.teacher.guidance_scale if roles.teacher_is_base else 1.0,
+        start_timestep=rung.start_timestep,
     )
     discriminator = build_discriminator(
         roles,

@@ -23,6 +23,7 @@ class RungRecord:
     base_fingerprint: str
     sha256: str
     training_seconds: float
+    start_timestep: int | None = None
 
     def write(self, folder: Path) -> None:
         """Writes rung.json."""

@@ -6,7 +6,8 @@ student      1/2 || x0 - sg(x0 - g) ||^2,  g = (x0_fake - x0_real) / mean |x0 - 
 adversary    a head on the fake score's mid-block, on noised real data and student samples; softplus
 
 Weights as published for Stable Diffusion's latents: student's adversarial term .001, head's .01. Sampled with LCMScheduler
-at the same nodes, guidance 1. What is tuned here, as for every method, is the learning rate.
+at the same nodes, guidance 1; the one-step student is told 399 with pure noise, as SDXL's. What is tuned here, as for every
+method, is the learning rate.
 """
 
 from collections.abc import Callable
@@ -15,15 +16,21 @@ import torch
 from torch.nn.functional import softplus
 
 from stepdistill.diffusion.prediction import convert
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.schedule import NoiseSchedule, trailing_timesteps
 
 FAKE_UPDATES = 5
 GENERATOR_GAN_WEIGHT = 1e-3
 CRITIC_GAN_WEIGHT = 1e-2
 SCORE_RANGE = (20, 980)
+ONE_STEP_NODE = 399
 
 # sample (B, ...), timesteps (B,) -> x_0 (B, ...)
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def nodes(steps: int) -> torch.Tensor:
+    """The student's timesteps (N,), noisiest first."""
+    return torch.tensor([ONE_STEP_NODE]) if steps == 1 else trailing_timesteps(steps)
 
 
 def forwards(steps: int) -> float:

@@ -13,9 +13,7 @@ from stepdistill import plan, stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config_file import parse_config
 from stepdistill.durable import read_json
-from stepdistill.ladder import prediction_types, read_lora_file
-from stepdistill.models.folder import resolve_model_folder
-from stepdistill.models.loading import read_scheduler_config
+from stepdistill.ladder import read_lora_file
 from stepdistill.run_folder import resolved
 from stepdistill.rungs import WEIGHT_NAME, read_rung, rung_folder
 
@@ -23,6 +21,7 @@ from . import dmd2, lcm
 from .train import train_dmd2, train_lcm
 
 HERE = Path(__file__).parent
+LIGHTNING = HERE.parents[1] / "configs" / "letters_lightning.yaml"
 LCM_LEARNING_RATE = 1e-3
 DMD2_LEARNING_RATE = 2e-4
 
@@ -79,18 +78,8 @@ def ladder_method(name: str, change: Callable[[RunConfig], RunConfig]) -> Method
         stages.export(config)
 
     def rows(config: RunConfig) -> list[LoraRow]:
-        scheduler = read_scheduler_config(resolve_model_folder(config.teacher.path))
-        kinds = prediction_types(config, scheduler.get("prediction_type", "epsilon"))
-        return [
-            LoraRow(
-                name=f"{name}-{rung.student_steps}",
-                path=str(rung_folder(config.run_dir, rung.student_steps)),
-                steps=rung.student_steps,
-                scheduler_options={"timestep_spacing": "trailing", "prediction_type": kind},
-            )
-            for rung, kind in zip(config.ladder, kinds, strict=True)
-            if rung.student_steps in STEPS
-        ]
+        steps = [rung.student_steps for rung in config.ladder if rung.student_steps in STEPS]
+        return [LoraRow(name=f"{name}-{n}", path=str(rung_folder(config.run_dir, n)), steps=n) for n in steps]
 
     def cost(config: RunConfig) -> dict[str, float]:
         records = [read_rung(config.run_dir, rung.student_steps) for rung in config.ladder]
@@ -147,7 +136,7 @@ def dmd2_method() -> Method:
                 steps=n,
                 scheduler="LCMScheduler",
                 scheduler_options={},
-                timesteps=tuple(999 - k * 1000 // n for k in range(n)),
+                timesteps=tuple(dmd2.nodes(n).tolist()),
             )
             for n in STEPS
         ]
@@ -165,14 +154,24 @@ def ladder_of(path: Path) -> Callable[[RunConfig], RunConfig]:
     return change
 
 
+def without_adversary(config: RunConfig) -> RunConfig:
+    """The config's ladder with its mse and convert phases alone."""
+    raw = resolved(config)
+    for rung in raw["ladder"]:
+        kept = [phase for phase in rung["phases"] if phase["objective"] in ("mse", "convert")]
+        rung["phases"] = kept or rung["phases"]
+    return parse_config(raw)
+
+
 def methods() -> dict[str, Method]:
     """Ours first."""
     found = (
         ladder_method("stepdistill", lambda config: config),
+        ladder_method("stepdistill-mse", without_adversary),
         ladder_method("progressive", ladder_of(HERE / "progressive.yaml")),
         lcm_method(),
         dmd2_method(),
-        ladder_method("lightning", ladder_of(HERE / "lightning.yaml")),
+        ladder_method("lightning", ladder_of(LIGHTNING)),
     )
     return {method.name: method for method in found}
 

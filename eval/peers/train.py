@@ -6,7 +6,6 @@ import torch
 
 from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch
-from stepdistill.diffusion.schedule import trailing_timesteps
 from stepdistill.models import adapters
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.discriminator import Head, encode
@@ -84,7 +83,7 @@ class Dmd2:
         self.critics = [*fake_parameters, *self.head.parameters()]
         self.of_student = loop.optimizer(self.roles.student_parameters, learning_rate, updates)
         self.of_critics = loop.optimizer(self.critics, learning_rate, updates * dmd2.FAKE_UPDATES)
-        self.nodes = trailing_timesteps(steps).to(self.shared.runtime.device)
+        self.nodes = dmd2.nodes(steps).to(self.shared.runtime.device)
 
     def update_critics(self, number: int) -> float:
         """The fake score on samples of the student, the head on these and on data; returns the loss."""

@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from stepdistill.config import RunConfig
-from stepdistill.durable import sha256_file, sha256_json
+from stepdistill.durable import read_json, sha256_file, sha256_json
 from stepdistill.evaluation.pictures import PictureFolder
-from stepdistill.evaluation.rows import Row, lora_file, scheduler_class
+from stepdistill.evaluation.rows import Row, lora_file, lora_scheduler
 from stepdistill.export import load_few_step, student_scheduler
 from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import fingerprint, load_pipeline
@@ -97,6 +97,7 @@ class Sampler:
         weights = row.weights(self._config.run_dir)
         what = asdict(row) | {"lora": row.lora and row.lora.model_dump(mode="json", exclude={"path"})}
         made_by = [self._fingerprint, weights and sha256_file(weights), self._config.evaluation.dtype]
+        made_by.append(weights and read_json(weights.parent / "scheduler" / "scheduler_config.json"))
         return sha256_json([what, made_by, list(prompts), seed])
 
     def ensure(
@@ -155,8 +156,7 @@ class Sampler:
         elif row.lora is not None:
             file = lora_file(row.lora)
             pipeline.load_lora_weights(file.parent, weight_name=file.name)
-            kind = scheduler_class(row.lora.scheduler)
-            pipeline.scheduler = kind.from_config(config, **row.lora.scheduler_options)
+            pipeline.scheduler = lora_scheduler(row.lora, config)
         else:
             pipeline.scheduler = student_scheduler(config, config.get("prediction_type", "epsilon"))
         self._loaded = loaded

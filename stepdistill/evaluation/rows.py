@@ -1,12 +1,15 @@
 """The rows of the table: who draws, in how many steps, with which LoRA, scheduler and guidance."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
-from diffusers import SchedulerMixin
+from diffusers import DDIMScheduler, SchedulerMixin
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
+from stepdistill.durable import read_json
 from stepdistill.rungs import WEIGHT_NAME, rung_folder
 
 
@@ -65,7 +68,7 @@ def lora_row(lora: LoraRow) -> Row:
             f"evaluation.loras: {lora.name}: got path {lora.path!r}; "
             f"allowed: a .safetensors file, or a folder with {WEIGHT_NAME}"
         )
-    scheduler_class(lora.scheduler)
+    lora_scheduler(lora, {})
     return Row(lora.name, lora.steps, lora.guidance_scale, lora=lora, lora_scale=lora.scale)
 
 
@@ -73,6 +76,19 @@ def lora_file(lora: LoraRow) -> Path:
     """The safetensors file that its path names."""
     path = Path(lora.path)
     return path / WEIGHT_NAME if path.is_dir() else path
+
+
+def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMixin:
+    """What samples it: the class that is named on the base's config, else the scheduler beside the weights, else DDIM
+    with trailing timesteps; with scheduler_options changed. ConfigError for a class that is none of diffusers'."""
+    if lora.scheduler is not None:
+        return scheduler_class(lora.scheduler).from_config(dict(base_config), **lora.scheduler_options)
+    beside = read_json(lora_file(lora).parent / "scheduler" / "scheduler_config.json")
+    if isinstance(beside, dict):
+        return scheduler_class(str(beside.get("_class_name"))).from_config(beside, **lora.scheduler_options)
+    return DDIMScheduler.from_config(
+        dict(base_config), **{"timestep_spacing": "trailing", **lora.scheduler_options}
+    )
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:

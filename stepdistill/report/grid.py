@@ -1,14 +1,20 @@
 """Pictures in rows on one sheet: one label per row, one column per prompt."""
 
+import textwrap
+from collections.abc import Sequence
+
 from PIL import Image, ImageDraw, ImageFont
 
 _MIN_TILE = 64
 _GAP = 2
+_HEADING, _LINE = 11, 14  # pixels
 
 
-def image_grid(rows: dict[str, list[Image.Image]], *, max_tile: int | None = None) -> Image.Image:
+def image_grid(
+    rows: dict[str, list[Image.Image]], *, max_tile: int | None = None, headings: Sequence[str] = ()
+) -> Image.Image:
     """A white sheet with a row of equal tiles per label; tiles under 64 pixels are enlarged without smoothing, those
-    over `max_tile` shrunk."""
+    over `max_tile` shrunk. headings: a text over each column, broken into lines of its width."""
     width, height = next(iter(rows.values()))[0].size
     longest = max(width, height)
     if max_tile is not None and longest > max_tile:
@@ -19,12 +25,18 @@ def image_grid(rows: dict[str, list[Image.Image]], *, max_tile: int | None = Non
     font = ImageFont.load_default(size=max(12, tile[1] // 5))
     margin = max(int(font.getlength(label)) for label in rows) + 12
     columns = max(len(images) for images in rows.values())
-    sheet = Image.new(
-        "RGB", (margin + columns * (tile[0] + _GAP), len(rows) * (tile[1] + _GAP) + _GAP), "white"
-    )
+    small = ImageFont.load_default(size=_HEADING)
+    broken = [textwrap.wrap(text, int(tile[0] / small.getlength("n"))) for text in headings]
+    head = max(map(len, broken), default=0) * _LINE
+    size = margin + columns * (tile[0] + _GAP), head + len(rows) * (tile[1] + _GAP) + _GAP
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
+    for x, lines in enumerate(broken):
+        pen.multiline_text(
+            (margin + x * (tile[0] + _GAP), 0), "\n".join(lines), fill="black", font=small, spacing=2
+        )
     for y, (label, images) in enumerate(rows.items()):
-        top = _GAP + y * (tile[1] + _GAP)
+        top = head + _GAP + y * (tile[1] + _GAP)
         pen.text((6, top + tile[1] / 2), label, fill="black", font=font, anchor="lm")
         for x, image in enumerate(images):
             sheet.paste(image.convert("RGB").resize(tile, filter_), (margin + x * (tile[0] + _GAP), top))

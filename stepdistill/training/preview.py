@@ -53,7 +53,7 @@ class Preview:
             latents = rollout(
                 _predictor(nets, conditioning),
                 noise,
-                self._path(student_steps, len(noise), nets).to(device),
+                nets.told(self._path(student_steps, len(noise), nets)).to(device),
                 schedule=nets.schedule,
                 prediction_type=nets.student_prediction_type,
             )

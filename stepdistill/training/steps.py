@@ -18,7 +18,10 @@ from stepdistill.objectives.mse import convert_loss, mse_loss
 
 @dataclass(frozen=True)
 class Denoisers:
-    """Teacher and student on the shared U-Net, with what it takes to ask them: guidance is the first rung's teacher's."""
+    """Teacher and student on the shared U-Net, with what it takes to ask them: guidance is the first rung's teacher's.
+
+    start_timestep: what the student is told with pure noise (DMD2's conditioning timestep); None is the last one.
+    """
 
     roles: Roles
     schedule: NoiseSchedule
@@ -26,6 +29,13 @@ class Denoisers:
     teacher_prediction_type: str
     student_prediction_type: str
     guidance_scale: float
+    start_timestep: int | None = None
+
+    def told(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The timesteps (B,) that the student is told at its own: start_timestep at the last one."""
+        if self.start_timestep is None:
+            return timesteps
+        return torch.where(timesteps == self.schedule.last_timestep, self.start_timestep, timesteps)
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,13 @@ def teacher_rollout(
 
 def student_move(nets: Denoisers, sample: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The student's one move from timesteps to prev_timesteps, with its graph. (B, C, H, W)."""
+    timesteps = nets.told(batch.timesteps)
     with nets.roles.student():
-        output = nets.roles.predict(sample, batch.timesteps, batch.conditioning)
+        output = nets.roles.predict(sample, timesteps, batch.conditioning)
     return move(
         output,
         sample,
-        batch.timesteps,
+        timesteps,
         batch.prev_timesteps,
         schedule=nets.schedule,
         prediction_type=nets.student_prediction_type,
@@ -85,7 +96,7 @@ def mse_step(nets: Denoisers, batch: Batch, *, teacher_steps: int, loss_space: s
     loss = mse_loss(
         student_move(nets, sample, batch),
         target,
-        batch.timesteps,
+        nets.told(batch.timesteps),
         batch.prev_timesteps,
         schedule=nets.schedule,
         space=loss_space,
@@ -97,16 +108,14 @@ def convert_step(nets: Denoisers, batch: Batch) -> StepResult:
     """The student's x_0 output against the x_0 that the frozen copy of what it was implies (Eq 27-29)."""
     sample = noisy_latents(nets, batch)
     originals = []
-    for role, kind in (
-        (nets.roles.teacher, nets.teacher_prediction_type),
-        (nets.roles.student, nets.student_prediction_type),
+    for role, kind, timesteps in (
+        (nets.roles.teacher, nets.teacher_prediction_type, batch.timesteps),
+        (nets.roles.student, nets.student_prediction_type, nets.told(batch.timesteps)),
     ):
         with role():
-            output = nets.roles.predict(sample, batch.timesteps, batch.conditioning)
+            output = nets.roles.predict(sample, timesteps, batch.conditioning)
         originals.append(
-            convert(
-                output, sample, batch.timesteps, schedule=nets.schedule, prediction_type=kind, target="sample"
-            )
+            convert(output, sample, timesteps, schedule=nets.schedule, prediction_type=kind, target="sample")
         )
     return StepResult({"student": convert_loss(originals[1], originals[0])})
 

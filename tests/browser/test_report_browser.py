@@ -60,7 +60,7 @@ def browser():
 def pages(tmp_path_factory):
     """A finished run, one in training, one with large pictures, and a comparison."""
     base = tmp_path_factory.mktemp("runs")
-    finished = make_run(base / "letters-adversarial", config="configs/letters_adversarial.yaml")
+    finished = make_run(base / "letters-adversarial", config="tests/assets/letters_adversarial.yaml")
     large = make_run(base / "large", size=300)
     write_training(base / "training", updates=250, finished=(32,))
     folders = {

@@ -55,7 +55,7 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
     )
     assert done.returncode == 0
     assert "seed: 9" in done.stdout
-    assert "128 -> 32" in done.stdout
+    assert "32 -> 8" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 
@@ -76,7 +76,7 @@ def test_a_stage_script_says_which_stage_comes_before_it(tmp_path, stage):
 def test_a_rung_that_is_not_in_the_ladder_is_refused(tmp_path):
     done, _ = stepdistill("distill", "configs/letters.yaml", f"output_dir={tmp_path}", "--rung", "16:8")
     assert done.returncode == 2
-    assert "128:32, 32:8" in done.stderr
+    assert "32:32, 32:8" in done.stderr
     done, _ = stepdistill("distill", "configs/letters.yaml", f"output_dir={tmp_path}", "--rung", "32-8")
     assert done.returncode == 2
     assert "TEACHER:STUDENT" in done.stderr

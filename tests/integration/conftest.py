@@ -1,12 +1,20 @@
+import itertools
+import json
+
 import pytest
 
 from stepdistill import stages
 from stepdistill.config_file import load_config
 
+STEPS = (128, 32, 8, 4, 2, 1)
+MSE = {"objective": "mse", "max_train_steps": 2}
+
 
 def tiny_config(output_dir, *overrides):
-    """The letters ladder with two updates a phase, the last rung converted to x0, and 16 images a row."""
-    phases = [f"ladder.{rung}.phases.0.max_train_steps=2" for rung in range(5)]
+    """The letters teacher down 128 -> 32 -> 8 -> 4 -> 2 -> 1 with two updates a phase, the last rung converted to x0, and 16
+    images a row."""
+    ladder = [{"teacher_steps": t, "student_steps": s, "phases": [MSE]} for t, s in itertools.pairwise(STEPS)]
+    ladder[-1] |= {"prediction_type": "sample", "phases": [MSE | {"objective": "convert"}, MSE]}
     return load_config(
         "configs/letters.yaml",
         [
@@ -20,9 +28,7 @@ def tiny_config(output_dir, *overrides):
             "evaluation.lora_scales=[0.5]",
             "evaluation.study_images=1",
             "evaluation.cost_batch_sizes=[2]",
-            *phases,
-            "ladder.4.prediction_type=sample",
-            "ladder.4.phases=[{objective: convert, max_train_steps: 2}, {objective: mse, max_train_steps: 2}]",
+            f"ladder={json.dumps(ladder)}",
             *overrides,
         ],
     )

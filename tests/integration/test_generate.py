@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from stepdistill.config import ConfigError, LoraRow
 from stepdistill.evaluation.generate import Sampler, draw
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, lora_row, rows_of
-from stepdistill.rungs import rung_folder
+from stepdistill.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.runtime import Processes
 from tests.integration.conftest import tiny_config
 
@@ -140,13 +141,16 @@ def test_rows_are_drawn_once_and_again_when_something_changed(trained_run, tmp_p
 
 
 def test_a_named_lora_is_the_rung_it_is_a_copy_of(trained_run, tmp_path):
-    """With DDIM, trailing, no guidance: bit for bit the student's own row."""
-    options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
-    lora = LoraRow(
-        name="copy", path=str(rung_folder(trained_run.run_dir, 4)), steps=4, scheduler_options=options
-    )
+    """By the scheduler beside it, or DDIM, trailing, no guidance: bit for bit the student's own row."""
+    lora = LoraRow(name="copy", path=str(rung_folder(trained_run.run_dir, 4)), steps=4)
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(rung_folder(trained_run.run_dir, 4) / WEIGHT_NAME, alone)
+    options = {"clip_sample": False, "set_alpha_to_one": True}
+    plain = LoraRow(name="plain", path=str(alone), steps=4, scheduler_options=options)
+    make(trained_run, tmp_path / "plain", lora_row(plain))
     make(trained_run, tmp_path / "copy", lora_row(lora))
     make(trained_run, tmp_path / "rung", Row("student-4", 4, 1.0, 4))
+    assert bytes_of(tmp_path / "plain") == bytes_of(tmp_path / "rung")
     assert bytes_of(tmp_path / "copy") == bytes_of(tmp_path / "rung")
     half = dataclasses.replace(lora_row(lora), lora_scale=0.5)
     make(trained_run, tmp_path / "half", half)

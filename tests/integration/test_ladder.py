@@ -1,6 +1,7 @@
 """The whole ladder in small, on the embedded teacher."""
 
 import ast
+import dataclasses
 import json
 import re
 import shutil
@@ -12,10 +13,13 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from stepdistill import rng, stages
+from stepdistill.config import LoraRow
 from stepdistill.data.cache import load_cache, prepare
 from stepdistill.diffusion.schedule import CLEAN, trailing_timesteps
 from stepdistill.diffusion.solver import rollout
-from stepdistill.export import model_card
+from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.rows import Row, lora_row
+from stepdistill.export import load_few_step, model_card
 from stepdistill.ladder import distill, read_lora
 from stepdistill.models import adapters
 from stepdistill.models.conditioning import encode_prompts
@@ -159,6 +163,39 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
         prompts, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent"
     ).images
     assert (without - theirs).abs().max() > 1e-3
+
+
+def test_one_step_told_an_earlier_timestep_draws_what_was_trained(tmp_path):
+    """diffusers' pipeline with the exported scheduler: x_0 = (z - sigma_499 epsilon(z, 499)) / alpha_499."""
+    config = tiny_config(
+        tmp_path,
+        "ladder=[{teacher_steps: 2, student_steps: 1, start_timestep: 499, phases: [{objective: mse, max_train_steps: 2}]}]",
+    )
+    stages.prepare(config)
+    stages.distill(config)
+    stages.export(config)
+    folder = rung_folder(config.run_dir, 1)
+    noise, prompts = rng.normal((4, 8, 8), [0, 1], seed=3, keys=("test",)), ["a red letter a on white"] * 2
+    pipeline = load_pipeline(embedded_folder("teacher"))
+    base_schedule, _ = load_schedule(dict(pipeline.scheduler.config))
+    load_few_step(pipeline, folder)
+    theirs = pipeline(
+        prompts, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent"
+    ).images
+    told = encode_prompts(pipeline, prompts, image_size=(32, 32))
+    start = torch.full((2,), 499)
+    with torch.no_grad():
+        epsilon = pipeline.unet(noise, start, told.encoder_hidden_states).sample
+    alpha, sigma = base_schedule.alpha_sigma(start, ndim=4, dtype=torch.float32)
+    assert torch.allclose((noise - sigma * epsilon) / alpha, theirs, atol=1e-4)
+
+    lora = LoraRow(name="copy", path=str(folder), steps=1)
+    sampler = Sampler(config)
+    rows = [lora_row(lora), Row("student-1", 1, 1.0, 1)]
+    (_, copied), (_, own) = (sampler.draw(row, prompts, seed=1) for row in rows)
+    assert torch.equal(copied, own)
+    _, two = sampler.draw(dataclasses.replace(rows[1], steps=2), prompts, seed=1)
+    assert torch.isfinite(two).all()
 
 
 @pytest.mark.parametrize("page", ["README.md", "card"])

@@ -12,6 +12,7 @@ from stepdistill.diffusion.schedule import (
     trailing_timesteps,
 )
 from stepdistill.diffusion.solver import move
+from stepdistill.export import student_scheduler
 from tests.conftest import randn
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
@@ -74,3 +75,20 @@ def test_add_noise_is_diffusers(schedule):
     assert torch.allclose(
         schedule.add_noise(clean, noise, t), scheduler.add_noise(clean, noise, t), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("start", [249, 499, 999])
+@pytest.mark.parametrize("name", ["scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_one_step_told_an_earlier_timestep_is_one_step_of_the_exported_scheduler(start, name, kind):
+    """Betas that end at `start`: DDIM takes the pure noise for the sample there."""
+    teacher = {"beta_schedule": name, "num_train_timesteps": 1000, **BETAS}
+    exported = student_scheduler(teacher, kind, start_timestep=start)
+    schedule = NoiseSchedule.from_betas(make_betas(name, num_train_timesteps=1000, **BETAS))
+    noise, output = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    ends = torch.full((2,), start), torch.full((2,), CLEAN)
+    ours = move(output, noise, *ends, schedule=schedule, prediction_type=kind)
+    exported.set_timesteps(1)
+    assert exported.timesteps.tolist() == [start]
+    theirs = exported.step(output, start, noise * exported.init_noise_sigma).prev_sample
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))

@@ -28,6 +28,9 @@ CONFIG = "configs/letters.yaml"
         ("ladder.3.phases.0.teacher_steps=5", ["ladder.3.phases.0.teacher_steps", "got 5", "32, 8, 4"]),
         ("ladder.3.node_steps=3", ["ladder.3.node_steps", "multiples of student_steps 2"]),
         ("ladder.0.phases.0.objective=convert", ["ladder.0.phases.0.objective", "prediction_type: sample"]),
+        ("ladder.2.start_timestep=499", ["ladder.2.start_timestep", "got 499", "1 student step"]),
+        ("ladder.4.node_steps=4", ["ladder.4.start_timestep", "got 499", "without node_steps"]),
+        ("ladder.4.start_timestep=1000", ["ladder.4.start_timestep", "got 1000", "less than 1000"]),
         ("ladder.0.phases.0.objective=gan", ["ladder.0.phases.0.objective", "'gan'", "'mse'"]),
         ("name=../x", ["name", "'../x'"]),
         ("no_equals_sign", ["key=value"]),
@@ -60,10 +63,10 @@ def test_a_missing_key_and_a_missing_file_are_named(tmp_path):
 
 
 def test_overrides_reach_lists_and_numbers_like_1e_3():
-    config = load_config(CONFIG, ["ladder.0.phases.0.learning_rate=1e-3", "seed=7", "ladder.4.node_steps=4"])
+    config = load_config(CONFIG, ["ladder.0.phases.0.learning_rate=1e-3", "seed=7", "ladder.3.node_steps=4"])
     assert config.ladder[0].phases[0].learning_rate == 1e-3
     assert config.seed == 7
-    assert config.ladder[4].node_steps == 4
+    assert config.ladder[3].node_steps == 4
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path):
@@ -127,7 +130,7 @@ def test_an_incomplete_teacher_names_what_it_lacks(tmp_path, missing):
 
 def test_the_plan_counts_the_recipes_forwards():
     """Section 5 of the recipe: 10.35 F for 128 -> 32, then 4 and 2 teacher forwards, evaluation at its NFE."""
-    config = load_config(CONFIG)
+    config = load_config(CONFIG, ["ladder.0.teacher_steps=128"])
     first = config.ladder[0]
     assert phase_forwards(config, first, first.phases[0]) == pytest.approx(10.35, abs=0.01)
     paired = first.phases[0].model_copy(update={"objective": "paired"})
@@ -153,9 +156,8 @@ def test_the_plan_counts_the_recipes_forwards():
 
 
 def test_a_first_rung_of_equal_steps_learns_guidance_at_two_forwards():
-    overrides = ["ladder.0.teacher_steps=32"]
-    config = load_config(CONFIG, overrides)
+    config = load_config(CONFIG)
     first = config.ladder[0]
     assert phase_forwards(config, first, first.phases[0]) == pytest.approx(2 + 2.351, abs=0.01)
     with pytest.raises(ConfigError, match=r"ladder\.1\.student_steps: got 32"):
-        load_config(CONFIG, [*overrides, "ladder.1.student_steps=32"])
+        load_config(CONFIG, ["ladder.1.student_steps=32"])

@@ -10,7 +10,7 @@ from stepdistill.report.advice import advice_for
 from stepdistill.report.read import read_run
 from tests.browser.synthetic_run import load, make_run, save
 
-ADVERSARIAL = "configs/letters_adversarial.yaml"
+ADVERSARIAL = "tests/assets/letters_adversarial.yaml"
 
 
 @pytest.fixture
