@@ -2,13 +2,14 @@
 
     python eval/ablations.py [--config configs/letters.yaml] [--only NAME ...] [--seeds 0 1 2] [key=value ...]
 
-A variant changes the ladder of the config; the updates of the rungs it changes, and of those below, are then scaled so that
-the whole takes as many forwards. Leading rungs shared with the default are not trained again. A tenth of the captions
+A variant changes the config, mostly its ladder; the updates of the rungs it changes, and of those below, are then scaled so
+that the whole takes as many forwards. Leading rungs shared with the default are not trained again. A tenth of the captions
 is kept out of training and is what is drawn.
 """
 
 import argparse
 import copy
+import itertools
 import logging
 import sys
 from collections.abc import Callable
@@ -24,58 +25,75 @@ from stepdistill.evaluation.evaluate import check_evaluation
 from stepdistill.run_folder import resolved
 from stepdistill.runtime import source_commit
 
-Ladder = list[dict[str, Any]]
+Raw = dict[str, Any]
+Change = Callable[[Raw], None]
 ADVERSARIAL = ("paired", "single")
 
 
-def adversarial_phases(ladder: Ladder) -> list[dict[str, Any]]:
-    """The adversarial phases of all rungs."""
-    return [phase for rung in ladder for phase in rung["phases"] if phase["objective"] in ADVERSARIAL]
+def phases(raw: Raw, kinds: tuple[str, ...] = ADVERSARIAL) -> list[dict[str, Any]]:
+    """The phases of these objectives on all rungs."""
+    return [phase for rung in raw["ladder"] for phase in rung["phases"] if phase["objective"] in kinds]
 
 
-def with_discriminator(**options: Any) -> Callable[[Ladder], Ladder]:
+def with_discriminator(**options: Any) -> Change:
     """Every discriminator with these options."""
 
-    def change(ladder: Ladder) -> Ladder:
-        for phase in adversarial_phases(ladder):
+    def change(raw: Raw) -> None:
+        for phase in phases(raw):
             phase["discriminator"] |= options
-        return ladder
 
     return change
 
 
-def with_mse(**options: Any) -> Callable[[Ladder], Ladder]:
+def with_mse(**options: Any) -> Change:
     """Every mse phase below the first rung with these options."""
 
-    def change(ladder: Ladder) -> Ladder:
-        for rung in ladder[1:]:
-            for phase in rung["phases"]:
-                if phase["objective"] == "mse":
-                    phase |= options
-        return ladder
+    def change(raw: Raw) -> None:
+        for phase in phases({"ladder": raw["ladder"][1:]}, ("mse",)):
+            phase |= options
 
     return change
 
 
-def without_adversary(ladder: Ladder) -> Ladder:
-    """mse alone."""
-    for rung in ladder:
-        rung["phases"] = [phase for phase in rung["phases"] if phase["objective"] not in ADVERSARIAL]
-    return ladder
+def with_training(**options: Any) -> Change:
+    """The training section with these options."""
+    return lambda raw: raw["training"].update(options)
 
 
-def paired_alone(ladder: Ladder) -> Ladder:
+def with_last_rung(**options: Any) -> Change:
+    """The 1-step rung with these options."""
+    return lambda raw: raw["ladder"][-1].update(options)
+
+
+def with_first_rung(**options: Any) -> Change:
+    """The first rung with these options."""
+    return lambda raw: raw["ladder"][0].update(options)
+
+
+def adversary_times(factor: float) -> Change:
+    """So many times the adversarial updates; 0 leaves those phases out."""
+
+    def change(raw: Raw) -> None:
+        for rung in raw["ladder"]:
+            rung["phases"] = [
+                phase for phase in rung["phases"] if factor or phase["objective"] not in ADVERSARIAL
+            ]
+        for phase in phases(raw):
+            phase["max_train_steps"] = round(phase["max_train_steps"] * factor)
+
+    return change
+
+
+def paired_alone(raw: Raw) -> None:
     """D is told x_t throughout."""
-    for phase in adversarial_phases(ladder):
+    for phase in phases(raw):
         phase["objective"] = "paired"
-    return ladder
 
 
-def paired_then_single(ladder: Ladder) -> Ladder:
+def paired_then_single(raw: Raw) -> None:
     """The paper's order: half of the adversarial updates with x_t, then half without."""
-    for rung in ladder:
+    for rung in raw["ladder"]:
         rung["phases"] = [half for phase in rung["phases"] for half in _halves(phase)]
-    return ladder
 
 
 def _halves(phase: dict[str, Any]) -> list[dict[str, Any]]:
@@ -85,39 +103,64 @@ def _halves(phase: dict[str, Any]) -> list[dict[str, Any]]:
     return [copy.deepcopy(phase) | {"objective": kind, "max_train_steps": updates} for kind in ADVERSARIAL]
 
 
-def skip_level(ladder: Ladder) -> Ladder:
+def skip_level(raw: Raw) -> None:
     """The mse teacher of every rung below the second is the student of two rungs before."""
-    for before, rung in zip(ladder, ladder[2:], strict=False):
+    for before, rung in zip(raw["ladder"], raw["ladder"][2:], strict=False):
         for phase in rung["phases"]:
             if phase["objective"] == "mse":
                 phase["teacher_steps"] = before["student_steps"]
-    return ladder
 
 
-def x0_at_one_step(ladder: Ladder) -> Ladder:
-    """The last rung is converted to predict x0 first."""
-    last = ladder[-1]
+def x0_at_one_step(raw: Raw) -> None:
+    """The last rung is converted to predict x0 first, at the last timestep."""
+    last = raw["ladder"][-1]
     convert = copy.deepcopy(last["phases"][0]) | {"objective": "convert", "learning_rate": 1e-3}
     convert["max_train_steps"] = max(1, last["phases"][0]["max_train_steps"] // 3)
-    last |= {"prediction_type": "sample", "phases": [convert, *last["phases"]]}
-    return ladder
+    last |= {"prediction_type": "sample", "start_timestep": None, "phases": [convert, *last["phases"]]}
 
 
-def from_128(ladder: Ladder) -> Ladder:
-    """The first rung learns four moves of a 128-step teacher at once, as the paper has it."""
-    ladder[0]["teacher_steps"] = 4 * ladder[0]["student_steps"]
-    return ladder
+def cached_twice(raw: Raw) -> None:
+    """Every mse target is used twice."""
+    for phase in phases(raw, ("mse",)):
+        phase["cached_updates"] = phase["max_train_steps"] // 2
 
 
-def without_four(ladder: Ladder) -> Ladder:
-    """32 -> 8 -> 2 -> 1."""
-    kept = [rung for rung in ladder if rung["student_steps"] != 4]
-    return [rung | {"teacher_steps": 8} if rung["student_steps"] == 2 else rung for rung in kept]
+def even_updates(raw: Raw) -> None:
+    """As many mse updates on every rung below the first."""
+    found = phases({"ladder": raw["ladder"][1:]}, ("mse",))
+    mean = round(sum(phase["max_train_steps"] for phase in found) / len(found))
+    for phase in found:
+        phase["max_train_steps"] = mean
 
 
-VARIANTS: dict[str, Callable[[Ladder], Ladder]] = {
-    "default": lambda ladder: ladder,
-    "mse-alone": without_adversary,
+def without_rung(steps: int) -> Change:
+    """The ladder without the rung of so many steps; the one below learns from the one above."""
+
+    def change(raw: Raw) -> None:
+        kept = [rung for rung in raw["ladder"] if rung["student_steps"] != steps]
+        for before, rung in itertools.pairwise(kept):
+            rung["teacher_steps"] = before["student_steps"]
+        raw["ladder"] = kept
+
+    return change
+
+
+def straight_to(steps: int) -> Change:
+    """Guidance, then one jump to so many steps."""
+
+    def change(raw: Raw) -> None:
+        first, last = raw["ladder"][0], raw["ladder"][-1]
+        kept = next(rung for rung in raw["ladder"] if rung["student_steps"] == steps)
+        raw["ladder"] = [first, (last if steps == 1 else kept) | {"teacher_steps": first["student_steps"]}]
+
+    return change
+
+
+VARIANTS: dict[str, Change] = {
+    "default": lambda raw: None,
+    "mse-alone": adversary_times(0),
+    "half-the-adversary": adversary_times(0.5),
+    "twice-the-adversary": adversary_times(2),
     "paired-then-single": paired_then_single,
     "paired-alone": paired_alone,
     "teacher-as-real": with_discriminator(real="teacher"),
@@ -125,13 +168,25 @@ VARIANTS: dict[str, Callable[[Ladder], Ladder]] = {
     "non-saturating": with_discriminator(loss="non_saturating"),
     "trunk-frozen": with_discriminator(trunk="frozen"),
     "trunk-full": with_discriminator(trunk="full"),
+    "r1-and-r2": with_discriminator(r1_weight=100.0),
+    "own-roll-out": with_discriminator(inputs="student"),
     "perturbation-5-1-1-1": with_discriminator(perturbation_weights=[5.0, 1.0, 1.0, 1.0]),
     "loss-in-epsilon": with_mse(loss_space="epsilon"),
     "loss-in-v": with_mse(loss_space="v_prediction"),
+    "ema-.95": with_training(ema_decay=0.95),
     "skip-level": skip_level,
+    "cached-twice": cached_twice,
+    "even-updates": even_updates,
+    "start-at-999": with_last_rung(start_timestep=None),
+    "start-at-749": with_last_rung(start_timestep=749),
+    "start-at-249": with_last_rung(start_timestep=249),
     "x0-at-one-step": x0_at_one_step,
-    "from-128": from_128,
-    "without-four": without_four,
+    "from-128": with_first_rung(teacher_steps=128),
+    "without-8": without_rung(8),
+    "without-4": without_rung(4),
+    "without-2": without_rung(2),
+    "straight-to-4": straight_to(4),
+    "straight-to-1": straight_to(1),
 }
 
 
@@ -140,7 +195,7 @@ def variant(name: str) -> Method:
 
     def change(config: RunConfig) -> RunConfig:
         raw = resolved(config)
-        raw["ladder"] = VARIANTS[name](copy.deepcopy(raw["ladder"]))
+        VARIANTS[name](raw)
         return parse_config(raw)
 
     return ladder_method(name, change)

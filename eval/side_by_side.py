@@ -66,6 +66,9 @@ def share_cache(base: RunConfig, config: RunConfig) -> None:
 
 def share_rungs(first: RunConfig, config: RunConfig) -> None:
     """Copies the leading rungs that a run has in common with a finished one."""
+    alike = {"name": first.name, "ladder": first.ladder}
+    if config.model_copy(update=alike) != first:
+        return
     for ours, theirs in zip(config.ladder, first.ladder, strict=False):
         source, target = (rung_folder(c.run_dir, ours.student_steps) for c in (first, config))
         if ours != theirs or not source.exists():

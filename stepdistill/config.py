@@ -90,6 +90,10 @@ class DiscriminatorOptions(Section):
     """What D takes for real: the teacher's x_s (the paper's form), or the data noised to s, which needs no teacher."""
     learning_rate: PositiveFloat | None = None
     """Of trunk and heads; the phase's own where not given."""
+    inputs: Literal["data", "student"] = "data"
+    """Where the student's x_t come from: noised data, or its own roll-out from noise (DMD2's backward simulation)."""
+    r1_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of the approximate R1 and R2: (D(x + .05 n) - D(x))^2 on real and fake, n unit noise (APT, arXiv 2501.08316)."""
     perturbation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     """How often a clean sample is re-noised to t* = 10, 250, 500, 750 before D sees it; later 5:1:1:1."""
 
@@ -107,6 +111,8 @@ class Phase(Section):
     """Another rung of this ladder as teacher (skip-level); the rung's own where not given."""
     loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr"] = "prev_sample"
     """Where mse is measured."""
+    cached_updates: PositiveInt | None = None
+    """Of mse: the batches and teacher's samples of so many updates are kept and used again in turn; all new if not given."""
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
     """Of paired and single phases."""
 

@@ -23,7 +23,14 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     guided = teacher_steps not in earlier and config.teacher.guidance_scale > 1
     asked = phase.objective not in _DISCRIMINATOR or phase.discriminator.real == "teacher"
     substeps = teacher_steps // rung.student_steps * (2 if guided else 1)
-    return (substeps if asked else 0) + _STUDENT + _DISCRIMINATOR.get(phase.objective, 0.0)
+    asked_share = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
+    extra = 0.0
+    if phase.objective in _DISCRIMINATOR and phase.discriminator.inputs == "student":
+        extra += 1.083 * (rung.student_steps - 1) / 2
+    if phase.objective in _DISCRIMINATOR and phase.discriminator.r1_weight > 0:
+        extra += 2 * 0.434 * _STUDENT
+    teacher = asked_share * substeps if asked else 0
+    return teacher + extra + _STUDENT + _DISCRIMINATOR.get(phase.objective, 0.0)
 
 
 def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:

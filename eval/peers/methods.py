@@ -48,7 +48,8 @@ def scaled(config: RunConfig, *, budget: float, keep: int = 0, factor: float = 1
     raw = resolved(config)
     for rung in raw["ladder"][keep:]:
         for phase in rung["phases"]:
-            phase["max_train_steps"] = max(1, round(phase["max_train_steps"] * share))
+            for key in ("max_train_steps", "cached_updates"):
+                phase[key] = phase[key] and max(1, round(phase[key] * share))
     for phase in (phase for rung in raw["ladder"] for phase in rung["phases"]):
         phase["learning_rate"] *= factor
         rate = phase["discriminator"]["learning_rate"]
@@ -69,7 +70,7 @@ def ladder_method(name: str, change: Callable[[RunConfig], RunConfig]) -> Method
         pairs = zip(changed.ladder, own.ladder, strict=False)
         keep = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         if keep == len(changed.ladder):
-            return _named(scaled(own, budget=plan.training_forwards(own), factor=factor), name)
+            return _named(scaled(changed, budget=plan.training_forwards(own), factor=factor), name)
         return _named(scaled(changed, budget=budget, keep=keep, factor=factor), name)
 
     def train(config: RunConfig, _budget: float, _factor: float) -> None:

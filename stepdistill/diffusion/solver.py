@@ -53,6 +53,8 @@ def rollout(
     state = sample.to(torch.promote_types(sample.dtype, torch.float32))
     for column in range(path.shape[1] - 1):
         rows = (path[:, column] != path[:, column + 1]).nonzero().squeeze(1)
+        if not len(rows):
+            continue
         timesteps, prev_timesteps = path[rows, column], path[rows, column + 1]
         current = state[rows]
         output = predict(rows, current, timesteps)

@@ -52,12 +52,15 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
     if training.ema_decay > 0:
         average = EMAModel(roles.student_parameters, decay=training.ema_decay, foreach=True)
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
+    known: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
     with PhaseProgress(
         stage.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
     ) as progress:
         for step in range(phase.max_train_steps):
             started = time.monotonic()
-            numbers = _accumulate(stage, step, optimizers, runtime)
+            numbers = _accumulate(
+                stage, step % (phase.cached_updates or step + 1), optimizers, runtime, known
+            )
             numbers |= {f"{role}_lr": optimizer.learning_rate for role, optimizer in optimizers.items()}
             for role, optimizer in optimizers.items():
                 runtime.average_gradients(optimizer.parameters)
@@ -108,7 +111,11 @@ def _optimizers(stage: Stage) -> dict[str, RoleOptimizer]:
 
 
 def _accumulate(
-    stage: Stage, step: int, optimizers: dict[str, RoleOptimizer], runtime: Runtime
+    stage: Stage,
+    step: int,
+    optimizers: dict[str, RoleOptimizer],
+    runtime: Runtime,
+    known: dict[int, torch.Tensor] | None,
 ) -> dict[str, float]:
     """Backward over the micro-batches of this process; returns the means of losses and metrics."""
     training, phase = stage.training, stage.phase
@@ -137,6 +144,8 @@ def _accumulate(
                 phase,
                 teacher_steps=phase.teacher_steps or stage.rung.teacher_steps,
                 discriminator=stage.discriminator,
+                known=known,
+                number=first,
             )
         for loss in result.losses.values():
             runtime.backward(loss / count)

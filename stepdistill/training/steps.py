@@ -7,7 +7,7 @@ import torch
 from stepdistill.config import Phase
 from stepdistill.data.batches import Batch
 from stepdistill.diffusion.prediction import convert
-from stepdistill.diffusion.schedule import NoiseSchedule, substep_path
+from stepdistill.diffusion.schedule import NoiseSchedule, substep_path, trailing_timesteps
 from stepdistill.diffusion.solver import guide, move, rollout
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.discriminator import Discriminator
@@ -88,11 +88,41 @@ def student_move(nets: Denoisers, sample: torch.Tensor, batch: Batch) -> torch.T
     )
 
 
-def mse_step(nets: Denoisers, batch: Batch, *, teacher_steps: int, loss_space: str) -> StepResult:
-    """One move against the teacher's many (Eq 16)."""
+@torch.no_grad()
+def own_rollout(nets: Denoisers, batch: Batch) -> torch.Tensor:
+    """x_t (B, C, H, W) as the student itself gets there from noise along its own nodes, without gradient."""
+    last = nets.schedule.last_timestep
+    step = (batch.timesteps - batch.prev_timesteps).max()
+    width = round((last + 1) / int(step))
+    nodes = trailing_timesteps(width, num_train_timesteps=last + 1).to(batch.timesteps.device)
+    path = torch.maximum(nodes.expand(len(batch.timesteps), -1), batch.timesteps[:, None])
+
+    def predict(rows: torch.Tensor, state: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return nets.roles.predict(state, nets.told(timesteps), batch.conditioning.rows(rows))
+
+    with nets.roles.student():
+        return rollout(
+            predict, batch.noise, path, schedule=nets.schedule, prediction_type=nets.student_prediction_type
+        )
+
+
+def mse_step(
+    nets: Denoisers,
+    batch: Batch,
+    *,
+    teacher_steps: int,
+    loss_space: str,
+    known: dict[int, torch.Tensor] | None = None,
+    number: int = 0,
+) -> StepResult:
+    """One move against the teacher's many (Eq 16). known: the teacher's samples by `number`, looked up and added to."""
     sample = noisy_latents(nets, batch)
-    path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
-    target = teacher_rollout(nets, sample, path, batch.conditioning)
+    target = None if known is None else known.get(number)
+    if target is None:
+        path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
+        target = teacher_rollout(nets, sample, path, batch.conditioning)
+        if known is not None:
+            known[number] = target
     loss = mse_loss(
         student_move(nets, sample, batch),
         target,
@@ -129,6 +159,8 @@ def adversarial_step(
     perturbation_weights: list[float],
     loss: str = "non_saturating",
     real: str = "teacher",
+    inputs: str = "data",
+    r1_weight: float = 0.0,
 ) -> StepResult:
     """Losses of D and of the student on one shared batch (Eq 18-26).
 
@@ -138,7 +170,7 @@ def adversarial_step(
     the student's loss goes through a D whose parameters take no gradient; x_t's features are computed once.
     """
     roles, schedule = nets.roles, nets.schedule
-    sample = noisy_latents(nets, batch)
+    sample = noisy_latents(nets, batch) if inputs == "data" else own_rollout(nets, batch)
     if real == "teacher":
         path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
         real_sample = teacher_rollout(nets, sample, path, batch.conditioning)
@@ -165,6 +197,15 @@ def adversarial_step(
         twice = None if context is None else [torch.cat([f, f]) for f in context]
         real_logits, student_logits = discriminator.logits(both, twice).chunk(2)
         discriminator_loss = adversarial.discriminator_loss(real_logits, student_logits, kind=loss)
+        if r1_weight > 0:
+            nudge = 0.05 * batch.perturbation_noise.roll(1, dims=0)
+            nudged = discriminator.features(
+                torch.cat([real_seen + nudge, student_seen.detach() + nudge]),
+                torch.cat([seen_at, seen_at]),
+                Conditioning.concat(batch.conditioning, batch.conditioning),
+            )
+            apart = discriminator.logits(nudged, twice) - torch.cat([real_logits, student_logits])
+            discriminator_loss = discriminator_loss + r1_weight * 2 * apart.square().mean()
 
     with roles.discriminator(trainable=False):
         features = discriminator.features(student_seen, seen_at, batch.conditioning)
@@ -189,11 +230,21 @@ def adversarial_step(
 
 
 def phase_step(
-    nets: Denoisers, batch: Batch, phase: Phase, *, teacher_steps: int, discriminator: Discriminator | None
+    nets: Denoisers,
+    batch: Batch,
+    phase: Phase,
+    *,
+    teacher_steps: int,
+    discriminator: Discriminator | None,
+    known: dict[int, torch.Tensor] | None = None,
+    number: int = 0,
 ) -> StepResult:
     """The step that a phase's objective names."""
     if phase.objective == "mse":
-        return mse_step(nets, batch, teacher_steps=teacher_steps, loss_space=phase.loss_space)
+        space = phase.loss_space
+        return mse_step(
+            nets, batch, teacher_steps=teacher_steps, loss_space=space, known=known, number=number
+        )
     if phase.objective == "convert":
         return convert_step(nets, batch)
     assert discriminator is not None, "an adversarial phase has a discriminator"
@@ -205,4 +256,6 @@ def phase_step(
         perturbation_weights=list(phase.discriminator.perturbation_weights),
         loss=phase.discriminator.loss,
         real=phase.discriminator.real,
+        inputs=phase.discriminator.inputs,
+        r1_weight=phase.discriminator.r1_weight,
     )
