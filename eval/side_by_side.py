@@ -32,8 +32,9 @@ MEASURES = {
 }
 HELD_OUT = 0.1
 COLUMNS = 10
-# What tells methods apart needs no sweep, matrix or timing of every row.
-_LEAN = ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluation.cost_batch_sizes=[]"]
+# What tells methods apart needs many pictures and seeds, and no sweep, matrix or timing of every row.
+_MEASURED = ["evaluation.num_images=1000", "evaluation.diversity_prompts=16"]
+_MEASURED += ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluation.cost_batch_sizes=[]"]
 
 
 def arguments(parser: argparse.ArgumentParser, *, output: str, output_dir: str) -> None:
@@ -51,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser, *, output: str, output_dir: str) 
 
 def base_config(args: argparse.Namespace, seed: int, *more: str) -> RunConfig:
     """The user's config with what all methods share here."""
-    common = [f"output_dir={args.output_dir}", f"seed={seed}", f"data.held_out={HELD_OUT}", *_LEAN]
+    common = [f"output_dir={args.output_dir}", f"seed={seed}", f"data.held_out={HELD_OUT}", *_MEASURED]
     return load_config(args.config, [*common, *SIZES[args.size], *more, *args.overrides])
 
 
