@@ -1,6 +1,7 @@
 """Makes the embedded teacher and reader anew from a fixed seed: reader, VAE, then U-Net with its text encoder.
 
 python pipelines/train_teacher.py OUTPUT_FOLDER [--seed 0]      half an hour on 4 cores
+    [--widths 192 384 --unet-steps 20000 --device cuda]         a larger U-Net, for eval/compare_peers.py --size gpu
 """
 
 import argparse
@@ -27,8 +28,8 @@ A complete, very small Stable Diffusion, trained from nothing: 32 x 32 capital l
 captions such as "a purple letter m on pink" (26 letters; red, green, blue, black, purple ink; white, yellow, pink, gray
 paper). Typeface, angle, size and place are its own choice. It exists to be distilled; sample it with guidance 3.
 
-AutoencoderKL (24, 48, 48) with 4 x 8 x 8 latents; CLIPTextModel of width 64 with 2 layers; UNet2DConditionModel (64, 128),
-3.9 M parameters, cross-attention at 4 x 4; epsilon, scaled_linear betas, trailing timesteps. fp16 safetensors.
+AutoencoderKL (24, 48, 48) with 4 x 8 x 8 latents; CLIPTextModel of width 64 with 2 layers; UNet2DConditionModel ({widths}),
+{parameters:.1f} M parameters, cross-attention at 4 x 4; epsilon, scaled_linear betas, trailing timesteps. fp16 safetensors.
 
 Made by `python pipelines/train_teacher.py OUTPUT` from {num_images:,} renderings, seed {seed}: VAE {vae_steps:,} steps of
 32, U-Net and text encoder {unet_steps:,} steps of 64 with EMA, captions dropped at 10 %. The pictures are drawn with the
@@ -43,6 +44,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reader-steps", type=int, default=1800)
     parser.add_argument("--vae-steps", type=int, default=2200)
     parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--widths", nargs=2, type=int, default=list(recipe.WIDTHS))
+    parser.add_argument("--device", default="cpu", help="where the U-Net is trained")
     return parser.parse_args(argv)
 
 
@@ -66,7 +69,15 @@ def main(argv: list[str] | None = None) -> int:
         logging.info("the reader names %.1f %% of %s", 100 * right / len(truth), name)
 
     tokenizer = recipe.build_tokenizer()
-    unet, text_encoder = recipe.train_unet(latents, labels, tokenizer, steps=args.unet_steps, seed=args.seed)
+    unet, text_encoder = recipe.train_unet(
+        latents,
+        labels,
+        tokenizer,
+        steps=args.unet_steps,
+        seed=args.seed,
+        widths=tuple(args.widths),
+        device=args.device,
+    )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -79,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     pipeline.to(torch.float16).save_pretrained(args.output / "teacher", safe_serialization=True)
     facts = {"seed": args.seed, "vae_steps": args.vae_steps, "unet_steps": args.unet_steps}
+    facts |= {"widths": ", ".join(map(str, args.widths)), "parameters": unet.num_parameters() / 1e6}
     (args.output / "teacher" / "README.md").write_text(CARD.format(num_images=NUM_IMAGES, **facts))
     return 0
 

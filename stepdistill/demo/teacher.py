@@ -94,14 +94,17 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_unet() -> UNet2DConditionModel:
-    """UNet2DConditionModel (64, 128); cross-attention at the 4 x 4 level only, which keeps CPU steps short."""
+WIDTHS = (64, 128)
+
+
+def build_unet(widths: tuple[int, int] = WIDTHS) -> UNet2DConditionModel:
+    """UNet2DConditionModel of these widths; cross-attention at the 4 x 4 level only, which keeps CPU steps short."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
         layers_per_block=1,
-        block_out_channels=(64, 128),
+        block_out_channels=widths,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=64,
@@ -212,11 +215,18 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor, *, scaling_factor: f
 
 
 def train_unet(
-    latents: torch.Tensor, labels: torch.Tensor, tokenizer: CLIPTokenizer, *, steps: int, seed: int
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    tokenizer: CLIPTokenizer,
+    *,
+    steps: int,
+    seed: int,
+    widths: tuple[int, int] = WIDTHS,
+    device: torch.device | str = "cpu",
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Epsilon MSE on U-Net and text encoder together, captions dropped at 10 % for guidance; returns their EMA."""
+    """Epsilon MSE on U-Net and text encoder together, captions dropped at 10 % for guidance; their EMA, on the CPU."""
     torch.manual_seed(seed)
-    unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    unet, text_encoder = build_unet(widths).to(device), build_text_encoder(tokenizer).to(device)
     alphas_cumprod = build_scheduler().alphas_cumprod
     captions = {(t.letter, t.ink, t.paper): t.caption for t in all_triples()}
     texts = [captions[tuple(row)] for row in labels.tolist()]
@@ -233,8 +243,9 @@ def train_unet(
         timesteps = torch.randint(0, 1000, (len(rows),), generator=generator)
         alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = alpha_bar.sqrt() * original + (1 - alpha_bar).sqrt() * noise
-        hidden = text_encoder(ids).last_hidden_state
-        return nn.functional.mse_loss(unet(noisy, timesteps, hidden).sample, noise)
+        hidden = text_encoder(ids.to(device)).last_hidden_state
+        predicted = unet(noisy.to(device), timesteps.to(device), hidden).sample
+        return nn.functional.mse_loss(predicted, noise.to(device))
 
     average = [copy.deepcopy(m).eval().requires_grad_(False) for m in (unet, text_encoder)]
 
@@ -245,4 +256,4 @@ def train_unet(
                 target.lerp_(source.detach(), 1 - decay)
 
     _train("unet", [unet, text_encoder], loss_at, steps=steps, learning_rate=1e-3, after_step=after_step)
-    return average[0], average[1]
+    return average[0].cpu(), average[1].cpu()
