@@ -24,7 +24,17 @@ import sys
 from typing import Any
 
 from peers.methods import Method, methods
-from side_by_side import STEPS, arguments, base_config, measure, picture, share_cache, summary, write
+from side_by_side import (
+    STEPS,
+    arguments,
+    base_config,
+    by_steps,
+    measure,
+    picture,
+    share_cache,
+    summary,
+    write,
+)
 
 from stepdistill import plan
 from stepdistill.config import RunConfig
@@ -114,12 +124,16 @@ def main(argv: list[str] | None = None) -> int:
         names += [teachers[n]] if n in teachers else []
         names += [f"{method.name}-{n}" for method in chosen(args)]
     text, table = summary(tables, names)
+    shown = ["teacher", *(method.name for method in chosen(args))]
+    parts = [by_steps(table, shown, m) for m in ("fid_to_real", "fid_to_teacher", "prompt_accuracy")]
+    text = "\n\n".join([*parts, text])
     payload = {"commit": made_at, "config": args.config, "size": args.size, "budget": budget, "rates": rates}
     payload |= {"seeds": args.seeds, "num_images": base.evaluation.num_images, "table": table, "costs": costs}
     write(args.output, text, tables, payload)
-    shown = {names[0]: names[0].replace("-", " ")} | PICTURE
     prompts = subject_of(base_config(args, args.seeds[0])).prompts
-    picture(tables[0], shown, prompts).save(args.output.with_suffix(".png"))
+    picture(tables[0], {names[0]: names[0].replace("-", " ")} | PICTURE, prompts).save(
+        args.output.with_suffix(".png")
+    )
     print(text)
     return 0
 

@@ -118,6 +118,17 @@ def summary(tables: Sequence[Table], rows: Sequence[str]) -> tuple[str, list[dic
     return "\n".join(lines), found
 
 
+def by_steps(entries: Sequence[dict[str, Any]], names: Sequence[str], measure_name: str) -> str:
+    """A Markdown table of one measure: a row per name, a column per step count, of `summary`'s data."""
+    title, spec = MEASURES[measure_name]
+    found = {entry["row"]: entry.get(measure_name) for entry in entries}
+    lines = [f"| {title} | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |"]
+    lines.append("| --- |" + " ---: |" * len(STEPS))
+    for name in names:
+        lines.append(f"| {name} | " + " | ".join(_cell(found.get(f"{name}-{n}"), spec) for n in STEPS) + " |")
+    return "\n".join(lines)
+
+
 def picture(table: Table, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
     """The first pictures of each row that is there under its label, a prompt and a noise a column."""
     shown = {}
