@@ -9,7 +9,7 @@ lcm-lora       skip-step consistency          dmd2-lora     distribution matchin
 lightning      SDXL-Lightning as printed
 
 A tenth of the captions is kept out of every training and is what is drawn. `--tune` tries each method at learning rates of
-a third, one and three times its own, on another seed with a quarter of the budget, and keeps the best in OUTPUT.rates.json,
+a ninth, a third, one and three times its own, on another seed with a quarter of the budget, and keeps the best in OUTPUT.rates.json,
 which later calls read. Any config runs: name a teacher and a folder of captioned pictures in it (data.source), and for other
 pictures than letters the features that FID is measured on. All of it resumes: nothing finished is made again.
 
@@ -48,7 +48,7 @@ PICTURE = {
     **{f"stepdistill-{n}": f"ours {n}" for n in (4, 2, 1)},
     "lcm-lora-4": "LCM-LoRA 4",
 }
-FACTORS = (1 / 3, 1.0, 3.0)
+FACTORS = (1 / 9, 1 / 3, 1.0, 3.0)
 TUNING_SEED, TUNING_SHARE = 100, 0.25
 _TUNING = [
     "evaluation.num_images=400",
@@ -69,7 +69,7 @@ def train(method: Method, base: RunConfig, budget: float, factor: float) -> RunC
 
 
 def tune(args: argparse.Namespace, budget: float) -> None:
-    """Finds the best of three learning-rate factors per method: the least mean logarithm of FID to real over the steps."""
+    """Finds the best of four learning-rate factors per method: the least mean logarithm of FID to real over the steps."""
     path = args.output.with_suffix(".rates.json")
     found: dict[str, Any] = read_json(path) or {}
     for method in chosen(args):
