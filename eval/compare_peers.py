@@ -9,9 +9,10 @@ lcm-lora       skip-step consistency          dmd2-lora     distribution matchin
 lightning      SDXL-Lightning as printed
 
 A tenth of the captions is kept out of every training and is what is drawn. `--tune` tries each method at learning rates of
-a ninth, a third, one and three times its own, on another seed with a quarter of the budget, and keeps the best in OUTPUT.rates.json,
-which later calls read. Any config runs: name a teacher and a folder of captioned pictures in it (data.source), and for other
-pictures than letters the features that FID is measured on. All of it resumes: nothing finished is made again.
+a ninth, a third, one and three times its own, on another seed with a quarter of the budget, and keeps the best in
+OUTPUT.rates.json, which later calls read. Any config runs: name a teacher and a folder of captioned pictures in it
+(data.source), and for other pictures than letters the features that FID is measured on. All of it resumes: nothing finished
+is made again.
 
 On a GPU: python pipelines/train_teacher.py teachers/wide --widths 192 384 --unet-steps 20000 --device cuda, then --size gpu
 --budget 2e7 teacher.path=teachers/wide/teacher.
