@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = recipe.build_tokenizer()
     unet, text_encoder = recipe.train_unet(
         latents,
-        labels,
+        [Triple(*row).caption for row in labels.tolist()],
         tokenizer,
         steps=args.unet_steps,
         seed=args.seed,

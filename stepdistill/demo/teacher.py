@@ -8,7 +8,7 @@ runs the three trainings in order and writes the folder that the package ships.
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from stepdistill.demo.letters import INKS, LETTERS, PAPERS, all_triples, render_at, sample_triples
+from stepdistill.demo.letters import INKS, LETTERS, PAPERS, render_at, sample_triples
 from stepdistill.demo.reader import Reader
 
 logger = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor, *, scaling_factor: f
 
 def train_unet(
     latents: torch.Tensor,
-    labels: torch.Tensor,
+    captions: Sequence[str],
     tokenizer: CLIPTokenizer,
     *,
     steps: int,
@@ -228,9 +228,7 @@ def train_unet(
     torch.manual_seed(seed)
     unet, text_encoder = build_unet(widths).to(device), build_text_encoder(tokenizer).to(device)
     alphas_cumprod = build_scheduler().alphas_cumprod
-    captions = {(t.letter, t.ink, t.paper): t.caption for t in all_triples()}
-    texts = [captions[tuple(row)] for row in labels.tolist()]
-    encoded = tokenizer([*texts, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    encoded = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(len(latents), 64, generator=generator)
 
