@@ -156,6 +156,16 @@ def straight_to(steps: int) -> Change:
     return change
 
 
+def with_16(raw: Raw) -> None:
+    """32 -> 16 -> 8, half of the updates each."""
+    rung = next(rung for rung in raw["ladder"] if rung["student_steps"] == 8)
+    for phase in rung["phases"]:
+        phase["max_train_steps"] //= 2
+    place = raw["ladder"].index(rung)
+    raw["ladder"].insert(place, copy.deepcopy(rung) | {"student_steps": 16})
+    rung["teacher_steps"] = 16
+
+
 VARIANTS: dict[str, Change] = {
     "default": lambda raw: None,
     "mse-alone": adversary_times(0),
@@ -177,6 +187,8 @@ VARIANTS: dict[str, Change] = {
     "skip-level": skip_level,
     "cached-twice": cached_twice,
     "even-updates": even_updates,
+    "stop-at-2-percent": with_mse(stop_at_gain=0.02),
+    "with-16": with_16,
     "start-at-999": with_last_rung(start_timestep=None),
     "start-at-749": with_last_rung(start_timestep=749),
     "start-at-249": with_last_rung(start_timestep=249),

@@ -113,6 +113,8 @@ class Phase(Section):
     """Where mse is measured."""
     cached_updates: PositiveInt | None = None
     """Of mse: the batches and teacher's samples of so many updates are kept and used again in turn; all new if not given."""
+    stop_at_gain: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of mse: over where 20 updates lower the loss at unseen noise by less than this share; never early if not given."""
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
     """Of paired and single phases."""
 

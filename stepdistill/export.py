@@ -87,15 +87,16 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
 
 def model_card(config: RunConfig, record: RungRecord, folder: Path) -> str:
     """The rung's README.md."""
-    steps = [config.ladder[0].teacher_steps, *(r.student_steps for r in config.ladder)]
-    steps = steps[: steps.index(record.student_steps) + 1]
+    students = [r.student_steps for r in config.ladder]
+    students = students[: students.index(record.student_steps) + 1]
+    first = f"{config.ladder[0].teacher_steps} steps with guidance {config.teacher.guidance_scale:g}"
     embedded = config.teacher.path == EMBEDDED_TEACHER
     template = jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return template.render(
         name=config.name,
         record=record,
         steps=f"{record.student_steps} step{'s' if record.student_steps > 1 else ''}",
-        path=" -> ".join(map(str, steps)),
+        path=" -> ".join([first, *map(str, students)]),
         embedded=embedded,
         teacher='embedded_folder("teacher")' if embedded else repr(config.teacher.path),
         folder=repr(folder.as_posix()),

@@ -17,6 +17,8 @@ from stepdistill.training.log import PhaseProgress, TrainingLog
 from stepdistill.training.optim import NonFiniteError, RoleOptimizer
 from stepdistill.training.steps import Denoisers, phase_step
 
+_STOP_EVERY, _STOP_BATCHES = 20, 4
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -53,6 +55,7 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
         average = EMAModel(roles.student_parameters, decay=training.ema_decay, foreach=True)
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
     known: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
+    least = float("inf")
     with PhaseProgress(
         stage.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
     ) as progress:
@@ -71,6 +74,11 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
             if average is not None:
                 average.step(roles.student_parameters)
             numbers["images_per_second"] = batch_size / (time.monotonic() - started)
+            stop = False
+            if phase.stop_at_gain is not None and (step + 1) % _STOP_EVERY == 0:
+                numbers["held_out_loss"] = _held_out_loss(stage, runtime)
+                stop = numbers["held_out_loss"] > (1 - phase.stop_at_gain) * least
+                least = numbers["held_out_loss"]
             if log is not None:
                 log.write(
                     {
@@ -84,9 +92,37 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
             progress.update(step + 1, _for_console(numbers))
             if training.preview_steps and (step + 1) % training.preview_steps == 0:
                 stage.preview(f"phase{stage.number}-{phase.objective}-step{step + 1:06d}")
+            if stop:
+                break
     if average is not None:
         average.copy_to(roles.student_parameters)
     stage.preview(f"phase{stage.number}-{phase.objective}-end")
+
+
+@torch.no_grad()
+def _held_out_loss(stage: Stage, runtime: Runtime) -> float:
+    """The phase's loss at latents, noise and timesteps that no update is taken on; equal on every process."""
+    losses = []
+    for part in range(_STOP_BATCHES):
+        size = stage.training.train_batch_size
+        batch = draw_batch(
+            stage.cache,
+            list(range(part * size, (part + 1) * size)),
+            student_steps=stage.rung.student_steps,
+            node_steps=stage.rung.node_steps or stage.rung.student_steps,
+            seed=stage.seed,
+            keys=(*stage.keys, "held out"),
+            device=runtime.device,
+            dtype=runtime.weight_dtype,
+            num_train_timesteps=stage.nets.schedule.num_train_timesteps,
+        )
+        teacher_steps = stage.phase.teacher_steps or stage.rung.teacher_steps
+        with runtime.autocast():
+            result = phase_step(
+                stage.nets, batch, stage.phase, teacher_steps=teacher_steps, discriminator=None
+            )
+        losses.append(result.losses["student"].item())
+    return sum(losses) / len(losses)
 
 
 def _optimizers(stage: Stage) -> dict[str, RoleOptimizer]:

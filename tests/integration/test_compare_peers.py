@@ -38,6 +38,11 @@ def test_peers_are_compared_on_any_folder_of_captioned_pictures(world, tmp_path)
     table = results["tables"][0]
     assert set(table) == {"teacher-8", "teacher-4"} | {f"{m}-{n}" for m in METHODS for n in (8, 4, 2, 1)}
     assert all(row["fid_to_teacher"] >= -1e-6 for row in table.values())
+    sheet = Image.open(output.with_suffix(".png"))
+    assert sheet.height >= 5 * 64  # teacher 8 and 4, ours 4, 2 and 1, LCM-LoRA 4
+    text = output.with_suffix(".md").read_text()
+    assert "| FID to teacher | 8 steps | 4 steps | 2 steps | 1 step |" in text
+    assert f"{table['lcm-lora-4']['fid_to_real']:.1f}" in text
     assert table["teacher-8"]["fid_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert "prompt_accuracy" not in table["lcm-lora-4"]
     forwards = [cost["unet_forwards"] for cost in results["costs"][0].values()]

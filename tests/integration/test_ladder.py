@@ -223,6 +223,7 @@ def test_the_card_is_python_whatever_the_prompt_and_the_path_are(finished_run):
     texts = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
     assert prompt in texts
     assert path in texts
+    assert "Distilled 128 steps with guidance 3 -> 32 -> 8 -> 4 by" in card
 
 
 def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path):
