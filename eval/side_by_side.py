@@ -34,6 +34,7 @@ HELD_OUT = 0.1
 COLUMNS = 10
 # What tells methods apart needs many pictures and seeds, and no sweep, matrix or timing of every row.
 _MEASURED = ["evaluation.num_images=1000", "evaluation.diversity_prompts=16"]
+_MEASURED += [f"evaluation.unguided_steps={list(STEPS)}"]
 _MEASURED += ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluation.cost_batch_sizes=[]"]
 
 

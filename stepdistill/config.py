@@ -181,6 +181,8 @@ class Evaluation(Section):
     """An .npz with mu and sigma of real images under the same extractor and resize, for `fid_to_real` without pictures."""
     teacher_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 8, 4, 2, 1)
     """Rows of the undistilled teacher; the first is the reference of `*_to_teacher`."""
+    unguided_steps: tuple[PositiveInt, ...] = ()
+    """Rows of the undistilled teacher without guidance: as many passes as a student, often nearer to real images."""
     loras: tuple[LoraRow, ...] = ()
     """Rows of other LoRAs."""
     batch_size: PositiveInt = 64
@@ -218,11 +220,12 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluation":
-        names = [lora.name for lora in self.loras]
-        taken = sorted({n for n in names if names.count(n) > 1 or n.startswith(("teacher-", "student-"))})
+        names, kept = [lora.name for lora in self.loras], ("teacher-", "student-", "unguided-")
+        taken = sorted({n for n in names if names.count(n) > 1 or n.startswith(kept)})
         if taken:
             raise ConfigError(
-                f"evaluation.loras: got the name {taken[0]!r}; allowed: names of their own, not teacher-N or student-N"
+                f"evaluation.loras: got the name {taken[0]!r}; allowed: names of their own, "
+                "not teacher-N, student-N or unguided-N"
             )
         return self
 

@@ -48,7 +48,7 @@ def evaluation_forwards(config: RunConfig) -> float:
     """Forwards of all images that the evaluation draws, in samples: rows, floor, studies, cost."""
     options = config.evaluation
     guided = 2 if config.teacher.guidance_scale > 1 else 1
-    teachers = [guided * n for n in options.teacher_steps]
+    teachers = [*(guided * n for n in options.teacher_steps), *options.unguided_steps]
     students = [r.student_steps for r in config.ladder]
     others = [lora.steps * (2 if lora.guidance_scale > 1 else 1) for lora in options.loras]
     rows = sum(teachers + students + others)
@@ -75,7 +75,9 @@ def describe(config: RunConfig) -> str:
             )
     rungs = ", ".join(str(r.student_steps) for r in config.ladder)
     lines.append(f"export     the LoRAs of {rungs} steps")
-    rows = len(config.evaluation.teacher_steps) + len(config.ladder) + len(config.evaluation.loras)
+    options = config.evaluation
+    undistilled = len(options.teacher_steps) + len(options.unguided_steps)
+    rows = undistilled + len(config.ladder) + len(options.loras)
     lines.append(f"evaluate   {rows} rows of {config.evaluation.num_images} images")
     lines.append("report     index.html, results.json, results.md, grid.png")
     return "\n".join(lines)

@@ -54,6 +54,7 @@ def rows_of(config: RunConfig) -> list[Row]:
     teachers = [
         Row(f"teacher-{n}", n, config.teacher.guidance_scale) for n in config.evaluation.teacher_steps
     ]
+    teachers += [Row(f"unguided-{n}", n, 1.0) for n in config.evaluation.unguided_steps]
     students = [
         Row(f"student-{r.student_steps}", r.student_steps, 1.0, r.student_steps) for r in config.ladder
     ]
