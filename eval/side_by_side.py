@@ -59,7 +59,7 @@ def base_config(args: argparse.Namespace, seed: int, *more: str) -> RunConfig:
 
 def share_cache(base: RunConfig, config: RunConfig) -> None:
     """Prepares the latents of a seed once; every method's run gets a copy."""
-    first = base.model_copy(update={"name": f"cache-s{base.seed}"})
+    first = base.model_copy(update={"name": f"cache-s{base.seed}", "ladder": ()})
     stages.prepare(first)
     if not (config.run_dir / "cache").exists():
         open_run(config)
