@@ -61,6 +61,11 @@ def _named(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"name": f"{name}-s{config.seed}"})
 
 
+def _peer(config: RunConfig, name: str) -> RunConfig:
+    """Without the config's ladder, which such a method does not climb."""
+    return _named(config.model_copy(update={"ladder": ()}), name)
+
+
 def ladder_method(name: str, change: Callable[[RunConfig], RunConfig]) -> Method:
     """A ladder of this package, `change`d from the config's own."""
 
@@ -107,7 +112,7 @@ def lcm_method() -> Method:
             for n in STEPS
         ]
 
-    return Method("lcm-lora", lambda c, *_: _named(c, "lcm-lora"), train, rows, _cost_of(["lcm"]))
+    return Method("lcm-lora", lambda c, *_: _peer(c, "lcm-lora"), train, rows, _cost_of(["lcm"]))
 
 
 def dmd2_method() -> Method:
@@ -143,7 +148,7 @@ def dmd2_method() -> Method:
         ]
 
     folders = [f"dmd2-{n}" for n in STEPS]
-    return Method("dmd2-lora", lambda c, *_: _named(c, "dmd2-lora"), train, rows, _cost_of(folders))
+    return Method("dmd2-lora", lambda c, *_: _peer(c, "dmd2-lora"), train, rows, _cost_of(folders))
 
 
 def ladder_of(path: Path) -> Callable[[RunConfig], RunConfig]:
