@@ -8,6 +8,7 @@ from stepdistill.config import Phase, RunConfig, Rung
 # backward, then what the discriminator adds.
 _STUDENT = 1.083 + 1.268
 _DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
+_TIMESTEPS, _CLEAN = 1000, -1
 
 
 COST_REPEATS = 2
@@ -22,7 +23,7 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
     guided = teacher_steps not in earlier and config.teacher.guidance_scale > 1
     asked = phase.objective not in _DISCRIMINATOR or phase.discriminator.real == "teacher"
-    substeps = teacher_steps // rung.student_steps * (2 if guided else 1)
+    substeps = _teacher_substeps(rung, teacher_steps) * (2 if guided else 1)
     asked_share = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
     extra = 0.0
     if phase.objective in _DISCRIMINATOR and phase.discriminator.inputs == "student":
@@ -31,6 +32,22 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
         extra += 2 * 0.434 * _STUDENT
     teacher = asked_share * substeps if asked else 0
     return teacher + extra + _STUDENT + _DISCRIMINATOR.get(phase.objective, 0.0)
+
+
+def _teacher_substeps(rung: Rung, teacher_steps: int) -> float:
+    """Mean number of the teacher's moves within one of the student's, over the nodes that the student is trained at."""
+    nodes, teacher = _trailing(rung.node_steps or rung.student_steps), _trailing(teacher_steps)
+    student = [*_trailing(rung.student_steps), _CLEAN]
+    moves = 0
+    for node in nodes:
+        stepped = max(_CLEAN, node - round(_TIMESTEPS / rung.student_steps))
+        end = student[student.index(node) + 1] if node in student else stepped
+        moves += 1 + sum(end < t < node for t in teacher)
+    return moves / len(nodes)
+
+
+def _trailing(steps: int) -> list[int]:
+    return [round(_TIMESTEPS - k * _TIMESTEPS / steps) - 1 for k in range(steps)]
 
 
 def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:

@@ -11,12 +11,18 @@ from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch, draw_batch
 from stepdistill.diffusion.prediction import convert
 from stepdistill.diffusion.solver import guide
-from stepdistill.durable import write_json
+from stepdistill.durable import read_json, write_json
 from stepdistill.ladder import load_shared, save_lora
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.runtime import Runtime
 from stepdistill.training.log import PhaseProgress
 from stepdistill.training.optim import RoleOptimizer
+
+
+def is_finished(folder: Path, **wanted: object) -> bool:
+    """Whether the LoRA in `folder` was trained with exactly these updates, rate and start."""
+    record = read_json(folder / "peer.json")
+    return isinstance(record, dict) and all(record.get(key) == value for key, value in wanted.items())
 
 
 class Loop:
@@ -60,13 +66,13 @@ class Loop:
     def optimizer(
         self, parameters: list[torch.nn.Parameter], learning_rate: float, updates: int
     ) -> RoleOptimizer:
-        """As every method here has it: Adam, the config's warm-up and decay."""
+        """As every method here has it: Adam, the config's warm-up (a fifth of the updates at most) and decay."""
         return RoleOptimizer(
             parameters,
             learning_rate=learning_rate,
             adversarial=False,
             max_train_steps=updates,
-            lr_warmup_steps=self._config.training.lr_warmup_steps,
+            lr_warmup_steps=min(self._config.training.lr_warmup_steps, updates // 5),
             lr_final_fraction=self._config.training.lr_final_fraction,
         )
 
@@ -106,13 +112,17 @@ class Loop:
             target="sample",
         )
 
-    def finish(self, folder: Path, *, updates: int, learning_rate: float, forwards: float) -> None:
-        """The LoRA and peer.json, which says what it took; `forwards` per sample and update."""
+    def finish(
+        self, folder: Path, *, updates: int, learning_rate: float, start: str | None, forwards: float
+    ) -> None:
+        """The LoRA and peer.json, which says what it took; `start` names the weights it began with, `forwards` is per
+        sample and update."""
         folder.mkdir(parents=True, exist_ok=True)
         save_lora(self.shared.roles, folder)
         record = {
             "updates": updates,
             "learning_rate": learning_rate,
+            "start": start,
             "unet_forwards": round(updates * forwards * self._config.training.train_batch_size),
             "training_seconds": round(time.monotonic() - self._began, 1),
         }

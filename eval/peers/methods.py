@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from side_by_side import STEPS
@@ -13,7 +12,6 @@ from stepdistill import plan, stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config_file import parse_config
 from stepdistill.durable import read_json
-from stepdistill.ladder import read_lora_file
 from stepdistill.run_folder import resolved
 from stepdistill.rungs import WEIGHT_NAME, read_rung, rung_folder
 
@@ -120,7 +118,7 @@ def dmd2_method() -> Method:
 
     def train(config: RunConfig, budget: float, factor: float) -> None:
         stages.prepare(config)
-        start: dict[str, Any] | None = None
+        start: Path | None = None
         for n in STEPS:
             updates = max(1, round(budget / len(STEPS) / dmd2.forwards(n) / config.training.train_batch_size))
             folder = config.run_dir / f"dmd2-{n}"
@@ -132,7 +130,7 @@ def dmd2_method() -> Method:
                 learning_rate=DMD2_LEARNING_RATE * factor,
                 start=start,
             )
-            start = read_lora_file(folder / WEIGHT_NAME)
+            start = folder / WEIGHT_NAME
 
     def rows(config: RunConfig) -> list[LoraRow]:
         return [

@@ -6,6 +6,8 @@ import torch
 
 from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch
+from stepdistill.durable import sha256_file
+from stepdistill.ladder import read_lora_file
 from stepdistill.models import adapters
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.discriminator import Head, encode
@@ -13,14 +15,14 @@ from stepdistill.models.roles import STUDENT
 from stepdistill.rng import derive_seed
 
 from . import dmd2, lcm
-from .loop import Loop
+from .loop import Loop, is_finished
 
 FAKE = "fake_score"
 
 
 def train_lcm(config: RunConfig, folder: Path, *, updates: int, learning_rate: float) -> None:
-    """An LCM-LoRA in `folder`; nothing where a finished one is there."""
-    if (folder / "peer.json").is_file():
+    """An LCM-LoRA in `folder`; nothing where a finished one with these settings is there."""
+    if is_finished(folder, updates=updates, learning_rate=learning_rate, start=None):
         return
     loop = Loop(config, ("lcm",), lcm.NODES)
     shared, roles = loop.shared, loop.shared.roles
@@ -46,7 +48,7 @@ def train_lcm(config: RunConfig, folder: Path, *, updates: int, learning_rate: f
                 prediction_type=shared.base_prediction_type,
             )
             bar.update(step + 1, {"loss": loop.update(optimizer, loss)})
-    loop.finish(folder, updates=updates, learning_rate=learning_rate, forwards=lcm.FORWARDS)
+    loop.finish(folder, updates=updates, learning_rate=learning_rate, start=None, forwards=lcm.FORWARDS)
 
 
 class Dmd2:
@@ -159,16 +161,20 @@ def train_dmd2(
     steps: int,
     updates: int,
     learning_rate: float,
-    start: dict[str, torch.Tensor] | None = None,
+    start: Path | None = None,
 ) -> None:
-    """A DMD2-LoRA for `steps` steps in `folder`, from the LoRA `start` or the base; nothing where a finished one is."""
-    if (folder / "peer.json").is_file():
+    """A DMD2-LoRA for `steps` steps in `folder`, from the LoRA file `start` or the base; nothing where a finished one with
+    these settings is there."""
+    started_from = None if start is None else sha256_file(start)
+    if is_finished(folder, updates=updates, learning_rate=learning_rate, start=started_from):
         return
-    peer = Dmd2(config, steps=steps, updates=updates, learning_rate=learning_rate, start=start)
+    weights = None if start is None else read_lora_file(start)
+    peer = Dmd2(config, steps=steps, updates=updates, learning_rate=learning_rate, start=weights)
     with peer.loop.progress(f"DMD2-LoRA {steps}", updates) as bar:
         for step in range(updates):
             first = step * (dmd2.FAKE_UPDATES + 1)
             critics = [peer.update_critics(first + k) for k in range(dmd2.FAKE_UPDATES)]
             loss = peer.update_student(first + dmd2.FAKE_UPDATES)
             bar.update(step + 1, {"loss": loss, "fake loss": critics[-1]})
-    peer.loop.finish(folder, updates=updates, learning_rate=learning_rate, forwards=dmd2.forwards(steps))
+    cost = dmd2.forwards(steps)
+    peer.loop.finish(folder, updates=updates, learning_rate=learning_rate, start=started_from, forwards=cost)
