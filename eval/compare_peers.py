@@ -113,12 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     made_at = source_commit()
     budget = args.budget or plan.training_forwards(base_config(args, 0))
+    check_evaluation(base_config(args, 0))
     if args.tune:
         tune(args, budget)
     kept = read_json(args.output.with_suffix(".rates.json")) or {}
     rates = {name: record["factor"] for name, record in kept.items()}
     tables, costs = [], []
-    check_evaluation(base_config(args, 0))
     for seed in args.seeds:
         base = base_config(args, seed)
         trained = [(m, train(m, base, budget, rates.get(m.name, 1.0))) for m in chosen(args)]

@@ -18,6 +18,7 @@ from stepdistill.durable import read_json
 from stepdistill.report.grid import image_grid
 from stepdistill.run_folder import open_run
 from stepdistill.rungs import rung_folder
+from stepdistill.runtime import environment
 
 STEPS = (8, 4, 2, 1)
 SIZES = {"cpu": ["training.train_batch_size=32"], "gpu": ["training.train_batch_size=256"]}
@@ -38,10 +39,12 @@ _MEASURED += [f"evaluation.unguided_steps={list(STEPS)}"]
 _MEASURED += ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluation.cost_batch_sizes=[]"]
 
 
-def arguments(parser: argparse.ArgumentParser, *, output: str, output_dir: str) -> None:
+def arguments(
+    parser: argparse.ArgumentParser, *, output: str, output_dir: str, seeds: Sequence[int] = (0, 1, 2)
+) -> None:
     """The options that every comparison has."""
     parser.add_argument("--config", default="configs/letters.yaml")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
     parser.add_argument("--size", choices=list(SIZES), default="cpu")
     parser.add_argument(
         "--budget", type=float, help="U-Net forwards; the config's own ladder's where not given"
@@ -145,8 +148,7 @@ def write(output: Path, text: str, tables: Sequence[Table], payload: dict[str, A
     """OUTPUT.md and OUTPUT.json."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text(text + "\n")
-    environment = read_json(tables[0].run_dir / "environment.json")
-    payload |= {"environment": environment, "floors": [table.floor for table in tables]}
+    payload |= {"environment": environment(), "floors": [table.floor for table in tables]}
     payload["tables"] = [table.rows for table in tables]
     output.with_suffix(".json").write_text(json.dumps(payload, indent=2) + "\n")
 

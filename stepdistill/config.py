@@ -160,8 +160,8 @@ class LoraRow(Section):
     scheduler: str | None = None
     """A diffusers scheduler class, made from the base's scheduler config; where not given the one in scheduler/ beside the
     weights, or DDIMScheduler with trailing timesteps."""
-    scheduler_options: dict[str, bool | int | float | str] = {}
-    """What to change in that config."""
+    scheduler_options: dict[str, bool | int | float | str] | None = None
+    """What to change in that config; trailing timesteps where not given, nothing in one that lies beside the weights."""
     timesteps: tuple[int, ...] | None = None
     """Explicit timesteps, such as DMD2's 999, 749, 499, 249; the scheduler's own where not given."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -297,6 +297,16 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
         raise ConfigError(
             f"{key}.teacher_steps: got {phase.teacher_steps}; allowed: {', '.join(map(str, known))}, "
             f"the students of earlier rungs"
+        )
+    for option in ("cached_updates", "stop_at_gain"):
+        if phase.objective != "mse" and getattr(phase, option) is not None:
+            raise ConfigError(
+                f"{key}.{option}: got {getattr(phase, option)}; allowed: on an mse phase, this is {phase.objective}"
+            )
+    if phase.discriminator.inputs == "student" and rung.node_steps not in (None, rung.student_steps):
+        raise ConfigError(
+            f'{key}.discriminator.inputs: got "student"; allowed: without node_steps, as a roll-out goes along the '
+            f"student's own nodes"
         )
     if phase.objective == "convert" and rung.prediction_type != "sample":
         raise ConfigError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
 from stepdistill.durable import read_json
@@ -80,16 +80,14 @@ def lora_file(lora: LoraRow) -> Path:
 
 
 def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMixin:
-    """What samples it: the class that is named on the base's config, else the scheduler beside the weights, else DDIM
-    with trailing timesteps; with scheduler_options changed. ConfigError for a class that is none of diffusers'."""
-    if lora.scheduler is not None:
-        return scheduler_class(lora.scheduler).from_config(dict(base_config), **lora.scheduler_options)
+    """What samples it: the class that is named on the base's config, else the scheduler beside the weights, else DDIM;
+    changed by scheduler_options. ConfigError for a class that is none of diffusers'."""
     beside = read_json(lora_file(lora).parent / "scheduler" / "scheduler_config.json")
-    if isinstance(beside, dict):
-        return scheduler_class(str(beside.get("_class_name"))).from_config(beside, **lora.scheduler_options)
-    return DDIMScheduler.from_config(
-        dict(base_config), **{"timestep_spacing": "trailing", **lora.scheduler_options}
-    )
+    if lora.scheduler is None and isinstance(beside, dict):
+        kind = scheduler_class(str(beside.get("_class_name")))
+        return kind.from_config(beside, **(lora.scheduler_options or {}))
+    options = {"timestep_spacing": "trailing"} if lora.scheduler_options is None else lora.scheduler_options
+    return scheduler_class(lora.scheduler or "DDIMScheduler").from_config(dict(base_config), **options)
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:

@@ -69,6 +69,8 @@ def _series(entries: Sequence[Entry], x_key: str, y_key: str) -> list[Series]:
         x, y = number(entry.row.get(x_key)), number(entry.row.get(y_key))
         if x and y and x > 0 and y > _NEGLIGIBLE:
             name = {"teacher": "undistilled teacher", "student": "students"}.get(entry.kind, entry.label)
+            if entry.is_unguided:
+                name = "undistilled, no guidance"
             if several and entry.kind != "lora" and entry.label != entry.name:
                 name = f"{entry.run.name}: {name}"
             points.setdefault((name, entry.kind == "teacher"), []).append((float(x), float(y)))

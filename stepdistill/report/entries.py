@@ -44,6 +44,11 @@ class Entry:
         """Whether `*_to_teacher` is measured against this row."""
         return self.name == self.run.reference
 
+    @property
+    def is_unguided(self) -> bool:
+        """Whether it is the undistilled teacher without guidance."""
+        return self.name.startswith("unguided-")
+
     def value(self, key: str) -> Number | None:
         """One of its numbers, None where it was not measured."""
         return number(self.row.get(key))
@@ -67,8 +72,9 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
 
 
 def equal_passes(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The undistilled teacher with as many U-Net passes as this row, else with as many steps; None where there is none."""
-    own = [e for e in entries if e.kind == "teacher" and not e.is_reference]
+    """The undistilled guided teacher with as many U-Net passes as this row, else with as many steps; None where there is
+    none."""
+    own = [e for e in entries if e.kind == "teacher" and not e.is_reference and not e.is_unguided]
     for key in ("nfe", "steps"):
         for teacher in own:
             if teacher.row[key] == entry.row[key]:

@@ -101,7 +101,7 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
 
 @torch.no_grad()
 def _held_out_loss(stage: Stage, runtime: Runtime) -> float:
-    """The phase's loss at latents, noise and timesteps that no update is taken on; equal on every process."""
+    """The phase's loss at noise and timesteps that no update is taken on."""
     losses = []
     for part in range(_STOP_BATCHES):
         size = stage.training.train_batch_size
@@ -119,7 +119,12 @@ def _held_out_loss(stage: Stage, runtime: Runtime) -> float:
         teacher_steps = stage.phase.teacher_steps or stage.rung.teacher_steps
         with runtime.autocast():
             result = phase_step(
-                stage.nets, batch, stage.phase, teacher_steps=teacher_steps, discriminator=None
+                stage.nets,
+                batch,
+                stage.phase,
+                teacher_steps=teacher_steps,
+                student_steps=stage.rung.student_steps,
+                discriminator=None,
             )
         losses.append(result.losses["student"].item())
     return sum(losses) / len(losses)
@@ -179,6 +184,7 @@ def _accumulate(
                 batch,
                 phase,
                 teacher_steps=phase.teacher_steps or stage.rung.teacher_steps,
+                student_steps=stage.rung.student_steps,
                 discriminator=stage.discriminator,
                 known=known,
                 number=first,

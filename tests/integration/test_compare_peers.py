@@ -36,10 +36,12 @@ def test_peers_are_compared_on_any_folder_of_captioned_pictures(world, tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]
     results = json.loads(output.with_suffix(".json").read_text())
     table = results["tables"][0]
-    assert set(table) == {"teacher-8", "teacher-4"} | {f"{m}-{n}" for m in METHODS for n in (8, 4, 2, 1)}
+    compared = {f"{m}-{n}" for m in [*METHODS, "unguided"] for n in (8, 4, 2, 1)}
+    assert set(table) == {"teacher-8", "teacher-4"} | compared
+    assert results["environment"]["torch"]
     assert all(row["fid_to_teacher"] >= -1e-6 for row in table.values())
     sheet = Image.open(output.with_suffix(".png"))
-    assert sheet.height >= 5 * 64  # teacher 8 and 4, ours 4, 2 and 1, LCM-LoRA 4
+    assert sheet.height >= 6 * 64  # teacher 8 and 4, ours 4, 2 and 1, LCM-LoRA 4
     text = output.with_suffix(".md").read_text()
     assert "| FID to teacher | 8 steps | 4 steps | 2 steps | 1 step |" in text
     assert f"{table['lcm-lora-4']['fid_to_real']:.1f}" in text

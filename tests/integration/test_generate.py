@@ -10,7 +10,7 @@ import torch
 from stepdistill.config import ConfigError, LoraRow
 from stepdistill.evaluation.generate import Sampler, draw
 from stepdistill.evaluation.pictures import PictureFolder
-from stepdistill.evaluation.rows import Row, lora_row, rows_of
+from stepdistill.evaluation.rows import Row, lora_row, lora_scheduler, rows_of
 from stepdistill.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.runtime import Processes
 from tests.integration.conftest import tiny_config
@@ -145,7 +145,7 @@ def test_a_named_lora_is_the_rung_it_is_a_copy_of(trained_run, tmp_path):
     lora = LoraRow(name="copy", path=str(rung_folder(trained_run.run_dir, 4)), steps=4)
     alone = tmp_path / "alone.safetensors"
     shutil.copy(rung_folder(trained_run.run_dir, 4) / WEIGHT_NAME, alone)
-    options = {"clip_sample": False, "set_alpha_to_one": True}
+    options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
     plain = LoraRow(name="plain", path=str(alone), steps=4, scheduler_options=options)
     make(trained_run, tmp_path / "plain", lora_row(plain))
     make(trained_run, tmp_path / "copy", lora_row(lora))
@@ -173,6 +173,20 @@ def test_a_named_lora_brings_its_own_scheduler_and_timesteps(trained_run, tmp_pa
     for lora in (lcm, explicit):
         make(trained_run, tmp_path / lora.name, lora_row(lora))
     assert bytes_of(tmp_path / "lcm") != bytes_of(tmp_path / "dmd2")
+
+
+@pytest.mark.parametrize(
+    ("more", "spacing"),
+    [
+        ({}, "trailing"),
+        ({"scheduler": "EulerDiscreteScheduler"}, "trailing"),
+        ({"scheduler": "LCMScheduler", "scheduler_options": {}}, "leading"),
+    ],
+)
+def test_a_named_loras_timesteps_are_trailing_unless_said_otherwise(tmp_path, more, spacing):
+    lora = LoraRow(name="x", path=str(tmp_path / "x.safetensors"), steps=4, **more)
+    base = {"timestep_spacing": "leading", "beta_schedule": "scaled_linear"}
+    assert lora_scheduler(lora, base).config.timestep_spacing == spacing
 
 
 @pytest.mark.parametrize(
