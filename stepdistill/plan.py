@@ -6,8 +6,10 @@ from stepdistill.config import Phase, RunConfig, Rung
 
 # In units of one forward of the bare U-Net per sample (section 5 of the recipe, computed on SDXL): LoRA forward and
 # backward, then what the discriminator adds.
-_STUDENT = 1.083 + 1.268
+_LORA_FORWARD, _ENCODER = 1.083, 0.434
+_STUDENT = _LORA_FORWARD + 1.268
 _DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
+_FROZEN_TRUNK = -2.2  # no backward into it, and no adapter: single 5.7 instead of 7.9
 _TIMESTEPS, _CLEAN = 1000, -1
 
 
@@ -19,19 +21,30 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     """Forwards per sample and update of one phase."""
     if phase.objective == "convert":
         return 1 + _STUDENT
+    return _teacher_forwards(config, rung, phase) + _STUDENT + _discriminator_forwards(rung, phase)
+
+
+def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
+    if phase.objective in _DISCRIMINATOR and phase.discriminator.real == "data":
+        return 0.0
     teacher_steps = phase.teacher_steps or rung.teacher_steps
     earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
     guided = teacher_steps not in earlier and config.teacher.guidance_scale > 1
-    asked = phase.objective not in _DISCRIMINATOR or phase.discriminator.real == "teacher"
-    substeps = _teacher_substeps(rung, teacher_steps) * (2 if guided else 1)
-    asked_share = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
-    extra = 0.0
-    if phase.objective in _DISCRIMINATOR and phase.discriminator.inputs == "student":
-        extra += 1.083 * (rung.student_steps - 1) / 2
-    if phase.objective in _DISCRIMINATOR and phase.discriminator.r1_weight > 0:
-        extra += 2 * 0.434 * _STUDENT
-    teacher = asked_share * substeps if asked else 0
-    return teacher + extra + _STUDENT + _DISCRIMINATOR.get(phase.objective, 0.0)
+    asked = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
+    return asked * _teacher_substeps(rung, teacher_steps) * (2 if guided else 1)
+
+
+def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
+    if phase.objective not in _DISCRIMINATOR:
+        return 0.0
+    options, found = phase.discriminator, _DISCRIMINATOR[phase.objective]
+    if options.trunk == "frozen":
+        found += _FROZEN_TRUNK
+    if options.r1_weight > 0:
+        found += 2 * _ENCODER * _STUDENT
+    if options.inputs == "student":
+        found += _LORA_FORWARD * (rung.student_steps - 1) / 2
+    return found
 
 
 def _teacher_substeps(rung: Rung, teacher_steps: int) -> float:
