@@ -62,7 +62,7 @@ def pages(tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     finished = make_run(base / "letters-adversarial", config="tests/assets/letters_adversarial.yaml")
     large = make_run(base / "large", size=300)
-    write_training(base / "training", updates=250, finished=(32,))
+    write_training(base / "training", updates=300, finished=(32,))
     folders = {
         "finished": build_report(finished, grid_columns=4),
         "large": build_report(large, grid_columns=4),
