@@ -3,21 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class ConfigError(ValueError):
-    """A config that cannot run; the message names the key, the value got and what is allowed."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict about keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from stepdistill.config_evaluation import Evaluation as Evaluation
+from stepdistill.config_evaluation import LoraRow as LoraRow
+from stepdistill.config_section import ConfigError as ConfigError
+from stepdistill.config_section import Name, PositiveFloat, PositiveInt, Section
 
 
 class Teacher(Section):
@@ -142,92 +133,6 @@ class Preview(Section):
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     """Fixed prompts, drawn from fixed noise by teacher and student."""
-
-
-class LoraRow(Section):
-    """A row for any other LoRA of the same base: one of the field's, or another run's."""
-
-    name: Name
-    """The row's name."""
-    path: str
-    """A safetensors file, or a folder with pytorch_lora_weights.safetensors."""
-    steps: PositiveInt
-    """num_inference_steps."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """As its authors say; up to 1 is off."""
-    scale: float = 1.0
-    """Weight of the LoRA."""
-    scheduler: str | None = None
-    """A diffusers scheduler class, made from the base's scheduler config; where not given the one in scheduler/ beside the
-    weights, or DDIMScheduler with trailing timesteps."""
-    scheduler_options: dict[str, bool | int | float | str] | None = None
-    """What to change in that config; trailing timesteps where not given, nothing in one that lies beside the weights."""
-    timesteps: tuple[int, ...] | None = None
-    """Explicit timesteps, such as DMD2's 999, 749, 499, 249; the scheduler's own where not given."""
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Of the schedulers that know it (DDIM, TCD)."""
-
-
-class Evaluation(Section):
-    """The table: what is drawn and what is measured."""
-
-    num_images: Annotated[int, Field(ge=8)] = 500
-    """Images per row."""
-    prompts: str | None = None
-    """A text file, one prompt a line, used in order and again from the start; the captions of `data` where not given."""
-    real_images: str | None = None
-    """A folder of pictures that `*_to_real` compares with; where not given the pictures of `data`, letters fresh."""
-    reference_stats: str | None = None
-    """An .npz with mu and sigma of real images under the same extractor and resize, for `fid_to_real` without pictures."""
-    teacher_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 8, 4, 2, 1)
-    """Rows of the undistilled teacher; the first is the reference of `*_to_teacher`."""
-    unguided_steps: tuple[PositiveInt, ...] = ()
-    """Rows of the undistilled teacher without guidance: as many passes as a student, often nearer to real images."""
-    loras: tuple[LoraRow, ...] = ()
-    """Rows of other LoRAs."""
-    batch_size: PositiveInt = 64
-    """Images per pipeline call."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """What the pipeline draws in."""
-    features: str = "reader"
-    """What FID, KID, precision and coverage are measured on: reader, inception[:FILE], clip:FOLDER or dinov2:FOLDER."""
-    resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] | None = None
-    """How images reach the extractor's size; where not given none (reader), torchmetrics (inception), else pil_bicubic."""
-    patch_size: PositiveInt | None = None
-    """Patch FID on the centre crop of this size, without resize (299 for Inception); off where not given."""
-    clip: str | None = None
-    """A CLIP folder: CLIP score and CMMD."""
-    dinov2: str | None = None
-    """A DINOv2 folder: FD-DINOv2."""
-    floor: bool = True
-    """Draw the teacher once more with other seeds: the distance that no student can be held to."""
-    diversity_prompts: Annotated[int, Field(ge=0)] = 8
-    """How many prompts are drawn with several seeds each; 0 leaves diversity out."""
-    diversity_seeds: Annotated[int, Field(ge=2)] = 8
-    """Seeds per prompt."""
-    lora_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-    """Every rung's LoRA at these weights on a few images; () leaves the sweep out."""
-    matrix: bool = True
-    """Every rung's LoRA sampled at every rung's steps on a few images."""
-    study_images: PositiveInt = 8
-    """Images per cell of the sweep and the matrix."""
-    cost_batch_sizes: tuple[PositiveInt, ...] = (1, 8, 32)
-    """Batches that seconds, images/s and memory are measured at; () leaves cost out."""
-    score_cmd: str | None = None
-    """An outside scorer: a command with {images} (a folder) and {prompts} (a file); its last line is a JSON object."""
-    grid_columns: PositiveInt = 10
-    """Prompts in the picture."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "Evaluation":
-        names, kept = [lora.name for lora in self.loras], ("teacher-", "student-", "unguided-")
-        taken = sorted({n for n in names if names.count(n) > 1 or n.startswith(kept)})
-        if taken:
-            raise ConfigError(
-                f"evaluation.loras: got the name {taken[0]!r}; allowed: names of their own, "
-                "not teacher-N, student-N or unguided-N"
-            )
-        return self
 
 
 class RunConfig(Section):

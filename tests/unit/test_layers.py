@@ -11,6 +11,8 @@ LAYERS = [
     {"durable", "rng", "diffusion"},
     {"objectives", "demo.letters", "demo.reader"},
     {"models.folder"},
+    {"config_section"},
+    {"config_evaluation"},
     {"config", "rungs", "report.grid"},
     {"config_file"},
     {"run_folder", "plan", "runtime"},
@@ -33,7 +35,9 @@ OWNERS = {
 TORCH_ONLY = ("diffusion", "objectives")
 NO_TORCH = (
     "config",
+    "config_evaluation",
     "config_file",
+    "config_section",
     "run_folder",
     "plan",
     "rungs",
