@@ -1,7 +1,73 @@
 """The README's numbers are those of the committed command."""
 
 import json
+import re
+import statistics
 from pathlib import Path
+
+RESULTS = Path("eval/results/peers.json")
+
+
+def rows():
+    """The measures' means over the seeds, by row."""
+    table = json.loads(RESULTS.read_text())["table"]
+    return {row.pop("row"): {k: v["mean"] for k, v in row.items() if isinstance(v, dict)} for row in table}
+
+
+def test_the_readmes_tables_are_the_committed_results():
+    readme = Path("README.md").read_text()
+    results = RESULTS.with_suffix(".md").read_text()
+    shown = re.findall(r"<!-- table: eval/results/peers.md -->\n(.*?)\n<!-- end -->", readme, flags=re.DOTALL)
+    assert len(shown) == 2
+    assert all(table in results for table in shown)
+
+
+def test_students_beat_the_undistilled_teacher_on_the_committed_numbers():
+    """At equal U-Net passes the student is far nearer to the 32-step teacher than the undistilled one."""
+    found = rows()
+    for student, teacher, share, accuracy in (
+        ("stepdistill-8", "teacher-4", 0.5, 0.99),
+        ("stepdistill-4", "teacher-2", 0.1, 0.99),
+        ("stepdistill-2", "teacher-1", 0.05, 0.97),
+        ("stepdistill-1", "teacher-1", 0.08, 0.85),
+    ):
+        assert found[student]["fid_to_teacher"] <= share * found[teacher]["fid_to_teacher"]
+        assert found[student]["prompt_accuracy"] >= accuracy
+
+
+def test_few_steps_are_as_good_as_the_teachers_many_on_the_committed_numbers():
+    """Three seeds: FID to real within 5 % of the teacher's at 4 steps, 30 % at one; prompts, and typefaces over seeds."""
+    facts = json.loads(RESULTS.read_text())
+    assert len(facts["seeds"]) >= 3
+    assert facts["num_images"] >= 1000
+    found = rows()
+    teacher = found["teacher-32"]
+    for name, share, lost in (("stepdistill-4", 1.05, 0.01), ("stepdistill-1", 1.3, 0.03)):
+        assert found[name]["fid_to_real"] <= share * teacher["fid_to_real"]
+        assert found[name]["prompt_accuracy"] >= teacher["prompt_accuracy"] - lost
+        assert found[name]["diversity"] >= 0.9
+
+
+def test_no_peer_is_ahead_on_the_committed_numbers():
+    """At every step count: FID to real, prompt accuracy to half a point, and FID to teacher beside ours by mse."""
+    found = rows()
+    for n in (8, 4, 2, 1):
+        ours, by_mse = found[f"stepdistill-{n}"], found[f"stepdistill-mse-{n}"]
+        for peer in ("progressive", "lcm-lora", "dmd2-lora", "lightning"):
+            theirs = found[f"{peer}-{n}"]
+            assert ours["fid_to_real"] < theirs["fid_to_real"], (peer, n)
+            assert ours["prompt_accuracy"] >= theirs["prompt_accuracy"] - 0.005, (peer, n)
+            assert by_mse["fid_to_teacher"] < theirs["fid_to_teacher"], (peer, n)
+
+
+def test_the_readmes_floors_are_the_committed_result():
+    floors = json.loads(RESULTS.read_text())["floors"]
+    text = " ".join(Path("README.md").read_text().split())
+    for key, said in (
+        ("fid_to_real", "two sets of real images are {:.1f} apart"),
+        ("fid_to_teacher", "two of the teacher with other seeds {:.1f}"),
+    ):
+        assert said.format(statistics.fmean(floor[key] for floor in floors)) in text
 
 
 def test_the_readmes_speed_is_the_committed_result():
