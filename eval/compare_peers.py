@@ -15,7 +15,8 @@ OUTPUT.rates.json, which later calls read. Any config runs: name a teacher and a
 is made again.
 
 On a GPU: python pipelines/train_teacher.py teachers/wide --widths 192 384 --unet-steps 20000 --device cuda, then --size gpu
---budget 2e7 teacher.path=teachers/wide/teacher.
+--budget 2e7 --output eval/results/peers_gpu --output-dir runs/peers_gpu teacher.path=teachers/wide/teacher. Another teacher,
+world or budget wants an --output of its own: rates tuned for one are not read for another.
 """
 
 import argparse
