@@ -15,7 +15,7 @@ from stepdistill.models.discriminator import Discriminator
 from stepdistill.runtime import Runtime
 from stepdistill.training.log import PhaseProgress, TrainingLog
 from stepdistill.training.optim import NonFiniteError, RoleOptimizer
-from stepdistill.training.steps import Denoisers, phase_step
+from stepdistill.training.steps import Denoisers, StepResult, phase_step
 
 _STOP_EVERY, _STOP_BATCHES = 20, 4
 
@@ -102,32 +102,44 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
 @torch.no_grad()
 def _held_out_loss(stage: Stage, runtime: Runtime) -> float:
     """The phase's loss at noise and timesteps that no update is taken on."""
-    losses = []
-    for part in range(_STOP_BATCHES):
-        size = stage.training.train_batch_size
-        batch = draw_batch(
-            stage.cache,
-            list(range(part * size, (part + 1) * size)),
-            student_steps=stage.rung.student_steps,
-            node_steps=stage.rung.node_steps or stage.rung.student_steps,
-            seed=stage.seed,
-            keys=(*stage.keys, "held out"),
-            device=runtime.device,
-            dtype=runtime.weight_dtype,
-            num_train_timesteps=stage.nets.schedule.num_train_timesteps,
-        )
-        teacher_steps = stage.phase.teacher_steps or stage.rung.teacher_steps
-        with runtime.autocast():
-            result = phase_step(
-                stage.nets,
-                batch,
-                stage.phase,
-                teacher_steps=teacher_steps,
-                student_steps=stage.rung.student_steps,
-                discriminator=None,
-            )
-        losses.append(result.losses["student"].item())
+    size, keys = stage.training.train_batch_size, (*stage.keys, "held out")
+    losses = [
+        _step(stage, runtime, first, keys, None).losses["student"].item()
+        for first in range(0, _STOP_BATCHES * size, size)
+    ]
     return sum(losses) / len(losses)
+
+
+def _step(
+    stage: Stage,
+    runtime: Runtime,
+    first: int,
+    keys: tuple[rng.Key, ...],
+    known: dict[int, torch.Tensor] | None,
+) -> StepResult:
+    """The losses on the micro-batch that begins at global sample `first` of the randomness named by `keys`."""
+    batch = draw_batch(
+        stage.cache,
+        list(range(first, first + stage.training.train_batch_size)),
+        student_steps=stage.rung.student_steps,
+        node_steps=stage.rung.node_steps or stage.rung.student_steps,
+        seed=stage.seed,
+        keys=keys,
+        device=runtime.device,
+        dtype=runtime.weight_dtype,
+        num_train_timesteps=stage.nets.schedule.num_train_timesteps,
+    )
+    with runtime.autocast():
+        return phase_step(
+            stage.nets,
+            batch,
+            stage.phase,
+            teacher_steps=stage.phase.teacher_steps or stage.rung.teacher_steps,
+            student_steps=stage.rung.student_steps,
+            discriminator=stage.discriminator,
+            known=known,
+            number=first,
+        )
 
 
 def _optimizers(stage: Stage) -> dict[str, RoleOptimizer]:
@@ -159,7 +171,7 @@ def _accumulate(
     known: dict[int, torch.Tensor] | None,
 ) -> dict[str, float]:
     """Backward over the micro-batches of this process; returns the means of losses and metrics."""
-    training, phase = stage.training, stage.phase
+    training = stage.training
     micro = training.train_batch_size
     count = training.gradient_accumulation_steps
     sums: dict[str, torch.Tensor] = {}
@@ -167,28 +179,7 @@ def _accumulate(
         optimizer.zero_grad()
     for part in range(count):
         first = ((step * runtime.num_processes + runtime.process_index) * count + part) * micro
-        batch = draw_batch(
-            stage.cache,
-            list(range(first, first + micro)),
-            student_steps=stage.rung.student_steps,
-            node_steps=stage.rung.node_steps or stage.rung.student_steps,
-            seed=stage.seed,
-            keys=stage.keys,
-            device=runtime.device,
-            dtype=runtime.weight_dtype,
-            num_train_timesteps=stage.nets.schedule.num_train_timesteps,
-        )
-        with runtime.autocast():
-            result = phase_step(
-                stage.nets,
-                batch,
-                phase,
-                teacher_steps=phase.teacher_steps or stage.rung.teacher_steps,
-                student_steps=stage.rung.student_steps,
-                discriminator=stage.discriminator,
-                known=known,
-                number=first,
-            )
+        result = _step(stage, runtime, first, stage.keys, known)
         for loss in result.losses.values():
             runtime.backward(loss / count)
         named = {f"{role}_loss": loss.detach() for role, loss in result.losses.items()} | result.metrics
