@@ -2,227 +2,72 @@
 
     python eval/ablations.py [--config configs/letters.yaml] [--only NAME ...] [--seeds 10 11 12] [key=value ...]
 
-A variant changes the config, mostly its ladder; the updates of the rungs it changes, and of those below, are then scaled so
-that the whole takes as many forwards. Leading rungs shared with the default are not trained again. A tenth of the captions
-is kept out of training and is what is drawn.
+A variant (eval/variants.py) changes the config, mostly its ladder; the updates of the rungs it changes, and of those below,
+are then scaled so that the whole takes as many forwards. Leading rungs shared with the default are not trained again. A
+tenth of the captions is kept out of training and is what is drawn.
 """
 
 import argparse
-import copy
-import itertools
 import logging
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from peers.methods import Method, ladder_method
-from side_by_side import STEPS, arguments, base_config, measure, share_cache, share_rungs, summary, write
+from side_by_side import (
+    MEASURES,
+    STEPS,
+    Table,
+    arguments,
+    base_config,
+    mean_and_spread,
+    measure,
+    share_cache,
+    share_rungs,
+    step_count,
+    summary,
+    write,
+)
+from variants import NAMES, forwards_taken, variant
 
 from stepdistill import plan
-from stepdistill.config import RunConfig
-from stepdistill.config_file import parse_config
 from stepdistill.evaluation.evaluate import check_evaluation
-from stepdistill.run_folder import resolved
 from stepdistill.runtime import source_commit
 
-Raw = dict[str, Any]
-Change = Callable[[Raw], None]
-ADVERSARIAL = ("paired", "single")
+SHOWN = ("fid_to_real", "fid_to_teacher", "prompt_accuracy")
 
 
-def phases(raw: Raw, kinds: tuple[str, ...] = ADVERSARIAL) -> list[dict[str, Any]]:
-    """The phases of these objectives on all rungs."""
-    return [phase for rung in raw["ladder"] for phase in rung["phases"] if phase["objective"] in kinds]
+def against_default(
+    tables: Sequence[Table], names: Sequence[str], forwards: Mapping[str, float], measure_name: str
+) -> str:
+    """A Markdown table of one measure: the default's means, below it what each variant has more, a column a step count.
 
-
-def with_discriminator(**options: Any) -> Change:
-    """Every discriminator with these options."""
-
-    def change(raw: Raw) -> None:
-        for phase in phases(raw):
-            phase["discriminator"] |= options
-
-    return change
-
-
-def with_mse(**options: Any) -> Change:
-    """Every mse phase below the first rung with these options."""
-
-    def change(raw: Raw) -> None:
-        for phase in phases({"ladder": raw["ladder"][1:]}, ("mse",)):
-            phase |= options
-
-    return change
-
-
-def with_training(**options: Any) -> Change:
-    """The training section with these options."""
-    return lambda raw: raw["training"].update(options)
-
-
-def with_last_rung(**options: Any) -> Change:
-    """The 1-step rung with these options."""
-    return lambda raw: raw["ladder"][-1].update(options)
-
-
-def with_first_rung(**options: Any) -> Change:
-    """The first rung with these options."""
-    return lambda raw: raw["ladder"][0].update(options)
-
-
-def adversary_times(factor: float) -> Change:
-    """So many times the adversarial updates; 0 leaves those phases out."""
-
-    def change(raw: Raw) -> None:
-        for rung in raw["ladder"]:
-            rung["phases"] = [
-                phase for phase in rung["phases"] if factor or phase["objective"] not in ADVERSARIAL
+    The deviations below the first row are of the differences: seeds shift every variant alike.
+    """
+    title, spec = MEASURES[measure_name]
+    lines = [f"| {title} | " + " | ".join(map(step_count, STEPS)) + " | forwards |"]
+    lines.append("| --- |" + " ---: |" * (len(STEPS) + 1))
+    for name in names:
+        cells = []
+        for n in STEPS:
+            found = [
+                (t.rows.get(f"{name}-{n}", {}).get(measure_name), t.rows[f"default-{n}"]) for t in tables
             ]
-        for phase in phases(raw):
-            phase["max_train_steps"] = round(phase["max_train_steps"] * factor)
-
-    return change
-
-
-def paired_alone(raw: Raw) -> None:
-    """D is told x_t throughout."""
-    for phase in phases(raw):
-        phase["objective"] = "paired"
-
-
-def paired_then_single(raw: Raw) -> None:
-    """The paper's order: half of the adversarial updates with x_t, then half without."""
-    for rung in raw["ladder"]:
-        rung["phases"] = [half for phase in rung["phases"] for half in _halves(phase)]
-
-
-def _halves(phase: dict[str, Any]) -> list[dict[str, Any]]:
-    if phase["objective"] not in ADVERSARIAL:
-        return [phase]
-    updates = max(1, phase["max_train_steps"] // 2)
-    return [copy.deepcopy(phase) | {"objective": kind, "max_train_steps": updates} for kind in ADVERSARIAL]
-
-
-def skip_level(raw: Raw) -> None:
-    """The mse teacher of every rung below the second is the student of two rungs before."""
-    for before, rung in zip(raw["ladder"], raw["ladder"][2:], strict=False):
-        for phase in rung["phases"]:
-            if phase["objective"] == "mse":
-                phase["teacher_steps"] = before["student_steps"]
-
-
-def x0_at_one_step(raw: Raw) -> None:
-    """The last rung is converted to predict x0 first, at the last timestep."""
-    last = raw["ladder"][-1]
-    convert = copy.deepcopy(last["phases"][0]) | {"objective": "convert", "learning_rate": 1e-3}
-    convert["max_train_steps"] = max(1, last["phases"][0]["max_train_steps"] // 3)
-    last |= {"prediction_type": "sample", "start_timestep": None, "phases": [convert, *last["phases"]]}
-
-
-def cached_twice(raw: Raw) -> None:
-    """Every mse target is used twice."""
-    for phase in phases(raw, ("mse",)):
-        phase["cached_updates"] = phase["max_train_steps"] // 2
-
-
-def even_updates(raw: Raw) -> None:
-    """As many mse updates on every rung below the first."""
-    found = phases({"ladder": raw["ladder"][1:]}, ("mse",))
-    mean = round(sum(phase["max_train_steps"] for phase in found) / len(found))
-    for phase in found:
-        phase["max_train_steps"] = mean
-
-
-def without_rung(steps: int) -> Change:
-    """The ladder without the rung of so many steps; the one below learns from the one above."""
-
-    def change(raw: Raw) -> None:
-        kept = [rung for rung in raw["ladder"] if rung["student_steps"] != steps]
-        for before, rung in itertools.pairwise(kept):
-            rung["teacher_steps"] = before["student_steps"]
-        raw["ladder"] = kept
-
-    return change
-
-
-def straight_to(steps: int) -> Change:
-    """Guidance, then one jump to so many steps."""
-
-    def change(raw: Raw) -> None:
-        first, last = raw["ladder"][0], raw["ladder"][-1]
-        kept = next(rung for rung in raw["ladder"] if rung["student_steps"] == steps)
-        raw["ladder"] = [first, (last if steps == 1 else kept) | {"teacher_steps": first["student_steps"]}]
-
-    return change
-
-
-def with_16(raw: Raw) -> None:
-    """32 -> 16 -> 8, half of the updates each."""
-    rung = next(rung for rung in raw["ladder"] if rung["student_steps"] == 8)
-    for phase in rung["phases"]:
-        phase["max_train_steps"] //= 2
-    place = raw["ladder"].index(rung)
-    raw["ladder"].insert(place, copy.deepcopy(rung) | {"student_steps": 16})
-    rung["teacher_steps"] = 16
-
-
-VARIANTS: dict[str, Change] = {
-    "default": lambda raw: None,
-    "mse-alone": adversary_times(0),
-    "half-the-adversary": adversary_times(0.5),
-    "twice-the-adversary": adversary_times(2),
-    "paired-then-single": paired_then_single,
-    "paired-alone": paired_alone,
-    "teacher-as-real": with_discriminator(real="teacher"),
-    "head-on-the-middle": with_discriminator(heads="mid"),
-    "non-saturating": with_discriminator(loss="non_saturating"),
-    "trunk-frozen": with_discriminator(trunk="frozen"),
-    "trunk-full": with_discriminator(trunk="full"),
-    "r1-and-r2": with_discriminator(r1_weight=100.0),
-    "own-roll-out": with_discriminator(inputs="student"),
-    "perturbation-5-1-1-1": with_discriminator(perturbation_weights=[5.0, 1.0, 1.0, 1.0]),
-    "loss-in-epsilon": with_mse(loss_space="epsilon"),
-    "loss-in-v": with_mse(loss_space="v_prediction"),
-    "ema-.95": with_training(ema_decay=0.95),
-    "skip-level": skip_level,
-    "cached-twice": cached_twice,
-    "even-updates": even_updates,
-    "stop-at-2-percent": with_mse(stop_at_gain=0.02),
-    "with-16": with_16,
-    "start-at-999": with_last_rung(start_timestep=None),
-    "start-at-749": with_last_rung(start_timestep=749),
-    "start-at-249": with_last_rung(start_timestep=249),
-    "x0-at-one-step": x0_at_one_step,
-    "from-128": with_first_rung(teacher_steps=128),
-    "without-8": without_rung(8),
-    "without-4": without_rung(4),
-    "without-2": without_rung(2),
-    "straight-to-4": straight_to(4),
-    "straight-to-1": straight_to(1),
-}
-
-
-def variant(name: str) -> Method:
-    """The default recipe with one thing changed."""
-
-    def change(config: RunConfig) -> RunConfig:
-        raw = resolved(config)
-        VARIANTS[name](raw)
-        return parse_config(raw)
-
-    return ladder_method(name, change)
+            own = name == "default"
+            values = [v - (0 if own else d[measure_name]) for v, d in found if v is not None]
+            cells.append(mean_and_spread(values, spec if own else f"+{spec.lstrip('+')}"))
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {forwards[name]:.0f} |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One thing of the default recipe changed at a time.")
     # seeds that compare_peers.py does not use: what is chosen here is not measured there on the same noise
     arguments(parser, output="eval/results/ablations", output_dir="runs/ablations", seeds=(10, 11, 12))
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     made_at, chosen = source_commit(), list(dict.fromkeys(["default", *args.only]))
     budget = args.budget or plan.training_forwards(base_config(args, 0))
-    tables = []
+    tables, forwards = [], {}
     check_evaluation(base_config(args, 0))
     for seed in args.seeds:
         base, loras, first = base_config(args, seed), [], None
@@ -233,19 +78,16 @@ def main(argv: list[str] | None = None) -> int:
             share_rungs(first or config, config)
             method.train(config, budget, 1.0)
             first = first or config
+            forwards[name] = forwards_taken(config)
             loras += method.rows(config)
         tables.append(measure(base, f"table-s{seed}", loras))
     rows = [f"teacher-{max(base.evaluation.teacher_steps)}"]
     rows += [f"{name}-{n}" for n in STEPS for name in chosen if f"{name}-{n}" in tables[0].rows]
-    text, table = summary(tables, rows)
-    payload = {
-        "commit": made_at,
-        "config": args.config,
-        "size": args.size,
-        "budget": budget,
-        "seeds": args.seeds,
-    }
-    write(args.output, text, tables, payload | {"num_images": base.evaluation.num_images, "table": table})
+    full, table = summary(tables, rows)
+    text = "\n\n".join([*(against_default(tables, chosen, forwards, m) for m in SHOWN), full])
+    payload = {"commit": made_at, "config": args.config, "size": args.size, "budget": budget}
+    payload |= {"seeds": args.seeds, "num_images": base.evaluation.num_images, "table": table}
+    write(args.output, text, tables, payload | {"forwards": forwards})
     print(text)
     return 0
 

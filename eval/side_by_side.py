@@ -110,8 +110,7 @@ def summary(tables: Sequence[Table], rows: Sequence[str]) -> tuple[str, list[dic
         for measure_name in MEASURES:
             values = [row[measure_name] for row in drawn if row.get(measure_name) is not None]
             if values:
-                spread = statistics.stdev(values) if len(values) > 1 else None
-                entry[measure_name] = {"mean": statistics.fmean(values), "std": spread}
+                entry[measure_name] = _mean_and_deviation(values)
         found.append(entry)
     shown = {m: about for m, about in MEASURES.items() if any(m in entry for entry in found)}
     head = ["model", "U-Net passes", *(title for title, _ in shown.values())]
@@ -122,11 +121,28 @@ def summary(tables: Sequence[Table], rows: Sequence[str]) -> tuple[str, list[dic
     return "\n".join(lines), found
 
 
+def step_count(steps: int) -> str:
+    """The head of a column."""
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
+def mean_and_spread(values: Sequence[float], spec: str) -> str:
+    """Such as "33.8 ± 4.1"; empty without values."""
+    return _cell(_mean_and_deviation(values) if values else None, spec)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
 def by_steps(entries: Sequence[dict[str, Any]], names: Sequence[str], measure_name: str) -> str:
     """A Markdown table of one measure: a row per name, a column per step count, of `summary`'s data."""
     title, spec = MEASURES[measure_name]
     found = {entry["row"]: entry.get(measure_name) for entry in entries}
-    lines = [f"| {title} | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in STEPS) + " |"]
+    lines = [f"| {title} | " + " | ".join(map(step_count, STEPS)) + " |"]
     lines.append("| --- |" + " ---: |" * len(STEPS))
     for name in names:
         lines.append(f"| {name} | " + " | ".join(_cell(found.get(f"{name}-{n}"), spec) for n in STEPS) + " |")

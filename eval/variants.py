@@ -1,0 +1,277 @@
+"""The recipe with one thing changed: what each variant of eval/ablations.py is.
+
+Change      edits the config as read from YAML, mostly its ladder         Method   trains and is sampled in its own way
+"""
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from peers import segment
+from peers.methods import Method, ladder_method, scaled
+from side_by_side import STEPS
+
+from stepdistill import plan
+from stepdistill.config import LoraRow, RunConfig
+from stepdistill.config_file import parse_config
+from stepdistill.durable import read_json
+from stepdistill.run_folder import resolved
+from stepdistill.training.log import read_log
+
+Raw = dict[str, Any]
+Change = Callable[[Raw], None]
+ADVERSARIAL = ("paired", "single")
+
+
+def phases(raw: Raw, kinds: tuple[str, ...] = ADVERSARIAL) -> list[dict[str, Any]]:
+    """The phases of these objectives on all rungs."""
+    return [phase for rung in raw["ladder"] for phase in rung["phases"] if phase["objective"] in kinds]
+
+
+def with_discriminator(**options: Any) -> Change:
+    """Every discriminator with these options."""
+
+    def change(raw: Raw) -> None:
+        for phase in phases(raw):
+            phase["discriminator"] |= options
+
+    return change
+
+
+def with_mse(**options: Any) -> Change:
+    """Every mse phase below the first rung with these options."""
+
+    def change(raw: Raw) -> None:
+        for phase in phases({"ladder": raw["ladder"][1:]}, ("mse",)):
+            phase |= options
+
+    return change
+
+
+def with_training(**options: Any) -> Change:
+    """The training section with these options."""
+    return lambda raw: raw["training"].update(options)
+
+
+def with_last_rung(**options: Any) -> Change:
+    """The 1-step rung with these options."""
+    return lambda raw: raw["ladder"][-1].update(options)
+
+
+def with_first_rung(**options: Any) -> Change:
+    """The first rung with these options."""
+    return lambda raw: raw["ladder"][0].update(options)
+
+
+def adversary_times(factor: float) -> Change:
+    """So many times the adversarial updates; 0 leaves those phases out."""
+
+    def change(raw: Raw) -> None:
+        for rung in raw["ladder"]:
+            rung["phases"] = [
+                phase for phase in rung["phases"] if factor or phase["objective"] not in ADVERSARIAL
+            ]
+        for phase in phases(raw):
+            phase["max_train_steps"] = round(phase["max_train_steps"] * factor)
+
+    return change
+
+
+def paired_alone(raw: Raw) -> None:
+    """D is told x_t throughout."""
+    for phase in phases(raw):
+        phase["objective"] = "paired"
+
+
+def paired_then_single(raw: Raw) -> None:
+    """The paper's order: half of the adversarial updates with x_t, then half without."""
+    for rung in raw["ladder"]:
+        rung["phases"] = [half for phase in rung["phases"] for half in _halves(phase)]
+
+
+def _halves(phase: dict[str, Any]) -> list[dict[str, Any]]:
+    if phase["objective"] not in ADVERSARIAL:
+        return [phase]
+    updates = max(1, phase["max_train_steps"] // 2)
+    return [copy.deepcopy(phase) | {"objective": kind, "max_train_steps": updates} for kind in ADVERSARIAL]
+
+
+def skip_level(raw: Raw) -> None:
+    """The mse teacher of every rung below the second is the student of two rungs before."""
+    for before, rung in zip(raw["ladder"], raw["ladder"][2:], strict=False):
+        for phase in rung["phases"]:
+            if phase["objective"] == "mse":
+                phase["teacher_steps"] = before["student_steps"]
+
+
+def x0_at_one_step(raw: Raw) -> None:
+    """The last rung is converted to predict x0 first, at the last timestep."""
+    last = raw["ladder"][-1]
+    convert = copy.deepcopy(last["phases"][0]) | {"objective": "convert", "learning_rate": 1e-3}
+    convert["max_train_steps"] = max(1, last["phases"][0]["max_train_steps"] // 3)
+    last |= {"prediction_type": "sample", "start_timestep": None, "phases": [convert, *last["phases"]]}
+
+
+def cached_twice(raw: Raw) -> None:
+    """Every mse target is used twice."""
+    for phase in phases(raw, ("mse",)):
+        phase["cached_updates"] = phase["max_train_steps"] // 2
+
+
+def even_updates(raw: Raw) -> None:
+    """As many mse updates on every rung below the first."""
+    found = phases({"ladder": raw["ladder"][1:]}, ("mse",))
+    mean = round(sum(phase["max_train_steps"] for phase in found) / len(found))
+    for phase in found:
+        phase["max_train_steps"] = mean
+
+
+def without_rung(steps: int) -> Change:
+    """The ladder without the rung of so many steps; the one below learns from the one above."""
+
+    def change(raw: Raw) -> None:
+        kept = [rung for rung in raw["ladder"] if rung["student_steps"] != steps]
+        for before, rung in itertools.pairwise(kept):
+            rung["teacher_steps"] = before["student_steps"]
+        raw["ladder"] = kept
+
+    return change
+
+
+def straight_to(steps: int) -> Change:
+    """Guidance, then one jump to so many steps."""
+
+    def change(raw: Raw) -> None:
+        first, last = raw["ladder"][0], raw["ladder"][-1]
+        kept = next(rung for rung in raw["ladder"] if rung["student_steps"] == steps)
+        raw["ladder"] = [first, (last if steps == 1 else kept) | {"teacher_steps": first["student_steps"]}]
+
+    return change
+
+
+def with_16(raw: Raw) -> None:
+    """32 -> 16 -> 8, half of the updates each."""
+    rung = next(rung for rung in raw["ladder"] if rung["student_steps"] == 8)
+    for phase in rung["phases"]:
+        phase["max_train_steps"] //= 2
+    place = raw["ladder"].index(rung)
+    raw["ladder"].insert(place, copy.deepcopy(rung) | {"student_steps": 16})
+    rung["teacher_steps"] = 16
+
+
+VARIANTS: dict[str, Change] = {
+    "default": lambda raw: None,
+    "mse-alone": adversary_times(0),
+    "half-the-adversary": adversary_times(0.5),
+    "twice-the-adversary": adversary_times(2),
+    "paired-then-single": paired_then_single,
+    "paired-alone": paired_alone,
+    "teacher-as-real": with_discriminator(real="teacher"),
+    "head-on-the-middle": with_discriminator(heads="mid"),
+    "non-saturating": with_discriminator(loss="non_saturating"),
+    "trunk-frozen": with_discriminator(trunk="frozen"),
+    "trunk-full": with_discriminator(trunk="full"),
+    "r1-and-r2": with_discriminator(r1_weight=100.0),
+    "own-roll-out": with_discriminator(inputs="student"),
+    "perturbation-5-1-1-1": with_discriminator(perturbation_weights=[5.0, 1.0, 1.0, 1.0]),
+    "loss-in-epsilon": with_mse(loss_space="epsilon"),
+    "loss-in-v": with_mse(loss_space="v_prediction"),
+    "ema-.95": with_training(ema_decay=0.95),
+    "skip-level": skip_level,
+    "cached-twice": cached_twice,
+    "even-updates": even_updates,
+    "stop-at-2-percent": with_mse(stop_at_gain=0.02),
+    "with-16": with_16,
+    "start-at-999": with_last_rung(start_timestep=None),
+    "start-at-749": with_last_rung(start_timestep=749),
+    "start-at-249": with_last_rung(start_timestep=249),
+    "x0-at-one-step": x0_at_one_step,
+    "from-128": with_first_rung(teacher_steps=128),
+    "without-8": without_rung(8),
+    "without-4": without_rung(4),
+    "without-2": without_rung(2),
+    "straight-to-4": straight_to(4),
+    "straight-to-1": straight_to(1),
+}
+
+
+def distribution_matching() -> Method:
+    """The ladder's mse phases, then on every rung distribution matching on its own segment for what the adversary takes."""
+    name = "distribution-matching"
+    without = unscaled(name, adversary_times(0))
+
+    def train(config: RunConfig, budget: float, _factor: float) -> None:
+        without.train(config, budget, 1.0)
+        share = (budget - plan.training_forwards(config)) / len(STEPS)
+        updates = segment.updates_for(share, batch_size=config.training.train_batch_size)
+        for n in STEPS:
+            segment.train_segment(config, steps=n, updates=updates)
+
+    def rows(config: RunConfig) -> list[LoraRow]:
+        return [
+            LoraRow(name=f"{name}-{n}", path=str(config.run_dir / f"segment-{n}"), steps=n) for n in STEPS
+        ]
+
+    return replace(without, train=train, rows=rows)
+
+
+def automatic() -> Method:
+    """Twice the mse updates at most, each phase over where 20 of them gain less than 2 % at unseen noise."""
+
+    def change(raw: Raw) -> None:
+        with_mse(stop_at_gain=0.02)(raw)
+        for phase in phases({"ladder": raw["ladder"][1:]}, ("mse",)):
+            phase["max_train_steps"] *= 2
+
+    return unscaled("automatic", change)
+
+
+def unscaled(name: str, change: Change) -> Method:
+    """The default recipe at this budget, then changed, whatever that costs."""
+
+    def configure(config: RunConfig, budget: float, _factor: float) -> RunConfig:
+        raw = resolved(scaled(config, budget=budget))
+        change(raw)
+        return parse_config(raw | {"name": f"{name}-s{config.seed}"})
+
+    return replace(ladder_method(name, lambda config: config), config=configure)
+
+
+def forwards_taken(config: RunConfig) -> float:
+    """U-Net forwards of the updates in the run's log, of the rungs that were copied as planned, and of distribution
+    matching."""
+    taken = Counter((line["rung"], line["phase"]) for line in read_log(config.run_dir / "log.jsonl"))
+    batch = config.training.train_batch_size
+    logged = {rung for rung, _ in taken}
+    matching = [read_json(path)["unet_forwards"] for path in config.run_dir.glob("*/peer.json")]
+    return sum(matching) + batch * sum(
+        plan.phase_forwards(config, rung, phase)
+        * (taken[rung.student_steps, k] if rung.student_steps in logged else phase.max_train_steps)
+        for rung in config.ladder
+        for k, phase in enumerate(rung.phases)
+    )
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "distribution-matching": distribution_matching,
+    "automatic": automatic,
+}
+
+
+NAMES = [*VARIANTS, *METHODS]
+
+
+def variant(name: str) -> Method:
+    """The default recipe with one thing changed."""
+    if name in METHODS:
+        return METHODS[name]()
+
+    def change(config: RunConfig) -> RunConfig:
+        raw = resolved(config)
+        VARIANTS[name](raw)
+        return parse_config(raw)
+
+    return ladder_method(name, change)
