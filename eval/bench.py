@@ -20,7 +20,8 @@ import torch
 from stepdistill.config import Phase, RunConfig
 from stepdistill.config_file import load_config
 from stepdistill.data.batches import draw_batch
-from stepdistill.data.cache import load_cache, prepare
+from stepdistill.data.cache import load_cache
+from stepdistill.data.prepare import prepare
 from stepdistill.models.discriminator import build_discriminator, encode
 from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import load_schedule, load_unet, read_scheduler_config
@@ -54,7 +55,7 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
     guidance = config.teacher.guidance_scale if roles.teacher_is_base else 1.0
     nets = Denoisers(roles, schedule, cache.unconditional.to(device, torch.float32), kind, kind, guidance)
     discriminator = build_discriminator(
-        roles, phase, base=base, rank=config.lora.rank, seed=0, sample_size=min(cache.latents.shape[-2:])
+        roles, phase, base=base, rank=config.lora.rank, seed=0, sample_size=cache.smallest_side
     )
     size = config.training.train_batch_size
     batch = draw_batch(

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from stepdistill.data.source import read_folder
+from stepdistill.config import Data
+from stepdistill.data.source import evaluation_pictures
 from stepdistill.demo import teacher as recipe
 from stepdistill.demo.letters import INKS, PAPERS
 from stepdistill.models.folder import embedded_folder
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_pictures(args.output / "pictures", seed=args.seed)
-    found = read_folder(str(args.output / "pictures"))
+    found = evaluation_pictures(Data(source=str(args.output / "pictures")))
     images = torch.from_numpy(np.stack([picture.pixels((32, 32)) for picture in found])).permute(0, 3, 1, 2)
     vae = load_vae(embedded_folder("teacher"))
     latents = recipe.encode_images(vae, images, scaling_factor=vae.config.scaling_factor)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from stepdistill.config_data import Data as Data
 from stepdistill.config_evaluation import Evaluation as Evaluation
 from stepdistill.config_evaluation import LoraRow as LoraRow
 from stepdistill.config_section import ConfigError as ConfigError
@@ -25,17 +26,6 @@ class Lora(Section):
 
     rank: PositiveInt = 32
     """Rank of every rung's LoRA; alpha equals it."""
-
-
-class Data(Section):
-    """What noise is added to."""
-
-    source: str = "letters"
-    """Renderings of the letters world, or a folder of pictures, each with its caption in a .txt file beside it."""
-    num_images: PositiveInt = 4096
-    """How many pictures go into the cache: so many are rendered, of a folder the first so many."""
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the captions that distillation does not see; the table is then about these alone."""
 
 
 class Training(Section):

@@ -174,7 +174,7 @@ def _train_phase(
         base=shared.base,
         rank=config.lora.rank,
         seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
-        sample_size=min(shared.cache.latents.shape[-2:]),
+        sample_size=shared.cache.smallest_side,
     )
 
     def draw(name: str) -> None:
@@ -220,10 +220,11 @@ def seconds_per_forward(config: RunConfig) -> float:
     runtime = Runtime(mixed_precision=config.training.mixed_precision)
     unet = load_unet(resolve_model_folder(config.teacher.path), dtype=runtime.weight_dtype).to(runtime.device)
     cache = load_cache(config)
-    rows = torch.arange(config.training.train_batch_size) % len(cache)
-    sample = cache.latents[rows].to(runtime.device, unet.dtype)
-    told = cache.conditioning.rows(cache.prompt_index[rows]).to(runtime.device, unet.dtype)
-    timesteps = torch.full((len(rows),), 500, device=runtime.device)
+    size, count = max(cache.sizes.items(), key=lambda item: item[1])
+    samples = cache.samples(size, [k % count for k in range(config.training.train_batch_size)])
+    sample = samples.latents.to(runtime.device, unet.dtype)
+    told = samples.conditioning.to(runtime.device, unet.dtype)
+    timesteps = torch.full((len(sample),), 500, device=runtime.device)
     seconds = []
     for _ in range(3):
         started = time.monotonic()
@@ -231,4 +232,4 @@ def seconds_per_forward(config: RunConfig) -> float:
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - started)
-    return min(seconds) / len(rows)
+    return min(seconds) / len(sample)

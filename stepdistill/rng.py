@@ -33,11 +33,11 @@ def uniform(indices: list[int], *, seed: int, keys: tuple[Key, ...]) -> torch.Te
     return torch.tensor(draws, dtype=torch.float64)
 
 
-@functools.lru_cache(maxsize=8)
-def _epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(size, generator=generator(seed, "order", epoch)).tolist()
+@functools.lru_cache(maxsize=16)
+def _epoch_order(size: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(size, generator=generator(seed, "order", epoch))
 
 
 def dataset_rows(indices: list[int], *, size: int, seed: int) -> list[int]:
     """Which of `size` data rows the global sample indices use: one shuffled pass after another, no row twice in a pass."""
-    return [_epoch_order(size, seed, index // size)[index % size] for index in indices]
+    return [int(_epoch_order(size, seed, index // size)[index % size]) for index in indices]

@@ -80,6 +80,16 @@ class Processes:
         """True in the one process that measures and writes."""
         return self._state.is_main_process
 
+    @property
+    def index(self) -> int:
+        """Which one this is."""
+        return self._state.process_index
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._state.num_processes
+
     def share(self, items: list[Any]) -> list[Any]:
         """This process's part of a list; every process must call it with the same list."""
         if len(items) < self._state.num_processes:

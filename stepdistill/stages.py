@@ -20,7 +20,7 @@ def prepare(config: RunConfig) -> None:
     """Latents and text embeddings into the cache; nothing where they are there."""
     run_dir = open_run(config)
     _quiet_libraries()
-    from stepdistill.data.cache import prepare as fill_cache
+    from stepdistill.data.prepare import prepare as fill_cache
     from stepdistill.runtime import environment
 
     write_json(run_dir / "environment.json", environment())

@@ -59,7 +59,7 @@ class Loop:
 
     def normal(self, number: int, name: str) -> torch.Tensor:
         """(B, C, H, W)."""
-        shape, keys = tuple(self.shared.cache.latents.shape[1:]), (*self._keys, name)
+        shape, keys = next(iter(self.shared.cache.latent_shapes.values())), (*self._keys, name)
         found = rng.normal(shape, self._indices(number), seed=self._config.seed, keys=keys)
         return found.to(self.shared.runtime.device)
 
@@ -94,7 +94,7 @@ class Loop:
         unconditional = self.shared.cache.unconditional.to(runtime.device, runtime.weight_dtype)
 
         def output(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            both = Conditioning.concat(unconditional.expand(len(sample)), conditioning)
+            both = Conditioning.concat(unconditional.beside(conditioning), conditioning)
             with roles.teacher():
                 found = roles.predict(torch.cat([sample, sample]), torch.cat([timesteps, timesteps]), both)
             return guide(*found.chunk(2), self._config.teacher.guidance_scale)

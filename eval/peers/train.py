@@ -78,7 +78,7 @@ class Dmd2:
             adapters.load_adapter_state(self.roles.unet, STUDENT, start)
         fake_parameters = self.roles.add_role(FAKE, rank=config.lora.rank, seed=seed)
         widths = self.roles.unet.config.block_out_channels
-        size = min(self.shared.cache.latents.shape[-2:]) >> (len(widths) - 1)
+        size = self.shared.cache.smallest_side >> (len(widths) - 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = Head(widths[-1], widths[-1], max(1, size)).to(self.shared.runtime.device)

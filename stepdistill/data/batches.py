@@ -34,23 +34,25 @@ def draw_batch(
     keys: tuple[rng.Key, ...],
     device: torch.device,
     dtype: torch.dtype,
+    group: int | None = None,
     num_train_timesteps: int = 1000,
 ) -> Batch:
     """The batch of the global sample `indices` of the phase named by `keys`; t is uniform over the node_steps grid.
 
-    dtype is the conditioning's; latents and noise are float32.
+    dtype is the conditioning's; latents and noise are float32. group: samples of an update, which are all of one size; where
+    not given these indices are one.
     """
-    rows = torch.tensor(rng.dataset_rows(indices, size=len(cache), seed=rng.derive_seed(seed, *keys)))
+    samples = cache.draw(indices, seed=rng.derive_seed(seed, *keys), group=group or len(indices))
     nodes = trailing_timesteps(node_steps, num_train_timesteps=num_train_timesteps)
     picks = rng.uniform(indices, seed=seed, keys=(*keys, "timestep"))
     timesteps = nodes[(picks * node_steps).long().clamp(max=node_steps - 1)]
-    shape = tuple(cache.latents.shape[1:])
+    shape = tuple(samples.latents.shape[1:])
     return Batch(
-        original_samples=cache.latents[rows].to(device),
+        original_samples=samples.latents.to(device),
         noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "noise")).to(device),
         timesteps=timesteps.to(device),
         prev_timesteps=jump(timesteps, student_steps, num_train_timesteps=num_train_timesteps).to(device),
-        conditioning=cache.conditioning.rows(cache.prompt_index[rows]).to(device, dtype),
+        conditioning=samples.conditioning.to(device, dtype),
         perturbation_uniform=rng.uniform(indices, seed=seed, keys=(*keys, "perturbation")).to(device),
         perturbation_noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise")).to(
             device

@@ -1,116 +1,159 @@
-"""Latents and text embeddings, made once by `prepare`, read by every phase.
+"""The cache that `prepare` fills and every phase reads: shards of latents and texts, memory-mapped, samples by their number.
 
-cache/latents.safetensors   latents (N, C, H, W) scaled, prompt_index (N,)
-cache/text.safetensors      embeddings of every distinct prompt, and of no prompt
-cache/manifest.json         what they were made from, the prompts, and a sha256 of each file
+cache/shards/00000.safetensors   consecutive samples (shards.py)
+cache/text.safetensors           embeddings of the preview's prompts, and of no prompt
+cache/manifest.json              what all of it was made from, the shards, how many samples were bad and how; written last
 """
 
-import logging
-from collections.abc import Iterable
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from stepdistill import rng
 from stepdistill.config import RunConfig
-from stepdistill.data.source import training_pictures
-from stepdistill.durable import read_json, sha256_file, sha256_json, write_json
-from stepdistill.models.conditioning import Conditioning, encode_prompts, encode_unconditional
-from stepdistill.models.folder import resolve_model_folder
-from stepdistill.models.loading import fingerprint, image_size, load_pipeline
-from stepdistill.rng import derive_seed
-from stepdistill.runtime import default_device
+from stepdistill.data.shards import Places, Shard, Size, is_intact
+from stepdistill.durable import read_json, sha256_file
+from stepdistill.models.conditioning import Conditioning
 
-logger = logging.getLogger(__name__)
-_FILES = ("latents.safetensors", "text.safetensors")
+TEXT = "text.safetensors"
 
 
 @dataclass(frozen=True)
-class LatentCache:
-    """latents (N, C, H, W); prompt_index (N,) into conditioning's rows, which belong to `prompts`; unconditional: 1 row."""
+class Samples:
+    """latents (B, C, h, w) in float32, and what the U-Net is told of them."""
 
     latents: torch.Tensor
-    prompt_index: torch.Tensor
-    prompts: list[str]
     conditioning: Conditioning
-    unconditional: Conditioning
+
+
+class LatentCache:
+    """Samples of a cache by number.
+
+    Args:
+        shards: in order.
+        prompts: those whose embeddings are at hand: the preview's.
+        conditioning: of these, a row each.
+        unconditional: one row that stands for no prompt.
+    """
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        *,
+        prompts: list[str],
+        conditioning: Conditioning,
+        unconditional: Conditioning,
+    ) -> None:
+        self._shards, self._prompts, self._conditioning = shards, prompts, conditioning
+        self.unconditional = unconditional
+        sizes = sorted({size for shard in shards for size in shard.counts})
+        self._places = {size: Places([shard.counts.get(size, 0) for shard in shards]) for size in sizes}
+        self.sizes: dict[Size, int] = {size: len(places) for size, places in self._places.items()}
+        """How many samples there are of each size (height, width) in pixels."""
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return sum(self.sizes.values())
+
+    @functools.cached_property
+    def latent_shapes(self) -> dict[Size, tuple[int, ...]]:
+        """(C, h, w) of the samples of each size."""
+        return {
+            size: next(s for s in self._shards if s.counts.get(size)).latent_shape(size)
+            for size in self.sizes
+        }
+
+    @property
+    def smallest_side(self) -> int:
+        """Of all latents' heights and widths."""
+        return min(min(shape[1:]) for shape in self.latent_shapes.values())
+
+    def of_prompts(self, prompts: list[str]) -> Conditioning:
+        """What the U-Net is told of the preview's prompts."""
+        return self._conditioning.rows(torch.tensor([self._prompts.index(prompt) for prompt in prompts]))
+
+    def samples(self, size: Size, numbers: list[int]) -> Samples:
+        """Samples by their number among all of that size, in the order asked for."""
+        shards, index = self._places[size].find(torch.tensor(numbers))
+        order = torch.argsort(shards, stable=True)
+        latents, told = [], []
+        for shard in shards.unique().tolist():
+            here = index[order][shards[order] == shard]
+            latents.append(self._shards[shard].latents(size, here))
+            told.append(self._shards[shard].conditioning(size, here))
+        back = torch.argsort(order)
+        conditioning = functools.reduce(Conditioning.concat, told).rows(back)
+        return Samples(torch.cat(latents)[back].float(), conditioning)
+
+    def draw(self, indices: list[int], *, seed: int, group: int) -> Samples:
+        """The samples of global `indices`, all of one size: shuffled passes over all of them, no sample twice in a pass.
+
+        With several sizes an update, `group` consecutive indices, sees one of them: a pass is then made of whole groups,
+        each size in proportion, and the samples that fill no group wait for the next pass, which is shuffled anew.
+        """
+        if len(self.sizes) == 1:
+            size, count = next(iter(self.sizes.items()))
+            return self.samples(size, rng.dataset_rows(indices, size=count, seed=seed))
+        if len({index // group for index in indices}) > 1:
+            raise ValueError("samples of several updates may be of several sizes: ask for one update's")
+        groups = {size: max(1, count // group) for size, count in self.sizes.items()}
+        update, total = indices[0] // group, sum(groups.values())
+        drawn = rng.dataset_rows([update], size=total, seed=rng.derive_seed(seed, "sizes"))[0]
+        size, which = _of_group(groups, drawn)
+        wanted = [which * group + index % group for index in indices]
+        order = rng.derive_seed(seed, "pass", update // total, *size)
+        count = self.sizes[size]
+        numbers = rng.dataset_rows([w % count for w in wanted], size=count, seed=order)
+        return self.samples(size, numbers)
 
 
-def prepare(config: RunConfig) -> bool:
-    """Fills the run's cache; False where it was there, made from the same teacher, data and seed."""
-    folder = config.run_dir / "cache"
-    base = resolve_model_folder(config.teacher.path)
-    source = {"teacher": fingerprint(base), "data": config.data.model_dump(), "seed": config.seed}
-    key = sha256_json([source, list(config.preview.prompts)])
-    manifest = read_json(folder / "manifest.json")
-    if manifest is not None and manifest["key"] == key and _intact(folder, manifest):
-        return False
-    pipeline = load_pipeline(base).to(default_device())
-    size = image_size(base)
-    prompts, pictures = training_pictures(
-        config.data, size=size, seed=derive_seed(config.seed, "data") % 2**32
-    )
-    distinct = sorted({*prompts, *config.preview.prompts})
-    rows = {prompt: row for row, prompt in enumerate(distinct)}
-    latents = encode_latents(pipeline, pictures)
-    folder.mkdir(parents=True, exist_ok=True)
-    prompt_index = torch.tensor([rows[prompt] for prompt in prompts])
-    save_file({"latents": latents.contiguous(), "prompt_index": prompt_index}, folder / _FILES[0])
-    conditional = encode_prompts(pipeline, distinct, image_size=size)
-    unconditional = encode_unconditional(pipeline, image_size=size)
-    save_file({**_pack("cond", conditional), **_pack("uncond", unconditional)}, folder / _FILES[1])
-    sums = {name: sha256_file(folder / name) for name in _FILES}
-    write_json(folder / "manifest.json", {"key": key, **source, "sha256": sums, "prompts": distinct})
-    logger.info("cached %d latents %s and %d prompts", len(latents), tuple(latents.shape[1:]), len(distinct))
-    return True
+def _of_group(groups: dict[Size, int], number: int) -> tuple[Size, int]:
+    """Which size group `number` of a pass is of, and which one it is of that size."""
+    for size, count in groups.items():
+        if number < count:
+            return size, number
+        number -= count
+    raise IndexError(number)
 
 
 def load_cache(config: RunConfig) -> LatentCache:
-    """The cache that `prepare` left; ValueError where it is missing or was changed since."""
-    folder = config.run_dir / "cache"
+    """The cache that `prepare` left; ValueError where it is missing or a byte of it was changed since."""
+    return open_cache(config.run_dir / "cache")
+
+
+def open_cache(folder: Path) -> LatentCache:
+    """A cache by its folder."""
     manifest = read_json(folder / "manifest.json")
-    if manifest is None or not _intact(folder, manifest):
+    broken = "none" if manifest is None else _broken(folder, manifest)
+    if manifest is None or broken is not None:
         raise ValueError(
-            f"no intact cache in {folder}: run `stepdistill prepare` (pipelines/prepare.py) first"
+            f"no intact cache in {folder} ({'no manifest.json' if manifest is None else broken}): "
+            f"run `stepdistill prepare` (pipelines/prepare.py) first"
         )
-    data, text = (load_file(folder / name) for name in _FILES)
+    text = load_file(folder / TEXT)
     return LatentCache(
-        latents=data["latents"],
-        prompt_index=data["prompt_index"],
+        [Shard(folder / entry["file"]) for entry in manifest["shards"]],
         prompts=manifest["prompts"],
         conditioning=_unpack("cond", text),
         unconditional=_unpack("uncond", text),
     )
 
 
-@torch.no_grad()
-def encode_latents(pipeline: DiffusionPipeline, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """uint8 images (B, 3, H, W) -> scaled posterior means (N, C, h, w), float32; ValueError on a non-finite latent."""
-    vae = pipeline.vae
-    parts = []
-    for batch in batches:
-        pixels = (batch.to(vae.device, torch.float32) / 127.5 - 1.0).to(vae.dtype)
-        parts.append(vae.encode(pixels).latent_dist.mean.float().cpu() * vae.config.scaling_factor)
-    latents = torch.cat(parts)
-    bad = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"the VAE gives non-finite latents for image {bad[0]} and {len(bad) - 1} more")
-    return latents
+def _broken(folder: Path, manifest: dict[str, Any]) -> str | None:
+    """The first file that is not as it was written."""
+    if not (folder / TEXT).is_file() or sha256_file(folder / TEXT) != manifest["text_sha256"]:
+        return f"{TEXT} is missing or changed"
+    for entry in manifest["shards"]:
+        if not is_intact(folder / entry["file"]):
+            return f"{entry['file']} is missing or changed"
+    return None
 
 
-def _intact(folder: Path, manifest: dict) -> bool:
-    return all(
-        (folder / name).is_file() and sha256_file(folder / name) == manifest["sha256"][name]
-        for name in _FILES
-    )
-
-
-def _pack(prefix: str, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+def pack(prefix: str, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+    """Conditioning as named tensors of a file."""
     tensors = {"encoder_hidden_states": conditioning.encoder_hidden_states, **conditioning.added_cond_kwargs}
     return {f"{prefix}.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
 

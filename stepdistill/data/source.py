@@ -1,24 +1,26 @@
-"""What a run is distilled on and measured with: captioned pictures, and the captions that distillation never sees.
-
-letters    pictures of the letters world, rendered afresh from a seed
-FOLDER     NAME.png (.jpg, .jpeg, .webp, .bmp) with NAME.txt beside it, in folders of any depth
+"""What a run is distilled on and measured with: captioned samples, and the captions that distillation never sees.
 
 A caption is held out by a hash of its own text, so every seed, run and method keeps the same ones apart.
 """
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from stepdistill.config import ConfigError, Data
+from stepdistill.data.records import Record, is_prompts_only, records
+from stepdistill.data.samples import BadSample, cover, decode_image, read_caption
 from stepdistill.demo import letters
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LETTERS = "letters"
+MOST_PICTURES = 50_000
+"""Of one's own data that the table compares with."""
+_LETTERS_IMAGES = 4096
 
 
 def is_held_out(caption: str, share: float) -> bool:
@@ -27,68 +29,84 @@ def is_held_out(caption: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
+def picture_of(record: Record, data: Data) -> Image.Image:
+    """The RGB picture of a record; BadSample."""
+    assert record.read_image is not None, "prompts alone have no pictures"
+    content = record.read_image()
+    if isinstance(content, Image.Image):
+        return content
+    return decode_image(content, max_pixels=data.max_pixels, min_side=data.min_side)
+
+
+def training_records(data: Data, *, seed: int) -> Iterator[Record]:
+    """The records that are trained on, in a fixed order: those held out are left away, as many as num_images at most.
+
+    A record whose caption cannot be read is among them: it is counted as bad where it is looked at.
+    """
+    if data.source == LETTERS:
+        seen = [t for t in letters.all_triples() if not is_held_out(t.caption, data.held_out)]
+        not_empty(data, len(seen))
+        not_empty(data, len(seen))
+        triples = letters.sample_triples(data.num_images or _LETTERS_IMAGES, seed=seed, among=seen)
+        return (_rendering(triple, seed=seed, index=index) for index, triple in enumerate(triples))
+    kept = (r for r in records(data.source) if data.held_out == 0 or not _held_out(r, data.held_out))
+    return itertools.islice(kept, data.num_images)
+
+
+def _rendering(triple: letters.Triple, *, seed: int, index: int) -> Record:
+    def draw() -> Image.Image:
+        return letters.render_at(triple, seed=seed, index=index)
+
+    return Record(f"letters:{index}", lambda: triple.caption, draw)
+
+
+def _held_out(record: Record, share: float) -> bool:
+    try:
+        return is_held_out(read_caption(record.read_caption()), share)
+    except BadSample:
+        return False
+
+
 @dataclass(frozen=True)
 class CaptionedPicture:
-    """A picture's file and its caption."""
+    """A record that could be read when it was looked at, and its caption."""
 
-    file: Path
+    record: Record
     caption: str
+    data: Data
 
     def pixels(self, size: tuple[int, int]) -> np.ndarray:
-        """uint8 (H, W, 3): the largest middle part of that shape, resized by Lanczos; ValueError names a bad file."""
+        """uint8 (H, W, 3): the largest middle part of that shape, resized by Lanczos; BadSample."""
+        return cover(picture_of(self.record, self.data), size)[0]
+
+    def digest(self) -> str:
+        """sha256 of the file's bytes; of its name where it cannot be read."""
+        assert self.record.read_image is not None
         try:
-            with Image.open(self.file) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the picture {self.file}: {error}") from None
-        return np.asarray(ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS))
+            content = self.record.read_image()
+        except BadSample:
+            content = self.record.name.encode()
+        return hashlib.sha256(content if isinstance(content, bytes) else content.tobytes()).hexdigest()
 
 
-def read_folder(folder: str, *, key: str = "data.source") -> list[CaptionedPicture]:
-    """The captioned pictures of a folder in order of their names; ConfigError for none, or one without a caption."""
-    path = Path(folder)
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
-    if not files:
-        raise ConfigError(
-            f'{key}: got {folder!r}, which holds no pictures; allowed: "letters", '
-            f"or a folder with NAME.png (or {', '.join(PICTURE_SUFFIXES[1:])}) and NAME.txt"
-        )
-    found = []
-    for file in files:
-        text = file.with_suffix(".txt")
+def evaluation_captions(data: Data) -> Iterator[tuple[Record, str]]:
+    """The records that the table is about, with their captions: all, or where captions are held out those that have them."""
+    for record in records(data.source):
         try:
-            caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{key}: no caption for {file}: cannot read {text} as UTF-8: {error}") from None
-        if not caption:
-            raise ConfigError(f"{key}: no caption for {file}: {text} is empty")
-        found.append(CaptionedPicture(file, caption))
-    return found
-
-
-def training_pictures(
-    data: Data, *, size: tuple[int, int], seed: int, batch_size: int = 128
-) -> tuple[list[str], Iterator[torch.Tensor]]:
-    """Captions of the pictures that are trained on, and the pictures in the same order: uint8 (B, 3, H, W)."""
-    if data.source == "letters":
-        seen = [t for t in letters.all_triples() if not is_held_out(t.caption, data.held_out)]
-        _not_empty(data, len(seen))
-        triples = letters.sample_triples(data.num_images, seed=seed, among=seen)
-        renders = (np.asarray(letters.render_at(t, seed=seed, index=i)) for i, t in enumerate(triples))
-        return [t.caption for t in triples], stacked(renders, batch_size)
-    pictures = [p for p in read_folder(data.source) if not is_held_out(p.caption, data.held_out)]
-    _not_empty(data, len(pictures))
-    pictures = pictures[: data.num_images]
-    return [p.caption for p in pictures], stacked((p.pixels(size) for p in pictures), batch_size)
+            caption = read_caption(record.read_caption())
+        except BadSample:
+            continue
+        if data.held_out == 0 or is_held_out(caption, data.held_out):
+            yield record, caption
 
 
 def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
-    """The pictures of a folder that the table is about: all, or where captions are held out those that have them."""
-    pictures = read_folder(data.source)
-    if data.held_out > 0:
-        pictures = [p for p in pictures if is_held_out(p.caption, data.held_out)]
-    _not_empty(data, len(pictures))
-    return pictures
+    """The pictures that the table is about, the first MOST_PICTURES; none where there are prompts alone."""
+    with_pictures = ((r, caption) for r, caption in evaluation_captions(data) if r.read_image is not None)
+    found = [CaptionedPicture(r, c, data) for r, c in itertools.islice(with_pictures, MOST_PICTURES)]
+    if not is_prompts_only(data.source):
+        not_empty(data, len(found))
+    return found
 
 
 def evaluation_triples(data: Data) -> list[letters.Triple]:
@@ -96,11 +114,12 @@ def evaluation_triples(data: Data) -> list[letters.Triple]:
     triples = letters.all_triples()
     if data.held_out > 0:
         triples = [t for t in triples if is_held_out(t.caption, data.held_out)]
-    _not_empty(data, len(triples))
+    not_empty(data, len(triples))
     return triples
 
 
-def _not_empty(data: Data, count: int) -> None:
+def not_empty(data: Data, count: int) -> None:
+    """ConfigError where held_out leaves a side empty."""
     if not count:
         raise ConfigError(
             f"data.held_out: got {data.held_out}; allowed: a share that leaves pictures of {data.source} to train on "
@@ -108,7 +127,7 @@ def _not_empty(data: Data, count: int) -> None:
         )
 
 
-def stacked(pictures: Iterator[np.ndarray], batch_size: int) -> Iterator[torch.Tensor]:
+def stacked(pictures: Iterable[np.ndarray], batch_size: int) -> Iterator[torch.Tensor]:
     """(H, W, 3) arrays as (B, 3, H, W) tensors; a new batch begins where the size changes."""
     waiting: list[np.ndarray] = []
     for pixels in pictures:

@@ -4,6 +4,7 @@ Prompts: a file's, or the captions of the run's data, those held out where some 
 of the letters world fresh renderings of them, else the data's own pictures of these captions.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,15 +15,16 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.data.records import PICTURE_SUFFIXES
+from stepdistill.data.samples import BadSample
 from stepdistill.data.source import (
-    PICTURE_SUFFIXES,
     CaptionedPicture,
     evaluation_pictures,
     evaluation_triples,
     stacked,
 )
 from stepdistill.demo import letters
-from stepdistill.durable import sha256_file, sha256_json
+from stepdistill.durable import sha256_json
 from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import image_size
 from stepdistill.rng import derive_seed
@@ -112,11 +114,16 @@ class DataPictures:
     @property
     def key(self) -> str:
         """sha256 over bytes and size."""
-        return sha256_json([*self.size, *(sha256_file(picture.file) for picture in self.pictures)])
+        return sha256_json([*self.size, *(picture.digest() for picture in self.pictures)])
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
         """uint8 (B, 3, H, W)."""
-        return stacked((picture.pixels(self.size) for picture in self.pictures), batch_size)
+        return stacked(self._usable(), batch_size)
+
+    def _usable(self) -> Iterator[np.ndarray]:
+        for picture in self.pictures:
+            with contextlib.suppress(BadSample):  # counted by `prepare`
+                yield picture.pixels(self.size)
 
 
 RealImages = Renderings | ImageFolder | DataPictures

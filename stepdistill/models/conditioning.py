@@ -24,15 +24,21 @@ class Conditioning:
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Conditioning":
-        """On another device, in another dtype."""
+        """On another device, in another dtype; time ids stay float32: bfloat16 has no 1023."""
         return Conditioning(
             self.encoder_hidden_states.to(device, dtype),
-            {name: value.to(device, dtype) for name, value in self.added_cond_kwargs.items()},
+            {
+                name: value.to(device, torch.float32 if name == "time_ids" else dtype)
+                for name, value in self.added_cond_kwargs.items()
+            },
         )
 
-    def expand(self, batch_size: int) -> "Conditioning":
-        """One row repeated for a batch: the unconditional embedding."""
-        return self.rows(torch.zeros(batch_size, dtype=torch.int64, device=self.encoder_hidden_states.device))
+    def beside(self, conditional: "Conditioning") -> "Conditioning":
+        """This one row, that of no prompt, for each row of `conditional`, and told the same of the picture's size."""
+        device = self.encoder_hidden_states.device
+        rows = self.rows(torch.zeros(len(conditional), dtype=torch.int64, device=device))
+        sizes = {k: v for k, v in conditional.added_cond_kwargs.items() if k == "time_ids"}
+        return Conditioning(rows.encoder_hidden_states, rows.added_cond_kwargs | sizes)
 
     @staticmethod
     def concat(first: "Conditioning", second: "Conditioning") -> "Conditioning":
@@ -60,9 +66,7 @@ def encode_prompts(
             pooled.append(encoded[2])
     if not pooled:
         return Conditioning(torch.cat(parts))
-    time_ids = torch.tensor(
-        [[*image_size, 0, 0, *image_size]], dtype=pooled[0].dtype, device=pooled[0].device
-    )
+    time_ids = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=torch.float32, device=pooled[0].device)
     return Conditioning(
         torch.cat(parts),
         {"text_embeds": torch.cat(pooled), "time_ids": time_ids.expand(len(prompts), -1).clone()},

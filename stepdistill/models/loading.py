@@ -18,6 +18,15 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Diffus
     return pipeline
 
 
+def load_encoders(folder: Path, *, vae_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """The pipeline without its U-Net: what turns pictures into latents and texts into embeddings."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, unet=None, dtype=torch.float32, **_local(folder))
+    if vae_dtype != torch.float32:
+        pipeline.vae.to(vae_dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def image_size(folder: Path) -> tuple[int, int]:
     """(height, width) in pixels that the pipeline draws where nobody asks for another; ValueError where it is not said."""
     unet, vae = (read_json(folder / part / "config.json") or {} for part in ("unet", "vae"))
@@ -28,6 +37,13 @@ def image_size(folder: Path) -> tuple[int, int]:
         )
     height, width = (side, side) if isinstance(side, int) else side
     return height * 2 ** (len(blocks) - 1), width * 2 ** (len(blocks) - 1)
+
+
+def size_multiple(folder: Path) -> int:
+    """Sides of pictures in pixels must be multiples of it: the VAE's factor times the U-Net's."""
+    unet, vae = (read_json(folder / part / "config.json") or {} for part in ("unet", "vae"))
+    levels = len(vae.get("block_out_channels", [0])) - 1 + len(unet.get("block_out_channels", [0])) - 1
+    return 2**levels
 
 
 def load_unet(folder: Path, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -82,8 +98,17 @@ def load_schedule(scheduler_config: dict) -> tuple[NoiseSchedule, str]:
 
 def fingerprint(folder: Path) -> str:
     """sha256 over the U-Net's weight files, 16 hexadecimal digits: which base a LoRA belongs to."""
+    return _fingerprint(folder, "unet")
+
+
+def encoder_fingerprint(folder: Path) -> str:
+    """sha256 over the weights of VAE and text encoders: which latents and embeddings go together."""
+    return _fingerprint(folder, "vae", "text_encoder", "text_encoder_2")
+
+
+def _fingerprint(folder: Path, *parts: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted((folder / "unet").glob("*.safetensors")):
+    for path in (path for part in parts for path in sorted((folder / part).glob("*.safetensors"))):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -32,9 +32,8 @@ class Preview:
         self, vae: AutoencoderKL, cache: LatentCache, prompts: list[str], *, seed: int, folder: Path
     ) -> None:
         self._vae, self._folder = vae, folder
-        index = torch.tensor([cache.prompts.index(prompt) for prompt in prompts])
-        self._conditioning = cache.conditioning.rows(index)
-        shape = tuple(cache.latents.shape[1:])
+        self._conditioning = cache.of_prompts(prompts)
+        shape = cache.latent_shapes[max(cache.sizes, key=lambda size: cache.sizes[size])]
         self._noise = rng.normal(shape, list(range(len(prompts))), seed=seed, keys=("preview",))
         self._teacher_row: tuple[object, list[Image.Image]] | None = None
 

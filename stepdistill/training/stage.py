@@ -125,6 +125,9 @@ def _step(
         node_steps=stage.rung.node_steps or stage.rung.student_steps,
         seed=stage.seed,
         keys=keys,
+        group=stage.training.train_batch_size
+        * stage.training.gradient_accumulation_steps
+        * runtime.num_processes,
         device=runtime.device,
         dtype=runtime.weight_dtype,
         num_train_timesteps=stage.nets.schedule.num_train_timesteps,

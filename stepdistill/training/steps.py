@@ -62,7 +62,7 @@ def teacher_rollout(
         told = conditioning.rows(rows)
         if nets.guidance_scale == 1.0:
             return nets.roles.predict(state, timesteps, told)
-        both = Conditioning.concat(nets.unconditional.expand(len(rows)), told)
+        both = Conditioning.concat(nets.unconditional.beside(told), told)
         output = nets.roles.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), both)
         uncond, cond = output.chunk(2)
         return guide(uncond, cond, nets.guidance_scale)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stepdistill import rng, stages
 from stepdistill.config import LoraRow
-from stepdistill.data.cache import load_cache, prepare
+from stepdistill.data.cache import load_cache
+from stepdistill.data.prepare import prepare
+from stepdistill.data.shards import read_about, write_shard
 from stepdistill.diffusion.schedule import CLEAN, trailing_timesteps
 from stepdistill.diffusion.solver import rollout
 from stepdistill.evaluation.generate import Sampler
@@ -229,15 +231,10 @@ def test_the_card_is_python_whatever_the_prompt_and_the_path_are(finished_run):
 def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path):
     config = tiny_config(tmp_path)
     prepare(config)
-    path = config.run_dir / "cache" / "latents.safetensors"
+    path = config.run_dir / "cache" / "shards" / "00000.safetensors"
     tensors = load_file(path)
-    tensors["latents"][:] = float("nan")
-    save_file(tensors, path)
-    manifest = json.loads((path.parent / "manifest.json").read_text())
-    from stepdistill.durable import sha256_file
-
-    manifest["sha256"][path.name] = sha256_file(path)
-    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    tensors["latents/32x32"][:] = float("nan")
+    write_shard(path, tensors, read_about(path))
     with pytest.raises(NonFiniteError, match=r"128 -> 32 mse, phase 0, step \d: student_loss = nan"):
         distill(config)
     assert finished_rungs(config.run_dir) == []
@@ -255,15 +252,16 @@ def test_a_phase_stops_where_unseen_noise_gains_too_little(tmp_path):
     assert finished_rungs(config.run_dir) == [1]
 
 
-def test_a_cache_that_was_changed_is_refused(tmp_path):
+@pytest.mark.parametrize("changed", ["text.safetensors", "shards/00000.safetensors"])
+def test_a_cache_that_was_changed_is_refused(tmp_path, changed):
     config = tiny_config(tmp_path)
     prepare(config)
     assert prepare(config) is False
-    path = config.run_dir / "cache" / "text.safetensors"
+    path = config.run_dir / "cache" / changed
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="no intact cache"):
+    with pytest.raises(ValueError, match=rf"no intact cache.*{changed} is missing or changed"):
         load_cache(config)
     assert prepare(config) is True
     assert len(load_cache(config)) == 40

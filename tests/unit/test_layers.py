@@ -12,7 +12,7 @@ LAYERS = [
     {"objectives", "demo.letters", "demo.reader"},
     {"models.folder"},
     {"config_section"},
-    {"config_evaluation"},
+    {"config_data", "config_evaluation"},
     {"config", "rungs", "report.grid"},
     {"config_file"},
     {"run_folder", "plan", "runtime"},
@@ -35,6 +35,7 @@ OWNERS = {
 TORCH_ONLY = ("diffusion", "objectives")
 NO_TORCH = (
     "config",
+    "config_data",
     "config_evaluation",
     "config_file",
     "config_section",

@@ -1,0 +1,59 @@
+"""What a config says of the data: where samples come from, how they are cut, what becomes of bad ones. No torch."""
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from stepdistill.config_section import PositiveInt, Section
+
+Kind = Literal[
+    "image_missing",
+    "image_unreadable",
+    "image_too_large",
+    "image_too_small",
+    "image_animated",
+    "caption_missing",
+    "caption_empty",
+    "caption_not_utf8",
+    "caption_too_long",
+    "unsafe_member",
+    "archive_broken",
+    "latent_not_finite",
+]
+"""How a sample can be bad."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# One sample of these says that all of the rest may be gone or wrong.
+_STOPS: tuple[Kind, ...] = ("archive_broken", "latent_not_finite")
+
+
+class Data(Section):
+    """What noise is added to."""
+
+    source: str = "letters"
+    """letters; a folder of NAME.png with NAME.txt, or with metadata.jsonl / .csv; .tar or .parquet files or a folder of
+    them; a .txt of prompts, whose pictures the teacher makes; or the cache folder of another run of the same teacher."""
+    num_images: PositiveInt | None = None
+    """How many samples go into the cache: renderings of letters (4096 where not given), else the first so many (all)."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the captions that distillation does not see; the table is then about these alone."""
+    resolution: PositiveInt | None = None
+    """Pixels a side, or the square root of a bucket's pixels; the teacher's own where not given."""
+    buckets: bool = False
+    """Each picture in the aspect ratio nearest its own instead of a square; an update sees one ratio."""
+    min_side: PositiveInt = 16
+    """Pictures with a shorter side are bad."""
+    max_pixels: PositiveInt = 2**26
+    """Pictures with more pixels are bad, and are not decoded."""
+    on_bad: dict[Kind, Literal["skip", "error"]] = Field(default_factory=dict)
+    """What a bad sample of a kind leads to. Where not given: skip, which counts it; error for archive_broken and
+    latent_not_finite."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Above this share of bad samples `prepare` stops; what it prepared stays."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of latents and text embeddings in the cache."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the VAE encodes in; SDXL's overflows in float16, so that is no choice."""
+
+    def policy(self, kind: Kind) -> Literal["skip", "error"]:
+        """What a bad sample of this kind leads to."""
+        return self.on_bad.get(kind, "error" if kind in _STOPS else "skip")

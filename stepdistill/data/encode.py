@@ -1,0 +1,177 @@
+"""The samples of one shard, encoded: pictures decoded by threads while the VAE works, texts once each.
+
+Which pictures go through the VAE together depends on the shard alone, so a shard made again is the same to the bit.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from stepdistill.config import Data
+from stepdistill.data.buckets import Size, Sizes
+from stepdistill.data.records import Record
+from stepdistill.data.samples import BadSample, cover, read_caption
+from stepdistill.data.shards import caption_bytes, size_name
+from stepdistill.data.source import picture_of
+from stepdistill.models.conditioning import Conditioning, encode_prompts
+
+_WORKERS = 8
+_AHEAD = 32
+_MOST_AT_ONCE, _PIXELS_AT_ONCE = 128, 2**22
+_EXAMPLES = 3
+
+
+@dataclass
+class Bad:
+    """Bad samples by kind: how many, and what was wrong with the first few."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, message: str) -> None:
+        """Counts one."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if len(self.examples.setdefault(kind, [])) < _EXAMPLES:
+            self.examples[kind].append(message)
+
+    def extend(self, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
+        """Adds another shard's."""
+        for kind, count in counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            kept = self.examples.setdefault(kind, [])
+            kept += examples.get(kind, [])[: _EXAMPLES - len(kept)]
+
+    @property
+    def total(self) -> int:
+        """Of all kinds."""
+        return sum(self.counts.values())
+
+    def __str__(self) -> str:
+        """Such as "2 image_unreadable (a.png: cannot identify image file)", one after another."""
+        kinds = sorted(self.counts.items(), key=lambda item: -item[1])
+        return ", ".join(f"{count} {kind} ({self.examples[kind][0]})" for kind, count in kinds)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sample comes from: height and width of the whole picture, top and left of the cut."""
+
+    name: str
+    caption: str
+    whole: Size
+    corner: tuple[int, int]
+
+
+_Cut = tuple[_Place, np.ndarray]
+_Broken = tuple[str, BadSample]
+
+
+class Encoder:
+    """Turns records into a shard's tensors.
+
+    Args:
+        pipeline: the teacher's; without its U-Net where pictures are there.
+        data: the config's section.
+        sizes: what pictures are cut to.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, data: Data, sizes: Sizes) -> None:
+        self._pipeline, self._data, self._sizes = pipeline, data, sizes
+        self._dtype = getattr(torch, data.dtype)
+
+    def encode(self, records: Sequence[Record]) -> tuple[dict[str, torch.Tensor], Bad]:
+        """A shard's tensors, and its bad samples; BadSample, named, for a kind that is to stop."""
+        bad = Bad()
+        waiting: dict[Size, list[_Cut]] = defaultdict(list)
+        done: dict[Size, list[tuple[_Place, torch.Tensor]]] = defaultdict(list)
+
+        def flush(size: Size) -> None:
+            group = waiting.pop(size)
+            encoded = encode_pictures(self._pipeline, np.stack([pixels for _, pixels in group]))
+            for (place, _), latent in zip(group, encoded, strict=True):
+                if bool(latent.isfinite().all()):
+                    done[size].append((place, latent.to(self._dtype)))
+                else:
+                    self._refuse(
+                        BadSample("latent_not_finite", "the VAE gives no finite latent"), place.name, bad
+                    )
+
+        for found in self._cut(records):
+            if isinstance(found[1], BadSample):
+                self._refuse(found[1], found[0], bad)
+                continue
+            size = (found[1].shape[0], found[1].shape[1])
+            waiting[size].append(found)
+            if len(waiting[size]) == min(_MOST_AT_ONCE, max(1, _PIXELS_AT_ONCE // (size[0] * size[1]))):
+                flush(size)
+        for size in sorted(waiting):
+            flush(size)
+        return self._tensors(done), bad
+
+    def _cut(self, records: Sequence[Record]) -> Iterator[_Cut | _Broken]:
+        """Each record as its cut picture or what is wrong with it, in order, some read ahead by threads."""
+
+        def read(record: Record) -> _Cut | _Broken:
+            try:
+                caption = read_caption(record.read_caption())
+                picture = picture_of(record, self._data)
+            except BadSample as error:
+                return record.name, error
+            whole = (picture.height, picture.width)
+            pixels, corner = cover(picture, self._sizes.of(whole))
+            return _Place(record.name, caption, whole, corner), pixels
+
+        with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+            rest = iter(records)
+            ahead = collections.deque(pool.submit(read, r) for r in itertools.islice(rest, _AHEAD))
+            while ahead:
+                found = ahead.popleft().result()
+                ahead.extend(pool.submit(read, r) for r in itertools.islice(rest, 1))
+                yield found
+
+    def _refuse(self, error: BadSample, name: str, bad: Bad) -> None:
+        if self._data.policy(error.kind) == "error":
+            raise BadSample(
+                error.kind,
+                f"{name}: {error.kind}: {error}; mend it, or set data.on_bad.{error.kind}=skip",
+            )
+        bad.add(error.kind, f"{name}: {error}")
+
+    def _tensors(self, done: dict[Size, list[tuple[_Place, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+        captions = sorted({place.caption for group in done.values() for place, _ in group})
+        row = {caption: number for number, caption in enumerate(captions)}
+        tensors = {"captions": caption_bytes(captions)}
+        if captions:
+            told = encode_prompts(self._pipeline, captions, image_size=self._sizes.target)
+            tensors |= text_tensors(told, self._dtype)
+        for size, group in done.items():
+            rows = [[row[place.caption], *place.whole, *place.corner] for place, _ in group]
+            tensors[f"rows/{size_name(size)}"] = torch.tensor(rows, dtype=torch.int32)
+            tensors[f"latents/{size_name(size)}"] = torch.stack([latent for _, latent in group])
+        return tensors
+
+
+def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A shard's text parts; time ids belong to pictures."""
+    parts = {"encoder_hidden_states": conditioning.encoder_hidden_states, **conditioning.added_cond_kwargs}
+    return {
+        f"text/{name}": part.to("cpu", dtype).contiguous()
+        for name, part in parts.items()
+        if name != "time_ids"
+    }
+
+
+@torch.no_grad()
+def encode_pictures(pipeline: DiffusionPipeline, pixels: np.ndarray) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> scaled posterior means (B, C, h, w), float32, on the CPU."""
+    vae = pipeline.vae
+    batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(vae.device, torch.float32)
+    latents = vae.encode((batch / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
+    return latents.float().cpu() * vae.config.scaling_factor

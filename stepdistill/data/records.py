@@ -1,0 +1,264 @@
+"""Where samples come from: a stream of records in a fixed order, nothing decoded, nothing kept.
+
+letters            the letters world, rendered from a seed
+FOLDER             NAME.png (.jpg, .jpeg, .webp, .bmp) with NAME.txt beside it, in folders of any depth
+FOLDER             with metadata.jsonl or metadata.csv: file_name, and text (or caption, or prompt)
+FILE.tar, FOLDER   of tars: NAME.png, NAME.txt (or NAME.json) one after the other, as webdataset packs them
+FILE.parquet       and what else the datasets package opens from disk (extra "data"): columns image, text
+FILE.txt           prompts alone, one a line: the teacher makes the pictures
+"""
+
+import csv
+import importlib.util
+import itertools
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from stepdistill.config import ConfigError
+from stepdistill.config_data import Kind
+from stepdistill.data.samples import MOST_BYTES, MOST_CAPTION_BYTES, BadSample
+from stepdistill.data.tar import BrokenArchive, Member, members, read_member
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTION_KEYS = ("text", "caption", "prompt")
+METADATA = ("metadata.jsonl", "metadata.csv")
+_MOST_MEMBERS_OF_ONE = 16
+
+
+@dataclass(frozen=True)
+class Record:
+    """name: how messages call it; read_caption, read_image: its bytes, or text, or BadSample; size: of the image in bytes
+    where that costs nothing to know. read_image is None where there are prompts alone."""
+
+    name: str
+    read_caption: Callable[[], bytes | str | None]
+    read_image: Callable[[], bytes | Image.Image] | None
+    size: int = 0
+
+
+def records(source: str) -> Iterator[Record]:
+    """The records of a source that is not the letters world; ConfigError where it is none."""
+    path = Path(source).expanduser()
+    found = _reader(path)
+    first = next(found, None)
+    if first is None:
+        raise ConfigError(f"data.source: got {source!r}, {_nothing(path)}; allowed: {_ALLOWED}")
+    return itertools.chain([first], found)
+
+
+def is_prompts_only(source: str) -> bool:
+    """Whether the teacher makes the pictures."""
+    return Path(source).suffix == ".txt"
+
+
+_ALLOWED = (
+    '"letters", a folder of pictures with captions (NAME.png and NAME.txt, or metadata.jsonl), '
+    ".tar or .parquet files, a .txt file of prompts"
+)
+
+
+def _reader(path: Path) -> Iterator[Record]:
+    if path.suffix == ".txt" and path.is_file():
+        return _prompts(path)
+    if path.suffix == ".tar" and path.is_file():
+        return _archives([path])
+    if path.suffix == ".parquet" and path.is_file():
+        return _parquet([path])
+    if not path.is_dir():
+        return iter(())
+    for name in METADATA:
+        if (path / name).is_file():
+            return _listed(path, path / name)
+    for suffix, read in ((".tar", _archives), (".parquet", _parquet)):
+        files = sorted(f for f in path.iterdir() if f.suffix == suffix and f.is_file())
+        if files:
+            return read(files)
+    return _folder(path)
+
+
+def _nothing(path: Path) -> str:
+    if not path.exists():
+        return "which is not there"
+    return "which holds no pictures with captions" if path.is_dir() else "which holds no sample"
+
+
+def read_file(path: Path, *, most: int) -> bytes:
+    """A regular file's bytes; BadSample where it is missing, no regular file (a pipe would wait for ever) or too large."""
+    missing: Kind = "image_missing" if most == MOST_BYTES else "caption_missing"
+    large: Kind = "image_too_large" if most == MOST_BYTES else "caption_too_long"
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadSample("unsafe_member", f"{path} is no regular file")
+        if status.st_size > most:
+            raise BadSample(large, f"{path} has {status.st_size:,} bytes; allowed: {most:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadSample(missing, f"cannot read {path}: {error.strerror}") from None
+
+
+def _folder(folder: Path) -> Iterator[Record]:
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            file = Path(parent, name)
+            if file.suffix.lower() in PICTURE_SUFFIXES:
+                yield _of_file(folder, file, _text_beside(file))
+
+
+def _text_beside(file: Path) -> Callable[[], bytes]:
+    return lambda: read_file(file.with_suffix(".txt"), most=MOST_CAPTION_BYTES)
+
+
+def _of_file(folder: Path, file: Path, caption: Callable[[], bytes | str | None]) -> Record:
+    try:
+        size = file.stat().st_size
+    except OSError:
+        size = 0
+    name = file.relative_to(folder).as_posix()
+    return Record(name, caption, lambda: read_file(file, most=MOST_BYTES), size)
+
+
+def _listed(folder: Path, table: Path) -> Iterator[Record]:
+    """A row of metadata.jsonl or metadata.csv a record."""
+    for number, row in enumerate(_rows(table), 1):
+        name = row.get("file_name")
+        caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), None)
+        told = f"{table.name}:{number}"
+        if not isinstance(name, str):
+            yield _bad(told, "image_missing", "the row names no file_name")
+        elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
+            yield _bad(told, "unsafe_member", f"{name!r} leaves the folder")
+        else:
+            yield _of_file(folder, folder / name, _value(caption))
+
+
+def _rows(table: Path) -> Iterator[dict]:
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if table.suffix == ".csv":
+            yield from csv.DictReader(file)
+            return
+        for line in file:
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError:
+                row = {}
+            if row is not None:
+                yield row if isinstance(row, dict) else {}
+
+
+def _value(text: str | None) -> Callable[[], str | None]:
+    return lambda: text
+
+
+def _bad(name: str, kind: Kind, message: str) -> Record:
+    def refuse() -> bytes:
+        raise BadSample(kind, message)
+
+    return Record(name, refuse, refuse)
+
+
+def _archives(paths: Iterable[Path]) -> Iterator[Record]:
+    for path in paths:
+        try:
+            for _, group in itertools.groupby(members(path), key=_stem):
+                yield from _grouped(path, group)
+        except BrokenArchive as error:
+            yield _bad(path.name, "archive_broken", str(error))
+
+
+def _stem(member: Member) -> str:
+    folder, _, name = member.name.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def _grouped(path: Path, group: Iterable[Member]) -> Iterator[Record]:
+    """The sample that members of one name make; an unsafe one is a bad sample of its own."""
+    parts: dict[str, Member] = {}
+    for member in group:
+        if member.unsafe is not None:
+            yield _bad(f"{path.name}:{member.name}", "unsafe_member", f"{member.name!r} is {member.unsafe}")
+        elif len(parts) < _MOST_MEMBERS_OF_ONE:
+            parts[PurePosixPath(member.name).suffix.lower()] = member
+    image = next((parts[suffix] for suffix in PICTURE_SUFFIXES if suffix in parts), None)
+    if image is not None:
+        yield Record(
+            f"{path.name}:{image.name}", _caption_of(path, parts), _bytes_of(path, image), image.size
+        )
+
+
+def _bytes_of(path: Path, member: Member) -> Callable[[], bytes]:
+    def read() -> bytes:
+        if member.size > MOST_BYTES:
+            raise BadSample("image_too_large", f"{member.size:,} bytes; allowed: {MOST_BYTES:,}")
+        return read_member(path, member)
+
+    return read
+
+
+def _caption_of(path: Path, parts: dict[str, Member]) -> Callable[[], bytes | str | None]:
+    def read() -> bytes | str | None:
+        member = parts.get(".txt") or parts.get(".json")
+        if member is None:
+            return None
+        if member.size > MOST_CAPTION_BYTES:
+            raise BadSample("caption_too_long", f"{member.size:,} bytes; allowed: {MOST_CAPTION_BYTES:,}")
+        content = read_member(path, member)
+        if member is parts.get(".txt"):
+            return content
+        try:
+            row = json.loads(content)
+        except ValueError as error:
+            raise BadSample("caption_missing", f"{member.name} is no JSON: {error}") from None
+        row = row if isinstance(row, dict) else {}
+        return next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), None)
+
+    return read
+
+
+def _parquet(paths: list[Path]) -> Iterator[Record]:
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError(
+            f'data.source: {paths[0]} needs the datasets package; mend: pip install "stepdistill[data]"'
+        )
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=[str(p) for p in paths], split="train", streaming=True)
+    image = next((name for name in ("image", "jpg", "png") if name in (rows.features or {})), None)
+    caption = next((name for name in CAPTION_KEYS if name in (rows.features or {})), None)
+    if image is None or caption is None:
+        raise ConfigError(
+            f"data.source: {paths[0]} has the columns {', '.join(rows.features or [])}; allowed: image and "
+            f"one of {', '.join(CAPTION_KEYS)}"
+        )
+    for number, row in enumerate(rows.cast_column(image, datasets.Image(decode=False))):
+        text = row[caption]
+        content = (row[image] or {}).get("bytes")
+        name = f"{paths[0].name}:{number}"
+        if content is None:
+            yield _bad(name, "image_missing", "the row holds no image")
+        else:
+            yield Record(name, _value(text), _value_bytes(content), len(content))
+
+
+def _value_bytes(content: bytes) -> Callable[[], bytes]:
+    return lambda: content
+
+
+def _prompts(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MOST_CAPTION_BYTES + 2):
+            number += 1
+            if line.strip():
+                yield Record(f"{path.name}:{number}", _line(line), None)
+
+
+def _line(line: bytes) -> Callable[[], bytes]:
+    return lambda: line

@@ -1,0 +1,171 @@
+"""One shard of a cache: latents and text embeddings of consecutive samples in one safetensors file, memory-mapped.
+
+latents/HxW                 (n, C, h, w) of the pictures cut to H x W pixels, scaled
+rows/HxW                    (n, 5) int32: row of the text, height and width of the whole picture, top and left of the cut
+text/encoder_hidden_states  (m, tokens, width), text/text_embeds (m, width): of the m distinct captions
+captions                    their texts, JSON as bytes
+header                      what it was made from, how many samples were bad and how, sha256 of all that follows the header
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from stepdistill.models.conditioning import Conditioning
+
+FORMAT = "stepdistill cache 2"
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+Size = tuple[int, int]
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
+    """Writes a shard in one step and returns its sha256; equal tensors and `about`, equal bytes."""
+    header, body = _split(save(dict(tensors)))
+    digest = hashlib.sha256(body).hexdigest()
+    header["__metadata__"] = {"format": FORMAT, **about, "sha256": digest}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return digest
+
+
+def read_about(path: Path) -> dict[str, str] | None:
+    """What the header of a shard says; None where there is no shard of this format, or its length is not the header's."""
+    try:
+        header, start = _read_header(path)
+        end = max((part["data_offsets"][1] for part in header.values() if "data_offsets" in part), default=0)
+        about = header["__metadata__"]
+        right = about["format"] == FORMAT and path.stat().st_size == start + end
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return about if right else None
+
+
+def is_intact(path: Path) -> bool:
+    """Whether every byte is as it was written."""
+    about = read_about(path)
+    if about is None:
+        return False
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest() == about["sha256"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard's tensors, memory-mapped: nothing is read before it is asked for."""
+
+    path: Path
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        header, start = _read_header(self.path)
+        storage = torch.UntypedStorage.from_file(
+            str(self.path), shared=False, nbytes=self.path.stat().st_size
+        )
+        found = {}
+        for name, part in header.items():
+            if name == "__metadata__":
+                continue
+            dtype = _DTYPES[part["dtype"]]
+            offset = (start + part["data_offsets"][0]) // dtype.itemsize
+            found[name] = torch.empty(0, dtype=dtype).set_(storage, offset, part["shape"])  # type: ignore[call-overload]
+        return found
+
+    @cached_property
+    def counts(self) -> dict[Size, int]:
+        """Samples by the size (H, W) in pixels that their pictures were cut to."""
+        header, _ = _read_header(self.path)
+        names = [name for name in header if name.startswith("latents/")]
+        return {_size(name): header[name]["shape"][0] for name in names}
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return tuple(self._tensors[f"latents/{size_name(size)}"].shape[1:])
+
+    def latents(self, size: Size, index: torch.Tensor) -> torch.Tensor:
+        """(n, C, h, w) of samples `index` (n,) of that size, in the dtype of the cache."""
+        return self._tensors[f"latents/{size_name(size)}"][index]
+
+    def conditioning(self, size: Size, index: torch.Tensor) -> Conditioning:
+        """What the U-Net is told of these samples, time ids as the pictures were cut."""
+        rows = self._tensors[f"rows/{size_name(size)}"][index].long()
+        text = self._tensors
+        hidden = text["text/encoder_hidden_states"][rows[:, 0]]
+        if "text/text_embeds" not in text:
+            return Conditioning(hidden)
+        target = torch.tensor(size).expand(len(rows), 2)
+        time_ids = torch.cat([rows[:, 1:], target], dim=1).to(hidden.dtype)
+        return Conditioning(
+            hidden, {"text_embeds": text["text/text_embeds"][rows[:, 0]], "time_ids": time_ids}
+        )
+
+    @property
+    def captions(self) -> list[str]:
+        """The distinct captions, in the order of the text's rows."""
+        return json.loads(bytes(self._tensors["captions"].numpy()))
+
+
+def caption_bytes(captions: list[str]) -> torch.Tensor:
+    """Texts as a uint8 tensor."""
+    return torch.frombuffer(bytearray(json.dumps(captions).encode()), dtype=torch.uint8)
+
+
+def size_name(size: Size) -> str:
+    """Such as "512x768", height first."""
+    return f"{size[0]}x{size[1]}"
+
+
+def _size(name: str) -> Size:
+    height, _, width = name.rpartition("/")[2].partition("x")
+    return int(height), int(width)
+
+
+def _split(content: bytes) -> tuple[dict, memoryview]:
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
+
+
+def _read_header(path: Path) -> tuple[dict, int]:
+    """The header, and where the tensors begin; ValueError for what is no safetensors file."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length < 2**26:
+            raise ValueError(f"{path} is no safetensors file")
+        return json.loads(file.read(length)), 8 + length
+
+
+class Places:
+    """Which shard a sample of one size is in: (shard, index there) of its number among all of that size."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self._ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def find(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shards (n,) and indices in them (n,) of numbers (n,)."""
+        shard = torch.bucketize(numbers, self._ends, right=True)
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self._ends[:-1]])
+        return shard, numbers - before[shard]

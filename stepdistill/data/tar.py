@@ -1,0 +1,111 @@
+"""A tar archive read member after member in constant memory: regular files by their place in the file, nothing else.
+
+The standard library's reader keeps every member, follows what a header says about lengths, and knows types that are no
+files. Here a header is 512 bytes; long names come from GNU and pax records of 64 KiB at most; links, devices, pipes and
+sparse files are named as unsafe and never opened.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+_BLOCK = tarfile.BLOCKSIZE
+_MOST_HEADER_DATA = 2**16
+_LONG_NAME, _PAX, _GLOBAL_PAX = b"L", b"x", b"g"
+_SKIPPED = (_GLOBAL_PAX, b"K", b"5")  # of all members; a long link's name; a folder
+
+
+class BrokenArchive(ValueError):
+    """A tar archive that cannot be read further."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member's name, and where its bytes are; `unsafe` says why they are not to be read."""
+
+    name: str
+    offset: int
+    size: int
+    unsafe: str | None = None
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The members of an uncompressed tar, in order; BrokenArchive, which names the file, where it ends early."""
+    with path.open("rb") as file:
+        total = path.stat().st_size
+        told: dict[str, str] = {}
+        while True:
+            block = file.read(_BLOCK)
+            if not block.strip(b"\0"):
+                if not block and not file.tell():
+                    raise BrokenArchive(f"{path} is empty")
+                return
+            info = _header(path, block, file.tell() - _BLOCK)
+            offset = file.tell()
+            if not _has_data(info):
+                info.size = 0
+            if info.size < 0 or offset + info.size > total:
+                raise BrokenArchive(
+                    f"{path}: cut off within {info.name!r}: {info.size:,} bytes from {offset:,} on, of {total:,}"
+                )
+            if info.type in (_LONG_NAME, _PAX):
+                told |= _told(path, file, info)
+            elif info.type not in _SKIPPED:
+                name = told.get("path", info.name)
+                yield Member(name, offset, info.size, _unsafe(info, name, told))
+                told = {}
+            file.seek(offset + -(-info.size // _BLOCK) * _BLOCK)
+
+
+def read_member(path: Path, member: Member) -> bytes:
+    """The bytes of a safe member."""
+    with path.open("rb") as file:
+        file.seek(member.offset)
+        return file.read(member.size)
+
+
+def _header(path: Path, block: bytes, at: int) -> tarfile.TarInfo:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise BrokenArchive(f"{path}: no tar header at byte {at:,}: {error}") from None
+
+
+def _has_data(info: tarfile.TarInfo) -> bool:
+    """Links, folders and devices have none, whatever length their header gives."""
+    records = (_LONG_NAME, b"K", _PAX, _GLOBAL_PAX)
+    return info.isreg() or info.type in records or info.type not in tarfile.SUPPORTED_TYPES
+
+
+def _told(path: Path, file: BinaryIO, info: tarfile.TarInfo) -> dict[str, str]:
+    """What a long-name or pax record says of the member after it."""
+    if info.size > _MOST_HEADER_DATA:
+        raise BrokenArchive(f"{path}: a header record of {info.size:,} bytes; allowed: {_MOST_HEADER_DATA:,}")
+    data = file.read(info.size)
+    if info.type == _LONG_NAME:
+        return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    found, place = {}, 0
+    while place < len(data):
+        digits, space, _ = data[place : place + 20].partition(b" ")
+        length = int(digits) if space and digits.isdigit() else 0
+        key, equals, value = data[place + len(digits) + 1 : place + length - 1].partition(b"=")
+        if not length or not equals:
+            raise BrokenArchive(f"{path}: a pax record that cannot be read")
+        found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        place += length
+    return found
+
+
+def _unsafe(info: tarfile.TarInfo, name: str, told: dict[str, str]) -> str | None:
+    if any(key.startswith("GNU.sparse") for key in told) or info.type == tarfile.GNUTYPE_SPARSE:
+        return "a sparse file"
+    if "size" in told:
+        return "a length outside its header"
+    if info.type not in tarfile.REGULAR_TYPES:
+        return "no regular file"
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or "\0" in name:
+        return "a path that leaves the archive"
+    return None
