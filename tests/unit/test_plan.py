@@ -10,7 +10,7 @@ from stepdistill.diffusion.schedule import jump, substep_path, trailing_timestep
 from stepdistill.plan import phase_forwards, training_forwards
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
-import ablations
+import variants
 
 CONFIGS = ("configs/letters.yaml", "configs/letters_lightning.yaml")
 
@@ -33,11 +33,11 @@ def test_teacher_moves_are_counted_as_the_solver_takes_them(path):
             assert phase_forwards(config, rung, phase) == pytest.approx(guided * moves + alone, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ablations.VARIANTS)
+@pytest.mark.parametrize("name", variants.VARIANTS)
 def test_every_variant_of_the_ablations_is_a_ladder_of_equal_forwards(name):
     config = load_config(CONFIGS[0])
     budget = training_forwards(config)
-    changed = ablations.variant(name).config(config, budget, 1.0)
+    changed = variants.variant(name).config(config, budget, 1.0)
     assert training_forwards(changed) == pytest.approx(budget, rel=0.01)
     assert (changed.model_copy(update={"name": config.name}) == config) == (name == "default")
 
