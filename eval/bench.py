@@ -23,11 +23,11 @@ from stepdistill.data.batches import draw_batch
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from stepdistill.models.discriminator import build_discriminator, encode
-from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import load_schedule, load_unet, read_scheduler_config
 from stepdistill.models.roles import Roles
 from stepdistill.plan import phase_forwards
 from stepdistill.runtime import environment
+from stepdistill.teacher_source import teacher_folder
 from stepdistill.training.steps import Denoisers, phase_step
 
 
@@ -46,7 +46,7 @@ def timed(action: Callable[[], object], iterations: int) -> float:
 
 def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: int) -> dict:
     rung = config.ladder[rung_index]
-    base = resolve_model_folder(config.teacher.path)
+    base = teacher_folder(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     roles = Roles(load_unet(base).to(device), rank=config.lora.rank, seed=0)
     roles.teacher_is_base = rung_index == 0

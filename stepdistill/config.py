@@ -12,13 +12,34 @@ from stepdistill.config_section import ConfigError as ConfigError
 from stepdistill.config_section import Name, PositiveFloat, PositiveInt, Section
 
 
+class TeacherLora(Section):
+    """A LoRA that is part of the teacher."""
+
+    path: str
+    """A .safetensors file, or a folder that holds one."""
+    weight: float = 1.0
+    """How much of it."""
+
+
 class Teacher(Section):
     """The model to distil."""
 
     path: str = "letters"
-    """A complete diffusers pipeline folder, or "letters" for the one that ships in the package."""
+    """A diffusers pipeline's folder, one .safetensors checkpoint, or a repository of the Hub such as org/name; "letters"
+    for the one that ships in the package."""
+    revision: str | None = None
+    """Of a repository: commit, tag or branch."""
+    variant: str | None = None
+    """Of a repository: which of its weights, such as fp16."""
+    config: str | None = None
+    """Of a single file: the pipeline's folder or repository whose configs and tokenizers belong to it. Where not given
+    diffusers looks up the one that the file's keys point to, in its cache or on the Hub."""
+    loras: tuple[TeacherLora, ...] = ()
+    """LoRAs baked into the teacher: what is distilled draws with them."""
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     """Classifier-free guidance of the first rung's teacher and of the teacher's rows in the table; 1 is off."""
+    unconditional: Literal["auto", "empty", "zeros"] = "auto"
+    """What stands for no prompt: the embedding of "", or zeros; auto as the pipeline has it: "" for SD, zeros for SDXL."""
 
 
 class Lora(Section):

@@ -33,13 +33,16 @@ class Data(Section):
     """letters; a folder of NAME.png with NAME.txt, or with metadata.jsonl / .csv; .tar or .parquet files or a folder of
     them; a .txt of prompts, whose pictures the teacher makes; or the cache folder of another run of the same teacher."""
     num_images: PositiveInt | None = None
-    """How many samples go into the cache: renderings of letters (4096 where not given), else the first so many (all)."""
+    """How many samples go into the cache: renderings of letters (4096 where not given), else the first so many (all);
+    of prompts alone, more than there are go round again with other noise."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the captions that distillation does not see; the table is then about these alone."""
     resolution: PositiveInt | None = None
     """Pixels a side, or the square root of a bucket's pixels; the teacher's own where not given."""
     buckets: bool = False
     """Each picture in the aspect ratio nearest its own instead of a square; an update sees one ratio."""
+    teacher_steps: PositiveInt = 32
+    """Of prompts alone: the teacher's steps for each of its pictures."""
     min_side: PositiveInt = 16
     """Pictures with a shorter side are bad."""
     max_pixels: PositiveInt = 2**26

@@ -8,9 +8,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from stepdistill.config import RunConfig
 from stepdistill.durable import read_json, write_text
-from stepdistill.models.folder import EMBEDDED_TEACHER, resolve_model_folder
+from stepdistill.models.folder import EMBEDDED_TEACHER, teacher_kind
 from stepdistill.models.loading import load_schedule, read_scheduler_config
 from stepdistill.rungs import RungRecord, require_rung, rung_folder
+from stepdistill.teacher_source import teacher_folder
 
 _CARD = """---
 library_name: diffusers
@@ -75,7 +76,7 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
     """Writes scheduler/ and README.md into a finished rung's folder and returns it; ValueError where it is not finished."""
     record = require_rung(config.run_dir, student_steps)
     folder = rung_folder(config.run_dir, student_steps)
-    base = resolve_model_folder(config.teacher.path)
+    base = teacher_folder(config)
     teacher_scheduler = read_scheduler_config(base)
     scheduler = student_scheduler(
         teacher_scheduler, record.prediction_type, start_timestep=record.start_timestep
@@ -98,10 +99,16 @@ def model_card(config: RunConfig, record: RungRecord, folder: Path) -> str:
         steps=f"{record.student_steps} step{'s' if record.student_steps > 1 else ''}",
         path=" -> ".join([first, *map(str, students)]),
         embedded=embedded,
-        teacher='embedded_folder("teacher")' if embedded else repr(config.teacher.path),
+        teacher='embedded_folder("teacher")' if embedded else repr(_named_teacher(config)),
         folder=repr(folder.as_posix()),
         prompt=repr(config.preview.prompts[0]),
     )
+
+
+def _named_teacher(config: RunConfig) -> str:
+    """How a snippet names the teacher: as the config does, or where one was made of a file or with LoRAs, its folder."""
+    made = teacher_kind(config.teacher.path) == "file" or config.teacher.loras
+    return teacher_folder(config).as_posix() if made else config.teacher.path
 
 
 def load_few_step(pipeline: DiffusionPipeline, folder: Path) -> RungRecord:

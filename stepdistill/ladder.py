@@ -16,12 +16,12 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.durable import canonical_safetensors, sha256_file
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import build_discriminator
-from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import fingerprint, load_schedule, load_unet, load_vae, read_scheduler_config
 from stepdistill.models.roles import STUDENT, TEACHER, Roles
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 from stepdistill.runtime import Runtime
+from stepdistill.teacher_source import teacher_folder
 from stepdistill.training.log import TrainingLog
 from stepdistill.training.preview import Preview
 from stepdistill.training.stage import Stage, run_stage
@@ -92,7 +92,7 @@ def _unfinished(config: RunConfig) -> list[Rung]:
 
 def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     """The base U-Net with its roles, the cache and what else all rungs need."""
-    base = resolve_model_folder(config.teacher.path)
+    base = teacher_folder(config)
     unet = load_unet(base, dtype=runtime.weight_dtype).to(runtime.device)
     schedule, prediction_type = load_schedule(read_scheduler_config(base))
     roles = Roles(
@@ -218,7 +218,7 @@ def read_lora_file(path: Path) -> dict:
 def seconds_per_forward(config: RunConfig) -> float:
     """Seconds of one bare U-Net forward per sample, here, at the training batch size: the faster of three."""
     runtime = Runtime(mixed_precision=config.training.mixed_precision)
-    unet = load_unet(resolve_model_folder(config.teacher.path), dtype=runtime.weight_dtype).to(runtime.device)
+    unet = load_unet(teacher_folder(config), dtype=runtime.weight_dtype).to(runtime.device)
     cache = load_cache(config)
     size, count = max(cache.sizes.items(), key=lambda item: item[1])
     samples = cache.samples(size, [k % count for k in range(config.training.train_batch_size)])

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import write_text
-from stepdistill.models.folder import EMBEDDED_TEACHER, missing_parts, resolve_model_folder
+from stepdistill.teacher_source import check_teacher
 
 # What may differ when a run goes on: it changes no weight.
 _FREE = ("evaluation", "training.logging_steps", "training.preview_steps", "preview.prompts", "output_dir")
@@ -16,13 +16,7 @@ _FREE = ("evaluation", "training.logging_steps", "training.preview_steps", "prev
 
 def check_run(config: RunConfig) -> None:
     """ConfigError where the teacher's folder is incomplete or the run's folder is another run's; writes nothing."""
-    folder = resolve_model_folder(config.teacher.path)
-    missing = missing_parts(folder)
-    if missing:
-        raise ConfigError(
-            f"teacher.path: got {config.teacher.path!r}, which lacks {'; '.join(missing)}; "
-            f'allowed: a complete diffusers pipeline folder in safetensors, or "{EMBEDDED_TEACHER}"'
-        )
+    check_teacher(config)
     run_dir = config.run_dir
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"name: the run's folder {run_dir} is a file; choose another name or output_dir")

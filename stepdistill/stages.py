@@ -12,6 +12,7 @@ from stepdistill import plan
 from stepdistill.config import RunConfig
 from stepdistill.durable import write_json
 from stepdistill.run_folder import check_run, open_run
+from stepdistill.teacher_source import is_ready_made
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ def prepare(config: RunConfig) -> None:
     from stepdistill.runtime import environment
 
     write_json(run_dir / "environment.json", environment())
+    _make_teacher(config)
     made = fill_cache(config)
     logger.info("prepare: %s", "cache made" if made else "cache is there")
 
@@ -81,6 +83,9 @@ def run_all(config: RunConfig) -> None:
     _quiet_libraries()
     from stepdistill.evaluation.evaluate import check_evaluation
 
+    if not is_ready_made(config):
+        open_run(config)
+        _make_teacher(config)
     check_evaluation(config)
     open_run(config)
     logger.info("%s", plan.describe(config))
@@ -103,13 +108,13 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     _quiet_libraries()
     from stepdistill.evaluation.generate import draw
     from stepdistill.export import export_rung, load_few_step
-    from stepdistill.models.folder import resolve_model_folder
     from stepdistill.models.loading import load_pipeline
     from stepdistill.runtime import default_device
+    from stepdistill.teacher_source import teacher_folder
 
     if not (rung_folder(run_dir, steps) / "scheduler").is_dir():
         export_rung(config, steps)
-    pipeline = load_pipeline(resolve_model_folder(config.teacher.path)).to(default_device())
+    pipeline = load_pipeline(teacher_folder(config)).to(default_device())
     load_few_step(pipeline, rung_folder(run_dir, steps))
     images, _ = draw(pipeline, [prompt], steps=steps, guidance_scale=1.0, seed=seed, first=0)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +134,17 @@ def _estimate(config: RunConfig) -> str:
         f"this will take about {(training + evaluation) / 60:.1f} minutes here: "
         f"{training / 60:.1f} for the ladder, {evaluation / 60:.1f} for the images of the table"
     )
+
+
+def _make_teacher(config: RunConfig) -> None:
+    """A folder of the teacher where it is none yet, by one process."""
+    from stepdistill.models.teacher import make_teacher
+    from stepdistill.runtime import Processes
+
+    processes = Processes()
+    if processes.is_main:
+        make_teacher(config)
+    processes.wait()
 
 
 def _quiet_libraries() -> None:

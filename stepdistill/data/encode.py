@@ -20,6 +20,7 @@ from stepdistill.data.records import Record
 from stepdistill.data.samples import BadSample, cover, read_caption
 from stepdistill.data.shards import caption_bytes, size_name
 from stepdistill.data.source import picture_of
+from stepdistill.data.synthesis import Synthesis
 from stepdistill.models.conditioning import Conditioning, encode_prompts
 
 _WORKERS = 8
@@ -77,17 +78,25 @@ class Encoder:
     """Turns records into a shard's tensors.
 
     Args:
-        pipeline: the teacher's; without its U-Net where pictures are there.
+        pipeline: the teacher's, without its U-Net.
         data: the config's section.
         sizes: what pictures are cut to.
+        synthesis: makes the latents where there are prompts alone.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, data: Data, sizes: Sizes) -> None:
-        self._pipeline, self._data, self._sizes = pipeline, data, sizes
+    def __init__(
+        self, pipeline: DiffusionPipeline, data: Data, sizes: Sizes, synthesis: Synthesis | None = None
+    ) -> None:
+        self._pipeline, self._data, self._sizes, self._synthesis = pipeline, data, sizes, synthesis
         self._dtype = getattr(torch, data.dtype)
 
-    def encode(self, records: Sequence[Record]) -> tuple[dict[str, torch.Tensor], Bad]:
-        """A shard's tensors, and its bad samples; BadSample, named, for a kind that is to stop."""
+    def encode(self, records: Sequence[Record], *, first: int) -> tuple[dict[str, torch.Tensor], Bad]:
+        """A shard's tensors, and its bad samples; BadSample, named, for a kind that is to stop.
+
+        first: the number of the first record in the whole stream, which names the noise of what the teacher makes.
+        """
+        if self._synthesis is not None:
+            return self._synthesized(records, self._synthesis, first)
         bad = Bad()
         waiting: dict[Size, list[_Cut]] = defaultdict(list)
         done: dict[Size, list[tuple[_Place, torch.Tensor]]] = defaultdict(list)
@@ -143,6 +152,30 @@ class Encoder:
                 f"{name}: {error.kind}: {error}; mend it, or set data.on_bad.{error.kind}=skip",
             )
         bad.add(error.kind, f"{name}: {error}")
+
+    def _synthesized(
+        self, records: Sequence[Record], synthesis: Synthesis, first: int
+    ) -> tuple[dict[str, torch.Tensor], Bad]:
+        bad, size = Bad(), self._sizes.target
+        places, numbers = [], []
+        for number, record in enumerate(records, first):
+            try:
+                places.append(_Place(record.name, read_caption(record.read_caption()), size, (0, 0)))
+                numbers.append(number)
+            except BadSample as error:
+                self._refuse(error, record.name, bad)
+        if not places:
+            return self._tensors({}), bad
+        tensors = self._tensors({size: [(place, torch.empty(0)) for place in places]})
+        rows = tensors[f"rows/{size_name(size)}"][:, 0].long()
+        captions = sorted({place.caption for place in places})
+        told = encode_prompts(self._pipeline, captions, image_size=size).rows(rows)
+        found = synthesis.latents(told, numbers)
+        for place, latent in zip(places, found, strict=True):
+            if not bool(latent.isfinite().all()):
+                raise BadSample("latent_not_finite", f"{place.name}: the teacher makes no finite latent")
+        tensors[f"latents/{size_name(size)}"] = found.to(self._dtype)
+        return tensors, bad
 
     def _tensors(self, done: dict[Size, list[tuple[_Place, torch.Tensor]]]) -> dict[str, torch.Tensor]:
         captions = sorted({place.caption for group in done.values() for place, _ in group})

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,26 +19,33 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.cache import TEXT, pack
 from stepdistill.data.encode import Bad, Encoder
-from stepdistill.data.records import Record
+from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.shards import FORMAT, is_intact, read_about, write_shard
 from stepdistill.data.source import not_empty, training_records
+from stepdistill.data.synthesis import Synthesis
 from stepdistill.durable import canonical_safetensors, read_json, sha256_file, sha256_json, write_json
 from stepdistill.models.conditioning import encode_prompts, encode_unconditional
-from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import (
     encoder_fingerprint,
     fingerprint,
     image_size,
+    latent_shape,
     load_encoders,
+    load_schedule,
+    load_unet,
+    read_scheduler_config,
     size_multiple,
 )
 from stepdistill.rng import derive_seed
 from stepdistill.runtime import Processes
+from stepdistill.teacher_source import teacher_folder
 
 logger = logging.getLogger(__name__)
 SHARD = 1024
 """Samples a shard: a multiple of what the VAE encodes at once."""
+PROMPTS_A_SHARD = 64
+"""Where the teacher makes the pictures, which takes long."""
 _FREE = {"on_bad", "max_bad_fraction"}
 
 
@@ -60,7 +68,7 @@ class _Work:
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._folder = config, config.run_dir / "cache"
-        self._base = resolve_model_folder(config.teacher.path)
+        self._base = teacher_folder(config)
         self._sizes = Sizes(
             config.data, teacher_size=image_size(self._base), multiple=size_multiple(self._base)
         )
@@ -71,18 +79,31 @@ class _Work:
             "data": data,
             "seed": config.seed,
         }
-        self._key = sha256_json([FORMAT, SHARD, self._source, self._sizes.all])
+        self._per_shard = SHARD
+        if is_prompts_only(config.data.source):
+            self._per_shard = PROMPTS_A_SHARD
+            made_by = [
+                config.teacher.guidance_scale,
+                config.teacher.unconditional,
+                config.training.mixed_precision,
+            ]
+            self._source |= {"made_by": made_by}
+        self._key = sha256_json([FORMAT, self._per_shard, self._source, self._sizes.all])
+        self._lender = Path(config.data.source).expanduser() if is_cache(config.data.source) else None
+        if self._lender is not None:
+            self._borrowed = borrowed_manifest(config, self._lender, self._source)
         self._encoder: Encoder | None = None
         self._bad, self._seen = Bad(), 0
 
     def fill(self, processes: Processes) -> bool:
         """Makes this process's missing shards."""
-        made = False
+        made, self._count = False, 0
+        if self._lender is not None:
+            return made
         seed = derive_seed(self._config.seed, "data") % 2**32
         stream = training_records(self._config.data, seed=seed)
         (self._folder / "shards").mkdir(parents=True, exist_ok=True)
-        self._count = 0
-        while chunk := list(itertools.islice(stream, SHARD)):
+        while chunk := list(itertools.islice(stream, self._per_shard)):
             number, self._count = self._count, self._count + 1
             if number % processes.count == processes.index:
                 made = self._shard(number, chunk, processes) or made
@@ -95,9 +116,8 @@ class _Work:
         there = found is not None and about.items() <= found.items() and is_intact(path)
         if not there:
             if self._encoder is None:
-                pipeline = load_encoders(self._base, vae_dtype=getattr(torch, self._config.data.vae_dtype))
-                self._encoder = Encoder(pipeline.to(processes.device), self._config.data, self._sizes)
-            tensors, bad = self._encoder.encode(records)
+                self._encoder = self._make_encoder(processes.device)
+            tensors, bad = self._encoder.encode(records, first=number * self._per_shard)
             facts = {"bad": json.dumps([bad.counts, bad.examples], sort_keys=True), "seen": str(len(records))}
             write_shard(path, tensors, {**about, **facts, "dtype": self._config.data.dtype})
             found = read_about(path)
@@ -109,6 +129,27 @@ class _Work:
             logger.info("prepare: shard %d, %d samples", number, self._seen)
         return not there
 
+    def _make_encoder(self, device: torch.device) -> Encoder:
+        config = self._config
+        pipeline = load_encoders(self._base, vae_dtype=getattr(torch, config.data.vae_dtype)).to(device)
+        if not is_prompts_only(config.data.source):
+            return Encoder(pipeline, config.data, self._sizes)
+        size, kind = self._sizes.target, config.teacher.unconditional
+        dtype = torch.float32 if config.training.mixed_precision == "no" else torch.bfloat16
+        schedule, prediction_type = load_schedule(read_scheduler_config(self._base))
+        synthesis = Synthesis(
+            unet=load_unet(self._base, dtype=dtype).to(device),
+            schedule=schedule,
+            prediction_type=prediction_type,
+            unconditional=encode_unconditional(pipeline, image_size=size, kind=kind),
+            guidance_scale=config.teacher.guidance_scale,
+            steps=config.data.teacher_steps,
+            shape=latent_shape(self._base, size),
+            seed=config.seed,
+            batch_size=config.training.train_batch_size,
+        )
+        return Encoder(pipeline, config.data, self._sizes, synthesis)
+
     def finish(self) -> bool:
         """Previews' texts and the manifest, once all shards are there; False where both were there."""
         shards, self._bad, self._seen = [], Bad(), 0
@@ -119,11 +160,16 @@ class _Work:
             self._bad.extend(*json.loads(about["bad"]))
             self._seen += int(about["seen"])
             shards.append({"file": f"shards/{self._path(number).name}", "sha256": about["sha256"]})
+        if self._lender is not None:
+            shards = [
+                {**e, "file": str((self._lender / e["file"]).resolve())} for e in self._borrowed["shards"]
+            ]
+            self._seen = self._borrowed["samples"]
         self._stop_if_too_bad(final=True)
         prompts = list(dict.fromkeys(self._config.preview.prompts))
         manifest = {"format": FORMAT, "key": self._key, **self._source, "prompts": prompts, "shards": shards}
         manifest |= {"samples": self._seen - self._bad.total, "bad": self._bad.counts}
-        manifest |= {"bad_examples": self._bad.examples}
+        manifest |= {"bad_examples": self._bad.examples, "unconditional": self._config.teacher.unconditional}
         kept = read_json(self._folder / "manifest.json") or {}
         text = self._folder / TEXT
         same = {**kept, "text_sha256": None} == {**manifest, "text_sha256": None}
@@ -142,12 +188,17 @@ class _Work:
     def _write_text(self, path: Path, prompts: list[str]) -> None:
         pipeline = load_encoders(self._base, vae_dtype=torch.float32)
         conditional = encode_prompts(pipeline, prompts, image_size=self._sizes.target)
-        unconditional = encode_unconditional(pipeline, image_size=self._sizes.target)
+        unconditional = encode_unconditional(
+            pipeline, image_size=self._sizes.target, kind=self._config.teacher.unconditional
+        )
         save_file({**pack("cond", conditional), **pack("uncond", unconditional)}, path)
         canonical_safetensors(path)
 
     def _stop_if_too_bad(self, *, final: bool) -> None:
-        allowed, seen = self._config.data.max_bad_fraction, self._seen if final else max(self._seen, SHARD)
+        allowed, seen = (
+            self._config.data.max_bad_fraction,
+            self._seen if final else max(self._seen, self._per_shard),
+        )
         if self._bad.total > allowed * seen:
             raise ValueError(
                 f"data.max_bad_fraction: {self._bad.total} of {self._seen} samples are bad, allowed: {allowed:g}: "
@@ -162,6 +213,24 @@ class _Work:
 
     def _path(self, number: int) -> Path:
         return self._folder / "shards" / f"{number:05d}.safetensors"
+
+
+def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of another run's cache; ConfigError where its latents are another model's or held out otherwise."""
+    manifest = read_json(lender / "manifest.json") or {}
+    if manifest.get("format") != FORMAT:
+        raise ConfigError(f"data.source: {lender} is no cache of this version: {manifest.get('format')!r}")
+    for part in ("teacher", "encoders"):
+        if manifest[part] != source[part]:
+            raise ConfigError(
+                f"data.source: {lender} holds latents of another model ({part} {manifest[part]}, this run's is "
+                f"{source[part]}); allowed: a cache of the same teacher, or the pictures themselves"
+            )
+    if manifest["data"]["held_out"] != config.data.held_out:
+        raise ConfigError(
+            f"data.held_out: got {config.data.held_out}; allowed: {manifest['data']['held_out']}, as {lender} was made"
+        )
+    return manifest
 
 
 def _digest(records: Sequence[Record]) -> str:

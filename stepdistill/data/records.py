@@ -6,6 +6,7 @@ FOLDER             with metadata.jsonl or metadata.csv: file_name, and text (or 
 FILE.tar, FOLDER   of tars: NAME.png, NAME.txt (or NAME.json) one after the other, as webdataset packs them
 FILE.parquet       and what else the datasets package opens from disk (extra "data"): columns image, text
 FILE.txt           prompts alone, one a line: the teacher makes the pictures
+FOLDER             a run's cache: its latents as they are
 """
 
 import csv
@@ -23,6 +24,7 @@ from PIL import Image
 from stepdistill.config import ConfigError
 from stepdistill.config_data import Kind
 from stepdistill.data.samples import MOST_BYTES, MOST_CAPTION_BYTES, BadSample
+from stepdistill.data.shards import Shard
 from stepdistill.data.tar import BrokenArchive, Member, members, read_member
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -34,7 +36,7 @@ _MOST_MEMBERS_OF_ONE = 16
 @dataclass(frozen=True)
 class Record:
     """name: how messages call it; read_caption, read_image: its bytes, or text, or BadSample; size: of the image in bytes
-    where that costs nothing to know. read_image is None where there are prompts alone."""
+    where that costs nothing to know. read_image is None where there is no picture: prompts alone, latents of another run."""
 
     name: str
     read_caption: Callable[[], bytes | str | None]
@@ -57,6 +59,11 @@ def is_prompts_only(source: str) -> bool:
     return Path(source).suffix == ".txt"
 
 
+def is_cache(source: str) -> bool:
+    """Whether the source is the cache of another run."""
+    return (Path(source).expanduser() / "manifest.json").is_file()
+
+
 _ALLOWED = (
     '"letters", a folder of pictures with captions (NAME.png and NAME.txt, or metadata.jsonl), '
     ".tar or .parquet files, a .txt file of prompts"
@@ -72,6 +79,8 @@ def _reader(path: Path) -> Iterator[Record]:
         return _parquet([path])
     if not path.is_dir():
         return iter(())
+    if is_cache(str(path)):
+        return _cached(path)
     for name in METADATA:
         if (path / name).is_file():
             return _listed(path, path / name)
@@ -80,6 +89,13 @@ def _reader(path: Path) -> Iterator[Record]:
         if files:
             return read(files)
     return _folder(path)
+
+
+def _cached(folder: Path) -> Iterator[Record]:
+    """The captions of another run's cache: its pictures are latents already."""
+    for file in sorted((folder / "shards").glob("*.safetensors")):
+        for number, caption in enumerate(Shard(file).captions):
+            yield Record(f"{file.name}:{number}", _value(caption), None)
 
 
 def _nothing(path: Path) -> str:

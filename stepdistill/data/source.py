@@ -6,14 +6,14 @@ A caption is held out by a hash of its own text, so every seed, run and method k
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, Data
-from stepdistill.data.records import Record, is_prompts_only, records
+from stepdistill.data.records import Record, is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, cover, decode_image, read_caption
 from stepdistill.demo import letters
 
@@ -49,7 +49,8 @@ def training_records(data: Data, *, seed: int) -> Iterator[Record]:
         not_empty(data, len(seen))
         triples = letters.sample_triples(data.num_images or _LETTERS_IMAGES, seed=seed, among=seen)
         return (_rendering(triple, seed=seed, index=index) for index, triple in enumerate(triples))
-    kept = (r for r in records(data.source) if data.held_out == 0 or not _held_out(r, data.held_out))
+    found = _going_round(data) if is_prompts_only(data.source) else records(data.source)
+    kept = (r for r in found if data.held_out == 0 or not _held_out(r, data.held_out))
     return itertools.islice(kept, data.num_images)
 
 
@@ -58,6 +59,15 @@ def _rendering(triple: letters.Triple, *, seed: int, index: int) -> Record:
         return letters.render_at(triple, seed=seed, index=index)
 
     return Record(f"letters:{index}", lambda: triple.caption, draw)
+
+
+def _going_round(data: Data) -> Iterator[Record]:
+    """The prompts, again and again where num_images asks for more than there are."""
+    for number in itertools.count():
+        for record in records(data.source):
+            yield record if not number else replace(record, name=f"{record.name}, time {number + 1}")
+        if data.num_images is None:
+            return
 
 
 def _held_out(record: Record, share: float) -> bool:
@@ -101,10 +111,10 @@ def evaluation_captions(data: Data) -> Iterator[tuple[Record, str]]:
 
 
 def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
-    """The pictures that the table is about, the first MOST_PICTURES; none where there are prompts alone."""
+    """The pictures that the table is about, the first MOST_PICTURES; none where there are prompts or latents alone."""
     with_pictures = ((r, caption) for r, caption in evaluation_captions(data) if r.read_image is not None)
     found = [CaptionedPicture(r, c, data) for r, c in itertools.islice(with_pictures, MOST_PICTURES)]
-    if not is_prompts_only(data.source):
+    if not (is_prompts_only(data.source) or is_cache(data.source)):
         not_empty(data, len(found))
     return found
 

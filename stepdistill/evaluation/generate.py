@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from stepdistill.config import RunConfig
@@ -17,11 +17,12 @@ from stepdistill.durable import read_json, sha256_file, sha256_json
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, lora_file, lora_scheduler
 from stepdistill.export import load_few_step, student_scheduler
-from stepdistill.models.folder import resolve_model_folder
+from stepdistill.models.conditioning import unconditional_is_zeros
 from stepdistill.models.loading import fingerprint, load_pipeline
 from stepdistill.rng import generator
 from stepdistill.rungs import rung_folder
 from stepdistill.runtime import Processes
+from stepdistill.teacher_source import teacher_folder
 from stepdistill.training.log import PhaseProgress
 
 
@@ -66,7 +67,7 @@ class Sampler:
 
     def __init__(self, config: RunConfig, *, device: torch.device | str = "cpu") -> None:
         self._config, self._device = config, device
-        self._base = resolve_model_folder(config.teacher.path)
+        self._base = teacher_folder(config)
         self._fingerprint = fingerprint(self._base)
         self._pipeline: DiffusionPipeline | None = None
         self._loaded: tuple[object, ...] | None = None
@@ -76,12 +77,12 @@ class Sampler:
         self, row: Row, prompts: Sequence[str], *, seed: int, first: int = 0
     ) -> tuple[list[Image.Image], torch.Tensor]:
         """`draw` as this row says."""
-        options: dict[str, Any] = {}
+        pipeline = self._ready(row)
+        options = self._without_prompt(len(prompts)) if row.guidance_scale > 1 else {}
         if row.lora is not None:
             options["eta"] = row.lora.eta
             if row.lora.timesteps is not None:
                 options["timesteps"] = list(row.lora.timesteps)
-        pipeline = self._ready(row)
         return draw(
             pipeline,
             prompts,
@@ -92,11 +93,27 @@ class Sampler:
             **options,
         )
 
+    def _without_prompt(self, count: int) -> dict[str, Any]:
+        """What the pipeline is told so that no prompt is what the config says: for SD, whose own is the embedding of ""."""
+        pipeline = self._pipeline
+        if pipeline is None or self._config.teacher.unconditional != "zeros":
+            return {}
+        if isinstance(pipeline, StableDiffusionXLPipeline):
+            return {}
+        tokens, width = pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
+        return {
+            "negative_prompt_embeds": torch.zeros(count, tokens, width, dtype=pipeline.unet.dtype).to(
+                self._device
+            )
+        }
+
     def key(self, row: Row, prompts: Sequence[str], *, seed: int) -> str:
         """A hash of all that the images of a row depend on."""
         weights = row.weights(self._config.run_dir)
         what = asdict(row) | {"lora": row.lora and row.lora.model_dump(mode="json", exclude={"path"})}
         made_by = [self._fingerprint, weights and sha256_file(weights), self._config.evaluation.dtype]
+        if self._config.teacher.unconditional != "auto":
+            made_by.append(self._config.teacher.unconditional)
         made_by.append(weights and read_json(weights.parent / "scheduler" / "scheduler_config.json"))
         return sha256_json([what, made_by, list(prompts), seed])
 
@@ -136,6 +153,9 @@ class Sampler:
             dtype = getattr(torch, self._config.evaluation.dtype)
             self._pipeline = load_pipeline(self._base, dtype=dtype).to(self._device)
             self._base_scheduler = self._pipeline.scheduler
+            if isinstance(self._pipeline, StableDiffusionXLPipeline):
+                zeros = unconditional_is_zeros(self._pipeline, self._config.teacher.unconditional)
+                self._pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
         self._load(self._pipeline, row)
         if row.lora_scale != self._scale:  # reading a LoRA again takes longer than a few images do
             active = self._pipeline.get_active_adapters()

@@ -6,6 +6,7 @@ of the letters world fresh renderings of them, else the data's own pictures of t
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +16,21 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.data.records import PICTURE_SUFFIXES
+from stepdistill.data.records import PICTURE_SUFFIXES, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample
 from stepdistill.data.source import (
     CaptionedPicture,
+    evaluation_captions,
     evaluation_pictures,
     evaluation_triples,
+    not_empty,
     stacked,
 )
 from stepdistill.demo import letters
 from stepdistill.durable import sha256_json
-from stepdistill.models.folder import resolve_model_folder
 from stepdistill.models.loading import image_size
 from stepdistill.rng import derive_seed
+from stepdistill.teacher_source import teacher_folder
 
 FEWEST_PICTURES = 8  # as many as evaluation.num_images at least; coverage looks at 5 neighbours
 
@@ -148,12 +151,15 @@ def subject_of(config: RunConfig) -> Subject:
         lines = _read_prompts(Path(config.evaluation.prompts))
     elif config.data.source != "letters":
         own = tuple(evaluation_pictures(config.data))
-        if config.evaluation.real_images is None and len(own) < FEWEST_PICTURES:
+        has_pictures = not (is_prompts_only(config.data.source) or is_cache(config.data.source))
+        if has_pictures and config.evaluation.real_images is None and len(own) < FEWEST_PICTURES:
             raise ConfigError(
                 f"data.held_out: got {config.data.held_out}, which leaves {len(own)} pictures of {config.data.source} to "
                 f"measure with; allowed: a share that leaves {FEWEST_PICTURES} or more, or evaluation.real_images"
             )
-        lines = [picture.caption for picture in own]
+        captions = (caption for _, caption in evaluation_captions(config.data))
+        lines = list(itertools.islice(captions, count))
+        not_empty(config.data, len(lines))
     else:
         drawn_from = evaluation_triples(config.data)
         triples = letters.sample_triples(
@@ -165,7 +171,7 @@ def subject_of(config: RunConfig) -> Subject:
     if config.evaluation.real_images is not None:
         return Subject(prompts, wanted, ImageFolder.open(config.evaluation.real_images), None)
     if own:
-        size = image_size(resolve_model_folder(config.teacher.path))
+        size = image_size(teacher_folder(config))
         return Subject(prompts, wanted, DataPictures(own, size), None)
     if wanted is None:
         return Subject(prompts, None, None, None)

@@ -74,10 +74,19 @@ def encode_prompts(
 
 
 @torch.no_grad()
-def encode_unconditional(pipeline: DiffusionPipeline, *, image_size: tuple[int, int]) -> Conditioning:
-    """One row that stands for no prompt: the embedding of "" for SD, zeros for SDXL where its config says so."""
+def encode_unconditional(
+    pipeline: DiffusionPipeline, *, image_size: tuple[int, int], kind: str = "auto"
+) -> Conditioning:
+    """One row that stands for no prompt: the embedding of "" or zeros; auto: zeros for SDXL where its config says so."""
     empty = encode_prompts(pipeline, [""], image_size=image_size)
-    if not getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
+    if not unconditional_is_zeros(pipeline, kind):
         return empty
     added = {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in empty.added_cond_kwargs.items()}
     return Conditioning(torch.zeros_like(empty.encoder_hidden_states), added)
+
+
+def unconditional_is_zeros(pipeline: DiffusionPipeline, kind: str) -> bool:
+    """Of `teacher.unconditional`: whether no prompt is zeros with this pipeline."""
+    return kind == "zeros" or (
+        kind == "auto" and bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", False))
+    )

@@ -13,14 +13,16 @@ from stepdistill.durable import read_json
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The vanilla pipeline, safetensors only, never from the network, without its progress bar."""
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **_local(folder))
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **local_options(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def load_encoders(folder: Path, *, vae_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The pipeline without its U-Net: what turns pictures into latents and texts into embeddings."""
-    pipeline = DiffusionPipeline.from_pretrained(folder, unet=None, dtype=torch.float32, **_local(folder))
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, unet=None, dtype=torch.float32, **local_options(folder)
+    )
     if vae_dtype != torch.float32:
         pipeline.vae.to(vae_dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -46,19 +48,29 @@ def size_multiple(folder: Path) -> int:
     return 2**levels
 
 
+def latent_shape(folder: Path, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of pictures of a size (height, width) in pixels."""
+    vae = read_json(folder / "vae" / "config.json") or {}
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    return int(vae.get("latent_channels", 4)), size[0] // factor, size[1] // factor
+
+
 def load_unet(folder: Path, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The pipeline's U-Net, frozen, in eval mode."""
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **_local(folder))
+    unet = UNet2DConditionModel.from_pretrained(
+        folder, subfolder="unet", dtype=dtype, **local_options(folder)
+    )
     return unet.eval().requires_grad_(False)
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """The pipeline's VAE, frozen, in eval mode."""
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, **_local(folder))
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, **local_options(folder))
     return vae.eval().requires_grad_(False)
 
 
-def _local(folder: Path) -> dict:
+def local_options(folder: Path) -> dict:
+    """Of every from_pretrained: safetensors alone, nothing from the network."""
     return {"use_safetensors": True, "local_files_only": True, "variant": _variant(folder)}
 
 

@@ -26,9 +26,8 @@ def space_weight(
     noise_gain = move_gain(timesteps, prev_timesteps, schedule=schedule)
     if space == "epsilon":
         return noise_gain**-2
-    original_gain = (
-        noise_gain * alpha_t / sigma_t
-    )  # x_0 and epsilon trade at sigma_t / alpha_t for a given x_t
+    alpha_s, sigma_s = schedule.alpha_sigma(prev_timesteps)
+    original_gain = alpha_s - sigma_s * alpha_t / sigma_t
     if space == "sample":
         return original_gain**-2
     if space == "v_prediction":

@@ -1,0 +1,160 @@
+"""A pipeline of a real family with random weights: for memory, speed and dry runs, where no weights are at hand.
+
+    python eval/random_teacher.py sd15|sd21_v|sdxl OUTPUT [--tiny] [--dtype float32|float16|bfloat16]
+
+Full size has every shape of the released model (their config.json on the Hub); tiny has its blocks, narrow. The tokenizer is
+the package's own, so prompts become nonsense tokens.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from stepdistill.models.folder import embedded_folder
+
+_TOKENS = 77
+_SD_BLOCKS = {
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+}
+_XL_BLOCKS = {
+    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+    "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+    "addition_embed_type": "text_time",
+}
+_VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+_VIT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
+_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+_TINY_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+# per family: U-Net, first and second text encoder, the VAE's factor, what the scheduler says
+_FULL: dict[str, tuple[dict[str, Any], dict, dict | None, float, dict[str, Any]]] = {
+    "sd15": (
+        {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+        | {"block_out_channels": (320, 640, 1280, 1280)},
+        _VIT_L,
+        None,
+        0.18215,
+        {"prediction_type": "epsilon"},
+    ),
+    "sd21_v": (
+        {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)}
+        | {"block_out_channels": (320, 640, 1280, 1280), "use_linear_projection": True},
+        _VIT_H | {"hidden_act": "gelu"},
+        None,
+        0.18215,
+        {"prediction_type": "v_prediction"},
+    ),
+    "sdxl": (
+        {"sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20)}
+        | {"block_out_channels": (320, 640, 1280), "use_linear_projection": True}
+        | {"transformer_layers_per_block": (1, 2, 10), "addition_time_embed_dim": 256}
+        | {"projection_class_embeddings_input_dim": 2816},
+        _VIT_L,
+        _BIG_G | {"hidden_act": "gelu", "projection_dim": 1280},
+        0.13025,
+        {"prediction_type": "epsilon", "timestep_spacing": "leading"},
+    ),
+}
+_TINY: dict[str, dict[str, Any]] = {
+    "sd15": {"sample_size": 8, "cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 8}
+    | {"block_out_channels": (16, 16, 32, 32)},
+    "sd21_v": {
+        "sample_size": 8,
+        "cross_attention_dim": 16,
+        "attention_head_dim": (1, 2, 2, 2),
+        "norm_num_groups": 8,
+    }
+    | {"block_out_channels": (16, 16, 32, 32), "use_linear_projection": True},
+    "sdxl": {
+        "sample_size": 8,
+        "cross_attention_dim": 32,
+        "attention_head_dim": (1, 2, 2),
+        "norm_num_groups": 8,
+    }
+    | {"block_out_channels": (16, 16, 32), "use_linear_projection": True}
+    | {"transformer_layers_per_block": (1, 1, 2), "addition_time_embed_dim": 8}
+    | {"projection_class_embeddings_input_dim": 16 + 6 * 8},
+}
+FAMILIES = tuple(_FULL)
+
+
+def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipeline:
+    """The pipeline of a family, random weights drawn from `seed`, float32."""
+    unet, first, second, scaling_factor, scheduler = _FULL[family]
+    blocks = _XL_BLOCKS if family == "sdxl" else _SD_BLOCKS
+    if tiny:
+        unet, first = _TINY[family], first | _TINY_TEXT
+        second = None if second is None else second | _TINY_TEXT | {"projection_dim": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts: dict[str, Any] = {
+            "unet": UNet2DConditionModel(**unet, **blocks),
+            "vae": _vae(tiny=tiny, scaling_factor=scaling_factor),
+            "text_encoder": CLIPTextModel(_text(first, tiny=tiny)),
+        }
+        if second is not None:
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(_text(second, tiny=tiny))
+    for module in parts.values():
+        module.eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder("teacher") / "tokenizer")
+    tokenizer.model_max_length = _TOKENS
+    parts["tokenizer"] = tokenizer
+    if family == "sdxl":
+        euler = EulerDiscreteScheduler(**_BETAS, **scheduler)
+        return StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, scheduler=euler)
+    ddim = DDIMScheduler(**_BETAS, **scheduler, clip_sample=False, set_alpha_to_one=False)
+    plain = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, scheduler=ddim, **plain)
+
+
+def _vae(*, tiny: bool, scaling_factor: float) -> AutoencoderKL:
+    widths = (8, 8, 16, 16) if tiny else (128, 256, 512, 512)
+    return AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1 if tiny else 2,
+        latent_channels=4,
+        norm_num_groups=8 if tiny else 32,
+        scaling_factor=scaling_factor,
+    )
+
+
+def _text(options: dict[str, Any], *, tiny: bool) -> CLIPTextConfig:
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder("teacher") / "tokenizer")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids |= {"pad_token_id": tokenizer.pad_token_id}
+    vocabulary = len(tokenizer) if tiny else 49408
+    return CLIPTextConfig(**options, **ids, vocab_size=vocabulary, max_position_embeddings=_TOKENS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="A pipeline of a real family with random weights.")
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    args = parser.parse_args(argv)
+    pipeline = build(args.family, tiny=args.tiny).to(getattr(torch, args.dtype))
+    pipeline.save_pretrained(args.output, safe_serialization=True)
+    print(f"{args.output}: {sum(p.numel() for p in pipeline.unet.parameters()):,} parameters in the U-Net")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""A teacher that is no folder yet: a checkpoint file, a repository of the Hub, LoRAs on top. Made once, then one as any.
+
+RUN/teacher/         the pipeline, where a file was read or LoRAs were merged into it (in float32, whatever the file's dtype)
+RUN/teacher.json     what it was made of, and its folder; written last
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
+
+from stepdistill.config import ConfigError, RunConfig
+from stepdistill.durable import read_json, write_json
+from stepdistill.models.folder import teacher_kind
+from stepdistill.models.loading import local_options
+from stepdistill.teacher_source import (
+    TEACHER_RECORD,
+    check_teacher_folder,
+    is_ready_made,
+    local_folder,
+    teacher_folder,
+    teacher_source,
+)
+
+logger = logging.getLogger(__name__)
+_SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
+
+
+def make_teacher(config: RunConfig) -> Path:
+    """The teacher's folder, made where it is not there yet; ConfigError for a file or LoRA that cannot be used."""
+    if is_ready_made(config):
+        return local_folder(config.teacher.path)
+    record = config.run_dir / TEACHER_RECORD
+    kept = read_json(record)
+    if kept is not None and kept.get("teacher") == teacher_source(config):
+        return teacher_folder(config)
+    path, kind = config.teacher.path, teacher_kind(config.teacher.path)
+    if kind == "hub" and not config.teacher.loras:
+        folder = _downloaded(config)
+        check_teacher_folder(config, folder)
+        write_json(record, {"teacher": teacher_source(config), "folder": str(folder.resolve())})
+        return folder
+    logger.info("prepare: making the teacher's folder of %s", path)
+    pipeline = _of_file(config) if kind == "file" else _of_folder(config)
+    dtype = pipeline.unet.dtype
+    if config.teacher.loras:
+        _bake(pipeline, config)
+    partial, folder = config.run_dir / ".teacher.partial", config.run_dir / "teacher"
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.to(dtype).save_pretrained(partial, safe_serialization=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    check_teacher_folder(config, folder)
+    write_json(record, {"teacher": teacher_source(config), "folder": "teacher"})
+    return folder
+
+
+def _downloaded(config: RunConfig) -> Path:
+    teacher = config.teacher
+    try:
+        found = DiffusionPipeline.download(
+            teacher.path,
+            revision=teacher.revision,
+            variant=teacher.variant,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # the Hub's client raises a dozen kinds, all saying why
+        first = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"teacher.path: cannot get {teacher.path!r} from the Hub: {type(error).__name__}: {first}; "
+            f"allowed: a repository that is in its cache or can be reached, or a folder on this disk"
+        ) from None
+    return Path(found)
+
+
+def _of_folder(config: RunConfig) -> DiffusionPipeline:
+    path = config.teacher.path
+    folder = _downloaded(config) if teacher_kind(path) == "hub" else local_folder(path)
+    check_teacher_folder(config, folder)
+    return DiffusionPipeline.from_pretrained(folder, **local_options(folder))
+
+
+def _of_file(config: RunConfig) -> DiffusionPipeline:
+    """diffusers' own reading of a checkpoint in the original layout, in the dtype of its U-Net's weights."""
+    file, configs = Path(config.teacher.path).expanduser(), config.teacher.config
+    try:
+        with safe_open(file, framework="pt") as opened:
+            keys = set(opened.keys())
+            unet = next((key for key in keys if key.startswith("model.diffusion_model.")), None)
+            dtype = opened.get_tensor(unet).dtype if unet is not None else torch.float32
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"teacher.path: cannot read {file} as safetensors: {error}") from None
+    if unet is None:
+        raise ConfigError(
+            f"teacher.path: {file} holds no whole model (no key model.diffusion_model.*, {len(keys)} others); "
+            f"allowed: a checkpoint with U-Net, VAE and text encoders; a LoRA goes into teacher.loras"
+        )
+    pipeline_class: type[Any] = StableDiffusionXLPipeline if _SDXL_KEY in keys else StableDiffusionPipeline
+    options: dict[str, Any] = {} if configs is None else {"config": configs}
+    if configs is not None and Path(configs).expanduser().is_dir():
+        folder = Path(configs).expanduser()
+        named = (read_json(folder / "model_index.json") or {}).get("_class_name", "")
+        options = {"config": str(folder), "local_files_only": True}
+        pipeline_class = getattr(diffusers, named, pipeline_class)
+    try:
+        return pipeline_class.from_single_file(str(file), torch_dtype=dtype, **options)
+    except Exception as error:  # a missing config, keys of another layout, shapes that do not fit
+        first = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"teacher.path: cannot read {file} as a {pipeline_class.__name__}: {type(error).__name__}: {first}; "
+            f"teacher.config names the folder or repository whose configs belong to it"
+        ) from None
+
+
+def _bake(pipeline: DiffusionPipeline, config: RunConfig) -> None:
+    """Merges the LoRAs, each with its weight, into U-Net and text encoders."""
+    pipeline.to(torch.float32)
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    names = []
+    for number, lora in enumerate(config.teacher.loras):
+        file = Path(lora.path).expanduser()
+        folder, weight_name = (file, None) if file.is_dir() else (file.parent, file.name)
+        names.append(f"teacher_{number}")
+        try:
+            pipeline.load_lora_weights(folder, weight_name=weight_name, adapter_name=names[-1])
+        except Exception as error:  # diffusers and peft raise what a foreign or broken file leads them to
+            first = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"teacher.loras.{number}.path: cannot load {file}: {first}") from None
+        if names[-1] not in {name for part in pipeline.get_list_adapters().values() for name in part}:
+            raise ConfigError(f"teacher.loras.{number}.path: {file} changes no layer of this model")
+    pipeline.set_adapters(names, [lora.weight for lora in config.teacher.loras])
+    pipeline.fuse_lora(adapter_names=names)
+    pipeline.unload_lora_weights()
+    after = pipeline.unet.state_dict()
+    if before.keys() != after.keys() or all(bool((before[k] == after[k]).all()) for k in before):
+        raise ConfigError(
+            f"teacher.loras: {[lora.path for lora in config.teacher.loras]} leave the U-Net as it was"
+        )
