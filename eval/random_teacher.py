@@ -82,13 +82,13 @@ _TINY: dict[str, dict[str, Any]] = {
     | {"block_out_channels": (16, 16, 32, 32), "use_linear_projection": True},
     "sdxl": {
         "sample_size": 8,
-        "cross_attention_dim": 32,
+        "cross_attention_dim": 40,
         "attention_head_dim": (1, 2, 2),
         "norm_num_groups": 8,
     }
     | {"block_out_channels": (16, 16, 32), "use_linear_projection": True}
     | {"transformer_layers_per_block": (1, 1, 2), "addition_time_embed_dim": 8}
-    | {"projection_class_embeddings_input_dim": 16 + 6 * 8},
+    | {"projection_class_embeddings_input_dim": 24 + 6 * 8},
 }
 FAMILIES = tuple(_FULL)
 
@@ -99,7 +99,7 @@ def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipelin
     blocks = _XL_BLOCKS if family == "sdxl" else _SD_BLOCKS
     if tiny:
         unet, first = _TINY[family], first | _TINY_TEXT
-        second = None if second is None else second | _TINY_TEXT | {"projection_dim": 16}
+        second = None if second is None else second | _TINY_TEXT | {"hidden_size": 24, "projection_dim": 24}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: dict[str, Any] = {

@@ -109,13 +109,24 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
         options = {"config": str(folder), "local_files_only": True}
         pipeline_class = getattr(diffusers, named, pipeline_class)
     try:
-        return pipeline_class.from_single_file(str(file), torch_dtype=dtype, **options)
+        pipeline = pipeline_class.from_single_file(str(file), torch_dtype=dtype, **options)
+        _all_there(pipeline)
+        return pipeline
     except Exception as error:  # a missing config, keys of another layout, shapes that do not fit
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"teacher.path: cannot read {file} as a {pipeline_class.__name__}: {type(error).__name__}: {first}; "
             f"teacher.config names the folder or repository whose configs belong to it"
         ) from None
+
+
+def _all_there(pipeline: DiffusionPipeline) -> None:
+    """ValueError for weights that the file did not have: diffusers leaves them without data."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            empty = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
+            if empty:
+                raise ValueError(f"the file lacks {len(empty)} weights of {name}, first {empty[0]}")
 
 
 def _bake(pipeline: DiffusionPipeline, config: RunConfig) -> None:
