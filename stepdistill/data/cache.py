@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from stepdistill import rng
 from stepdistill.config import RunConfig
-from stepdistill.data.shards import Places, Shard, Size, is_intact
+from stepdistill.data.shards import Places, Shard, Size, is_intact, read_about
 from stepdistill.durable import read_json, sha256_file
 from stepdistill.models.conditioning import Conditioning
 
@@ -147,7 +147,8 @@ def _broken(folder: Path, manifest: dict[str, Any]) -> str | None:
     if not (folder / TEXT).is_file() or sha256_file(folder / TEXT) != manifest["text_sha256"]:
         return f"{TEXT} is missing or changed"
     for entry in manifest["shards"]:
-        if not is_intact(folder / entry["file"]):
+        about = read_about(folder / entry["file"])
+        if about is None or about.get("sha256") != entry["sha256"] or not is_intact(folder / entry["file"]):
             return f"{entry['file']} is missing or changed"
     return None
 

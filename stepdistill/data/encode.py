@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill.config import Data
+from stepdistill.config_data import Kind
 from stepdistill.data.buckets import Size, Sizes
 from stepdistill.data.records import Record
 from stepdistill.data.samples import BadSample, cover, read_caption
@@ -147,10 +148,7 @@ class Encoder:
 
     def _refuse(self, error: BadSample, name: str, bad: Bad) -> None:
         if self._data.policy(error.kind) == "error":
-            raise BadSample(
-                error.kind,
-                f"{name}: {error.kind}: {error}; mend it, or set data.on_bad.{error.kind}=skip",
-            )
+            raise stopping(error.kind, f"{name}: {error}")
         bad.add(error.kind, f"{name}: {error}")
 
     def _synthesized(
@@ -189,6 +187,11 @@ class Encoder:
             tensors[f"rows/{size_name(size)}"] = torch.tensor(rows, dtype=torch.int32)
             tensors[f"latents/{size_name(size)}"] = torch.stack([latent for _, latent in group])
         return tensors
+
+
+def stopping(kind: Kind, message: str) -> BadSample:
+    """What is raised for a bad sample of a kind that is to stop; the message begins with its name."""
+    return BadSample(kind, f"{kind}: {message}; mend it, or set data.on_bad.{kind}=skip")
 
 
 def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, torch.Tensor]:

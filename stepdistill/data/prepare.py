@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config_data import KINDS
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.cache import TEXT, pack
-from stepdistill.data.encode import Bad, Encoder
+from stepdistill.data.encode import Bad, Encoder, stopping
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.shards import FORMAT, is_intact, read_about, write_shard
@@ -172,6 +173,8 @@ class _Work:
         manifest |= {"bad_examples": self._bad.examples, "unconditional": self._config.teacher.unconditional}
         kept = read_json(self._folder / "manifest.json") or {}
         text = self._folder / TEXT
+        for path in (self._folder / "shards").glob(".*.partial"):
+            path.unlink()  # of a process that was killed
         same = {**kept, "text_sha256": None} == {**manifest, "text_sha256": None}
         if same and text.is_file() and sha256_file(text) == kept["text_sha256"]:
             return False
@@ -195,10 +198,11 @@ class _Work:
         canonical_safetensors(path)
 
     def _stop_if_too_bad(self, *, final: bool) -> None:
-        allowed, seen = (
-            self._config.data.max_bad_fraction,
-            self._seen if final else max(self._seen, self._per_shard),
-        )
+        for kind in KINDS:  # of a shard made while this kind was still left out
+            if self._bad.counts.get(kind) and self._config.data.policy(kind) == "error":
+                raise stopping(kind, self._bad.examples[kind][0])
+        allowed = self._config.data.max_bad_fraction
+        seen = self._seen if final else max(self._seen, self._per_shard)
         if self._bad.total > allowed * seen:
             raise ValueError(
                 f"data.max_bad_fraction: {self._bad.total} of {self._seen} samples are bad, allowed: {allowed:g}: "

@@ -115,8 +115,8 @@ def read_file(path: Path, *, most: int) -> bytes:
         if status.st_size > most:
             raise BadSample(large, f"{path} has {status.st_size:,} bytes; allowed: {most:,}")
         return path.read_bytes()
-    except OSError as error:
-        raise BadSample(missing, f"cannot read {path}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no file can have
+        raise BadSample(missing, f"cannot be read: {error}") from None
 
 
 def _folder(folder: Path) -> Iterator[Record]:
@@ -135,7 +135,7 @@ def _text_beside(file: Path) -> Callable[[], bytes]:
 def _of_file(folder: Path, file: Path, caption: Callable[[], bytes | str | None]) -> Record:
     try:
         size = file.stat().st_size
-    except OSError:
+    except (OSError, UnicodeError):
         size = 0
     name = file.relative_to(folder).as_posix()
     return Record(name, caption, lambda: read_file(file, most=MOST_BYTES), size)
@@ -158,12 +158,18 @@ def _listed(folder: Path, table: Path) -> Iterator[Record]:
 def _rows(table: Path) -> Iterator[dict]:
     with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if table.suffix == ".csv":
-            yield from csv.DictReader(file)
-            return
+            reader = csv.DictReader(file)
+            while True:
+                try:
+                    yield next(reader)
+                except StopIteration:
+                    return
+                except csv.Error:  # a field over 128 KiB; the reader goes on after it
+                    yield {}
         for line in file:
             try:
                 row = json.loads(line) if line.strip() else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = {}
             if row is not None:
                 yield row if isinstance(row, dict) else {}
@@ -201,7 +207,11 @@ def _grouped(path: Path, group: Iterable[Member]) -> Iterator[Record]:
         if member.unsafe is not None:
             yield _bad(f"{path.name}:{member.name}", "unsafe_member", f"{member.name!r} is {member.unsafe}")
         elif len(parts) < _MOST_MEMBERS_OF_ONE:
-            parts[PurePosixPath(member.name).suffix.lower()] = member
+            suffix = PurePosixPath(member.name).suffix.lower()
+            if PurePosixPath(member.name).name.count(".") == 1:
+                parts[suffix] = member
+            else:  # a.depth.png stands back behind a.png
+                parts.setdefault(suffix, member)
     image = next((parts[suffix] for suffix in PICTURE_SUFFIXES if suffix in parts), None)
     if image is not None:
         yield Record(
@@ -230,7 +240,7 @@ def _caption_of(path: Path, parts: dict[str, Member]) -> Callable[[], bytes | st
             return content
         try:
             row = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample("caption_missing", f"{member.name} is no JSON: {error}") from None
         row = row if isinstance(row, dict) else {}
         return next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), None)
@@ -272,6 +282,9 @@ def _prompts(path: Path) -> Iterator[Record]:
         number = 0
         while line := file.readline(MOST_CAPTION_BYTES + 2):
             number += 1
+            rest = line
+            while len(rest) == MOST_CAPTION_BYTES + 2 and not rest.endswith(b"\n"):
+                rest = file.readline(MOST_CAPTION_BYTES + 2)
             if line.strip():
                 yield Record(f"{path.name}:{number}", _line(line), None)
 

@@ -7,11 +7,13 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from stepdistill.config_data import Kind
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_ANIMATED = ("PNG", "WEBP")
+"""A JPEG's further pictures are its maker's: a depth map, another exposure."""
 MOST_BYTES = 2**28
 """Of one file; a larger one is no picture of a training set."""
 MOST_CAPTION_BYTES = 2**17
@@ -37,14 +39,18 @@ def decode_image(content: bytes, *, max_pixels: int, min_side: int) -> Image.Ima
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _check_size(image.size, max_pixels=max_pixels, min_side=min_side)
-                if getattr(image, "n_frames", 1) > 1:
+                if image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1:
                     raise BadSample("image_animated", f"{getattr(image, 'n_frames', 1)} frames; allowed: one")
+                if image.format == "PNG":
+                    _check_sums(content)
                 image.load()
                 return _in_rgb(image)
         except BadSample:
             raise
         except Image.DecompressionBombError as error:
             raise BadSample("image_too_large", str(error)) from None
+        except UnidentifiedImageError:  # whose message differs from run to run: it holds an address
+            raise BadSample("image_unreadable", f"no picture; allowed: {', '.join(FORMATS)}") from None
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
             raise BadSample("image_unreadable", f"{type(error).__name__}: {error}") from None
 
@@ -53,11 +59,13 @@ def read_caption(content: bytes | str | None) -> str:
     """A caption in one line; BadSample where there is none, or it is empty, not UTF-8 or over 128 KiB."""
     if content is None:
         raise BadSample("caption_missing", "no caption")
-    if len(content) > MOST_CAPTION_BYTES:
-        raise BadSample("caption_too_long", f"{len(content):,} bytes; allowed: up to {MOST_CAPTION_BYTES:,}")
-    try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        text.encode()  # a lone surrogate out of JSON is no text
+    try:  # a lone surrogate out of JSON is no text
+        encoded = content if isinstance(content, bytes) else content.encode()
+        if len(encoded) > MOST_CAPTION_BYTES:
+            raise BadSample(
+                "caption_too_long", f"{len(encoded):,} bytes; allowed: up to {MOST_CAPTION_BYTES:,}"
+            )
+        text = encoded.decode("utf-8-sig")
     except UnicodeError as error:
         raise BadSample("caption_not_utf8", str(error)) from None
     caption = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -71,11 +79,20 @@ def cover(image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, tuple[
     the cut begins, (top, left), in pixels of the resized picture, for SDXL's time ids."""
     height, width = size
     scale = max(height / image.height, width / image.width)
-    resized = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height))), (top, left)
+    whole = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    left, top = (whole[0] - width) // 2, (whole[1] - height) // 2
+    if whole == image.size:
+        return np.asarray(image.crop((left, top, left + width, top + height))), (top, left)
+    across, down = image.width / whole[0], image.height / whole[1]
+    # Only the cut is resized: a picture of 4 million x 16 pixels would fill the memory.
+    box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box)), (top, left)
+
+
+def _check_sums(content: bytes) -> None:
+    """Of every part of a PNG: Pillow decodes without them what a flipped bit makes of the pixels."""
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+        image.verify()
 
 
 def _check_size(size: tuple[int, int], *, max_pixels: int, min_side: int) -> None:
@@ -88,7 +105,7 @@ def _check_size(size: tuple[int, int], *, max_pixels: int, min_side: int) -> Non
 
 def _in_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    turned = ImageOps.exif_transpose(image)
+    turned = _upright(image)
     if turned.mode.startswith("I"):  # 16 bit in one channel; Pillow's own conversion clips at 255
         gray = np.asarray(turned).astype(np.float64) / 257
         return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -97,6 +114,13 @@ def _in_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, over).convert("RGB")
     return _in_srgb(turned, profile)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that is none makes the picture no worse
+        return image
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:

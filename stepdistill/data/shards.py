@@ -4,7 +4,7 @@ latents/HxW                 (n, C, h, w) of the pictures cut to H x W pixels, sc
 rows/HxW                    (n, 5) int32: row of the text, height and width of the whole picture, top and left of the cut
 text/encoder_hidden_states  (m, tokens, width), text/text_embeds (m, width): of the m distinct captions
 captions                    their texts, JSON as bytes
-header                      what it was made from, how many samples were bad and how, sha256 of all that follows the header
+header                      what it was made from, how many samples were bad and how, sha256 of all but itself
 """
 
 import hashlib
@@ -35,9 +35,11 @@ Size = tuple[int, int]
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
     """Writes a shard in one step and returns its sha256; equal tensors and `about`, equal bytes."""
     header, body = _split(save(dict(tensors)))
-    digest = hashlib.sha256(body).hexdigest()
-    header["__metadata__"] = {"format": FORMAT, **about, "sha256": digest}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    header["__metadata__"] = {"format": FORMAT, **about}
+    sums = _header_sum(header)
+    sums.update(body)
+    digest = header["__metadata__"]["sha256"] = sums.hexdigest()
+    text = _text(header)
     text += b" " * (-len(text) % 8)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
@@ -66,9 +68,11 @@ def is_intact(path: Path) -> bool:
     about = read_about(path)
     if about is None:
         return False
+    header, start = _read_header(path)
     with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest() == about["sha256"]
+        file.seek(start)
+        sums = hashlib.file_digest(file, lambda: _header_sum(header))
+    return sums.hexdigest() == about.get("sha256")
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ class Shard:
         if "text/text_embeds" not in text:
             return Conditioning(hidden)
         target = torch.tensor(size).expand(len(rows), 2)
-        time_ids = torch.cat([rows[:, 1:], target], dim=1).to(hidden.dtype)
+        time_ids = torch.cat(
+            [rows[:, 1:], target], dim=1
+        ).float()  # float16 ends at 65504, bfloat16 rounds 1001
         return Conditioning(
             hidden, {"text_embeds": text["text/text_embeds"][rows[:, 0]], "time_ids": time_ids}
         )
@@ -139,6 +145,16 @@ def size_name(size: Size) -> str:
 def _size(name: str) -> Size:
     height, _, width = name.rpartition("/")[2].partition("x")
     return int(height), int(width)
+
+
+def _text(header: dict) -> bytes:
+    return json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _header_sum(header: dict) -> "hashlib._Hash":
+    """sha256 of a header but for the sum that it holds; the tensors' bytes are to follow."""
+    about = {key: value for key, value in header["__metadata__"].items() if key != "sha256"}
+    return hashlib.sha256(_text({**header, "__metadata__": about}))
 
 
 def _split(content: bytes) -> tuple[dict, memoryview]:

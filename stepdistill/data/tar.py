@@ -15,6 +15,8 @@ _BLOCK = tarfile.BLOCKSIZE
 _MOST_HEADER_DATA = 2**16
 _LONG_NAME, _PAX, _GLOBAL_PAX = b"L", b"x", b"g"
 _SKIPPED = (_GLOBAL_PAX, b"K", b"5")  # of all members; a long link's name; a folder
+_SPARSE_FURTHER, _SPARSE_FURTHEST = 482, 504
+"""Where a sparse file's header, and each that goes on with it, says that another follows."""
 
 
 class BrokenArchive(ValueError):
@@ -43,6 +45,10 @@ def members(path: Path) -> Iterator[Member]:
                     raise BrokenArchive(f"{path} is empty")
                 return
             info = _header(path, block, file.tell() - _BLOCK)
+            further = info.type == tarfile.GNUTYPE_SPARSE and block[_SPARSE_FURTHER]
+            while further:
+                block = file.read(_BLOCK)
+                further = len(block) == _BLOCK and block[_SPARSE_FURTHEST]
             offset = file.tell()
             if not _has_data(info):
                 info.size = 0
@@ -55,6 +61,8 @@ def members(path: Path) -> Iterator[Member]:
             elif info.type not in _SKIPPED:
                 name = told.get("path", info.name)
                 yield Member(name, offset, info.size, _unsafe(info, name, told))
+                told = {}
+            elif info.type == tarfile.DIRTYPE:
                 told = {}
             file.seek(offset + -(-info.size // _BLOCK) * _BLOCK)
 

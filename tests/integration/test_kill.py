@@ -7,7 +7,7 @@ import time
 
 import yaml
 
-from stepdistill.data.cache import prepare
+from stepdistill.data.prepare import prepare
 from stepdistill.run_folder import open_run, resolved
 from stepdistill.rungs import WEIGHT_NAME, finished_rungs, rung_folder
 from tests.integration.conftest import tiny_config

@@ -1,0 +1,235 @@
+"""Filling the cache from what people have: bad files among good ones, interruptions, processes, pictures of many shapes."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stepdistill.data.cache import load_cache
+from stepdistill.data.prepare import prepare
+from stepdistill.ladder import distill
+from stepdistill.training.log import read_log
+from tests.integration.conftest import tiny_config
+
+GOOD = 40
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def picture(number, size=(40, 40)):
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
+
+
+def good(folder, count=GOOD, size=(40, 40), name="good"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        picture(k, size).save(folder / f"{name}{k:03d}.png")
+        (folder / f"{name}{k:03d}.txt").write_text(f"{name} picture {k}")
+    return folder
+
+
+def bad(folder):
+    """A file of every kind that a folder can have wrong; how many there are of each."""
+    whole = saved(picture(0))
+    two = [picture(0), picture(1)]
+    contents = {
+        "image_unreadable": [whole[:-40], b"", b"\x89PNG garbage", saved(picture(0), "GIF"), b"\xff\xd8\xff"],
+        "image_too_large": [saved(Image.new("1", (12000, 12000))), saved(Image.new("L", (9000, 9000)))],
+        "image_too_small": [saved(Image.new("RGB", (1, 1)))],
+        "image_animated": [saved(two[0], save_all=True, append_images=two[1:])],
+    }
+    captions = {
+        "caption_empty": [b"", b" \n"],
+        "caption_not_utf8": [b"caf\xe9"],
+        "caption_too_long": [b"w" * 200_000],
+    }
+    for kind, group in contents.items():
+        for k, content in enumerate(group):
+            (folder / f"{kind}{k}.png").write_bytes(content)
+            (folder / f"{kind}{k}.txt").write_text("a caption")
+    for kind, group in captions.items():
+        for k, content in enumerate(group):
+            (folder / f"{kind}{k}.png").write_bytes(whole)
+            (folder / f"{kind}{k}.txt").write_bytes(content)
+    (folder / "mute.png").write_bytes(whole)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "pipe.txt").write_text("a caption")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "gone.txt").write_text("a caption")
+    counts = {kind: len(group) for kind, group in (contents | captions).items()}
+    return counts | {"caption_missing": 1, "unsafe_member": 1, "image_missing": 1}
+
+
+def of(folder, tmp_path, *overrides):
+    return tiny_config(tmp_path / "runs", f"data.source={folder}", "data.num_images=null", *overrides)
+
+
+def manifest(config):
+    return json.loads((config.run_dir / "cache" / "manifest.json").read_text())
+
+
+def shard_bytes(config):
+    return {p.name: p.read_bytes() for p in sorted((config.run_dir / "cache/shards").glob("*.safetensors"))}
+
+
+def stamps(config):
+    return {p.name: p.stat().st_mtime_ns for p in (config.run_dir / "cache/shards").glob("*.safetensors")}
+
+
+def test_bad_files_are_counted_by_kind_and_the_good_ones_are_in_the_cache(tmp_path):
+    folder = good(tmp_path / "pictures")
+    counts = bad(folder)
+    config = of(folder, tmp_path, "data.max_bad_fraction=0.9")
+    alone = of(good(tmp_path / "alone"), tmp_path, "name=alone")
+    for each in (config, alone):
+        prepare(each)
+    found = manifest(config)
+    assert found["bad"] == counts
+    assert (found["samples"], len(load_cache(config))) == (GOOD, GOOD)
+    assert all("object at" not in text for group in found["bad_examples"].values() for text in group)
+    assert "gone.png" in found["bad_examples"]["image_missing"][0]
+    indices = list(range(GOOD))
+    ours, theirs = (load_cache(c).samples((32, 32), indices) for c in (config, alone))
+    assert torch.equal(ours.latents, theirs.latents)
+
+
+def test_too_many_bad_ones_stop_it_and_what_was_prepared_stays(tmp_path):
+    folder = good(tmp_path / "pictures", 12)
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("a caption")
+    config = of(folder, tmp_path)
+    with pytest.raises(ValueError, match=r"1 of 13 samples are bad, allowed: 0\.01: 1 image_unreadable"):
+        prepare(config)
+    assert not (config.run_dir / "cache" / "manifest.json").exists()
+    before = stamps(config)
+    assert len(before) == 1
+    more = of(folder, tmp_path, "data.max_bad_fraction=0.2")
+    assert prepare(more) is True
+    assert stamps(more) == before
+    assert len(load_cache(more)) == 12
+    strict = of(folder, tmp_path, "data.max_bad_fraction=0.2", "data.on_bad.image_unreadable=error")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"broken\.png.*data\.on_bad\.image_unreadable=skip"):
+            prepare(strict)
+        (strict.run_dir / "cache/shards/00000.safetensors").unlink(missing_ok=True)
+
+
+def test_a_source_without_one_good_picture_is_an_error(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(3):
+        (folder / f"{k}.png").write_bytes(b"no picture")
+        (folder / f"{k}.txt").write_text("a caption")
+    with pytest.raises(ValueError, match="none of whose 3 samples is usable: 3 image_unreadable"):
+        prepare(of(folder, tmp_path, "data.max_bad_fraction=1"))
+
+
+def bucketed(tmp_path, *overrides):
+    folder = good(tmp_path / "pictures", 24, size=(64, 64), name="square")
+    good(folder, 12, size=(96, 48), name="wide")
+    good(folder, 12, size=(48, 96), name="tall")
+    return of(folder, tmp_path, "data.buckets=true", "data.resolution=64", *overrides)
+
+
+def test_buckets_keep_each_pictures_ratio_and_an_update_sees_one(tmp_path):
+    config = bucketed(tmp_path)
+    prepare(config)
+    cache = load_cache(config)
+    (wide,) = (size for size in cache.sizes if size[1] > size[0])
+    tall = wide[::-1]
+    assert cache.sizes == {(64, 64): 24, wide: 12, tall: 12}
+    assert 1.5 < wide[1] / wide[0] < 2.6
+    assert abs(wide[0] * wide[1] - 64 * 64) < 0.3 * 64 * 64
+    assert {size: shape[1:] for size, shape in cache.latent_shapes.items()} == {
+        size: (size[0] * 8 // 32, size[1] * 8 // 32) for size in cache.sizes
+    }
+    seen = dict.fromkeys(cache.latent_shapes.values(), 0)
+    latents = set()
+    for update in range(12):
+        indices = list(range(4 * update, 4 * update + 4))
+        drawn = cache.draw(indices, seed=1, group=4)
+        seen[tuple(drawn.latents.shape[1:])] += 4
+        latents |= {latent.numpy().tobytes() for latent in drawn.latents}
+        halves = [cache.draw(indices[k : k + 2], seed=1, group=4) for k in (0, 2)]
+        assert torch.equal(torch.cat([half.latents for half in halves]), drawn.latents)
+        hidden = torch.cat([half.conditioning.encoder_hidden_states for half in halves])
+        assert torch.equal(hidden, drawn.conditioning.encoder_hidden_states)
+    assert seen == {cache.latent_shapes[size]: count for size, count in cache.sizes.items()}
+    assert len(latents) == 48
+
+
+def test_training_on_buckets_does_not_depend_on_the_micro_batch(tmp_path):
+    losses = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        config = bucketed(
+            tmp_path,
+            f"name=batch{batch}",
+            f"training.train_batch_size={batch}",
+            f"training.gradient_accumulation_steps={accumulation}",
+        )
+        config = config.model_copy(update={"ladder": config.ladder[:1]})
+        prepare(config)
+        assert distill(config) == [32]
+        losses.append([record["student_loss"] for record in read_log(config.run_dir / "log.jsonl")])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_only_the_shards_of_what_changed_are_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.data.prepare.SHARD", 16)
+    folder = good(tmp_path / "pictures", 40)
+    config = of(folder, tmp_path)
+    assert prepare(config) is True
+    before = stamps(config)
+    assert (prepare(config), stamps(config)) == (False, before)
+    (folder / "good020.txt").write_text("another caption")
+    assert prepare(config) is True
+    after = stamps(config)
+    assert [name for name in sorted(before) if after[name] != before[name]] == ["00001.safetensors"]
+    good(folder, 1, name="zlast")
+    assert prepare(config) is True
+    last = stamps(config)
+    assert [name for name in sorted(after) if last[name] != after[name]] == ["00002.safetensors"]
+    for k in range(30, 40):
+        (folder / f"good{k:03d}.png").unlink()
+    (folder / "zlast000.png").unlink()
+    assert prepare(config) is True
+    assert sorted(stamps(config)) == ["00000.safetensors", "00001.safetensors"]
+    assert len(load_cache(config)) == 30
+
+
+@pytest.mark.parametrize("place", [12, 400, -1])
+def test_a_flipped_byte_is_refused_and_mended(tmp_path, place):
+    config = tiny_config(tmp_path)
+    prepare(config)
+    whole = shard_bytes(config)
+    path = config.run_dir / "cache/shards/00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"00000\.safetensors is missing or changed"):
+        load_cache(config)
+    assert prepare(config) is True
+    assert shard_bytes(config) == whole
+    assert len(load_cache(config)) == 40
+
+
+def test_a_shard_of_another_source_is_refused_until_all_are_made(tmp_path):
+    config, other = tiny_config(tmp_path), tiny_config(tmp_path, "name=other", "seed=1")
+    for each in (config, other):
+        prepare(each)
+    name = Path("cache/shards/00000.safetensors")
+    (config.run_dir / name).write_bytes((other.run_dir / name).read_bytes())
+    with pytest.raises(ValueError, match=r"00000\.safetensors is missing or changed"):
+        load_cache(config)
+    assert prepare(config) is True

@@ -1,0 +1,93 @@
+"""The cache filled by commands: killed and started again, by two processes, and within what memory."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from stepdistill.data.cache import load_cache
+from stepdistill.run_folder import resolved
+from tests.integration.conftest import tiny_config
+from tests.integration.test_prepare import bad, good, manifest, of, shard_bytes, stamps
+
+WORK = """
+import sys
+from pathlib import Path
+from stepdistill.config_file import load_config
+from stepdistill.data import prepare
+prepare.SHARD = int(sys.argv[2])
+prepare.prepare(load_config(sys.argv[1], []))
+(peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+print("KiB", peak.split()[1])
+"""
+
+
+def in_a_process(config, folder, *, shard, processes=1):
+    """The command that prepares the run with shards of that many samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
+    (folder / "work.py").write_text(WORK)
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launch, str(folder / "work.py"), str(folder / "config.yaml"), str(shard)]
+
+
+def done(command):
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+@pytest.mark.slow
+def test_bad_files_cost_no_memory(tmp_path):
+    folder = good(tmp_path / "pictures")
+    bad(folder)
+    config = of(folder, tmp_path, "data.max_bad_fraction=0.9")
+    alone = of(good(tmp_path / "alone"), tmp_path, "name=alone")
+    said = [done(in_a_process(c, tmp_path / c.name / "work", shard=1024)) for c in (config, alone)]
+    with_bad, without = (int(text.split("KiB")[1]) for text in said)
+    assert with_bad - without < 64 * 2**10
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_at_the_first_missing_shard(tmp_path):
+    config = tiny_config(tmp_path / "runs", "data.num_images=192")
+    whole = tiny_config(tmp_path / "whole", "data.num_images=192")
+    command = in_a_process(config, tmp_path / "work", shard=16)
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shard = config.run_dir / "cache/shards/00001.safetensors"
+    deadline = time.monotonic() + 120
+    while not shard.is_file():
+        assert time.monotonic() < deadline
+        assert first.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    first.kill()
+    first.wait()
+    before = stamps(config)
+    assert 2 <= len(before) < 12
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
+        load_cache(config)
+    (shard.parent / ".00005.safetensors.1.partial").write_bytes(b"half")
+    done(command)
+    done(in_a_process(whole, tmp_path / "work2", shard=16))
+    after = stamps(config)
+    assert {name: after[name] for name in before} == before
+    assert not list(shard.parent.glob(".*"))
+    assert len(shard_bytes(config)) == 12
+    assert shard_bytes(config) == shard_bytes(whole)
+    assert manifest(config) == manifest(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(tmp_path):
+    folder = good(tmp_path / "pictures", 70)
+    bad(folder)
+    one, two = (of(folder, tmp_path, f"name={name}", "data.max_bad_fraction=0.9") for name in ("one", "two"))
+    done(in_a_process(one, tmp_path / "work", shard=16))
+    done(in_a_process(two, tmp_path / "work2", shard=16, processes=2))
+    assert len(shard_bytes(one)) == 6
+    assert shard_bytes(one) == shard_bytes(two)
+    assert manifest(one) == manifest(two)

@@ -1,0 +1,244 @@
+"""Records of every kind of source: in order, with what belongs to them; what cannot be used is named, nothing hangs."""
+
+import csv
+import io
+import itertools
+import json
+import os
+import tarfile
+import threading
+
+import pytest
+from PIL import Image
+
+from stepdistill.data.records import records
+from stepdistill.data.samples import BadSample
+
+
+def png(colour=(200, 10, 10)):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def asked(read):
+    """What a reader gives, or the kind of what is wrong; it has five seconds."""
+    found = []
+
+    def run():
+        try:
+            found.append(read())
+        except BadSample as error:
+            found.append(error.kind)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert found, "it hangs"
+    return found[0]
+
+
+def told(source):
+    """name -> (caption, picture), in order."""
+    return {r.name: (asked(r.read_caption), asked(r.read_image)) for r in records(str(source))}
+
+
+def test_a_folder_is_read_by_name_with_the_texts_beside(tmp_path):
+    for name in ("b.png", "a.JPG", "sub/deeper/d.webp", "sub/c.jpeg", "z.bmp"):
+        write(tmp_path / name, f"picture {name}")
+        write((tmp_path / name).with_suffix(".txt"), f"caption {name}")
+    write(tmp_path / "notes.md", "no picture")
+    write(tmp_path / "alone.txt", "no picture")
+    write(tmp_path / "mute.png", b"x")
+    found = told(tmp_path)
+    assert list(found) == ["a.JPG", "b.png", "mute.png", "z.bmp", "sub/c.jpeg", "sub/deeper/d.webp"]
+    assert found.pop("mute.png") == ("caption_missing", b"x")
+    for name, (caption, picture) in found.items():
+        assert (caption, picture) == (f"caption {name}".encode(), f"picture {name}".encode())
+    sizes = {r.name: r.size for r in records(str(tmp_path))}
+    assert sizes == {name: (tmp_path / name).stat().st_size for name in sizes}
+
+
+def test_links_are_followed_to_files_and_what_is_no_file_is_refused(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "pictures"
+    write(elsewhere / "real.png", b"x")
+    write(folder / "b.txt", "a caption")
+    (folder / "linked.png").symlink_to(elsewhere / "real.png")
+    (folder / "linked.txt").symlink_to(folder / "b.txt")
+    (folder / "dangling.png").symlink_to(elsewhere / "none.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.png")
+    write(folder / "pipe2.png", b"x")
+    os.mkfifo(folder / "pipe2.txt")
+    for name in ("dangling", "loop", "pipe", "zero"):
+        write(folder / f"{name}.txt", "a caption")
+    assert told(folder) == {
+        "dangling.png": (b"a caption", "image_missing"),
+        "linked.png": (b"a caption", b"x"),
+        "loop.png": (b"a caption", "image_missing"),
+        "pipe.png": (b"a caption", "unsafe_member"),
+        "pipe2.png": ("unsafe_member", b"x"),
+        "zero.png": (b"a caption", "unsafe_member"),
+    }
+
+
+def test_names_that_are_no_text_are_read(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    write(tmp_path / name, b"x")
+    write((tmp_path / name).with_suffix(".txt"), "coffee")
+    assert list(told(tmp_path).values()) == [(b"coffee", b"x")]
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    write(tmp_path / "a.txt", b"a" * (2**17 + 1))
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(2**40)
+    assert told(tmp_path) == {"a.png": ("caption_too_long", "image_too_large")}
+
+
+def test_metadata_lines_name_pictures_and_captions(tmp_path):
+    write(tmp_path / "sub" / "a.png", b"x")
+    rows = [
+        json.dumps({"file_name": "sub/a.png", "text": "a wall"}),
+        "",
+        json.dumps({"file_name": "sub/a.png", "caption": "again", "width": 3}),
+        '{"file_name": "sub/a.png", "te',
+        json.dumps({"text": "which?"}),
+        json.dumps(["a", "list"]),
+        json.dumps({"file_name": "../a.png", "text": "out"}),
+        json.dumps({"file_name": "/etc/passwd", "text": "out"}),
+        json.dumps({"file_name": "none.png", "text": "gone"}),
+        json.dumps({"file_name": "sub/a.png", "text": None}),
+        json.dumps({"file_name": "sub", "text": "a folder"}),
+        json.dumps({"file_name": "a\0.png", "text": "zero"}),
+        json.dumps({"file_name": "\ud800.png", "text": "no text"}),
+        json.dumps({"file_name": "n" * 5000, "text": "long"}),
+        "[" * 100_000,
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    found = [(asked(r.read_caption), asked(r.read_image)) for r in records(str(tmp_path))]
+    assert found == [
+        ("a wall", b"x"),
+        ("again", b"x"),
+        ("image_missing", "image_missing"),
+        ("image_missing", "image_missing"),
+        ("image_missing", "image_missing"),
+        ("unsafe_member", "unsafe_member"),
+        ("unsafe_member", "unsafe_member"),
+        ("gone", "image_missing"),
+        (None, b"x"),
+        ("a folder", "unsafe_member"),
+        ("unsafe_member", "unsafe_member"),
+        ("no text", "image_missing"),
+        ("long", "image_missing"),
+        ("image_missing", "image_missing"),
+    ]
+
+
+def test_a_metadata_table_goes_on_after_rows_that_are_wrong(tmp_path):
+    write(tmp_path / "a.png", b"x")
+    with (tmp_path / "metadata.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.writer(file)
+        table.writerows([["file_name", "text"], ["a.png", 'two\nlines, "quoted"'], ["../a.png", "out"]])
+        table.writerows([["a.png"], ["a.png", "one", "more"], ["a.png", "w" * 200_000], ["a.png", "last"]])
+    found = [(asked(r.read_caption), asked(r.read_image)) for r in records(str(tmp_path))]
+    assert found[:4] == [
+        ('two\nlines, "quoted"', b"x"),
+        ("unsafe_member", "unsafe_member"),
+        (None, b"x"),
+        ("one", b"x"),
+    ]
+    assert found[4][0] in ("image_missing", "caption_too_long")
+    assert found[5:] == [("last", b"x")]
+
+
+def packed(path, *members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_members_of_one_name_are_a_sample_of_an_archive(tmp_path):
+    members = [
+        ("0.png", b"zero"),
+        ("0.txt", b"caption 0"),
+        ("1.jpg", b"one"),
+        ("1.json", json.dumps({"caption": "caption 1", "width": 3}).encode()),
+        ("2.depth.png", b"depth"),
+        ("2.png", b"two"),
+        ("2.txt", b"caption 2"),
+        ("sub/2.png", b"another"),
+        ("3.txt", b"no picture"),
+        ("4.png", b"four"),
+        ("5.json", b"[" * 100_000),
+        ("5.png", b"five"),
+        ("6.json", b'{"caption": "caf\xe9"}'),
+        ("6.png", b"six"),
+        ("7.png", None),
+        ("7.txt", b"caption 7"),
+        ("../8.png", b"out"),
+        ("9.png", b"nine"),
+        ("9.txt", b"w" * 200_000),
+    ]
+    assert told(packed(tmp_path / "a.tar", *members)) == {
+        "a.tar:0.png": (b"caption 0", b"zero"),
+        "a.tar:1.jpg": ("caption 1", b"one"),
+        "a.tar:2.png": (b"caption 2", b"two"),
+        "a.tar:sub/2.png": (None, b"another"),
+        "a.tar:4.png": (None, b"four"),
+        "a.tar:5.png": ("caption_missing", b"five"),
+        "a.tar:6.png": ("caption_missing", b"six"),
+        "a.tar:7.png": ("unsafe_member", "unsafe_member"),
+        "a.tar:../8.png": ("unsafe_member", "unsafe_member"),
+        "a.tar:9.png": ("caption_too_long", b"nine"),
+    }
+
+
+def test_a_folder_of_archives_is_read_in_order_and_past_a_broken_one(tmp_path):
+    for number in (2, 0):
+        packed(tmp_path / f"{number}.tar", (f"{number}.png", b"x"), (f"{number}.txt", b"y"))
+    whole = packed(tmp_path / "1.tar", ("1.png", png()), ("1.txt", b"y")).read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole[:1024] + b"garbage" * 100)
+    os.mkfifo(tmp_path / "3.tar")
+    found = told(tmp_path)
+    assert list(found) == ["0.tar:0.png", "1.tar", "2.tar:2.png"]
+    assert found["1.tar"] == ("archive_broken", "archive_broken")
+
+
+def test_prompts_are_lines_and_a_line_too_long_is_one_bad_sample(tmp_path):
+    long = b"w" * 500_000
+    write(
+        tmp_path / "p.txt", b"first\r\n\n  \nsecond\n" + long + b" tail\n" + "größte".encode() + b"\nno end"
+    )
+    found = list(records(str(tmp_path / "p.txt")))
+    assert [r.name for r in found] == ["p.txt:1", "p.txt:4", "p.txt:5", "p.txt:6", "p.txt:7"]
+    assert all(r.read_image is None for r in found)
+    captions = [r.read_caption() for r in found]
+    assert [c.strip() for c in captions[:2] + captions[3:]] == [
+        b"first",
+        b"second",
+        "größte".encode(),
+        b"no end",
+    ]
+    assert len(captions[2]) > 2**17
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_records_are_found_one_by_one(tmp_path, count):
+    for k in range(count):
+        write(tmp_path / f"{k:04d}.png", b"x")
+    assert len(list(itertools.islice(records(str(tmp_path)), 3))) == 3
+    assert sum(1 for _ in records(str(tmp_path))) == count
