@@ -189,6 +189,7 @@ class _Work:
         return True
 
     def _write_text(self, path: Path, prompts: list[str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         pipeline = load_encoders(self._base, vae_dtype=torch.float32)
         conditional = encode_prompts(pipeline, prompts, image_size=self._sizes.target)
         unconditional = encode_unconditional(
