@@ -64,8 +64,9 @@ class Training(Section):
     """The learning rate decays along a cosine to this share of itself."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the student's moving average, which is then what a phase leaves; 0 keeps the last weights."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: the base in bfloat16 under autocast; masters of what trains stay float32."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """The base in bfloat16 or float16 under autocast; what trains stays float32. fp16 scales the loss, for cards without
+    bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     logging_steps: PositiveInt = 20

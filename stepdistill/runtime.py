@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
+WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of the base, by `training.mixed_precision`; what trains is float32 throughout."""
 _ON_CPU = not torch.cuda.is_available()
 """Said aloud, or accelerate sees one process where torchrun started several."""
 
@@ -25,12 +27,15 @@ class Runtime:
         # accelerate fixes one precision per process, and one process may run ladders of several
         self.accelerator = Accelerator(mixed_precision="no", cpu=_ON_CPU)
         self.device: torch.device = torch.device("cpu") if _ON_CPU else self.accelerator.device
-        self.weight_dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+        self.weight_dtype = WEIGHT_DTYPES[mixed_precision]
+        # float16 has no room for small gradients: the loss is scaled up, and down again where one overflows
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.weight_dtype == torch.float16)
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in bfloat16 where mixed precision is on; a context that changes nothing elsewhere."""
-        enabled = self.weight_dtype == torch.bfloat16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+        """Matrix products in half precision where mixed precision is on; a context that changes nothing elsewhere."""
+        half = self.weight_dtype != torch.float32
+        dtype = self.weight_dtype if half else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=half)
 
     @property
     def is_main(self) -> bool:
@@ -48,8 +53,22 @@ class Runtime:
         return self.accelerator.process_index
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of a scalar."""
-        self.accelerator.backward(loss)
+        """Gradients of a scalar, of its scaled value in float16: `unscale` before they are used."""
+        self.accelerator.backward(self._scaler.scale(loss))
+
+    def unscale(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Brings the gradients of these optimisers back to their own size; an overflow stays, as inf or nan."""
+        for optimizer in optimizers:
+            self._scaler.unscale_(optimizer)
+
+    @property
+    def may_overflow(self) -> bool:
+        """Whether a gradient that is not finite may mean no more than that the loss was scaled too far."""
+        return self._scaler.is_enabled()
+
+    def adapt_scale(self) -> None:
+        """After each update, or each that was left out: half the scale where a gradient overflowed, more after a while."""
+        self._scaler.update()
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replaces each gradient by its mean over the processes; parameters without one count as zero."""

@@ -39,7 +39,7 @@ from stepdistill.models.loading import (
     size_multiple,
 )
 from stepdistill.rng import derive_seed
-from stepdistill.runtime import Processes
+from stepdistill.runtime import WEIGHT_DTYPES, Processes
 from stepdistill.teacher_source import teacher_folder
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class _Work:
         if not is_prompts_only(config.data.source):
             return Encoder(pipeline, config.data, self._sizes)
         size, kind = self._sizes.target, config.teacher.unconditional
-        dtype = torch.float32 if config.training.mixed_precision == "no" else torch.bfloat16
+        dtype = WEIGHT_DTYPES[config.training.mixed_precision]
         schedule, prediction_type = load_schedule(read_scheduler_config(self._base))
         synthesis = Synthesis(
             unet=load_unet(self._base, dtype=dtype).to(device),

@@ -17,6 +17,7 @@ from stepdistill.training.log import PhaseProgress, TrainingLog
 from stepdistill.training.optim import NonFiniteError, RoleOptimizer
 from stepdistill.training.steps import Denoisers, StepResult, phase_step
 
+_MOST_OVERFLOWS = 20  # in a row, of float16: each halves the loss's scale
 _STOP_EVERY, _STOP_BATCHES = 20, 4
 
 
@@ -55,7 +56,7 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
         average = EMAModel(roles.student_parameters, decay=training.ema_decay, foreach=True)
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
     known: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
-    least = float("inf")
+    least, overflows = float("inf"), 0
     with PhaseProgress(
         stage.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
     ) as progress:
@@ -67,12 +68,19 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
             numbers |= {f"{role}_lr": optimizer.learning_rate for role, optimizer in optimizers.items()}
             for role, optimizer in optimizers.items():
                 runtime.average_gradients(optimizer.parameters)
+                runtime.unscale([optimizer.optimizer])
                 numbers[f"{role}_grad_norm"] = optimizer.clip(training.max_grad_norm).item()
-            _stop_if_not_finite(stage, step, numbers)
-            for optimizer in optimizers.values():
-                optimizer.step()
-            if average is not None:
-                average.step(roles.student_parameters)
+            overflows = overflows + 1 if runtime.may_overflow and _overflowed(numbers) else 0
+            if 0 < overflows <= _MOST_OVERFLOWS:
+                numbers = {name: value for name, value in numbers.items() if abs(value) < float("inf")}
+                numbers["overflowed"] = 1.0
+            else:
+                _stop_if_not_finite(stage, step, numbers)
+                for optimizer in optimizers.values():
+                    optimizer.step()
+                if average is not None:
+                    average.step(roles.student_parameters)
+            runtime.adapt_scale()
             numbers["images_per_second"] = batch_size / (time.monotonic() - started)
             stop = False
             if phase.stop_at_gain is not None and (step + 1) % _STOP_EVERY == 0:
@@ -189,6 +197,12 @@ def _accumulate(
         for name, value in named.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / count
     return {name: value.item() for name, value in sums.items()}
+
+
+def _overflowed(numbers: dict[str, float]) -> bool:
+    """Losses finite, a gradient not: what scaling the loss leads to now and then."""
+    bad = {name for name, value in numbers.items() if not abs(value) < float("inf")}
+    return bool(bad) and all(name.endswith("_grad_norm") for name in bad)
 
 
 def _stop_if_not_finite(stage: Stage, step: int, numbers: dict[str, float]) -> None:
