@@ -93,18 +93,23 @@ _TINY: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(_FULL)
 
 
+def unet_config(family: str, *, tiny: bool = False) -> dict[str, Any]:
+    """What UNet2DConditionModel takes."""
+    blocks = _XL_BLOCKS if family == "sdxl" else _SD_BLOCKS
+    return {**(_TINY[family] if tiny else _FULL[family][0]), **blocks}
+
+
 def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipeline:
     """The pipeline of a family, random weights drawn from `seed`, float32."""
-    unet, first, second, scaling_factor, scheduler = _FULL[family]
-    blocks = _XL_BLOCKS if family == "sdxl" else _SD_BLOCKS
+    _, first, second, _, scheduler = _FULL[family]
     if tiny:
-        unet, first = _TINY[family], first | _TINY_TEXT
+        first = first | _TINY_TEXT
         second = None if second is None else second | _TINY_TEXT | {"hidden_size": 24, "projection_dim": 24}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: dict[str, Any] = {
-            "unet": UNet2DConditionModel(**unet, **blocks),
-            "vae": _vae(tiny=tiny, scaling_factor=scaling_factor),
+            "unet": UNet2DConditionModel(**unet_config(family, tiny=tiny)),
+            "vae": build_vae(family, tiny=tiny),
             "text_encoder": CLIPTextModel(_text(first, tiny=tiny)),
         }
         if second is not None:
@@ -122,7 +127,8 @@ def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipelin
     return StableDiffusionPipeline(**parts, scheduler=ddim, **plain)
 
 
-def _vae(*, tiny: bool, scaling_factor: float) -> AutoencoderKL:
+def build_vae(family: str, *, tiny: bool = False) -> AutoencoderKL:
+    """The VAE of a family, random weights."""
     widths = (8, 8, 16, 16) if tiny else (128, 256, 512, 512)
     return AutoencoderKL(
         block_out_channels=widths,
@@ -131,7 +137,7 @@ def _vae(*, tiny: bool, scaling_factor: float) -> AutoencoderKL:
         layers_per_block=1 if tiny else 2,
         latent_channels=4,
         norm_num_groups=8 if tiny else 32,
-        scaling_factor=scaling_factor,
+        scaling_factor=_FULL[family][3],
     )
 
 

@@ -95,7 +95,7 @@ def describe(config: RunConfig) -> str:
     """What would run, a line per phase."""
     lines = [
         f"run folder {config.run_dir}",
-        f"prepare    {config.data.num_images} images of {config.data.source}",
+        f"prepare    {config.data.num_images or 'all'} images of {config.data.source}",
     ]
     for rung in config.ladder:
         for phase in rung.phases:

@@ -82,6 +82,14 @@ class Runtime:
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
 
+    def peak_memory(self) -> dict[str, float]:
+        """Most bytes allocated on the GPU since this was last asked, for the log; empty on the CPU."""
+        if self.device.type != "cuda":
+            return {}
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return {"peak_memory_bytes": float(peak)}
+
     def wait(self) -> None:
         """Until every process is here."""
         self.accelerator.wait_for_everyone()

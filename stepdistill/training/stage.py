@@ -81,6 +81,7 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
                 if average is not None:
                     average.step(roles.student_parameters)
             runtime.adapt_scale()
+            numbers |= runtime.peak_memory()
             numbers["images_per_second"] = batch_size / (time.monotonic() - started)
             stop = False
             if phase.stop_at_gain is not None and (step + 1) % _STOP_EVERY == 0:

@@ -1,0 +1,251 @@
+"""What the shipped configs take at full size: peak memory and seconds of two updates of every phase.
+
+    python eval/full_size.py [--configs sd15 sd21_v sdxl sdxl_24gb] [--output eval/results/full_size] [key=value ...]
+
+With a CUDA GPU: a random-weight pipeline of every shape of the released one, a few pictures, the config's own ladder with
+two updates a phase; memory is torch's peak of allocated bytes. Beside it, or alone without one: the same modules on the meta
+device, their parameters, gradients and moments counted, what autograd keeps of each phase's forwards, and with gradient
+checkpointing the most that one recomputed piece keeps. What kernels take while they run is not in the estimate.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from random_teacher import build, build_vae, unet_config
+
+from stepdistill import stages
+from stepdistill.config import Phase, RunConfig
+from stepdistill.config_file import load_config
+from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.roles import Roles
+from stepdistill.run_folder import resolved
+from stepdistill.runtime import WEIGHT_DTYPES, environment
+from stepdistill.training.log import read_log
+
+GIB = 2**30
+CONFIGS = {"sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", "sdxl_24gb": "sdxl"}
+UPDATES = 2
+_MASTER = 4 * 4  # bytes of a parameter that trains: itself, its gradient, Adam's two moments
+
+
+def saved_bytes(run: Any) -> int:
+    """Bytes of all tensors that autograd keeps for the backward of `run()`, each storage once, parameters left out."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(found.values())
+
+
+class _Flash(torch.autograd.Function):
+    """Attention as CUDA's fused kernels have it: queries, keys, values and output are kept, no matrix between tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+    ) -> torch.Tensor:
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """On the meta device torch takes attention apart, which no GPU does."""
+    before = torch.nn.functional.scaled_dot_product_attention
+    torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: _Flash.apply(q, k, v)
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = before
+
+
+def largest_piece(roles: Roles, run: Any) -> int:
+    """The most that one checkpointed module keeps while it is computed again."""
+    sizes: list[int] = []
+
+    def spy(module: torch.nn.Module, *args: Any) -> Any:
+        result: list[Any] = []
+        sizes.append(saved_bytes(lambda: result.append(module(*args))))
+        return result[0]
+
+    roles.unet.enable_gradient_checkpointing(spy)
+    run()
+    roles.unet.enable_gradient_checkpointing(roles.checkpointed)
+    return max(sizes)
+
+
+def estimate(config: RunConfig, family: str) -> dict[str, Any]:
+    """Bytes by part, and for each kind of phase what its update adds, of the config at full size on the meta device."""
+    training, options = config.training, unet_config(family)
+    dtype = WEIGHT_DTYPES[training.mixed_precision]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**options).to(dtype).eval().requires_grad_(False)
+        base = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
+        roles = Roles(
+            unet, rank=config.lora.rank, seed=0, gradient_checkpointing=training.gradient_checkpointing
+        )
+    student = sum(p.numel() for p in roles.student_parameters)
+    with torch.device("meta"):
+        vae = sum(p.numel() for p in build_vae(family).parameters())
+    parts = {"base": base, "student": student * _MASTER, "teacher": student * 4, "vae": vae * 4}
+    side, batch = options["sample_size"], training.train_batch_size
+    phases: dict[str, Any] = {}
+    for phase in {(p.objective, p.discriminator): p for rung in config.ladder for p in rung.phases}.values():
+        phases[phase.objective] = _phase(roles, phase, config, side=side, batch=batch, dtype=dtype)
+    return {"parts": parts, "phases": phases}
+
+
+def _phase(
+    roles: Roles, phase: Phase, config: RunConfig, *, side: int, batch: int, dtype: torch.dtype
+) -> dict[str, int]:
+    unet = roles.unet
+    sample = torch.empty(batch, 4, side, side, device="meta", requires_grad=True)
+    timesteps = torch.empty(batch, dtype=torch.int64, device="meta")
+    told = _told(unet, batch)
+    context = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+
+    def student() -> None:
+        with context, roles.student():
+            roles.predict(sample, timesteps, told).float().square().mean()
+
+    found = {"student's activations": saved_bytes(student)}
+    if config.training.gradient_checkpointing:
+        found["recomputed at once"] = largest_piece(roles, student)
+    if phase.objective in ("paired", "single"):
+        with torch.device("meta"):
+            discriminator = Discriminator(
+                roles,
+                trunk=phase.discriminator.trunk,
+                heads=phase.discriminator.heads,
+                paired=phase.objective == "paired",
+                rank=config.lora.rank,
+                seed=0,
+                sample_size=side,
+                base=UNet2DConditionModel.from_config(unet.config)
+                if phase.discriminator.trunk == "full"
+                else None,
+            )
+        twice = Conditioning.concat(told, told)
+
+        def judge(rows: int, conditioning: Conditioning, *, trainable: bool) -> None:
+            seen = torch.empty(rows, 4, side, side, device="meta", requires_grad=not trainable)
+            at = torch.empty(rows, dtype=torch.int64, device="meta")
+            with context, roles.discriminator(trainable=trainable):
+                features = discriminator.features(seen, at, conditioning)
+                beside = [f.detach() for f in features] if discriminator.paired else None
+                discriminator.logits(features, beside)
+
+        count = sum(p.numel() for p in roles.discriminator_parameters)
+        found |= {
+            "discriminator": count * _MASTER,
+            "discriminator's activations": saved_bytes(lambda: judge(2 * batch, twice, trainable=True))
+            + saved_bytes(lambda: judge(batch, told, trainable=False)),
+        }
+        roles.drop_discriminator()
+    return found
+
+
+def _told(unet: UNet2DConditionModel, batch: int) -> Conditioning:
+    hidden = torch.empty(batch, 77, unet.config.cross_attention_dim, device="meta", dtype=unet.dtype)
+    if unet.config.addition_embed_type != "text_time":
+        return Conditioning(hidden)
+    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    added = {
+        "text_embeds": torch.empty(batch, width, device="meta", dtype=unet.dtype),
+        "time_ids": torch.empty(batch, 6, device="meta"),
+    }
+    return Conditioning(hidden, added)
+
+
+def measured(config_path: str, family: str, place: Path, overrides: list[str]) -> dict[str, Any]:
+    """Peak bytes and seconds of the last update of every phase, by rung and objective; needs CUDA."""
+    build(family).to(torch.bfloat16).save_pretrained(place / "teacher", safe_serialization=True)
+    (place / "pictures").mkdir()
+    generator = np.random.default_rng(0)
+    for k in range(8):
+        pixels = generator.integers(0, 255, (1024, 1024, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / "pictures" / f"{k}.png")
+        (place / "pictures" / f"{k}.txt").write_text("noise")
+    config = load_config(
+        config_path, [f"teacher.path={place / 'teacher'}", f"output_dir={place}", *overrides]
+    )
+    raw = resolved(config)
+    raw["data"]["source"] = str(place / "pictures")
+    raw["training"]["preview_steps"] = 0
+    for phase in (phase for rung in raw["ladder"] for phase in rung["phases"]):
+        phase["max_train_steps"] = UPDATES
+    config = RunConfig.model_validate(raw)
+    stages.prepare(config)
+    stages.distill(config)
+    size = config.training.train_batch_size * config.training.gradient_accumulation_steps
+    return {
+        f"{line['rung']} {line['objective']}": {
+            "peak_bytes": line["peak_memory_bytes"],
+            "seconds": round(size / line["images_per_second"], 3),
+        }
+        for line in read_log(config.run_dir / "log.jsonl")
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Parts and phases of every config, and beside the estimates the measured peaks where there are some, as Markdown."""
+    lines = []
+    for name, own in found.items():
+        parts = own["estimate"]["parts"]
+        lines += ["", f"| {name} | GiB |", "| --- | ---: |"]
+        lines += [f"| {part} | {count / GIB:.2f} |" for part, count in parts.items()]
+        for objective, more in own["estimate"]["phases"].items():
+            lines += [f"| {objective}: {part} | {count / GIB:.2f} |" for part, count in more.items()]
+            together = sum(parts.values()) + sum(more.values())
+            lines.append(f"| **{objective}: together** | **{together / GIB:.2f}** |")
+        for phase, peak in own.get("measured", {}).items():
+            lines.append(
+                f"| measured: {phase}, {peak['seconds']:.1f} s an update | {peak['peak_bytes'] / GIB:.2f} |"
+            )
+    return "\n".join(lines).strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Memory and seconds of the configs at full size.")
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--output", type=Path, default=Path("eval/results/full_size"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(argv)
+    found: dict[str, Any] = {}
+    for name in args.configs:
+        path, family = f"configs/{name}.yaml", CONFIGS[name]
+        with fused_attention():
+            found[name] = {"estimate": estimate(load_config(path, args.overrides), family)}
+        if torch.cuda.is_available():
+            with tempfile.TemporaryDirectory() as place:
+                found[name]["measured"] = measured(path, family, Path(place), args.overrides)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    about = {"environment": environment(), "overrides": args.overrides}
+    args.output.with_suffix(".json").write_text(json.dumps(about | found, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(table(found) + "\n")
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
