@@ -59,6 +59,12 @@ def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 
 
 @app.command()
+def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
+    """What would stop this run, in seconds: teacher, data, packages, device, disk; each with its remedy."""
+    stages.doctor(load_config(config, overrides))
+
+
+@app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Latents and text embeddings into the run's cache."""
     _stage(config, overrides, dry_run, stages.prepare)

@@ -17,6 +17,17 @@ from stepdistill.teacher_source import is_ready_made
 logger = logging.getLogger(__name__)
 
 
+def doctor(config: RunConfig) -> None:
+    """Prints what was found about a run to come; ConfigError where something would stop it."""
+    _quiet_libraries()
+    from stepdistill.doctor import examine, raise_for
+
+    found = examine(config)
+    for finding in found:
+        print(finding)
+    raise_for(found)
+
+
 def prepare(config: RunConfig) -> None:
     """Latents and text embeddings into the cache; nothing where they are there."""
     run_dir = open_run(config)

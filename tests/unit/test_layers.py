@@ -22,6 +22,7 @@ LAYERS = [
     {"training"},
     {"ladder", "export", "demo.teacher"},
     {"evaluation", "report"},
+    {"doctor"},
     {"stages"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,219 @@
+"""What would stop a run, found in seconds: packages, device, teacher, data, evaluation, disk; each with its remedy."""
+
+import importlib.metadata
+import itertools
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from packaging.requirements import Requirement
+
+from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config_data import Kind
+from stepdistill.data.buckets import Sizes
+from stepdistill.data.records import is_cache, is_prompts_only, records
+from stepdistill.data.samples import BadSample, read_caption
+from stepdistill.data.source import LETTERS, picture_of
+from stepdistill.durable import read_json
+from stepdistill.models.folder import is_zero_snr, prediction_type, teacher_kind
+from stepdistill.models.loading import image_size, latent_shape, size_multiple
+from stepdistill.run_folder import check_run
+from stepdistill.teacher_source import is_ready_made, local_folder
+
+LOOKED_AT = 64
+"""Samples of the data that are read in full."""
+_GIB = 2**30
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Every adapted layer of SD and SDXL carries about so many LoRA parameters per rank (rank 64: 67 M and 197 M).
+_LORA_PARAMETERS = {"StableDiffusionPipeline": 1.05e6, "StableDiffusionXLPipeline": 3.08e6}
+_TOKENS_A_WORD = 1.3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: ok, note (it runs, but look at it) or problem (it will not run), and what to do."""
+
+    state: Literal["ok", "note", "problem"]
+    about: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state:<8} {self.about}" + (f"\n         mend: {self.remedy}" if self.remedy else "")
+
+
+def examine(config: RunConfig) -> list[Finding]:
+    """All findings about a run that is to come; nothing is written, downloaded or trained."""
+    parts: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
+        _packages,
+        _device,
+        _run,
+        _teacher,
+        _data,
+        _evaluation,
+        _disk,
+    )
+    found: list[Finding] = []
+    for part in parts:
+        try:
+            found += part(config)
+        except ValueError as error:  # messages to the user, as everywhere
+            message, _, allowed = str(error).partition("; allowed: ")
+            found.append(Finding("problem", message, allowed))
+    return list(dict.fromkeys(found))
+
+
+def _packages(_config: RunConfig) -> Iterator[Finding]:
+    wrong = []
+    for text in importlib.metadata.requires("stepdistill") or []:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(requirement.name)
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version}, wanted {requirement.specifier}")
+    if wrong:
+        yield Finding("problem", f"packages: {'; '.join(wrong)}", "pip install --upgrade stepdistill")
+    else:
+        yield Finding("ok", f"packages: torch {torch.__version__} and the others are as required")
+
+
+def _device(config: RunConfig) -> Iterator[Finding]:
+    precision = config.training.mixed_precision
+    if not torch.cuda.is_available():
+        yield Finding("ok", f"device: the CPU, {torch.get_num_threads()} threads")
+        if precision == "fp16":
+            remedy = "training.mixed_precision=no"
+            yield Finding("note", "device: float16 is several times slower than float32 on a CPU", remedy)
+        if config.teacher.path != LETTERS:
+            yield Finding(
+                "note", "device: no CUDA GPU is seen; a teacher of Stable Diffusion's size takes days a rung"
+            )
+        return
+    properties = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info()
+    yield Finding("ok", f"device: {properties.name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        remedy = "training.mixed_precision=fp16"
+        yield Finding("problem", f"device: {properties.name} has no bfloat16", remedy)
+    if precision == "no" and config.teacher.path != LETTERS:
+        remedy = "training.mixed_precision=bf16, or fp16 on cards before Ampere"
+        yield Finding("note", "device: float32 takes twice the memory and several times as long", remedy)
+
+
+def _run(config: RunConfig) -> Iterator[Finding]:
+    check_run(config)
+    where = "goes on there" if (config.run_dir / "config.yaml").is_file() else "will be made"
+    yield Finding("ok", f"run: {config.run_dir} {where}")
+
+
+def _teacher(config: RunConfig) -> Iterator[Finding]:
+    path, kind = config.teacher.path, teacher_kind(config.teacher.path)
+    if kind == "folder":
+        folder = local_folder(path)
+        snr = ", zero terminal SNR" if is_zero_snr(folder) else ""
+        height, width = image_size(folder)
+        yield Finding("ok", f"teacher: {path}, {width} x {height} pixels, {prediction_type(folder)}{snr}")
+    elif kind == "file":
+        size = Path(path).expanduser().stat().st_size / _GIB
+        yield Finding("ok", f"teacher: the file {path}, {size:.1f} GiB; `prepare` makes a folder of it")
+        if config.teacher.config is None:
+            remedy = (
+                "teacher.config=FOLDER, a diffusers folder whose configs and tokenizers belong to the file"
+            )
+            yield Finding(
+                "note", "teacher: its configs are looked up in the Hub's cache or on the Hub", remedy
+            )
+    else:
+        yield from _repository(config)
+
+
+def _repository(config: RunConfig) -> Iterator[Finding]:
+    from huggingface_hub import try_to_load_from_cache
+
+    path, revision = config.teacher.path, config.teacher.revision
+    kept = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    if isinstance(kept, str):
+        yield Finding("ok", f"teacher: {path}, in the Hub's cache")
+    else:
+        remedy = f"hf download {path}, or the folder of a copy on this disk as teacher.path"
+        yield Finding("note", f"teacher: {path} is not in the Hub's cache; `prepare` downloads it", remedy)
+
+
+def _data(config: RunConfig) -> Iterator[Finding]:
+    data = config.data
+    if data.source == LETTERS:
+        yield Finding("ok", "data: the letters world")
+        return
+    bad: Counter[Kind] = Counter()
+    first: dict[str, str] = {}
+    sides, longest, seen = [], 0, 0
+    for record in itertools.islice(records(data.source), LOOKED_AT):
+        seen += 1
+        try:
+            longest = max(longest, len(read_caption(record.read_caption()).split()))
+            if record.read_image is not None:
+                sides.append(min(picture_of(record, data).size))
+        except BadSample as error:
+            bad[error.kind] += 1
+            first.setdefault(error.kind, f"{record.name}: {error}")
+    what = "prompts alone" if is_prompts_only(data.source) else "samples"
+    what = "captions of another run's latents" if is_cache(data.source) else what
+    yield Finding("ok", f"data: {data.source}, the first {seen} {what} read")
+    for kind, count in bad.items():
+        stops = data.policy(kind) == "error" or count > data.max_bad_fraction * seen
+        remedy = f"mend them, or data.max_bad_fraction and data.on_bad.{kind}"
+        yield Finding("problem" if stops else "note", f"data: {count} {kind} ({first[kind]})", remedy)
+    if longest * _TOKENS_A_WORD > 75:
+        yield Finding(
+            "note", f"data: captions of up to {longest} words; CLIP reads about 57, the rest is cut off"
+        )
+    if is_ready_made(config):
+        folder = local_folder(config.teacher.path)
+        size = Sizes(data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
+        small = sum(side < min(size) for side in sides)
+        if small:
+            remedy = f"larger pictures, or data.min_side={min(size)} to leave them out"
+            about = f"data: {small} of {len(sides)} pictures are smaller than the {min(size)} pixels they are stretched to"
+            yield Finding("note", about, remedy)
+
+
+def _evaluation(config: RunConfig) -> Iterator[Finding]:
+    from stepdistill.evaluation.evaluate import check_evaluation
+
+    if is_ready_made(config):
+        check_evaluation(config)
+        yield Finding("ok", "evaluation: prompts, pictures and extractors are there")
+
+
+def _disk(config: RunConfig) -> Iterator[Finding]:
+    place = next(p for p in (config.run_dir, *config.run_dir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if not is_ready_made(config):
+        yield Finding("ok", f"disk: {free / _GIB:.1f} GiB free")
+        return
+    folder = local_folder(config.teacher.path)
+    size = Sizes(config.data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
+    channels, height, width = latent_shape(folder, size)
+    pipeline = (read_json(folder / "model_index.json") or {}).get("_class_name", "")
+    lora = _LORA_PARAMETERS.get(pipeline, 0) * config.lora.rank * 4 if config.teacher.path != LETTERS else 0
+    latents = (config.data.num_images or 0) * channels * height * width * _BYTES[config.data.dtype]
+    needed = latents + len(config.ladder) * lora
+    state: Literal["ok", "problem"] = "ok" if needed < free else "problem"
+    remedy = "" if state == "ok" else "another output_dir, data.dtype=float16 or fewer pictures"
+    about = f"disk: {free / _GIB:.1f} GiB free, about {needed / _GIB:.1f} for latents and LoRAs"
+    yield Finding(state, about, remedy)
+
+
+def raise_for(found: list[Finding]) -> None:
+    """ConfigError where something would stop the run."""
+    count = sum(finding.state == "problem" for finding in found)
+    if count:
+        raise ConfigError(f"{count} problem{'s' * (count > 1)} to mend before this runs")

@@ -1,0 +1,84 @@
+"""`stepdistill doctor`: what would stop a run is named with its remedy, and nothing is written."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.random_teacher import build
+from stepdistill.cli import app, guarded
+from stepdistill.doctor import examine
+from tests.integration.conftest import tiny_config
+
+CONFIGS = {"sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", "sdxl_24gb": "sdxl"}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for k in range(12):
+        Image.fromarray(generator.integers(0, 255, (80, 70, 3), dtype=np.uint8)).save(folder / f"{k:02d}.png")
+        (folder / f"{k:02d}.txt").write_text(f"a picture number {k}")
+    return folder
+
+
+def problems(config):
+    return [finding for finding in examine(config) if finding.state == "problem"]
+
+
+def run(*words):
+    return guarded(lambda: app(list(map(str, words)), standalone_mode=True))
+
+
+def test_nothing_is_wrong_with_the_demo_and_nothing_is_written(tmp_path, capsys):
+    assert run("doctor", "configs/letters.yaml", f"output_dir={tmp_path}") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert {line.split(":")[0].split()[1] for line in said} == {
+        *("packages", "device", "run", "teacher", "data", "evaluation", "disk")
+    }
+    assert all(line.startswith("ok ") for line in said)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_mistake_is_a_line_with_its_remedy_and_the_others_are_looked_at_too(tmp_path, pictures, capsys):
+    (pictures / "03.png").write_bytes(b"no picture")
+    (pictures / "04.txt").write_text(" ")
+    options = [f"output_dir={tmp_path}", f"data.source={pictures}", "evaluation.features=inception:/nowhere"]
+    assert run("doctor", "configs/letters.yaml", *options) == 2
+    out, err = capsys.readouterr()
+    assert "data: 1 image_unreadable (03.png: " in out
+    assert "data: 1 caption_empty (04.png: an empty caption)" in out
+    assert "/nowhere" in out
+    assert out.count("mend: ") == 3
+    assert "3 problems to mend before this runs" in err
+
+
+def test_small_pictures_long_captions_and_missing_repositories_are_notes(tmp_path, pictures, monkeypatch):
+    (pictures / "00.txt").write_text("word " * 80)
+    Image.new("RGB", (20, 20)).save(pictures / "01.png")
+    options = [f"data.source={pictures}", "evaluation.real_images=null"]
+    found = {finding.about: finding for finding in examine(tiny_config(tmp_path, *options))}
+    small = next(f for about, f in found.items() if "are smaller than the 32 pixels" in about)
+    assert (small.state, "data.min_side=32" in small.remedy) == ("note", True)
+    assert any("captions of up to 80 words" in about for about in found)
+    absent = examine(tiny_config(tmp_path, "teacher.path=nobody/nothing", f"data.source={pictures}"))
+    assert any(f.state == "note" and "nobody/nothing is not in the Hub's cache" in f.about for f in absent)
+
+
+def test_a_run_that_needs_more_than_the_disk_has_is_a_problem(tmp_path, pictures):
+    config = tiny_config(tmp_path, f"data.source={pictures}", "data.num_images=100000000000")
+    assert [f.remedy for f in problems(config) if f.about.startswith("disk")]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path, pictures, name, capsys):
+    build(CONFIGS[name], tiny=True).save_pretrained(tmp_path / "teacher")
+    options = [f"teacher.path={tmp_path / 'teacher'}", f"output_dir={tmp_path}", f"data.source={pictures}"]
+    options += ["data.min_side=32", "evaluation.features=reader"]
+    assert run("doctor", f"configs/{name}.yaml", *options) == 0
+    assert "problem" not in capsys.readouterr().out
+    assert run("run", f"configs/{name}.yaml", "--dry-run", *options) == 0
+    said = capsys.readouterr().out
+    assert "32 -> 8  single: 100 updates of" in said
+    assert not (tmp_path / name.replace("_", "-")).exists()
