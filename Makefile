@@ -13,7 +13,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow"
 
+# With what the optional sources need: scikit-image's and scikit-learn's photographs, parquet through datasets.
 test-slow: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint,worlds,data]"
 	$(BIN)/python -m pytest -m slow
 
 # The report in headless Chromium: needs chromium and chromium-driver (Debian's packages); skips itself without them.
