@@ -1,9 +1,10 @@
-"""Iteration time of each phase over the sum of its bare U-Net passes: what our own code costs.
+"""What our own code costs: iterations over their bare U-Net passes, waiting for data, preparing over bare encoding.
 
     python eval/bench.py [CONFIG] [--iterations 8] [--output eval/results/bench.json]
 
 A bare pass is the U-Net alone at the phase's batch: a forward without adapters times the teacher's evaluations, plus one
 LoRA forward and backward for the student, plus encoder passes for the discriminator, each timed in the same process.
+Waiting is what a rung's log says of it. Preparing is timed on photograph-sized JPEGs with a VAE of Stable Diffusion's size.
 """
 
 import argparse
@@ -15,19 +16,30 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from random_teacher import build, build_vae
 
-from stepdistill.config import Phase, RunConfig
+from stepdistill.config import Data, Phase, RunConfig
 from stepdistill.config_file import load_config
 from stepdistill.data.batches import draw_batch
+from stepdistill.data.buckets import Sizes
 from stepdistill.data.cache import load_cache
+from stepdistill.data.encode import Encoder, encode_pictures
 from stepdistill.data.prepare import prepare
+from stepdistill.data.records import records
+from stepdistill.data.samples import cover
+from stepdistill.data.source import picture_of
+from stepdistill.ladder import distill
 from stepdistill.models.discriminator import build_discriminator, encode
-from stepdistill.models.loading import load_schedule, load_unet, read_scheduler_config
+from stepdistill.models.loading import load_encoders, load_schedule, load_unet, read_scheduler_config
 from stepdistill.models.roles import Roles
 from stepdistill.plan import phase_forwards
+from stepdistill.run_folder import open_run
 from stepdistill.runtime import environment
 from stepdistill.teacher_source import teacher_folder
+from stepdistill.training.log import read_log
 from stepdistill.training.steps import Denoisers, phase_step
 
 
@@ -70,7 +82,14 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
     )
 
     def iteration() -> None:
-        result = phase_step(nets, batch, phase, teacher_steps=rung.teacher_steps, discriminator=discriminator)
+        result = phase_step(
+            nets,
+            batch,
+            phase,
+            teacher_steps=rung.teacher_steps,
+            student_steps=rung.student_steps,
+            discriminator=discriminator,
+        )
         for loss in result.losses.values():
             loss.backward()
 
@@ -104,6 +123,41 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
     }
 
 
+def bench_waiting(config: RunConfig, iterations: int) -> dict:
+    """The share of a rung's seconds that the trainer waits for its micro-batches."""
+    rung = config.ladder[1]
+    phases = tuple(phase.model_copy(update={"max_train_steps": iterations}) for phase in rung.phases[:1])
+    short = rung.model_copy(update={"phases": phases, "teacher_steps": rung.teacher_steps})
+    config = config.model_copy(update={"name": "waiting", "ladder": (short,)})
+    open_run(config)
+    prepare(config)
+    distill(config)
+    lines = read_log(config.run_dir / "log.jsonl")[1:]
+    waited = sum(line["data_seconds"] for line in lines)
+    whole = sum(config.training.train_batch_size / line["images_per_second"] for line in lines)
+    return {"waited_seconds": round(waited, 4), "seconds": round(whole, 3), "share": round(waited / whole, 5)}
+
+
+def bench_preparing(scratch: Path, *, pictures: int = 8, side: int = 192) -> dict:
+    """Seconds of a shard of JPEGs of 1600 x 1200 over those of the bare VAE on the same batches."""
+    build("sd15", tiny=True).save_pretrained(scratch / "teacher")
+    pipeline = load_encoders(scratch / "teacher")
+    pipeline.register_modules(vae=build_vae("sd15").eval().requires_grad_(False))
+    (scratch / "pictures").mkdir()
+    generator = np.random.default_rng(0)
+    for k in range(pictures):
+        small = Image.fromarray(generator.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+        small.resize((1600, 1200), Image.Resampling.BICUBIC).save(scratch / "pictures" / f"{k:02d}.jpg")
+        (scratch / "pictures" / f"{k:02d}.txt").write_text(f"picture {k}")
+    data = Data(source=str(scratch / "pictures"))
+    encoder = Encoder(pipeline, data, Sizes(data, teacher_size=(side, side), multiple=64))
+    found = list(records(data.source))
+    pixels = np.stack([cover(picture_of(record, data), (side, side))[0] for record in found])
+    bare = timed(lambda: encode_pictures(pipeline, pixels), 1)
+    whole = timed(lambda: encoder.encode(found, first=0), 1)
+    return {"pictures": pictures, "side": side, "seconds": round(whole, 3), "ratio": round(whole / bare, 3)}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Iteration time over bare U-Net passes, per phase.")
     parser.add_argument("config", nargs="?", default="configs/letters.yaml")
@@ -117,14 +171,19 @@ def main(argv: list[str] | None = None) -> int:
             bench_phase(config, Phase(objective=objective), rung, args.iterations)
             for objective, rung in (("mse", 0), ("mse", 1), ("paired", 1), ("single", 1), ("mse", 2))
         ]
+        waiting = bench_waiting(config, args.iterations)
+        preparing = bench_preparing(Path(scratch))
     for row in rows:
         print(
             f"{row['rung']:>10} {row['objective']:>7}  {row['iteration_seconds']:.3f} s an iteration, "
             f"{row['bare_seconds']:.3f} s bare passes, ratio {row['ratio']:.2f}"
         )
+    print(f"waiting for data: {waiting['share']:.2%} of an iteration")
+    print(f"preparing: {preparing['ratio']:.2f} times the bare encoding of {preparing['pictures']} pictures")
     if args.output:
+        found = {"environment": environment(), "rows": rows, "waiting": waiting, "preparing": preparing}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=2) + "\n")
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 

@@ -1,5 +1,8 @@
 """The samples and the randomness of one update, by index: the same whatever the micro-batch or the processes."""
 
+import concurrent.futures
+import itertools
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,18 @@ class Batch:
     conditioning: Conditioning
     perturbation_uniform: torch.Tensor
     perturbation_noise: torch.Tensor
+
+
+def ahead(draw: Callable[[int], Batch], firsts: Iterable[int]) -> Generator[tuple[int, Batch]]:
+    """(first, draw(first)) one after another, the next one drawn by a thread while the last is worked on."""
+    rest = iter(firsts)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        coming = [(first, pool.submit(draw, first)) for first in itertools.islice(rest, 1)]
+        while coming:
+            first, drawn = coming.pop()
+            batch = drawn.result()
+            coming = [(later, pool.submit(draw, later)) for later in itertools.islice(rest, 1)]
+            yield first, batch
 
 
 def draw_batch(

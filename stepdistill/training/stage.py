@@ -1,7 +1,7 @@
 """The loop of one phase: batches, losses, guarded updates, log, EMA, previews."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from diffusers.training_utils import EMAModel
 
 from stepdistill import rng
 from stepdistill.config import Phase, Rung, Training
-from stepdistill.data.batches import draw_batch
+from stepdistill.data.batches import Batch, ahead, draw_batch
 from stepdistill.data.cache import LatentCache
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.runtime import Runtime
@@ -57,14 +57,13 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
     known: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
     least, overflows = float("inf"), 0
+    drawn = ahead(lambda first: _draw(stage, runtime, first, stage.keys), _firsts(stage, runtime))
     with PhaseProgress(
         stage.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
     ) as progress:
         for step in range(phase.max_train_steps):
             started = time.monotonic()
-            numbers = _accumulate(
-                stage, step % (phase.cached_updates or step + 1), optimizers, runtime, known
-            )
+            numbers = _accumulate(stage, drawn, optimizers, runtime, known)
             numbers |= {f"{role}_lr": optimizer.learning_rate for role, optimizer in optimizers.items()}
             for role, optimizer in optimizers.items():
                 runtime.average_gradients(optimizer.parameters)
@@ -103,6 +102,7 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
                 stage.preview(f"phase{stage.number}-{phase.objective}-step{step + 1:06d}")
             if stop:
                 break
+    drawn.close()
     if average is not None:
         average.copy_to(roles.student_parameters)
     stage.preview(f"phase{stage.number}-{phase.objective}-end")
@@ -113,21 +113,27 @@ def _held_out_loss(stage: Stage, runtime: Runtime) -> float:
     """The phase's loss at noise and timesteps that no update is taken on."""
     size, keys = stage.training.train_batch_size, (*stage.keys, "held out")
     losses = [
-        _step(stage, runtime, first, keys, None).losses["student"].item()
+        _step(stage, runtime, first, _draw(stage, runtime, first, keys), None).losses["student"].item()
         for first in range(0, _STOP_BATCHES * size, size)
     ]
     return sum(losses) / len(losses)
 
 
-def _step(
-    stage: Stage,
-    runtime: Runtime,
-    first: int,
-    keys: tuple[rng.Key, ...],
-    known: dict[int, torch.Tensor] | None,
-) -> StepResult:
-    """The losses on the micro-batch that begins at global sample `first` of the randomness named by `keys`."""
-    batch = draw_batch(
+def _firsts(stage: Stage, runtime: Runtime) -> Iterator[int]:
+    """The global number of the first sample of each micro-batch of this process, in the order they are used."""
+    phase, training = stage.phase, stage.training
+    for step in range(phase.max_train_steps):
+        update = step % (phase.cached_updates or step + 1)
+        for part in range(training.gradient_accumulation_steps):
+            place = (
+                update * runtime.num_processes + runtime.process_index
+            ) * training.gradient_accumulation_steps
+            yield (place + part) * training.train_batch_size
+
+
+def _draw(stage: Stage, runtime: Runtime, first: int, keys: tuple[rng.Key, ...]) -> Batch:
+    """The micro-batch that begins at global sample `first` of the randomness named by `keys`."""
+    return draw_batch(
         stage.cache,
         list(range(first, first + stage.training.train_batch_size)),
         student_steps=stage.rung.student_steps,
@@ -141,6 +147,12 @@ def _step(
         dtype=runtime.weight_dtype,
         num_train_timesteps=stage.nets.schedule.num_train_timesteps,
     )
+
+
+def _step(
+    stage: Stage, runtime: Runtime, first: int, batch: Batch, known: dict[int, torch.Tensor] | None
+) -> StepResult:
+    """The losses on a micro-batch."""
     with runtime.autocast():
         return phase_step(
             stage.nets,
@@ -177,27 +189,29 @@ def _optimizers(stage: Stage) -> dict[str, RoleOptimizer]:
 
 def _accumulate(
     stage: Stage,
-    step: int,
+    drawn: Iterator[tuple[int, Batch]],
     optimizers: dict[str, RoleOptimizer],
     runtime: Runtime,
     known: dict[int, torch.Tensor] | None,
 ) -> dict[str, float]:
-    """Backward over the micro-batches of this process; returns the means of losses and metrics."""
-    training = stage.training
-    micro = training.train_batch_size
-    count = training.gradient_accumulation_steps
+    """Backward over the micro-batches of this process; returns the means of losses and metrics, and data_seconds: how long
+    it waited for them."""
+    count = stage.training.gradient_accumulation_steps
     sums: dict[str, torch.Tensor] = {}
+    waited = 0.0
     for optimizer in optimizers.values():
         optimizer.zero_grad()
-    for part in range(count):
-        first = ((step * runtime.num_processes + runtime.process_index) * count + part) * micro
-        result = _step(stage, runtime, first, stage.keys, known)
+    for _ in range(count):
+        asked = time.monotonic()
+        first, batch = next(drawn)
+        waited += time.monotonic() - asked
+        result = _step(stage, runtime, first, batch, known)
         for loss in result.losses.values():
             runtime.backward(loss / count)
         named = {f"{role}_loss": loss.detach() for role, loss in result.losses.items()} | result.metrics
         for name, value in named.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / count
-    return {name: value.item() for name, value in sums.items()}
+    return {name: value.item() for name, value in sums.items()} | {"data_seconds": waited}
 
 
 def _overflowed(numbers: dict[str, float]) -> bool:
