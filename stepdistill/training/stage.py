@@ -1,7 +1,7 @@
 """The loop of one phase: batches, losses, guarded updates, log, EMA, previews."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
     known: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
     least, overflows = float("inf"), 0
-    drawn = ahead(lambda first: _draw(stage, runtime, first, stage.keys), _firsts(stage, runtime))
+    drawn = batches_of(stage, runtime)
     with PhaseProgress(
         stage.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
     ) as progress:
@@ -119,7 +119,12 @@ def _held_out_loss(stage: Stage, runtime: Runtime) -> float:
     return sum(losses) / len(losses)
 
 
-def _firsts(stage: Stage, runtime: Runtime) -> Iterator[int]:
+def batches_of(stage: Stage, runtime: Runtime) -> Generator[tuple[int, Batch]]:
+    """The micro-batches of this process in the order they are used, each with the global number of its first sample."""
+    return ahead(lambda first: _draw(stage, runtime, first, stage.keys), first_samples(stage, runtime))
+
+
+def first_samples(stage: Stage, runtime: Runtime) -> Iterator[int]:
     """The global number of the first sample of each micro-batch of this process, in the order they are used."""
     phase, training = stage.phase, stage.training
     for step in range(phase.max_train_steps):

@@ -1,0 +1,84 @@
+"""Which samples and noise an update sees: the same whatever the processes, the micro-batch and the drawing ahead."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stepdistill.config import Phase, Rung, Training
+from stepdistill.data.batches import ahead
+from stepdistill.training.stage import Stage, batches_of, first_samples
+from tests.unit.test_cache import cache, shard
+
+
+@pytest.mark.parametrize(("processes", "micro", "accumulation"), [(1, 8, 1), (2, 4, 1), (2, 2, 2), (4, 1, 2)])
+def test_an_update_sees_the_same_samples_and_noise_however_it_is_split(
+    tmp_path, processes, micro, accumulation
+):
+    whole = [numbers for update in split(tmp_path / "a", 1, 8, 1) for numbers in update]
+    parts = [
+        numbers for update in split(tmp_path / "b", processes, micro, accumulation) for numbers in update
+    ]
+    assert len(whole) == 3 * 8
+    for ours, theirs in zip(parts, whole, strict=True):
+        for name in ("original_samples", "noise", "timesteps", "perturbation_noise", "perturbation_uniform"):
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+def two_sizes(folder):
+    folder.mkdir()
+    square = shard(folder / "0", list(range(20)))
+    wide = shard(folder / "1", list(range(100, 130)), size=(16, 24))
+    return cache([square, wide])
+
+
+def split(folder, processes, micro, accumulation):
+    """Three updates of eight samples each, sample after sample, over all processes."""
+    training = Training(train_batch_size=micro, gradient_accumulation_steps=accumulation)
+    phase = Phase(objective="mse", max_train_steps=3)
+    rung = Rung(teacher_steps=8, student_steps=4, phases=(phase,))
+    nets = SimpleNamespace(schedule=SimpleNamespace(num_train_timesteps=1000))
+    stage = Stage(rung, phase, 0, training, 5, nets, None, two_sizes(folder), preview=print)
+    updates = [[] for _ in range(3)]
+    for index in range(processes):
+        runtime = SimpleNamespace(
+            num_processes=processes,
+            process_index=index,
+            device=torch.device("cpu"),
+            weight_dtype=torch.float32,
+        )
+        drawn = list(batches_of(stage, runtime))
+        assert [first for first, _ in drawn] == list(first_samples(stage, runtime))
+        for place, (_, batch) in enumerate(drawn):
+            for row in range(micro):
+                fields = {k: v[row] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+                updates[place // accumulation].append(fields)
+    return updates
+
+
+def test_what_comes_next_is_drawn_while_the_last_is_worked_on_and_in_order():
+    started = [threading.Event() for _ in range(4)]
+
+    def draw(number):
+        started[number].set()
+        return number * 10
+
+    seen = []
+    for first, batch in ahead(draw, range(4)):
+        if first < 3:
+            assert started[first + 1].wait(10)
+        seen.append((first, batch))
+    assert seen == [(0, 0), (1, 10), (2, 20), (3, 30)]
+
+
+def test_a_draw_that_fails_is_raised_where_it_is_used():
+    def draw(number):
+        if number == 2:
+            raise ValueError("a broken shard")
+        return number
+
+    found = ahead(draw, range(4))
+    assert [next(found), next(found)] == [(0, 0), (1, 1)]
+    with pytest.raises(ValueError, match="a broken shard"):
+        next(found)
