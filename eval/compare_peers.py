@@ -44,6 +44,7 @@ from stepdistill.durable import read_json, write_json
 from stepdistill.evaluation.evaluate import check_evaluation
 from stepdistill.evaluation.subject import subject_of
 from stepdistill.runtime import source_commit
+from stepdistill.training.optim import NonFiniteError
 
 PICTURE = {
     "teacher-4": "teacher 4",
@@ -83,18 +84,24 @@ def tune(args: argparse.Namespace, budget: float) -> None:
     for method in chosen(args):
         if method.name in found:
             continue
-        scores = {}
+        scores: dict[str, float | None] = {}
         for factor in FACTORS:
             folder = f"output_dir={args.output_dir}/tuning-{factor:.2f}"
             base = base_config(args, TUNING_SEED, *_TUNING, folder)
-            config = train(method, base, budget * TUNING_SHARE, factor)
+            try:
+                config = train(method, base, budget * TUNING_SHARE, factor)
+            except NonFiniteError as error:  # a rate that is too high is an answer
+                logger.info("tuning %s x %.2f: %s", method.name, factor, error)
+                scores[f"{factor:.2f}"] = None
+                continue
             rows = measure(base, f"table-{method.name}", method.rows(config)).rows
             values = [rows[f"{method.name}-{n}"]["fid_to_teacher"] for n in STEPS]
             scores[f"{factor:.2f}"] = sum(map(math.log, values)) / len(values)
             logger.info(
                 "tuning %s x %.2f: FID to teacher %s", method.name, factor, [round(v, 1) for v in values]
             )
-        best = min(FACTORS, key=lambda factor: scores[f"{factor:.2f}"])
+        trained = [factor for factor in FACTORS if scores[f"{factor:.2f}"] is not None]
+        best = min(trained, key=lambda factor: scores[f"{factor:.2f}"])
         found[method.name] = {"factor": best, "mean_log_fid": scores}
         write_json(path, found)
 
