@@ -33,7 +33,7 @@ def uniform(indices: list[int], *, seed: int, keys: tuple[Key, ...]) -> torch.Te
     return torch.tensor(draws, dtype=torch.float64)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)  # 8 bytes a row each
 def _epoch_order(size: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(size, generator=generator(seed, "order", epoch))
 

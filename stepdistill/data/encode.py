@@ -6,6 +6,7 @@ Which pictures go through the VAE together depends on the shard alone, so a shar
 import collections
 import concurrent.futures
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from stepdistill.data.source import picture_of
 from stepdistill.data.synthesis import Synthesis
 from stepdistill.models.conditioning import Conditioning, encode_prompts
 
-_WORKERS = 8
+_WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 32
 _MOST_AT_ONCE, _PIXELS_AT_ONCE = 128, 2**22
 _EXAMPLES = 3

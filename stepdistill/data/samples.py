@@ -4,6 +4,7 @@ Pictures: upright by EXIF, sRGB where a colour profile says otherwise, transpare
 """
 
 import io
+import unicodedata
 import warnings
 
 import numpy as np
@@ -68,10 +69,15 @@ def read_caption(content: bytes | str | None) -> str:
         text = encoded.decode("utf-8-sig")
     except UnicodeError as error:
         raise BadSample("caption_not_utf8", str(error)) from None
-    caption = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    if not caption:
+    caption = " ".join("".join(c if _is_text(c) else " " for c in text).split())
+    if not any(c.isprintable() and not c.isspace() for c in caption):
         raise BadSample("caption_empty", "an empty caption")
     return caption
+
+
+def _is_text(character: str) -> bool:
+    """Printable, or what joins others into one sign or word, as in Persian and in emoji."""
+    return character.isprintable() or unicodedata.category(character) == "Cf"
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:

@@ -211,6 +211,11 @@ def captioned(content):
     return error.value.kind
 
 
+def test_signs_that_join_others_stay():
+    family = "\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}"
+    assert read_caption(f"a {family}\x00 at  home") == f"a {family} at home"
+
+
 def test_captions_that_are_none_are_refused_by_kind():
     assert captioned(None) == "caption_missing"
     for empty in (b"", "", b" \t\r\n", "\x00\x01", b"\xef\xbb\xbf", "\u200b"):
