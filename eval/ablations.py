@@ -26,7 +26,7 @@ from side_by_side import (
     summary,
     write,
 )
-from variants import NAMES, forwards_taken, variant
+from variants import VARIANTS, variant
 
 from stepdistill import plan
 from stepdistill.evaluation.evaluate import check_evaluation
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="One thing of the default recipe changed at a time.")
     # seeds that compare_peers.py does not use: what is chosen here is not measured there on the same noise
     arguments(parser, output="eval/results/ablations", output_dir="runs/ablations", seeds=(10, 11, 12))
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     made_at, chosen = source_commit(), list(dict.fromkeys(["default", *args.only]))
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             share_rungs(first or config, config)
             method.train(config, budget, 1.0)
             first = first or config
-            forwards[name] = forwards_taken(config)
+            forwards[name] = plan.training_forwards(config)
             loras += method.rows(config)
         tables.append(measure(base, f"table-s{seed}", loras))
     rows = [f"teacher-{max(base.evaluation.teacher_steps)}"]

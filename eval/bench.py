@@ -87,7 +87,6 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
             batch,
             phase,
             teacher_steps=rung.teacher_steps,
-            student_steps=rung.student_steps,
             discriminator=discriminator,
         )
         for loss in result.losses.values():

@@ -1,25 +1,18 @@
 """The recipe with one thing changed: what each variant of eval/ablations.py is.
 
-Change      edits the config as read from YAML, mostly its ladder         Method   trains and is sampled in its own way
+Change      edits the config as read from YAML, mostly its ladder
 """
 
 import copy
 import itertools
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-from peers import segment
-from peers.methods import Method, ladder_method, scaled
-from side_by_side import STEPS
+from peers.methods import Method, ladder_method
 
-from stepdistill import plan
-from stepdistill.config import LoraRow, RunConfig
+from stepdistill.config import RunConfig
 from stepdistill.config_file import parse_config
-from stepdistill.durable import read_json
 from stepdistill.run_folder import resolved
-from stepdistill.training.log import read_log
 
 Raw = dict[str, Any]
 Change = Callable[[Raw], None]
@@ -174,8 +167,6 @@ VARIANTS: dict[str, Change] = {
     "non-saturating": with_discriminator(loss="non_saturating"),
     "trunk-frozen": with_discriminator(trunk="frozen"),
     "trunk-full": with_discriminator(trunk="full"),
-    "r1-and-r2": with_discriminator(r1_weight=100.0),
-    "own-roll-out": with_discriminator(inputs="student"),
     "perturbation-5-1-1-1": with_discriminator(perturbation_weights=[5.0, 1.0, 1.0, 1.0]),
     "loss-in-epsilon": with_mse(loss_space="epsilon"),
     "loss-in-v": with_mse(loss_space="v_prediction"),
@@ -183,7 +174,6 @@ VARIANTS: dict[str, Change] = {
     "skip-level": skip_level,
     "cached-twice": cached_twice,
     "even-updates": even_updates,
-    "stop-at-2-percent": with_mse(stop_at_gain=0.02),
     "with-16": with_16,
     "start-at-999": with_last_rung(start_timestep=None),
     "start-at-749": with_last_rung(start_timestep=749),
@@ -198,76 +188,8 @@ VARIANTS: dict[str, Change] = {
 }
 
 
-def distribution_matching() -> Method:
-    """The ladder's mse phases, then on every rung distribution matching on its own segment for what the adversary takes."""
-    name = "distribution-matching"
-    without = unscaled(name, adversary_times(0))
-
-    def train(config: RunConfig, budget: float, _factor: float) -> None:
-        without.train(config, budget, 1.0)
-        share = (budget - plan.training_forwards(config)) / len(STEPS)
-        updates = segment.updates_for(share, batch_size=config.training.train_batch_size)
-        for n in STEPS:
-            segment.train_segment(config, steps=n, updates=updates)
-
-    def rows(config: RunConfig) -> list[LoraRow]:
-        return [
-            LoraRow(name=f"{name}-{n}", path=str(config.run_dir / f"segment-{n}"), steps=n) for n in STEPS
-        ]
-
-    return replace(without, train=train, rows=rows)
-
-
-def automatic() -> Method:
-    """Twice the mse updates at most, each phase over where 20 of them gain less than 2 % at unseen noise."""
-
-    def change(raw: Raw) -> None:
-        with_mse(stop_at_gain=0.02)(raw)
-        for phase in phases({"ladder": raw["ladder"][1:]}, ("mse",)):
-            phase["max_train_steps"] *= 2
-
-    return unscaled("automatic", change)
-
-
-def unscaled(name: str, change: Change) -> Method:
-    """The default recipe at this budget, then changed, whatever that costs."""
-
-    def configure(config: RunConfig, budget: float, _factor: float) -> RunConfig:
-        raw = resolved(scaled(config, budget=budget))
-        change(raw)
-        return parse_config(raw | {"name": f"{name}-s{config.seed}"})
-
-    return replace(ladder_method(name, lambda config: config), config=configure)
-
-
-def forwards_taken(config: RunConfig) -> float:
-    """U-Net forwards of the updates in the run's log, of the rungs that were copied as planned, and of distribution
-    matching."""
-    taken = Counter((line["rung"], line["phase"]) for line in read_log(config.run_dir / "log.jsonl"))
-    batch = config.training.train_batch_size
-    logged = {rung for rung, _ in taken}
-    matching = [read_json(path)["unet_forwards"] for path in config.run_dir.glob("*/peer.json")]
-    return sum(matching) + batch * sum(
-        plan.phase_forwards(config, rung, phase)
-        * (taken[rung.student_steps, k] if rung.student_steps in logged else phase.max_train_steps)
-        for rung in config.ladder
-        for k, phase in enumerate(rung.phases)
-    )
-
-
-METHODS: dict[str, Callable[[], Method]] = {
-    "distribution-matching": distribution_matching,
-    "automatic": automatic,
-}
-
-
-NAMES = [*VARIANTS, *METHODS]
-
-
 def variant(name: str) -> Method:
     """The default recipe with one thing changed."""
-    if name in METHODS:
-        return METHODS[name]()
 
     def change(config: RunConfig) -> RunConfig:
         raw = resolved(config)

@@ -93,10 +93,6 @@ class DiscriminatorOptions(Section):
     """What D takes for real: the teacher's x_s (the paper's form), or the data noised to s, which needs no teacher."""
     learning_rate: PositiveFloat | None = None
     """Of trunk and heads; the phase's own where not given."""
-    inputs: Literal["data", "student"] = "data"
-    """Where the student's x_t come from: noised data, or its own roll-out from noise (DMD2's backward simulation)."""
-    r1_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Of the approximate R1 and R2: (D(x + .05 n) - D(x))^2 on real and fake, n unit noise (APT, arXiv 2501.08316)."""
     perturbation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     """How often a clean sample is re-noised to t* = 10, 250, 500, 750 before D sees it; later 5:1:1:1."""
 
@@ -116,8 +112,6 @@ class Phase(Section):
     """Where mse is measured."""
     cached_updates: PositiveInt | None = None
     """Of mse: the batches and teacher's samples of so many updates are kept and used again in turn; all new if not given."""
-    stop_at_gain: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Of mse: over where 20 updates lower the loss at unseen noise by less than this share; never early if not given."""
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
     """Of paired and single phases."""
 
@@ -215,15 +209,9 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
             f"{key}.teacher_steps: got {phase.teacher_steps}; allowed: {', '.join(map(str, known))}, "
             f"the students of earlier rungs"
         )
-    for option in ("cached_updates", "stop_at_gain"):
-        if phase.objective != "mse" and getattr(phase, option) is not None:
-            raise ConfigError(
-                f"{key}.{option}: got {getattr(phase, option)}; allowed: on an mse phase, this is {phase.objective}"
-            )
-    if phase.discriminator.inputs == "student" and rung.node_steps not in (None, rung.student_steps):
+    if phase.objective != "mse" and phase.cached_updates is not None:
         raise ConfigError(
-            f'{key}.discriminator.inputs: got "student"; allowed: without node_steps, as a roll-out goes along the '
-            f"student's own nodes"
+            f"{key}.cached_updates: got {phase.cached_updates}; allowed: on an mse phase, this is {phase.objective}"
         )
     if phase.objective == "convert" and rung.prediction_type != "sample":
         raise ConfigError(

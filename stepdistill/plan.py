@@ -40,10 +40,6 @@ def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
     options, found = phase.discriminator, _DISCRIMINATOR[phase.objective]
     if options.trunk == "frozen":
         found += _FROZEN_TRUNK
-    if options.r1_weight > 0:
-        found += 2 * _ENCODER * _STUDENT
-    if options.inputs == "student":
-        found += _LORA_FORWARD * (rung.student_steps - 1) / 2
     return found
 
 

@@ -18,7 +18,6 @@ from stepdistill.training.optim import NonFiniteError, RoleOptimizer
 from stepdistill.training.steps import Denoisers, StepResult, phase_step
 
 _MOST_OVERFLOWS = 20  # in a row, of float16: each halves the loss's scale
-_STOP_EVERY, _STOP_BATCHES = 20, 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
         average = EMAModel(roles.student_parameters, decay=training.ema_decay, foreach=True)
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
     known: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
-    least, overflows = float("inf"), 0
+    overflows = 0
     drawn = batches_of(stage, runtime)
     with PhaseProgress(
         stage.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
@@ -82,11 +81,6 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
             runtime.adapt_scale()
             numbers |= runtime.peak_memory()
             numbers["images_per_second"] = batch_size / (time.monotonic() - started)
-            stop = False
-            if phase.stop_at_gain is not None and (step + 1) % _STOP_EVERY == 0:
-                numbers["held_out_loss"] = _held_out_loss(stage, runtime)
-                stop = numbers["held_out_loss"] > (1 - phase.stop_at_gain) * least
-                least = numbers["held_out_loss"]
             if log is not None:
                 log.write(
                     {
@@ -100,23 +94,10 @@ def run_stage(stage: Stage, *, runtime: Runtime, log: TrainingLog | None) -> Non
             progress.update(step + 1, _for_console(numbers))
             if training.preview_steps and (step + 1) % training.preview_steps == 0:
                 stage.preview(f"phase{stage.number}-{phase.objective}-step{step + 1:06d}")
-            if stop:
-                break
     drawn.close()
     if average is not None:
         average.copy_to(roles.student_parameters)
     stage.preview(f"phase{stage.number}-{phase.objective}-end")
-
-
-@torch.no_grad()
-def _held_out_loss(stage: Stage, runtime: Runtime) -> float:
-    """The phase's loss at noise and timesteps that no update is taken on."""
-    size, keys = stage.training.train_batch_size, (*stage.keys, "held out")
-    losses = [
-        _step(stage, runtime, first, _draw(stage, runtime, first, keys), None).losses["student"].item()
-        for first in range(0, _STOP_BATCHES * size, size)
-    ]
-    return sum(losses) / len(losses)
 
 
 def batches_of(stage: Stage, runtime: Runtime) -> Generator[tuple[int, Batch]]:
@@ -164,7 +145,6 @@ def _step(
             batch,
             stage.phase,
             teacher_steps=stage.phase.teacher_steps or stage.rung.teacher_steps,
-            student_steps=stage.rung.student_steps,
             discriminator=stage.discriminator,
             known=known,
             number=first,

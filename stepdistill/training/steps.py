@@ -7,7 +7,7 @@ import torch
 from stepdistill.config import Phase
 from stepdistill.data.batches import Batch
 from stepdistill.diffusion.prediction import convert
-from stepdistill.diffusion.schedule import NoiseSchedule, substep_path, trailing_timesteps
+from stepdistill.diffusion.schedule import NoiseSchedule, substep_path
 from stepdistill.diffusion.solver import guide, move, rollout
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.discriminator import Discriminator
@@ -88,22 +88,6 @@ def student_move(nets: Denoisers, sample: torch.Tensor, batch: Batch) -> torch.T
     )
 
 
-@torch.no_grad()
-def own_rollout(nets: Denoisers, batch: Batch, *, student_steps: int) -> torch.Tensor:
-    """x_t (B, C, H, W), t a node of its own, as the student itself gets there from noise, without gradient."""
-    steps = nets.schedule.num_train_timesteps
-    nodes = trailing_timesteps(student_steps, num_train_timesteps=steps).to(batch.timesteps.device)
-    path = torch.maximum(nodes.expand(len(batch.timesteps), -1), batch.timesteps[:, None])
-
-    def predict(rows: torch.Tensor, state: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return nets.roles.predict(state, timesteps, batch.conditioning.rows(rows))
-
-    with nets.roles.student():
-        return rollout(
-            predict, batch.noise, path, schedule=nets.schedule, prediction_type=nets.student_prediction_type
-        )
-
-
 def mse_step(
     nets: Denoisers,
     batch: Batch,
@@ -157,21 +141,16 @@ def adversarial_step(
     perturbation_weights: list[float],
     loss: str = "non_saturating",
     real: str = "teacher",
-    own_steps: int | None = None,
-    r1_weight: float = 0.0,
 ) -> StepResult:
     """Losses of D and of the student on one shared batch (Eq 18-26).
 
     real: "teacher" (the paper's) or "data": x_0 noised to s with the noise of x_t, so that real and fake share x_t where
     that is no pure noise; the teacher is not asked then, and the student is drawn to the data rather than to the teacher.
-    own_steps: x_t by the student's own roll-out of so many steps.
     Both are taken against the same D, so an update does not depend on how a batch is split. D sees detached samples;
     the student's loss goes through a D whose parameters take no gradient; x_t's features are computed once.
     """
     roles, schedule = nets.roles, nets.schedule
     sample = noisy_latents(nets, batch)
-    if own_steps is not None:
-        sample = own_rollout(nets, batch, student_steps=own_steps)
     if real == "teacher":
         path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
         real_sample = teacher_rollout(nets, sample, path, batch.conditioning)
@@ -198,15 +177,6 @@ def adversarial_step(
         twice = None if context is None else [torch.cat([f, f]) for f in context]
         real_logits, student_logits = discriminator.logits(both, twice).chunk(2)
         discriminator_loss = adversarial.discriminator_loss(real_logits, student_logits, kind=loss)
-        if r1_weight > 0:
-            nudge = 0.05 * batch.perturbation_noise.flip(1, 2, 3)
-            nudged = discriminator.features(
-                torch.cat([real_seen + nudge, student_seen.detach() + nudge]),
-                torch.cat([seen_at, seen_at]),
-                Conditioning.concat(batch.conditioning, batch.conditioning),
-            )
-            apart = discriminator.logits(nudged, twice) - torch.cat([real_logits, student_logits])
-            discriminator_loss = discriminator_loss + r1_weight * 2 * apart.square().mean()
 
     with roles.discriminator(trainable=False):
         features = discriminator.features(student_seen, seen_at, batch.conditioning)
@@ -236,7 +206,6 @@ def phase_step(
     phase: Phase,
     *,
     teacher_steps: int,
-    student_steps: int,
     discriminator: Discriminator | None,
     known: dict[int, torch.Tensor] | None = None,
     number: int = 0,
@@ -258,6 +227,4 @@ def phase_step(
         perturbation_weights=list(phase.discriminator.perturbation_weights),
         loss=phase.discriminator.loss,
         real=phase.discriminator.real,
-        own_steps=student_steps if phase.discriminator.inputs == "student" else None,
-        r1_weight=phase.discriminator.r1_weight,
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from eval.peers import dmd2, lcm, segment
+from eval.peers import dmd2, lcm
 from stepdistill.diffusion.schedule import NoiseSchedule, jump, make_betas, substep_path, trailing_timesteps
 from stepdistill.diffusion.solver import implied_noise, move, rollout
 from stepdistill.objectives import adversarial
@@ -291,32 +291,3 @@ def test_the_adversary_brings_mean_and_spread_to_the_reals(schedule, kind):
     mean, std = student.detach().tolist()
     assert mean == pytest.approx(MEAN, abs=0.05)
     assert abs(std) == pytest.approx(STD, abs=0.06)
-
-
-@pytest.mark.parametrize(("start", "end"), [(499, 749), (249, 260), (-1, 500)])
-def test_what_the_segment_s_fake_score_regresses_on_is_the_score_at_the_noisier_timestep(
-    schedule, start, end
-):
-    """E[n | x_t'] = (b / sigma_t') epsilon(x_t') though x_s is noisy itself: slope and offset of a linear fit."""
-    generator = torch.Generator().manual_seed(0)
-    x0, noise, more = (torch.randn(400_000, 1, generator=generator, dtype=torch.float64) for _ in range(3))
-    at, to = torch.full((len(x0),), start), torch.full((len(x0),), end)
-    at_start = schedule.add_noise(MEAN + STD * x0, noise, at)
-    noisy, weight = segment.renoise(at_start, more, at, to, schedule=schedule)
-    wanted = weight * exact(schedule)(noisy, to)
-    fit = torch.linalg.lstsq(torch.cat([noisy, torch.ones_like(noisy)], dim=1), more).solution
-    found = fit[0] * noisy + fit[1]
-    assert (found - wanted).square().mean() < 3e-5 * wanted.square().mean().clamp(min=0.3)
-
-
-def test_the_segment_s_score_timesteps_lie_between_the_student_s_two(schedule):
-    timesteps = torch.tensor([999, 499, 249, 10]).repeat(1000)
-    prev = torch.tensor([749, 249, -1, -1]).repeat(1000)
-    found = segment.score_timesteps(
-        torch.rand(4000, generator=torch.Generator().manual_seed(0)), timesteps, prev
-    )
-    low, high = segment.dmd2.SCORE_RANGE
-    assert bool((found > prev).all() and (found >= low)[timesteps > low].all() and (found <= high).all())
-    assert found[0::4].min() == 750
-    assert found[0::4].max() == high
-    assert found[1::4].min() == 250
