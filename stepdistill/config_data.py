@@ -34,7 +34,7 @@ class Data(Section):
     them; a .txt of prompts, whose pictures the teacher makes; or the cache folder of another run of the same teacher."""
     num_images: PositiveInt | None = None
     """How many samples go into the cache: renderings of letters (4096 where not given), else the first so many (all);
-    of prompts alone, more than there are go round again with other noise."""
+    of prompts alone, more than there are go round again with other noise; another run's latents are taken whole."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the captions that distillation does not see; the table is then about these alone."""
     resolution: PositiveInt | None = None
