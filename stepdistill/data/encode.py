@@ -124,7 +124,10 @@ class Encoder:
                 flush(size)
         for size in sorted(waiting):
             flush(size)
-        return self._tensors(done), bad
+        places = [place for group in done.values() for place, _ in group]
+        if not places:
+            return {"captions": caption_bytes([])}, bad
+        return self._tensors(done, *self._texts(places)), bad
 
     def _cut(self, records: Sequence[Record]) -> Iterator[_Cut | _Broken]:
         """Each record as its cut picture or what is wrong with it, in order, some read ahead by threads."""
@@ -164,25 +167,29 @@ class Encoder:
             except BadSample as error:
                 self._refuse(error, record.name, bad)
         if not places:
-            return self._tensors({}), bad
-        tensors = self._tensors({size: [(place, torch.empty(0)) for place in places]})
-        rows = tensors[f"rows/{size_name(size)}"][:, 0].long()
-        captions = sorted({place.caption for place in places})
-        told = encode_prompts(self._pipeline, captions, image_size=size).rows(rows)
-        found = synthesis.latents(told, numbers)
+            return {"captions": caption_bytes([])}, bad
+        captions, told = self._texts(places)
+        rows = torch.tensor([captions.index(place.caption) for place in places])
+        found = synthesis.latents(told.rows(rows), numbers)
         for place, latent in zip(places, found, strict=True):
             if not bool(latent.isfinite().all()):
                 raise BadSample("latent_not_finite", f"{place.name}: the teacher makes no finite latent")
-        tensors[f"latents/{size_name(size)}"] = found.to(self._dtype)
-        return tensors, bad
+        done = {size: list(zip(places, found.to(self._dtype), strict=True))}
+        return self._tensors(done, captions, told), bad
 
-    def _tensors(self, done: dict[Size, list[tuple[_Place, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-        captions = sorted({place.caption for group in done.values() for place, _ in group})
+    def _texts(self, places: Sequence[_Place]) -> tuple[list[str], Conditioning]:
+        """The distinct captions in order, and a row of conditioning for each."""
+        captions = sorted({place.caption for place in places})
+        return captions, encode_prompts(self._pipeline, captions, image_size=self._sizes.target)
+
+    def _tensors(
+        self,
+        done: dict[Size, list[tuple[_Place, torch.Tensor]]],
+        captions: list[str],
+        told: Conditioning,
+    ) -> dict[str, torch.Tensor]:
         row = {caption: number for number, caption in enumerate(captions)}
-        tensors = {"captions": caption_bytes(captions)}
-        if captions:
-            told = encode_prompts(self._pipeline, captions, image_size=self._sizes.target)
-            tensors |= text_tensors(told, self._dtype)
+        tensors = {"captions": caption_bytes(captions), **text_tensors(told, self._dtype)}
         for size, group in done.items():
             rows = [[row[place.caption], *place.whole, *place.corner] for place, _ in group]
             tensors[f"rows/{size_name(size)}"] = torch.tensor(rows, dtype=torch.int32)

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from stepdistill import rng
 from stepdistill.diffusion.schedule import CLEAN, NoiseSchedule, trailing_timesteps
 from stepdistill.diffusion.solver import guide, rollout
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.conditioning import Conditioning, ask
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,11 @@ class Synthesis:
         def predict(rows: torch.Tensor, state: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
             own = told.rows(rows)
             if self.guidance_scale == 1.0:
-                return self._unet(state, timesteps, own)
+                return ask(self.unet, state, timesteps, own)
             both = Conditioning.concat(empty.beside(own), own)
-            output = self._unet(torch.cat([state, state]), torch.cat([timesteps, timesteps]), both)
+            output = ask(self.unet, torch.cat([state, state]), torch.cat([timesteps, timesteps]), both)
             uncond, cond = output.chunk(2)
             return guide(uncond, cond, self.guidance_scale)
 
         kind = self.prediction_type
         return rollout(predict, noise, path, schedule=self.schedule, prediction_type=kind).float().cpu()
-
-    def _unet(self, state: torch.Tensor, timesteps: torch.Tensor, told: Conditioning) -> torch.Tensor:
-        output = self.unet(
-            state.to(self.unet.dtype),
-            timesteps,
-            encoder_hidden_states=told.encoder_hidden_states,
-            added_cond_kwargs=told.added_cond_kwargs or None,
-            return_dict=False,
-        )[0]
-        return output.float()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,20 @@ class Conditioning:
             torch.cat([first.encoder_hidden_states, second.encoder_hidden_states]),
             {k: torch.cat([v, second.added_cond_kwargs[k]]) for k, v in first.added_cond_kwargs.items()},
         )
+
+
+def ask(
+    unet: UNet2DConditionModel, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+) -> torch.Tensor:
+    """The U-Net's raw output (B, C, H, W), in the dtype of `sample`; inputs go in the U-Net's own."""
+    output = unet(
+        sample.to(unet.dtype),
+        timesteps,
+        encoder_hidden_states=conditioning.encoder_hidden_states,
+        added_cond_kwargs=conditioning.added_cond_kwargs or None,
+        return_dict=False,
+    )[0]
+    return output.to(sample.dtype)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.models.adapters import activate, adapter_parameters, add_adapter, lora_layers
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.conditioning import Conditioning, ask
 
 TEACHER, STUDENT, DISCRIMINATOR = "teacher", "student", "discriminator"
 
@@ -144,11 +144,4 @@ class Roles:
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """The raw output (B, C, H, W) of the role in force, in the dtype of `sample`; inputs go in the U-Net's dtype."""
-        output = self.unet(
-            sample.to(self.unet.dtype),
-            timesteps,
-            encoder_hidden_states=conditioning.encoder_hidden_states,
-            added_cond_kwargs=conditioning.added_cond_kwargs or None,
-            return_dict=False,
-        )[0]
-        return output.to(sample.dtype)
+        return ask(self.unet, sample, timesteps, conditioning)
