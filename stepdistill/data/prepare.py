@@ -4,6 +4,7 @@ A shard depends on its own records, the teacher and the config alone: interrupte
 one, and with any number of processes the files are the same to the byte.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from stepdistill.config import ConfigError, RunConfig
@@ -130,9 +132,13 @@ class _Work:
             logger.info("prepare: shard %d, %d samples", number, self._seen)
         return not there
 
+    @functools.cached_property
+    def _pipeline(self) -> DiffusionPipeline:
+        return load_encoders(self._base, vae_dtype=getattr(torch, self._config.data.vae_dtype))
+
     def _make_encoder(self, device: torch.device) -> Encoder:
         config = self._config
-        pipeline = load_encoders(self._base, vae_dtype=getattr(torch, config.data.vae_dtype)).to(device)
+        pipeline = self._pipeline.to(device)
         if not is_prompts_only(config.data.source):
             return Encoder(pipeline, config.data, self._sizes)
         size, kind = self._sizes.target, config.teacher.unconditional
@@ -190,7 +196,7 @@ class _Work:
 
     def _write_text(self, path: Path, prompts: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pipeline = load_encoders(self._base, vae_dtype=torch.float32)
+        pipeline = self._pipeline
         conditional = encode_prompts(pipeline, prompts, image_size=self._sizes.target)
         unconditional = encode_unconditional(
             pipeline, image_size=self._sizes.target, kind=self._config.teacher.unconditional
