@@ -1,5 +1,6 @@
 """The cache filled by commands: killed and started again, by two processes, and within what memory."""
 
+import os
 import subprocess
 import sys
 import time
@@ -36,7 +37,9 @@ def in_a_process(config, folder, *, shard, processes=1):
 
 
 def done(command):
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    """What it printed. One thread each: torchrun gives its processes one, and a sum depends on its threads."""
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=alone)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
 
