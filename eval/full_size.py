@@ -94,13 +94,22 @@ def largest_piece(roles: Roles, run: Any) -> int:
     return max(sizes)
 
 
+def base_bytes(unet: UNet2DConditionModel, dtype: torch.dtype, quantization: str) -> int:
+    """Of the frozen base; int8 leaves the linear layers' weights a byte each, and a scale per row."""
+    found = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
+    if quantization == "int8":
+        for linear in (m for m in unet.modules() if isinstance(m, torch.nn.Linear)):
+            found -= (linear.weight.numel() - linear.out_features) * dtype.itemsize - linear.weight.numel()
+    return found
+
+
 def estimate(config: RunConfig, family: str) -> dict[str, Any]:
     """Bytes by part, and for each kind of phase what its update adds, of the config at full size on the meta device."""
     training, options = config.training, unet_config(family)
     dtype = WEIGHT_DTYPES[training.mixed_precision]
     with torch.device("meta"):
         unet = UNet2DConditionModel(**options).to(dtype).eval().requires_grad_(False)
-        base = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
+        base = base_bytes(unet, dtype, training.base_quantization)
         roles = Roles(
             unet, rank=config.lora.rank, seed=0, gradient_checkpointing=training.gradient_checkpointing
         )

@@ -67,6 +67,9 @@ class Training(Section):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """The base in bfloat16 or float16 under autocast; what trains stays float32. fp16 scales the loss, for cards without
     bfloat16."""
+    base_quantization: Literal["none", "int8"] = "none"
+    """int8 keeps the base's linear layers in 8 bits, a scale per row (torchao's weight-only form, extra "quantize"): half of
+    their memory in bfloat16. The LoRA is trained on that base and measured on the whole one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     logging_steps: PositiveInt = 20

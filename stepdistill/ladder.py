@@ -93,7 +93,9 @@ def _unfinished(config: RunConfig) -> list[Rung]:
 def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     """The base U-Net with its roles, the cache and what else all rungs need."""
     base = teacher_folder(config)
-    unet = load_unet(base, dtype=runtime.weight_dtype).to(runtime.device)
+    unet = load_unet(base, dtype=runtime.weight_dtype, quantization=config.training.base_quantization).to(
+        runtime.device
+    )
     schedule, prediction_type = load_schedule(read_scheduler_config(base))
     roles = Roles(
         unet,

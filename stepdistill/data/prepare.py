@@ -245,12 +245,12 @@ def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -
 
 
 def _digest(records: Sequence[Record]) -> str:
-    """sha256 over names, captions and sizes: which records a shard was made of."""
+    """sha256 over names, captions and marks: which records a shard was made of."""
     digest = hashlib.sha256()
     for record in records:
         try:
             caption = read_caption(record.read_caption())
         except BadSample as error:
             caption = f"\0{error.kind}"
-        digest.update(json.dumps([record.name, caption, record.size]).encode() + b"\n")
+        digest.update(json.dumps([record.name, caption, record.mark()]).encode() + b"\n")
     return digest.hexdigest()

@@ -10,6 +10,7 @@ FOLDER             a run's cache: its latents as they are
 """
 
 import csv
+import functools
 import importlib.util
 import itertools
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config_data import Kind
+from stepdistill.data.marks import mark_of_bytes, mark_of_file, mark_of_part
 from stepdistill.data.samples import MOST_BYTES, MOST_CAPTION_BYTES, BadSample
 from stepdistill.data.shards import Shard
 from stepdistill.data.tar import BrokenArchive, Member, members, read_member
@@ -35,13 +37,14 @@ _MOST_MEMBERS_OF_ONE = 16
 
 @dataclass(frozen=True)
 class Record:
-    """name: how messages call it; read_caption, read_image: its bytes, or text, or BadSample; size: of the image in bytes
-    where that costs nothing to know. read_image is None where there is no picture: prompts alone, latents of another run."""
+    """name: how messages call it; read_caption, read_image: its bytes, or text, or BadSample; mark: what tells its picture
+    from another of that name (marks.py). read_image is None where there is no picture: prompts alone, latents
+    of another run."""
 
     name: str
     read_caption: Callable[[], bytes | str | None]
     read_image: Callable[[], bytes | Image.Image] | None
-    size: int = 0
+    mark: Callable[[], str] = str
 
 
 def records(source: str) -> Iterator[Record]:
@@ -133,12 +136,10 @@ def _text_beside(file: Path) -> Callable[[], bytes]:
 
 
 def _of_file(folder: Path, file: Path, caption: Callable[[], bytes | str | None]) -> Record:
-    try:
-        size = file.stat().st_size
-    except (OSError, UnicodeError):
-        size = 0
     name = file.relative_to(folder).as_posix()
-    return Record(name, caption, lambda: read_file(file, most=MOST_BYTES), size)
+    return Record(
+        name, caption, lambda: read_file(file, most=MOST_BYTES), functools.partial(mark_of_file, file)
+    )
 
 
 def _listed(folder: Path, table: Path) -> Iterator[Record]:
@@ -215,7 +216,10 @@ def _grouped(path: Path, group: Iterable[Member]) -> Iterator[Record]:
     image = next((parts[suffix] for suffix in PICTURE_SUFFIXES if suffix in parts), None)
     if image is not None:
         yield Record(
-            f"{path.name}:{image.name}", _caption_of(path, parts), _bytes_of(path, image), image.size
+            f"{path.name}:{image.name}",
+            _caption_of(path, parts),
+            _bytes_of(path, image),
+            functools.partial(mark_of_part, path, image.offset, image.size),
         )
 
 
@@ -270,7 +274,7 @@ def _parquet(paths: list[Path]) -> Iterator[Record]:
         if content is None:
             yield _bad(name, "image_missing", "the row holds no image")
         else:
-            yield Record(name, _value(text), _value_bytes(content), len(content))
+            yield Record(name, _value(text), _value_bytes(content), functools.partial(mark_of_bytes, content))
 
 
 def _value_bytes(content: bytes) -> Callable[[], bytes]:

@@ -46,7 +46,6 @@ def training_records(data: Data, *, seed: int) -> Iterator[Record]:
     if data.source == LETTERS:
         seen = [t for t in letters.all_triples() if not is_held_out(t.caption, data.held_out)]
         not_empty(data, len(seen))
-        not_empty(data, len(seen))
         triples = letters.sample_triples(data.num_images or _LETTERS_IMAGES, seed=seed, among=seen)
         return (_rendering(triple, seed=seed, index=index) for index, triple in enumerate(triples))
     found = _going_round(data) if is_prompts_only(data.source) else records(data.source)

@@ -1,11 +1,13 @@
 """A teacher from its folder: owns what is loaded through diffusers."""
 
 import hashlib
+import importlib.util
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, TorchAoConfig, UNet2DConditionModel
 
+from stepdistill.config_section import ConfigError
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
 from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
 from stepdistill.durable import read_json
@@ -55,12 +57,26 @@ def latent_shape(folder: Path, size: tuple[int, int]) -> tuple[int, int, int]:
     return int(vae.get("latent_channels", 4)), size[0] // factor, size[1] // factor
 
 
-def load_unet(folder: Path, *, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """The pipeline's U-Net, frozen, in eval mode."""
-    unet = UNet2DConditionModel.from_pretrained(
-        folder, subfolder="unet", dtype=dtype, **local_options(folder)
-    )
+def load_unet(
+    folder: Path, *, dtype: torch.dtype = torch.float32, quantization: str = "none"
+) -> UNet2DConditionModel:
+    """The pipeline's U-Net, frozen, in eval mode; ConfigError where "int8" is asked for and torchao is not installed."""
+    options = local_options(folder)
+    if quantization == "int8":
+        options["quantization_config"] = _int8()
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **options)
     return unet.eval().requires_grad_(False)
+
+
+def _int8() -> TorchAoConfig:
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            "training.base_quantization: got int8, which needs the torchao package; mend: "
+            'pip install "stepdistill[quantize]"'
+        )
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

@@ -52,7 +52,8 @@ def _write_numbers(folder: Path, runs: Sequence[Run], evaluated: Sequence[Run], 
         facts, title = {"runs": every}, joined_names(evaluated)
         text = _joined(evaluated, entries)
     write_json(folder / "results.json", facts)
-    write_text(folder / "results.md", markdown(title, text))
+    data = [runs[0].data] if len(runs) == 1 and runs[0].data is not None else []
+    write_text(folder / "results.md", markdown(title, text, data))
     sheet = comparison_sheet(entries, columns=columns)
     if sheet is not None:
         sheet.save(folder / "grid.png")

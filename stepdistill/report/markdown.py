@@ -1,9 +1,10 @@
 """The table as Markdown: results.md, and what the README prints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill.report.quantities import format_number
+from stepdistill.report.read import DataCounts
 
 _FIRST = {"row": ("model", ""), "nfe": ("U-Net passes", "")}
 _METRICS = {
@@ -26,8 +27,8 @@ def markdown_table(rows: list[dict[str, Any]], metrics: Mapping[str, Mapping[str
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def markdown(name: str, results: Mapping[str, Any]) -> str:
-    """results.md: the table and what it was measured on."""
+def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] = ()) -> str:
+    """results.md: the table, what it was measured on, and what the data came to."""
     metrics, floor = results.get("metrics"), results.get("floor") or {}
     real = floor.get("fid_to_real")
     notes = [
@@ -42,6 +43,9 @@ def markdown(name: str, results: Mapping[str, Any]) -> str:
     parts = [f"# {name}", markdown_table(rows), " ".join(notes), "![same noise per column](grid.png)"]
     if metrics:
         parts += ["## All metrics", markdown_table(rows, metrics)]
+    for counts in data:
+        kinds = "".join(f"\n- {kind}: {count:,}" for kind, count in counts.bad.items())
+        parts.append(f"{counts}{kinds}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -89,6 +89,7 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
         "distances": distance_plots(entries),
         "progress": [row for run in runs for row in _progress(run)],
         "training": training_plots(runs),
+        "data": [(run.name, run.data) for run in runs if run.data is not None],
         "previews": [(run.name, pictures) for run in runs if (pictures := list(_previews(run)))],
         "protocols": [(run.name, _facts(run), _config_text(run)) for run in runs],
         "evaluated": any(run.results is not None for run in runs),

@@ -2,6 +2,7 @@
 
 config.yaml                  what was asked: ladder, updates
 environment.json             on what
+cache/manifest.json          how many samples it learned from, and which were left out
 log.jsonl                    every update
 rungs/<steps>/               finished rungs and their previews
 evaluation/results.json      rows of numbers; the pictures beside it are read where they are shown
@@ -77,6 +78,21 @@ class RungLog:
 
 
 @dataclass(frozen=True)
+class DataCounts:
+    """What `prepare` made of the data: samples used, and those left out by kind, each with examples."""
+
+    samples: int
+    bad: dict[str, int]
+    examples: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        if not self.bad:
+            return f"Learned from {self.samples:,} samples; none was left out."
+        left = sum(self.bad.values())
+        return f"Learned from {self.samples:,} samples; {left:,} of {self.samples + left:,} were left out."
+
+
+@dataclass(frozen=True)
 class Run:
     """One run. `rows`, `metrics` and `floor` are empty where it is not evaluated yet."""
 
@@ -85,6 +101,7 @@ class Run:
     config: dict[str, Any]
     environment: dict[str, Any]
     rungs: tuple[RungLog, ...]
+    data: "DataCounts | None"
     results: dict[str, Any] | None
     rows: tuple[dict[str, Any], ...] = ()
     metrics: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -124,12 +141,20 @@ def read_run(run_dir: Path) -> Run:
         raise ValueError(f"{run_dir} has nothing to report yet: run `stepdistill distill` first")
     name = run_dir.resolve().name
     environment = read_json(run_dir / "environment.json") or {}
+    data = _data(run_dir / "cache" / "manifest.json")
     if results is None:
-        return Run(name, run_dir, config, environment, rungs, None)
+        return Run(name, run_dir, config, environment, rungs, data, None)
     rows = tuple(_row(row) for row in results["rows"] if isinstance(row, dict) and "row" in row)
     metrics, floor = results.get("metrics") or {}, results.get("floor") or {}
     known = {key: value for key, value in floor.items() if number(value) is not None}
-    return Run(name, run_dir, config, environment, rungs, results, rows, metrics, known)
+    return Run(name, run_dir, config, environment, rungs, data, results, rows, metrics, known)
+
+
+def _data(path: Path) -> DataCounts | None:
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("bad"), dict):
+        return None
+    return DataCounts(int(manifest["samples"]), manifest["bad"], manifest.get("bad_examples") or {})
 
 
 def _results(path: Path) -> dict[str, Any] | None:

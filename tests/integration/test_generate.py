@@ -92,6 +92,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_draw_the_same_images(trained_run, tmp_path):
     """Under torchrun: each draws its share, and every row is as one process draws it."""

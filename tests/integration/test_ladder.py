@@ -258,7 +258,7 @@ def test_a_cache_that_was_changed_is_refused(tmp_path, changed):
     assert len(load_cache(config)) == 40
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("mixed_precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_adversarial_ladder_trains_every_role_and_logs_it(tmp_path, mixed_precision):
     phases = "[{objective: paired, max_train_steps: 2}, {objective: single, max_train_steps: 2}]"
     overrides = [f"ladder.{k}.phases={phases}" for k in (1, 2)]

@@ -196,6 +196,15 @@ def test_only_the_shards_of_what_changed_are_made_again(tmp_path, monkeypatch):
     assert prepare(config) is True
     after = stamps(config)
     assert [name for name in sorted(before) if after[name] != before[name]] == ["00001.safetensors"]
+    pictured = (folder / "good003.png").read_bytes()
+    other = bytearray(pictured)
+    other[len(other) // 2] ^= 1
+    (folder / "good003.png").write_bytes(other)  # of equal length, and broken
+    with pytest.raises(ValueError, match=r"1 of 16 samples are bad.*good003\.png"):
+        prepare(config)
+    (folder / "good003.png").write_bytes(pictured)
+    assert prepare(config) is True
+    after = stamps(config)
     good(folder, 1, name="zlast")
     assert prepare(config) is True
     last = stamps(config)

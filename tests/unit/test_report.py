@@ -17,6 +17,15 @@ from stepdistill.report.build import build_report
 from stepdistill.report.markdown import markdown_table
 from tests.browser.synthetic_run import HOSTILE, load, make_run, save, write_training
 
+MANIFEST = {
+    "samples": 1990,
+    "bad": {"caption_empty": 3, "image_unreadable": 7},
+    "bad_examples": {
+        "caption_empty": ["b.png: an empty <b>caption</b>"],
+        "image_unreadable": ["a.png: no picture", "c.png: no picture"],
+    },
+}
+
 
 class Page(HTMLParser):
     """Every tag with its attributes, and the text between tags."""
@@ -201,6 +210,22 @@ def test_a_run_in_training_shows_how_far_it_is(tmp_path):
     assert [a for a in page.all("img") if a["alt"].startswith("Preview, 32 steps, after phase 0 (mse)")]
     assert [p["value"] for p in page.all("progress")] == ["200", "50", "0", "0", "0"]
     assert not (tmp_path / "going" / "report" / "results.md").exists()
+
+
+def test_what_was_left_out_of_the_data_is_counted_by_kind(tmp_path):
+    folder = make_run(tmp_path / "letters")
+    (folder / "cache").mkdir()
+    (folder / "cache/manifest.json").write_text(json.dumps(MANIFEST))
+    page = page_of(folder, grid_columns=4)
+    assert "Learned from 1,990 samples; 10 of 2,000 were left out." in page.text
+    assert "caption_empty 3 b.png: an empty <b>caption</b>" in page.text
+    assert "image_unreadable 7 a.png: no picture" in page.text
+    text = (folder / "report" / "results.md").read_text()
+    assert "10 of 2,000 were left out.\n- caption_empty: 3\n- image_unreadable: 7\n" in text
+    (folder / "cache/manifest.json").write_text('{"samples": 2000, "bad": {}, "bad_examples": {}}')
+    page = page_of(folder, grid_columns=4)
+    assert "Learned from 2,000 samples; none was left out." in page.text
+    assert not [a for a in page.all("div") if a.get("aria-label") == "Table: samples left out"]
 
 
 def test_several_runs_are_compared_rung_by_rung(run, tmp_path):

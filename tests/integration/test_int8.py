@@ -1,0 +1,64 @@
+"""The base in 8 bits: half its memory, nearly its outputs, and a LoRA that a vanilla pipeline loads."""
+
+import importlib.util
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from eval.full_size import base_bytes
+from eval.random_teacher import build
+from stepdistill.config import ConfigError
+from stepdistill.data.prepare import prepare
+from stepdistill.ladder import distill, load_shared, read_lora
+from stepdistill.models.loading import load_unet
+from stepdistill.runtime import Runtime
+from tests.integration.conftest import tiny_config
+
+INT8 = "training.base_quantization=int8"
+
+
+@pytest.mark.slow
+def test_a_rung_on_an_int8_base(tmp_path):
+    teacher = tmp_path / "teacher"
+    build("sdxl", tiny=True).save_pretrained(teacher)
+    options = (f"teacher.path={teacher}", "data.num_images=8", "training.mixed_precision=bf16")
+    phases = "[{objective: mse, max_train_steps: 2}, {objective: single, max_train_steps: 2}]"
+    ladder = f"ladder=[{{teacher_steps: 2, student_steps: 1, phases: {phases}}}]"
+    config = tiny_config(tmp_path, *options, INT8, ladder)
+    prepare(config)
+    assert distill(config) == [1]
+    weights = read_lora(config.run_dir, 1)
+    assert any(bool(tensor.any()) for key, tensor in weights.items() if "lora_B" in key)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(teacher, dtype=torch.float32)
+    pipeline.load_lora_weights(config.run_dir / "rungs" / "1")
+    assert pipeline.get_active_adapters() == ["default_0"]
+
+
+@pytest.mark.slow
+def test_int8_is_near_the_whole_base_and_half_its_bytes(tmp_path):
+    teacher = tmp_path / "teacher"
+    build("sdxl", tiny=True).save_pretrained(teacher)
+    whole, small = (load_unet(teacher, quantization=kind) for kind in ("none", "int8"))
+    assert not any(parameter.requires_grad for parameter in small.parameters())
+    held = sum(
+        (p.qdata.nbytes + p.scale.nbytes) if hasattr(p, "qdata") else p.nbytes for p in small.parameters()
+    )
+    assert held == base_bytes(whole, torch.float32, "int8")
+    for name, module in small.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            exact = whole.get_submodule(name).weight
+            # A step of 8 bits is 1 / 127 of a row's largest; half of it is the most that rounding is off.
+            most = exact.abs().amax(dim=1, keepdim=True) / 127 * 0.51
+            assert bool(((module.weight.dequantize() - exact).abs() <= most).all()), name
+
+
+def test_without_torchao_the_remedy_is_named(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else found(name))
+    config = tiny_config(tmp_path, "data.num_images=4", INT8)
+    prepare(config)
+    with pytest.raises(
+        ConfigError, match=r'base_quantization: got int8.*pip install "stepdistill\[quantize\]"'
+    ):
+        load_shared(config, Runtime(mixed_precision="no"))
