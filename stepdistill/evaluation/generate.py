@@ -18,7 +18,12 @@ from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, lora_file, lora_scheduler
 from stepdistill.export import load_few_step, student_scheduler
 from stepdistill.models.conditioning import unconditional_is_zeros
-from stepdistill.models.loading import fingerprint, load_pipeline
+from stepdistill.models.loading import (
+    encoder_fingerprint,
+    fingerprint,
+    load_pipeline,
+    read_scheduler_config,
+)
 from stepdistill.rng import generator
 from stepdistill.rungs import rung_folder
 from stepdistill.runtime import Processes
@@ -68,7 +73,11 @@ class Sampler:
     def __init__(self, config: RunConfig, *, device: torch.device | str = "cpu") -> None:
         self._config, self._device = config, device
         self._base = teacher_folder(config)
-        self._fingerprint = fingerprint(self._base)
+        self._base_key = [
+            fingerprint(self._base),
+            encoder_fingerprint(self._base),
+            read_scheduler_config(self._base),
+        ]
         self._pipeline: DiffusionPipeline | None = None
         self._loaded: tuple[object, ...] | None = None
         self._scale = 1.0
@@ -111,7 +120,7 @@ class Sampler:
         """A hash of all that the images of a row depend on."""
         weights = row.weights(self._config.run_dir)
         what = asdict(row) | {"lora": row.lora and row.lora.model_dump(mode="json", exclude={"path"})}
-        made_by = [self._fingerprint, weights and sha256_file(weights), self._config.evaluation.dtype]
+        made_by = [*self._base_key, weights and sha256_file(weights), self._config.evaluation.dtype]
         if self._config.teacher.unconditional != "auto":
             made_by.append(self._config.teacher.unconditional)
         made_by.append(weights and read_json(weights.parent / "scheduler" / "scheduler_config.json"))
