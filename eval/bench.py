@@ -134,7 +134,12 @@ def bench_waiting(config: RunConfig, iterations: int) -> dict:
     lines = read_log(config.run_dir / "log.jsonl")[1:]
     waited = sum(line["data_seconds"] for line in lines)
     whole = sum(config.training.train_batch_size / line["images_per_second"] for line in lines)
-    return {"waited_seconds": round(waited, 4), "seconds": round(whole, 3), "share": round(waited / whole, 5)}
+    return {
+        "waited_seconds": round(waited, 4),
+        "seconds": round(whole, 3),
+        "share": round(waited / whole, 5),
+        "seconds_an_update": round(whole / len(lines), 4),
+    }
 
 
 def bench_preparing(scratch: Path, *, pictures: int = 8, side: int = 192) -> dict:
@@ -152,8 +157,8 @@ def bench_preparing(scratch: Path, *, pictures: int = 8, side: int = 192) -> dic
     encoder = Encoder(pipeline, data, Sizes(data, teacher_size=(side, side), multiple=64))
     found = list(records(data.source))
     pixels = np.stack([cover(picture_of(record, data), (side, side))[0] for record in found])
-    bare = timed(lambda: encode_pictures(pipeline, pixels), 1)
-    whole = timed(lambda: encoder.encode(found, first=0), 1)
+    bare = timed(lambda: encode_pictures(pipeline, pixels), 3)
+    whole = timed(lambda: encoder.encode(found, first=0), 3)
     return {"pictures": pictures, "side": side, "seconds": round(whole, 3), "ratio": round(whole / bare, 3)}
 
 
@@ -177,7 +182,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['rung']:>10} {row['objective']:>7}  {row['iteration_seconds']:.3f} s an iteration, "
             f"{row['bare_seconds']:.3f} s bare passes, ratio {row['ratio']:.2f}"
         )
+    waiting["loop_ratio"] = round(waiting["seconds_an_update"] / rows[1]["iteration_seconds"], 3)
     print(f"waiting for data: {waiting['share']:.2%} of an iteration")
+    print(f"an update of the whole loop: {waiting['loop_ratio']:.2f} times its iteration alone")
     print(f"preparing: {preparing['ratio']:.2f} times the bare encoding of {preparing['pictures']} pictures")
     if args.output:
         found = {"environment": environment(), "rows": rows, "waiting": waiting, "preparing": preparing}
