@@ -1,6 +1,6 @@
-"""Stage 3: scheduler and card beside every rung's LoRA.
+"""Stage 3: scheduler, card and the LoRA in other tools' formats, in every rung's folder.
 
-python pipelines/export.py CONFIG [key=value ...] [--dry-run]
+python pipelines/export.py CONFIG [key=value ...] [--steps N] [--format diffusers,kohya,fused,onnx] [--rank R] [--dry-run]
 """
 
 import sys

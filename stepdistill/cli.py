@@ -80,9 +80,41 @@ def distill(
 
 
 @app.command()
-def export(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Scheduler and card beside every rung's LoRA."""
-    _stage(config, overrides, dry_run, stages.export)
+def export(
+    config: Annotated[Path, typer.Argument(metavar="RUN | CONFIG", help="a run's folder, or its YAML file")],
+    overrides: Overrides = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="one rung; may be given several times; all without")
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option("--format", help="of diffusers,kohya,fused,onnx; export.formats without")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="a lower rank, by singular values")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="the rung's folder to the Hub; with one --steps")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Scheduler, card and the LoRA in other tools' formats, in every rung's folder."""
+    asked = [] if formats is None else [f"export.formats=[{formats}]"]
+    asked += [] if rank is None else [f"export.rank={rank}"]
+    _stage(
+        config,
+        [*(overrides or []), *asked],
+        dry_run,
+        lambda c: stages.export(c, steps=steps, push_to=push),
+    )
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(help="a pipeline's folder: what the LoRA will be loaded onto")],
+    tuned: Annotated[Path, typer.Argument(help="a folder, or a U-Net's, of the same model trained further")],
+    output: Annotated[Path, typer.Option(help="the folder to write")],
+    rank: Annotated[int, typer.Option(min=1, help="of every layer")] = 64,
+) -> None:
+    """A LoRA out of a U-Net that was trained whole, by singular values."""
+    stages.extract(base, tuned, rank=rank, output=output)
 
 
 @app.command()

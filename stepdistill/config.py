@@ -144,6 +144,25 @@ class Preview(Section):
     """Fixed prompts, drawn from fixed noise by teacher and student."""
 
 
+class Export(Section):
+    """The files of a finished rung."""
+
+    formats: Annotated[tuple[Literal["diffusers", "kohya", "fused", "onnx"], ...], Field(min_length=1)] = (
+        "diffusers",
+        "kohya",
+    )
+    """diffusers: LoRA, scheduler, card, which are always there; kohya: one file for ComfyUI, A1111, Forge and kohya's tools;
+    fused: the U-Net with the LoRA merged; onnx: the same for onnxruntime (extra "onnx")."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Of kohya's file and of the fused U-Net, each rounded once."""
+    rank: PositiveInt | None = None
+    """A lower rank, by singular values, into a folder of its own; the trained one where not given."""
+    kohya_names: Literal["auto", "diffusers", "sgm"] = "auto"
+    """Spelling of modules in kohya's file; auto is what kohya trains: the original's for SDXL, diffusers' for SD."""
+    license: str | None = None
+    """Of the LoRA, as you state it, on the card and in kohya's header; none is made up."""
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -160,6 +179,7 @@ class RunConfig(Section):
     ladder: Annotated[tuple[Rung, ...], Field(min_length=1)]
     preview: Preview
     evaluation: Evaluation = Evaluation()
+    export: Export = Export()
 
     @property
     def run_dir(self) -> Path:

@@ -13,6 +13,7 @@ from stepdistill.config import (
     Data,
     DiscriminatorOptions,
     Evaluation,
+    Export,
     Lora,
     LoraRow,
     Phase,
@@ -23,11 +24,20 @@ from stepdistill.config import (
     Teacher,
     Training,
 )
+from stepdistill.run_folder import read_run_config, resolved
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The config of a YAML file with key=value overrides such as `ladder.0.phases.0.max_train_steps=5`; ConfigError."""
+    """The config of a YAML file, or of a run's folder, with overrides such as `ladder.0.phases.0.max_train_steps=5`;
+    ConfigError."""
     path = Path(path)
+    raw = resolved(read_run_config(path)) if path.is_dir() else _read(path)
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -44,9 +54,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(
             f"{path}: got {type(raw).__name__}; allowed: a mapping of keys such as name, ladder"
         )
-    for override in overrides or []:
-        _apply_override(raw, override)
-    return parse_config(raw)
+    return raw
 
 
 def parse_config(raw: dict[str, Any]) -> RunConfig:
@@ -116,6 +124,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "discriminator": DiscriminatorOptions,
         "preview": Preview,
         "evaluation": Evaluation,
+        "export": Export,
         "loras": LoraRow,
     }
     names = [part for part in location if isinstance(part, str)]

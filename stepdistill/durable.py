@@ -3,8 +3,12 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,6 +33,17 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """ValueError in one line where a file cannot be written: no room, no right, a full quota."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"cannot write {path}: {error}; mend: make room there, then the same command"
+        ) from None
 
 
 def canonical_safetensors(path: Path) -> None:

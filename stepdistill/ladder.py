@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.durable import canonical_safetensors, sha256_file
+from stepdistill.durable import sha256_file
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import build_discriminator
 from stepdistill.models.loading import fingerprint, load_schedule, load_unet, load_vae, read_scheduler_config
+from stepdistill.models.lora_file import write_lora
 from stepdistill.models.roles import STUDENT, TEACHER, Roles
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
@@ -191,14 +192,9 @@ def _train_phase(
 
 
 def save_lora(roles: Roles, folder: Path) -> None:
-    """Writes the student's LoRA under peft's own keys, which diffusers loads in full; equal weights, equal bytes."""
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=adapters.adapter_state(roles.unet, STUDENT),
-        unet_lora_adapter_metadata=adapters.adapter_metadata(roles.unet, STUDENT),
-        weight_name=WEIGHT_NAME,
-    )
-    canonical_safetensors(folder / WEIGHT_NAME)
+    """Writes the student's LoRA."""
+    state = adapters.adapter_state(roles.unet, STUDENT)
+    write_lora(folder, state, adapters.adapter_metadata(roles.unet, STUDENT))
 
 
 def read_lora(run_dir: Path, student_steps: int) -> dict:

@@ -11,7 +11,14 @@ from stepdistill.durable import write_text
 from stepdistill.teacher_source import check_teacher
 
 # What may differ when a run goes on: it changes no weight.
-_FREE = ("evaluation", "training.logging_steps", "training.preview_steps", "preview.prompts", "output_dir")
+_FREE = (
+    "evaluation",
+    "export",
+    "training.logging_steps",
+    "training.preview_steps",
+    "preview.prompts",
+    "output_dir",
+)
 
 
 def check_run(config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepdistill import plan
-from stepdistill.config import RunConfig
+from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import write_json
 from stepdistill.run_folder import check_run, open_run
 from stepdistill.teacher_source import is_ready_made
@@ -51,14 +51,42 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     logger.info("distill: %s", f"trained {trained}" if trained else "every rung is finished")
 
 
-def export(config: RunConfig) -> None:
-    """Scheduler and card beside every rung's LoRA."""
-    open_run(config)
+def export(config: RunConfig, *, steps: Sequence[int] | None = None, push_to: str | None = None) -> None:
+    """What config.export asks for in every rung's folder, or in those of some steps; to the Hub only where it is named."""
+    known = [rung.student_steps for rung in config.ladder]
+    chosen = list(steps or known)
+    if not set(chosen) <= set(known):
+        raise ConfigError(
+            f"--steps: got {', '.join(map(str, chosen))}; allowed: {', '.join(map(str, known))}"
+        )
+    if push_to is not None and len(chosen) != 1:
+        raise ConfigError("--push: a repository holds one LoRA; allowed: with one --steps, such as --steps 4")
+    check_run(config)
     _quiet_libraries()
-    from stepdistill.export import export_rung
+    from stepdistill.export.rung import export_rung
 
-    for rung in config.ladder:
-        logger.info("export: %s", export_rung(config, rung.student_steps))
+    for count in chosen:
+        folder = export_rung(config, count)
+        logger.info("export: %s", folder)
+    if push_to is not None:
+        from stepdistill.export.hub import push
+
+        logger.info("export: %s", push(folder, push_to))
+
+
+def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
+    """A LoRA of the difference between two U-Nets of one shape, and how much of it that rank keeps."""
+    _quiet_libraries()
+    from stepdistill.export.rank import extract_to
+
+    reduced = extract_to(output, base, tuned, rank)
+    logger.info(
+        "extract: rank %d keeps %.2f %% of the energy, %.2f %% where it keeps least: %s",
+        rank,
+        100 * reduced.energy_kept,
+        100 * min(reduced.kept.values()),
+        output,
+    )
 
 
 def evaluate(config: RunConfig) -> None:
@@ -106,7 +134,15 @@ def run_all(config: RunConfig) -> None:
     export(config)
     evaluate(config)
     report(config)
+    refresh_cards(config)
     logger.info("done in %.0f s", time.monotonic() - started)
+
+
+def refresh_cards(config: RunConfig) -> None:
+    """Every rung's card with the numbers and the picture that are there now."""
+    from stepdistill.export.rung import refresh_cards as write_again
+
+    write_again(config)
 
 
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
@@ -118,9 +154,10 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     require_rung(run_dir, steps)
     _quiet_libraries()
     from stepdistill.evaluation.generate import draw
-    from stepdistill.export import export_rung, load_few_step
+    from stepdistill.export.rung import export_rung
     from stepdistill.models.loading import load_pipeline
     from stepdistill.runtime import default_device
+    from stepdistill.sampling import load_few_step
     from stepdistill.teacher_source import teacher_folder
 
     if not (rung_folder(run_dir, steps) / "scheduler").is_dir():

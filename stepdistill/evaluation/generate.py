@@ -16,7 +16,7 @@ from stepdistill.config import RunConfig
 from stepdistill.durable import read_json, sha256_file, sha256_json
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, lora_file, lora_scheduler
-from stepdistill.export import load_few_step, student_scheduler
+from stepdistill.export.scheduler import student_scheduler
 from stepdistill.models.conditioning import unconditional_is_zeros
 from stepdistill.models.loading import (
     encoder_fingerprint,
@@ -27,6 +27,7 @@ from stepdistill.models.loading import (
 from stepdistill.rng import generator
 from stepdistill.rungs import rung_folder
 from stepdistill.runtime import Processes
+from stepdistill.sampling import load_rung
 from stepdistill.teacher_source import teacher_folder
 from stepdistill.training.log import PhaseProgress
 
@@ -181,7 +182,7 @@ class Sampler:
         pipeline.unload_lora_weights()
         config = dict(self._base_scheduler.config)
         if row.student_steps is not None:
-            load_few_step(pipeline, rung_folder(self._config.run_dir, row.student_steps))
+            load_rung(pipeline, rung_folder(self._config.run_dir, row.student_steps))
         elif row.lora is not None:
             file = lora_file(row.lora)
             pipeline.load_lora_weights(file.parent, weight_name=file.name)

@@ -109,5 +109,11 @@ def load_adapter_state(unet: UNet2DConditionModel, name: str, state: Mapping[str
 
 def adapter_metadata(unet: UNet2DConditionModel, name: str) -> dict:
     """peft's config of an adapter as plain data, which a LoRA file carries so that rank and alpha need no guessing."""
-    config = unet.peft_config[name].to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return as_plain_data(unet.peft_config[name])
+
+
+def as_plain_data(config: LoraConfig) -> dict:
+    """peft's config as JSON can hold it."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
+    }

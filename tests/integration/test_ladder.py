@@ -21,7 +21,7 @@ from stepdistill.diffusion.schedule import CLEAN, trailing_timesteps
 from stepdistill.diffusion.solver import rollout
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.rows import Row, lora_row
-from stepdistill.export import load_few_step, model_card
+from stepdistill.export.card import model_card
 from stepdistill.ladder import distill, read_lora
 from stepdistill.models import adapters
 from stepdistill.models.conditioning import encode_prompts
@@ -29,6 +29,7 @@ from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import load_pipeline, load_schedule, load_unet
 from stepdistill.models.roles import STUDENT, Roles
 from stepdistill.rungs import WEIGHT_NAME, finished_rungs, read_rung, rung_folder
+from stepdistill.sampling import load_rung
 from stepdistill.training.log import read_log
 from stepdistill.training.optim import NonFiniteError
 from tests.integration.conftest import tiny_config
@@ -180,7 +181,7 @@ def test_one_step_told_an_earlier_timestep_draws_what_was_trained(tmp_path):
     noise, prompts = rng.normal((4, 8, 8), [0, 1], seed=3, keys=("test",)), ["a red letter a on white"] * 2
     pipeline = load_pipeline(embedded_folder("teacher"))
     base_schedule, _ = load_schedule(dict(pipeline.scheduler.config))
-    load_few_step(pipeline, folder)
+    load_rung(pipeline, folder)
     theirs = pipeline(
         prompts, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent"
     ).images
@@ -220,7 +221,9 @@ def test_the_card_is_python_whatever_the_prompt_and_the_path_are(finished_run):
         }
     )
     record = read_rung(finished_run.run_dir, 4)
-    card = model_card(config, record, rung_folder(finished_run.run_dir, 4))
+    folder = rung_folder(finished_run.run_dir, 4)
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    card = model_card(config, record, folder, scheduler)
     (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     texts = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
     assert prompt in texts

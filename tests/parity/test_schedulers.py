@@ -12,7 +12,7 @@ from stepdistill.diffusion.schedule import (
     trailing_timesteps,
 )
 from stepdistill.diffusion.solver import move
-from stepdistill.export import student_scheduler
+from stepdistill.export.scheduler import student_scheduler
 from tests.conftest import randn
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012}

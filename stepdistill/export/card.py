@@ -1,0 +1,156 @@
+"""A rung's README.md: a model card that the Hub understands, with a snippet for every tool, the numbers and the picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from diffusers import DDIMScheduler
+
+from stepdistill.config import RunConfig
+from stepdistill.durable import read_json
+from stepdistill.export.kohya import file_name
+from stepdistill.export.scheduler import trained_timesteps
+from stepdistill.models.folder import EMBEDDED_TEACHER, teacher_kind
+from stepdistill.report.markdown import markdown_table
+from stepdistill.rungs import RungRecord
+from stepdistill.teacher_source import teacher_folder
+
+GRID = "grid.png"
+_TAGS = ["lora", "text-to-image", "few-step", "distillation", "stepdistill"]
+_CARD = """---
+{{ front_matter }}---
+# {{ name }}: {{ steps }}
+
+A LoRA that makes its teacher draw in {{ steps }}, without guidance.
+Distilled {{ path }} by stepdistill; rank {{ rank }}, alpha the same.
+Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on that base, and on fine-tunes of it.
+{% if table %}
+
+{{ table }}
+
+{{ images }} images a row, equal prompts and noise.
+{% endif %}
+{% if grid %}
+
+![rows: models, columns: prompts, the same noise in each column]({{ grid }})
+{% endif %}
+
+## diffusers
+
+```python
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+{% if embedded %}
+from stepdistill.models.folder import embedded_folder
+{% endif %}
+
+pipeline = DiffusionPipeline.from_pretrained({{ teacher }}, dtype=torch.float32)
+pipeline.load_lora_weights({{ folder }})
+pipeline.scheduler = DDIMScheduler.from_pretrained({{ folder }}, subfolder="scheduler")
+image = pipeline({{ prompt }}, num_inference_steps={{ record.student_steps }}, guidance_scale=1.0).images[0]
+```
+
+The scheduler matters: trailing timesteps {{ timesteps }}, no clipping, `prediction_type="{{ record.prediction_type }}"`
+{%- if record.start_timestep is not none %}, betas that end at timestep {{ record.start_timestep }}{% endif %}.
+So do the steps (this LoRA is for {{ record.student_steps }}) and the guidance (it is baked in: 1.0 means off).
+`stepdistill.sampling.load_few_step(pipeline, folder)` sets all of it, and warns where something does not fit.
+{% if kohya %}
+
+## ComfyUI, A1111, Forge
+
+`{{ kohya }}` goes into `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge).
+{% if usable %}
+
+- ComfyUI: LoraLoaderModelOnly at strength 1.0{{ sampling }}; KSampler with {{ record.student_steps }} steps, cfg 1.0,
+  sampler euler, scheduler sgm_uniform.
+- A1111, Forge: `<lora:{{ stem }}:1>` in the prompt; sampling method Euler, schedule type SGM Uniform,
+  {{ record.student_steps }} steps, CFG scale 1.
+{% else %}
+Their samplers cannot tell the U-Net timestep {{ timesteps }} with pure noise, which this step count is trained for: use
+diffusers for it, and the LoRA of more steps there.
+{% endif %}
+{% endif %}
+"""
+
+
+def model_card(
+    config: RunConfig,
+    record: RungRecord,
+    folder: Path,
+    scheduler: DDIMScheduler,
+    *,
+    rank: int | None = None,
+    kohya: bool = False,
+) -> str:
+    """The README.md of a folder with a LoRA.
+
+    Args:
+        config: the run.
+        record: the rung.
+        folder: where the LoRA is.
+        scheduler: that samples it.
+        rank: of the file, where it is not the trained one.
+        kohya: whether kohya's file lies beside it.
+    """
+    students = [r.student_steps for r in config.ladder]
+    students = students[: students.index(record.student_steps) + 1]
+    first = f"{config.ladder[0].teacher_steps} steps with guidance {config.teacher.guidance_scale:g}"
+    results = read_json(config.run_dir / "evaluation" / "results.json") or {}
+    name = file_name(config.name, record.student_steps)
+    template = jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    embedded = config.teacher.path == EMBEDDED_TEACHER
+    return template.render(
+        front_matter=_front_matter(config),
+        name=config.name,
+        record=record,
+        rank=rank or record.lora_rank,
+        steps=f"{record.student_steps} step{'s' if record.student_steps > 1 else ''}",
+        path=" -> ".join([first, *map(str, students)]),
+        embedded=embedded,
+        teacher='embedded_folder("teacher")' if embedded else repr(_named_teacher(config)),
+        folder=repr(folder.as_posix()),
+        prompt=repr(config.preview.prompts[0]),
+        timesteps=trained_timesteps(scheduler, record.student_steps),
+        table=_table(results, record.student_steps),
+        images=results.get("num_images"),
+        grid=GRID if (folder / GRID).is_file() else None,
+        kohya=f"kohya/{name}" if kohya else None,
+        stem=name.removesuffix(".safetensors"),
+        usable=record.start_timestep is None,
+        sampling=_SAMPLING.get(record.prediction_type, ""),
+    )
+
+
+_SAMPLING = {
+    "sample": ", then ModelSamplingDiscrete with sampling x0",
+    "v_prediction": " (the base says that it predicts v)",
+}
+
+
+def _front_matter(config: RunConfig) -> str:
+    facts: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": _TAGS}
+    if teacher_kind(config.teacher.path) == "hub":
+        facts |= {"base_model": config.teacher.path, "base_model_relation": "adapter"}
+    if config.export.license is not None:
+        facts["license"] = config.export.license
+    return yaml.safe_dump(facts, sort_keys=False)
+
+
+def _table(results: Mapping[str, Any], steps: int) -> str | None:
+    """The rows of the teacher and of this rung, where the run is measured."""
+    rows = [
+        row
+        for row in results.get("rows") or []
+        if row.get("row") == results.get("reference")
+        or (row.get("kind"), row.get("steps")) == ("student", steps)
+        or (row.get("kind"), row.get("steps")) == ("teacher", steps)
+    ]
+    return markdown_table(rows) if rows else None
+
+
+def _named_teacher(config: RunConfig) -> str:
+    """How a snippet names the teacher: as the config does, or where one was made of a file or with LoRAs, its folder."""
+    made = teacher_kind(config.teacher.path) == "file" or config.teacher.loras
+    return teacher_folder(config).as_posix() if made else config.teacher.path

@@ -1,0 +1,190 @@
+"""The LoRA as kohya's tools, ComfyUI, A1111 and Forge read it: one file, its scale in .alpha tensors, a header of strings.
+
+Names: lora_unet_ and the module's path with underscores. kohya trains SD on diffusers' module names and SDXL on those of the
+original repository (sgm: input_blocks, middle_block, output_blocks); both are read by ComfyUI, A1111 and diffusers.
+A layer's update is alpha / r * lora_up @ lora_down, so alpha = r * scale says whatever peft's config said.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save, save_file
+
+from stepdistill.durable import canonical_safetensors, writing
+from stepdistill.models.lora_file import Lora, LoraLayer
+
+_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sd2_v": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}
+_ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1/lora",
+    "sd2": "stable-diffusion-v2-512/lora",
+    "sd2_v": "stable-diffusion-v2-768-v/lora",
+    "sdxl": "stable-diffusion-xl-v1-base/lora",
+}
+
+
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the standard has no word for x0
+
+
+def family_of(unet_config: Mapping[str, Any], prediction_type: str) -> str:
+    """ "sd1", "sd2", "sd2_v" or "sdxl", by what tells them apart: added conditions, linear projections, prediction."""
+    if unet_config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    if not unet_config.get("use_linear_projection"):
+        return "sd1"
+    return "sd2_v" if prediction_type == "v_prediction" else "sd2"
+
+
+def sgm_name(module: str, unet_config: Mapping[str, Any]) -> str:
+    """A module of diffusers' U-Net by its name in the original repository, such as input_blocks.4.1.proj_in.
+
+    With n layers a block, layer k of block b is input_blocks[b (n + 1) + k + 1] on the way down, and on the way up
+    output_blocks[b (n + 1) + k]; residual at place 0, attention at 1; the resampler is the last of its block.
+    """
+    layers = int(unet_config.get("layers_per_block", 2))
+    kind, rest = module.split(".", 1)
+    if kind == "mid_block":
+        part, number, inner = rest.split(".", 2)
+        place = 1 if part == "attentions" else 2 * int(number)
+        return f"middle_block.{place}.{_inner(part, inner)}"
+    block, part, number, inner = rest.split(".", 3)
+    first = int(block) * (layers + 1)
+    if part == "downsamplers":
+        return f"input_blocks.{first + layers + 1}.0.op"
+    if part == "upsamplers":
+        attended = "CrossAttn" in unet_config["up_block_types"][int(block)]
+        return f"output_blocks.{first + layers}.{2 if attended else 1}.conv"
+    place = 1 if part == "attentions" else 0
+    side, offset = ("input_blocks", 1) if kind == "down_blocks" else ("output_blocks", 0)
+    return f"{side}.{first + int(number) + offset}.{place}.{_inner(part, inner)}"
+
+
+def _inner(part: str, inner: str) -> str:
+    return _RESNET[inner] if part == "resnets" else inner
+
+
+def kohya_state(
+    lora: Lora, unet_config: Mapping[str, Any], *, sgm: bool, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Tensors by kohya's names: lora_unet_NAME.lora_down.weight, .lora_up.weight and .alpha (a scalar, float32)."""
+    state = {}
+    for module, layer in lora.layers.items():
+        name = sgm_name(module, unet_config) if sgm else module
+        prefix = _flat(name)
+        state[f"{prefix}.lora_down.weight"] = _stored(layer.down, dtype, module)
+        state[f"{prefix}.lora_up.weight"] = _stored(layer.up, dtype, module)
+        state[f"{prefix}.alpha"] = torch.tensor(layer.scale * layer.rank)
+    return state
+
+
+def read_kohya(path: Path, modules: Iterable[str], unet_config: Mapping[str, Any]) -> Lora:
+    """A file's layers by the names that modules have in diffusers; ValueError where it has one that is not among them.
+
+    Args:
+        path: the file.
+        modules: of the U-Net that it is to be loaded onto.
+        unet_config: of that U-Net.
+    """
+    known = {}
+    for module in modules:
+        if module.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
+            known[_flat(module)] = module
+            with contextlib.suppress(KeyError):  # norms, which no LoRA is of
+                known[_flat(sgm_name(module, unet_config))] = module
+    state = load_file(path)
+    layers = {}
+    for name in sorted({key.partition(".")[0] for key in state}):
+        if name not in known:
+            raise ValueError(f"{path} is a LoRA of another U-Net: {name} is not there in this one")
+        down, up = (state[f"{name}.lora_{side}.weight"] for side in ("down", "up"))
+        layers[known[name]] = LoraLayer(down, up, float(state[f"{name}.alpha"]) / down.shape[0])
+    return Lora(layers, {})
+
+
+def _flat(name: str) -> str:
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
+def _stored(tensor: torch.Tensor, dtype: torch.dtype, module: str) -> torch.Tensor:
+    found = tensor.to(dtype).contiguous()
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{module} does not fit into {dtype}; allowed: export.dtype=float32 or bfloat16")
+    return found
+
+
+def kohya_header(
+    lora: Lora,
+    family: str,
+    *,
+    title: str,
+    base_name: str,
+    resolution: tuple[int, int],
+    prediction_type: str,
+) -> dict[str, str]:
+    """What the tools look for in the header: ss_* of kohya's scripts and modelspec.* of Stability's ModelSpec 1.0.1.
+
+    No date: equal weights give equal bytes.
+    """
+    alphas = {layer.scale * layer.rank for layer in lora.layers.values()}
+    alpha = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+    ranks = {layer.rank for layer in lora.layers.values()}
+    rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    size = f"{resolution[1]}x{resolution[0]}"
+    header = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": alpha}),
+        "ss_base_model_version": _VERSIONS[family],
+        "ss_v2": str(family.startswith("sd2")),
+        "ss_sd_model_name": base_name,
+        "ss_output_name": title,
+        "ss_resolution": f"({resolution[1]}, {resolution[0]})",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _ARCHITECTURES[family],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models"
+        if family == "sdxl"
+        else "diffusers",
+        "modelspec.title": title,
+        "modelspec.resolution": size,
+    }
+    if prediction_type in _PREDICTIONS:
+        header["modelspec.prediction_type"] = _PREDICTIONS[prediction_type]
+    return header
+
+
+def write_kohya(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> Path:
+    """Writes the file in one step; equal tensors and header, equal bytes. sshs_model_hash is that of the tensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            save_file(dict(state), partial, metadata={**header, "sshs_model_hash": tensors_hash(state)})
+            canonical_safetensors(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return path
+
+
+def tensors_hash(state: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of the tensors as a safetensors file has them, without its header: the identity that kohya's tools and A1111
+    give a LoRA, which a new title does not change."""
+    content = save(dict(state))
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def file_name(name: str, steps: int) -> str:
+    """<name>_<N>step_lora.safetensors."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}_{steps}step_lora.safetensors"

@@ -1,0 +1,115 @@
+"""The U-Net with the LoRA merged as ONNX, and whether onnxruntime computes the same. Needs the extra "onnx"."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from stepdistill.config import ConfigError
+
+TOLERANCE = 1e-4
+"""Largest difference from torch's output, relative to its largest value."""
+
+
+class _Named(torch.nn.Module):
+    """The U-Net with plain tensors in and out: sample, timestep, encoder_hidden_states[, text_embeds, time_ids]."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, C, H, W), what the U-Net predicts."""
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[
+            0
+        ]
+
+
+def check_installed() -> None:
+    """ConfigError where a package of the extra is missing."""
+    missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
+    if missing:
+        raise ConfigError(
+            f'export.formats: got onnx, which needs {", ".join(missing)}; mend: pip install "stepdistill[onnx]"'
+        )
+
+
+def inputs_of(
+    unet: UNet2DConditionModel, batch: int, *, tokens: int, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random inputs of the U-Net's shapes by their names in the file."""
+    config, generator = unet.config, torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    found = {
+        "sample": noise(batch, config.in_channels, height, width),
+        "timestep": torch.full((batch,), 499, dtype=torch.int64),
+        "encoder_hidden_states": noise(batch, tokens, config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        found |= {"text_embeds": noise(batch, pooled), "time_ids": 100 * noise(batch, 6).abs()}
+    return found
+
+
+@torch.no_grad()
+def write_onnx(path: Path, unet: UNet2DConditionModel, *, tokens: int) -> float:
+    """Writes unet.onnx (weights beside it where they pass 2 GB) with batch, height and width free; returns the largest
+    difference from torch over other sizes than it was traced at, relative to the largest output.
+
+    Args:
+        path: the file.
+        unet: merged, float32.
+        tokens: of the text encoder.
+    ValueError where the difference is above TOLERANCE.
+    """
+    check_installed()
+    module = _Named(unet.float().eval())
+    factor = 2 ** (
+        len(unet.config.block_out_channels) - 1
+    )  # of the sides, which are halved on every level but the last
+    inputs = inputs_of(unet, 2, tokens=tokens)
+    if min(inputs["sample"].shape[2:]) < 2 * factor:  # a side of one token would be taken for a constant
+        inputs["sample"] = torch.randn(2, unet.config.in_channels, 2 * factor, 2 * factor)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    height, width = (factor * torch.export.Dim(name, min=2, max=64) for name in ("height", "width"))
+    free: tuple[Any, ...] = tuple(
+        {0: batch, 2: height, 3: width} if name == "sample" else {0: batch} for name in inputs
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program = torch.onnx.export(
+        module, tuple(inputs.values()), dynamo=True, dynamic_shapes=free, verbose=False
+    )
+    assert program is not None  # without a file it returns the program
+    program.save(str(path), external_data=sum(p.nbytes for p in unet.parameters()) > 2**30)
+    other = inputs_of(unet, 3, tokens=tokens, seed=1)
+    other["sample"] = torch.randn(3, unet.config.in_channels, 2 * factor, 3 * factor)
+    off = difference(path, module, other)
+    if not off <= TOLERANCE:
+        raise ValueError(f"{path}: onnxruntime is {off:.1e} from torch; allowed: {TOLERANCE:g}")
+    return off
+
+
+@torch.no_grad()
+def difference(path: Path, module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+    """How far onnxruntime's output is from torch's, relative to the largest value."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    expected = module(*inputs.values())
+    return float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,130 @@
+"""LoRAs of another rank by singular values: smaller files of a rung, and a LoRA out of a U-Net that was trained whole.
+
+The best rank-R matrix in Frobenius norm keeps the R largest singular values (Eckart, Young 1936); the energy kept is the sum
+of their squares over the sum of all. Every layer gets the same rank, padded with zeros where its matrix has fewer, so that
+the files of all rungs fit one compiled network.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from stepdistill.config import ConfigError
+from stepdistill.models.adapters import TARGET_MODULES, as_plain_data, lora_config
+from stepdistill.models.lora_file import Lora, LoraLayer, write_lora
+
+_Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # U (out, m), S (m,), V^T (m, in k k), float64
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A LoRA of lower rank, and by module the share of the energy that it keeps, 0 to 1."""
+
+    lora: Lora
+    kept: dict[str, float]
+    energy_kept: float
+    """Over all layers together."""
+
+
+def reduce_rank(lora: Lora, rank: int) -> Reduced:
+    """The LoRA with every layer's product cut down to `rank`; ValueError where it has no more than that."""
+    if rank >= lora.rank:
+        raise ValueError(f"export.rank: got {rank}; allowed: below {lora.rank}, the LoRA's own")
+    found = ((name, _of_product(layer), layer.weight_shape) for name, layer in lora.layers.items())
+    return _cut(found, rank, lora.config)
+
+
+def extract(
+    base: Mapping[str, torch.Tensor],
+    tuned: Mapping[str, torch.Tensor],
+    modules: Iterable[str],
+    rank: int,
+    config: Mapping[str, Any],
+) -> Reduced:
+    """A LoRA of the difference between two U-Nets' weights.
+
+    Args:
+        base, tuned: weights by name, (out, in) or (out, in, k, k).
+        modules: the layers that get a LoRA; what else differs is left out.
+        rank: of every layer.
+        config: peft's, of a LoRA on these modules.
+    """
+    differences = (
+        (name, tuned[f"{name}.weight"].double() - base[f"{name}.weight"].double()) for name in modules
+    )
+    found = (
+        (name, torch.linalg.svd(delta.flatten(1), full_matrices=False), tuple(delta.shape))
+        for name, delta in differences
+    )
+    return _cut(found, rank, config)
+
+
+def extract_to(folder: Path, base: Path, tuned: Path, rank: int) -> Reduced:
+    """Writes pytorch_lora_weights.safetensors of `extract` into a folder, for the layers that this trainer adapts.
+
+    Args:
+        folder: to write.
+        base, tuned: folders of a pipeline, or of a U-Net.
+        rank: of every layer.
+    ConfigError where the two are not of one shape; ValueError where nothing differs.
+    """
+    before, after = _unet(base), _unet(tuned)
+    first, second = dict(before.named_parameters()), dict(after.named_parameters())
+    if {k: w.shape for k, w in first.items()} != {k: w.shape for k, w in second.items()}:
+        raise ConfigError(
+            f"extract: {tuned} is a U-Net of another shape than {base}; allowed: one trained from it"
+        )
+    modules = _targets(before)
+    reduced = extract(first, second, modules, rank, as_plain_data(lora_config(rank)))
+    if not any(bool(layer.up.any()) for layer in reduced.lora.layers.values()):
+        raise ConfigError(
+            f"extract: {tuned} is {base} in every layer that a LoRA may change; nothing to extract"
+        )
+    write_lora(folder, reduced.lora.state(), reduced.lora.config)
+    return reduced
+
+
+def _unet(path: Path) -> UNet2DConditionModel:
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"extract: {path} holds no U-Net; allowed: a pipeline's folder, or its unet/")
+    unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    return unet.requires_grad_(False)
+
+
+def _targets(unet: torch.nn.Module) -> list[str]:
+    """The layers whose names end as TARGET_MODULES says."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    ends = tuple(f".{end}" for end in TARGET_MODULES)
+    return [name for name, m in unet.named_modules() if isinstance(m, kinds) and name.endswith(ends)]
+
+
+def _of_product(layer: LoraLayer) -> _Factors:
+    """Of scale * up @ down without forming it: QR of both sides, then the singular values of an r x r matrix."""
+    left, first = torch.linalg.qr(layer.scale * layer.up.double().flatten(1))
+    right, second = torch.linalg.qr(layer.down.double().flatten(1).T)
+    u, s, vh = torch.linalg.svd(first @ second.T, full_matrices=False)
+    return left @ u, s, vh @ right.T
+
+
+def _cut(
+    found: Iterable[tuple[str, _Factors, tuple[int, ...]]], rank: int, config: Mapping[str, Any]
+) -> Reduced:
+    layers, kept, part, whole = {}, {}, 0.0, 0.0
+    for name, (u, s, vh), shape in found:
+        root = s[:rank].sqrt()
+        up, down = torch.zeros(shape[0], rank), torch.zeros(rank, vh.shape[1])
+        up[:, : len(root)] = (u[:, :rank] * root).float()
+        down[: len(root)] = (root[:, None] * vh[:rank]).float()
+        places = [1] * (len(shape) - 2)
+        layers[name] = LoraLayer(
+            down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *places), scale=1.0
+        )
+        own, all_of_it = float(s[:rank].square().sum()), float(s.square().sum())
+        kept[name] = own / all_of_it if all_of_it else 1.0
+        part, whole = part + own, whole + all_of_it
+    return Reduced(Lora({}, dict(config)).plain(layers), kept, part / whole if whole else 1.0)

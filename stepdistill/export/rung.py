@@ -1,0 +1,146 @@
+"""A rung's folder made complete: scheduler and card beside the LoRA, and the LoRA in the formats of other tools.
+
+rungs/<steps>/
+  pytorch_lora_weights.safetensors   the LoRA as diffusers loads it
+  rung.json  base.json               what it is; the base that it belongs to
+  scheduler/  README.md  grid.png    how to sample it
+  kohya/<name>_<steps>step_lora.safetensors
+  fused/unet/                        the base with the LoRA merged
+  onnx/unet.onnx                     the same for onnxruntime
+  rank<R>/                           all of this at a lower rank
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+
+from stepdistill.config import ConfigError, RunConfig
+from stepdistill.durable import read_json, sha256_file, sha256_json, write_json, write_text
+from stepdistill.export import kohya
+from stepdistill.export.card import GRID, model_card
+from stepdistill.export.fused import fused_unet, write_fused
+from stepdistill.export.onnx_unet import check_installed, write_onnx
+from stepdistill.export.rank import reduce_rank
+from stepdistill.export.scheduler import student_scheduler, trained_timesteps
+from stepdistill.models.loading import image_size, read_scheduler_config
+from stepdistill.models.lora_file import Lora, read_lora, write_lora
+from stepdistill.models.sketch import sketch_of_folder
+from stepdistill.run_folder import resolved
+from stepdistill.rungs import WEIGHT_NAME, RungRecord, require_rung, rung_folder
+from stepdistill.teacher_source import teacher_folder
+
+logger = logging.getLogger(__name__)
+BASE = "base.json"
+HEADER = "stepdistill"
+"""Key of our own facts in a kohya file's header, as JSON."""
+
+
+def export_rung(config: RunConfig, student_steps: int) -> Path:
+    """Writes what config.export asks for into a finished rung's folder and returns that; ValueError where the rung is not
+    finished, or its file cannot be used."""
+    record = require_rung(config.run_dir, student_steps)
+    folder = rung_folder(config.run_dir, student_steps)
+    if "onnx" in config.export.formats:
+        check_installed()
+    lora = read_lora(folder / WEIGHT_NAME)
+    if config.export.rank is not None:
+        reduced = reduce_rank(lora, config.export.rank)
+        logger.info(
+            "export: rank %d keeps %.2f %% of the energy, %.2f %% where it keeps least",
+            config.export.rank,
+            100 * reduced.energy_kept,
+            100 * min(reduced.kept.values()),
+        )
+        lora, folder = reduced.lora, folder / f"rank{config.export.rank}"
+        file = write_lora(folder, lora.state(), lora.config)
+        record = dataclasses.replace(record, lora_rank=lora.rank, sha256=sha256_file(file))
+        record.write(folder)
+    _complete(config, record, lora, folder)
+    return folder
+
+
+def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -> None:
+    base, formats = teacher_folder(config), config.export.formats
+    scheduler = student_scheduler(
+        read_scheduler_config(base), record.prediction_type, start_timestep=record.start_timestep
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    write_json(folder / BASE, sketch_of_folder(base))
+    if "kohya" in formats:
+        _write_kohya(config, record, lora, scheduler, folder)
+    if {"fused", "onnx"} & set(formats):
+        unet = fused_unet(base, lora)
+        if "onnx" in formats:
+            tokens = (read_json(base / "text_encoder" / "config.json") or {}).get(
+                "max_position_embeddings", 77
+            )
+            off = write_onnx(folder / "onnx" / "unet.onnx", unet, tokens=int(tokens))
+            logger.info("export: onnxruntime is %.1e from torch", off)
+        if "fused" in formats:
+            write_fused(folder / "fused" / "unet", unet, dtype=_dtype(config))
+    write_card(config, record, folder, scheduler)
+
+
+def write_card(config: RunConfig, record: RungRecord, folder: Path, scheduler: DDIMScheduler) -> None:
+    """README.md, and beside it the run's picture where there is one."""
+    grid = config.run_dir / "report" / GRID
+    if grid.is_file():
+        shutil.copyfile(grid, folder / GRID)
+    has_kohya = (folder / "kohya" / kohya.file_name(config.name, record.student_steps)).is_file()
+    card = model_card(config, record, folder, scheduler, kohya=has_kohya)
+    write_text(folder / "README.md", card)
+
+
+def refresh_cards(config: RunConfig) -> None:
+    """Every exported rung's card again, once the run is measured."""
+    for rung in config.ladder:
+        folder = rung_folder(config.run_dir, rung.student_steps)
+        if (folder / "scheduler").is_dir():
+            scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+            write_card(config, require_rung(config.run_dir, rung.student_steps), folder, scheduler)
+
+
+def _write_kohya(
+    config: RunConfig, record: RungRecord, lora: Lora, scheduler: DDIMScheduler, folder: Path
+) -> None:
+    base = teacher_folder(config)
+    unet_config = read_json(base / "unet" / "config.json") or {}
+    teacher_kind = read_scheduler_config(base).get("prediction_type", "epsilon")
+    family = kohya.family_of(unet_config, teacher_kind)
+    names = config.export.kohya_names
+    if names == "sgm" and family != "sdxl":
+        raise ConfigError(
+            "export.kohya_names: got sgm for a base that is no SDXL; allowed: auto, diffusers, which all tools read"
+        )
+    sgm = family == "sdxl" if names == "auto" else names == "sgm"
+    name = kohya.file_name(config.name, record.student_steps)
+    state = kohya.kohya_state(lora, unet_config, sgm=sgm, dtype=_dtype(config))
+    header = kohya.kohya_header(
+        lora,
+        family,
+        title=name.removesuffix(".safetensors"),
+        base_name=config.teacher.path,
+        resolution=image_size(base),
+        prediction_type=record.prediction_type,
+    )
+    if config.export.license is not None:
+        header["modelspec.license"] = config.export.license
+    facts = {
+        **dataclasses.asdict(record),
+        "guidance_scale": 1.0,
+        "timesteps": trained_timesteps(scheduler, record.student_steps),
+        "config_hash": sha256_json(resolved(config)),
+        "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+        "base": sketch_of_folder(base),
+        "tensors_sha256": kohya.tensors_hash(state),
+    }
+    kohya.write_kohya(folder / "kohya" / name, state, header | {HEADER: json.dumps(facts, sort_keys=True)})
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return getattr(torch, config.export.dtype)

@@ -1,0 +1,43 @@
+"""The scheduler that samples a rung right: DDIM on the teacher's betas, at the timesteps that were trained."""
+
+import torch
+from diffusers import DDIMScheduler
+
+from stepdistill.models.loading import load_schedule
+
+
+def student_scheduler(
+    teacher_scheduler_config: dict, prediction_type: str, *, start_timestep: int | None = None
+) -> DDIMScheduler:
+    """DDIM on the teacher's betas with what few steps need: trailing spacing, alpha 1 at the end, no clipping.
+
+    At 8, 4, 2 and 1 steps its (timestep, prev_timestep) pairs are the trained ones exactly. start_timestep: the betas end
+    there, so that one trailing step is told it with the pure noise.
+    """
+    betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    kept = {
+        key: teacher_scheduler_config[key]
+        for key in (*betas, "num_train_timesteps")
+        if key in teacher_scheduler_config
+    }
+    if start_timestep is not None:
+        schedule, _ = load_schedule(teacher_scheduler_config)
+        alphas_cumprod = schedule.alphas_cumprod[: start_timestep + 1]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        kept |= {"trained_betas": (1 - alphas_cumprod / before).tolist(), "rescale_betas_zero_snr": False}
+        kept["num_train_timesteps"] = len(alphas_cumprod)
+    return DDIMScheduler(
+        **kept,
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def trained_timesteps(scheduler: DDIMScheduler, steps: int) -> list[int]:
+    """What the U-Net is told over so many steps, noisiest first."""
+    own = DDIMScheduler.from_config(scheduler.config)
+    own.set_timesteps(steps)
+    return [int(t) for t in own.timesteps]

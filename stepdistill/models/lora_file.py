@@ -1,0 +1,197 @@
+"""A U-Net's LoRA on disk: its layers, what scales them, and whether it can be used at all.
+
+delta W = scale * up @ down (LoRA, arXiv 2106.09685, section 4.1): up is peft's lora_B (out, r), down its lora_A (r, in);
+scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732). A file without metadata has alpha = r, as diffusers
+reads it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError, safe_open
+
+from stepdistill.durable import canonical_safetensors, writing
+from stepdistill.rungs import WEIGHT_NAME
+
+_METADATA = "lora_adapter_metadata"
+_PREFIX = "unet."
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One module's update. down: (r, in) or (r, in, k, k); up: (out, r) or (out, r, 1, 1)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.down.shape[0]
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the weight that it updates."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def delta(self) -> torch.Tensor:
+        """What is added to the weight, in float32."""
+        down, up = self.down.float().flatten(1), self.up.float().flatten(1)
+        return (self.scale * up @ down).reshape(self.weight_shape)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A whole LoRA: layers by their module's name in the U-Net, and peft's config of it where the file has one."""
+
+    layers: dict[str, LoraLayer]
+    config: dict[str, Any]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its layers."""
+        return max(layer.rank for layer in self.layers.values())
+
+    def plain(self, layers: Mapping[str, LoraLayer]) -> "Lora":
+        """Other layers of one rank and scale 1 under the config that says so."""
+        rank = next(iter(layers.values())).rank
+        plain = {"r": rank, "lora_alpha": rank, "alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False}
+        return replace(self, layers=dict(layers), config={**self.config, **plain})
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors under peft's keys."""
+        return {
+            f"{name}.lora_{side}.weight": tensor.contiguous()
+            for name, layer in self.layers.items()
+            for side, tensor in (("A", layer.down), ("B", layer.up))
+        }
+
+
+def write_lora(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Path:
+    """Writes pytorch_lora_weights.safetensors under peft's own keys, which diffusers loads in full; equal weights, equal
+    bytes. The config carries rank and alpha, which diffusers would guess without it."""
+    with writing(folder / WEIGHT_NAME):
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=dict(state),
+            unet_lora_adapter_metadata=dict(config),
+            weight_name=WEIGHT_NAME,
+        )
+        canonical_safetensors(folder / WEIGHT_NAME)
+    return folder / WEIGHT_NAME
+
+
+def lora_path(path: Path) -> Path:
+    """The LoRA that a path names, a file or the only one of a folder; ValueError where there is none, or several."""
+    if path.is_file():
+        return path
+    found = sorted(p for p in path.glob("*.safetensors") if p.is_file())
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise ValueError(
+            f"{path} holds {len(found)} LoRA files ({names}); allowed: one file, or a folder with one"
+        )
+    return found[0]
+
+
+def read_lora(path: Path) -> Lora:
+    """The LoRA of a file under peft's keys, or of a folder that holds one.
+
+    ValueError where it cannot be used as it is: no LoRA of a U-Net, DoRA, halves of a pair missing, numbers not finite, or
+    nothing but zeros.
+    """
+    path = lora_path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    config = _config(header.get(_METADATA))
+    if config.get("use_dora") or any("lora_magnitude_vector" in key or "dora_scale" in key for key in state):
+        raise ValueError(
+            f"{path} is a DoRA, whose update is no product of two matrices; allowed: LoRA, rsLoRA"
+        )
+    layers = _layers(path, state, config)
+    if not all(bool(t.isfinite().all()) for t in state.values()):
+        raise ValueError(
+            f"{path} holds numbers that are not finite: the file is damaged, or its training was"
+        )
+    if not any(bool(layer.up.any()) and bool(layer.down.any()) for layer in layers.values()):
+        raise ValueError(f"{path} changes nothing: all its updates are zero")
+    return Lora(layers, config)
+
+
+def _config(text: str | None) -> dict[str, Any]:
+    """peft's config out of a file's header, without the U-Net's prefix."""
+    try:
+        raw = json.loads(text) if text else {}
+    except ValueError:
+        raw = {}
+    own = raw if isinstance(raw, dict) else {}
+    return {key.removeprefix(_PREFIX): value for key, value in own.items() if key.startswith(_PREFIX)}
+
+
+def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, LoraLayer]:
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    foreign = []
+    for key, tensor in state.items():
+        found = re.fullmatch(r"(?:unet\.)?(.+)\.lora_([AB])\.weight", key)
+        if found is None or key.startswith("text_encoder"):
+            foreign.append(key)
+        else:
+            pairs.setdefault(found[1], {})[found[2]] = tensor
+    if foreign:
+        raise ValueError(
+            f"{path} holds {len(foreign)} tensors that are no U-Net LoRA of diffusers, first {foreign[0]}; "
+            f"allowed: keys NAME.lora_A.weight and NAME.lora_B.weight"
+        )
+    halves = [name for name, pair in pairs.items() if len(pair) != 2]
+    if halves or not pairs:
+        what = f"half of {halves[0]}" if halves else "no layer"
+        raise ValueError(f"{path} holds {what}: the file is not whole")
+    layers = {}
+    for name, pair in sorted(pairs.items()):
+        down, up = pair["A"], pair["B"]
+        if up.ndim != down.ndim or up.ndim not in (2, 4) or up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{path}: {name} has {tuple(up.shape)} after {tuple(down.shape)}, which is no LoRA"
+            )
+        layers[name] = LoraLayer(down, up, _scale(name, down.shape[0], config))
+    return layers
+
+
+def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """alpha / r as peft finds it: a pattern fits a name's end."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, own in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = own
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def check_fits(lora: Lora, weights: Mapping[str, tuple[int, ...]], *, name: str) -> None:
+    """ValueError where a layer has no module of its shape: a LoRA of another, deeper or narrower U-Net.
+
+    Args:
+        lora: to be loaded.
+        weights: shapes of the U-Net's weights by their names.
+        name: of the LoRA, for the message.
+    """
+    odd = [key for key, layer in lora.layers.items() if weights.get(f"{key}.weight") != layer.weight_shape]
+    if odd:
+        there = weights.get(f"{odd[0]}.weight")
+        has = f"is {there}" if there else "is not there"
+        raise ValueError(
+            f"{name} is a LoRA of another U-Net: {len(odd)} of its {len(lora.layers)} layers do not fit, first {odd[0]} "
+            f"{lora.layers[odd[0]].weight_shape}, which {has} in this one"
+        )

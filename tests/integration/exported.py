@@ -1,0 +1,62 @@
+"""Finished rungs without a training: a tiny pipeline of a real family, and a random LoRA in a run's folder."""
+
+import json
+
+import torch
+
+from eval.random_teacher import build
+from stepdistill.durable import sha256_file
+from stepdistill.ladder import save_lora
+from stepdistill.models.loading import fingerprint, load_unet
+from stepdistill.models.roles import Roles
+from stepdistill.run_folder import open_run
+from stepdistill.rungs import WEIGHT_NAME, RungRecord, rung_folder
+from tests.integration.conftest import tiny_config
+
+RANK = 4
+
+
+def random_roles(teacher, *, rank=RANK, seed=0):
+    """Roles on the teacher's U-Net whose student changes its output by a tenth or so."""
+    roles = Roles(load_unet(teacher), rank=rank, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in roles.student_parameters:
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return roles
+
+
+def write_rung(config, teacher, steps, *, rank=RANK, seed=0, prediction_type="epsilon", start_timestep=None):
+    """rungs/<steps> as `distill` leaves it; returns its roles."""
+    roles = random_roles(teacher, rank=rank, seed=seed)
+    folder = rung_folder(config.run_dir, steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_lora(roles, folder)
+    RungRecord(
+        student_steps=steps,
+        teacher_steps=2 * steps,
+        prediction_type=prediction_type,
+        lora_rank=rank,
+        base_fingerprint=fingerprint(teacher),
+        sha256=sha256_file(folder / WEIGHT_NAME),
+        training_seconds=1.0,
+        start_timestep=start_timestep,
+    ).write(folder)
+    return roles
+
+
+def rung_of(place, family, *overrides, steps=4, **options):
+    """(config, teacher's folder, roles) of a run with one finished rung on a tiny pipeline of a family."""
+    teacher = place / "teacher"
+    if not teacher.is_dir():
+        build(family, tiny=True).save_pretrained(teacher, safe_serialization=True)
+    phases = [{"objective": "mse", "max_train_steps": 1}]
+    ladder = [
+        {"teacher_steps": 2 * n, "student_steps": n, "phases": phases}
+        for n in (8, 4, 2, 1)
+        if n <= max(8, steps)
+    ]
+    config = tiny_config(place, f"teacher.path={teacher}", f"ladder={json.dumps(ladder)}", *overrides)
+    open_run(config)
+    kind = {"sd21_v": "v_prediction"}.get(family, "epsilon")
+    roles = write_rung(config, teacher, steps, **{"prediction_type": kind, **options})
+    return config, teacher, roles

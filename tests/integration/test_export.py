@@ -1,0 +1,286 @@
+"""Every file of an exported rung gives the U-Net that was trained, in a fresh process, whatever reads it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from stepdistill.config_file import parse_config
+from stepdistill.export.fused import fused_unet
+from stepdistill.export.kohya import sgm_name
+from stepdistill.export.rung import HEADER, export_rung
+from stepdistill.models.adapters import activate
+from stepdistill.models.loading import load_unet
+from stepdistill.models.lora_file import read_lora
+from stepdistill.run_folder import resolved
+from tests.integration.exported import random_roles, rung_of, write_rung
+from tests.integration.kohya_reader import merged
+from tests.original_layout import unet_name
+
+FAMILIES = ("sd15", "sd21_v", "sdxl")
+FRESH = """
+import pathlib
+import sys
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+teacher, rung, inputs, output = sys.argv[1:]
+told = load_file(inputs)
+added = {key: told[key] for key in ("text_embeds", "time_ids") if key in told} or None
+pipeline = DiffusionPipeline.from_pretrained(teacher)
+found = {}
+
+@torch.no_grad()
+def ask(unet, name):
+    found[name] = unet(
+        told["sample"], told["timestep"], told["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False
+    )[0].contiguous()
+
+def loaded(name, *place, **options):
+    pipeline.load_lora_weights(*place, adapter_name=name, **options)
+    ask(pipeline.unet, name)
+    pipeline.set_adapters(name, 0.5)
+    ask(pipeline.unet, name + " half")
+    pipeline.unload_lora_weights()
+
+ask(pipeline.unet, "base")
+loaded("diffusers", rung)
+for file in sorted(pathlib.Path(rung, "kohya").iterdir()):
+    loaded(file.stem, str(file))
+ask(UNet2DConditionModel.from_pretrained(f"{rung}/fused/unet"), "fused")
+save_file(found, output)
+"""
+
+
+def inputs_for(unet):
+    from stepdistill.export.onnx_unet import inputs_of
+
+    return inputs_of(unet, 2, tokens=10, seed=3)
+
+
+@torch.no_grad()
+def answer(unet, told):
+    added = {key: told[key] for key in ("text_embeds", "time_ids") if key in told} or None
+    return unet(
+        told["sample"],
+        told["timestep"],
+        told["encoder_hidden_states"],
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+
+
+def with_export(config, **options):
+    return parse_config(resolved(config) | {"export": {**resolved(config)["export"], **options}})
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """(config, teacher, roles, folder) with both spellings of kohya's file and the fused U-Net, in float32."""
+    place = tmp_path_factory.mktemp(request.param)
+    config, teacher, roles = rung_of(place, request.param, "export.dtype=float32")
+    spellings = ("diffusers", "sgm") if request.param == "sdxl" else ("diffusers",)
+    for spelling in spellings:
+        folder = export_rung(with_export(config, kohya_names=spelling, formats=["kohya", "fused"]), 4)
+        (file,) = (folder / "kohya").glob("*.safetensors")
+        file.rename(folder / spelling)
+    for spelling in spellings:
+        (folder / spelling).rename(folder / "kohya" / f"kohya_{spelling}.safetensors")
+    return config, teacher, roles, folder
+
+
+def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
+    _, teacher, roles, folder = family
+    from safetensors.torch import save_file
+
+    told = inputs_for(roles.unet)
+    save_file(told, tmp_path / "inputs.safetensors")
+    script = FRESH.replace("{rung}/kohya_{spelling}", "{rung}/kohya/kohya_{spelling}")
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        teacher,
+        folder,
+        tmp_path / "inputs.safetensors",
+        tmp_path / "out.safetensors",
+    ]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "out.safetensors")
+    with roles.student():
+        whole = answer(roles.unet, told)
+    half_unet = load_unet(teacher)
+    for name, layer in read_lora(folder).layers.items():
+        half_unet.get_submodule(name).weight.data += 0.5 * layer.delta()
+    half = answer(half_unet, told)
+    size = whole.abs().max()
+    assert (found["base"] - whole).abs().max() > 0.01 * size  # the LoRA does something
+    assert (half - whole).abs().max() > 0.01 * size
+    names = {name for name in found if name.startswith("kohya") and "half" not in name}
+    assert names == (
+        {"kohya_diffusers", "kohya_sgm"} if "sgm" in str(list(folder.rglob("*"))) else {"kohya_diffusers"}
+    )
+    for name in ("diffusers", *names):
+        assert (found[name] - whole).abs().max() <= 1e-6 * max(1, size), name
+        assert (found[f"{name} half"] - half).abs().max() <= 2e-6 * max(1, size), name
+    assert (found["fused"] - whole).abs().max() <= 2e-6 * max(1, size)
+
+
+@pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
+def test_kohyas_file_is_right_for_a_reader_of_its_documentation(family, spelling):
+    _, teacher, _, folder = family
+    if not (folder / "kohya" / f"kohya_{spelling}.safetensors").is_file():
+        pytest.skip("SD has one spelling")
+    weights = {key: w.detach() for key, w in load_unet(teacher).named_parameters()}
+    attended = {key.split(".")[1] for key in weights if key.startswith("up_blocks") and "attentions" in key}
+    spelt = {key: unet_name(key, attended) if spelling == "sgm" else key for key in weights}
+    found = merged(
+        folder / "kohya" / f"kohya_{spelling}.safetensors", {spelt[key]: w for key, w in weights.items()}
+    )
+    expected = dict(UNet2DConditionModel.from_pretrained(folder / "fused" / "unet").named_parameters())
+    changed = 0
+    for key, weight in expected.items():
+        assert torch.allclose(found[spelt[key]], weight, rtol=0, atol=1e-6), key
+        changed += not torch.equal(weight, weights[key])
+    assert changed == len(read_lora(folder).layers) > 50
+
+
+def test_the_original_names_are_those_of_the_original_layout(family):
+    _, teacher, _, folder = family
+    unet = load_unet(teacher)
+    names = dict(unet.named_parameters())
+    attended = {key.split(".")[1] for key in names if key.startswith("up_blocks") and "attentions" in key}
+    for name in read_lora(folder).layers:
+        assert sgm_name(name, dict(unet.config)) == unet_name(f"{name}.weight", attended).removesuffix(
+            ".weight"
+        )
+
+
+@pytest.mark.parametrize(
+    ("family_name", "version", "architecture", "prefix"),
+    [
+        ("sd15", "sd_v1", "stable-diffusion-v1/lora", "lora_unet_down_blocks_0_"),
+        ("sd21_v", "sd_v2_v", "stable-diffusion-v2-768-v/lora", "lora_unet_down_blocks_0_"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "lora_unet_input_blocks_1_0_"),
+    ],
+)
+def test_kohyas_header_says_what_the_tools_look_for(tmp_path, family_name, version, architecture, prefix):
+    config, _, _ = rung_of(tmp_path, family_name, "export.license=openrail++", "name=my-model")
+    folder = export_rung(config, 4)
+    path = folder / "kohya" / "my-model_4step_lora.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header, keys = file.metadata(), list(file.keys())
+        assert file.get_tensor(keys[-1]).dtype == torch.float16
+    assert any(key.startswith(prefix) for key in keys)
+    expected = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "4",
+        "ss_base_model_version": version,
+        "ss_v2": str(family_name == "sd21_v"),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.title": "my-model_4step_lora",
+        "modelspec.license": "openrail++",
+    }
+    assert {key: header[key] for key in expected} == expected
+    assert header["modelspec.prediction_type"] == ("v" if family_name == "sd21_v" else "epsilon")
+    facts = json.loads(header[HEADER])
+    assert (facts["student_steps"], facts["guidance_scale"], facts["timesteps"]) == (
+        4,
+        1.0,
+        [999, 749, 499, 249],
+    )
+    before = path.read_bytes()
+    export_rung(config, 4)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": 2},
+        {"use_rslora": True},
+        {"lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 1, "conv1": 16}},
+        {"lora_alpha": 3, "use_rslora": True},
+    ],
+)
+def test_alpha_that_is_not_the_rank_is_in_kohyas_file_and_in_the_fused_unet(tmp_path, changes):
+    """Against peft, which is asked with that config."""
+    config, teacher, _ = rung_of(tmp_path, "sd15", "export.dtype=float32")
+    folder = config.run_dir / "rungs" / "4"
+    path = folder / "pytorch_lora_weights.safetensors"
+    _with_peft_config(path, changes)
+    _signed_again(folder)
+    exported = export_rung(with_export(config, formats=["kohya", "fused"]), 4)
+    unet = load_unet(teacher)
+    unet.load_lora_adapter(load_file(path), prefix="unet", metadata=_peft_config(path), adapter_name="x")
+    told = inputs_for(unet)
+    expected = answer(unet, told)
+    (file,) = (exported / "kohya").glob("*.safetensors")
+    weights = {key: w.detach() for key, w in load_unet(teacher).named_parameters()}
+    by_kohya = load_unet(teacher)
+    by_kohya.load_state_dict(merged(file, weights))
+    scale = expected.abs().max()
+    assert (answer(by_kohya, told) - expected).abs().max() <= 3e-6 * scale
+    assert (answer(fused_unet(teacher, read_lora(path)), told) - expected).abs().max() <= 3e-6 * scale
+    plain = _with_peft_config(path, {"lora_alpha": 4, "use_rslora": False, "alpha_pattern": {}})
+    assert (answer(fused_unet(teacher, read_lora(plain)), told) - expected).abs().max() > 1e-3 * scale
+
+
+def _peft_config(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["lora_adapter_metadata"])
+
+
+def _with_peft_config(path, changes):
+    from safetensors.torch import save_file
+
+    config = {**_peft_config(path), **{f"unet.{key}": value for key, value in changes.items()}}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
+    save_file(load_file(path), path, metadata=metadata)
+    return path
+
+
+def _signed_again(folder):
+    """rung.json for the file that lies there now."""
+    from stepdistill.durable import sha256_file
+
+    raw = json.loads((folder / "rung.json").read_text())
+    raw["sha256"] = sha256_file(folder / "pytorch_lora_weights.safetensors")
+    (folder / "rung.json").write_text(json.dumps(raw))
+
+
+def test_all_rungs_have_one_shape(tmp_path):
+    """What a server needs to swap 8, 4 and 2 steps in one compiled network."""
+    config, teacher, _ = rung_of(tmp_path, "sd15", steps=8)
+    write_rung(config, teacher, 4, seed=1)
+    shapes = []
+    for steps in (8, 4):
+        folder = export_rung(config, steps)
+        shapes.append({k: t.shape for k, t in load_file(folder / "pytorch_lora_weights.safetensors").items()})
+        reduced = export_rung(with_export(config, rank=2), steps)
+        shapes.append(
+            {k: t.shape for k, t in load_file(reduced / "pytorch_lora_weights.safetensors").items()}
+        )
+    assert shapes[0] == shapes[2]
+    assert shapes[1] == shapes[3]
+    assert {min(shape[:2]) for shape in shapes[1].values()} == {2}
+
+
+def test_an_active_adapter_is_asked(tmp_path):
+    """The check of the checks: without the adapter the answers above would differ."""
+    _, teacher, roles = rung_of(tmp_path, "sd15")
+    told = inputs_for(roles.unet)
+    with roles.student():
+        first = answer(roles.unet, told)
+    activate(roles.unet, None)
+    assert not torch.allclose(answer(roles.unet, told), first, atol=1e-3)
+    assert not torch.equal(random_roles(teacher, seed=1).student_parameters[1], roles.student_parameters[1])
