@@ -141,7 +141,10 @@ def main(argv: list[str] | None = None) -> int:
         names += [f"{method.name}-{n}" for method in chosen(args)]
     text, table = summary(tables, names)
     shown = ["teacher", "unguided", *(method.name for method in chosen(args))]
-    parts = [by_steps(table, shown, m) for m in ("fid_to_real", "fid_to_teacher", "prompt_accuracy")]
+    measured = [
+        m for m in ("fid_to_real", "fid_to_teacher", "prompt_accuracy") if any(m in row for row in table)
+    ]
+    parts = [by_steps(table, shown, m) for m in measured]
     text = "\n\n".join([*parts, text])
     payload = {"commit": made_at, "config": args.config, "size": args.size, "budget": budget, "rates": rates}
     payload |= {"seeds": args.seeds, "num_images": base.evaluation.num_images, "table": table, "costs": costs}

@@ -79,6 +79,7 @@ def measured(
             [
                 f"evaluation.num_images={num_images}",
                 "evaluation.teacher_steps=[32]",
+                "evaluation.floor=false",
                 "evaluation.diversity_prompts=0",
                 "evaluation.lora_scales=[]",
                 "evaluation.matrix=false",

@@ -1,0 +1,118 @@
+"""docs/guide.md: every command and every snippet in it runs, on a tiny stand-in for the model that it names."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from eval.random_teacher import build
+from stepdistill.models.loading import load_unet
+from tests.original_layout import original_state
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE, flags=re.DOTALL)
+
+
+def shortened(path):
+    """The config that the guide names, with updates, pictures and precision of a test."""
+    config = yaml.safe_load(path.read_text())
+    for phase in (phase for rung in config["ladder"] for phase in rung["phases"]):
+        phase["max_train_steps"] = 1
+    config["training"] |= {"train_batch_size": 2, "gradient_accumulation_steps": 1, "mixed_precision": "no"}
+    config["data"]["teacher_steps"] = 2
+    config["evaluation"] = {
+        "num_images": 8,
+        "teacher_steps": [2],
+        "features": "reader",
+        "resize": "torchmetrics",
+        "diversity_prompts": 0,
+        "lora_scales": [],
+        "matrix": False,
+        "cost_batch_sizes": [],
+        "floor": False,
+    }
+    return config
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """What the guide's reader has: a checkpoint, a pipeline of its family, one trained further, pictures, the configs."""
+    pipeline = build("sd15", tiny=True)
+    save_file(original_state(pipeline), tmp_path / "my-model.safetensors")
+    pipeline.save_pretrained(tmp_path / "stable-diffusion-v1-5", safe_serialization=True)
+    unet = load_unet(tmp_path / "stable-diffusion-v1-5")
+    for parameter in unet.parameters():
+        parameter.data *= 1.01
+    unet.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "pictures").mkdir()
+    for k in range(10):
+        pixels = np.random.default_rng(k).integers(0, 255, (256, 300, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{k}.png")
+        (tmp_path / "pictures" / f"{k}.txt").write_text(f"a picture number {k}")
+    (tmp_path / "configs").mkdir()
+    config = shortened(ROOT / "configs" / "sd15.yaml")
+    (tmp_path / "configs" / "sd15.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_command_and_snippet_of_the_guide_runs(desk):
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    assert len(commands) >= 7
+    assert {shlex.split(line)[1] for line in commands if line.startswith("stepdistill")} >= {
+        "doctor",
+        "run",
+        "report",
+        "sample",
+        "export",
+        "extract",
+    }
+    for line in commands:
+        words = shlex.split(line)
+        if words[0] == "stepdistill":
+            words = [sys.executable, "-m", *words]
+        done = subprocess.run(words, cwd=desk, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+    (snippet,) = blocks("python")
+    script = f"{snippet}\nimage.save('snippet.png')\n"
+    environment = {**os.environ, "PYTHONWARNINGS": "error::stepdistill.sampling.FewStepWarning"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("bicycle.png", "snippet.png"):
+        with Image.open(desk / name) as image:
+            assert image.size == Image.open(desk / "bicycle.png").size
+    folder = desk / "runs/my-model/rungs/4"
+    assert "license: openrail" in (folder / "README.md").read_text()
+    for name in ("kohya/my-model_4step_lora.safetensors", "fused/unet/config.json", "rank16/rung.json"):
+        assert (folder / name).is_file(), name
+    assert (desk / "extracted/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_files_that_the_guide_links_to_are_there():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", GUIDE) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+def test_the_guides_tables_are_the_committed_results():
+    shown = dict(re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", GUIDE, flags=re.DOTALL))
+    assert list(shown) == ["eval/results/wrong_sampler.md"]
+    assert all(table.strip() == (ROOT / path).read_text().strip() for path, table in shown.items())
+    found = (ROOT / "eval/results/full_size.md").read_text()
+    largest = [float(n) for n in re.findall(r"\*\*single: together\*\* \| \*\*([\d.]+)\*\*", found)]
+    said = re.findall(r"\| (\d+) GiB \|", GUIDE)
+    assert [f"{n:.0f}" for n in (largest[0], largest[1], largest[3], largest[2])] == [*said[:3], said[4]]
