@@ -159,6 +159,8 @@ class Export(Section):
     """A lower rank, by singular values, into a folder of its own; the trained one where not given."""
     kohya_names: Literal["auto", "diffusers", "sgm"] = "auto"
     """Spelling of modules in kohya's file; auto is what kohya trains: the original's for SDXL, diffusers' for SD."""
+    base_model: str | None = None
+    """The base's repository on the Hub, for the card; teacher.path where that is one."""
     license: str | None = None
     """Of the LoRA, as you state it, on the card and in kohya's header; none is made up."""
 

@@ -69,9 +69,9 @@ def export(config: RunConfig, *, steps: Sequence[int] | None = None, push_to: st
         folder = export_rung(config, count)
         logger.info("export: %s", folder)
     if push_to is not None:
-        from stepdistill.export.hub import push
+        from stepdistill.export.hub import push_rung
 
-        logger.info("export: %s", push(folder, push_to))
+        logger.info("export: %s", push_rung(config, chosen[0], folder, push_to))
 
 
 def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
@@ -81,12 +81,18 @@ def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
 
     reduced = extract_to(output, base, tuned, rank)
     logger.info(
-        "extract: rank %d keeps %.2f %% of the energy, %.2f %% where it keeps least: %s",
+        "extract: rank %d keeps %.2f %% of the change, %.2f %% in the layer where it keeps least: %s",
         rank,
         100 * reduced.energy_kept,
         100 * min(reduced.kept.values()),
         output,
     )
+    if reduced.left_out > 0:
+        logger.info(
+            "extract: %.2f %% of the change is left out: it is in layers that no LoRA is of (convolutions in and out, time "
+            "embedding, norms, biases)",
+            100 * reduced.left_out,
+        )
 
 
 def evaluate(config: RunConfig) -> None:

@@ -10,7 +10,6 @@ from diffusers import DDIMScheduler
 
 from stepdistill.config import RunConfig
 from stepdistill.durable import read_json
-from stepdistill.export.kohya import file_name
 from stepdistill.export.scheduler import trained_timesteps
 from stepdistill.models.folder import EMBEDDED_TEACHER, teacher_kind
 from stepdistill.report.markdown import markdown_table
@@ -60,13 +59,20 @@ So do the steps (this LoRA is for {{ record.student_steps }}) and the guidance (
 
 ## ComfyUI, A1111, Forge
 
-`{{ kohya }}` goes into `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge).
+`kohya/{{ kohya }}` goes into `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge).
 {% if usable %}
 
-- ComfyUI: LoraLoaderModelOnly at strength 1.0{{ sampling }}; KSampler with {{ record.student_steps }} steps, cfg 1.0,
-  sampler euler, scheduler sgm_uniform.
+- ComfyUI: LoraLoaderModelOnly at strength 1.0
+{%- if not plain_epsilon %}, then ModelSamplingDiscrete with sampling {{ comfy }}, zsnr {{ zero_snr }}{% endif %};
+  KSampler with {{ record.student_steps }} steps, cfg 1.0, sampler euler, scheduler sgm_uniform.
+{% if predicts_as_base %}
 - A1111, Forge: `<lora:{{ stem }}:1>` in the prompt; sampling method Euler, schedule type SGM Uniform,
-  {{ record.student_steps }} steps, CFG scale 1.
+  {{ record.student_steps }} steps, CFG scale 1
+{%- if not plain_epsilon %}; the base set up as without this LoRA{% endif %}.
+{% else %}
+- A1111, Forge: not with this LoRA. They take what the U-Net predicts from the base, and this one predicts
+  `{{ record.prediction_type }}`.
+{% endif %}
 {% else %}
 Their samplers cannot tell the U-Net timestep {{ timesteps }} with pure noise, which this step count is trained for: use
 diffusers for it, and the LoRA of more steps there.
@@ -80,9 +86,10 @@ def model_card(
     record: RungRecord,
     folder: Path,
     scheduler: DDIMScheduler,
+    base: Mapping[str, Any],
     *,
-    rank: int | None = None,
-    kohya: bool = False,
+    kohya: str | None = None,
+    repository: str | None = None,
 ) -> str:
     """The README.md of a folder with a LoRA.
 
@@ -91,48 +98,50 @@ def model_card(
         record: the rung.
         folder: where the LoRA is.
         scheduler: that samples it.
-        rank: of the file, where it is not the trained one.
-        kohya: whether kohya's file lies beside it.
+        base: the teacher's scheduler config.
+        kohya: the name of kohya's file where there is one.
+        repository: OWNER/NAME where the folder goes to the Hub.
     """
     students = [r.student_steps for r in config.ladder]
     students = students[: students.index(record.student_steps) + 1]
     first = f"{config.ladder[0].teacher_steps} steps with guidance {config.teacher.guidance_scale:g}"
     results = read_json(config.run_dir / "evaluation" / "results.json") or {}
-    name = file_name(config.name, record.student_steps)
     template = jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, trim_blocks=True)
     embedded = config.teacher.path == EMBEDDED_TEACHER
     return template.render(
         front_matter=_front_matter(config),
         name=config.name,
         record=record,
-        rank=rank or record.lora_rank,
+        rank=record.lora_rank,
         steps=f"{record.student_steps} step{'s' if record.student_steps > 1 else ''}",
         path=" -> ".join([first, *map(str, students)]),
         embedded=embedded,
-        teacher='embedded_folder("teacher")' if embedded else repr(_named_teacher(config)),
-        folder=repr(folder.as_posix()),
+        teacher='embedded_folder("teacher")' if embedded else repr(_named_teacher(config, repository)),
+        folder=repr(repository or folder.as_posix()),
         prompt=repr(config.preview.prompts[0]),
         timesteps=trained_timesteps(scheduler, record.student_steps),
         table=_table(results, record.student_steps),
         images=results.get("num_images"),
         grid=GRID if (folder / GRID).is_file() else None,
-        kohya=f"kohya/{name}" if kohya else None,
-        stem=name.removesuffix(".safetensors"),
+        kohya=kohya,
+        stem=(kohya or "").removesuffix(".safetensors"),
         usable=record.start_timestep is None,
-        sampling=_SAMPLING.get(record.prediction_type, ""),
+        predicts_as_base=record.prediction_type == base.get("prediction_type", "epsilon"),
+        plain_epsilon=record.prediction_type == "epsilon"
+        and base.get("prediction_type", "epsilon") == "epsilon",
+        comfy=_COMFY[record.prediction_type],
+        zero_snr="true" if base.get("rescale_betas_zero_snr") else "false",
     )
 
 
-_SAMPLING = {
-    "sample": ", then ModelSamplingDiscrete with sampling x0",
-    "v_prediction": " (the base says that it predicts v)",
-}
+_COMFY = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 
 
 def _front_matter(config: RunConfig) -> str:
     facts: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": _TAGS}
-    if teacher_kind(config.teacher.path) == "hub":
-        facts |= {"base_model": config.teacher.path, "base_model_relation": "adapter"}
+    hub = config.teacher.path if teacher_kind(config.teacher.path) == "hub" else None
+    if base_model := config.export.base_model or hub:
+        facts |= {"base_model": base_model, "base_model_relation": "adapter"}
     if config.export.license is not None:
         facts["license"] = config.export.license
     return yaml.safe_dump(facts, sort_keys=False)
@@ -150,7 +159,10 @@ def _table(results: Mapping[str, Any], steps: int) -> str | None:
     return markdown_table(rows) if rows else None
 
 
-def _named_teacher(config: RunConfig) -> str:
-    """How a snippet names the teacher: as the config does, or where one was made of a file or with LoRAs, its folder."""
+def _named_teacher(config: RunConfig, repository: str | None) -> str:
+    """How a snippet names the teacher: as the config does, or where one was made of a file or with LoRAs, its folder; on the
+    Hub, where no folder is, as export.base_model does."""
+    if repository is not None and config.export.base_model is not None:
+        return config.export.base_model
     made = teacher_kind(config.teacher.path) == "file" or config.teacher.loras
     return teacher_folder(config).as_posix() if made else config.teacher.path

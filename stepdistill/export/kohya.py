@@ -1,7 +1,8 @@
 """The LoRA as kohya's tools, ComfyUI, A1111 and Forge read it: one file, its scale in .alpha tensors, a header of strings.
 
 Names: lora_unet_ and the module's path with underscores. kohya trains SD on diffusers' module names and SDXL on those of the
-original repository (sgm: input_blocks, middle_block, output_blocks); both are read by ComfyUI, A1111 and diffusers.
+original repository (sgm: input_blocks, middle_block, output_blocks). ComfyUI and diffusers read both for SDXL; A1111 loses a
+layer of diffusers' spelling there, and kohya's own tools all of them.
 A layer's update is alpha / r * lora_up @ lora_down, so alpha = r * scale says whatever peft's config said.
 """
 
@@ -148,7 +149,7 @@ def kohya_header(
         "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": alpha}),
         "ss_base_model_version": _VERSIONS[family],
         "ss_v2": str(family.startswith("sd2")),
-        "ss_sd_model_name": base_name,
+        "ss_sd_model_name": Path(base_name).name,
         "ss_output_name": title,
         "ss_resolution": f"({resolution[1]}, {resolution[0]})",
         "modelspec.sai_model_spec": "1.0.1",
@@ -185,6 +186,7 @@ def tensors_hash(state: Mapping[str, torch.Tensor]) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def file_name(name: str, steps: int) -> str:
-    """<name>_<N>step_lora.safetensors."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}_{steps}step_lora.safetensors"
+def file_name(name: str, steps: int, rank: int | None = None) -> str:
+    """<name>_<N>step_lora.safetensors; <name>_<N>step_rank<R>_lora.safetensors where the rank is not the trained one."""
+    lower = "" if rank is None else f"_rank{rank}"
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}_{steps}step{lower}_lora.safetensors"

@@ -8,7 +8,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
+from stepdistill.durable import whole_folder
 
+FILE = "unet.onnx"
 TOLERANCE = 1e-4
 """Largest difference from torch's output, relative to its largest value."""
 
@@ -67,21 +69,19 @@ def inputs_of(
 
 
 @torch.no_grad()
-def write_onnx(path: Path, unet: UNet2DConditionModel, *, tokens: int) -> float:
-    """Writes unet.onnx (weights beside it where they pass 2 GB) with batch, height and width free; returns the largest
+def write_onnx(folder: Path, unet: UNet2DConditionModel, *, tokens: int) -> float:
+    """Writes unet.onnx (weights beside it where they pass 1 GiB) with batch, height and width free; returns the largest
     difference from torch over other sizes than it was traced at, relative to the largest output.
 
     Args:
-        path: the file.
+        folder: for the file.
         unet: merged, float32.
         tokens: of the text encoder.
     ValueError where the difference is above TOLERANCE.
     """
     check_installed()
     module = _Named(unet.float().eval())
-    factor = 2 ** (
-        len(unet.config.block_out_channels) - 1
-    )  # of the sides, which are halved on every level but the last
+    factor = 2 ** (len(unet.config.block_out_channels) - 1)  # sides are halved on every level but the last
     inputs = inputs_of(unet, 2, tokens=tokens)
     if min(inputs["sample"].shape[2:]) < 2 * factor:  # a side of one token would be taken for a constant
         inputs["sample"] = torch.randn(2, unet.config.in_channels, 2 * factor, 2 * factor)
@@ -90,17 +90,17 @@ def write_onnx(path: Path, unet: UNet2DConditionModel, *, tokens: int) -> float:
     free: tuple[Any, ...] = tuple(
         {0: batch, 2: height, 3: width} if name == "sample" else {0: batch} for name in inputs
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     program = torch.onnx.export(
         module, tuple(inputs.values()), dynamo=True, dynamic_shapes=free, verbose=False
     )
     assert program is not None  # without a file it returns the program
-    program.save(str(path), external_data=sum(p.nbytes for p in unet.parameters()) > 2**30)
     other = inputs_of(unet, 3, tokens=tokens, seed=1)
     other["sample"] = torch.randn(3, unet.config.in_channels, 2 * factor, 3 * factor)
-    off = difference(path, module, other)
-    if not off <= TOLERANCE:
-        raise ValueError(f"{path}: onnxruntime is {off:.1e} from torch; allowed: {TOLERANCE:g}")
+    with whole_folder(folder) as partial:
+        program.save(str(partial / FILE), external_data=sum(p.nbytes for p in unet.parameters()) > 2**30)
+        off = difference(partial / FILE, module, other)
+        if not off <= TOLERANCE:
+            raise ValueError(f"{folder}: onnxruntime is {off:.1e} from torch; allowed: {TOLERANCE:g}")
     return off
 
 

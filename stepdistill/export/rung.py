@@ -23,7 +23,7 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import read_json, sha256_file, sha256_json, write_json, write_text
 from stepdistill.export import kohya
 from stepdistill.export.card import GRID, model_card
-from stepdistill.export.fused import fused_unet, write_fused
+from stepdistill.export.fused import check_whole, fused_unet, write_fused
 from stepdistill.export.onnx_unet import check_installed, write_onnx
 from stepdistill.export.rank import reduce_rank
 from stepdistill.export.scheduler import student_scheduler, trained_timesteps
@@ -45,8 +45,7 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
     finished, or its file cannot be used."""
     record = require_rung(config.run_dir, student_steps)
     folder = rung_folder(config.run_dir, student_steps)
-    if "onnx" in config.export.formats:
-        check_installed()
+    _check(config)
     lora = read_lora(folder / WEIGHT_NAME)
     if config.export.rank is not None:
         reduced = reduce_rank(lora, config.export.rank)
@@ -64,13 +63,31 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
     return folder
 
 
+def _check(config: RunConfig) -> None:
+    """ConfigError for what cannot be made, before anything is."""
+    base, formats = teacher_folder(config), set(config.export.formats)
+    if "onnx" in formats:
+        check_installed()
+    if {"fused", "onnx"} & formats:
+        check_whole(base)
+    if "kohya" in formats and config.export.kohya_names == "sgm" and _family(base) != "sdxl":
+        raise ConfigError(
+            "export.kohya_names: got sgm for a base that is no SDXL; allowed: auto, diffusers, which kohya trains SD on"
+        )
+
+
+def _family(base: Path) -> str:
+    unet_config = read_json(base / "unet" / "config.json") or {}
+    return kohya.family_of(unet_config, read_scheduler_config(base).get("prediction_type", "epsilon"))
+
+
 def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -> None:
     base, formats = teacher_folder(config), config.export.formats
     scheduler = student_scheduler(
         read_scheduler_config(base), record.prediction_type, start_timestep=record.start_timestep
     )
     scheduler.save_pretrained(folder / "scheduler")
-    write_json(folder / BASE, sketch_of_folder(base))
+    write_json(folder / BASE, sketch_of_folder(base).as_json())
     if "kohya" in formats:
         _write_kohya(config, record, lora, scheduler, folder)
     if {"fused", "onnx"} & set(formats):
@@ -79,20 +96,35 @@ def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -
             tokens = (read_json(base / "text_encoder" / "config.json") or {}).get(
                 "max_position_embeddings", 77
             )
-            off = write_onnx(folder / "onnx" / "unet.onnx", unet, tokens=int(tokens))
+            off = write_onnx(folder / "onnx", unet, tokens=int(tokens))
             logger.info("export: onnxruntime is %.1e from torch", off)
         if "fused" in formats:
             write_fused(folder / "fused" / "unet", unet, dtype=_dtype(config))
     write_card(config, record, folder, scheduler)
 
 
-def write_card(config: RunConfig, record: RungRecord, folder: Path, scheduler: DDIMScheduler) -> None:
-    """README.md, and beside it the run's picture where there is one."""
+def write_card(
+    config: RunConfig,
+    record: RungRecord,
+    folder: Path,
+    scheduler: DDIMScheduler,
+    *,
+    repository: str | None = None,
+) -> None:
+    """README.md, and beside it the run's picture where there is one; for the Hub, with the repository in the snippets."""
     grid = config.run_dir / "report" / GRID
     if grid.is_file():
         shutil.copyfile(grid, folder / GRID)
-    has_kohya = (folder / "kohya" / kohya.file_name(config.name, record.student_steps)).is_file()
-    card = model_card(config, record, folder, scheduler, kohya=has_kohya)
+    files = sorted((folder / "kohya").glob("*.safetensors"))
+    card = model_card(
+        config,
+        record,
+        folder,
+        scheduler,
+        read_scheduler_config(teacher_folder(config)),
+        kohya=files[0].name if files else None,
+        repository=repository,
+    )
     write_text(folder / "README.md", card)
 
 
@@ -110,15 +142,9 @@ def _write_kohya(
 ) -> None:
     base = teacher_folder(config)
     unet_config = read_json(base / "unet" / "config.json") or {}
-    teacher_kind = read_scheduler_config(base).get("prediction_type", "epsilon")
-    family = kohya.family_of(unet_config, teacher_kind)
-    names = config.export.kohya_names
-    if names == "sgm" and family != "sdxl":
-        raise ConfigError(
-            "export.kohya_names: got sgm for a base that is no SDXL; allowed: auto, diffusers, which all tools read"
-        )
+    family, names = _family(base), config.export.kohya_names
     sgm = family == "sdxl" if names == "auto" else names == "sgm"
-    name = kohya.file_name(config.name, record.student_steps)
+    name = kohya.file_name(config.name, record.student_steps, config.export.rank)
     state = kohya.kohya_state(lora, unet_config, sgm=sgm, dtype=_dtype(config))
     header = kohya.kohya_header(
         lora,
@@ -136,7 +162,7 @@ def _write_kohya(
         "timesteps": trained_timesteps(scheduler, record.student_steps),
         "config_hash": sha256_json(resolved(config)),
         "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
-        "base": sketch_of_folder(base),
+        "base": sketch_of_folder(base).as_json(),
         "tensors_sha256": kohya.tensors_hash(state),
     }
     kohya.write_kohya(folder / "kohya" / name, state, header | {HEADER: json.dumps(facts, sort_keys=True)})

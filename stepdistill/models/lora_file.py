@@ -179,17 +179,17 @@ def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def check_fits(lora: Lora, weights: Mapping[str, tuple[int, ...]], *, name: str) -> None:
+def check_fits(lora: Lora, shapes: Mapping[str, tuple[int, ...]], *, name: str) -> None:
     """ValueError where a layer has no module of its shape: a LoRA of another, deeper or narrower U-Net.
 
     Args:
         lora: to be loaded.
-        weights: shapes of the U-Net's weights by their names.
+        shapes: of the U-Net's layers by module (sketch.layer_shapes).
         name: of the LoRA, for the message.
     """
-    odd = [key for key, layer in lora.layers.items() if weights.get(f"{key}.weight") != layer.weight_shape]
+    odd = [key for key, layer in lora.layers.items() if shapes.get(key) != layer.weight_shape]
     if odd:
-        there = weights.get(f"{odd[0]}.weight")
+        there = shapes.get(odd[0])
         has = f"is {there}" if there else "is not there"
         raise ValueError(
             f"{name} is a LoRA of another U-Net: {len(odd)} of its {len(lora.layers)} layers do not fit, first {odd[0]} "

@@ -59,7 +59,9 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("stage", ["distill", "export", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "stage", ["distill", *(pytest.param(s, marks=pytest.mark.slow) for s in ("export", "evaluate", "report"))]
+)
 def test_a_stage_script_says_which_stage_comes_before_it(tmp_path, stage):
     done = subprocess.run(
         [sys.executable, f"pipelines/{stage}.py", "configs/letters.yaml", f"output_dir={tmp_path}"],

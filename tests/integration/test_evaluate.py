@@ -107,6 +107,7 @@ def test_the_stage_script_under_torchrun_measures_what_one_process_does(copy_of)
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), (ours["row"], key)
 
 
+@pytest.mark.slow
 def test_hostile_prompts_are_drawn_and_reported_as_text(copy_of, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(HOSTILE), encoding="utf-8")
     lora = f"{{name: other, path: {rung_folder(tmp_path / 'letters', 4)}, steps: 2, scheduler: LCMScheduler}}"

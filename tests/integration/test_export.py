@@ -124,9 +124,8 @@ def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
     assert (found["base"] - whole).abs().max() > 0.01 * size  # the LoRA does something
     assert (half - whole).abs().max() > 0.01 * size
     names = {name for name in found if name.startswith("kohya") and "half" not in name}
-    assert names == (
-        {"kohya_diffusers", "kohya_sgm"} if "sgm" in str(list(folder.rglob("*"))) else {"kohya_diffusers"}
-    )
+    is_xl = "text_embeds" in told
+    assert names == ({"kohya_diffusers", "kohya_sgm"} if is_xl else {"kohya_diffusers"})
     for name in ("diffusers", *names):
         assert (found[name] - whole).abs().max() <= 1e-6 * max(1, size), name
         assert (found[f"{name} half"] - half).abs().max() <= 2e-6 * max(1, size), name
@@ -136,7 +135,7 @@ def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
 @pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
 def test_kohyas_file_is_right_for_a_reader_of_its_documentation(family, spelling):
     _, teacher, _, folder = family
-    if not (folder / "kohya" / f"kohya_{spelling}.safetensors").is_file():
+    if spelling == "sgm" and not load_unet(teacher).config.addition_embed_type:
         pytest.skip("SD has one spelling")
     weights = {key: w.detach() for key, w in load_unet(teacher).named_parameters()}
     attended = {key.split(".")[1] for key in weights if key.startswith("up_blocks") and "attentions" in key}
@@ -284,3 +283,63 @@ def test_an_active_adapter_is_asked(tmp_path):
     activate(roles.unet, None)
     assert not torch.allclose(answer(roles.unet, told), first, atol=1e-3)
     assert not torch.equal(random_roles(teacher, seed=1).student_parameters[1], roles.student_parameters[1])
+
+
+@pytest.mark.parametrize(
+    ("teacher_kind", "student_kind", "zero_snr", "comfy", "elsewhere"),
+    [
+        ("epsilon", "epsilon", False, "strength 1.0;", "CFG scale 1."),
+        (
+            "epsilon",
+            "sample",
+            False,
+            "ModelSamplingDiscrete with sampling x0, zsnr false",
+            "not with this LoRA",
+        ),
+        (
+            "v_prediction",
+            "v_prediction",
+            True,
+            "sampling v_prediction, zsnr true",
+            "CFG scale 1; the base set up",
+        ),
+        ("v_prediction", "epsilon", False, "sampling eps, zsnr false", "not with this LoRA"),
+    ],
+)
+def test_the_card_says_what_each_tool_must_be_told(
+    tmp_path, teacher_kind, student_kind, zero_snr, comfy, elsewhere
+):
+    config, teacher, _ = rung_of(tmp_path, "sd15", prediction_type=student_kind)
+    path = teacher / "scheduler" / "scheduler_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"prediction_type": teacher_kind, "rescale_betas_zero_snr": zero_snr}))
+    card = " ".join((export_rung(config, 4) / "README.md").read_text().split())
+    assert comfy in card
+    assert elsewhere in card
+
+
+def test_what_goes_to_the_hub_names_the_repository_and_no_place_of_this_machine(tmp_path):
+    from stepdistill.export.hub import stage
+
+    config, _, _ = rung_of(tmp_path, "sd15", "export.base_model=some/base", "export.license=mit")
+    folder = export_rung(config, 4)
+    (folder / "previews").mkdir()
+    (folder / "previews" / "a.png").write_bytes(b"x")
+    export_rung(with_export(config, rank=2), 4)
+    copy = stage(config, 4, folder, "me/mine", tmp_path / "up")
+    found = sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file())
+    assert found == [
+        "README.md",
+        "base.json",
+        "kohya/letters_4step_lora.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "rung.json",
+        "scheduler/scheduler_config.json",
+    ]
+    card = (copy / "README.md").read_text()
+    assert "base_model: some/base\nbase_model_relation: adapter\n" in card
+    assert "pipeline.load_lora_weights('me/mine')" in card
+    assert "from_pretrained('some/base'" in card
+    for path in copy.rglob("*"):
+        if path.is_file():
+            assert str(tmp_path).encode() not in path.read_bytes(), path.name

@@ -8,16 +8,21 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from eval.random_teacher import build
 from stepdistill.export.rung import export_rung
+from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import read_lora
 from stepdistill.sampling import ADAPTER, FewStepWarning, load_few_step
 from tests.integration.exported import rung_of, write_rung
@@ -83,6 +88,10 @@ def test_the_defaults_of_the_call_are_the_rungs(rung, kind):
         (lambda c: LCMScheduler.from_config(c), False),
         (lambda c: DDIMScheduler.from_config(c, prediction_type="sample"), False),
         (lambda c: EulerDiscreteScheduler.from_config(c, timestep_spacing="linspace"), False),
+        (lambda c: DDPMScheduler.from_config(c, timestep_spacing="trailing"), False),
+        (lambda c: EulerAncestralDiscreteScheduler.from_config(c, timestep_spacing="trailing"), False),
+        (lambda c: DDIMScheduler.from_config(c, timestep_spacing="trailing", clip_sample=True), False),
+        (lambda c: DDIMScheduler.from_config(c, timestep_spacing="trailing", beta_end=0.02), False),
         (lambda c: EulerDiscreteScheduler.from_config(c, timestep_spacing="trailing"), True),
     ],
 )
@@ -96,7 +105,7 @@ def test_a_wrong_scheduler_is_replaced_before_and_warned_of_after(rung, schedule
     if fits:
         without_warning(latents, pipeline, PROMPT)
     else:
-        with pytest.warns(FewStepWarning, match="trained at|prediction|this LoRA's is"):
+        with pytest.warns(FewStepWarning, match="mend: call load_few_step again"):
             latents(pipeline, PROMPT)
 
 
@@ -105,6 +114,7 @@ def test_a_wrong_scheduler_is_replaced_before_and_warned_of_after(rung, schedule
     [
         ({"guidance_scale": 7.0}, "guidance_scale=7: the LoRA has guidance in it already"),
         ({"num_inference_steps": 20}, "num_inference_steps=20: this LoRA is trained for 4"),
+        ({"eta": 1.0}, "eta=1 adds noise"),
     ],
 )
 def test_other_steps_and_guidance_are_warned_of_and_obeyed(rung, options, says):
@@ -275,3 +285,175 @@ def test_it_is_saved_as_the_vanilla_pipeline_that_it_is(rung, tmp_path):
     assert type(again) is StableDiffusionPipeline
     found = latents(again, PROMPT, num_inference_steps=4, guidance_scale=1.0)
     assert torch.allclose(found, by_hand(rung[1], rung[2]), atol=1e-4)
+
+
+def attention_style(teacher, folder):
+    """A LoRA on to_q and to_v alone, as most styles are."""
+    unet = load_unet(teacher)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    state = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state)
+    return folder
+
+
+def test_a_style_on_some_layers_stays_through_every_change_of_rung(rung, tmp_path):
+    config, teacher, four = rung
+    write_rung(config, teacher, 2, seed=5)
+    two, style = export_rung(config, 2), attention_style(teacher, tmp_path / "style")
+    drawn = {}
+    for with_style in (True, False):
+        for hotswap in (True, False):
+            pipeline = pipeline_of(teacher)
+            if with_style:
+                pipeline.load_lora_weights(style, adapter_name="style")
+            load_few_step(pipeline, four)
+            load_few_step(pipeline, two, hotswap=hotswap)
+            expected = [ADAPTER, "style"] if with_style else [ADAPTER]
+            assert sorted(pipeline.get_active_adapters()) == expected
+            drawn[with_style, hotswap] = without_warning(latents, pipeline, PROMPT)
+    for with_style in (True, False):
+        assert torch.allclose(drawn[with_style, True], drawn[with_style, False], atol=1e-5)
+    assert not torch.allclose(drawn[True, True], drawn[False, True], atol=1e-2)
+
+
+def unloaded(pipeline, _style):
+    pipeline.unload_lora_weights()
+
+
+def disabled(pipeline, _style):
+    pipeline.disable_lora()
+
+
+def displaced(pipeline, style):
+    pipeline.load_lora_weights(style, adapter_name="style")
+
+
+def weakened(pipeline, _style):
+    pipeline.set_adapters([ADAPTER], [0.3])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (unloaded, "was unloaded"),
+        (disabled, "is not active"),
+        (displaced, "is not active: set_adapters leaves 'few_step' out, or a later LoRA took its place"),
+        (weakened, "has weight 0.3, not 1"),
+    ],
+)
+def test_a_lora_that_is_no_longer_at_work_is_warned_of(rung, tmp_path, change, says):
+    _, teacher, folder = rung
+    pipeline = pipeline_of(teacher)
+    load_few_step(pipeline, folder)
+    change(pipeline, attention_style(teacher, tmp_path / "style"))
+    for _ in range(2):  # at every call
+        with pytest.warns(FewStepWarning, match=says):
+            latents(pipeline, PROMPT)
+    load_few_step(pipeline, folder)
+    without_warning(latents, pipeline, PROMPT)
+
+
+def test_a_rung_that_another_pipeline_put_on_the_shared_unet_is_warned_of(rung):
+    config, teacher, four = rung
+    write_rung(config, teacher, 2, seed=5)
+    first = pipeline_of(teacher)
+    load_few_step(first, four)
+    second = StableDiffusionImg2ImgPipeline.from_pipe(first)
+    load_few_step(second, export_rung(config, 2))
+    with pytest.warns(FewStepWarning, match="another rung was loaded onto this U-Net"):
+        latents(first, PROMPT)
+
+
+def test_a_merged_lora_is_not_added_to(rung):
+    _, teacher, folder = rung
+    pipeline = pipeline_of(teacher)
+    load_few_step(pipeline, folder)
+    plain = latents(pipeline, PROMPT)
+    pipeline.fuse_lora()
+    assert torch.allclose(without_warning(latents, pipeline, PROMPT), plain, atol=1e-4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has a LoRA merged into its weights"):
+            load_few_step(pipeline, folder)
+        pipeline.unload_lora_weights()
+    fresh = pipeline_of(teacher)
+    load_few_step(fresh, folder)
+    fresh.fuse_lora()
+    fresh.unfuse_lora()
+    fresh.unload_lora_weights()
+    load_few_step(fresh, folder)
+    assert torch.allclose(without_warning(latents, fresh, PROMPT), plain, atol=1e-4)
+
+
+def test_a_lora_of_a_shallower_unet_is_refused(rung):
+    """All its layers fit: the deeper one has more."""
+    shallow = pipeline_of(rung[1])
+    options = dict(shallow.unet.config) | {"transformer_layers_per_block": 2}
+    torch.manual_seed(0)
+    deeper = StableDiffusionPipeline(
+        **{**shallow.components, "unet": UNet2DConditionModel(**options)}, requires_safety_checker=False
+    )
+    (file,) = (rung[2] / "kohya").glob("*.safetensors")
+    for path in (rung[2], file):
+        with pytest.raises(ValueError, match=r"LoRA of another U-Net: that one has \d+ tensors, this one"):
+            load_few_step(deeper, path)
+
+
+def test_a_base_that_cannot_be_looked_at_is_said(rung, tmp_path):
+    copy = shutil.copytree(rung[2], tmp_path / "4")
+    (copy / "base.json").unlink()
+    with pytest.warns(FewStepWarning, match="could not be checked"):
+        load_few_step(pipeline_of(rung[1]), copy)
+
+
+def test_a_compiled_unet_is_the_same_unet(rung):
+    _, teacher, folder = rung
+    pipeline = pipeline_of(teacher)
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    without_warning(load_few_step, pipeline, folder)
+    assert torch.allclose(without_warning(latents, pipeline, PROMPT), by_hand(teacher, folder), atol=1e-4)
+
+
+def test_a_pipeline_of_its_parts_is_a_vanilla_one(rung):
+    _, teacher, folder = rung
+    pipeline = pipeline_of(teacher)
+    load_few_step(pipeline, folder)
+    other = type(pipeline)(**pipeline.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    found = latents(other, PROMPT, num_inference_steps=4, guidance_scale=1.0)
+    assert torch.equal(found, latents(pipeline, PROMPT))
+
+
+def test_a_strength_that_leaves_no_step_is_refused(rung):
+    _, teacher, folder = rung
+    pipeline = pipeline_of(teacher)
+    load_few_step(pipeline, folder)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
+    load_few_step(other, folder)
+    with pytest.raises(ValueError, match=r"strength=0\.2 leaves no step of 4; allowed: 0\.25 and more"):
+        other(PROMPT, image=torch.rand(1, 3, 32, 32), strength=0.2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "cannot read"),
+        (lambda path: reheaded(path, {}), "does not say how it is sampled"),
+        (lambda path: reheaded(path, {"stepdistill": "{"}), "header that cannot be read"),
+        (lambda path: reheaded(path, {"stepdistill": "{}"}), "header that cannot be read"),
+    ],
+)
+def test_a_kohya_file_that_cannot_be_used_is_refused(rung, tmp_path, damage, says):
+    (file,) = (rung[2] / "kohya").glob("*.safetensors")
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(file, copy)
+    damage(copy)
+    with pytest.raises(ValueError, match=says):
+        load_few_step(pipeline_of(rung[1]), copy)
+
+
+def reheaded(path, metadata):
+    save_file(load_file(path), path, metadata={"format": "pt", **metadata})

@@ -1,6 +1,5 @@
 """docs/guide.md: every command and every snippet in it runs, on a tiny stand-in for the model that it names."""
 
-import os
 import re
 import shlex
 import subprocess
@@ -86,10 +85,11 @@ def test_every_command_and_snippet_of_the_guide_runs(desk):
         done = subprocess.run(words, cwd=desk, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
     (snippet,) = blocks("python")
-    script = f"{snippet}\nimage.save('snippet.png')\n"
-    environment = {**os.environ, "PYTHONWARNINGS": "error::stepdistill.sampling.FewStepWarning"}
+    strict = "import warnings\nfrom stepdistill.sampling import FewStepWarning\n"
+    strict += "warnings.simplefilter('error', FewStepWarning)\n"
+    script = f"{strict}{snippet}\nimage.save('snippet.png')\n"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("bicycle.png", "snippet.png"):

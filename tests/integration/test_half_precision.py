@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 
 from stepdistill.data.prepare import prepare
@@ -12,6 +13,7 @@ from tests.integration.conftest import tiny_config
 PHASES = "[{objective: mse, max_train_steps: 8}, {objective: single, max_train_steps: 3}]"
 
 
+@pytest.mark.slow
 def test_an_update_that_overflows_is_left_out_and_the_next_ones_are_taken(tmp_path, monkeypatch):
     too_much = functools.partial(torch.amp.GradScaler, init_scale=2.0**22)
     monkeypatch.setattr(torch.amp, "GradScaler", too_much)

@@ -62,6 +62,7 @@ def test_a_run_leaves_what_the_architecture_says(finished_run):
     assert [row["nfe"] for row in results["rows"]] == [64, 16, 8, 4, 2, 32, 8, 4, 2, 1]
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_bit_identical_and_another_seed_is_not(finished_run, tmp_path):
     again = tiny_config(tmp_path)
     other = tiny_config(tmp_path, "name=other", "seed=1")
@@ -223,7 +224,7 @@ def test_the_card_is_python_whatever_the_prompt_and_the_path_are(finished_run):
     record = read_rung(finished_run.run_dir, 4)
     folder = rung_folder(finished_run.run_dir, 4)
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    card = model_card(config, record, folder, scheduler)
+    card = model_card(config, record, folder, scheduler, dict(scheduler.config))
     (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     texts = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
     assert prompt in texts

@@ -22,6 +22,7 @@ LAYERS = [
     {"training"},
     {"report"},
     {"ladder", "export", "demo.teacher"},
+    {"sampling_checks"},
     {"sampling"},
     {"evaluation"},
     {"doctor"},

@@ -64,3 +64,10 @@ def test_a_lora_is_found_again_in_the_weights_that_it_was_merged_into():
         assert torch.allclose(found.lora.layers[name].delta(), layer.delta(), atol=1e-5)
     less = extract(base, tuned, layers, 1, {})
     assert 0 < less.energy_kept < 0.95
+    assert less.left_out == 0
+    for weights, value in ((base, 0.0), (tuned, 2.0)):
+        weights["norm.bias"] = torch.full((5,), value)
+    with_others = extract(base, tuned, layers, 3, {})
+    changed = sum(float(layer.delta().double().square().sum()) for layer in layers.values())
+    assert with_others.left_out == pytest.approx(20 / (20 + changed), rel=1e-5)
+    assert with_others.energy_kept == pytest.approx(changed / (20 + changed), rel=1e-5)

@@ -81,7 +81,9 @@ def test_the_readmes_speed_is_the_committed_result():
 def test_the_notes_on_the_other_world_are_the_committed_results():
     table = {row["row"]: row for row in json.loads(Path("eval/results/digits.json").read_text())["table"]}
     notes = Path("eval/recipe_notes.md").read_text().partition("## A world that it was not tuned on")[2]
-    lines = re.findall(r"^\| (?:FID to (real|teacher), )?([a-z][a-z-]+) \| (.*) \|$", notes, flags=re.MULTILINE)
+    lines = re.findall(
+        r"^\| (?:FID to (real|teacher), )?([a-z][a-z-]+) \| (.*) \|$", notes, flags=re.MULTILINE
+    )
     assert len(lines) == 8
     kind = ""
     for named, method, cells in lines:
