@@ -56,6 +56,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with writing(folder):
             partial.mkdir(parents=True)
             yield partial
+            for path in partial.rglob("*.safetensors"):
+                readable(path)
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
     finally:
@@ -72,6 +74,14 @@ def canonical_safetensors(path: Path) -> None:
     text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    readable(path)
+
+
+def readable(path: Path) -> None:
+    """Gives a file the rights that new files have here: safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def sha256_file(path: Path) -> str:

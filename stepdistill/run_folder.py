@@ -12,12 +12,14 @@ from stepdistill.teacher_source import check_teacher
 
 # What may differ when a run goes on: it changes no weight.
 _FREE = (
+    "data.max_bad_fraction",
+    "data.on_bad",
     "evaluation",
     "export",
+    "output_dir",
+    "preview.prompts",
     "training.logging_steps",
     "training.preview_steps",
-    "preview.prompts",
-    "output_dir",
 )
 
 
@@ -37,10 +39,12 @@ def check_run(config: RunConfig) -> None:
     differing = _differences(_saved(saved), resolved(config))
     if differing:
         key, before, now = differing[0]
-        others = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
+        rest = [name for name, _, _ in differing[1:]]
+        more = f", and {len(rest) - 8} more" if len(rest) > 8 else ""
+        others = f" (also other: {', '.join(rest[:8])}{more})" if rest else ""
         raise ConfigError(
-            f"{key}: got {now!r}, but {run_dir} is a run with {before!r}{others}; "
-            f"allowed: the same value, another name=..., or remove that folder"
+            f"{key}: got {now!r}, but {run_dir} is a run with {before!r}{others}; allowed: the same value, "
+            f"{run_dir} instead of the config to go on as it was begun, another name=..., or remove that folder"
         )
 
 

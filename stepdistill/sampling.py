@@ -81,6 +81,8 @@ def _read(path: Path) -> tuple[LoadedRung, Lora | None]:
 
 def _of_folder(folder: Path) -> tuple[LoadedRung, Lora]:
     raw = read_json(folder / "rung.json")
+    if raw is None and (folder / "rungs").is_dir():
+        raise ValueError(f"{folder} is a run; allowed: one of its rungs, such as {folder / 'rungs' / '4'}")
     if raw is None or not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise ValueError(
             f"{folder} holds no exported rung: run `stepdistill export` (pipelines/export.py) first; a LoRA that is no rung "

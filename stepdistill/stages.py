@@ -10,8 +10,9 @@ from pathlib import Path
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import write_json
+from stepdistill.durable import read_json, write_json
 from stepdistill.run_folder import check_run, open_run
+from stepdistill.rungs import finished_rungs, rung_folder
 from stepdistill.teacher_source import is_ready_made
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,17 @@ def prepare(config: RunConfig) -> None:
 
     write_json(run_dir / "environment.json", environment())
     _make_teacher(config)
+    manifest = run_dir / "cache" / "manifest.json"
+    before = (read_json(manifest) or {}).get("shards")
     made = fill_cache(config)
     logger.info("prepare: %s", "cache made" if made else "cache is there")
+    finished = finished_rungs(run_dir)
+    if finished and before != (read_json(manifest) or {}).get("shards"):
+        logger.warning(
+            "prepare: the data changed, and the rungs of %s steps were trained on what was there before; mend: another "
+            "name=..., or `stepdistill distill --rung` for each",
+            ", ".join(map(str, finished)),
+        )
 
 
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
@@ -47,20 +57,48 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     _quiet_libraries()
     from stepdistill.ladder import distill as climb
 
+    before = finished_rungs(config.run_dir)
     trained = climb(config, only=only)
     logger.info("distill: %s", f"trained {trained}" if trained else "every rung is finished")
+    if only is not None and only[1] in before:
+        later = [n for n in before if n < only[1]]
+        learned = (
+            f"; the rungs of {', '.join(map(str, later))} steps were learned from the old one"
+            if later
+            else ""
+        )
+        logger.warning(
+            "distill: its exports and its pictures in the table are gone with the old one%s", learned
+        )
 
 
-def export(config: RunConfig, *, steps: Sequence[int] | None = None, push_to: str | None = None) -> None:
-    """What config.export asks for in every rung's folder, or in those of some steps; to the Hub only where it is named."""
+def export(
+    config: RunConfig,
+    *,
+    steps: Sequence[int] | None = None,
+    push_to: str | None = None,
+    dry_run: bool = False,
+) -> None:
+    """What config.export asks for in every finished rung's folder, or in those of some steps; to the Hub only where it is
+    named. dry_run: says what it would do."""
     known = [rung.student_steps for rung in config.ladder]
-    chosen = list(steps or known)
+    chosen = list(steps or [n for n in known if n in finished_rungs(config.run_dir)] or known)
     if not set(chosen) <= set(known):
         raise ConfigError(
             f"--steps: got {', '.join(map(str, chosen))}; allowed: {', '.join(map(str, known))}"
         )
-    if push_to is not None and len(chosen) != 1:
+    if push_to is not None and len(steps or ()) != 1:
         raise ConfigError("--push: a repository holds one LoRA; allowed: with one --steps, such as --steps 4")
+    if dry_run:
+        options = config.export
+        lower = f", rank {options.rank}" if options.rank is not None else ""
+        for count in chosen:
+            print(
+                f"export {rung_folder(config.run_dir, count)}: {', '.join(options.formats)} in {options.dtype}{lower}"
+            )
+        if push_to is not None:
+            print(f"push it to {push_to}")
+        return
     check_run(config)
     _quiet_libraries()
     from stepdistill.export.rung import export_rung
@@ -81,11 +119,12 @@ def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
 
     reduced = extract_to(output, base, tuned, rank)
     logger.info(
-        "extract: rank %d keeps %.2f %% of the change, %.2f %% in the layer where it keeps least: %s",
+        "extract: rank %d keeps %.2f %% of the change, %.2f %% in the layer where it keeps least; "
+        "pipeline.load_lora_weights(%r) loads it",
         rank,
         100 * reduced.energy_kept,
         100 * min(reduced.kept.values()),
-        output,
+        str(output),
     )
     if reduced.left_out > 0:
         logger.info(
@@ -154,7 +193,7 @@ def refresh_cards(config: RunConfig) -> None:
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
     """One picture by the `steps`-step student of a run, as PNG."""
     from stepdistill.run_folder import read_run_config
-    from stepdistill.rungs import require_rung, rung_folder
+    from stepdistill.rungs import require_rung
 
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
@@ -179,7 +218,6 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
 def _estimate(config: RunConfig) -> str:
     """Minutes to come: the forwards of the plan, each as long as one is now on this machine."""
     from stepdistill.ladder import seconds_per_forward
-    from stepdistill.rungs import finished_rungs
 
     each = seconds_per_forward(config)
     training = each * plan.training_forwards(config, finished=finished_rungs(config.run_dir))

@@ -222,7 +222,7 @@ def _require_size(images: torch.Tensor, extractor: FeatureExtractor) -> None:
     if got != (side, side):
         raise ValueError(
             f"evaluation.resize: {extractor.name} takes {side} x {side} pictures, got {got[0]} x {got[1]}; "
-            f"allowed here: a resize other than none, and {side} as evaluation.patch_size"
+            f"allowed here: torchmetrics, tf1, pil_bicubic, lanczos512"
         )
 
 

@@ -84,6 +84,12 @@ class Distances:
             dinov2 = build_extractor(f"dinov2:{options.dinov2}", device=device)
             self._views.append(View("dinov2", dinov2, "pil_bicubic"))
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """ValueError where an extractor cannot read pictures of a size (height, width) as they are resized: one is tried."""
+        picture = torch.zeros(1, 3, *size, dtype=torch.uint8)
+        for view in self._views:
+            extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
+
     def to_teacher(self, images: ImageSet, teacher: ImageSet) -> dict[str, float]:
         """`*_to_teacher` of a set of images."""
         return self._pairwise(images, teacher, "teacher")

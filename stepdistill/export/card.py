@@ -24,6 +24,9 @@ _CARD = """---
 
 A LoRA that makes its teacher draw in {{ steps }}, without guidance.
 Distilled {{ path }} by stepdistill; rank {{ rank }}, alpha the same.
+{% if kept %}
+The trained LoRA has a higher rank; this one, by singular values, keeps {{ kept }} of its energy and was not measured.
+{% endif %}
 Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on that base, and on fine-tunes of it.
 {% if table %}
 
@@ -90,6 +93,7 @@ def model_card(
     *,
     kohya: str | None = None,
     repository: str | None = None,
+    energy_kept: float | None = None,
 ) -> str:
     """The README.md of a folder with a LoRA.
 
@@ -101,6 +105,7 @@ def model_card(
         base: the teacher's scheduler config.
         kohya: the name of kohya's file where there is one.
         repository: OWNER/NAME where the folder goes to the Hub.
+        energy_kept: of a LoRA of lower rank than the trained one; the run's numbers are not its own.
     """
     students = [r.student_steps for r in config.ladder]
     students = students[: students.index(record.student_steps) + 1]
@@ -120,7 +125,8 @@ def model_card(
         folder=repr(repository or folder.as_posix()),
         prompt=repr(config.preview.prompts[0]),
         timesteps=trained_timesteps(scheduler, record.student_steps),
-        table=_table(results, record.student_steps),
+        table=None if energy_kept is not None else _table(results, record.student_steps),
+        kept=None if energy_kept is None else f"{100 * energy_kept:.1f} %",
         images=results.get("num_images"),
         grid=GRID if (folder / GRID).is_file() else None,
         kohya=kohya,

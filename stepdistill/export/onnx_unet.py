@@ -80,7 +80,7 @@ def write_onnx(folder: Path, unet: UNet2DConditionModel, *, tokens: int) -> floa
     ValueError where the difference is above TOLERANCE.
     """
     check_installed()
-    module = _Named(unet.float().eval())
+    module = _Named(unet.float()).eval()
     factor = 2 ** (len(unet.config.block_out_channels) - 1)  # sides are halved on every level but the last
     inputs = inputs_of(unet, 2, tokens=tokens)
     if min(inputs["sample"].shape[2:]) < 2 * factor:  # a side of one token would be taken for a constant
@@ -91,7 +91,12 @@ def write_onnx(folder: Path, unet: UNet2DConditionModel, *, tokens: int) -> floa
         {0: batch, 2: height, 3: width} if name == "sample" else {0: batch} for name in inputs
     )
     program = torch.onnx.export(
-        module, tuple(inputs.values()), dynamo=True, dynamic_shapes=free, verbose=False
+        module,
+        tuple(inputs.values()),
+        dynamo=True,
+        dynamic_shapes=free,
+        verbose=False,
+        output_names=["out_sample"],
     )
     assert program is not None  # without a file it returns the program
     other = inputs_of(unet, 3, tokens=tokens, seed=1)

@@ -5,6 +5,7 @@ of their squares over the sum of all. Every layer gets the same rank, padded wit
 the files of all rungs fit one compiled network.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,11 @@ def extract_to(folder: Path, base: Path, tuned: Path, rank: int) -> Reduced:
             f"extract: {tuned} is a U-Net of another shape than {base}; allowed: one trained from it"
         )
     modules = _targets(before)
+    most = max(min(shape[0], math.prod(shape[1:])) for shape in (first[f"{m}.weight"].shape for m in modules))
+    if rank > most:
+        raise ConfigError(
+            f"--rank: got {rank}; allowed: up to {most}, the rank of this U-Net's largest layer"
+        )
     reduced = extract(first, second, modules, rank, as_plain_data(lora_config(rank)))
     if not any(bool(layer.up.any()) for layer in reduced.lora.layers.values()):
         raise ConfigError(

@@ -36,6 +36,8 @@ from stepdistill.teacher_source import teacher_folder
 
 logger = logging.getLogger(__name__)
 BASE = "base.json"
+KEPT = "kept.json"
+"""Of a lower rank: the share of the trained LoRA's energy."""
 HEADER = "stepdistill"
 """Key of our own facts in a kohya file's header, as JSON."""
 
@@ -56,6 +58,8 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
             100 * min(reduced.kept.values()),
         )
         lora, folder = reduced.lora, folder / f"rank{config.export.rank}"
+        folder.mkdir(exist_ok=True)
+        write_json(folder / KEPT, {"rank": config.export.rank, "energy_kept": reduced.energy_kept})
         file = write_lora(folder, lora.state(), lora.config)
         record = dataclasses.replace(record, lora_rank=lora.rank, sha256=sha256_file(file))
         record.write(folder)
@@ -113,7 +117,8 @@ def write_card(
 ) -> None:
     """README.md, and beside it the run's picture where there is one; for the Hub, with the repository in the snippets."""
     grid = config.run_dir / "report" / GRID
-    if grid.is_file():
+    kept = (read_json(folder / KEPT) or {}).get("energy_kept")
+    if grid.is_file() and kept is None:
         shutil.copyfile(grid, folder / GRID)
     files = sorted((folder / "kohya").glob("*.safetensors"))
     card = model_card(
@@ -123,6 +128,7 @@ def write_card(
         scheduler,
         read_scheduler_config(teacher_folder(config)),
         kohya=files[0].name if files else None,
+        energy_kept=kept,
         repository=repository,
     )
     write_text(folder / "README.md", card)

@@ -6,7 +6,7 @@ Here: the distances of the whole ladder, and what rules.py says of each rung, pu
 from collections.abc import Iterable, Iterator
 
 from stepdistill.report import rules
-from stepdistill.report.entries import Entry, entries_of
+from stepdistill.report.entries import Entry, entries_of, equal_passes
 from stepdistill.report.read import PhaseLog, Run, RungLog
 from stepdistill.report.rules import Advice
 from stepdistill.report.signs import still_falling
@@ -21,7 +21,8 @@ def advice_for(run: Run) -> list[Advice]:
     """The rules that the run's numbers set off, those about distances first."""
     students = {e.steps: e for e in entries_of([run]) if e.kind == "student"}
     reference = next((e for e in entries_of([run]) if e.is_reference), None)
-    found = [*_far_from_teacher(run, students), *_at_the_floor(run, students)]
+    found = [*_worse_than_undistilled(run, students), *_far_from_teacher(run, students)]
+    found += _at_the_floor(run, students)
     for rung in run.rungs:
         student = students.get(rung.student_steps)
         if student is not None:
@@ -44,6 +45,22 @@ def _merged(found: Iterable[Advice]) -> Iterator[Advice]:
         findings = "; ".join(advice.finding.removesuffix(".") for advice in group)
         keys = dict.fromkeys(key for advice in group for key in advice.keys)
         yield Advice(f"{findings}.", remedy, tuple(keys)[:_MOST_KEYS])
+
+
+def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
+    """Rungs that the base alone beats with as many U-Net passes: they have hardly been trained."""
+    for rung in run.rungs:
+        student = students.get(rung.student_steps)
+        teacher = equal_passes(student, entries_of([run])) if student is not None else None
+        if student is None or teacher is None:
+            continue
+        own, bare = student.value("fid_to_teacher"), teacher.value("fid_to_teacher")
+        if own is not None and bare is not None and own > bare:
+            yield Advice(
+                f"{rung.title}: FID to teacher {own:.2f}, worse than {teacher.name}'s {bare:.2f} without any LoRA.",
+                "It was hardly trained, or harmed: give its mse phase many more updates before anything else.",
+                (f"{rung.main_phase.key}.max_train_steps",),
+            )
 
 
 def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:

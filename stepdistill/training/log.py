@@ -90,5 +90,6 @@ class PhaseProgress:
             elapsed = time.monotonic() - self._started
             remaining = elapsed / done * (self._total - done)
             self._console.print(
-                f"{self._title}  {done}/{self._total}  {text}  {elapsed:.0f} s, {remaining:.0f} s to go"
+                f"{self._title}  {done}/{self._total}  {text}  {elapsed:.0f} s, {remaining:.0f} s to go",
+                soft_wrap=True,
             )

@@ -39,6 +39,14 @@ def test_a_mistake_is_one_line_and_exit_code_2_in_under_two_seconds(tmp_path, ov
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_the_table_cannot_measure_is_said_before_the_ladder_is_climbed(tmp_path):
+    options = (f"output_dir={tmp_path / 'runs'}", "evaluation.patch_size=64")
+    done, _ = stepdistill("run", "configs/letters.yaml", *options)
+    assert done.returncode == 2
+    assert "evaluation.patch_size: got 64; allowed: 32" in done.stderr
+    assert not (tmp_path / "runs" / "letters" / "rungs").exists()
+
+
 def test_an_output_folder_of_another_run_is_refused(tmp_path):
     folder = tmp_path / "runs" / "letters"
     folder.mkdir(parents=True)

@@ -6,6 +6,7 @@ from PIL import Image
 
 from eval.random_teacher import build
 from stepdistill.cli import app, guarded
+from stepdistill.config_file import load_config
 from stepdistill.doctor import examine
 from tests.integration.conftest import tiny_config
 
@@ -82,3 +83,17 @@ def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path
     said = capsys.readouterr().out
     assert "32 -> 8  single: 100 updates of" in said
     assert not (tmp_path / name.replace("_", "-")).exists()
+
+
+def test_pictures_that_the_extractor_cannot_read_are_said_before_anything_is_drawn(tmp_path):
+    """The reader takes 32 x 32 and does not resize; the tiny SD1.5 draws 64 x 64."""
+    build("sd15", tiny=True).save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    (tmp_path / "prompts.txt").write_text("a thing\n")
+    options = [f"teacher.path={tmp_path / 'teacher'}", f"data.source={tmp_path / 'prompts.txt'}"]
+    config = load_config("configs/letters.yaml", [f"output_dir={tmp_path}", *options])
+    said = "evaluation.resize: reader takes 32 x 32 pictures, got 64 x 64"
+    assert [f for f in examine(config) if f.state == "problem" and said in f.about]
+    better = load_config(
+        "configs/letters.yaml", [f"output_dir={tmp_path}", *options, "evaluation.resize=torchmetrics"]
+    )
+    assert not [f for f in examine(better) if f.state == "problem"]

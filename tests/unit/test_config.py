@@ -78,7 +78,8 @@ def test_another_runs_folder_is_refused_and_left_alone(tmp_path):
     first = load_config(CONFIG, [f"output_dir={tmp_path}"])
     open_run(first)
     before = (first.run_dir / "config.yaml").read_bytes()
-    check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "evaluation.num_images=64"]))
+    for free in ("evaluation.num_images=64", "data.max_bad_fraction=0.5", "data.on_bad.image_animated=error"):
+        check_run(load_config(CONFIG, [f"output_dir={tmp_path}", free]))
     with pytest.raises(ConfigError, match=r"lora\.rank: got 8.*a run with \d+.*another name"):
         check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "lora.rank=8"]))
     assert (first.run_dir / "config.yaml").read_bytes() == before

@@ -44,6 +44,17 @@ def test_good_numbers_call_for_nothing(run):
     assert advised(run) == []
 
 
+def test_a_student_worse_than_the_bare_teacher_at_equal_passes_comes_first(run):
+    bare = next(row for row in load(run)["rows"] if row["row"] == "teacher-2")["fid_to_teacher"]
+    first = advised(run, fid_to_teacher=bare + 1)[0]
+    assert (
+        f"4 steps: FID to teacher {bare + 1:.2f}, worse than teacher-2's {bare:.2f} without any LoRA"
+        in first.finding
+    )
+    assert first.keys == ("ladder.2.phases.0.max_train_steps",)
+    assert not any("worse than" in found.finding for found in advised(run, fid_to_teacher=bare - 1))
+
+
 @pytest.mark.parametrize(
     ("numbers", "found", "key"),
     [
