@@ -10,13 +10,17 @@ export MALLOC_MMAP_THRESHOLD_ := 1000000000
 demo: $(VENV)/installed
 	$(BIN)/stepdistill run configs/letters.yaml $(DEMO_ARGS)
 
+# A process a core, a thread each: the tests' models are too small for threads.
+TOGETHER := -n logical --dist loadfile
+test test-slow: export OMP_NUM_THREADS := 1
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(TOGETHER)
 
 # With what the optional sources need: scikit-image's and scikit-learn's photographs, parquet through datasets.
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint,worlds,data,quantize,onnx]"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(TOGETHER)
 
 # The report in headless Chromium: needs chromium and chromium-driver (Debian's packages); skips itself without them.
 test-browser: $(VENV)/installed

@@ -7,6 +7,7 @@ A layer's update is alpha / r * lora_up @ lora_down, so alpha = r * scale says w
 """
 
 import contextlib
+import filecmp
 import hashlib
 import json
 import re
@@ -166,14 +167,16 @@ def kohya_header(
 
 
 def write_kohya(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> Path:
-    """Writes the file in one step; equal tensors and header, equal bytes. sshs_model_hash is that of the tensors."""
+    """Writes the file in one step; equal tensors and header, equal bytes, and a file that is so already is left alone.
+    sshs_model_hash is that of the tensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         try:
             save_file(dict(state), partial, metadata={**header, "sshs_model_hash": tensors_hash(state)})
             canonical_safetensors(partial)
-            partial.replace(path)
+            if not (path.is_file() and filecmp.cmp(path, partial, shallow=False)):
+                partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     return path

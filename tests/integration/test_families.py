@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from eval.random_teacher import FAMILIES, build
 from stepdistill import stages
@@ -15,6 +16,7 @@ from stepdistill.config import ConfigError
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from tests.integration.conftest import tiny_config
+from tests.original_layout import original_state
 
 MSE = {"objective": "mse", "max_train_steps": 1}
 
@@ -70,11 +72,19 @@ def latents_of(pipeline, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("alone", [False, True], ids=["pictures", "prompts"])
-def test_the_whole_ladder_of_a_family_ends_in_loras_that_a_vanilla_pipeline_loads(tmp_path, family, alone):
+@pytest.mark.parametrize("brought", ["pictures", "prompts", "one file"])
+def test_the_whole_ladder_of_a_family_ends_in_loras_that_a_vanilla_pipeline_loads(tmp_path, family, brought):
     (tmp_path / "prompts.txt").write_text("a thing\nanother thing\n")
+    alone = brought == "prompts"
     source = tmp_path / "prompts.txt" if alone else pictures(tmp_path / "pictures")
     config = run_config(tmp_path, family, source)
+    if brought == "one file":
+        save_file(
+            original_state(DiffusionPipeline.from_pretrained(tmp_path / "teacher")),
+            tmp_path / "one.safetensors",
+        )
+        file = [f"teacher.path={tmp_path / 'one.safetensors'}", f"teacher.config={tmp_path / 'teacher'}"]
+        config = run_config(tmp_path, family, source, *file)
     stages.run_all(config)
     results = json.loads((config.run_dir / "evaluation" / "results.json").read_text())
     assert {row["row"] for row in results["rows"]} == {"teacher-2", *(f"student-{n}" for n in (8, 4, 2, 1))}

@@ -409,6 +409,7 @@ def test_a_base_that_cannot_be_looked_at_is_said(rung, tmp_path):
         load_few_step(pipeline_of(rung[1]), copy)
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_is_the_same_unet(rung):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
