@@ -1,8 +1,8 @@
 """A pipeline's weights in the layout of the original repositories (CompVis, Stability), as a single file has them.
 
 The inverse of what diffusers' `from_single_file` reads, from the names in the original configs: input_blocks, middle_block,
-output_blocks of a U-Net with two layers a block; encoder.down and decoder.up of the VAE; OpenCLIP's names for SDXL's second
-text encoder.
+output_blocks of a U-Net with two layers a block; encoder.down and decoder.up of the VAE; OpenCLIP's names for SD2.x's text
+encoder and SDXL's second.
 """
 
 import re
@@ -43,6 +43,8 @@ def original_state(pipeline) -> dict[str, torch.Tensor]:
     if hasattr(pipeline, "text_encoder_2"):
         state |= _clip("conditioner.embedders.0.transformer", pipeline.text_encoder)
         state |= _open_clip("conditioner.embedders.1.model", pipeline.text_encoder_2)
+    elif pipeline.unet.config.use_linear_projection:  # SD2.x, which has OpenCLIP's encoder
+        state |= _open_clip("cond_stage_model.model", pipeline.text_encoder)
     else:
         state |= _clip("cond_stage_model.transformer", pipeline.text_encoder)
     return {key: value.contiguous() for key, value in state.items()}
@@ -104,8 +106,9 @@ def _open_clip(prefix: str, encoder) -> dict[str, torch.Tensor]:
         "positional_embedding": ours["embeddings.position_embedding.weight"],
         "ln_final.weight": ours["final_layer_norm.weight"],
         "ln_final.bias": ours["final_layer_norm.bias"],
-        "text_projection": ours["text_projection.weight"].T,
     }
+    if "text_projection.weight" in ours:
+        state["text_projection"] = ours["text_projection.weight"].T
     names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     names |= {"self_attn.out_proj": "attn.out_proj"}
     for layer in range(encoder.config.num_hidden_layers):

@@ -35,7 +35,7 @@ def configs_alone(folder, target):
     return target
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_file_is_read_to_the_last_weight(folders, tmp_path, family, dtype):
     pipeline = DiffusionPipeline.from_pretrained(folders / family, dtype=dtype)
