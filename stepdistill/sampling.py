@@ -8,11 +8,13 @@ LoRA, scheduler, steps and guidance are set; what does not fit, then or at a lat
 (sampling_checks.py).
 """
 
+import contextlib
 import copy
 import functools
 import inspect
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,8 @@ def load_few_step(pipeline: DiffusionPipeline, path: str | Path, *, hotswap: boo
 def load_rung(pipeline: DiffusionPipeline, folder: Path) -> RungRecord:
     """The LoRA and the scheduler alone, for whoever gives steps and guidance with every call."""
     rung, _ = _read(folder)
-    pipeline.load_lora_weights(rung.weights.parent, weight_name=rung.weights.name)
+    with _silent_about_text_encoders():
+        pipeline.load_lora_weights(rung.weights.parent, weight_name=rung.weights.name)
     pipeline.scheduler = rung.scheduler
     return rung.record
 
@@ -139,7 +142,8 @@ def _add_adapter(pipeline: DiffusionPipeline, weights: Path, *, hotswap: bool) -
     if there and not hotswap:
         pipeline.delete_adapters(ADAPTER)
     more = {"hotswap": True} if there and hotswap else {}
-    pipeline.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name=ADAPTER, **more)
+    with _silent_about_text_encoders():
+        pipeline.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name=ADAPTER, **more)
     if any(layer.disable_adapters for layer in lora_layers(unet)):
         pipeline.enable_lora()
     both = list(dict.fromkeys([*active, ADAPTER]))
@@ -147,6 +151,18 @@ def _add_adapter(pipeline: DiffusionPipeline, weights: Path, *, hotswap: bool) -
         unet
     ):  # loading makes the newest the only one; a layer passes over names it has not
         layer._active_adapter = list(both)
+
+
+@contextlib.contextmanager
+def _silent_about_text_encoders() -> Iterator[None]:
+    """diffusers warns of a LoRA that has none for the text encoders, which a rung never has."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _few_step_class(cls: type) -> type:

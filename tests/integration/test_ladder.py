@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from stepdistill import rng, stages
-from stepdistill.config import LoraRow
+from stepdistill.config import Export, LoraRow
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from stepdistill.data.shards import read_about, write_shard
@@ -22,6 +22,7 @@ from stepdistill.diffusion.solver import rollout
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.rows import Row, lora_row
 from stepdistill.export.card import model_card
+from stepdistill.export.rung import export_rung
 from stepdistill.ladder import distill, read_lora
 from stepdistill.models import adapters
 from stepdistill.models.conditioning import encode_prompts
@@ -211,6 +212,21 @@ def test_the_lines_that_the_readme_and_the_card_show_draw_an_image(finished_run,
     exec(lines.replace("runs/letters/rungs/4", folder.as_posix()), names)
     assert names["image"].size == (32, 32)
     assert names["pipeline"].get_active_adapters()
+
+
+def test_the_card_has_the_numbers_and_the_picture_of_a_measured_run(finished_run, tmp_path):
+    folder = rung_folder(finished_run.run_dir, 4)
+    card = (folder / "README.md").read_text()
+    rows = re.findall(r"^\| ([a-z]+-\d+) \|", card, flags=re.MULTILINE)
+    assert rows == ["teacher-32", "teacher-4", "student-4"]
+    assert "](grid.png)" in card
+    assert (folder / "grid.png").read_bytes() == (finished_run.run_dir / "report" / "grid.png").read_bytes()
+    shutil.copytree(finished_run.run_dir, tmp_path / finished_run.name)
+    copy = finished_run.model_copy(update={"export": Export(rank=2), "output_dir": str(tmp_path)})
+    lower = export_rung(copy, 4)
+    assert "student-4" not in (lower / "README.md").read_text()
+    assert re.search(r"keeps \d+\.\d % of its energy and was not measured", (lower / "README.md").read_text())
+    assert not (lower / "grid.png").exists()
 
 
 def test_the_card_is_python_whatever_the_prompt_and_the_path_are(finished_run):
