@@ -5,6 +5,7 @@ import pytest
 
 from stepdistill import stages
 from stepdistill.config_file import load_config
+from stepdistill.export.rung import export_rung
 
 STEPS = (128, 32, 8, 4, 2, 1)
 MSE = {"objective": "mse", "max_train_steps": 2}
@@ -49,3 +50,12 @@ def finished_run(trained_run):
     """One whole run of the tiny ladder: every stage in sequence."""
     stages.run_all(trained_run)
     return trained_run
+
+
+@pytest.fixture(scope="module")
+def rung(tmp_path_factory):
+    """(config, teacher's folder, exported folder) of a 4-step rung on a tiny SD1.5."""
+    from tests.integration.exported import rung_of
+
+    config, teacher, _ = rung_of(tmp_path_factory.mktemp("sd15"), "sd15", "export.dtype=float32")
+    return config, teacher, export_rung(config, 4)

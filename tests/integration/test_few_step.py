@@ -1,68 +1,24 @@
 """load_few_step: all of it set, what does not fit warned of or refused."""
 
-import json
-import shutil
-import warnings
-
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DiffusionPipeline,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 
-from eval.random_teacher import build
 from stepdistill.export.rung import export_rung
 from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import read_lora
 from stepdistill.sampling import ADAPTER, FewStepWarning, load_few_step
-from tests.integration.exported import rung_of, write_rung
-
-PROMPT = "a red letter a"
-
-
-@pytest.fixture(scope="module")
-def rung(tmp_path_factory):
-    """(config, teacher's folder, exported folder) of a 4-step rung on a tiny SD1.5."""
-    config, teacher, _ = rung_of(tmp_path_factory.mktemp("sd15"), "sd15", "export.dtype=float32")
-    return config, teacher, export_rung(config, 4)
-
-
-def pipeline_of(teacher):
-    pipeline = DiffusionPipeline.from_pretrained(teacher)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def latents(pipeline, *args, **options):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        return pipeline(
-            *args, generator=generator, output_type="latent", height=32, width=32, **options
-        ).images
-
-
-def without_warning(action, *args, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FewStepWarning)
-        return action(*args, **options)
-
-
-def by_hand(teacher, folder, **options):
-    """What the card says: LoRA, scheduler, steps, no guidance."""
-    pipeline = pipeline_of(teacher)
-    pipeline.load_lora_weights(folder)
-    pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    return latents(pipeline, PROMPT, **{"num_inference_steps": 4, "guidance_scale": 1.0, **options})
+from tests.integration.exported import write_rung
+from tests.integration.few_step import PROMPT, by_hand, latents, pipeline_of, without_warning
 
 
 @pytest.mark.parametrize("kind", ["folder", "kohya"])
@@ -151,109 +107,6 @@ def test_a_style_beside_it_stays_and_another_rung_takes_its_place(rung, tmp_path
     assert torch.allclose(
         without_warning(latents, pipeline, PROMPT), by_hand(teacher, two, num_inference_steps=2), atol=1e-5
     )
-
-
-def test_another_base_of_equal_shapes_is_warned_of_and_half_precision_is_none(rung, tmp_path):
-    _, teacher, folder = rung
-    other = build("sd15", tiny=True, seed=7)
-    with pytest.warns(FewStepWarning, match="trained on another base"):
-        load_few_step(other, folder)
-    for dtype in (torch.float16, torch.bfloat16):
-        without_warning(load_few_step, DiffusionPipeline.from_pretrained(teacher, dtype=dtype), folder)
-    tuned = pipeline_of(teacher)
-    for parameter in tuned.unet.parameters():
-        parameter.data += 0.1 * parameter.data.std().nan_to_num() * torch.randn_like(parameter)
-    with pytest.warns(FewStepWarning, match="weights differ"):
-        load_few_step(tuned, folder)
-
-
-def damaged(rung, place, change):
-    """A copy of the exported folder with the file changed, and rung.json for that file."""
-    from stepdistill.durable import sha256_file
-
-    copy = shutil.copytree(rung[2], place / "4")
-    path = copy / "pytorch_lora_weights.safetensors"
-    change(path)
-    raw = json.loads((copy / "rung.json").read_text())
-    (copy / "rung.json").write_text(json.dumps(raw | {"sha256": sha256_file(path)}))
-    return copy
-
-
-def zeroed(path):
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    state = {k: torch.zeros_like(t) if "lora_B" in k else t for k, t in load_file(path).items()}
-    save_file(state, path, metadata=metadata)
-
-
-def halved(path):
-    state = load_file(path)
-    state.pop(next(key for key in state if "lora_A" in key))
-    save_file(state, path, metadata={"format": "pt"})
-
-
-def infinite(path):
-    state = load_file(path)
-    next(iter(state.values())).view(-1)[3] = float("nan")
-    save_file(state, path, metadata={"format": "pt"})
-
-
-def dora(path):
-    state = load_file(path)
-    name = next(key for key in state if "lora_A" in key)
-    state[name.replace("lora_A.weight", "lora_magnitude_vector")] = torch.ones(4)
-    save_file(state, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (zeroed, "changes nothing: all its updates are zero"),
-        (halved, "holds half of"),
-        (infinite, "not finite"),
-        (dora, "is a DoRA"),
-        (lambda path: shutil.copy(path, path.with_name("other.safetensors")), "holds 2 LoRA files"),
-        (lambda path: path.write_bytes(path.read_bytes()[:500]), "cannot read"),
-    ],
-)
-def test_a_file_that_cannot_be_used_is_refused(rung, tmp_path, change, says):
-    pipeline = pipeline_of(rung[1])
-    with pytest.raises(ValueError, match=says):
-        load_few_step(pipeline, damaged(rung, tmp_path, change))
-    assert not getattr(pipeline.unet, "peft_config", None)
-
-
-@pytest.mark.parametrize("kind", ["folder", "kohya"])
-def test_a_flipped_bit_is_refused(rung, tmp_path, kind):
-    copy = shutil.copytree(rung[2], tmp_path / "4")
-    path = copy / "pytorch_lora_weights.safetensors"
-    if kind == "kohya":
-        (path,) = (copy / "kohya").glob("*.safetensors")
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="changed or damaged"):
-        load_few_step(pipeline_of(rung[1]), copy if kind == "folder" else path)
-
-
-@pytest.mark.parametrize("kind", ["folder", "kohya"])
-def test_a_lora_of_another_unet_is_refused(rung, kind):
-    shallower = build("sdxl", tiny=True)
-    (file,) = (rung[2] / "kohya").glob("*.safetensors")
-    with pytest.raises(ValueError, match="is a LoRA of another U-Net"):
-        load_few_step(shallower, rung[2] if kind == "folder" else file)
-
-
-def test_what_is_no_rung_is_refused_with_what_to_do(rung, tmp_path):
-    pipeline = pipeline_of(rung[1])
-    with pytest.raises(ValueError, match="is not there"):
-        load_few_step(pipeline, tmp_path / "nothing")
-    with pytest.raises(ValueError, match="run `stepdistill export`"):
-        load_few_step(pipeline, tmp_path)
-    with pytest.raises(ValueError, match="does not say how it is sampled"):
-        load_few_step(pipeline, rung[2] / "pytorch_lora_weights.safetensors")
 
 
 def test_a_pipeline_made_of_it_keeps_lora_and_scheduler_and_takes_the_defaults_again(rung):
@@ -388,27 +241,6 @@ def test_a_merged_lora_is_not_added_to(rung):
     assert torch.allclose(without_warning(latents, fresh, PROMPT), plain, atol=1e-4)
 
 
-def test_a_lora_of_a_shallower_unet_is_refused(rung):
-    """All its layers fit: the deeper one has more."""
-    shallow = pipeline_of(rung[1])
-    options = dict(shallow.unet.config) | {"transformer_layers_per_block": 2}
-    torch.manual_seed(0)
-    deeper = StableDiffusionPipeline(
-        **{**shallow.components, "unet": UNet2DConditionModel(**options)}, requires_safety_checker=False
-    )
-    (file,) = (rung[2] / "kohya").glob("*.safetensors")
-    for path in (rung[2], file):
-        with pytest.raises(ValueError, match=r"LoRA of another U-Net: that one has \d+ tensors, this one"):
-            load_few_step(deeper, path)
-
-
-def test_a_base_that_cannot_be_looked_at_is_said(rung, tmp_path):
-    copy = shutil.copytree(rung[2], tmp_path / "4")
-    (copy / "base.json").unlink()
-    with pytest.warns(FewStepWarning, match="could not be checked"):
-        load_few_step(pipeline_of(rung[1]), copy)
-
-
 @pytest.mark.slow
 def test_a_compiled_unet_is_the_same_unet(rung):
     _, teacher, folder = rung
@@ -436,25 +268,3 @@ def test_a_strength_that_leaves_no_step_is_refused(rung):
     load_few_step(other, folder)
     with pytest.raises(ValueError, match=r"strength=0\.2 leaves no step of 4; allowed: 0\.25 and more"):
         other(PROMPT, image=torch.rand(1, 3, 32, 32), strength=0.2)
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "cannot read"),
-        (lambda path: reheaded(path, {}), "does not say how it is sampled"),
-        (lambda path: reheaded(path, {"stepdistill": "{"}), "header that cannot be read"),
-        (lambda path: reheaded(path, {"stepdistill": "{}"}), "header that cannot be read"),
-    ],
-)
-def test_a_kohya_file_that_cannot_be_used_is_refused(rung, tmp_path, damage, says):
-    (file,) = (rung[2] / "kohya").glob("*.safetensors")
-    copy = tmp_path / "copy.safetensors"
-    shutil.copy(file, copy)
-    damage(copy)
-    with pytest.raises(ValueError, match=says):
-        load_few_step(pipeline_of(rung[1]), copy)
-
-
-def reheaded(path, metadata):
-    save_file(load_file(path), path, metadata={"format": "pt", **metadata})
