@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import write_text
+from stepdistill.durable import sha256_json, write_text
 from stepdistill.teacher_source import check_teacher
 
 # What may differ when a run goes on: it changes no weight.
@@ -64,6 +64,11 @@ def read_run_config(run_dir: Path) -> RunConfig:
     return config.model_copy(update={"name": run_dir.resolve().name, "output_dir": str(run_dir.parent)})
 
 
+def config_hash(config: RunConfig) -> str:
+    """Of all that a run's weights depend on: equal wherever it lies and whatever is exported or measured of it."""
+    return sha256_json({k: v for k, v in _flat(resolved(config)).items() if not _is_free(k)})
+
+
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The config with every default filled in, as plain data."""
     return config.model_dump(mode="json")
@@ -100,7 +105,11 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     return {key: value}
 
 
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     first, second = _flat(before), _flat(now)
-    keys = [k for k in {**first, **second} if not any(k == f or k.startswith(f"{f}.") for f in _FREE)]
+    keys = [k for k in {**first, **second} if not _is_free(k)]
     return [(k, first.get(k), second.get(k)) for k in keys if first.get(k) != second.get(k)]

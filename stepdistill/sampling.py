@@ -21,10 +21,9 @@ from typing import Any
 
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from stepdistill.durable import read_json, sha256_file
-from stepdistill.export.kohya import read_kohya, tensors_hash
+from stepdistill.export.kohya import HASH, hash_of_file, read_kohya
 from stepdistill.export.rung import BASE, HEADER
 from stepdistill.models.adapters import lora_layers
 from stepdistill.models.lora_file import Lora, lora_path, read_lora
@@ -105,24 +104,24 @@ def _of_folder(folder: Path) -> tuple[LoadedRung, Lora]:
 def _of_file(path: Path) -> LoadedRung:
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HEADER)
-        tensors = load_file(path)
+            header = file.metadata() or {}
+        found = hash_of_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}; mend: copy or export it again") from None
-    if text is None:
+    if HEADER not in header:
         raise ValueError(
             f"{path} does not say how it is sampled; allowed: a file that `stepdistill export` wrote into kohya/, or a "
             f"rung's folder"
         )
     try:
-        facts = json.loads(text)
-        record, whole = _record(facts), facts["tensors_sha256"]
+        facts = json.loads(header[HEADER])
+        record = _record(facts)
         scheduler, base = DDIMScheduler.from_config(facts["scheduler"]), Sketch.of_json(facts["base"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} has a header that cannot be read ({error}); mend: export it again"
         ) from None
-    if tensors_hash(tensors) != whole:
+    if found != header.get(HASH):
         raise ValueError(
             f"{path} is not as it was written: its tensors were changed or damaged; mend: copy or export it again"
         )

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save, save_file
 from stepdistill.durable import canonical_safetensors, writing
 from stepdistill.models.lora_file import Lora, LoraLayer
 
+HASH = "sshs_model_hash"
 _RESNET = {
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -173,7 +174,7 @@ def write_kohya(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[s
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         try:
-            save_file(dict(state), partial, metadata={**header, "sshs_model_hash": tensors_hash(state)})
+            save_file(dict(state), partial, metadata={**header, HASH: tensors_hash(state)})
             canonical_safetensors(partial)
             if not (path.is_file() and filecmp.cmp(path, partial, shallow=False)):
                 partial.replace(path)
@@ -187,6 +188,16 @@ def tensors_hash(state: Mapping[str, torch.Tensor]) -> str:
     give a LoRA, which a new title does not change."""
     content = save(dict(state))
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def hash_of_file(path: Path) -> str:
+    """tensors_hash of a file as it lies there."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(int.from_bytes(file.read(8), "little"), 1)
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def file_name(name: str, steps: int, rank: int | None = None) -> str:

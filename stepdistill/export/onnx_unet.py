@@ -79,7 +79,6 @@ def write_onnx(folder: Path, unet: UNet2DConditionModel, *, tokens: int) -> floa
         tokens: of the text encoder.
     ValueError where the difference is above TOLERANCE.
     """
-    check_installed()
     module = _Named(unet.float()).eval()
     factor = 2 ** (len(unet.config.block_out_channels) - 1)  # sides are halved on every level but the last
     inputs = inputs_of(unet, 2, tokens=tokens)

@@ -15,12 +15,13 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json, sha256_file, sha256_json, write_json, write_text
+from stepdistill.durable import read_json, sha256_file, write_json, write_text
 from stepdistill.export import kohya
 from stepdistill.export.card import GRID, model_card
 from stepdistill.export.fused import check_whole, fused_unet, write_fused
@@ -30,7 +31,7 @@ from stepdistill.export.scheduler import student_scheduler, trained_timesteps
 from stepdistill.models.loading import image_size, read_scheduler_config
 from stepdistill.models.lora_file import Lora, read_lora, write_lora
 from stepdistill.models.sketch import sketch_of_folder
-from stepdistill.run_folder import resolved
+from stepdistill.run_folder import config_hash
 from stepdistill.rungs import WEIGHT_NAME, RungRecord, require_rung, rung_folder
 from stepdistill.teacher_source import teacher_folder
 
@@ -91,9 +92,10 @@ def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -
         read_scheduler_config(base), record.prediction_type, start_timestep=record.start_timestep
     )
     scheduler.save_pretrained(folder / "scheduler")
-    write_json(folder / BASE, sketch_of_folder(base).as_json())
+    sketch = sketch_of_folder(base).as_json()
+    write_json(folder / BASE, sketch)
     if "kohya" in formats:
-        _write_kohya(config, record, lora, scheduler, folder)
+        _write_kohya(config, record, lora, scheduler, folder, sketch)
     if {"fused", "onnx"} & set(formats):
         unet = fused_unet(base, lora)
         if "onnx" in formats:
@@ -144,7 +146,12 @@ def refresh_cards(config: RunConfig) -> None:
 
 
 def _write_kohya(
-    config: RunConfig, record: RungRecord, lora: Lora, scheduler: DDIMScheduler, folder: Path
+    config: RunConfig,
+    record: RungRecord,
+    lora: Lora,
+    scheduler: DDIMScheduler,
+    folder: Path,
+    sketch: dict[str, Any],
 ) -> None:
     base = teacher_folder(config)
     unet_config = read_json(base / "unet" / "config.json") or {}
@@ -166,10 +173,9 @@ def _write_kohya(
         **dataclasses.asdict(record),
         "guidance_scale": 1.0,
         "timesteps": trained_timesteps(scheduler, record.student_steps),
-        "config_hash": sha256_json(resolved(config)),
+        "config_hash": config_hash(config),
         "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
-        "base": sketch_of_folder(base).as_json(),
-        "tensors_sha256": kohya.tensors_hash(state),
+        "base": sketch,
     }
     kohya.write_kohya(folder / "kohya" / name, state, header | {HEADER: json.dumps(facts, sort_keys=True)})
 

@@ -104,7 +104,7 @@ def batches_of(stage: Stage, runtime: Runtime) -> Generator[tuple[int, Batch]]:
     """The micro-batches of this process in the order they are used, each with the global number of its first sample.
 
     On a GPU they are drawn ahead by a thread. On the CPU a second thread that calls torch has an OpenMP pool of its own, and
-    with more threads than cores every barrier of the first sleeps: an update took 2.5 times as long.
+    with more threads than cores every barrier of the first sleeps.
     """
     firsts = first_samples(stage, runtime)
     if runtime.device.type == "cpu":

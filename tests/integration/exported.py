@@ -60,3 +60,16 @@ def rung_of(place, family, *overrides, steps=4, **options):
     kind = {"sd21_v": "v_prediction"}.get(family, "epsilon")
     roles = write_rung(config, teacher, steps, **{"prediction_type": kind, **options})
     return config, teacher, roles
+
+
+@torch.no_grad()
+def answer(unet, told):
+    """What a U-Net says to the inputs of onnx_unet.inputs_of, (B, C, H, W)."""
+    added = {key: told[key] for key in ("text_embeds", "time_ids") if key in told} or None
+    return unet(
+        told["sample"],
+        told["timestep"],
+        told["encoder_hidden_states"],
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]

@@ -10,10 +10,14 @@ from eval.full_size import base_bytes
 from eval.random_teacher import build
 from stepdistill.config import ConfigError
 from stepdistill.data.prepare import prepare
+from stepdistill.export.fused import fused_unet
+from stepdistill.export.onnx_unet import inputs_of
 from stepdistill.ladder import distill, load_shared, read_lora
 from stepdistill.models.loading import load_unet
+from stepdistill.models.lora_file import read_lora as lora_of
 from stepdistill.runtime import Runtime
 from tests.integration.conftest import tiny_config
+from tests.integration.exported import answer
 
 INT8 = "training.base_quantization=int8"
 
@@ -32,7 +36,17 @@ def test_a_rung_on_an_int8_base(tmp_path):
     assert any(bool(tensor.any()) for key, tensor in weights.items() if "lora_B" in key)
     pipeline = StableDiffusionXLPipeline.from_pretrained(teacher, dtype=torch.float32)
     pipeline.load_lora_weights(config.run_dir / "rungs" / "1")
-    assert pipeline.get_active_adapters() == ["default_0"]
+    told = inputs_of(pipeline.unet, 2, tokens=10)
+    loaded, merged, bare = (
+        answer(unet, told)
+        for unet in (
+            pipeline.unet,
+            fused_unet(teacher, lora_of(config.run_dir / "rungs" / "1")),
+            load_unet(teacher),
+        )
+    )
+    assert torch.allclose(loaded, merged, atol=1e-5)
+    assert float((loaded - bare).abs().max()) > 1e-4
 
 
 @pytest.mark.slow
