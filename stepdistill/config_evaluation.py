@@ -43,7 +43,7 @@ class Evaluation(Section):
     reference_stats: str | None = None
     """An .npz with mu and sigma of real images under the same extractor and resize, for `fid_to_real` without pictures."""
     teacher_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 8, 4, 2, 1)
-    """Rows of the undistilled teacher; the first is the reference of `*_to_teacher`."""
+    """Rows of the undistilled teacher; `*_to_teacher` compares with the images of the first."""
     unguided_steps: tuple[PositiveInt, ...] = ()
     """Rows of the undistilled teacher without guidance: as many passes as a student, often nearer to real images."""
     loras: tuple[LoraRow, ...] = ()
@@ -63,7 +63,8 @@ class Evaluation(Section):
     dinov2: str | None = None
     """A DINOv2 folder: FD-DINOv2."""
     floor: bool = True
-    """Draw the teacher once more with other seeds: the distance that no student can be held to."""
+    """Draw the teacher once more with other seeds: what `*_to_teacher` compares with, and how far the teacher is from that
+    itself. Without it only the paired distances to the teacher, at equal noise, are measured."""
     diversity_prompts: Annotated[int, Field(ge=0)] = 8
     """How many prompts are drawn with several seeds each; 0 leaves diversity out."""
     diversity_seeds: Annotated[int, Field(ge=2)] = 8

@@ -82,6 +82,43 @@ def fid(first: torch.Tensor | Moments, second: torch.Tensor | Moments) -> float:
     return max(0.0, float(metric.compute()))
 
 
+def fid_without_each_group(images: torch.Tensor, reference: torch.Tensor, *, groups: int = 8) -> list[float]:
+    """FID of images (N, D) to a reference (M, D) with every `groups`-th image left out, once for each of the groups.
+
+    These are the replicates of jackknife.py: their spread gives the standard error of the FID, and their differences
+    between two rows that share prompts give that of the rows' difference. Fewer groups where there are fewer than two
+    images for each. The reference is whole throughout.
+    """
+    x, mean, root = _checked(images), _checked(reference).mean(dim=0), _root_of_covariance(reference)
+    groups = min(groups, len(x) // 2)
+    parts = [x[g::groups] for g in range(groups)]
+    total, outer = x.sum(dim=0), x.T @ x
+    replicates = []
+    for part in parts:
+        count = len(x) - len(part)
+        rest = (total - part.sum(dim=0)) / count
+        covariance = (outer - part.T @ part - count * torch.outer(rest, rest)) / (count - 1)
+        replicates.append(_frechet(mean, root, rest, covariance))
+    return replicates
+
+
+def _root_of_covariance(features: torch.Tensor) -> torch.Tensor:
+    """The symmetric square root (D, D) of the covariance of features (N, D)."""
+    values, vectors = torch.linalg.eigh(Moments.from_features(features).covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _frechet(
+    mean: torch.Tensor, root: torch.Tensor, other_mean: torch.Tensor, other_covariance: torch.Tensor
+) -> float:
+    """Frechet distance of two Gaussians, `root` being the symmetric square root of the first one's covariance S:
+    |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)."""
+    inner = root @ other_covariance @ root
+    cross = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
+    squared = (mean - other_mean).square().sum()
+    return max(0.0, float(squared + root.square().sum() + other_covariance.trace() - 2 * cross))
+
+
 def kid(
     first: torch.Tensor,
     second: torch.Tensor,

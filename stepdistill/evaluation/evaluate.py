@@ -19,6 +19,7 @@ from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, rows_of
 from stepdistill.evaluation.studies import Studies
 from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subject_of
+from stepdistill.jackknife import standard_error
 from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import image_size
 from stepdistill.rng import derive_seed
@@ -76,7 +77,7 @@ class _Work:
             self._manifests[row.name] = self._ensure(row, self._folder / row.name, self._seed)
         if self._options.floor:
             other = derive_seed(self._config.seed, "evaluation, other seeds")
-            self._floor_manifest = self._ensure(self._rows[0], self._folder / "floor", other)
+            self._ensure(self._rows[0], self._folder / "floor", other)
         few = [row for row in self._rows if row.kind != "teacher"]
         self._grid = self._studies.draw_seeds([self._rows[0], *few])
         students = [row for row in self._rows if row.kind == "student"]
@@ -94,16 +95,18 @@ class _Work:
                     row["diversity"] = spread[row["row"]] / max(spread[self._rows[0].name], 1e-12)
         for row in rows:
             row["speed_up"] = rows[0]["seconds_per_image"] / row["seconds_per_image"]
-        floor = self._measure_floor(distances, real)
+        replicates = {row["row"]: row.pop("replicates") for row in rows}
         results = {
             "num_images": self._options.num_images,
             "reference": self._rows[0].name,
             "prompts": list(self._subject.prompts[: self._options.grid_columns]),
             "protocol": self._protocol(distances),
-            "floor": floor,
+            "floor": self._measure_floor(distances, real),
+            "other_noise": self._measure_other_noise(distances),
             "warnings": self._warnings(),
             "metrics": described(key for row in rows for key in row),
             "rows": rows,
+            "replicates": replicates,
             "diversity_grid": self._grid,
             "scale_sweep": self._sweep,
             "matrix": self._matrix,
@@ -112,8 +115,8 @@ class _Work:
         return results
 
     def _measure_row(self, row: Row, distances: Distances, real: ImageSet | None) -> dict[str, Any]:
-        count, reference = self._options.num_images, self._folder / self._rows[0].name
-        pictures, teachers = PictureFolder(self._folder / row.name), PictureFolder(reference)
+        count, teachers = self._options.num_images, self._teacher_pictures
+        pictures = PictureFolder(self._folder / row.name)
         images, teacher = self._drawn_set(pictures), self._drawn_set(teachers)
         found: dict[str, Any] = {
             "row": row.name,
@@ -123,9 +126,11 @@ class _Work:
             "guidance_scale": row.guidance_scale,
             "distilled": row.kind != "teacher",
             **distances.to_real(images, real),
-            **distances.to_teacher(images, teacher),
+            **self._to_teacher(distances, images),
+            **distances.paired_to_teacher(images, teacher),
             "latent_mse_to_teacher": latent_mse(pictures.latents(), teachers.latents()),
             **image_drift(pictures.batches(count), teachers.batches(count)),
+            "replicates": self._replicates(distances, images, real),
             "seconds_per_image": self._manifests[row.name]["seconds_per_image"],
         }
         if self._subject.wanted is not None:
@@ -145,19 +150,58 @@ class _Work:
             found["seconds_per_image"] = 1 / found["cost"].get(
                 "images_per_second", 1 / found["seconds_per_image"]
             )
+        for key, values in found["replicates"].items():
+            found[f"{key}_std"] = standard_error(values)
         logger.info("measured %s", row.name)
         return found
 
     def _measure_floor(self, distances: Distances, real: ImageSet | None) -> dict[str, float]:
         """Two sets of real images against each other, and the teacher against itself with other seeds."""
-        found: dict[str, float] = {}
+        floor: dict[str, float] = {}
         other = self._real_set("other real", self._subject.other_real)
         if other is not None and real is not None:
-            found |= distances.to_real(other, real)
+            floor |= distances.to_real(other, real)
+        return floor | self._to_teacher(distances, self._drawn_set(self._teacher_pictures))
+
+    def _measure_other_noise(self, distances: Distances) -> dict[str, float]:
+        """The teacher with other seeds against itself, image by image: how large the paired measures are where nothing of
+        the map from noise to image is kept."""
+        if not self._options.floor:
+            return {}
+        count, again, teachers = self._options.num_images, self._floor_pictures, self._teacher_pictures
+        drift = image_drift(again.batches(count), teachers.batches(count))
+        return {
+            **distances.paired_to_teacher(self._drawn_set(again), self._drawn_set(teachers)),
+            "latent_mse_to_teacher": latent_mse(again.latents(), teachers.latents()),
+            "colour_drift": drift["colour_drift"],
+        }
+
+    def _to_teacher(self, distances: Distances, images: ImageSet) -> dict[str, float]:
+        """`*_to_teacher` against the teacher's images of other seeds; nothing where these are not drawn."""
+        if not self._options.floor:
+            return {}
+        return distances.to_teacher(images, self._drawn_set(self._floor_pictures))
+
+    def _replicates(
+        self, distances: Distances, images: ImageSet, real: ImageSet | None
+    ) -> dict[str, list[float]]:
+        """FIDs with a group of images left out each, by metric."""
+        references = {"fid_to_real": real}
         if self._options.floor:
-            first, again = (PictureFolder(self._folder / n) for n in (self._rows[0].name, "floor"))
-            found |= distances.to_teacher(self._drawn_set(again), self._drawn_set(first))
-        return found
+            references["fid_to_teacher"] = self._drawn_set(self._floor_pictures)
+        return {
+            key: distances.fid_replicates(images, reference)
+            for key, reference in references.items()
+            if reference is not None
+        }
+
+    @property
+    def _teacher_pictures(self) -> PictureFolder:
+        return PictureFolder(self._folder / self._rows[0].name)
+
+    @property
+    def _floor_pictures(self) -> PictureFolder:
+        return PictureFolder(self._folder / "floor")
 
     def _cost(self, row: Row) -> dict[str, Any]:
         path, sizes = self._folder / row.name / "cost.json", list(self._options.cost_batch_sizes)
@@ -215,6 +259,7 @@ class _Work:
     def _protocol(self, distances: Distances) -> dict[str, Any]:
         extractor, real = distances.main.extractor, self._subject.real
         return {
+            "teacher_images": "other seeds" if self._options.floor else "none",
             "prompts_sha256": sha256_json(list(self._subject.prompts)),
             "num_images": self._options.num_images,
             "seed": self._seed,

@@ -10,7 +10,15 @@ from safetensors.torch import save_file
 
 from stepdistill.config import ConfigError, Evaluation
 from stepdistill.durable import sha256_json
-from stepdistill.evaluation.distances import Moments, cmmd, density_coverage, fid, kid, precision_recall
+from stepdistill.evaluation.distances import (
+    Moments,
+    cmmd,
+    density_coverage,
+    fid,
+    fid_without_each_group,
+    kid,
+    precision_recall,
+)
 from stepdistill.evaluation.features import FeatureExtractor, build_extractor, extract
 
 
@@ -90,9 +98,25 @@ class Distances:
         for view in self._views:
             extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
 
-    def to_teacher(self, images: ImageSet, teacher: ImageSet) -> dict[str, float]:
-        """`*_to_teacher` of a set of images."""
-        return self._pairwise(images, teacher, "teacher")
+    def to_teacher(self, images: ImageSet, other_seeds: ImageSet) -> dict[str, float]:
+        """`*_to_teacher` of a set of images: against the teacher's images of the same prompts from other seeds.
+
+        No method's noise is in the reference, so methods that keep the teacher's map from noise to image and methods that
+        add noise while sampling are measured alike; the teacher's own images give the floor.
+        """
+        return self._pairwise(images, other_seeds, "teacher")
+
+    def paired_to_teacher(self, images: ImageSet, same_noise: ImageSet) -> dict[str, float]:
+        """`paired_fid_to_teacher`: against the teacher's images of the same prompts and noise, 0 for the teacher itself.
+
+        It says how faithful a student is to the teacher's map from noise to image. Whoever draws with other noise, the
+        teacher included, is as far away as the floor of `fid_to_teacher`.
+        """
+        return {"paired_fid_to_teacher": fid(self.main.features(same_noise), self.main.features(images))}
+
+    def fid_replicates(self, images: ImageSet, reference: ImageSet) -> list[float]:
+        """`fid_without_each_group` on the main features: what the spread of FIDs and of their differences is told from."""
+        return fid_without_each_group(self.main.features(images), self.main.features(reference))
 
     def to_real(self, images: ImageSet, real: ImageSet | None) -> dict[str, float]:
         """`*_to_real`, precision, recall, density and coverage; nothing where there is nothing real."""

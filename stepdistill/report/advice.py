@@ -3,17 +3,17 @@
 Here: the distances of the whole ladder, and what rules.py says of each rung, put together by remedy.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from stepdistill.report import rules
 from stepdistill.report.entries import Entry, entries_of, equal_passes
 from stepdistill.report.read import PhaseLog, Run, RungLog
 from stepdistill.report.rules import Advice
-from stepdistill.report.signs import still_falling
+from stepdistill.report.signs import difference_error, still_falling
 
-_FAR = 3.0  # times the floor: a distance that is worth updates
-_JUMP = 2.0  # times the rung before
-_NEAR_FLOOR = 2.0
+_FAR = 1.5  # times the floor: a distance that is worth updates
+_CERTAIN = 2.0  # standard errors that a difference must have not to be chance
 _MOST_KEYS = 6
 
 
@@ -22,7 +22,7 @@ def advice_for(run: Run) -> list[Advice]:
     students = {e.steps: e for e in entries_of([run]) if e.kind == "student"}
     reference = next((e for e in entries_of([run]) if e.is_reference), None)
     found = [*_worse_than_undistilled(run, students), *_far_from_teacher(run, students)]
-    found += _at_the_floor(run, students)
+    found += _told_apart(run, students)
     for rung in run.rungs:
         student = students.get(rung.student_steps)
         if student is not None:
@@ -64,23 +64,26 @@ def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Ad
 
 
 def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
-    """The rung that loses the most on the one before it, where it is far above the floor."""
-    floor, before = run.floor.get("fid_to_teacher"), None
-    worst: tuple[float, RungLog, float, float | None] | None = None
+    """The rung that loses the most on the one before it, where it is far above the floor and the loss is no chance."""
+    floor = run.floor.get("fid_to_teacher")
+    if floor is None:
+        return
+    worst: tuple[float, RungLog, float, float] | None = None
+    before, name = floor, run.reference
     for rung in run.rungs:
-        fid = students[rung.student_steps].value("fid_to_teacher") if rung.student_steps in students else None
-        if fid is None:
+        student = students.get(rung.student_steps)
+        fid = student.value("fid_to_teacher") if student is not None else None
+        if student is None or fid is None:
             continue
-        base = before if before is not None else floor
-        ratio = fid / max(base, 1e-9) if base else 0.0
-        if ratio > _JUMP and (floor is None or fid > _FAR * floor) and (worst is None or ratio > worst[0]):
-            worst = (ratio, rung, fid, before)
-        before = fid
+        lost, error = fid - before, difference_error(run, student.name, name)
+        certain = error is None or lost > _CERTAIN * error
+        if lost > 0 and certain and fid > _FAR * floor and (worst is None or lost > worst[0]):
+            worst = (lost, rung, fid, before)
+        before, name = fid, student.name
     if worst is None:
         return
     _, rung, fid, before = worst
-    was = f", {before:.2f} at the rung before" if before is not None else ""
-    beside = f"; the floor is {floor:.2f}" if floor else ""
+    was = "" if rung is run.rungs[0] else f", {before:.2f} at the rung before"
     remedy, keys = _more_training(rung.main_phase)
     if rung.student_steps <= 2 and rung.node_steps is None:
         remedy += " The recipe trains the 2- and 1-step rungs at the nodes of 4 steps."
@@ -88,7 +91,9 @@ def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
     if rung.student_steps == 1 and rung.prediction_type != "sample":
         remedy += " It converts the 1-step rung to x0."
         keys.append(f"{rung.key}.prediction_type")
-    yield Advice(f"{rung.title}: FID to teacher {fid:.2f}{was}{beside}.", remedy, tuple(keys))
+    yield Advice(
+        f"{rung.title}: FID to teacher {fid:.2f}{was}; the floor is {floor:.2f}.", remedy, tuple(keys)
+    )
 
 
 def _more_training(phase: PhaseLog) -> tuple[str, list[str]]:
@@ -104,13 +109,20 @@ def _more_training(phase: PhaseLog) -> tuple[str, list[str]]:
     ]
 
 
-def _at_the_floor(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
-    floor = run.floor.get("fid_to_teacher")
-    near = [e for e in students.values() if floor and (e.value("fid_to_teacher") or 0) < _NEAR_FLOOR * floor]
-    if len(near) > 1:
-        names = ", ".join(entry.name for entry in near)
+def _told_apart(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
+    """Neighbouring rungs whose FIDs to the teacher differ by less than their difference's own error: see the legend of
+    `difference_error`."""
+    pairs = []
+    for first, second in itertools.pairwise(students.values()):
+        a, b = first.value("fid_to_teacher"), second.value("fid_to_teacher")
+        error = difference_error(run, first.name, second.name)
+        if a is not None and b is not None and error is not None and abs(a - b) < _CERTAIN * error:
+            pairs.append(
+                f"{first.name} and {second.name} ({a:.2f} and {b:.2f}, the difference ± {error:.2f})"
+            )
+    if pairs:
         yield Advice(
-            f"{names}: FID to teacher within {_NEAR_FLOOR:g} times the floor of {floor:.2f}.",
-            "Their order may be chance. To tell them apart, draw more images.",
+            f"FID to teacher: the order of {', of '.join(pairs)} may be chance.",
+            "To tell them apart, draw more images.",
             ("evaluation.num_images",),
         )

@@ -10,6 +10,7 @@ _FIRST = {"row": ("model", ""), "nfe": ("U-Net passes", "")}
 _METRICS = {
     "fid_to_real": ("FID to real", ".1f"),
     "fid_to_teacher": ("FID to teacher", ".2f"),
+    "paired_fid_to_teacher": ("paired FID", ".2f"),
     "prompt_accuracy": ("prompt accuracy", ".3f"),
     "latent_mse_to_teacher": ("latent MSE to teacher", ".4f"),
 }
@@ -21,7 +22,8 @@ def markdown_table(rows: list[dict[str, Any]], metrics: Mapping[str, Mapping[str
     middle = {
         key: (about.get("title", key), about.get("format", "g")) for key, about in (metrics or {}).items()
     }
-    columns = _FIRST | (middle or _METRICS) | _LAST
+    shown = {key: column for key, column in (middle or _METRICS).items() if any(key in row for row in rows)}
+    columns = _FIRST | shown | _LAST
     lines = [[title for title, _ in columns.values()], ["---", *["---:"] * (len(columns) - 1)]]
     lines += [[_text(row.get(key), key, spec) for key, (_, spec) in columns.items()] for row in rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -31,14 +33,15 @@ def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] =
     """results.md: the table, what it was measured on, and what the data came to."""
     metrics, floor = results.get("metrics"), results.get("floor") or {}
     real = floor.get("fid_to_real")
+    reference = results.get("reference", "the teacher")
     notes = [
-        f"{results.get('num_images', 'Some')} images a row, equal prompts and noise. FID to teacher: against the images "
-        f"of {results.get('reference', 'the teacher')}."
+        f"{results.get('num_images', 'Some')} images a row, equal prompts and noise. FID to teacher: against images of "
+        f"{reference} from other seeds; paired FID and latent MSE: against its images of the same noise, 0 for itself."
     ]
     if real is not None:
         notes.append(f"Two sets of real images are {real:.1f} apart at this number of images.")
     if floor.get("fid_to_teacher") is not None:
-        notes.append(f"The teacher with other seeds is {floor['fid_to_teacher']:.2f} from itself.")
+        notes.append(f"The teacher itself is {floor['fid_to_teacher']:.2f} from its images of other seeds.")
     rows = results["rows"]
     parts = [f"# {name}", markdown_table(rows), " ".join(notes), "![same noise per column](grid.png)"]
     if metrics:

@@ -58,6 +58,20 @@ def content_security_policy(style: str) -> str:
     )
 
 
+def _yardsticks(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """What distances are to be compared with, by label: of each run, or once where all runs have the same."""
+    yardsticks: dict[str, dict[str, float]] = {}
+    for label, values in (
+        ("floor", [run.floor for run in runs]),
+        ("other noise", [run.other_noise for run in runs]),
+    ):
+        if len({str(value) for value in values}) == 1:
+            yardsticks[label] = values[0]
+        else:
+            yardsticks |= {f"{run.name}: {label}": v for run, v in zip(runs, values, strict=True)}
+    return yardsticks
+
+
 def _fill(context: dict[str, Any]) -> str:
     folder = files("stepdistill.report")
     style = (folder / "page.css").read_text(encoding="utf-8")
@@ -71,9 +85,7 @@ def _fill(context: dict[str, Any]) -> str:
 def _context(runs: Sequence[Run]) -> dict[str, Any]:
     """All of the page but the pictures that are measured by size."""
     entries, several = entries_of(runs), len(runs) > 1
-    floors = {f"{run.name}: floor" if several else "floor": run.floor for run in runs}
-    if len({str(run.floor) for run in runs}) == 1:
-        floors = {"floor": runs[0].floor}
+    floors = _yardsticks(runs)
     metrics = metrics_of(entries)
     quality = quality_table(entries, floors) if metrics else None
     return {

@@ -21,6 +21,10 @@ from stepdistill.rungs import rung_folder
 from stepdistill.training.log import read_log
 
 ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
+_BEFORE = (
+    "measured by an earlier version, whose distances to the teacher are at equal noise: `stepdistill evaluate` measures "
+    "them against the teacher's images of other seeds"
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,10 @@ class Run:
     rows: tuple[dict[str, Any], ...] = ()
     metrics: dict[str, dict[str, str]] = field(default_factory=dict)
     floor: dict[str, float] = field(default_factory=dict)
+    other_noise: dict[str, float] = field(default_factory=dict)
+    """Paired measures of the teacher with other seeds: how large they are where no map from noise to image is kept."""
+    replicates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """By row and metric: jackknife replicates, from which the standard error of a difference is told."""
 
     @property
     def reference(self) -> str | None:
@@ -136,7 +144,7 @@ def read_run(run_dir: Path) -> Run:
         rungs = tuple(_rungs(run_dir, config))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{saved} is not the config of a run: its ladder cannot be read") from None
-    results = _results(run_dir / "evaluation" / "results.json")
+    results = _paired_renamed(_results(run_dir / "evaluation" / "results.json"))
     if results is None and not any(rung.record or rung.updates for rung in rungs):
         raise ValueError(f"{run_dir} has nothing to report yet: run `stepdistill distill` first")
     name = run_dir.resolve().name
@@ -145,9 +153,42 @@ def read_run(run_dir: Path) -> Run:
     if results is None:
         return Run(name, run_dir, config, environment, rungs, data, None)
     rows = tuple(_row(row) for row in results["rows"] if isinstance(row, dict) and "row" in row)
-    metrics, floor = results.get("metrics") or {}, results.get("floor") or {}
-    known = {key: value for key, value in floor.items() if number(value) is not None}
-    return Run(name, run_dir, config, environment, rungs, data, results, rows, metrics, known)
+    return Run(
+        name,
+        run_dir,
+        config,
+        environment,
+        rungs,
+        data,
+        results,
+        rows=rows,
+        metrics=results.get("metrics") or {},
+        floor=_numbers(results.get("floor")),
+        other_noise=_numbers(results.get("other_noise")),
+        replicates=results.get("replicates") or {},
+    )
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    items = values.items() if isinstance(values, dict) else ()
+    return {key: value for key, value in items if number(value) is not None}
+
+
+def _paired_renamed(results: dict[str, Any] | None) -> dict[str, Any] | None:
+    """results.json of versions that measured FID to teacher at equal noise, under the name that this measure has today;
+    their unpaired distances to the teacher are not known."""
+    if results is None or "teacher_images" in (results.get("protocol") or {}):
+        return results
+    paired, metrics = "paired_fid_to_teacher", dict(results.get("metrics") or {})
+    rows = [dict(row) for row in results["rows"] if isinstance(row, dict)]
+    floor = {k: v for k, v in _numbers(results.get("floor")).items() if not k.endswith("_to_teacher")}
+    for values in (metrics, *rows):
+        if "fid_to_teacher" in values:
+            values[paired] = values.pop("fid_to_teacher")
+    if paired in metrics:
+        metrics[paired] = {**metrics[paired], "title": "paired FID to teacher"}
+    warnings = [*(results.get("warnings") or ()), _BEFORE]
+    return results | {"rows": rows, "metrics": metrics, "floor": floor, "warnings": warnings}
 
 
 def _data(path: Path) -> DataCounts | None:

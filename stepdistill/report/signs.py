@@ -1,9 +1,11 @@
-"""What a phase's log says about it: is its loss still falling, is its discriminator at chance or too far ahead?"""
+"""What a log and a table say: is a loss still falling, is a discriminator at chance or too far ahead, is a difference of
+two rows larger than its error?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stepdistill.report.read import PhaseLog
+from stepdistill import jackknife
+from stepdistill.report.read import PhaseLog, Run
 
 _CHANCE = (0.45, 0.55)
 _CERTAIN = 0.95
@@ -41,6 +43,14 @@ def adversary(phase: PhaseLog) -> Adversary | None:
     if quarters[-1] >= _CERTAIN and loss[-1] > loss[0]:
         return Adversary(False, quarters[-1])
     return None
+
+
+def difference_error(
+    run: Run, first: str, second: str | None, *, metric: str = "fid_to_teacher"
+) -> float | None:
+    """Standard error of the difference of two rows of a table in a metric; None where a table has no replicates of it."""
+    one, other = (run.replicates.get(name or "", {}).get(metric) or [] for name in (first, second))
+    return jackknife.difference_error(one, other) if one and len(one) == len(other) else None
 
 
 def _quarter_means(values: Sequence[float]) -> list[float]:

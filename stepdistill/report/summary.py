@@ -11,6 +11,7 @@ _DISTANCES = (("fid_to_teacher", "FID to teacher"), ("fid_to_real", "FID to real
 # What two runs must share for their numbers to be compared.
 _SHARED = (
     "num_images",
+    "teacher_images",
     "prompts_sha256",
     "seed",
     "feature_extractor_sha256",
@@ -75,6 +76,10 @@ def _measured(entry: Entry, entries: Sequence[Entry]) -> str:
         if entry.value(key) is not None:
             parts = [f"{title} {_said(entry, key)}{_beside(key, entry, entries)}"]
             break
+    if entry.value("paired_fid_to_teacher") is not None and entry.kind == "student":
+        yardstick = entry.run.other_noise.get("paired_fid_to_teacher")
+        beside = "" if yardstick is None else f" (the teacher with other noise: {yardstick:.2f})"
+        parts.append(f"paired FID {_said(entry, 'paired_fid_to_teacher')}{beside}")
     return ", ".join([*parts, *_others(entry, entries)])
 
 

@@ -17,6 +17,8 @@ _DIRECTIONS = {
     "one": ("→ 1", "1 is best"),
     "zero": ("→ 0", "0 is best"),
 }
+PAIRED = frozenset({"paired_fid_to_teacher", "latent_mse_to_teacher", "colour_drift"})
+"""Measures at equal noise, 0 for the teacher itself."""
 _BADNESS: dict[str, Callable[[float], float]] = {
     "lower": lambda value: value,
     "higher": lambda value: -value,
@@ -73,7 +75,7 @@ def metrics_of(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
 
 
 def quality_table(entries: Sequence[Entry], floors: Mapping[str, Mapping[str, float]]) -> Table:
-    """Rows x metrics, the floors last; `floors` by label."""
+    """Rows x metrics, the yardsticks last: floors, and the teacher with other noise; `floors` by label."""
     metrics = metrics_of(entries)
     shown = {key: about for key, about in metrics.items() if _base(key) not in metrics}
     best = {key: best_entries(entries, key, about) for key, about in shown.items()}
@@ -161,10 +163,19 @@ def _caption(entries: Sequence[Entry], floors: Iterable[str]) -> str:
     known = set(floors)
     sets = {
         "_to_real": "real images are from other real ones",
-        "_to_teacher": "the teacher is from itself with other seeds",
+        "_to_teacher": "the teacher is from its own images of other seeds",
     }
-    apart = [text for ending, text in sets.items() if any(key.endswith(ending) for key in known)]
+    apart = [
+        text
+        for ending, text in sets.items()
+        if any(key.endswith(ending) and key not in PAIRED for key in known)
+    ]
     floor = f" Floor: at this number of images, how far {' and '.join(apart)}." if apart else ""
+    if known & PAIRED:
+        floor += (
+            " Other noise: the teacher with other seeds, image by image against itself; so large are paired measures where "
+            "nothing of the map from noise to image is kept."
+        )
     return f"Bold and underlined: the best {best}.{floor}"
 
 

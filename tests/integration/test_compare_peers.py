@@ -45,7 +45,7 @@ def test_peers_are_compared_on_any_folder_of_captioned_pictures(world, tmp_path)
     text = output.with_suffix(".md").read_text()
     assert "| FID to teacher | 8 steps | 4 steps | 2 steps | 1 step |" in text
     assert f"{table['lcm-lora-4']['fid_to_real']:.1f}" in text
-    assert table["teacher-8"]["fid_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert table["teacher-8"]["paired_fid_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert "prompt_accuracy" not in table["lcm-lora-4"]
     forwards = [cost["unet_forwards"] for cost in results["costs"][0].values()]
     assert max(forwards) <= 1.6 * 400  # a few updates are coarse: DMD2's is 40 forwards of 2 samples

@@ -52,7 +52,7 @@ def test_the_table_has_every_kind_of_row_floor_and_study(finished_run):
     results = saved(finished_run)
     rows = {row["row"]: row for row in results["rows"]}
     assert set(results["floor"]) >= {"fid_to_real", "fid_to_teacher", "precision", "coverage"}
-    assert results["floor"]["fid_to_teacher"] > rows["teacher-8"]["fid_to_teacher"] > 0
+    assert set(results["replicates"]) == set(rows)
     assert "below 5,000" in results["warnings"][0]
     assert rows["teacher-32"]["diversity"] == 1.0
     assert {"drift" in key for key in results["metrics"]} == {True, False}
@@ -73,6 +73,22 @@ def test_the_table_has_every_kind_of_row_floor_and_study(finished_run):
         "real_images_key",
     ):
         assert results["protocol"][key], key
+
+
+def test_distances_to_the_teacher_are_to_other_seeds_and_paired_ones_to_equal_noise(finished_run):
+    """The teacher's own row is the floor of the one and 0 in the other; the teacher with other noise is the yardstick of
+    the paired measures. Both sets have the same images, so FID gives one number for both."""
+    results = saved(finished_run)
+    rows, floor = {row["row"]: row for row in results["rows"]}, results["floor"]["fid_to_teacher"]
+    teacher, other_noise = rows["teacher-32"], results["other_noise"]
+    assert teacher["fid_to_teacher"] == floor > 0
+    assert teacher["kid_to_teacher"] == results["floor"]["kid_to_teacher"]
+    assert teacher["paired_fid_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert teacher["latent_mse_to_teacher"] == 0.0
+    assert other_noise["paired_fid_to_teacher"] == pytest.approx(floor, rel=1e-9)
+    assert other_noise["latent_mse_to_teacher"] > rows["teacher-8"]["latent_mse_to_teacher"] > 0
+    assert other_noise["colour_drift"] > 0
+    assert results["protocol"]["teacher_images"] == "other seeds"
 
 
 def test_measuring_again_gives_every_number_again_without_drawing(finished_run):
@@ -132,6 +148,18 @@ def test_hostile_prompts_are_drawn_and_reported_as_text(copy_of, tmp_path):
     assert "onerror=alert(1)>" not in page
     assert html.escape(HOSTILE[0], quote=False).replace("'", "&#39;") in page
     assert not list(tmp_path.parent.glob("x*"))
+
+
+def test_without_other_seeds_there_are_paired_distances_alone(copy_of):
+    config = copy_of("evaluation.floor=false", "evaluation.diversity_prompts=0", "evaluation.lora_scales=[]")
+    results = evaluate(config)
+    assert not (config.run_dir / "evaluation" / "floor").exists()
+    assert not any(
+        key.endswith("_to_teacher") and key.startswith(("fid", "kid")) for key in results["metrics"]
+    )
+    assert "paired_fid_to_teacher" in results["metrics"]
+    assert results["other_noise"] == {}
+    stages.report(config)
 
 
 def test_what_is_wrong_is_said_before_anything_is_drawn(copy_of):

@@ -58,7 +58,7 @@ def test_a_run_leaves_what_the_architecture_says(finished_run):
         *(f"student-{n}" for n in RUNGS),
     ]
     reference = results["rows"][0]
-    assert abs(reference["fid_to_teacher"]) < 1e-6
+    assert abs(reference["paired_fid_to_teacher"]) < 1e-6
     assert reference["latent_mse_to_teacher"] == 0.0
     assert [row["nfe"] for row in results["rows"]] == [64, 16, 8, 4, 2, 32, 8, 4, 2, 1]
 

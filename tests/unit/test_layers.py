@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path("stepdistill")
 # From the top: a file may import from its own layer and from those before it.
 LAYERS = [
-    {"durable", "rng", "diffusion"},
+    {"durable", "rng", "jackknife", "diffusion"},
     {"objectives", "demo.letters", "demo.reader"},
     {"models.folder"},
     {"config_section"},
@@ -49,6 +49,7 @@ NO_TORCH = (
     "plan",
     "rungs",
     "durable",
+    "jackknife",
     "report",
     "models/folder",
     "stages",

@@ -40,6 +40,18 @@ def test_features_are_made_once_and_again_for_other_images_or_another_protocol(t
     assert len(changed_calls) == 1
 
 
+def test_distances_at_equal_noise_are_0_for_the_teacher_itself_and_the_others_are_not(tmp_path):
+    teacher, _ = image_set(tmp_path, "teacher", 0)
+    other_seeds, _ = image_set(tmp_path, "floor", 1)
+    distances = Distances(Evaluation())
+    assert distances.paired_to_teacher(teacher, teacher) == {
+        "paired_fid_to_teacher": pytest.approx(0, abs=1e-6)
+    }
+    floor = distances.to_teacher(teacher, other_seeds)["fid_to_teacher"]
+    assert distances.paired_to_teacher(other_seeds, teacher)["paired_fid_to_teacher"] == pytest.approx(floor)
+    assert len(distances.fid_replicates(teacher, other_seeds)) == 8
+
+
 def test_reference_stats_stand_for_real_images(tmp_path):
     first, _ = image_set(tmp_path, "first", 0)
     second, _ = image_set(tmp_path, "second", 1)

@@ -160,7 +160,8 @@ def test_a_row_called_like_a_path_outside_shows_no_picture(run, tmp_path):
 
 def test_the_page_says_what_the_numbers_say(page):
     for sentence in (
-        "FID to teacher 3.05 (undistilled 50.80 at equal U-Net passes; floor 1.10), prompts read right 99 %, "
+        "FID to teacher 3.05 (undistilled 50.80 at equal U-Net passes; floor 2.60), "
+        "paired FID 1.12 (the teacher with other noise: 2.60), prompts read right 99 %, "
         "0.97 of the teacher's diversity, 8.0 x faster than teacher-32.",
         "500 images: below 5,000 a Frechet distance is mostly bias",
         "resize.mode none",
@@ -169,11 +170,12 @@ def test_the_page_says_what_the_numbers_say(page):
         assert sentence in page.text
 
 
-def test_the_table_marks_the_best_in_words_and_ends_with_the_floor(page):
+def test_the_table_marks_the_best_in_words_and_ends_with_the_yardsticks(page):
     body = re.search(r'<table class="numbers">.*?</table>', page.source, re.DOTALL)[0]
     rows = dict(re.findall(r'<th scope="row"><bdi dir="auto">(.*?)</bdi></th>(.*?)</tr>', body, re.DOTALL))
-    assert list(rows)[-1] == "floor"
+    assert list(rows)[-2:] == ["floor", "other noise"]
     assert "5.8" in rows["floor"]
+    assert "0.9000" in rows["other noise"]
     assert '<strong>3.05</strong><span class="unseen"> (best)</span>' in rows["student-4"]
     assert "(best)" not in rows["lcm-lora"].split("</td>")[1]
     assert "0.0023 <small>± 0.0002</small>" in re.sub(r"</?strong>|<span.*?</span>", "", rows["student-4"])
@@ -288,13 +290,14 @@ def test_the_same_run_twice_is_refused(run):
 def test_the_markdown_tables_columns_are_the_readmes_or_the_metrics(run):
     rows = load(run)["rows"][:1]
     head, _, body = markdown_table(rows).splitlines()
-    assert head.split(" | ")[2:6] == [
+    assert head.split(" | ")[2:7] == [
         "FID to real",
         "FID to teacher",
+        "paired FID",
         "prompt accuracy",
         "latent MSE to teacher",
     ]
-    assert body == "| teacher-32 | 64 | 23.1 | 3.92 | 0.990 | 0.0312 | 0.0640 | 1.0 x |"
+    assert body == "| teacher-32 | 64 | 23.1 | 3.92 | 1.56 | 0.990 | 0.0312 | 0.0640 | 1.0 x |"
     chosen = {"diversity": {"title": "diversity", "format": ".2f"}}
     assert markdown_table([{**rows[0], "row": "a|b"}], chosen).splitlines()[2] == (
         "| a\\|b | 64 | 0.97 | 0.0640 | 1.0 x |"

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from stepdistill.config import RunConfig
 from stepdistill.report.advice import advice_for
 from stepdistill.report.read import read_run
-from tests.browser.synthetic_run import load, make_run, save
+from tests.browser.synthetic_run import load, make_run, replicates, save
 
 ADVERSARIAL = "tests/assets/letters_adversarial.yaml"
 
@@ -80,15 +80,47 @@ def test_a_bad_number_picks_its_advice(run, numbers, found, key):
     assert key in advice.keys
 
 
-def test_rungs_at_the_floor_want_more_images(run):
+def test_rungs_whose_difference_is_within_its_error_want_more_images(run):
     results = load(run)
-    for row in results["rows"]:
-        if row["row"] in ("student-8", "student-4"):
-            row["fid_to_teacher"] = 1.3
+    rows = {row["row"]: row for row in results["rows"]}
+    rows["student-8"]["fid_to_teacher"], rows["student-4"]["fid_to_teacher"] = 2.7, 2.8
+    results["replicates"]["student-4"]["fid_to_teacher"] = replicates(2.8, error=0.3)
     save(run, results)
-    assert [a.keys for a in advice_for(read_run(run)) if "within" in a.finding] == [
-        ("evaluation.num_images",)
-    ]
+    (advice,) = advice_for(read_run(run))
+    assert advice.finding == (
+        "FID to teacher: the order of student-8 and student-4 (2.70 and 2.80, the difference ± 0.20) may be chance."
+    )
+    assert advice.keys == ("evaluation.num_images",)
+
+
+def test_a_difference_beyond_its_error_is_not_called_chance_however_near_the_floor(run):
+    results = load(run)
+    rows = {row["row"]: row for row in results["rows"]}
+    rows["student-8"]["fid_to_teacher"], rows["student-4"]["fid_to_teacher"] = 2.70, 2.75
+    save(run, results)  # rows that move together: their difference has no error
+    assert advice_for(read_run(run)) == []
+
+
+def test_a_rung_far_above_the_floor_is_named_where_its_loss_is_certain(run):
+    (advice,) = advised(run, fid_to_teacher=4.2)
+    assert advice.finding == "4 steps: FID to teacher 4.20, 2.92 at the rung before; the floor is 2.60."
+    results = load(run)
+    results["replicates"]["student-4"]["fid_to_teacher"] = replicates(4.2, error=5.0)
+    save(run, results)
+    assert not any("the rung before" in advice.finding for advice in advice_for(read_run(run)))
+
+
+def test_results_of_a_version_that_measured_at_equal_noise_are_called_paired(run):
+    results = load(run)
+    del results["protocol"]["teacher_images"]
+    for part in (results["metrics"], *results["rows"]):
+        del part["paired_fid_to_teacher"]
+    save(run, results)
+    old = read_run(run)
+    assert old.rows[6]["paired_fid_to_teacher"] == results["rows"][6]["fid_to_teacher"]
+    assert "fid_to_teacher" not in old.rows[6]
+    assert "fid_to_teacher" not in old.floor
+    assert "at equal noise" in old.part("warnings")[-1]
 
 
 def test_a_discriminator_at_chance_wants_a_higher_rate(run):
