@@ -57,7 +57,6 @@ _TUNING = [
     "evaluation.num_images=400",
     "evaluation.teacher_steps=[32]",
     "evaluation.unguided_steps=[]",
-    "training.lr_warmup_steps=2",
     "evaluation.floor=false",
     "evaluation.diversity_prompts=0",
 ]

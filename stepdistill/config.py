@@ -59,7 +59,7 @@ class Training(Section):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm, student and discriminator each."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Updates of linear warm-up at the start of each phase."""
+    """Updates of linear warm-up at the start of each phase, a tenth of the phase at most."""
     lr_final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The learning rate decays along a cosine to this share of itself."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0

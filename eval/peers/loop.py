@@ -66,13 +66,13 @@ class Loop:
     def optimizer(
         self, parameters: list[torch.nn.Parameter], learning_rate: float, updates: int
     ) -> RoleOptimizer:
-        """As every method here has it: Adam, the config's warm-up (a fifth of the updates at most) and decay."""
+        """As every method here has it: Adam with the config's warm-up and decay."""
         return RoleOptimizer(
             parameters,
             learning_rate=learning_rate,
             adversarial=False,
             max_train_steps=updates,
-            lr_warmup_steps=min(self._config.training.lr_warmup_steps, updates // 5),
+            lr_warmup_steps=self._config.training.lr_warmup_steps,
             lr_final_fraction=self._config.training.lr_final_fraction,
         )
 

@@ -14,6 +14,8 @@ class RoleOptimizer:
     """Adam over one role's parameters, with linear warm-up and cosine decay, no weight decay.
 
     betas: (.9, .999) for mse, (0, .99) for adversarial phases (section 4 of the recipe's table, from the paper).
+    lr_warmup_steps: a tenth of max_train_steps at most. With a longer warm-up the cosine has fallen before the warm-up ends,
+    and a short phase never trains at its learning rate.
     """
 
     def __init__(
@@ -27,11 +29,12 @@ class RoleOptimizer:
         lr_final_fraction: float,
     ) -> None:
         self.parameters = list(parameters)
+        warmup_steps = min(lr_warmup_steps, max_train_steps // 10)
         betas = (0.0, 0.99) if adversarial else (0.9, 0.999)
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=betas)
 
         def scale(step: int) -> float:
-            warmup = min((step + 1) / (lr_warmup_steps + 1), 1.0)
+            warmup = min((step + 1) / (warmup_steps + 1), 1.0)
             cosine = 0.5 * (1 + math.cos(math.pi * min(step / max_train_steps, 1.0)))
             return warmup * (lr_final_fraction + (1 - lr_final_fraction) * cosine)
 

@@ -1,0 +1,50 @@
+"""The learning rate of a phase: warm-up, peak, decay."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepdistill.config_file import load_config
+from stepdistill.training.optim import RoleOptimizer
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+
+def rates(max_train_steps, *, lr_warmup_steps=10, learning_rate=1.0):
+    optimizer = RoleOptimizer(
+        [torch.nn.Parameter(torch.zeros(1))],
+        learning_rate=learning_rate,
+        adversarial=True,
+        max_train_steps=max_train_steps,
+        lr_warmup_steps=lr_warmup_steps,
+        lr_final_fraction=0.1,
+    )
+    seen = []
+    for _ in range(max_train_steps):
+        seen.append(optimizer.learning_rate)
+        optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize("updates", [1, 5, 9, 10, 12, 15, 20, 80, 99])
+def test_a_short_phase_trains_at_its_rate(updates):
+    seen = rates(updates)
+    assert max(seen) > 0.97
+    assert seen.index(max(seen)) == updates // 10
+
+
+def test_warm_up_is_the_config_s_where_a_tenth_of_the_phase_is_more():
+    seen = rates(250)
+    assert seen[:10] == pytest.approx([(k + 1) / 11 for k in range(10)], rel=0.01)
+    assert seen.index(max(seen)) == 10
+    assert seen[-1] == pytest.approx(0.1, rel=0.01)
+    assert rates(250, lr_warmup_steps=0)[0] == 1.0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_phase_trains_at_its_rate(path):
+    config = load_config(path)
+    for phase in (phase for rung in config.ladder for phase in rung.phases):
+        seen = rates(phase.max_train_steps, lr_warmup_steps=config.training.lr_warmup_steps)
+        assert max(seen) > 0.97
