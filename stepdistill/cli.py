@@ -5,7 +5,7 @@ A mistake of the user's is one line on standard error and exit code 2; torch is 
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +15,9 @@ import yaml
 from stepdistill import plan, stages
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config_file import load_config
+from stepdistill.pace import measured_seconds_per_pass
 from stepdistill.run_folder import check_run, resolved
+from stepdistill.rungs import finished_rungs
 
 app = typer.Typer(
     add_completion=False,
@@ -42,14 +44,28 @@ def parse_rung(text: str | None) -> tuple[int, int] | None:
 
 
 def _stage(
-    config_path: Path, overrides: list[str] | None, dry_run: bool, stage: Callable[[RunConfig], object]
+    config_path: Path,
+    overrides: list[str] | None,
+    dry_run: bool,
+    stage: Callable[[RunConfig], object],
+    *,
+    planned: Sequence[str] = plan.STAGES,
+    only: tuple[int, int] | None = None,
 ) -> None:
+    """Runs a stage, or prints the config and what `planned` stages would do."""
     config = load_config(config_path, overrides)
     check_run(config)
-    if dry_run:
-        typer.echo(yaml.safe_dump(resolved(config), sort_keys=False) + "\n" + plan.describe(config))
-    else:
+    if not dry_run:
         stage(config)
+        return
+    described = plan.describe(
+        config,
+        stages=planned,
+        only=only,
+        finished=finished_rungs(config.run_dir),
+        seconds_per_pass=measured_seconds_per_pass(config),
+    )
+    typer.echo(yaml.safe_dump(resolved(config), sort_keys=False) + "\n" + described)
 
 
 @app.command()
@@ -67,7 +83,7 @@ def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Latents and text embeddings into the run's cache."""
-    _stage(config, overrides, dry_run, stages.prepare)
+    _stage(config, overrides, dry_run, stages.prepare, planned=("prepare",))
 
 
 @app.command()
@@ -76,7 +92,9 @@ def distill(
 ) -> None:
     """The rungs that are not finished, in order, or one of them anew."""
     only = parse_rung(rung)
-    _stage(config, overrides, dry_run, lambda c: stages.distill(c, only=only))
+    _stage(
+        config, overrides, dry_run, lambda c: stages.distill(c, only=only), planned=("distill",), only=only
+    )
 
 
 @app.command()
@@ -117,7 +135,7 @@ def extract(
 @app.command()
 def evaluate(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Images and numbers of the teacher and of every rung."""
-    _stage(config, overrides, dry_run, stages.evaluate)
+    _stage(config, overrides, dry_run, stages.evaluate, planned=("evaluate",))
 
 
 @app.command()
@@ -137,7 +155,13 @@ def report(
     if Path(targets[0]).is_dir():
         stages.report_runs([Path(target) for target in targets], output=output)
     else:
-        _stage(Path(targets[0]), targets[1:], dry_run, lambda config: stages.report(config, output=output))
+        _stage(
+            Path(targets[0]),
+            targets[1:],
+            dry_run,
+            lambda config: stages.report(config, output=output),
+            planned=("report",),
+        )
 
 
 @app.command()

@@ -3,27 +3,12 @@
 import contextlib
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from stepdistill.config import (
-    ConfigError,
-    Data,
-    DiscriminatorOptions,
-    Evaluation,
-    Export,
-    Lora,
-    LoraRow,
-    Phase,
-    Preview,
-    RunConfig,
-    Rung,
-    Section,
-    Teacher,
-    Training,
-)
+from stepdistill.config import ConfigError, RunConfig, Section
 from stepdistill.run_folder import read_run_config, resolved
 
 
@@ -114,19 +99,17 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    sections: dict[str, type[Section]] = {
-        "teacher": Teacher,
-        "lora": Lora,
-        "data": Data,
-        "training": Training,
-        "ladder": Rung,
-        "phases": Phase,
-        "discriminator": DiscriminatorOptions,
-        "preview": Preview,
-        "evaluation": Evaluation,
-        "export": Export,
-        "loras": LoraRow,
-    }
-    names = [part for part in location if isinstance(part, str)]
-    section = sections.get(names[-1], RunConfig) if names else RunConfig
+    """The keys of the section at a place in the config, such as ("teacher", "loras", 0)."""
+    section: type[Section] = RunConfig
+    for part in location:
+        if isinstance(part, str):
+            section = _section_in(section.model_fields[part].annotation) or section
     return sorted(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds: itself, in a tuple, or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    sections = (_section_in(argument) for argument in get_args(annotation))
+    return next((section for section in sections if section is not None), None)

@@ -15,9 +15,10 @@ from packaging.requirements import Requirement
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config_data import Kind
 from stepdistill.data.buckets import Sizes
+from stepdistill.data.held_out import LETTERS, held_out_share
 from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
-from stepdistill.data.source import LETTERS, picture_of
+from stepdistill.data.source import picture_of
 from stepdistill.durable import read_json
 from stepdistill.models.folder import is_zero_snr, prediction_type, teacher_kind
 from stepdistill.models.loading import image_size, latent_shape, size_multiple
@@ -167,6 +168,9 @@ def _data(config: RunConfig) -> Iterator[Finding]:
     what = "prompts alone" if is_prompts_only(data.source) else "samples"
     what = "captions of another run's latents" if is_cache(data.source) else what
     yield Finding("ok", f"data: {data.source}, the first {seen} {what} read")
+    if sides and config.evaluation.real_images is None and held_out_share(data) == 0:
+        remedy = "data.held_out=0.2, or evaluation.prompts and evaluation.real_images of other pictures"
+        yield Finding("note", "data: the table compares with pictures that are trained on", remedy)
     for kind, count in bad.items():
         stops = data.policy(kind) == "error" or count > data.max_bad_fraction * seen
         remedy = f"mend them, or data.max_bad_fraction and data.on_bad.{kind}"

@@ -1,8 +1,9 @@
-"""What a run will do, and what it costs in U-Net forwards, before it starts. No torch."""
+"""What a run will do, and what it costs in U-Net forwards (passes of one sample), before it starts. No torch."""
 
 from collections.abc import Collection
+from pathlib import Path
 
-from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 
 # In units of one forward of the bare U-Net per sample (section 5 of the recipe, computed on SDXL): LoRA forward and
 # backward, then what the discriminator adds.
@@ -13,6 +14,8 @@ _FROZEN_TRUNK = -2.2  # no backward into it, and no adapter: single 5.7 instead 
 _TIMESTEPS, _CLEAN = 1000, -1
 
 
+STAGES = ("prepare", "distill", "export", "evaluate", "report")
+"""In order."""
 COST_REPEATS = 2
 """How often a row's cost is measured at each batch."""
 
@@ -87,23 +90,111 @@ def evaluation_forwards(config: RunConfig) -> float:
     return images + seeds + studies + cost
 
 
-def describe(config: RunConfig) -> str:
-    """What would run, a line per phase."""
-    lines = [
-        f"run folder {config.run_dir}",
-        f"prepare    {config.data.num_images or 'all'} images of {config.data.source}",
-    ]
+def preparation_forwards(config: RunConfig) -> float:
+    """Forwards of the pictures that the teacher makes of prompts alone, in samples; 0 where there are pictures."""
+    data, prompts = config.data, Path(config.data.source).expanduser()
+    if prompts.suffix != ".txt" or not prompts.is_file():
+        return 0.0
+    count = data.num_images
+    if count is None:
+        with prompts.open("rb") as file:
+            count = sum(bool(line.strip()) for line in file)
+    return count * data.teacher_steps * (2 if config.teacher.guidance_scale > 1 else 1)
+
+
+def describe(
+    config: RunConfig,
+    *,
+    stages: Collection[str] = STAGES,
+    only: tuple[int, int] | None = None,
+    finished: Collection[int] = (),
+    seconds_per_pass: float | None = None,
+) -> str:
+    """What would run, a line per phase, and what it comes to.
+
+    Args:
+        config: the run.
+        stages: those that are to run, of STAGES.
+        only: (teacher_steps, student_steps) of the one rung that distill is to make anew.
+        finished: student_steps of the rungs that are there already.
+        seconds_per_pass: of one U-Net pass of one sample, where that was measured; with it the plan says hours.
+    """
+    lines, passes = [f"run folder {config.run_dir}"], 0.0
+    for stage in (stage for stage in STAGES if stage in stages):
+        made, cost = _PARTS[stage](config, only, () if only is not None else finished)
+        lines += made
+        passes += cost
+    if not passes:
+        return "\n".join(lines)
+    total = f"in all     {passes:,.0f} U-Net passes of one sample"
+    if seconds_per_pass is None:
+        said = (
+            "hours: the same command once updates are logged, or `stepdistill run`, which times a pass first"
+        )
+    else:
+        said = f"about {_time(passes * seconds_per_pass)} at {seconds_per_pass:.3g} s a pass, as this run's updates took"
+    return "\n".join([*lines, f"{total}; {said}"])
+
+
+_Part = tuple[list[str], float]
+
+
+def _describe_prepare(config: RunConfig, _only: tuple[int, int] | None, _finished: Collection[int]) -> _Part:
+    cost = preparation_forwards(config)
+    count = f"{config.data.num_images:,}" if config.data.num_images is not None else "all"
+    by_teacher = f", drawn by the teacher: {cost:,.0f} passes" if cost else ""
+    return [f"prepare    {count} images of {config.data.source}{by_teacher}"], cost
+
+
+def _describe_distill(config: RunConfig, only: tuple[int, int] | None, finished: Collection[int]) -> _Part:
+    lines, passes = [], 0.0
+    batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
     for rung in config.ladder:
+        title = f"distill    {rung.teacher_steps} -> {rung.student_steps}"
+        if only is not None and (rung.teacher_steps, rung.student_steps) != only:
+            continue
+        if rung.student_steps in finished:
+            lines.append(f"{title}  finished")
+            continue
         for phase in rung.phases:
+            each = phase_forwards(config, rung, phase)
+            cost = phase.max_train_steps * batch * each
+            passes += cost
             lines.append(
-                f"distill    {rung.teacher_steps} -> {rung.student_steps}  {phase.objective}: "
-                f"{phase.max_train_steps} updates of {phase_forwards(config, rung, phase):.1f} U-Net forwards a sample"
+                f"{title}  {phase.objective}: {phase.max_train_steps:,} updates of {batch} samples of {each:.1f} passes: "
+                f"{cost:,.0f} passes"
             )
-    rungs = ", ".join(str(r.student_steps) for r in config.ladder)
-    lines.append(f"export     the LoRAs of {rungs} steps")
-    options = config.evaluation
+    if not lines and only is not None:
+        ladder = ", ".join(f"{r.teacher_steps}:{r.student_steps}" for r in config.ladder)
+        raise ConfigError(f"--rung: got {only[0]}:{only[1]}; allowed: {ladder}")
+    return lines, passes
+
+
+def _describe_export(config: RunConfig, _only: tuple[int, int] | None, _finished: Collection[int]) -> _Part:
+    return [f"export     the LoRAs of {', '.join(str(r.student_steps) for r in config.ladder)} steps"], 0.0
+
+
+def _describe_evaluate(config: RunConfig, _only: tuple[int, int] | None, _finished: Collection[int]) -> _Part:
+    options, cost = config.evaluation, evaluation_forwards(config)
     undistilled = len(options.teacher_steps) + len(options.unguided_steps)
     rows = undistilled + len(config.ladder) + len(options.loras)
-    lines.append(f"evaluate   {rows} rows of {config.evaluation.num_images} images")
-    lines.append("report     index.html, results.json, results.md, grid.png")
-    return "\n".join(lines)
+    return [
+        f"evaluate   {rows} rows of {options.num_images:,} images, floor and studies: {cost:,.0f} passes"
+    ], cost
+
+
+def _describe_report(_config: RunConfig, _only: tuple[int, int] | None, _finished: Collection[int]) -> _Part:
+    return ["report     index.html, results.json, results.md, grid.png"], 0.0
+
+
+_PARTS = {
+    "prepare": _describe_prepare,
+    "distill": _describe_distill,
+    "export": _describe_export,
+    "evaluate": _describe_evaluate,
+    "report": _describe_report,
+}
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"

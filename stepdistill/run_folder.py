@@ -51,8 +51,18 @@ def check_run(config: RunConfig) -> None:
 def open_run(config: RunConfig) -> Path:
     """check_run, then the folder with config.yaml in it."""
     check_run(config)
-    write_text(config.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False))
+    plain = resolved(config)
+    if plain["data"]["held_out"] is None:
+        plain["data"]["held_out"] = saved_held_out(config.run_dir)
+    write_text(config.run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
     return config.run_dir
+
+
+def saved_held_out(run_dir: Path) -> float | None:
+    """The data.held_out that a run was begun with; None where it named none, or has not begun."""
+    saved = run_dir / "config.yaml"
+    data = _saved(saved).get("data") if saved.is_file() else None
+    return data.get("held_out") if isinstance(data, dict) else None
 
 
 def read_run_config(run_dir: Path) -> RunConfig:
@@ -112,4 +122,6 @@ def _is_free(key: str) -> bool:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     first, second = _flat(before), _flat(now)
     keys = [k for k in {**first, **second} if not _is_free(k)]
+    if second.get("data.held_out") is None:  # which goes on with the share that the run was begun with
+        keys.remove("data.held_out")
     return [(k, first.get(k), second.get(k)) for k in keys if first.get(k) != second.get(k)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import read_json, write_json
+from stepdistill.pace import measured_seconds_per_pass
 from stepdistill.run_folder import check_run, open_run
 from stepdistill.rungs import finished_rungs, rung_folder
 from stepdistill.teacher_source import is_ready_made
@@ -172,7 +173,10 @@ def run_all(config: RunConfig) -> None:
         _make_teacher(config)
     check_evaluation(config)
     open_run(config)
-    logger.info("%s", plan.describe(config))
+    finished = finished_rungs(config.run_dir)
+    logger.info(
+        "%s", plan.describe(config, finished=finished, seconds_per_pass=measured_seconds_per_pass(config))
+    )
     prepare(config)
     logger.info("%s", _estimate(config))
     distill(config)

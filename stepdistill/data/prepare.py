@@ -22,6 +22,7 @@ from stepdistill.config_data import KINDS
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.cache import TEXT, pack
 from stepdistill.data.encode import Bad, Encoder, stopping
+from stepdistill.data.held_out import settled
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.shards import FORMAT, is_intact, read_about, write_shard
@@ -70,7 +71,8 @@ class _Work:
     """The filling of one cache."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._config, self._folder = config, config.run_dir / "cache"
+        self._config = config = settled(config)
+        self._folder = config.run_dir / "cache"
         self._base = teacher_folder(config)
         self._sizes = Sizes(
             config.data, teacher_size=image_size(self._base), multiple=size_multiple(self._base)

@@ -1,7 +1,4 @@
-"""What a run is distilled on and measured with: captioned samples, and the captions that distillation never sees.
-
-A caption is held out by a hash of its own text, so every seed, run and method keeps the same ones apart.
-"""
+"""What a run is distilled on and measured with: captioned samples, those held out (held_out.py) kept apart."""
 
 import hashlib
 import itertools
@@ -13,20 +10,14 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, Data
+from stepdistill.data.held_out import LETTERS, held_out_share, is_held_out, is_record_held_out
 from stepdistill.data.records import Record, is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, cover, decode_image, read_caption
 from stepdistill.demo import letters
 
-LETTERS = "letters"
 MOST_PICTURES = 50_000
 """Of one's own data that the table compares with."""
 _LETTERS_IMAGES = 4096
-
-
-def is_held_out(caption: str, share: float) -> bool:
-    """Whether a caption belongs to the share (0 to 1) of all texts that distillation does not see."""
-    digest = hashlib.sha256(caption.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def picture_of(record: Record, data: Data) -> Image.Image:
@@ -43,13 +34,14 @@ def training_records(data: Data, *, seed: int) -> Iterator[Record]:
 
     A record whose caption cannot be read is among them: it is counted as bad where it is looked at.
     """
+    share = held_out_share(data)
     if data.source == LETTERS:
-        seen = [t for t in letters.all_triples() if not is_held_out(t.caption, data.held_out)]
+        seen = [t for t in letters.all_triples() if not is_held_out(t.caption, share)]
         not_empty(data, len(seen))
         triples = letters.sample_triples(data.num_images or _LETTERS_IMAGES, seed=seed, among=seen)
         return (_rendering(triple, seed=seed, index=index) for index, triple in enumerate(triples))
     found = _going_round(data) if is_prompts_only(data.source) else records(data.source)
-    kept = (r for r in found if data.held_out == 0 or not _held_out(r, data.held_out))
+    kept = (r for r in found if share == 0 or not is_record_held_out(r, share))
     return itertools.islice(kept, data.num_images)
 
 
@@ -67,13 +59,6 @@ def _going_round(data: Data) -> Iterator[Record]:
             yield record if not number else replace(record, name=f"{record.name}, time {number + 1}")
         if data.num_images is None:
             return
-
-
-def _held_out(record: Record, share: float) -> bool:
-    try:
-        return is_held_out(read_caption(record.read_caption()), share)
-    except BadSample:
-        return False
 
 
 @dataclass(frozen=True)
@@ -100,12 +85,13 @@ class CaptionedPicture:
 
 def evaluation_captions(data: Data) -> Iterator[tuple[Record, str]]:
     """The records that the table is about, with their captions: all, or where captions are held out those that have them."""
+    share = held_out_share(data)
     for record in records(data.source):
         try:
             caption = read_caption(record.read_caption())
         except BadSample:
             continue
-        if data.held_out == 0 or is_held_out(caption, data.held_out):
+        if share == 0 or is_held_out(caption, share):
             yield record, caption
 
 
@@ -120,9 +106,9 @@ def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
 
 def evaluation_triples(data: Data) -> list[letters.Triple]:
     """The triples of the letters world that the table is about: all, or those held out."""
-    triples = letters.all_triples()
-    if data.held_out > 0:
-        triples = [t for t in triples if is_held_out(t.caption, data.held_out)]
+    triples, share = letters.all_triples(), held_out_share(data)
+    if share > 0:
+        triples = [t for t in triples if is_held_out(t.caption, share)]
     not_empty(data, len(triples))
     return triples
 
@@ -131,7 +117,7 @@ def not_empty(data: Data, count: int) -> None:
     """ConfigError where held_out leaves a side empty."""
     if not count:
         raise ConfigError(
-            f"data.held_out: got {data.held_out}; allowed: a share that leaves pictures of {data.source} to train on "
+            f"data.held_out: got {held_out_share(data)}; allowed: a share that leaves pictures of {data.source} to train on "
             f"and, above 0, pictures to measure with"
         )
 

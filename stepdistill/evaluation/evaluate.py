@@ -250,16 +250,18 @@ class _Work:
     def _warnings(self) -> list[str]:
         count = self._options.num_images
         if count >= FEW_IMAGES:
-            return []
+            return list(self._subject.warnings)
         return [
+            *self._subject.warnings,
             f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with the floor and "
-            f"with other rows of this table, not with published numbers"
+            f"with other rows of this table, not with published numbers",
         ]
 
     def _protocol(self, distances: Distances) -> dict[str, Any]:
         extractor, real = distances.main.extractor, self._subject.real
         return {
             "teacher_images": "other seeds" if self._options.floor else "none",
+            "prompts": self._subject.prompts_about,
             "prompts_sha256": sha256_json(list(self._subject.prompts)),
             "num_images": self._options.num_images,
             "seed": self._seed,

@@ -1,7 +1,7 @@
 """What the table is about: the prompts, and the real images that `*_to_real` compares with.
 
-Prompts: a file's, or the captions of the run's data, those held out where some are. Real images: a folder's, for captions
-of the letters world fresh renderings of them, else the data's own pictures of these captions.
+Prompts: a file's, or the captions of the run's data, those held out where some are (data/held_out.py). Real images: a
+folder's, for captions of the letters world fresh renderings of them, else the data's own pictures of these captions.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config import ConfigError, Data, RunConfig
+from stepdistill.data.held_out import LETTERS, measured_data
 from stepdistill.data.records import PICTURE_SUFFIXES, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample
 from stepdistill.data.source import (
@@ -104,15 +105,16 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class DataPictures:
-    """Pictures of the run's own data, as large as the teacher draws."""
+    """Pictures of the run's own data, as large as the teacher draws, with what training has seen of them."""
 
     pictures: tuple[CaptionedPicture, ...]
     size: tuple[int, int]
+    seen: str
 
     @property
     def about(self) -> str:
         """For the protocol."""
-        return f"{len(self.pictures)} pictures of the data, {self.size[1]} x {self.size[0]}"
+        return f"{len(self.pictures)} pictures {self.seen}, {self.size[1]} x {self.size[0]}"
 
     @property
     def key(self) -> str:
@@ -141,42 +143,69 @@ class Subject:
     real: RealImages | None
     other_real: RealImages | None
     """A second set of real images: how far two of them are apart at this number of images."""
+    prompts_about: str
+    """Whose the prompts are, and whether they were trained on, for the protocol."""
+    warnings: tuple[str, ...] = ()
+    """What a reader of the table must know of them."""
 
 
 def subject_of(config: RunConfig) -> Subject:
     """The prompts and real images that a config asks for; ConfigError where a file is missing, empty or not UTF-8."""
-    count, seed = config.evaluation.num_images, config.seed
-    own: tuple[CaptionedPicture, ...] = ()
+    count, seed, data = config.evaluation.num_images, config.seed, measured_data(config)
+    pictures: tuple[CaptionedPicture, ...] = ()
     if config.evaluation.prompts is not None:
         lines = _read_prompts(Path(config.evaluation.prompts))
-    elif config.data.source != "letters":
-        own = tuple(evaluation_pictures(config.data))
-        has_pictures = not (is_prompts_only(config.data.source) or is_cache(config.data.source))
-        if has_pictures and config.evaluation.real_images is None and len(own) < FEWEST_PICTURES:
-            raise ConfigError(
-                f"data.held_out: got {config.data.held_out}, which leaves {len(own)} pictures of {config.data.source} to "
-                f"measure with; allowed: a share that leaves {FEWEST_PICTURES} or more, or evaluation.real_images"
-            )
-        captions = (caption for _, caption in evaluation_captions(config.data))
+    elif data.source != LETTERS:
+        pictures = _own_pictures(config, data)
+        captions = (caption for _, caption in evaluation_captions(data))
         lines = list(itertools.islice(captions, count))
-        not_empty(config.data, len(lines))
+        not_empty(data, len(lines))
     else:
-        drawn_from = evaluation_triples(config.data)
+        among = evaluation_triples(data)
         triples = letters.sample_triples(
-            count, seed=derive_seed(seed, "evaluation prompts") % 2**32, among=drawn_from
+            count, seed=derive_seed(seed, "evaluation prompts") % 2**32, among=among
         )
         lines = [triple.caption for triple in triples]
+    about = f"captions {_seen(data, len(lines))}" if config.evaluation.prompts is None else "a file's"
     prompts = tuple(lines[k % len(lines)] for k in range(count))
     wanted = _triples(prompts)
     if config.evaluation.real_images is not None:
-        return Subject(prompts, wanted, ImageFolder.open(config.evaluation.real_images), None)
-    if own:
-        size = image_size(teacher_folder(config))
-        return Subject(prompts, wanted, DataPictures(own, size), None)
+        return Subject(prompts, wanted, ImageFolder.open(config.evaluation.real_images), None, about)
+    if pictures:
+        real = DataPictures(pictures, image_size(teacher_folder(config)), _seen(data, len(pictures)))
+        return Subject(prompts, wanted, real, None, about, () if data.held_out else (_TRAINED_ON,))
     if wanted is None:
-        return Subject(prompts, None, None, None)
+        return Subject(prompts, None, None, None, about)
     first, second = (Renderings(wanted, derive_seed(seed, name) % 2**32) for name in ("real", "other real"))
-    return Subject(prompts, wanted, first, second)
+    return Subject(prompts, wanted, first, second, about)
+
+
+_TRAINED_ON = (
+    "the real images are pictures that were trained on, and the prompts are their captions: *_to_real, precision and "
+    "coverage say nothing of others; data.held_out, or evaluation.prompts and evaluation.real_images, keep some apart"
+)
+
+
+def _own_pictures(config: RunConfig, data: Data) -> tuple[CaptionedPicture, ...]:
+    """Those that the table is about; ConfigError where they are to be the real images and are too few."""
+    pictures = tuple(evaluation_pictures(data))
+    has_pictures = not (is_prompts_only(data.source) or is_cache(data.source))
+    if has_pictures and config.evaluation.real_images is None and len(pictures) < FEWEST_PICTURES:
+        raise ConfigError(
+            f"data.held_out: got {data.held_out}, which leaves {len(pictures)} pictures of {data.source} to "
+            f"measure with; allowed: a share that leaves {FEWEST_PICTURES} or more, or evaluation.real_images"
+        )
+    return pictures
+
+
+def _seen(data: Data, count: int) -> str:
+    """What training has seen of the `count` pictures or captions that the table is about."""
+    if data.held_out:
+        return "held out from training"
+    whole = data.source == LETTERS or is_cache(data.source)
+    if whole or data.num_images is None or data.num_images >= count:
+        return "that were trained on"
+    return f"of which the first {data.num_images:,} were trained on"
 
 
 def _triples(prompts: Sequence[str]) -> tuple[letters.Triple, ...] | None:

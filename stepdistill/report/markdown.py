@@ -38,6 +38,9 @@ def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] =
         f"{results.get('num_images', 'Some')} images a row, equal prompts and noise. FID to teacher: against images of "
         f"{reference} from other seeds; paired FID and latent MSE: against its images of the same noise, 0 for itself."
     ]
+    protocol = results.get("protocol") or {}
+    if "prompts" in protocol:
+        notes.append(f"Prompts: {protocol['prompts']}. Real images: {protocol.get('real_images')}.")
     if real is not None:
         notes.append(f"Two sets of real images are {real:.1f} apart at this number of images.")
     if floor.get("fid_to_teacher") is not None:

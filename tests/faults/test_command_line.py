@@ -64,6 +64,17 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
     assert done.returncode == 0
     assert "seed: 9" in done.stdout
     assert "32 -> 8" in done.stdout
+    assert "U-Net passes of one sample" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_of_a_stage_prints_its_part(tmp_path):
+    options = ("configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", "--dry-run")
+    done, _ = stepdistill("distill", *options, "--rung", "32:8")
+    plan = done.stdout.partition("run folder")[2]
+    assert "distill    32 -> 8" in plan
+    assert "32 -> 32" not in plan
+    assert "evaluate" not in plan
     assert not (tmp_path / "runs").exists()
 
 

@@ -242,3 +242,10 @@ def test_a_shard_of_another_source_is_refused_until_all_are_made(tmp_path):
     with pytest.raises(ValueError, match=r"00000\.safetensors is missing or changed"):
         load_cache(config)
     assert prepare(config) is True
+
+
+def test_a_share_that_is_not_named_is_a_number_in_the_manifest_and_the_cache_of_that_number(tmp_path):
+    folder = good(tmp_path / "pictures", 12)
+    assert prepare(of(folder, tmp_path))
+    assert manifest(of(folder, tmp_path))["data"]["held_out"] == 0.0
+    assert not prepare(of(folder, tmp_path, "data.held_out=0"))

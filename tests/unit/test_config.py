@@ -19,6 +19,19 @@ CONFIG = "configs/letters.yaml"
         ("trainig.x=3", ["trainig", "nearest: training", "allowed: data"]),
         ("training.train_batchsize=4", ["training.train_batchsize", "got", "nearest: train_batch_size"]),
         ("ladder.0.phases.0.learning_rat=4", ["ladder.0.phases.0.learning_rat", "nearest: learning_rate"]),
+        (
+            "teacher.loras=[{path: x, wieght: 1}]",
+            ["teacher.loras.0.wieght", "nearest: weight; allowed: path, weight"],
+        ),
+        (
+            "evaluation.loras=[{name: x, path: x, steps: 4, guidance_scal: 1}]",
+            ["evaluation.loras.0.guidance_scal", "nearest: guidance_scale", "timesteps"],
+        ),
+        (
+            "ladder.1.phases.1.discriminator.trunc=full",
+            ["phases.1.discriminator.trunc", "nearest: trunk", "allowed: heads"],
+        ),
+        ("export.format=[onnx]", ["export.format", "nearest: formats", "allowed: base_model"]),
         ("training.train_batch_size=abc", ["training.train_batch_size", "'abc'", "integer"]),
         ("training.train_batch_size=0", ["training.train_batch_size", "got 0", "greater than 0"]),
         ("teacher.guidance_scale=0.5", ["teacher.guidance_scale", "got 0.5", "greater than or equal to 1"]),

@@ -1,13 +1,22 @@
 """What a run is said to cost, against what it does."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from stepdistill.config import ConfigError
 from stepdistill.config_file import load_config
 from stepdistill.diffusion.schedule import jump, substep_path, trailing_timesteps
-from stepdistill.plan import phase_forwards, training_forwards
+from stepdistill.pace import measured_seconds_per_pass
+from stepdistill.plan import (
+    describe,
+    evaluation_forwards,
+    phase_forwards,
+    preparation_forwards,
+    training_forwards,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 import variants
@@ -49,3 +58,55 @@ def test_half_of_the_targets_kept_costs_half_of_the_teacher():
     kept = phase.model_copy(update={"cached_updates": phase.max_train_steps // 2})
     saved = phase_forwards(config, rung, phase) - phase_forwards(config, rung, kept)
     assert saved == pytest.approx(0.5 * 4)
+
+
+def last_number(line):
+    return float(line.rpartition(": ")[2].removesuffix(" passes").replace(",", ""))
+
+
+def test_the_plan_adds_up_to_all_passes_of_what_is_left():
+    config = load_config(CONFIGS[0])
+    lines = describe(config).splitlines()
+    training = [line for line in lines if line.startswith("distill")]
+    assert sum(map(last_number, training)) == pytest.approx(training_forwards(config), abs=len(training))
+    total = f"in all     {training_forwards(config) + evaluation_forwards(config):,.0f} U-Net passes"
+    assert lines[-1].startswith(total)
+    assert "times a pass" in lines[-1]
+    left = describe(config, finished=[32, 8]).splitlines()
+    assert "distill    32 -> 8  finished" in left
+    expected = training_forwards(config, finished=[32, 8]) + evaluation_forwards(config)
+    assert left[-1].startswith(f"in all     {expected:,.0f} U-Net passes")
+
+
+def test_the_plan_of_a_stage_is_its_own_part():
+    config = load_config(CONFIGS[0])
+    assert [line.split()[0] for line in describe(config, stages=["evaluate"]).splitlines()] == [
+        *("run", "evaluate", "in")
+    ]
+    assert describe(config, stages=["report"]).count("\n") == 1
+    one = describe(config, stages=["distill"], only=(32, 8), finished=[32, 8])
+    assert [line.split()[:4] for line in one.splitlines()[1:-1]] == [["distill", "32", "->", "8"]] * 2
+    with pytest.raises(ConfigError, match=r"--rung: got 16:8; allowed: 32:32, 32:8"):
+        describe(config, stages=["distill"], only=(16, 8))
+
+
+def test_hours_come_from_the_updates_that_the_run_has_logged(tmp_path):
+    config = load_config(CONFIGS[0], [f"output_dir={tmp_path}"])
+    assert measured_seconds_per_pass(config) is None
+    config.run_dir.mkdir()
+    rung = config.ladder[0]
+    each = phase_forwards(config, rung, rung.phases[0])
+    records = [{"rung": 32, "phase": 0, "images_per_second": 1 / (each * s)} for s in (9.0, 0.25, 0.25)]
+    (config.run_dir / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    pace = measured_seconds_per_pass(config)
+    assert pace == pytest.approx(0.25)
+    hours = (training_forwards(config) + evaluation_forwards(config)) * 0.25 / 3600
+    assert f"about {hours:,.1f} hours at 0.25 s a pass" in describe(config, seconds_per_pass=pace)
+
+
+def test_pictures_that_the_teacher_makes_of_prompts_are_counted(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\n\nb\nc\n")
+    config = load_config(CONFIGS[0], [f"data.source={tmp_path / 'prompts.txt'}", "data.num_images=null"])
+    assert preparation_forwards(config) == 3 * 32 * 2
+    assert "drawn by the teacher: 192 passes" in describe(config, stages=["prepare"])
+    assert preparation_forwards(load_config(CONFIGS[0])) == 0

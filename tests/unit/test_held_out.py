@@ -1,0 +1,129 @@
+"""Pictures kept apart for the table without being asked: when, how many, and what the report says of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stepdistill.config import Data
+from stepdistill.config_file import load_config
+from stepdistill.data.held_out import (
+    AUTO_SHARE,
+    MOST_LOOKED_AT,
+    held_out_share,
+    is_held_out,
+    leaves_enough,
+    measured_data,
+    settled,
+)
+from stepdistill.data.records import Record
+from stepdistill.data.source import evaluation_pictures, training_records
+from stepdistill.evaluation.subject import subject_of
+from stepdistill.report.markdown import markdown
+from stepdistill.run_folder import check_run, open_run
+
+
+def pictures(folder, captions, *, first=0):
+    """A row of metadata.jsonl for each caption, all of one small picture."""
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(folder / "wall.png")
+    rows = [json.dumps({"file_name": "wall.png", "text": caption}) for caption in captions]
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write("".join(f"{row}\n" for row in rows))
+    return str(folder)
+
+
+def numbered(count):
+    return [f"wall {k}" for k in range(count)]
+
+
+def config_of(tmp_path, source, *overrides):
+    options = [f"output_dir={tmp_path / 'runs'}", f"data.source={source}", "data.num_images=null"]
+    return load_config("configs/letters.yaml", [*options, "evaluation.num_images=50", *overrides])
+
+
+def test_enough_pictures_leave_a_twentieth_for_the_table(tmp_path):
+    data = Data(source=pictures(tmp_path / "many", numbered(1600)))
+    assert held_out_share(data) == AUTO_SHARE
+    trained = {record.read_caption() for record in training_records(data, seed=0)}
+    shown = {picture.caption for picture in evaluation_pictures(data)}
+    assert len(shown) >= 64
+    assert trained | shown == set(numbered(1600))
+    assert not trained & shown
+
+
+@pytest.mark.parametrize("captions", [numbered(600), ["a dog", "a cat", "a bird"] * 600])
+def test_few_pictures_and_few_captions_are_all_trained_on(tmp_path, captions):
+    assert held_out_share(Data(source=pictures(tmp_path / "few", captions))) == 0
+
+
+def test_a_caption_that_most_pictures_share_is_never_held_out_unasked(tmp_path):
+    """Its hash is in the share: held out with it would go two thirds of the pictures."""
+    shared = next(c for c in numbered(200) if is_held_out(c, AUTO_SHARE))
+    mixed = [c for caption in numbered(1600) for c in (caption, shared, shared)]
+    assert held_out_share(Data(source=pictures(tmp_path / "mixed", mixed))) == 0
+
+
+@pytest.mark.parametrize("source", ["letters", "prompts.txt"])
+def test_letters_and_prompts_alone_hold_nothing_out_without_a_look(source):
+    assert Data(source=source).held_out == 0.0
+    assert Data(source=source, held_out=0.3).held_out == 0.3
+
+
+def test_looking_ends_as_soon_as_it_is_clear():
+    stream = iter([Record(str(k), lambda k=k: f"wall {k}", None) for k in range(9000)])
+    assert leaves_enough(stream)
+    assert len(list(stream)) > 7000
+    stream = iter([Record(str(k), lambda: "a wall", None) for k in range(9000)])
+    assert not leaves_enough(stream)
+    assert len(list(stream)) == 9000 - MOST_LOOKED_AT
+
+
+def test_a_run_stays_with_the_share_that_it_was_begun_with(tmp_path):
+    source = pictures(tmp_path / "growing", numbered(100))
+    auto, fixed = config_of(tmp_path, source), config_of(tmp_path, source, "data.held_out=0.2", "name=fixed")
+    for config in (auto, fixed):
+        open_run(config)
+    check_run(auto.model_copy(update={"name": "fixed"}))
+    open_run(config_of(tmp_path, source, "name=fixed"))
+    assert "held_out: 0.2" in (fixed.run_dir / "config.yaml").read_text()
+    assert settled(config_of(tmp_path, source, "name=fixed")).data.held_out == 0.2
+    (auto.run_dir / "cache").mkdir()
+    (auto.run_dir / "cache" / "manifest.json").write_text(json.dumps({"data": {"held_out": 0.0}}))
+    pictures(Path(source), [f"house {k}" for k in range(2000)])
+    assert held_out_share(auto.data) == AUTO_SHARE
+    assert settled(auto).data.held_out == 0.0
+
+
+def test_the_table_says_what_training_has_seen(tmp_path):
+    few, many = pictures(tmp_path / "few", numbered(30)), pictures(tmp_path / "many", numbered(1600))
+    trained = subject_of(config_of(tmp_path, few))
+    assert trained.real.about == "30 pictures that were trained on, 32 x 32"
+    assert trained.prompts_about == "captions that were trained on"
+    assert "data.held_out" in trained.warnings[0]
+    part = subject_of(config_of(tmp_path, few, "data.num_images=20", "evaluation.num_images=25"))
+    assert part.real.about == "30 pictures of which the first 20 were trained on, 32 x 32"
+    kept = subject_of(config_of(tmp_path, many))
+    assert kept.real.about.endswith("pictures held out from training, 32 x 32")
+    assert (kept.prompts_about, kept.warnings) == ("captions held out from training", ())
+    letters = subject_of(config_of(tmp_path, "letters"))
+    assert letters.prompts_about == "captions that were trained on"
+    protocol = {"prompts": kept.prompts_about, "real_images": kept.real.about}
+    assert f"Real images: {kept.real.about}." in markdown("x", {"rows": [], "protocol": protocol})
+
+
+def test_another_runs_cache_takes_its_share_and_its_pictures(tmp_path):
+    source = pictures(tmp_path / "many", numbered(1600))
+    cache = tmp_path / "lender" / "cache"
+    cache.mkdir(parents=True)
+    lent = Data(source=source, held_out=0.1).model_dump(mode="json")
+    (cache / "manifest.json").write_text(json.dumps({"data": lent}))
+    config = config_of(tmp_path, str(cache))
+    assert held_out_share(config.data) == 0.1
+    assert measured_data(config) == Data(source=source, held_out=0.1)
+    assert subject_of(config).real.about.endswith("pictures held out from training, 32 x 32")
+    (tmp_path / "many" / "metadata.jsonl").unlink()
+    (tmp_path / "many" / "wall.png").unlink()
+    (tmp_path / "many").rmdir()
+    assert measured_data(config).held_out == 0  # what is left are captions that were trained on
