@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 
@@ -32,6 +34,18 @@ CONFIG = "configs/letters.yaml"
         ("ladder.4.node_steps=4", ["ladder.4.start_timestep", "got 499", "without node_steps"]),
         ("ladder.4.start_timestep=1000", ["ladder.4.start_timestep", "got 1000", "less than 1000"]),
         ("ladder.0.phases.0.objective=gan", ["ladder.0.phases.0.objective", "'gan'", "'mse'"]),
+        (
+            "ladder.0.phases.0.discriminator.start=carried",
+            ["ladder.0.phases.0.discriminator.start", "got carried", "paired or single phase", "this is mse"],
+        ),
+        (
+            "ladder.1.phases.1.discriminator.start=carried",
+            [
+                "ladder.1.phases.1.discriminator.start",
+                "allowed: fresh",
+                "first adversarial phase of its rung",
+            ],
+        ),
         ("name=../x", ["name", "'../x'"]),
         ("no_equals_sign", ["key=value"]),
     ],
@@ -43,6 +57,24 @@ def test_mistakes_name_key_value_and_what_is_allowed(override, parts):
     assert "\n" not in message
     for part in parts:
         assert part in message, message
+
+
+def adversarial_rung(*phases):
+    """Phases (objective, discriminator options) on the rung 32 -> 8."""
+    found = [{"objective": o, "max_train_steps": 2, "discriminator": options} for o, options in phases]
+    return load_config(CONFIG, [f"ladder.1.phases={json.dumps(found)}"]).ladder[1]
+
+
+def test_a_discriminator_is_carried_over_to_a_phase_that_it_fits():
+    carried = {"start": "carried", "trunk": "full"}
+    rung = adversarial_rung(("paired", {"trunk": "full"}), ("mse", {}), ("single", carried))
+    assert [p.discriminator.start for p in rung.phases] == ["fresh", "fresh", "carried"]
+    with pytest.raises(ConfigError, match=r"phases\.1\.discriminator\.start: .*before, lora, this has full"):
+        adversarial_rung(("paired", {}), ("single", carried))
+    frozen = {"trunk": "frozen"}
+    adversarial_rung(("single", frozen), ("single", frozen | {"start": "carried"}))
+    with pytest.raises(ConfigError, match=r"frozen trunk learns nothing.*\(paired, mid\).*\(single, mid\)"):
+        adversarial_rung(("paired", frozen), ("single", frozen | {"start": "carried"}))
 
 
 def test_a_missing_key_and_a_missing_file_are_named(tmp_path):
