@@ -162,15 +162,15 @@ def test_an_incomplete_teacher_names_what_it_lacks(tmp_path, missing):
 
 
 def test_the_plan_counts_the_recipes_forwards():
-    """Section 5 of the recipe: 10.35 F for 128 -> 32, then 4 and 2 teacher forwards, evaluation at its NFE."""
+    """10.35 for 128 -> 32 from the bare base, then 4 and 2 teacher forwards with a LoRA, evaluation at its NFE."""
     config = load_config(CONFIG, ["ladder.0.teacher_steps=128"])
     first = config.ladder[0]
     assert phase_forwards(config, first, first.phases[0]) == pytest.approx(10.35, abs=0.01)
     paired = first.phases[0].model_copy(update={"objective": "paired"})
     single = first.phases[0].model_copy(update={"objective": "single"})
-    assert phase_forwards(config, config.ladder[1], paired) == pytest.approx(11.6, abs=0.01)
-    assert phase_forwards(config, config.ladder[1], single) == pytest.approx(9.9, abs=0.01)
-    assert phase_forwards(config, config.ladder[2], paired) == pytest.approx(9.6, abs=0.01)
+    assert phase_forwards(config, config.ladder[1], paired) == pytest.approx(11.93, abs=0.01)
+    assert phase_forwards(config, config.ladder[1], single) == pytest.approx(10.23, abs=0.01)
+    assert phase_forwards(config, config.ladder[2], paired) == pytest.approx(9.77, abs=0.01)
     on_data = single.model_copy(
         update={"discriminator": single.discriminator.model_copy(update={"real": "data"})}
     )
