@@ -11,6 +11,9 @@ from stepdistill.config_evaluation import LoraRow as LoraRow
 from stepdistill.config_section import ConfigError as ConfigError
 from stepdistill.config_section import Name, PositiveFloat, PositiveInt, Section
 
+ADVERSARIAL = ("paired", "single")
+"""The objectives that have a discriminator."""
+
 
 class TeacherLora(Section):
     """A LoRA that is part of the teacher."""
@@ -94,6 +97,10 @@ class DiscriminatorOptions(Section):
     """Each sample judged alone (the paper's form), or each teacher sample against its student's."""
     real: Literal["teacher", "data"] = "teacher"
     """What D takes for real: the teacher's x_s (the paper's form), or the data noised to s, which needs no teacher."""
+    start: Literal["fresh", "carried"] = "fresh"
+    """What trunk and heads begin with: the base and new heads, or those that the adversarial phase before on this rung left.
+    Heads carry over between phases of the same objective and `heads`; a paired one reads twice the channels of a single one,
+    so between these the trunk alone does. The optimiser begins anew."""
     learning_rate: PositiveFloat | None = None
     """Of trunk and heads; the phase's own where not given."""
     perturbation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
@@ -193,7 +200,9 @@ class RunConfig(Section):
         for index, rung in enumerate(self.ladder):
             _check_rung(index, self.ladder)
             for number, phase in enumerate(rung.phases):
-                _check_phase(f"ladder.{index}.phases.{number}", phase, rung, self.ladder[:index])
+                key = f"ladder.{index}.phases.{number}"
+                _check_phase(key, phase, rung, self.ladder[:index])
+                _check_start(f"{key}.discriminator.start", phase, rung.phases[:number])
         return self
 
 
@@ -241,4 +250,30 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
     if phase.objective == "convert" and rung.prediction_type != "sample":
         raise ConfigError(
             f'{key}.objective: got "convert"; it needs prediction_type: sample on its rung, got {rung.prediction_type}'
+        )
+
+
+def _check_start(key: str, phase: Phase, before: tuple[Phase, ...]) -> None:
+    options = phase.discriminator
+    if options.start == "fresh":
+        return
+    if phase.objective not in ADVERSARIAL:
+        raise ConfigError(
+            f"{key}: got carried; allowed: on a paired or single phase, this is {phase.objective}"
+        )
+    previous = next((p for p in reversed(before) if p.objective in ADVERSARIAL), None)
+    if previous is None:
+        raise ConfigError(
+            f"{key}: got carried; allowed: fresh, as this is the first adversarial phase of its rung"
+        )
+    if previous.discriminator.trunk != options.trunk:
+        raise ConfigError(
+            f"{key}: got carried; allowed: with the trunk of the adversarial phase before, "
+            f"{previous.discriminator.trunk}, this has {options.trunk}"
+        )
+    same_heads = (previous.objective, previous.discriminator.heads) == (phase.objective, options.heads)
+    if options.trunk == "frozen" and not same_heads:
+        raise ConfigError(
+            f"{key}: got carried; allowed: fresh, as a frozen trunk learns nothing and the heads of the phase before "
+            f"({previous.objective}, {previous.discriminator.heads}) do not fit ({phase.objective}, {options.heads})"
         )

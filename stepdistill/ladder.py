@@ -15,7 +15,7 @@ from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.durable import sha256_file
 from stepdistill.models import adapters
-from stepdistill.models.discriminator import build_discriminator
+from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
 from stepdistill.models.loading import fingerprint, load_schedule, load_unet, load_vae, read_scheduler_config
 from stepdistill.models.lora_file import write_lora
 from stepdistill.models.roles import STUDENT, TEACHER, Roles
@@ -122,8 +122,9 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
     preview = Preview(
         shared.vae, shared.cache, list(config.preview.prompts), seed=config.seed, folder=partial / "previews"
     )
+    learned: DiscriminatorState | None = None
     for number, phase in enumerate(rung.phases):
-        _train_phase(shared, rung, number, phase, kinds, preview, log)
+        learned = _train_phase(shared, rung, number, phase, kinds, preview, log, learned) or learned
     shared.runtime.wait()
     if shared.runtime.is_main:
         save_lora(roles, partial)
@@ -152,7 +153,10 @@ def _train_phase(
     kinds: list[str],
     preview: Preview,
     log: TrainingLog | None,
-) -> None:
+    learned: DiscriminatorState | None,
+) -> DiscriminatorState | None:
+    """Trains one phase. Takes what D learned in the phases before on this rung, and returns what it has learned now, where a
+    later phase carries that on."""
     config, roles = shared.config, shared.roles
     students = [r.student_steps for r in config.ladder]
     earlier = students[: students.index(rung.student_steps)]
@@ -178,6 +182,7 @@ def _train_phase(
         rank=config.lora.rank,
         seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
         sample_size=shared.cache.smallest_side,
+        carried=learned,
     )
 
     def draw(name: str) -> None:
@@ -188,7 +193,10 @@ def _train_phase(
         rung, phase, number, config.training, config.seed, nets, discriminator, shared.cache, preview=draw
     )
     run_stage(stage, runtime=shared.runtime, log=log)
+    carries_on = any(p.discriminator.start == "carried" for p in rung.phases[number + 1 :])
+    learned = discriminator.state() if discriminator is not None and carries_on else None
     roles.drop_discriminator()
+    return learned
 
 
 def save_lora(roles: Roles, folder: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 
-# In units of one forward of the bare U-Net per sample (section 5 of the recipe, computed on SDXL): LoRA forward and
-# backward, then what the discriminator adds.
-_LORA_FORWARD, _ENCODER = 1.083, 0.434
+# In units of one forward of the bare U-Net per sample (computed on SDXL): forward and backward of the U-Net with a LoRA,
+# then what the discriminator adds. The base as teacher is the bare U-Net; the student of a rung as teacher has a LoRA.
+_LORA_FORWARD = 1.083
 _STUDENT = _LORA_FORWARD + 1.268
 _DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
 _FROZEN_TRUNK = -2.2  # no backward into it, and no adapter: single 5.7 instead of 7.9
@@ -21,20 +21,26 @@ COST_REPEATS = 2
 
 
 def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
-    """Forwards per sample and update of one phase."""
+    """Forwards of the bare U-Net per sample and update of one phase; each of a U-Net with a LoRA counts 1.083."""
     if phase.objective == "convert":
-        return 1 + _STUDENT
+        return (1.0 if _is_base(config, rung, phase) else _LORA_FORWARD) + _STUDENT
     return _teacher_forwards(config, rung, phase) + _STUDENT + _discriminator_forwards(rung, phase)
 
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     if phase.objective in _DISCRIMINATOR and phase.discriminator.real == "data":
         return 0.0
-    teacher_steps = phase.teacher_steps or rung.teacher_steps
-    earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
-    guided = teacher_steps not in earlier and config.teacher.guidance_scale > 1
+    each = _LORA_FORWARD
+    if _is_base(config, rung, phase):
+        each = 2.0 if config.teacher.guidance_scale > 1 else 1.0
     asked = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
-    return asked * _teacher_substeps(rung, teacher_steps) * (2 if guided else 1)
+    return asked * _teacher_substeps(rung, phase.teacher_steps or rung.teacher_steps) * each
+
+
+def _is_base(config: RunConfig, rung: Rung, phase: Phase) -> bool:
+    """Whether a phase's teacher is the base model, as on the first rung, and not the student of an earlier rung."""
+    earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
+    return (phase.teacher_steps or rung.teacher_steps) not in earlier
 
 
 def _discriminator_forwards(rung: Rung, phase: Phase) -> float:

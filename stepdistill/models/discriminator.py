@@ -9,16 +9,18 @@ paired  the features of x_s at s beside those of x_t at t (Eq 22); single: of x_
 """
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from stepdistill.config import Phase
+from stepdistill.config import ADVERSARIAL, Phase
+from stepdistill.models.adapters import adapter_state, load_adapter_state
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.loading import load_unet
-from stepdistill.models.roles import Roles
+from stepdistill.models.roles import DISCRIMINATOR, Roles
 
 TRUNKS = ("lora", "full", "frozen")
 HEADS = ("mid", "multi")
@@ -69,6 +71,15 @@ class Head(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, 1); what space an odd aspect ratio leaves is averaged."""
         return self.logit(self.body(features).mean(dim=(2, 3)))
+
+
+@dataclass(frozen=True)
+class DiscriminatorState:
+    """A copy of what a discriminator has learned, on the CPU: the weights of its trunk (empty where that is frozen) and of
+    its heads, each under module names."""
+
+    trunk: dict[str, torch.Tensor]
+    heads: dict[str, torch.Tensor]
 
 
 class Discriminator(nn.Module):
@@ -138,15 +149,53 @@ class Discriminator(nn.Module):
             features = [torch.cat(pair, dim=1) for pair in zip(features, context, strict=True)]
         return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], dim=1)
 
+    def state(self) -> DiscriminatorState:
+        """What it has learned, for the discriminator of a later phase."""
+        trunk: dict[str, torch.Tensor] = {}
+        if self._trunk == "lora":
+            trunk = adapter_state(self._roles.unet, DISCRIMINATOR)
+        elif self.encoder is not None:
+            trunk = _copied(self.encoder)
+        return DiscriminatorState(trunk, _copied(self.heads))
+
+    def load_state(self, state: DiscriminatorState) -> None:
+        """Takes over a trunk of the same kind, and the heads where every shape is the same; heads that do not fit stay as
+        they are. ValueError for another trunk."""
+        if self._trunk == "lora":
+            load_adapter_state(self._roles.unet, DISCRIMINATOR, state.trunk)
+        elif self.encoder is not None:
+            if _shapes(self.encoder.state_dict()) != _shapes(state.trunk):
+                raise ValueError("the state of another trunk does not fit this discriminator's full copy")
+            self.encoder.load_state_dict(state.trunk)
+        if _shapes(self.heads.state_dict()) == _shapes(state.heads):
+            self.heads.load_state_dict(state.heads)
+
 
 def build_discriminator(
-    roles: Roles, phase: Phase, *, base: Path, rank: int, seed: int, sample_size: int
+    roles: Roles,
+    phase: Phase,
+    *,
+    base: Path,
+    rank: int,
+    seed: int,
+    sample_size: int,
+    carried: DiscriminatorState | None = None,
 ) -> Discriminator | None:
-    """The discriminator that a phase asks for, fresh; None for mse and convert. `base` is the pipeline's folder."""
-    if phase.objective not in ("paired", "single"):
+    """The discriminator that a phase asks for; None for mse and convert.
+
+    Args:
+        roles: the shared U-Net.
+        phase: its objective and discriminator options.
+        base: the pipeline's folder.
+        rank: of the trunk's LoRA.
+        seed: of heads and LoRA that are new.
+        sample_size: height or width of the latents, the smaller one.
+        carried: what the adversarial phase before left; taken over where the phase's `start` is "carried".
+    """
+    if phase.objective not in ADVERSARIAL:
         return None
     options = phase.discriminator
-    return Discriminator(
+    discriminator = Discriminator(
         roles,
         trunk=options.trunk,
         heads=options.heads,
@@ -156,6 +205,18 @@ def build_discriminator(
         sample_size=sample_size,
         base=load_unet(base) if options.trunk == "full" else None,
     )
+    if options.start == "carried":
+        assert carried is not None, "config.py refuses `carried` in the first adversarial phase of a rung"
+        discriminator.load_state(carried)
+    return discriminator
+
+
+def _copied(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _without_decoder(base: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -133,6 +133,32 @@ def test_an_update_does_not_depend_on_the_micro_batch(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
+def test_a_carried_discriminator_goes_on_where_it_was(tmp_path):
+    """The same rung with D carried over an mse phase between two adversarial ones, and with a fresh D."""
+    logs = {}
+    for start in ("fresh", "carried"):
+        # one step from noise beside data, all but clean: what D tells apart at once
+        options = {"trunk": "full", "real": "data", "learning_rate": 3e-3}
+        options["perturbation_weights"] = [1, 0, 0, 0]
+        phase = {"objective": "single", "max_train_steps": 8, "learning_rate": 1e-6, "discriminator": options}
+        mse = {"objective": "mse", "max_train_steps": 1, "learning_rate": 1e-5}
+        phases = [phase, mse, phase | {"discriminator": options | {"start": start}}]
+        ladder = json.dumps([{"teacher_steps": 2, "student_steps": 1, "phases": phases}])
+        config = tiny_config(
+            tmp_path, f"name={start}", f"ladder={ladder}", "training.lr_warmup_steps=0", "data.num_images=8"
+        )
+        prepare(config)
+        distill(config)
+        logs[start] = {(r["phase"], r["step"]): r for r in read_log(config.run_dir / "log.jsonl")}
+    losses = {
+        start: {at: r["discriminator_loss"] for at, r in log.items() if r["objective"] == "single"}
+        for start, log in logs.items()
+    }
+    assert all(losses["fresh"][0, k] == losses["carried"][0, k] for k in range(8))
+    assert losses["carried"][2, 0] < losses["fresh"][2, 0] - 0.05
+    assert losses["carried"][2, 0] < losses["carried"][0, 0] - 0.05
+
+
 @pytest.mark.parametrize("steps", RUNGS)
 def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_run, steps):
     """diffusers' pipeline with the LoRA from disk against our own roll-out of the trained adapter, equal noise."""

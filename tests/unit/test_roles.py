@@ -318,6 +318,38 @@ def test_a_new_discriminator_replaces_the_old_one(schedule):
     assert all(p.grad is not None for p in nets.roles.student_parameters)
 
 
+def logits_of(nets, discriminator):
+    x, t, c = randn(2, 4, 8, 8), torch.tensor([9, 749]), make_conditioning(2)
+    with nets.roles.discriminator(trainable=True):
+        features = discriminator.features(x, t, c)
+        return features, discriminator.logits(features, features if discriminator.paired else None)
+
+
+@pytest.mark.parametrize("before", ["paired", "single"])
+@pytest.mark.parametrize("trunk", ["lora", "full"])
+def test_a_carried_discriminator_has_the_trunk_and_those_heads_that_fit(schedule, trunk, before):
+    nets = make_nets(schedule)
+    first = make_discriminator(nets, trunk=trunk, paired=before == "paired")
+    with torch.no_grad():
+        for parameter in nets.roles.discriminator_parameters:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8))
+    features, logits = logits_of(nets, first)
+    state = first.state()
+    with torch.no_grad():  # what was learned is a copy
+        for parameter in nets.roles.discriminator_parameters:
+            parameter.zero_()
+    options = {"trunk": trunk, "heads": "mid", "paired": False, "rank": 4, "sample_size": 8}
+    second = Discriminator(nets.roles, seed=4, base=build_tiny_unet(), **options)
+    fresh = {name: tensor.clone() for name, tensor in second.heads.state_dict().items()}
+    second.load_state(state)
+    carried_features, carried_logits = logits_of(nets, second)
+    assert all(torch.equal(a, b) for a, b in zip(features, carried_features, strict=True))
+    same = before == "single"
+    assert torch.equal(logits, carried_logits) == same
+    assert all(torch.equal(t, fresh[name]) for name, t in second.heads.state_dict().items()) != same
+    assert all(p.requires_grad for p in nets.roles.discriminator_parameters)
+
+
 def test_options_of_config_and_code_are_the_same():
     fields = DiscriminatorOptions.model_fields
     assert fields["trunk"].annotation.__args__ == TRUNKS
