@@ -5,7 +5,8 @@
 With a CUDA GPU: a random-weight pipeline of every shape of the released one, a few pictures, the config's own ladder with
 two updates a phase; memory is torch's peak of allocated bytes. Beside it, or alone without one: the same modules on the meta
 device, their parameters, gradients and moments counted, what autograd keeps of each phase's forwards, and with gradient
-checkpointing the most that one recomputed piece keeps. What kernels take while they run is not in the estimate.
+checkpointing the most that one recomputed piece keeps; and what a preview takes, for which the VAE comes from the CPU to
+decode one picture at a time. What kernels take while they run is not in the estimate.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import contextlib
 import json
 import sys
 import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from random_teacher import build, build_vae, unet_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stepdistill import stages
 from stepdistill.config import Phase, RunConfig
@@ -54,6 +59,36 @@ def saved_bytes(run: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(found.values())
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of storages that tensors made inside hold, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._holders: Counter[int] = Counter()
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage._cdata, storage.nbytes()
+        if not self._holders[place]:
+            self._now += size
+            self.peak = max(self.peak, self._now)
+        self._holders[place] += 1
+        weakref.finalize(tensor, self._drop, place, size)
+
+    def _drop(self, place: int, size: int) -> None:
+        self._holders[place] -= 1
+        if not self._holders[place]:
+            self._now -= size
 
 
 class _Flash(torch.autograd.Function):
@@ -114,14 +149,23 @@ def estimate(config: RunConfig, family: str) -> dict[str, Any]:
             unet, rank=config.lora.rank, seed=0, gradient_checkpointing=training.gradient_checkpointing
         )
     student = sum(p.numel() for p in roles.student_parameters)
-    with torch.device("meta"):
-        vae = sum(p.numel() for p in build_vae(family).parameters())
-    parts = {"base": base, "student": student * _MASTER, "teacher": student * 4, "vae": vae * 4}
+    parts = {"base": base, "student": student * _MASTER, "teacher": student * 4}
     side, batch = options["sample_size"], training.train_batch_size
     phases: dict[str, Any] = {}
     for phase in {(p.objective, p.discriminator): p for rung in config.ladder for p in rung.phases}.values():
         phases[phase.objective] = _phase(roles, phase, config, side=side, batch=batch, dtype=dtype)
+    discriminator = max(phase.get("discriminator", 0) for phase in phases.values())
+    phases["preview"] = {"discriminator": discriminator, **_preview(family, side)}
     return {"parts": parts, "phases": phases}
+
+
+def _preview(family: str, side: int) -> dict[str, int]:
+    """The VAE in float32, and the most that decoding one picture holds at once."""
+    with torch.device("meta"):
+        vae = build_vae(family).eval().requires_grad_(False)
+    with torch.no_grad(), _Live() as live:
+        vae.decode(torch.empty(1, 4, side, side, device="meta"))
+    return {"vae": sum(p.numel() for p in vae.parameters()) * 4, "one picture decoded": live.peak}
 
 
 def _phase(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from stepdistill.config import Phase, RunConfig, Rung
@@ -16,14 +15,22 @@ from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.durable import sha256_file
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
-from stepdistill.models.loading import fingerprint, load_schedule, load_unet, load_vae, read_scheduler_config
+from stepdistill.models.loading import (
+    fingerprint,
+    load_schedule,
+    load_unet,
+    load_vae,
+    read_scheduler_config,
+    vae_dtype,
+)
 from stepdistill.models.lora_file import write_lora
 from stepdistill.models.roles import STUDENT, TEACHER, Roles
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
-from stepdistill.runtime import Runtime
+from stepdistill.runtime import Runtime, release_memory
 from stepdistill.teacher_source import teacher_folder
 from stepdistill.training.log import TrainingLog
+from stepdistill.training.pictures import Painter
 from stepdistill.training.preview import Preview
 from stepdistill.training.stage import Stage, run_stage
 from stepdistill.training.steps import Denoisers
@@ -51,7 +58,7 @@ class Shared:
     schedule: NoiseSchedule
     base_prediction_type: str
     cache: LatentCache
-    vae: AutoencoderKL
+    painter: Painter
     runtime: Runtime
 
 
@@ -92,7 +99,8 @@ def _unfinished(config: RunConfig) -> list[Rung]:
 
 
 def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
-    """The base U-Net with its roles, the cache and what else all rungs need."""
+    """The base U-Net with its roles, the cache and what else all rungs need; models of earlier stages are freed first."""
+    release_memory()
     base = teacher_folder(config)
     unet = load_unet(base, dtype=runtime.weight_dtype, quantization=config.training.base_quantization).to(
         runtime.device
@@ -104,7 +112,12 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         seed=derive_seed(config.seed, "lora"),
         gradient_checkpointing=config.training.gradient_checkpointing,
     )
-    return Shared(config, base, roles, schedule, prediction_type, load_cache(config), load_vae(base), runtime)
+    painter = Painter(
+        load_vae(base, dtype=vae_dtype(base, runtime.weight_dtype)),
+        batch_size=config.training.train_batch_size,
+        autocast=runtime.autocast,
+    )
+    return Shared(config, base, roles, schedule, prediction_type, load_cache(config), painter, runtime)
 
 
 def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
@@ -120,7 +133,11 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
         partial.mkdir(parents=True)
     shared.runtime.wait()
     preview = Preview(
-        shared.vae, shared.cache, list(config.preview.prompts), seed=config.seed, folder=partial / "previews"
+        shared.painter,
+        shared.cache,
+        list(config.preview.prompts),
+        seed=config.seed,
+        folder=partial / "previews",
     )
     learned: DiscriminatorState | None = None
     for number, phase in enumerate(rung.phases):

@@ -4,6 +4,7 @@ The U-Net is not wrapped in DDP, which fails when roles switch: gradients of the
 processes in one flat all-reduce.
 """
 
+import gc
 import importlib.metadata
 import platform
 import subprocess
@@ -132,6 +133,14 @@ class Processes:
 def default_device() -> torch.device:
     """CUDA where there is one, else the CPU: of everything outside the training loop."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def release_memory() -> None:
+    """Frees the models that nothing needs any more, on the GPU too. Cycles of references, such as the frames of an exception
+    that a library caught, keep them until the garbage collector happens to run."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def source_commit() -> str:

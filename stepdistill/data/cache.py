@@ -67,6 +67,11 @@ class LatentCache:
         }
 
     @property
+    def commonest_size(self) -> Size:
+        """The size (height, width) in pixels that most samples have."""
+        return max(self.sizes, key=lambda size: self.sizes[size])
+
+    @property
     def smallest_side(self) -> int:
         """Of all latents' heights and widths."""
         return min(min(shape[1:]) for shape in self.latent_shapes.values())

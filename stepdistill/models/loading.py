@@ -85,6 +85,13 @@ def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> Autoencoder
     return vae.eval().requires_grad_(False)
 
 
+def vae_dtype(folder: Path, weight_dtype: torch.dtype) -> torch.dtype:
+    """What a VAE decodes in without overflow: `weight_dtype` where its config.json has force_upcast: false, as those for
+    half precision do; float32 elsewhere, as diffusers has it for SDXL's."""
+    config = read_json(folder / "vae" / "config.json") or {}
+    return weight_dtype if config.get("force_upcast") is False else torch.float32
+
+
 def local_options(folder: Path) -> dict:
     """Of every from_pretrained: safetensors alone, nothing from the network."""
     return {"use_safetensors": True, "local_files_only": True, "variant": _variant(folder)}

@@ -1,0 +1,129 @@
+"""Pictures drawn while a phase trains take little memory: one decoded at a time, and no encoder beside the U-Net."""
+
+import gc
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from stepdistill import stages
+from stepdistill.ladder import Shared, load_shared
+from stepdistill.models.folder import embedded_folder
+from stepdistill.models.loading import load_vae, vae_dtype
+from stepdistill.runtime import Runtime
+from stepdistill.training.pictures import Painter, decode_pictures
+from stepdistill.training.steps import Denoisers
+from tests.conftest import randn
+from tests.integration.conftest import tiny_config
+
+
+@pytest.fixture
+def vae():
+    return load_vae(embedded_folder("teacher"))
+
+
+def asked_of(module):
+    """(rows, dtype, device) of the first argument of every call of a module, filled as it is called."""
+    calls = []
+
+    def note(_module, args):
+        calls.append((len(args[0]), args[0].dtype, args[0].device.type))
+
+    module.register_forward_pre_hook(note)
+    return calls
+
+
+def test_one_picture_is_decoded_at_a_time_as_all_together_are(vae):
+    latents = randn(3, 4, 8, 8, seed=1)
+    with torch.no_grad():
+        together = vae.decode(latents / vae.config.scaling_factor).sample
+    calls = asked_of(vae.decoder)
+    pictures = decode_pictures(vae, latents)
+    assert calls == [(1, torch.float32, "cpu")] * 3
+    assert pictures.dtype == torch.uint8
+    exact = ((together + 1) * 127.5).clamp(0, 255)
+    rounding = 0.5 + 1e-3  # of the same numbers, to the kernels' last digits
+    assert (pictures - exact).abs().max() < rounding
+
+
+def test_the_vae_stays_on_the_cpu_while_another_device_decodes(vae):
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    calls = asked_of(vae.decoder)
+    with pytest.raises(NotImplementedError, match="meta"):  # a meta tensor has no data to bring back
+        decode_pictures(vae, torch.empty(3, 4, 8, 8, device="meta"))
+    assert calls == [(1, torch.float32, "meta")]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({"force_upcast": True}, torch.float32), ({}, torch.float32), ({"force_upcast": False}, torch.float16)],
+)
+def test_a_vae_decodes_in_half_precision_only_where_it_was_made_for_it(tmp_path, said, expected):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(said))
+    assert vae_dtype(tmp_path, torch.float16) == expected
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What the rungs share after `prepare` ran in the same process, the garbage collector off."""
+    config = tiny_config(tmp_path_factory.mktemp("shared"))
+    before = {id(o) for o in gc.get_objects()}
+    gc.disable()
+    try:
+        stages.prepare(config)
+        shared = load_shared(config, Runtime())
+        models = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+        alive = [type(o) for o in gc.get_objects() if isinstance(o, models) and id(o) not in before]
+    finally:
+        gc.enable()
+    return shared, alive
+
+
+def test_no_encoder_of_prepare_is_alive_while_the_ladder_trains(shared):
+    _, alive = shared
+    assert sorted(kind.__name__ for kind in alive) == ["AutoencoderKL", "UNet2DConditionModel"]
+
+
+def nets_of(shared: Shared) -> Denoisers:
+    return Denoisers(
+        roles=shared.roles,
+        schedule=shared.schedule,
+        unconditional=shared.cache.unconditional,
+        teacher_prediction_type="epsilon",
+        student_prediction_type="epsilon",
+        guidance_scale=3.0,
+    )
+
+
+def test_the_unet_is_asked_for_no_more_rows_than_in_training(shared, vae):
+    shared, _ = shared
+    nets = nets_of(shared)
+    told = shared.cache.samples((32, 32), [0, 1, 2]).conditioning
+    noise = randn(3, *shared.cache.latent_shapes[32, 32], seed=2)
+    calls = asked_of(shared.roles.unet)
+    drawn = {}
+    for batch_size in (2, 3):
+        calls.clear()
+        painter = Painter(vae, batch_size, Runtime().autocast)
+        teacher = painter.of_teacher(nets, noise, told, steps=2)
+        assert max(rows for rows, *_ in calls) == 2 * batch_size  # guidance asks twice
+        calls.clear()
+        drawn[batch_size] = teacher, painter.of_student(nets, noise, told, steps=1)
+        assert max(rows for rows, *_ in calls) == batch_size
+    for few, many in zip(*drawn.values(), strict=True):
+        assert (few.int() - many.int()).abs().max() <= 1
+
+
+def test_autocast_is_the_unets_alone(shared, vae):
+    shared, _ = shared
+    told = shared.cache.samples((32, 32), [0]).conditioning
+    kinds = {}
+    shared.roles.unet.conv_in.register_forward_hook(lambda _m, _a, output: kinds.update(unet=output.dtype))
+    vae.decoder.conv_out.register_forward_hook(lambda _m, _a, output: kinds.update(vae=output.dtype))
+    painter = Painter(vae, 1, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    painter.of_student(nets_of(shared), randn(1, *shared.cache.latent_shapes[32, 32]), told, steps=1)
+    assert kinds == {"unet": torch.bfloat16, "vae": torch.float32}
