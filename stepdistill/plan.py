@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.teacher_source import teacher_timesteps
 
 # In units of one forward of the bare U-Net per sample (section 5 of the recipe, computed on SDXL): LoRA forward and
 # backward, then what the discriminator adds.
@@ -10,7 +11,7 @@ _LORA_FORWARD, _ENCODER = 1.083, 0.434
 _STUDENT = _LORA_FORWARD + 1.268
 _DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
 _FROZEN_TRUNK = -2.2  # no backward into it, and no adapter: single 5.7 instead of 7.9
-_TIMESTEPS, _CLEAN = 1000, -1
+_CLEAN = -1
 
 
 COST_REPEATS = 2
@@ -31,7 +32,8 @@ def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
     guided = teacher_steps not in earlier and config.teacher.guidance_scale > 1
     asked = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
-    return asked * _teacher_substeps(rung, teacher_steps) * (2 if guided else 1)
+    moves = _teacher_substeps(rung, teacher_steps, teacher_timesteps(config))
+    return asked * moves * (2 if guided else 1)
 
 
 def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
@@ -43,20 +45,23 @@ def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
     return found
 
 
-def _teacher_substeps(rung: Rung, teacher_steps: int) -> float:
+def _teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:
     """Mean number of the teacher's moves within one of the student's, over the nodes that the student is trained at."""
-    nodes, teacher = _trailing(rung.node_steps or rung.student_steps), _trailing(teacher_steps)
-    student = [*_trailing(rung.student_steps), _CLEAN]
+    nodes, teacher, student = (
+        _trailing(steps, num_train_timesteps)
+        for steps in (rung.node_steps or rung.student_steps, teacher_steps, rung.student_steps)
+    )
+    student.append(_CLEAN)
     moves = 0
     for node in nodes:
-        stepped = max(_CLEAN, node - round(_TIMESTEPS / rung.student_steps))
+        stepped = max(_CLEAN, node - round(num_train_timesteps / rung.student_steps))
         end = student[student.index(node) + 1] if node in student else stepped
         moves += 1 + sum(end < t < node for t in teacher)
     return moves / len(nodes)
 
 
-def _trailing(steps: int) -> list[int]:
-    return [round(_TIMESTEPS - k * _TIMESTEPS / steps) - 1 for k in range(steps)]
+def _trailing(steps: int, num_train_timesteps: int) -> list[int]:
+    return [round(num_train_timesteps - k * (num_train_timesteps / steps)) - 1 for k in range(steps)]
 
 
 def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:
