@@ -111,15 +111,18 @@ class Phase(Section):
     """One objective inside a rung."""
 
     objective: Literal["mse", "convert", "paired", "single"]
-    """mse to the teacher; convert to x0 output; adversarial with D told x_t (paired) or not (single)."""
+    """mse to the teacher; convert the output to the rung's prediction_type, as its first phase; adversarial with D told x_t
+    (paired) or not (single)."""
     max_train_steps: PositiveInt = 100
     """Updates."""
     learning_rate: PositiveFloat = 1e-3
     """Of the student's LoRA, after warm-up."""
     teacher_steps: PositiveInt | None = None
     """Another rung of this ladder as teacher (skip-level); the rung's own where not given."""
-    loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr"] = "prev_sample"
-    """Where mse is measured."""
+    loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr", "auto"] = (
+        "prev_sample"
+    )
+    """Where mse is measured; auto is what the student predicts."""
     cached_updates: PositiveInt | None = None
     """Of mse: the batches and teacher's samples of so many updates are kept and used again in turn; all new if not given."""
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
@@ -136,7 +139,8 @@ class Rung(Section):
     node_steps: PositiveInt | None = None
     """The grid whose nodes the student is trained at; its own where not given (recipe: 4 for the 2- and 1-step rungs)."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
-    """What the student predicts; as the rung before where not given. The 1-step rung converts to "sample" (x0)."""
+    """What the student predicts; as the rung before where not given. Where it is another, the rung begins with a convert
+    phase: the recipe's 1-step rung predicts "sample" (x0)."""
     start_timestep: Annotated[int, Field(gt=0, lt=1000)] | None = None
     """Of the 1-step rung: the timestep that the U-Net is told with the pure noise; its last one where not given. Earlier,
     an error of epsilon weighs far less in the picture: 1.6-fold at 499, 14.6-fold at 999 of Stable Diffusion's schedule."""
@@ -202,6 +206,7 @@ class RunConfig(Section):
             for number, phase in enumerate(rung.phases):
                 key = f"ladder.{index}.phases.{number}"
                 _check_phase(key, phase, rung, self.ladder[:index])
+                _check_convert(f"{key}.objective", phase, rung, number)
                 _check_start(f"{key}.discriminator.start", phase, rung.phases[:number])
         return self
 
@@ -247,9 +252,20 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
         raise ConfigError(
             f"{key}.cached_updates: got {phase.cached_updates}; allowed: on an mse phase, this is {phase.objective}"
         )
-    if phase.objective == "convert" and rung.prediction_type != "sample":
+
+
+def _check_convert(key: str, phase: Phase, rung: Rung, number: int) -> None:
+    if phase.objective != "convert":
+        return
+    if rung.prediction_type is None:
         raise ConfigError(
-            f'{key}.objective: got "convert"; it needs prediction_type: sample on its rung, got {rung.prediction_type}'
+            f'{key}: got "convert", on a rung without prediction_type; allowed: on a rung that has one, such as '
+            f"prediction_type: sample"
+        )
+    if number:
+        raise ConfigError(
+            f'{key}: got "convert" after "{rung.phases[number - 1].objective}", whose work it would undo, as it learns from '
+            f"the rung before; allowed: as the first phase of its rung"
         )
 
 

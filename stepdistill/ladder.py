@@ -13,6 +13,7 @@ from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.durable import sha256_file
+from stepdistill.ladder_checks import prediction_types
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
 from stepdistill.models.loading import (
@@ -37,15 +38,6 @@ from stepdistill.training.steps import Denoisers
 
 logger = logging.getLogger(__name__)
 _UNET_PREFIX = "unet."
-
-
-def prediction_types(config: RunConfig, base_prediction_type: str) -> list[str]:
-    """What each rung's student predicts: its own setting, or as the rung before."""
-    kinds, kind = [], base_prediction_type
-    for rung in config.ladder:
-        kind = rung.prediction_type or kind
-        kinds.append(kind)
-    return kinds
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
+from stepdistill.teacher_source import teacher_timesteps
 
 # In units of one forward of the bare U-Net per sample (computed on SDXL): forward and backward of the U-Net with a LoRA,
 # then what the discriminator adds. The base as teacher is the bare U-Net; the student of a rung as teacher has a LoRA.
@@ -11,7 +12,7 @@ _LORA_FORWARD = 1.083
 _STUDENT = _LORA_FORWARD + 1.268
 _DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
 _FROZEN_TRUNK = -2.2  # no backward into it, and no adapter: single 5.7 instead of 7.9
-_TIMESTEPS, _CLEAN = 1000, -1
+_CLEAN = -1
 
 
 STAGES = ("prepare", "distill", "export", "evaluate", "report")
@@ -34,7 +35,8 @@ def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     if _is_base(config, rung, phase):
         each = 2.0 if config.teacher.guidance_scale > 1 else 1.0
     asked = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
-    return asked * _teacher_substeps(rung, phase.teacher_steps or rung.teacher_steps) * each
+    teacher_steps = phase.teacher_steps or rung.teacher_steps
+    return asked * _teacher_substeps(rung, teacher_steps, teacher_timesteps(config)) * each
 
 
 def _is_base(config: RunConfig, rung: Rung, phase: Phase) -> bool:
@@ -52,20 +54,23 @@ def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
     return found
 
 
-def _teacher_substeps(rung: Rung, teacher_steps: int) -> float:
+def _teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:
     """Mean number of the teacher's moves within one of the student's, over the nodes that the student is trained at."""
-    nodes, teacher = _trailing(rung.node_steps or rung.student_steps), _trailing(teacher_steps)
-    student = [*_trailing(rung.student_steps), _CLEAN]
+    nodes, teacher, student = (
+        _trailing(steps, num_train_timesteps)
+        for steps in (rung.node_steps or rung.student_steps, teacher_steps, rung.student_steps)
+    )
+    student.append(_CLEAN)
     moves = 0
     for node in nodes:
-        stepped = max(_CLEAN, node - round(_TIMESTEPS / rung.student_steps))
+        stepped = max(_CLEAN, node - round(num_train_timesteps / rung.student_steps))
         end = student[student.index(node) + 1] if node in student else stepped
         moves += 1 + sum(end < t < node for t in teacher)
     return moves / len(nodes)
 
 
-def _trailing(steps: int) -> list[int]:
-    return [round(_TIMESTEPS - k * _TIMESTEPS / steps) - 1 for k in range(steps)]
+def _trailing(steps: int, num_train_timesteps: int) -> list[int]:
+    return [round(num_train_timesteps - k * (num_train_timesteps / steps)) - 1 for k in range(steps)]
 
 
 def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:

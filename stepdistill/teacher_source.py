@@ -5,12 +5,13 @@ from typing import Any
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import read_json
+from stepdistill.ladder_checks import check_ladder
 from stepdistill.models.folder import (
+    DEFAULT_TIMESTEPS,
     EMBEDDED_TEACHER,
     embedded_folder,
-    is_zero_snr,
     missing_parts,
-    prediction_type,
+    num_train_timesteps,
     teacher_kind,
     unsupported,
 )
@@ -46,22 +47,7 @@ def check_teacher_folder(config: RunConfig, folder: Path) -> None:
     odd = unsupported(folder)
     if odd:
         raise ConfigError(f"teacher.path: got {path!r}, which has {'; '.join(odd)}")
-    if not is_zero_snr(folder):
-        return
-    kind = prediction_type(folder)
-    for index, rung in enumerate(config.ladder):
-        kind = rung.prediction_type or kind
-        if kind == "epsilon":
-            raise ConfigError(
-                f"ladder.{index}.prediction_type: got epsilon, which says nothing of the picture at the first step of a "
-                f"teacher with zero terminal SNR; allowed: v_prediction, sample"
-            )
-        for number, phase in enumerate(rung.phases):
-            if phase.loss_space == "epsilon":
-                raise ConfigError(
-                    f"ladder.{index}.phases.{number}.loss_space: got epsilon, which weighs the first step of a teacher "
-                    f"with zero terminal SNR by 0; allowed: prev_sample, sample, v_prediction, truncated_snr"
-                )
+    check_ladder(config, folder)
 
 
 def local_folder(path: str) -> Path:
@@ -80,6 +66,14 @@ def teacher_folder(config: RunConfig) -> Path:
             f"{config.run_dir} has no teacher made of {config.teacher.path!r} yet: run `stepdistill prepare` first"
         )
     return config.run_dir / record["folder"]
+
+
+def teacher_timesteps(config: RunConfig) -> int:
+    """How many timesteps the teacher was trained on; 1000 where its folder is not there yet."""
+    try:
+        return num_train_timesteps(teacher_folder(config))
+    except ConfigError:
+        return DEFAULT_TIMESTEPS
 
 
 def is_ready_made(config: RunConfig) -> bool:

@@ -18,6 +18,8 @@ from stepdistill.runtime import Runtime
 from stepdistill.training.log import PhaseProgress
 from stepdistill.training.optim import RoleOptimizer
 
+TIMESTEPS = 1000
+
 
 def is_finished(folder: Path, **wanted: object) -> bool:
     """Whether the LoRA in `folder` was trained with exactly these updates, rate and start."""
@@ -37,6 +39,12 @@ class Loop:
     def __init__(self, config: RunConfig, keys: tuple[rng.Key, ...], nodes: int) -> None:
         self._began = time.monotonic()
         self.shared = load_shared(config, Runtime(mixed_precision=config.training.mixed_precision))
+        count = self.shared.schedule.num_train_timesteps
+        if count != TIMESTEPS:
+            raise ValueError(
+                f"teacher.path: got a teacher of {count} timesteps; allowed: {TIMESTEPS}, which the other methods' "
+                f"published settings are for"
+            )
         self._config, self._keys, self._nodes = config, keys, nodes
 
     def batch(self, number: int) -> Batch:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 EMBEDDED_TEACHER = "letters"
+DEFAULT_TIMESTEPS = 1000
+"""num_train_timesteps of every Stable Diffusion, and of a scheduler_config.json without it."""
 _NEEDS_WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -122,6 +124,13 @@ def _config(path: Path) -> dict[str, Any]:
 def is_zero_snr(folder: Path) -> bool:
     """Whether the teacher's noise schedule ends in pure noise (Lin et al. 2023, arXiv 2305.08891)."""
     return bool(_config(folder / "scheduler" / "scheduler_config.json").get("rescale_betas_zero_snr", False))
+
+
+def num_train_timesteps(folder: Path) -> int:
+    """T of the teacher's noise schedule, as its scheduler says."""
+    config = _config(folder / "scheduler" / "scheduler_config.json")
+    betas = config.get("trained_betas")
+    return len(betas) if betas is not None else int(config.get("num_train_timesteps", DEFAULT_TIMESTEPS))
 
 
 def prediction_type(folder: Path) -> str:

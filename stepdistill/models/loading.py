@@ -11,6 +11,7 @@ from stepdistill.config_section import ConfigError
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
 from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
 from stepdistill.durable import read_json
+from stepdistill.models.folder import DEFAULT_TIMESTEPS
 
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -125,7 +126,7 @@ def load_schedule(scheduler_config: dict) -> tuple[NoiseSchedule, str]:
             scheduler_config.get("beta_schedule", "scaled_linear"),
             beta_start=scheduler_config["beta_start"],
             beta_end=scheduler_config["beta_end"],
-            num_train_timesteps=scheduler_config["num_train_timesteps"],
+            num_train_timesteps=scheduler_config.get("num_train_timesteps", DEFAULT_TIMESTEPS),
         )
     zero_snr = bool(scheduler_config.get("rescale_betas_zero_snr", False))
     return NoiseSchedule.from_betas(betas, zero_terminal_snr=zero_snr), prediction_type

@@ -5,7 +5,8 @@ non_saturating (Eq 18-21)   L_D = softplus(-D(teacher_sample)) + softplus(D(stud
 relativistic                L_D = softplus(D(student_sample) - D(teacher_sample)),   L_G the same with the signs turned:
                             each pair shares x_t, prompt and noise, so what D must see is the difference alone
                             (Jolicoeur-Martineau 2018, arXiv 1807.00734)
-perturbation (Eq 25-26): where s is clean, both samples are re-noised to t* in {10, 250, 500, 750}, same t*, same noise
+perturbation (Eq 25-26): where s is clean, both samples are re-noised to t* in {10, 250, 500, 750} of 1000, same t*, same
+                            noise
 """
 
 import torch
@@ -13,9 +14,8 @@ from torch.nn.functional import softplus
 
 from stepdistill.diffusion.schedule import CLEAN, NoiseSchedule
 
-# Paper times 10, 250, 500, 750 as U-Net timesteps.
-PERTURBATION_TIMESTEPS = (9, 249, 499, 749)
-
+PERTURBATION_TIMES = (0.01, 0.25, 0.5, 0.75)
+"""Shares of T: the paper's times 10, 250, 500 and 750 of 1000."""
 
 ADVERSARIAL_LOSSES = ("non_saturating", "relativistic")
 
@@ -60,18 +60,28 @@ def _check(kind: str) -> None:
         raise ValueError(f"adversarial loss: got {kind!r}; allowed: {', '.join(ADVERSARIAL_LOSSES)}")
 
 
+def perturbation_timesteps(num_train_timesteps: int = 1000) -> list[int]:
+    """t* as U-Net timesteps, of which paper time t is number t - 1: 9, 249, 499 and 749 of 1000."""
+    return [max(0, round(time * num_train_timesteps) - 1) for time in PERTURBATION_TIMES]
+
+
 def draw_perturbation(
-    prev_timesteps: torch.Tensor, uniform: torch.Tensor, *, weights: list[float]
+    prev_timesteps: torch.Tensor,
+    uniform: torch.Tensor,
+    *,
+    weights: list[float],
+    num_train_timesteps: int = 1000,
 ) -> torch.Tensor:
     """The timesteps (B,) at which D sees the samples: t* where prev_timestep is CLEAN, else prev_timestep.
 
-    uniform (B,) in [0, 1) picks among PERTURBATION_TIMESTEPS with `weights` (1:1:1:1, later 5:1:1:1).
+    uniform (B,) in [0, 1) picks among perturbation_timesteps() with `weights` (1:1:1:1, later 5:1:1:1).
     """
-    if len(weights) != len(PERTURBATION_TIMESTEPS) or min(weights) < 0 or sum(weights) <= 0:
+    times = perturbation_timesteps(num_train_timesteps)
+    if len(weights) != len(times) or min(weights) < 0 or sum(weights) <= 0:
         raise ValueError(f"perturbation_weights: got {weights}; allowed: 4 numbers >= 0, not all 0")
     edges = torch.tensor(weights, dtype=torch.float64, device=uniform.device).cumsum(0)
     pick = torch.bucketize(uniform.double() * edges[-1], edges, right=True).clamp(max=len(weights) - 1)
-    drawn = torch.tensor(PERTURBATION_TIMESTEPS, device=uniform.device)[pick]
+    drawn = torch.tensor(times, device=uniform.device)[pick]
     return torch.where(prev_timesteps == CLEAN, drawn, prev_timesteps)
 
 

@@ -53,6 +53,6 @@ def mse_loss(
 
 
 def convert_loss(student_original: torch.Tensor, teacher_original: torch.Tensor) -> torch.Tensor:
-    """MSE between two predictions of x_0 (B, ...): before the 1-step rung the student learns to output x_0 itself
-    instead of epsilon, against the frozen copy of what it was (Eq 27-29)."""
+    """MSE between two predictions of x_0 (B, ...): before the 1-step rung the student learns to output another kind, x_0
+    itself instead of epsilon in the paper, against the frozen copy of what it was (Eq 27-29)."""
     return (student_original - teacher_original).square().mean()

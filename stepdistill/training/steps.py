@@ -9,6 +9,7 @@ from stepdistill.data.batches import Batch
 from stepdistill.diffusion.prediction import convert
 from stepdistill.diffusion.schedule import NoiseSchedule, substep_path
 from stepdistill.diffusion.solver import guide, move, rollout
+from stepdistill.ladder_checks import loss_space_of
 from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.roles import Roles
@@ -73,6 +74,15 @@ def teacher_rollout(
         )
 
 
+def _teacher_path(nets: Denoisers, batch: Batch, teacher_steps: int) -> torch.Tensor:
+    return substep_path(
+        batch.timesteps,
+        batch.prev_timesteps,
+        teacher_steps,
+        num_train_timesteps=nets.schedule.num_train_timesteps,
+    )
+
+
 def student_move(nets: Denoisers, sample: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The student's one move from timesteps to prev_timesteps, with its graph. (B, C, H, W)."""
     timesteps = nets.told(batch.timesteps)
@@ -101,7 +111,7 @@ def mse_step(
     sample = noisy_latents(nets, batch)
     target = None if known is None else known.get(number)
     if target is None:
-        path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
+        path = _teacher_path(nets, batch, teacher_steps)
         target = teacher_rollout(nets, sample, path, batch.conditioning)
         if known is not None:
             known[number] = target
@@ -117,7 +127,8 @@ def mse_step(
 
 
 def convert_step(nets: Denoisers, batch: Batch) -> StepResult:
-    """The student's x_0 output against the x_0 that the frozen copy of what it was implies (Eq 27-29)."""
+    """The x_0 that the student's output of the new kind implies, against the x_0 that the frozen copy of what it was implies
+    (Eq 27-29, where the output is x_0 itself)."""
     sample = noisy_latents(nets, batch)
     originals = []
     for role, kind, timesteps in (
@@ -152,13 +163,16 @@ def adversarial_step(
     roles, schedule = nets.roles, nets.schedule
     sample = noisy_latents(nets, batch)
     if real == "teacher":
-        path = substep_path(batch.timesteps, batch.prev_timesteps, teacher_steps)
+        path = _teacher_path(nets, batch, teacher_steps)
         real_sample = teacher_rollout(nets, sample, path, batch.conditioning)
     else:
         real_sample = schedule.add_noise(batch.original_samples, batch.noise, batch.prev_timesteps)
     student_sample = student_move(nets, sample, batch)
     seen_at = adversarial.draw_perturbation(
-        batch.prev_timesteps, batch.perturbation_uniform, weights=perturbation_weights
+        batch.prev_timesteps,
+        batch.perturbation_uniform,
+        weights=perturbation_weights,
+        num_train_timesteps=schedule.num_train_timesteps,
     )
     real_seen, student_seen = (
         adversarial.perturb(x, batch.perturbation_noise, batch.prev_timesteps, seen_at, schedule=schedule)
@@ -212,7 +226,7 @@ def phase_step(
 ) -> StepResult:
     """The step that a phase's objective names."""
     if phase.objective == "mse":
-        space = phase.loss_space
+        space = loss_space_of(phase, nets.student_prediction_type)
         return mse_step(
             nets, batch, teacher_steps=teacher_steps, loss_space=space, known=known, number=number
         )

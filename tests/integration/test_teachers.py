@@ -15,6 +15,7 @@ from stepdistill.config import ConfigError
 from stepdistill.models import adapters
 from stepdistill.models.teacher import make_teacher
 from stepdistill.run_folder import open_run
+from stepdistill.sampling import load_few_step
 from stepdistill.teacher_source import teacher_folder
 from tests.integration.conftest import tiny_config
 from tests.original_layout import original_state
@@ -170,7 +171,8 @@ def test_a_teacher_of_zero_terminal_snr_is_not_asked_for_epsilon(folders, tmp_pa
     with pytest.raises(ConfigError, match=r"ladder\.1\.phases\.0\.loss_space: got epsilon"):
         open_run(tiny_config(tmp_path, teacher, "ladder.1.phases.0.loss_space=epsilon"))
     phase = "phases: [{objective: mse, max_train_steps: 1}]"
-    last = f"{{teacher_steps: 2, student_steps: 1, prediction_type: sample, {phase}}}"
+    converted = "phases: [{objective: convert, max_train_steps: 1}, {objective: mse, max_train_steps: 1}]"
+    last = f"{{teacher_steps: 2, student_steps: 1, prediction_type: sample, {converted}}}"
     ladder = f"[{{teacher_steps: 4, student_steps: 2, {phase}}}, {last}]"
     config = tiny_config(tmp_path, teacher, "data.num_images=8", f"ladder={ladder}")
     stages.prepare(config)
@@ -182,3 +184,51 @@ def test_a_teacher_of_zero_terminal_snr_is_not_asked_for_epsilon(folders, tmp_pa
         )
         assert exported["rescale_betas_zero_snr"] is True
         assert exported["prediction_type"] == ("sample" if steps == 1 else "v_prediction")
+
+
+def with_timesteps(folders, place, count):
+    """The tiny Stable Diffusion 1.5, its noise schedule cut into `count` timesteps."""
+    shutil.copytree(folders / "sd15", place / "short")
+    path = place / "short" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": count}))
+    return f"teacher.path={place / 'short'}"
+
+
+def test_a_teacher_of_other_than_1000_timesteps_is_trained_at_its_own(folders, tmp_path):
+    """The exported rung in diffusers' pipeline is told 499, the last of 500, and the middle."""
+    phases = "phases: [{objective: mse, max_train_steps: 1}, {objective: single, max_train_steps: 1}]"
+    ladder = f"ladder=[{{teacher_steps: 4, student_steps: 2, {phases}}}]"
+    options = ["data.num_images=8", "training.train_batch_size=2", "export.formats=[diffusers]"]
+    config = tiny_config(tmp_path, with_timesteps(folders, tmp_path, 500), *options, ladder)
+    stages.prepare(config)
+    stages.distill(config)
+    stages.export(config)
+    pipeline = DiffusionPipeline.from_pretrained(teacher_folder(config), dtype=torch.float32)
+    load_few_step(pipeline, config.run_dir / "rungs" / "2")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a thing", output_type="latent")
+    assert pipeline.scheduler.timesteps.tolist() == [499, 249]
+
+
+def test_a_ladder_of_more_steps_than_the_teacher_has_timesteps_is_refused(folders, tmp_path):
+    teacher = with_timesteps(folders, tmp_path, 10)
+    with pytest.raises(ConfigError, match=r"^ladder\.0\.teacher_steps: got 128; allowed: 1 to 10, [^\n]*$"):
+        open_run(tiny_config(tmp_path, teacher))
+    ladder = "ladder=[{teacher_steps: 2, student_steps: 1, start_timestep: 499, phases: [{objective: mse}]}]"
+    with pytest.raises(ConfigError, match=r"^evaluation\.teacher_steps\.0: got 32; allowed: 1 to 10, "):
+        open_run(tiny_config(tmp_path, teacher, ladder))
+    with pytest.raises(ConfigError, match=r"^ladder\.0\.start_timestep: got 499; allowed: 1 to 9, "):
+        open_run(tiny_config(tmp_path, teacher, ladder, "evaluation.teacher_steps=[8]"))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("sd15", "sample"), ("sd15", "v_prediction"), ("sd21_v", "sample")]
+)
+def test_a_rung_that_predicts_otherwise_begins_with_convert(folders, tmp_path, family, kind):
+    teacher = f"teacher.path={folders / family}"
+    rung = f"teacher_steps: 2, student_steps: 1, prediction_type: {kind}"
+    said = rf"^ladder\.0\.prediction_type: got {kind}, but [^\n]* allowed: [^\n]*objective: convert[^\n]*$"
+    with pytest.raises(ConfigError, match=said):
+        open_run(tiny_config(tmp_path, teacher, f"ladder=[{{{rung}, phases: [{{objective: mse}}]}}]"))
+    phases = "[{objective: convert}, {objective: mse}]"
+    open_run(tiny_config(tmp_path, teacher, f"ladder=[{{{rung}, phases: {phases}}}]"))

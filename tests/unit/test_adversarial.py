@@ -5,12 +5,12 @@ import torch
 
 from stepdistill.diffusion.schedule import CLEAN
 from stepdistill.objectives.adversarial import (
-    PERTURBATION_TIMESTEPS,
     accuracy,
     discriminator_loss,
     draw_perturbation,
     generator_loss,
     perturb,
+    perturbation_timesteps,
 )
 from tests.conftest import randn
 
@@ -67,7 +67,7 @@ def test_perturbation_is_drawn_by_weight_and_only_where_the_sample_is_clean(weig
     uniform = torch.arange(8000, dtype=torch.float64) / 8000
     ends = torch.full((8000,), CLEAN)
     drawn = draw_perturbation(ends, uniform, weights=weights)
-    for timestep, weight in zip(PERTURBATION_TIMESTEPS, weights, strict=True):
+    for timestep, weight in zip((9, 249, 499, 749), weights, strict=True):
         assert (drawn == timestep).float().mean().item() == pytest.approx(weight / sum(weights), abs=1e-3)
     kept = draw_perturbation(torch.full((4,), 249), uniform[:4], weights=weights)
     assert kept.tolist() == [249] * 4
@@ -82,6 +82,15 @@ def test_perturbation_noises_clean_rows_alone_and_alike(schedule):
     assert torch.equal(found[1], sample[1])
     other = perturb(sample + 1, noise, ends, seen_at, schedule=schedule)
     assert torch.allclose(other[0] - found[0], alpha[0].expand(4, 8, 8), atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "timesteps"), [(1000, [9, 249, 499, 749]), (500, [4, 124, 249, 374])])
+def test_perturbation_is_at_the_same_shares_of_any_schedule(count, timesteps):
+    assert perturbation_timesteps(count) == timesteps
+    uniform = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
+    ends = torch.full((4,), CLEAN)
+    drawn = draw_perturbation(ends, uniform, weights=[1, 1, 1, 1], num_train_timesteps=count)
+    assert drawn.tolist() == timesteps
 
 
 def test_wrong_weights_are_refused():

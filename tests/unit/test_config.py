@@ -43,6 +43,11 @@ CONFIG = "configs/letters.yaml"
         ("ladder.3.phases.0.teacher_steps=5", ["ladder.3.phases.0.teacher_steps", "got 5", "32, 8, 4"]),
         ("ladder.3.node_steps=3", ["ladder.3.node_steps", "multiples of student_steps 2"]),
         ("ladder.0.phases.0.objective=convert", ["ladder.0.phases.0.objective", "prediction_type: sample"]),
+        (
+            "ladder.4={teacher_steps: 2, student_steps: 1, prediction_type: sample, "
+            "phases: [{objective: mse}, {objective: convert}]}",
+            ["ladder.4.phases.1.objective", 'got "convert" after "mse"', "allowed: as the first phase"],
+        ),
         ("ladder.2.start_timestep=499", ["ladder.2.start_timestep", "got 499", "1 student step"]),
         ("ladder.4.node_steps=4", ["ladder.4.start_timestep", "got 499", "without node_steps"]),
         ("ladder.4.start_timestep=1000", ["ladder.4.start_timestep", "got 1000", "less than 1000"]),

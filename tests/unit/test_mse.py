@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from stepdistill.diffusion.prediction import convert
-from stepdistill.diffusion.schedule import jump, trailing_timesteps
+from stepdistill.diffusion.schedule import NoiseSchedule, jump, make_betas, trailing_timesteps
 from stepdistill.diffusion.solver import move, move_gain
 from stepdistill.objectives.mse import LOSS_SPACES, convert_loss, mse_loss, space_weight
 from tests.conftest import randn
@@ -66,3 +66,35 @@ def test_truncated_snr_is_the_x0_error_weighed_by_the_larger_of_snr_and_one(sche
     found = space_weight(timesteps, ends, schedule=schedule, space="truncated_snr")
     on_sample = space_weight(timesteps, ends, schedule=schedule, space="sample")
     assert torch.allclose(found, on_sample * ((alpha / sigma) ** 2).clamp(min=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+@pytest.mark.parametrize("space", ["sample", "v_prediction", "truncated_snr", "prev_sample"])
+def test_every_space_but_epsilon_holds_at_zero_terminal_snr(kind, space, steps):
+    """The error of two students that predict v or x0, against the one that their predictions have in that space."""
+    betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
+    schedule = NoiseSchedule.from_betas(betas, zero_terminal_snr=True)
+    timesteps = trailing_timesteps(steps)
+    ends = jump(timesteps, steps)
+    x_t, *outputs = (randn(steps, 4, 8, 8, seed=k, dtype=torch.float64) for k in range(3))
+    moved = [move(o, x_t, timesteps, ends, schedule=schedule, prediction_type=kind) for o in outputs]
+    found = mse_loss(*moved, timesteps, ends, schedule=schedule, space=space)
+
+    def error(target):
+        first, second = (
+            convert(o, x_t, timesteps, schedule=schedule, prediction_type=kind, target=target)
+            for o in outputs
+        )
+        return (first - second).square().flatten(1).mean(1)
+
+    alpha, sigma = schedule.alpha_sigma(timesteps)
+    expected = {
+        "sample": error("sample"),
+        "v_prediction": error("v_prediction"),
+        "truncated_snr": error("sample") * ((alpha / sigma) ** 2).clamp(min=1),
+        "prev_sample": (moved[0] - moved[1]).square().flatten(1).mean(1),
+    }[space]
+    assert bool((expected > 0).all())
+    assert torch.allclose(found, expected.mean(), rtol=1e-9)
+    assert float(space_weight(timesteps, ends, schedule=schedule, space="epsilon")[0]) == 0

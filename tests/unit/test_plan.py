@@ -1,6 +1,7 @@
 """What a run is said to cost, against what it does."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from stepdistill.config import ConfigError
 from stepdistill.config_file import load_config
 from stepdistill.diffusion.schedule import jump, substep_path, trailing_timesteps
+from stepdistill.models.folder import embedded_folder
 from stepdistill.pace import measured_seconds_per_pass
 from stepdistill.plan import (
     describe,
@@ -52,6 +54,22 @@ def test_convert_asks_the_rung_before_which_has_a_lora():
     )
     base = phase_forwards(alone, alone.ladder[0], alone.ladder[0].phases[0])
     assert base == pytest.approx(1 + 1.083 + 1.268)
+
+
+def test_teacher_moves_are_counted_on_the_teachers_own_schedule(tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(embedded_folder("teacher"), folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": 45}))
+    phases = "phases: [{objective: mse}]"
+    ladder = f"ladder=[{{teacher_steps: 40, student_steps: 8, node_steps: 32, {phases}}}]"
+    options = [ladder, "evaluation.teacher_steps=[8]", f"teacher.path={folder}"]
+    config = load_config(CONFIGS[0], options)
+    nodes = trailing_timesteps(32, num_train_timesteps=45)
+    route = substep_path(nodes, jump(nodes, 8, num_train_timesteps=45), 40, num_train_timesteps=45)
+    moves = (route[:, 1:] != route[:, :-1]).double().sum(dim=1).mean().item()
+    (rung,) = config.ladder
+    assert phase_forwards(config, rung, rung.phases[0]) == pytest.approx(2 * moves + 2.351, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)

@@ -42,6 +42,17 @@ def test_substeps_from_every_student_node_land_on_the_next_one(fine, coarse):
     assert bool((path[:, 1:] < path[:, :-1]).all())
 
 
+@pytest.mark.parametrize("count", [10, 77, 500, 4000])
+@pytest.mark.parametrize(("fine", "coarse"), [(8, 8), (8, 4), (4, 2), (2, 1)])
+def test_a_schedule_of_any_length_has_the_same_substeps(count, fine, coarse):
+    nodes = trailing_timesteps(coarse, num_train_timesteps=count)
+    path = substep_path(
+        nodes, jump(nodes, coarse, num_train_timesteps=count), fine, num_train_timesteps=count
+    )
+    assert path.shape == (coarse, fine // coarse + 1)
+    assert bool((path[:, 1:] < path[:, :-1]).all())
+
+
 def test_jump_from_nodes_between_the_students_own_is_clamped_at_clean():
     """Section 2 of the recipe: t in {250, 500, 750, 1000}, jump 500, clamped at 0."""
     nodes = torch.tensor([999, 749, 499, 249])
