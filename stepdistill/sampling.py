@@ -36,6 +36,8 @@ from stepdistill.sampling_checks import (
     LoadedRung,
     check_base,
     check_call,
+    check_dtypes,
+    check_saved,
     unet_of,
 )
 
@@ -57,6 +59,7 @@ def load_few_step(pipeline: DiffusionPipeline, path: str | Path, *, hotswap: boo
     rung, lora = _read(Path(path))
     unet = unet_of(pipeline)
     check_base(pipeline, rung, lora or read_kohya(rung.weights, layer_shapes(unet), dict(unet.config)))
+    check_dtypes(pipeline)
     _add_adapter(pipeline, rung.weights, hotswap=hotswap)
     vars(unet)[LOADED] = rung.record.sha256
     pipeline.scheduler = copy.deepcopy(rung.scheduler)
@@ -164,10 +167,10 @@ def _silent_about_text_encoders() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _few_step_class(cls: type) -> type:
+def _few_step_class(cls: type[DiffusionPipeline]) -> Any:
     """The pipeline's class with a rung's steps and guidance as the defaults of its call. It keeps its name, which
-    save_pretrained and from_pipe go by."""
-    known = inspect.signature(cls.__call__)
+    save_pretrained and from_pipe go by; pickle and copy go by the class that it is made of."""
+    signature = inspect.signature(cls.__call__)
 
     class FewStep(cls):
         @functools.wraps(cls.__call__)
@@ -175,17 +178,25 @@ def _few_step_class(cls: type) -> type:
             rung: LoadedRung | None = getattr(self, "_few_step", None)
             if rung is None:  # made of another pipeline's parts
                 return super().__call__(*args, **kwargs)
-            given = known.bind_partial(self, *args, **kwargs).arguments
+            given = signature.bind_partial(self, *args, **kwargs).arguments
             if not any(
                 given.get(name) is not None for name in ("num_inference_steps", "timesteps", "sigmas")
             ):
                 kwargs["num_inference_steps"] = rung.record.student_steps
-            if "guidance_scale" in known.parameters and "guidance_scale" not in given:
+            if "guidance_scale" in signature.parameters and "guidance_scale" not in given:
                 kwargs["guidance_scale"] = 1.0
-            strength = known.parameters.get("strength")
+            strength = signature.parameters.get("strength")
             default = {} if strength is None else {"strength": strength.default}
             check_call(self, rung, {**default, **given})
             return super().__call__(*args, **kwargs)
+
+        @functools.wraps(cls.save_pretrained)
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+            check_saved(self)
+            return super().save_pretrained(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _empty_few_step, (cls,), self.__dict__
 
     FewStep.__name__, FewStep.__qualname__, FewStep.__module__ = (
         cls.__name__,
@@ -196,5 +207,11 @@ def _few_step_class(cls: type) -> type:
     return FewStep
 
 
-def _vanilla(cls: type) -> type:
+def _empty_few_step(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """A pipeline that pickle or copy fills, of the few-step class of a vanilla class."""
+    few_step = _few_step_class(cls)
+    return few_step.__new__(few_step)
+
+
+def _vanilla(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     return cls.__dict__.get("_vanilla_class", cls)

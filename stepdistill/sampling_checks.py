@@ -1,7 +1,9 @@
 """What load_few_step looks at: refused where the picture would be nonsense, warned of where it is not what was trained."""
 
+import contextlib
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ LOADED = "_few_step_rung"
 """Of a U-Net: sha256 of the rung whose LoRA it carries, also where several pipelines share it."""
 _SAME_STEP = ("DDIMScheduler", "EulerDiscreteScheduler")
 """Deterministic, first order: at equal timesteps they draw one picture."""
+_NOISE_TOLERANCE = 0.01
+"""How far from 1 a scheduler may scale the noise that it begins with; Euler scales it by .9977 at timestep 999."""
 
 
 class FewStepWarning(UserWarning):
@@ -76,6 +80,31 @@ def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> Non
         )
 
 
+def check_dtypes(pipeline: DiffusionPipeline) -> None:
+    """A warning where a text encoder and the U-Net have different dtypes, at which every call stops: without `dtype`
+    from_pretrained reads a float16 text encoder as it is and the U-Net as float32."""
+    unet_dtype = unet_of(pipeline).dtype
+    for name in ("text_encoder", "text_encoder_2"):
+        dtype = getattr(getattr(pipeline, name, None), "dtype", unet_dtype)
+        if dtype != unet_dtype and dtype.is_floating_point and unet_dtype.is_floating_point:
+            _warn(
+                f"the pipeline's {name} is {dtype} and its U-Net {unet_dtype}, at which a call stops; mend: "
+                f"from_pretrained(..., dtype={unet_dtype}), or pipeline.to({unet_dtype})"
+            )
+
+
+def check_saved(pipeline: DiffusionPipeline) -> None:
+    """ValueError where the U-Net has LoRAs beside its weights: diffusers saves such a layer under names that from_pretrained
+    does not read, and fills it with random numbers."""
+    names = dict.fromkeys(name for layer in lora_layers(unet_of(pipeline)) for name in layer.scaling)
+    if names:
+        raise ValueError(
+            f"save_pretrained: the U-Net has LoRAs beside its weights ({', '.join(names)}), and diffusers does not load "
+            f"again what it saves of that; mend: pipeline.fuse_lora() and then pipeline.unload_lora_weights(), which leaves "
+            f"them in the weights, or unload_lora_weights() alone for the base"
+        )
+
+
 def check_call(pipeline: DiffusionPipeline, rung: LoadedRung, given: Mapping[str, Any]) -> None:
     """Warnings about a call's arguments and the pipeline's state; ValueError where no step would be left."""
     steps = rung.record.student_steps
@@ -112,6 +141,12 @@ def _of_scheduler(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
             f"the scheduler takes {config.get('prediction_type')!r} for what the U-Net predicts, this LoRA's is "
             f"{rung.record.prediction_type!r}"
         )
+    share = _noise_share(scheduler, steps)
+    if abs(share - 1) > _NOISE_TOLERANCE:
+        wrong.append(
+            f"{name} begins with the noise scaled by {share:.2f}, this LoRA is trained with the noise as it is; "
+            f"allowed: DDIMScheduler"
+        )
     ours, theirs = rung.scheduler.alphas_cumprod, scheduler.alphas_cumprod
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours), atol=1e-6):
         wrong.append("the scheduler has another noise schedule")
@@ -129,6 +164,17 @@ def _timesteps(scheduler: Any, steps: int) -> list[int] | str:
     except ValueError as error:
         return str(error)
     return [round(float(t)) for t in own.timesteps]
+
+
+def _noise_share(scheduler: Any, steps: int) -> float:
+    """What the first U-Net call of a text-to-image sampling sees of unit noise: 1 for DDIM, sigma / sqrt(sigma^2 + 1) for
+    Euler on trailing timesteps, which is .76 at timestep 399 of Stable Diffusion's schedule."""
+    copied = copy.deepcopy(scheduler)
+    with contextlib.suppress(ValueError):  # more steps than the schedule has timesteps, which _timesteps says
+        copied.set_timesteps(steps)
+    scale = float(copied.init_noise_sigma)
+    sigmas = getattr(copied, "sigmas", None)
+    return scale if sigmas is None else scale / math.sqrt(float(sigmas[0]) ** 2 + 1)
 
 
 def _of_adapter(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
-from stepdistill.durable import read_json, whole_folder
+from stepdistill.durable import read_json, whole_folder, write_json
 from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import Lora, check_fits
 from stepdistill.models.sketch import layer_shapes
@@ -37,7 +37,11 @@ def fused_unet(base: Path, lora: Lora) -> UNet2DConditionModel:
 
 
 def write_fused(folder: Path, unet: UNet2DConditionModel, *, dtype: torch.dtype) -> Path:
-    """Saves the merged U-Net as a folder that `UNet2DConditionModel.from_pretrained` reads, rounded once."""
+    """Saves the merged U-Net as a folder that `UNet2DConditionModel.from_pretrained` reads, rounded once, without the place
+    on this disk that its base came from."""
     with whole_folder(folder) as partial:
         unet.to(dtype).save_pretrained(partial, safe_serialization=True)
+        written = partial / "config.json"
+        named = read_json(written) or {}
+        write_json(written, {key: value for key, value in named.items() if key != "_name_or_path"})
     return folder

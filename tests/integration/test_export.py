@@ -311,7 +311,7 @@ def test_what_goes_to_the_hub_names_the_repository_and_no_place_of_this_machine(
     from stepdistill.export.hub import stage
 
     config, _, _ = rung_of(tmp_path, "sd15", "export.base_model=some/base", "export.license=mit")
-    folder = export_rung(config, 4)
+    folder = export_rung(with_export(config, formats=["kohya", "fused"]), 4)
     (folder / "previews").mkdir()
     (folder / "previews" / "a.png").write_bytes(b"x")
     export_rung(with_export(config, rank=2), 4)
@@ -320,6 +320,8 @@ def test_what_goes_to_the_hub_names_the_repository_and_no_place_of_this_machine(
     assert found == [
         "README.md",
         "base.json",
+        "fused/unet/config.json",
+        "fused/unet/diffusion_pytorch_model.safetensors",
         "kohya/letters_4step_lora.safetensors",
         "pytorch_lora_weights.safetensors",
         "rung.json",

@@ -1,5 +1,7 @@
 """The ONNX U-Net: onnxruntime's output is torch's, at other batches than it was traced at. Needs the extra "onnx"."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,6 +19,9 @@ def test_onnxruntime_computes_what_torch_does(tmp_path, family):
     pytest.importorskip("onnxruntime")
     config, teacher, _ = rung_of(tmp_path, family, "export.formats=[onnx]")
     folder = export_rung(config, 4)
+    content = (folder / "onnx" / "unet.onnx").read_bytes()
+    for place in (tmp_path, Path(onnx_unet.__file__).parent, Path(torch.__file__).parent):
+        assert str(place).encode() not in content
     unet = fused_unet(teacher, read_lora(folder))
     module = onnx_unet._Named(unet.eval())
     for batch, size in ((1, (16, 24)), (5, (32, 16))):
