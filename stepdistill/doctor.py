@@ -20,10 +20,11 @@ from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import picture_of
 from stepdistill.durable import read_json
+from stepdistill.ladder_checks import unfit_settings
 from stepdistill.models.folder import is_zero_snr, prediction_type, teacher_kind
 from stepdistill.models.loading import image_size, latent_shape, size_multiple
 from stepdistill.run_folder import check_run
-from stepdistill.teacher_source import is_ready_made, local_folder
+from stepdistill.teacher_source import is_ready_made, local_folder, teacher_folder
 
 LOOKED_AT = 64
 """Samples of the data that are read in full."""
@@ -53,6 +54,7 @@ def examine(config: RunConfig) -> list[Finding]:
         _device,
         _run,
         _teacher,
+        _ladder,
         _data,
         _evaluation,
         _disk,
@@ -146,6 +148,15 @@ def _repository(config: RunConfig) -> Iterator[Finding]:
     else:
         remedy = f"hf download {path}, or the folder of a copy on this disk as teacher.path"
         yield Finding("note", f"teacher: {path} is not in the Hub's cache; `prepare` downloads it", remedy)
+
+
+def _ladder(config: RunConfig) -> Iterator[Finding]:
+    try:
+        folder = teacher_folder(config)
+    except ConfigError:  # not made yet
+        return
+    for about, remedy in unfit_settings(config, folder):
+        yield Finding("note", about, remedy)
 
 
 def _data(config: RunConfig) -> Iterator[Finding]:

@@ -31,6 +31,30 @@ def check_ladder(config: RunConfig, folder: Path) -> None:
             _check_zero_snr(config, index, kind)
 
 
+def unfit_settings(config: RunConfig, folder: Path) -> Iterator[tuple[str, str]]:
+    """Settings made for students that predict epsilon, where a student predicts v or x0: what each does, and the remedy."""
+    for index, (rung, kind) in enumerate(
+        zip(config.ladder, prediction_types(config, prediction_type(folder)), strict=True)
+    ):
+        name = {"v_prediction": "v", "sample": "x0"}.get(kind)
+        if name is None:
+            continue
+        key = f"ladder.{index}.start_timestep"
+        if rung.start_timestep is not None:
+            yield (
+                f"{key}: {rung.start_timestep} makes an error of epsilon weigh less; this rung predicts {name}, which says "
+                f"what the picture is at pure noise too",
+                f"{key}=null",
+            )
+        for number, phase in enumerate(rung.phases):
+            key = f"ladder.{index}.phases.{number}.loss_space"
+            if phase.objective == "mse" and phase.loss_space == "epsilon":
+                yield (
+                    f"{key}: epsilon hardly weighs the noisiest steps of a student that predicts {name}",
+                    f"{key}=auto",
+                )
+
+
 def _check_timesteps(config: RunConfig, count: int) -> None:
     for key, steps in _step_counts(config):
         if steps > count:

@@ -98,3 +98,30 @@ def test_pictures_that_the_extractor_cannot_read_are_said_before_anything_is_dra
         "configs/letters.yaml", [f"output_dir={tmp_path}", *options, "evaluation.resize=torchmetrics"]
     )
     assert not [f for f in examine(better) if f.state == "problem"]
+
+
+def test_settings_of_an_epsilon_teacher_are_noted_where_a_v_prediction_teacher_gets_them(tmp_path, pictures):
+    options = [f"output_dir={tmp_path}", f"data.source={pictures}", "evaluation.features=reader"]
+    notes = {}
+    for family in ("sdxl", "sd21_v"):
+        build(family, tiny=True).save_pretrained(tmp_path / family)
+        config = load_config("configs/sdxl.yaml", [*options, f"teacher.path={tmp_path / family}"])
+        notes[family] = [finding for finding in examine(config) if finding.about.startswith("ladder.")]
+    assert notes["sdxl"] == []
+    (note,) = notes["sd21_v"]
+    assert (note.state, note.remedy) == ("note", "ladder.4.start_timestep=null")
+    named = load_config(
+        "configs/sdxl.yaml",
+        [
+            *options,
+            f"teacher.path={tmp_path / 'sd21_v'}",
+            "ladder.0.phases.0.loss_space=epsilon",
+            note.remedy,
+        ],
+    )
+    (note,) = [finding for finding in examine(named) if finding.about.startswith("ladder.")]
+    assert note.remedy == "ladder.0.phases.0.loss_space=auto"
+    mended = load_config(
+        "configs/sdxl.yaml", [*options, f"teacher.path={tmp_path / 'sd21_v'}", "ladder.4.start_timestep=null"]
+    )
+    assert mended.ladder[4].start_timestep is None
