@@ -4,6 +4,7 @@ A mistake of the user's is one line on standard error and exit code 2; torch is 
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ import yaml
 from stepdistill import plan, stages
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config_file import load_config
+from stepdistill.messages import printable, short
 from stepdistill.pace import measured_seconds_per_pass
+from stepdistill.places import is_folder
 from stepdistill.run_folder import check_run, resolved
 from stepdistill.rungs import finished_rungs
 
@@ -38,8 +41,8 @@ def parse_rung(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     teacher, separator, student = text.partition(":")
-    if not (separator and teacher.isdigit() and student.isdigit()):
-        raise ConfigError(f"--rung: got {text!r}; allowed: TEACHER:STUDENT, such as 32:8")
+    if not (separator and re.fullmatch("[0-9]{1,4}", teacher) and re.fullmatch("[0-9]{1,4}", student)):
+        raise ConfigError(f"--rung: got {short(text)}; allowed: TEACHER:STUDENT, such as 32:8")
     return int(teacher), int(student)
 
 
@@ -152,7 +155,7 @@ def report(
     dry_run: DryRun = False,
 ) -> None:
     """The page, the table and the picture of a run, still training or not; of several runs, a comparison."""
-    if Path(targets[0]).is_dir():
+    if is_folder(Path(targets[0])):
         stages.report_runs([Path(target) for target in targets], output=output)
     else:
         _stage(
@@ -185,14 +188,14 @@ def guarded(command: Callable[[], object]) -> int:
     except ValueError as error:
         if not _raised_here(error):
             raise
-        print(f"stepdistill: {error}", file=sys.stderr)
+        print(f"stepdistill: {printable(str(error))}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from stepdistill.training.optim import NonFiniteError
 
         if not isinstance(error, NonFiniteError):
             raise
-        print(f"stepdistill: {error}", file=sys.stderr)
+        print(f"stepdistill: {printable(str(error))}", file=sys.stderr)
         return 1
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0

@@ -8,8 +8,17 @@ from pydantic import Field, field_validator, model_validator
 from stepdistill.config_data import Data as Data
 from stepdistill.config_evaluation import Evaluation as Evaluation
 from stepdistill.config_evaluation import LoraRow as LoraRow
+from stepdistill.config_section import (
+    BatchSize,
+    FilePath,
+    Name,
+    PositiveFloat,
+    PositiveInt,
+    Rank,
+    Section,
+    Steps,
+)
 from stepdistill.config_section import ConfigError as ConfigError
-from stepdistill.config_section import Name, PositiveFloat, PositiveInt, Section
 
 ADVERSARIAL = ("paired", "single")
 """The objectives that have a discriminator."""
@@ -18,7 +27,7 @@ ADVERSARIAL = ("paired", "single")
 class TeacherLora(Section):
     """A LoRA that is part of the teacher."""
 
-    path: str
+    path: FilePath
     """A .safetensors file, or a folder that holds one."""
     weight: float = 1.0
     """How much of it."""
@@ -27,17 +36,17 @@ class TeacherLora(Section):
 class Teacher(Section):
     """The model to distil."""
 
-    path: str = "letters"
+    path: FilePath = "letters"
     """A diffusers pipeline's folder, one .safetensors checkpoint, or a repository of the Hub such as org/name; "letters"
     for the one that ships in the package."""
     revision: str | None = None
     """Of a repository: commit, tag or branch."""
     variant: str | None = None
     """Of a repository: which of its weights, such as fp16."""
-    config: str | None = None
+    config: FilePath | None = None
     """Of a single file: the pipeline's folder or repository whose configs and tokenizers belong to it. Where not given
     diffusers looks up the one that the file's keys point to, in its cache or on the Hub."""
-    loras: tuple[TeacherLora, ...] = ()
+    loras: Annotated[tuple[TeacherLora, ...], Field(max_length=64)] = ()
     """LoRAs baked into the teacher: what is distilled draws with them."""
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     """Classifier-free guidance of the first rung's teacher and of the teacher's rows in the table; 1 is off."""
@@ -48,16 +57,16 @@ class Teacher(Section):
 class Lora(Section):
     """What trains."""
 
-    rank: PositiveInt = 32
+    rank: Rank = 32
     """Rank of every rung's LoRA; alpha equals it."""
 
 
 class Training(Section):
     """How every phase is optimised, unless the phase says otherwise."""
 
-    train_batch_size: PositiveInt = 32
+    train_batch_size: BatchSize = 32
     """Samples per micro-batch and process."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: BatchSize = 1
     """Micro-batches per update; what an update computes does not depend on the split."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm, student and discriminator each."""
@@ -117,13 +126,13 @@ class Phase(Section):
     """Updates."""
     learning_rate: PositiveFloat = 1e-3
     """Of the student's LoRA, after warm-up."""
-    teacher_steps: PositiveInt | None = None
+    teacher_steps: Steps | None = None
     """Another rung of this ladder as teacher (skip-level); the rung's own where not given."""
     loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr", "auto"] = (
         "prev_sample"
     )
     """Where mse is measured; auto is what the student predicts."""
-    cached_updates: PositiveInt | None = None
+    cached_updates: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """Of mse: the batches and teacher's samples of so many updates are kept and used again in turn; all new if not given."""
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
     """Of paired and single phases."""
@@ -132,11 +141,11 @@ class Phase(Section):
 class Rung(Section):
     """One step reduction."""
 
-    teacher_steps: PositiveInt
+    teacher_steps: Steps
     """Steps of the teacher: 128 of the base model for the first rung, the student before after that."""
-    student_steps: PositiveInt
+    student_steps: Steps
     """Steps of the student that this rung makes; on the first rung as many as the teacher's teach guidance alone."""
-    node_steps: PositiveInt | None = None
+    node_steps: Steps | None = None
     """The grid whose nodes the student is trained at; its own where not given (recipe: 4 for the 2- and 1-step rungs)."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
     """What the student predicts; as the rung before where not given. Where it is another, the rung begins with a convert
@@ -144,14 +153,14 @@ class Rung(Section):
     start_timestep: Annotated[int, Field(gt=0, lt=1000)] | None = None
     """Of the 1-step rung: the timestep that the U-Net is told with the pure noise; its last one where not given. Earlier,
     an error of epsilon weighs far less in the picture: 1.6-fold at 499, 14.6-fold at 999 of Stable Diffusion's schedule."""
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=64)]
     """In order."""
 
 
 class Preview(Section):
     """Pictures while training."""
 
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
     """Fixed prompts, drawn from fixed noise by teacher and student."""
 
 
@@ -166,7 +175,7 @@ class Export(Section):
     fused: the U-Net with the LoRA merged; onnx: the same for onnxruntime (extra "onnx")."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """Of kohya's file and of the fused U-Net, each rounded once."""
-    rank: PositiveInt | None = None
+    rank: Rank | None = None
     """A lower rank, by singular values, into a folder of its own; the trained one where not given."""
     kohya_names: Literal["auto", "diffusers", "sgm"] = "auto"
     """Spelling of modules in kohya's file; auto is what kohya trains: the original's for SDXL, diffusers' for SD."""
@@ -181,15 +190,15 @@ class RunConfig(Section):
 
     name: Name
     """The run's folder is output_dir/name."""
-    output_dir: str = "runs"
+    output_dir: FilePath = "runs"
     """Where run folders are."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Everything random is derived from it."""
     teacher: Teacher = Teacher()
     lora: Lora = Lora()
     data: Data = Data()
     training: Training = Training()
-    ladder: Annotated[tuple[Rung, ...], Field(min_length=1)]
+    ladder: Annotated[tuple[Rung, ...], Field(min_length=1, max_length=64)]
     preview: Preview
     evaluation: Evaluation = Evaluation()
     export: Export = Export()

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stepdistill.config_section import PositiveInt, Section
+from stepdistill.config_section import ConfigError, FilePath, PositiveInt, Section, Steps
 
 Kind = Literal[
     "image_missing",
@@ -22,6 +22,7 @@ Kind = Literal[
 ]
 """How a sample can be bad."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_MOST_RENDERINGS = 10**7  # their captions are chosen beforehand and held in memory
 # One sample of these says that all of the rest may be gone or wrong.
 _STOPS: tuple[Kind, ...] = ("archive_broken", "latent_not_finite")
 
@@ -29,21 +30,21 @@ _STOPS: tuple[Kind, ...] = ("archive_broken", "latent_not_finite")
 class Data(Section):
     """What noise is added to."""
 
-    source: str = "letters"
+    source: FilePath = "letters"
     """letters; a folder of NAME.png with NAME.txt, or with metadata.jsonl / .csv; .tar or .parquet files or a folder of
     them; a .txt of prompts, whose pictures the teacher makes; or the cache folder of another run of the same teacher."""
-    num_images: PositiveInt | None = None
+    num_images: Annotated[int, Field(gt=0, le=10**12)] | None = None
     """How many samples go into the cache: renderings of letters (4096 where not given), else the first so many (all);
     of prompts alone, more than there are go round again with other noise; another run's latents are taken whole."""
     held_out: Annotated[float | None, Field(ge=0, lt=1, validate_default=True)] = None
     """Share of the captions that distillation does not see; the table is then about these alone. Where not given: 0.05 of
     one's own pictures if that leaves 64 (of about 1,280), 0 of fewer, of letters and of prompts alone; as its lender's of
     another run's cache."""
-    resolution: PositiveInt | None = None
+    resolution: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Pixels a side, or the square root of a bucket's pixels; the teacher's own where not given."""
     buckets: bool = False
     """Each picture in the aspect ratio nearest its own instead of a square; an update sees one ratio."""
-    teacher_steps: PositiveInt = 32
+    teacher_steps: Steps = 32
     """Of prompts alone: the teacher's steps for each of its pictures."""
     min_side: PositiveInt = 16
     """Pictures with a shorter side are bad."""
@@ -65,6 +66,14 @@ class Data(Section):
         source = str(info.data.get("source", ""))
         needs_no_look = source == "letters" or source.endswith(".txt")
         return 0.0 if value is None and needs_no_look else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        if self.source == "letters" and (self.num_images or 0) > _MOST_RENDERINGS:
+            raise ConfigError(
+                f"data.num_images: got {self.num_images}; allowed: up to {_MOST_RENDERINGS} renderings of letters"
+            )
+        return self
 
     def policy(self, kind: Kind) -> Literal["skip", "error"]:
         """What a bad sample of this kind leads to."""

@@ -4,7 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stepdistill.config_section import ConfigError, Name, PositiveInt, Section
+from stepdistill.config_section import MOST_STEPS, BatchSize, ConfigError, FilePath, Name, Section, Steps
+
+FewImages = Annotated[int, Field(gt=0, le=10_000)]
+Timestep = Annotated[int, Field(ge=0, lt=1000)]
 
 
 class LoraRow(Section):
@@ -12,9 +15,9 @@ class LoraRow(Section):
 
     name: Name
     """The row's name."""
-    path: str
+    path: FilePath
     """A safetensors file, or a folder with pytorch_lora_weights.safetensors."""
-    steps: PositiveInt
+    steps: Steps
     """num_inference_steps."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """As its authors say; up to 1 is off."""
@@ -25,7 +28,7 @@ class LoraRow(Section):
     weights, or DDIMScheduler with trailing timesteps."""
     scheduler_options: dict[str, bool | int | float | str] | None = None
     """What to change in that config; trailing timesteps where not given, nothing in one that lies beside the weights."""
-    timesteps: tuple[int, ...] | None = None
+    timesteps: Annotated[tuple[Timestep, ...], Field(min_length=1, max_length=MOST_STEPS)] | None = None
     """Explicit timesteps, such as DMD2's 999, 749, 499, 249; the scheduler's own where not given."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Of the schedulers that know it (DDIM, TCD)."""
@@ -34,52 +37,52 @@ class LoraRow(Section):
 class Evaluation(Section):
     """The table: what is drawn and what is measured."""
 
-    num_images: Annotated[int, Field(ge=8)] = 500
+    num_images: Annotated[int, Field(ge=8, le=10**6)] = 500
     """Images per row."""
-    prompts: str | None = None
+    prompts: FilePath | None = None
     """A text file, one prompt a line, used in order and again from the start; the captions of `data` where not given."""
-    real_images: str | None = None
+    real_images: FilePath | None = None
     """A folder of pictures that `*_to_real` compares with; where not given the pictures of `data`, letters fresh."""
-    reference_stats: str | None = None
+    reference_stats: FilePath | None = None
     """An .npz with mu and sigma of real images under the same extractor and resize, for `fid_to_real` without pictures."""
-    teacher_steps: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 8, 4, 2, 1)
+    teacher_steps: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=64)] = (32, 8, 4, 2, 1)
     """Rows of the undistilled teacher; `*_to_teacher` compares with the images of the first."""
-    unguided_steps: tuple[PositiveInt, ...] = ()
+    unguided_steps: Annotated[tuple[Steps, ...], Field(max_length=64)] = ()
     """Rows of the undistilled teacher without guidance: as many passes as a student, often nearer to real images."""
-    loras: tuple[LoraRow, ...] = ()
+    loras: Annotated[tuple[LoraRow, ...], Field(max_length=256)] = ()
     """Rows of other LoRAs."""
-    batch_size: PositiveInt = 64
+    batch_size: BatchSize = 64
     """Images per pipeline call."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the pipeline draws in."""
-    features: str = "reader"
+    features: FilePath = "reader"
     """What FID, KID, precision and coverage are measured on: reader, inception[:FILE], clip:FOLDER or dinov2:FOLDER."""
     resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] | None = None
     """How images reach the extractor's size; where not given none (reader), torchmetrics (inception), else pil_bicubic."""
-    patch_size: PositiveInt | None = None
+    patch_size: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Patch FID on the centre crop of this size, without resize (299 for Inception); off where not given."""
-    clip: str | None = None
+    clip: FilePath | None = None
     """A CLIP folder: CLIP score and CMMD."""
-    dinov2: str | None = None
+    dinov2: FilePath | None = None
     """A DINOv2 folder: FD-DINOv2."""
     floor: bool = True
     """Draw the teacher once more with other seeds: what `*_to_teacher` compares with, and how far the teacher is from that
     itself. Without it only the paired distances to the teacher, at equal noise, are measured."""
-    diversity_prompts: Annotated[int, Field(ge=0)] = 8
+    diversity_prompts: Annotated[int, Field(ge=0, le=10_000)] = 8
     """How many prompts are drawn with several seeds each; 0 leaves diversity out."""
-    diversity_seeds: Annotated[int, Field(ge=2)] = 8
+    diversity_seeds: Annotated[int, Field(ge=2, le=10_000)] = 8
     """Seeds per prompt."""
-    lora_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+    lora_scales: Annotated[tuple[float, ...], Field(max_length=64)] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
     """Every rung's LoRA at these weights on a few images; () leaves the sweep out."""
     matrix: bool = True
     """Every rung's LoRA sampled at every rung's steps on a few images."""
-    study_images: PositiveInt = 8
+    study_images: FewImages = 8
     """Images per cell of the sweep and the matrix."""
-    cost_batch_sizes: tuple[PositiveInt, ...] = (1, 8, 32)
+    cost_batch_sizes: Annotated[tuple[BatchSize, ...], Field(max_length=64)] = (1, 8, 32)
     """Batches that seconds, images/s and memory are measured at; () leaves cost out."""
     score_cmd: str | None = None
     """An outside scorer: a command with {images} (a folder) and {prompts} (a file); its last line is a JSON object."""
-    grid_columns: PositiveInt = 10
+    grid_columns: FewImages = 10
     """Prompts in the picture."""
 
     @model_validator(mode="after")

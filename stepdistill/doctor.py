@@ -1,5 +1,6 @@
 """What would stop a run, found in seconds: packages, device, teacher, data, evaluation, disk; each with its remedy."""
 
+import functools
 import importlib.metadata
 import itertools
 import shutil
@@ -21,10 +22,19 @@ from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import picture_of
 from stepdistill.durable import read_json
 from stepdistill.ladder_checks import unfit_settings
+from stepdistill.models.examine import examine_pipeline
 from stepdistill.models.folder import is_zero_snr, prediction_type, teacher_kind
 from stepdistill.models.loading import image_size, latent_shape, size_multiple
+from stepdistill.models.lora_trial import check_lora_goes_on
+from stepdistill.places import check_writable
 from stepdistill.run_folder import check_run
-from stepdistill.teacher_source import is_ready_made, local_folder, teacher_folder
+from stepdistill.teacher_source import (
+    check_teacher_folder,
+    is_ready_made,
+    local_folder,
+    teacher_folder,
+    teacher_lora_file,
+)
 
 LOOKED_AT = 64
 """Samples of the data that are read in full."""
@@ -33,6 +43,7 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Every adapted layer of SD and SDXL carries about so many LoRA parameters per rank (rank 64: 67 M and 197 M).
 _LORA_PARAMETERS = {"StableDiffusionPipeline": 1.05e6, "StableDiffusionXLPipeline": 3.08e6}
 _TOKENS_A_WORD = 1.3
+_COPY_AGAIN = "another copy of the model"
 
 
 @dataclass(frozen=True)
@@ -48,25 +59,31 @@ class Finding:
 
 
 def examine(config: RunConfig) -> list[Finding]:
-    """All findings about a run that is to come; nothing is written, downloaded or trained."""
-    parts: tuple[Callable[[RunConfig], Iterator[Finding]], ...] = (
-        _packages,
-        _device,
-        _run,
-        _teacher,
-        _ladder,
-        _data,
-        _evaluation,
-        _disk,
-    )
+    """All findings about a run that is to come; nothing is left on the disk, downloaded or trained.
+
+    What can be told only with a teacher that is whole is left out where it is not.
+    """
     found: list[Finding] = []
-    for part in parts:
-        try:
-            found += part(config)
-        except ValueError as error:  # messages to the user, as everywhere
-            message, _, allowed = str(error).partition("; allowed: ")
-            found.append(Finding("problem", message, allowed))
+    for part in (_packages, _device, _run):
+        found += _findings(part, config)
+    teacher = _findings(_teacher, config)
+    is_whole = not any(finding.state == "problem" for finding in teacher)
+    found += teacher + _findings(functools.partial(_data, teacher_is_whole=is_whole), config)
+    for part in (_ladder, _evaluation, _disk) if is_whole else ():
+        found += _findings(part, config)
     return list(dict.fromkeys(found))
+
+
+def _findings(part: Callable[[RunConfig], Iterator[Finding]], config: RunConfig) -> list[Finding]:
+    """What a part finds; an error that stops it is one of its problems."""
+    found: list[Finding] = []
+    try:
+        found.extend(part(config))
+    except ValueError as error:  # messages to the user, as everywhere
+        mark = next((mark for mark in ("; allowed: ", "; mend: ") if mark in str(error)), "; allowed: ")
+        message, _, remedy = str(error).partition(mark)
+        found.append(Finding("problem", message, remedy))
+    return found
 
 
 def _packages(_config: RunConfig) -> Iterator[Finding]:
@@ -113,6 +130,12 @@ def _device(config: RunConfig) -> Iterator[Finding]:
 
 def _run(config: RunConfig) -> Iterator[Finding]:
     check_run(config)
+    try:
+        check_writable(config.run_dir)
+    except OSError as error:
+        remedy = "another output_dir, or the right to write there"
+        yield Finding("problem", f"run: no file can be made in {config.run_dir}: {error.strerror}", remedy)
+        return
     where = "goes on there" if (config.run_dir / "config.yaml").is_file() else "will be made"
     yield Finding("ok", f"run: {config.run_dir} {where}")
 
@@ -121,6 +144,11 @@ def _teacher(config: RunConfig) -> Iterator[Finding]:
     path, kind = config.teacher.path, teacher_kind(config.teacher.path)
     if kind == "folder":
         folder = local_folder(path)
+        check_teacher_folder(config, folder)
+        problems = [*examine_pipeline(folder), *_loras(config, folder)]
+        yield from (Finding("problem", f"teacher: {problem}", _COPY_AGAIN) for problem in problems)
+        if problems:
+            return
         snr = ", zero terminal SNR" if is_zero_snr(folder) else ""
         height, width = image_size(folder)
         yield Finding("ok", f"teacher: {path}, {width} x {height} pixels, {prediction_type(folder)}{snr}")
@@ -136,6 +164,14 @@ def _teacher(config: RunConfig) -> Iterator[Finding]:
             )
     else:
         yield from _repository(config)
+
+
+def _loras(config: RunConfig, folder: Path) -> Iterator[str]:
+    for number, lora in enumerate(config.teacher.loras):
+        try:
+            check_lora_goes_on(teacher_lora_file(lora.path), folder)
+        except ValueError as error:
+            yield f"teacher.loras.{number}.path: {error}"
 
 
 def _repository(config: RunConfig) -> Iterator[Finding]:
@@ -159,7 +195,7 @@ def _ladder(config: RunConfig) -> Iterator[Finding]:
         yield Finding("note", about, remedy)
 
 
-def _data(config: RunConfig) -> Iterator[Finding]:
+def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
     data = config.data
     if data.source == LETTERS:
         yield Finding("ok", "data: the letters world")
@@ -190,7 +226,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "note", f"data: captions of up to {longest} words; CLIP reads about 57, the rest is cut off"
         )
-    if is_ready_made(config):
+    if teacher_is_whole and is_ready_made(config):
         folder = local_folder(config.teacher.path)
         size = Sizes(data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
         small = sum(side < min(size) for side in sides)

@@ -7,8 +7,9 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import sha256_json, write_text
-from stepdistill.teacher_source import check_teacher
+from stepdistill.durable import sha256_json, write_text, writing
+from stepdistill.places import clear_half_written, is_half_written
+from stepdistill.teacher_source import TEACHER_RECORD, check_teacher
 
 # What may differ when a run goes on: it changes no weight.
 _FREE = (
@@ -21,21 +22,27 @@ _FREE = (
     "training.logging_steps",
     "training.preview_steps",
 )
+# Files at the top of a run's folder, which every process of every stage may write.
+_WRITTEN_BY_ALL = ("config.yaml", "environment.json", TEACHER_RECORD, "log.jsonl")
 
 
 def check_run(config: RunConfig) -> None:
     """ConfigError where the teacher's folder is incomplete or the run's folder is another run's; writes nothing."""
     check_teacher(config)
     run_dir = config.run_dir
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"name: the run's folder {run_dir} is a file; choose another name or output_dir")
     saved = run_dir / "config.yaml"
-    if not saved.is_file():
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+    try:
+        if run_dir.exists() and not run_dir.is_dir():
             raise ConfigError(
-                f"name: {run_dir} holds files that are no run's; choose another name or output_dir"
+                f"name: the run's folder {run_dir} is a file; choose another name or output_dir"
             )
-        return
+        if not saved.is_file():
+            _check_empty(run_dir)
+            return
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: cannot look into {run_dir}: {error.strerror}; choose another name or output_dir"
+        ) from None
     differing = _differences(_saved(saved), resolved(config))
     if differing:
         key, before, now = differing[0]
@@ -48,13 +55,25 @@ def check_run(config: RunConfig) -> None:
         )
 
 
+def _check_empty(run_dir: Path) -> None:
+    """ConfigError where a folder without config.yaml holds more than the half of one that a killed start left."""
+    if run_dir.is_dir() and not all(map(_is_half_a_config, run_dir.iterdir())):
+        raise ConfigError(f"name: {run_dir} holds files that are no run's; choose another name or output_dir")
+
+
+def _is_half_a_config(path: Path) -> bool:
+    return path.name.startswith(".config.yaml.") and is_half_written(path)
+
+
 def open_run(config: RunConfig) -> Path:
-    """check_run, then the folder with config.yaml in it."""
+    """check_run, then the folder with config.yaml in it, without the halves of files that killed starts left beside it."""
     check_run(config)
     plain = resolved(config)
     if plain["data"]["held_out"] is None:
         plain["data"]["held_out"] = saved_held_out(config.run_dir)
-    write_text(config.run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    with writing(config.run_dir / "config.yaml"):
+        write_text(config.run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    clear_half_written(config.run_dir, names=_WRITTEN_BY_ALL)
     return config.run_dir
 
 

@@ -12,6 +12,7 @@ from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import read_json, write_json
 from stepdistill.pace import measured_seconds_per_pass
+from stepdistill.places import clear_half_written
 from stepdistill.run_folder import check_run, open_run
 from stepdistill.rungs import finished_rungs, rung_folder
 from stepdistill.teacher_source import is_ready_made
@@ -60,6 +61,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
 
     before = finished_rungs(config.run_dir)
     trained = climb(config, only=only)
+    clear_half_written(config.run_dir / "rungs")
     logger.info("distill: %s", f"trained {trained}" if trained else "every rung is finished")
     if only is not None and only[1] in before:
         later = [n for n in before if n < only[1]]
@@ -106,6 +108,7 @@ def export(
 
     for count in chosen:
         folder = export_rung(config, count)
+        clear_half_written(rung_folder(config.run_dir, count))
         logger.info("export: %s", folder)
     if push_to is not None:
         from stepdistill.export.hub import push_rung

@@ -9,30 +9,98 @@ from stepdistill.ladder_checks import check_ladder
 from stepdistill.models.folder import (
     DEFAULT_TIMESTEPS,
     EMBEDDED_TEACHER,
+    broken_files,
     embedded_folder,
     missing_parts,
     num_train_timesteps,
     teacher_kind,
     unsupported,
 )
+from stepdistill.models.folder_files import read_header
+from stepdistill.places import is_folder
 
 TEACHER_RECORD = "teacher.json"
+UNET_PREFIX = "model.diffusion_model."
+"""Of the U-Net's weights in a checkpoint in the original layout."""
+LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 def check_teacher(config: RunConfig) -> None:
     """ConfigError for a teacher that cannot be used, as far as the disk tells without reading weights."""
+    try:
+        _check_teacher(config)
+    except OSError as error:
+        raise ConfigError(f"teacher: cannot look at {error.filename}: {error.strerror}") from None
+
+
+def _check_teacher(config: RunConfig) -> None:
     path, kind = config.teacher.path, teacher_kind(config.teacher.path)
     for number, lora in enumerate(config.teacher.loras):
-        if not Path(lora.path).expanduser().exists():
-            raise ConfigError(f"teacher.loras.{number}.path: got {lora.path!r}, which is not there")
+        _check_lora(f"teacher.loras.{number}.path", lora.path)
     if kind == "file" and Path(path).suffix != ".safetensors":
         raise ConfigError(
             f"teacher.path: got {path!r}; allowed: .safetensors; files of the other kinds run code when they are read"
         )
-    if kind == "file" and not Path(path).expanduser().is_file():
-        raise ConfigError(f"teacher.path: got {path!r}, which is not there")
+    if kind == "file":
+        _check_file(config)
     if kind == "folder":
         check_teacher_folder(config, local_folder(path))
+
+
+def _check_file(config: RunConfig) -> None:
+    """ConfigError where a single file is no whole checkpoint, or the configs beside it are none of a pipeline."""
+    path, configs = Path(config.teacher.path).expanduser(), config.teacher.config
+    if not path.exists():
+        raise ConfigError(f"teacher.path: got {config.teacher.path!r}, which is not there")
+    try:
+        header = read_header(path)
+    except ValueError as error:
+        raise ConfigError(f"teacher.path: {error}") from None
+    if not any(key.startswith(UNET_PREFIX) for key in header):
+        raise ConfigError(
+            f"teacher.path: {path} holds no whole model (no key {UNET_PREFIX}*, {len(header)} others); "
+            f"allowed: a checkpoint with U-Net, VAE and text encoders; a LoRA goes into teacher.loras"
+        )
+    if configs is None or not is_folder(Path(configs).expanduser()):
+        return
+    folder = Path(configs).expanduser()
+    missing = missing_parts(folder, weights=False)
+    wrong = missing or [*broken_files(folder, header=header), *unsupported(folder)]
+    if wrong:
+        has = "lacks" if missing else "has"
+        raise ConfigError(
+            f"teacher.config: got {configs!r}, which {has} {'; '.join(wrong)}; allowed: the configs of the pipeline that "
+            f"the file belongs to"
+        )
+
+
+def teacher_lora_file(path: str) -> Path:
+    """The .safetensors file that `teacher.loras` names: itself, or the one in a folder; ValueError."""
+    place = Path(path).expanduser()
+    if not is_folder(place):
+        return place
+    files = sorted(place.glob("*.safetensors"))
+    named = [file for file in files if file.name == LORA_NAME]
+    if len(named or files) != 1:
+        raise ValueError(f"{place} holds {len(files)} .safetensors files; allowed: one, or {LORA_NAME}")
+    return (named or files)[0]
+
+
+def _check_lora(key: str, path: str) -> None:
+    """ConfigError where a LoRA of the teacher is not there, or no whole file of one."""
+    if not is_folder(Path(path).expanduser()) and not Path(path).expanduser().exists():
+        raise ConfigError(f"{key}: got {path!r}, which is not there")
+    try:
+        file = teacher_lora_file(path)
+        if file.suffix != ".safetensors":
+            raise ValueError(
+                f"got {path!r}; allowed: .safetensors; files of the other kinds run code when they are read"
+            )
+        header = read_header(file)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    if not any("lora" in name.lower() for name in header):
+        raise ConfigError(f"{key}: {file} holds no LoRA ({len(header)} tensors, none of them called so)")
 
 
 def check_teacher_folder(config: RunConfig, folder: Path) -> None:
@@ -43,6 +111,11 @@ def check_teacher_folder(config: RunConfig, folder: Path) -> None:
             f"teacher.path: got {path!r}, which lacks {'; '.join(missing)}; "
             f"allowed: a complete diffusers pipeline folder in safetensors, a .safetensors file, a repository of "
             f'the Hub, or "{EMBEDDED_TEACHER}"'
+        )
+    broken = [*broken_files(folder)]
+    if broken:
+        raise ConfigError(
+            f"teacher.path: got {path!r}, which is broken: {'; '.join(broken)}; mend: copy it again"
         )
     odd = unsupported(folder)
     if odd:

@@ -41,6 +41,7 @@ from stepdistill.models.loading import (
     read_scheduler_config,
     size_multiple,
 )
+from stepdistill.places import clear_half_written
 from stepdistill.rng import derive_seed
 from stepdistill.runtime import WEIGHT_DTYPES, Processes
 from stepdistill.teacher_source import teacher_folder
@@ -181,8 +182,7 @@ class _Work:
         manifest |= {"bad_examples": self._bad.examples, "unconditional": self._config.teacher.unconditional}
         kept = read_json(self._folder / "manifest.json") or {}
         text = self._folder / TEXT
-        for path in (self._folder / "shards").glob(".*.partial"):
-            path.unlink()  # of a process that was killed
+        clear_half_written(self._folder)
         same = {**kept, "text_sha256": None} == {**manifest, "text_sha256": None}
         if same and text.is_file() and sha256_file(text) == kept["text_sha256"]:
             return False

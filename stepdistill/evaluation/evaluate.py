@@ -22,6 +22,7 @@ from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subj
 from stepdistill.jackknife import standard_error
 from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import image_size
+from stepdistill.places import clear_half_written
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import require_rung
 from stepdistill.runtime import Processes, source_commit
@@ -112,6 +113,7 @@ class _Work:
             "matrix": self._matrix,
         }
         write_json(self._folder / "results.json", results)
+        clear_half_written(self._folder)
         return results
 
     def _measure_row(self, row: Row, distances: Distances, real: ImageSet | None) -> dict[str, Any]:

@@ -1,27 +1,59 @@
 """What a complete diffusers pipeline folder holds, checked without torch, so that a wrong path costs no time."""
 
-import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+from stepdistill.messages import short
+from stepdistill.models.folder_files import (
+    Header,
+    check_counts,
+    read_header,
+    read_headers,
+    read_object,
+    weight_files,
+)
+from stepdistill.models.folder_scheduler import scheduler_problems
+from stepdistill.places import is_folder
 
 EMBEDDED_TEACHER = "letters"
 DEFAULT_TIMESTEPS = 1000
 """num_train_timesteps of every Stable Diffusion, and of a scheduler_config.json without it."""
-_NEEDS_WEIGHTS = {
+SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-_NEEDS_FILE = {
+"""Parts with weights, and what their files are called."""
+_CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
 }
+_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "unet": ("diffusers", ("UNet2DConditionModel",)),
+    "vae": ("diffusers", ("AutoencoderKL",)),
+    "text_encoder": ("transformers", ("CLIPTextModel",)),
+    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+    "tokenizer": ("transformers", ("*Tokenizer", "*TokenizerFast")),
+    "tokenizer_2": ("transformers", ("*Tokenizer", "*TokenizerFast")),
+    "scheduler": ("diffusers", ("*Scheduler",)),
+}
+"""Parts that a pipeline needs, and the classes that they may be of."""
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "class_embed_type": (None,),
+    "time_cond_proj_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "addition_embed_type": (None, "text_time"),
+}
+_LARGEST_LATENT = 2048  # a side; of 8 pixels each
+_MOST_VAE_BLOCKS = 8
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
-_SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def embedded_folder(name: str) -> Path:
@@ -32,93 +64,176 @@ def embedded_folder(name: str) -> Path:
 def teacher_kind(path: str) -> Literal["folder", "file", "hub"]:
     """What `teacher.path` names: a pipeline's folder, one checkpoint file, or a repository of the Hub, such as org/name."""
     place = Path(path).expanduser()
-    if path == EMBEDDED_TEACHER or place.is_dir():
+    if path == EMBEDDED_TEACHER or is_folder(place):
         return "folder"
     if place.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
         return "file"
     return "hub" if _HUB_ID.fullmatch(path) else "folder"
 
 
-def missing_parts(folder: Path) -> list[str]:
+def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
     """What `folder` lacks to be a complete text-to-image pipeline in safetensors; empty when nothing.
 
-    Only the files' presence is looked at: model_index.json, and for each part it names its config and weights.
+    Only the files' presence is looked at: model_index.json, and for each part it names its config and weights; without
+    `weights` the configs alone are asked for.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         return [f"no folder at {folder}"]
-    index = folder / "model_index.json"
-    if not index.is_file():
+    if not (folder / "model_index.json").exists():
         return ["model_index.json (a complete diffusers pipeline folder is needed, not one part of it)"]
     try:
-        parts = json.loads(index.read_text())
-        pipeline_class = parts.get("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        index = read_object(folder / "model_index.json")
+    except ValueError as error:
         return [f"a readable model_index.json ({error})"]
-    if pipeline_class not in _SUPPORTED:
-        return [f"a pipeline of {' or '.join(_SUPPORTED)} (model_index.json says {pipeline_class})"]
-    named = {name for name, part in parts.items() if isinstance(part, list) and part[0] is not None}
-    required = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
-    if pipeline_class == "StableDiffusionXLPipeline":
-        required |= {"text_encoder_2", "tokenizer_2"}
-    missing = [f"{name} in model_index.json" for name in sorted(required - named)]
-    for name in sorted(required & named):
-        if name in _NEEDS_WEIGHTS:
-            stem = _NEEDS_WEIGHTS[name]
-            if not (folder / name / "config.json").is_file():
-                missing.append(f"{name}/config.json")
-            if not any((folder / name).glob(f"{stem}*.safetensors")):
-                missing.append(f"{name}/{stem}.safetensors")
-        elif not (folder / name / _NEEDS_FILE[name]).is_file():
-            missing.append(f"{name}/{_NEEDS_FILE[name]}")
+    pipeline_class = index.get("_class_name")
+    if pipeline_class not in SUPPORTED:
+        return [f"a pipeline of {' or '.join(SUPPORTED)} (model_index.json says {short(pipeline_class)})"]
+    missing = []
+    for name in _parts(index):
+        if not _is_named(index.get(name)):
+            missing.append(f"{name} in model_index.json")
+            continue
+        config = folder / name / _CONFIG_FILES.get(name, "config.json")
+        if not config.exists():
+            missing.append(f"{name}/{config.name}")
+        if weights and name in WEIGHTS and not any((folder / name).glob(f"{WEIGHTS[name]}*.safetensors")):
+            missing.append(f"{name}/{WEIGHTS[name]}.safetensors")
     return missing
+
+
+def broken_files(folder: Path, *, header: Header | None = None) -> Iterator[str]:
+    """Files of a complete folder that are not what their names say, each in one line; no weight is read.
+
+    Args:
+        folder: a pipeline's, whose `missing_parts` are none.
+        header: of the checkpoint that the folder's configs belong to, where its weights are in one file elsewhere.
+    """
+    variant = weights_variant(folder)
+    for name in _parts(_config(folder / "model_index.json")):
+        try:
+            config = read_object(folder / name / _CONFIG_FILES.get(name, "config.json"))
+            if name in WEIGHTS:
+                found = header or _read_weights(folder / name, WEIGHTS[name], variant)
+                check_counts(folder / name / "config.json", config, found)
+        except ValueError as error:
+            yield str(error)
+
+
+def _read_weights(folder: Path, stem: str, variant: str | None) -> Header:
+    """The header of a part's weights, after a look at every weights file there: hashes are taken of all."""
+    files = weight_files(folder, stem, variant)
+    for path in sorted(set(folder.glob("*.safetensors")) - set(files)):
+        read_header(path)
+    return read_headers(files)
 
 
 def unsupported(folder: Path) -> list[str]:
     """What a complete folder has that this trainer cannot distil, each with what is allowed; empty when nothing."""
-    index, unet, scheduler = (
-        _config(folder / name)
-        for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
-    )
-    found = []
-    foreign = [
-        f"{k}: {v[0]}" for k, v in index.items() if isinstance(v, list) and v[0] not in (*_LIBRARIES, None)
-    ]
+    index = _config(folder / "model_index.json")
+    configs = {name: _config(folder / name / "config.json") for name in WEIGHTS}
+    scheduler = _config(folder / "scheduler" / "scheduler_config.json")
+    found = [*_odd_classes(index)]
+    for name, config in configs.items():
+        if config.get("quantization_config") is not None:
+            found.append(f"quantised weights in {name}; allowed: weights of a floating point")
+    found += [*_odd_unet(configs["unet"]), *_odd_vae(configs["vae"])]
+    found += [*_odd_sizes(configs, index), *scheduler_problems(scheduler)]
+    return found
+
+
+def _odd_classes(index: dict[str, Any]) -> Iterator[str]:
+    foreign = {name: part for name, part in index.items() if isinstance(part, list) and _is_foreign(part)}
     if foreign:
-        found.append(
-            f"code of its own ({', '.join(foreign)}); allowed: classes of diffusers and transformers"
-        )
+        listed = ", ".join(f"{name}: {part[0] if part else part}" for name, part in foreign.items())
+        yield f"code of its own ({listed}); allowed: classes of diffusers and transformers"
+        return
+    for name in _parts(index):
+        library, kinds = _CLASSES[name]
+        part = index[name]
+        if len(part) != 2 or part[0] != library or not _is_one_of(part[1], kinds):
+            yield f"{short(part)} as its {name}; allowed: {', '.join(kinds)} of {library}"
+
+
+def _odd_unet(unet: dict[str, Any]) -> Iterator[str]:
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        found.append(f"a {unet['_class_name']}; allowed: a UNet2DConditionModel")
+        yield f"a {unet['_class_name']}; allowed: a UNet2DConditionModel"
     channels = (unet.get("in_channels", 4), unet.get("out_channels", 4))
     if channels[0] != channels[1]:
-        found.append(
+        yield (
             f"a U-Net of {channels[0]} input channels; allowed: {channels[1]}, as many as it puts out "
             f"(inpainting and image-editing models have more)"
         )
     for key, allowed in _PLAIN.items():
         if unet.get(key) not in allowed:
-            found.append(f"a U-Net with {key}: {unet[key]}; allowed: {', '.join(map(str, allowed))}")
-    if scheduler.get("trained_betas") is None and "beta_start" not in scheduler:
-        found.append(
-            f"the scheduler {scheduler.get('_class_name')} without betas; allowed: noise schedules as Stable Diffusion's"
+            yield f"a U-Net with {key}: {short(unet[key])}; allowed: {', '.join(map(str, allowed))}"
+    size = unet.get("sample_size")
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    if size is not None and not all(type(side) is int and 0 < side <= _LARGEST_LATENT for side in sides):
+        yield (
+            f"a U-Net with sample_size: {short(size)}; allowed: 1 to {_LARGEST_LATENT}, or a height and a width of them"
         )
-    return found
 
 
-_PLAIN: dict[str, tuple[object, ...]] = {
-    "class_embed_type": (None,),
-    "time_cond_proj_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "addition_embed_type": (None, "text_time"),
-}
+def _odd_vae(vae: dict[str, Any]) -> Iterator[str]:
+    scale = vae.get("scaling_factor", 0.18215)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        yield f"a VAE with scaling_factor: {short(scale)}; allowed: a number above 0"
+    blocks = vae.get("block_out_channels", [0])
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MOST_VAE_BLOCKS:
+        yield f"a VAE with block_out_channels: {short(blocks)}; allowed: a list of 1 to {_MOST_VAE_BLOCKS}"
+
+
+def _odd_sizes(configs: dict[str, dict[str, Any]], index: dict[str, Any]) -> Iterator[str]:
+    """Parts that do not fit together, as far as their configs say it."""
+    unet, vae = configs["unet"], configs["vae"]
+    channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    if channels[0] != channels[1]:
+        yield f"a U-Net of {short(channels[0])} channels and a VAE of {short(channels[1])}; allowed: as many"
+    encoders = [name for name in _parts(index) if name.startswith("text_encoder")]
+    widths: list[Any] = [configs[name].get("hidden_size") for name in encoders]
+    width = unet.get("cross_attention_dim", 1280)
+    if isinstance(width, int) and all(isinstance(part, int) for part in widths) and sum(widths) != width:
+        yield (
+            f"a U-Net with cross_attention_dim: {width} and text encoders of hidden_size "
+            f"{' and '.join(map(str, widths))}; allowed: as much together"
+        )
+
+
+def weights_variant(folder: Path, part: str = "unet") -> str | None:
+    """ "fp16" where the weights of a part come in that variant alone, else None."""
+    names = [path.name for path in (folder / part).glob("*.safetensors")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None
+
+
+def _parts(index: dict[str, Any]) -> list[str]:
+    """What a pipeline of the class that model_index.json names is made of."""
+    second = ("text_encoder_2", "tokenizer_2")
+    is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"
+    return sorted(name for name in _CLASSES if is_xl or name not in second)
+
+
+def _is_named(part: Any) -> bool:
+    return isinstance(part, list) and bool(part) and part[0] is not None
+
+
+def _is_foreign(part: list[Any]) -> bool:
+    return not part or part[0] not in (*_LIBRARIES, None) or not all(isinstance(x, str | None) for x in part)
+
+
+def _is_one_of(name: Any, kinds: tuple[str, ...]) -> bool:
+    """Whether a class has one of these names; "*Scheduler" stands for all that end so."""
+    return isinstance(name, str) and any(
+        name.isidentifier() and name.endswith(kind[1:]) if kind.startswith("*") else name == kind
+        for kind in kinds
+    )
 
 
 def _config(path: Path) -> dict[str, Any]:
+    """The object of a JSON file, empty where it is broken: `broken_files` says so."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def is_zero_snr(folder: Path) -> bool:

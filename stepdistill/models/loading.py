@@ -2,7 +2,10 @@
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, TorchAoConfig, UNet2DConditionModel
@@ -11,21 +14,42 @@ from stepdistill.config_section import ConfigError
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
 from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
 from stepdistill.durable import read_json
-from stepdistill.models.folder import DEFAULT_TIMESTEPS
+from stepdistill.messages import first_line
+from stepdistill.models.folder import DEFAULT_TIMESTEPS, weights_variant
+
+
+@contextmanager
+def loading(key: str, what: object) -> Iterator[None]:
+    """ConfigError in one line for whatever diffusers, transformers and peft raise at files that they cannot use.
+
+    Args:
+        key: of the config, which names the files.
+        what: is being loaded, for the message.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # they raise a dozen kinds, as a broken file leads them to
+        raise ConfigError(
+            f"{key}: cannot load {what}: {first_line(error)}; mend: `stepdistill doctor` looks at all of its files"
+        ) from error
 
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The vanilla pipeline, safetensors only, never from the network, without its progress bar."""
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **local_options(folder))
+    """The vanilla pipeline, safetensors only, never from the network, without its progress bar; ConfigError."""
+    with loading("teacher.path", folder):
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **local_options(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def load_encoders(folder: Path, *, vae_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The pipeline without its U-Net: what turns pictures into latents and texts into embeddings."""
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder, unet=None, dtype=torch.float32, **local_options(folder)
-    )
+    """The pipeline without its U-Net: what turns pictures into latents and texts into embeddings; ConfigError."""
+    with loading("teacher.path", folder):
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, unet=None, dtype=torch.float32, **local_options(folder)
+        )
     if vae_dtype != torch.float32:
         pipeline.vae.to(vae_dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -61,12 +85,25 @@ def latent_shape(folder: Path, size: tuple[int, int]) -> tuple[int, int, int]:
 def load_unet(
     folder: Path, *, dtype: torch.dtype = torch.float32, quantization: str = "none"
 ) -> UNet2DConditionModel:
-    """The pipeline's U-Net, frozen, in eval mode; ConfigError where "int8" is asked for and torchao is not installed."""
+    """The pipeline's U-Net, frozen, in eval mode; ConfigError where it cannot be loaded to the last weight, and where "int8"
+    is asked for and torchao is not installed."""
     options = local_options(folder)
     if quantization == "int8":
         options["quantization_config"] = _int8()
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=dtype, **options)
-    return unet.eval().requires_grad_(False)
+    return _whole(UNet2DConditionModel, folder, "unet", dtype=dtype, **options)
+
+
+def _whole(kind: type[Any], folder: Path, part: str, **options: Any) -> Any:
+    """A part of the pipeline, frozen, in eval mode; ConfigError for weights that its files lack, which diffusers would leave
+    without numbers."""
+    with loading("teacher.path", folder / part):
+        model, loaded = kind.from_pretrained(folder, subfolder=part, output_loading_info=True, **options)
+        if loaded["missing_keys"]:
+            raise ConfigError(
+                f"teacher.path: {folder / part} lacks {len(loaded['missing_keys'])} weights, first "
+                f"{min(loaded['missing_keys'])}"
+            )
+    return model.eval().requires_grad_(False)
 
 
 def _int8() -> TorchAoConfig:
@@ -81,9 +118,8 @@ def _int8() -> TorchAoConfig:
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """The pipeline's VAE, frozen, in eval mode."""
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, **local_options(folder))
-    return vae.eval().requires_grad_(False)
+    """The pipeline's VAE, frozen, in eval mode; ConfigError where it cannot be loaded to the last weight."""
+    return _whole(AutoencoderKL, folder, "vae", dtype=dtype, **local_options(folder, "vae"))
 
 
 def vae_dtype(folder: Path, weight_dtype: torch.dtype) -> torch.dtype:
@@ -93,15 +129,9 @@ def vae_dtype(folder: Path, weight_dtype: torch.dtype) -> torch.dtype:
     return weight_dtype if config.get("force_upcast") is False else torch.float32
 
 
-def local_options(folder: Path) -> dict:
+def local_options(folder: Path, part: str = "unet") -> dict:
     """Of every from_pretrained: safetensors alone, nothing from the network."""
-    return {"use_safetensors": True, "local_files_only": True, "variant": _variant(folder)}
-
-
-def _variant(folder: Path) -> str | None:
-    """ "fp16" where the U-Net's weights come in that variant alone, else None."""
-    names = [path.name for path in (folder / "unet").glob("*.safetensors")]
-    return "fp16" if names and all(".fp16." in name for name in names) else None
+    return {"use_safetensors": True, "local_files_only": True, "variant": weights_variant(folder, part)}
 
 
 def read_scheduler_config(folder: Path) -> dict:

@@ -16,14 +16,19 @@ from safetensors import SafetensorError, safe_open
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import read_json, write_json
+from stepdistill.messages import first_line
+from stepdistill.models.examine import examine_pipeline
 from stepdistill.models.folder import teacher_kind
-from stepdistill.models.loading import local_options
+from stepdistill.models.loading import loading, local_options
+from stepdistill.models.lora_trial import check_lora_numbers
 from stepdistill.teacher_source import (
     TEACHER_RECORD,
+    UNET_PREFIX,
     check_teacher_folder,
     is_ready_made,
     local_folder,
     teacher_folder,
+    teacher_lora_file,
     teacher_source,
 )
 
@@ -34,7 +39,7 @@ _SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
 def make_teacher(config: RunConfig) -> Path:
     """The teacher's folder, made where it is not there yet; ConfigError for a file or LoRA that cannot be used."""
     if is_ready_made(config):
-        return local_folder(config.teacher.path)
+        return _examined(local_folder(config.teacher.path))
     record = config.run_dir / TEACHER_RECORD
     kept = read_json(record)
     if kept is not None and kept.get("teacher") == teacher_source(config):
@@ -43,7 +48,7 @@ def make_teacher(config: RunConfig) -> Path:
     if kind == "hub" and not config.teacher.loras:
         folder = _downloaded(config)
         check_teacher_folder(config, folder)
-        write_json(record, {"teacher": teacher_source(config), "folder": str(folder.resolve())})
+        write_json(record, {"teacher": teacher_source(config), "folder": str(_examined(folder).resolve())})
         return folder
     logger.info("prepare: making the teacher's folder of %s", path)
     pipeline = _of_file(config) if kind == "file" else _of_folder(config)
@@ -56,7 +61,16 @@ def make_teacher(config: RunConfig) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     check_teacher_folder(config, folder)
+    _examined(folder)
     write_json(record, {"teacher": teacher_source(config), "folder": "teacher"})
+    return folder
+
+
+def _examined(folder: Path) -> Path:
+    """The folder; ConfigError for what cannot be loaded, does not fit together or is not finite in it."""
+    problems = list(examine_pipeline(folder))
+    if problems:
+        raise ConfigError(f"teacher.path: {'; '.join(problems)}")
     return folder
 
 
@@ -71,9 +85,8 @@ def _downloaded(config: RunConfig) -> Path:
             trust_remote_code=False,
         )
     except Exception as error:  # the Hub's client raises a dozen kinds, all saying why
-        first = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"teacher.path: cannot get {teacher.path!r} from the Hub: {type(error).__name__}: {first}; "
+            f"teacher.path: cannot get {teacher.path!r} from the Hub: {first_line(error)}; "
             f"allowed: a repository that is in its cache or can be reached, or a folder on this disk"
         ) from None
     return Path(found)
@@ -83,7 +96,8 @@ def _of_folder(config: RunConfig) -> DiffusionPipeline:
     path = config.teacher.path
     folder = _downloaded(config) if teacher_kind(path) == "hub" else local_folder(path)
     check_teacher_folder(config, folder)
-    return DiffusionPipeline.from_pretrained(folder, **local_options(folder))
+    with loading("teacher.path", folder):
+        return DiffusionPipeline.from_pretrained(_examined(folder), **local_options(folder))
 
 
 def _of_file(config: RunConfig) -> DiffusionPipeline:
@@ -92,15 +106,9 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
     try:
         with safe_open(file, framework="pt") as opened:
             keys = set(opened.keys())
-            unet = next((key for key in keys if key.startswith("model.diffusion_model.")), None)
-            dtype = opened.get_tensor(unet).dtype if unet is not None else torch.float32
+            dtype = opened.get_tensor(min(key for key in keys if key.startswith(UNET_PREFIX))).dtype
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"teacher.path: cannot read {file} as safetensors: {error}") from None
-    if unet is None:
-        raise ConfigError(
-            f"teacher.path: {file} holds no whole model (no key model.diffusion_model.*, {len(keys)} others); "
-            f"allowed: a checkpoint with U-Net, VAE and text encoders; a LoRA goes into teacher.loras"
-        )
     pipeline_class: type[Any] = StableDiffusionXLPipeline if _SDXL_KEY in keys else StableDiffusionPipeline
     options: dict[str, Any] = {} if configs is None else {"config": configs}
     if configs is not None and Path(configs).expanduser().is_dir():
@@ -113,9 +121,8 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
         _all_there(pipeline)
         return pipeline
     except Exception as error:  # a missing config, keys of another layout, shapes that do not fit
-        first = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"teacher.path: cannot read {file} as a {pipeline_class.__name__}: {type(error).__name__}: {first}; "
+            f"teacher.path: cannot read {file} as a {pipeline_class.__name__}: {first_line(error)}; "
             f"teacher.config names the folder or repository whose configs belong to it"
         ) from None
 
@@ -135,14 +142,13 @@ def _bake(pipeline: DiffusionPipeline, config: RunConfig) -> None:
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     names = []
     for number, lora in enumerate(config.teacher.loras):
-        file = Path(lora.path).expanduser()
-        folder, weight_name = (file, None) if file.is_dir() else (file.parent, file.name)
+        file = teacher_lora_file(lora.path)
         names.append(f"teacher_{number}")
-        try:
-            pipeline.load_lora_weights(folder, weight_name=weight_name, adapter_name=names[-1])
-        except Exception as error:  # diffusers and peft raise what a foreign or broken file leads them to
-            first = str(error).strip().partition("\n")[0]
-            raise ConfigError(f"teacher.loras.{number}.path: cannot load {file}: {first}") from None
+        with loading(f"teacher.loras.{number}.path", file):
+            check_lora_numbers(file)
+            pipeline.load_lora_weights(
+                file.parent, weight_name=file.name, adapter_name=names[-1], use_safetensors=True
+            )
         if names[-1] not in {name for part in pipeline.get_list_adapters().values() for name in part}:
             raise ConfigError(f"teacher.loras.{number}.path: {file} changes no layer of this model")
     pipeline.set_adapters(names, [lora.weight for lora in config.teacher.loras])

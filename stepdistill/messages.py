@@ -1,0 +1,39 @@
+"""Values, file names and other libraries' errors as part of one line to the user, whatever they hold. No torch."""
+
+import reprlib
+from typing import Any
+
+_LONGEST_ERROR = 300
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 3, 4, 4, 4
+        self.maxstring, self.maxother = 120, 120
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to print whole numbers of more than 4,300 digits."""
+        digits = int(x.bit_length() * 0.30103)
+        return repr(x) if digits < 40 else f"a whole number of about {digits} digits"
+
+
+_short = _Short()
+
+
+def short(value: Any) -> str:
+    """A value as its repr, cut where it is long, deep or nested in itself; its size in the message has a limit."""
+    return _short.repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of another library's error and the first line that it says, cut where it is long."""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if len(said) > _LONGEST_ERROR:
+        said = f"{said[:_LONGEST_ERROR]}..."
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Text for a terminal in one line: line ends, control characters and half characters as their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

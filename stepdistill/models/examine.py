@@ -1,0 +1,201 @@
+"""What is wrong with a teacher's folder, as far as it can be told without training: before anything costs time.
+
+Every part is built on torch's meta device, which has shapes and no numbers, its weights are compared by name and shape, and
+it is run once there, so that an absurd config costs neither memory nor time. The tokenizers are loaded and used. At last
+every weight is read once: numbers that are not finite would spoil each rung.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from stepdistill.messages import first_line, short
+from stepdistill.models.folder import WEIGHTS, weights_variant
+from stepdistill.models.folder_files import Header, read_headers, read_object, weight_files
+
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# How the attention of the VAE was spelled before diffusers 0.18; its loader still takes it.
+_OLD_SPELLING = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_MOST_TOKENS = 4096
+
+
+def examine_pipeline(folder: Path) -> Iterator[str]:
+    """The problems of a folder that is complete and of a supported kind (models/folder.py says that), each in one line that
+    begins with the part; none where the pipeline loads and draws."""
+    index = read_object(folder / "model_index.json")
+    second = ["text_encoder_2", "tokenizer_2"] if "text_encoder_2" in index else []
+    nets: dict[str, Any] = {}
+    problems: list[str] = []
+    for name in [part for part in WEIGHTS if part in index and (part not in second or second)]:
+        try:
+            nets[name] = _built(folder, name)
+            problems += _wrong_weights(folder, name, nets[name])
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    for name in ["tokenizer", *(part for part in second if part.startswith("tokenizer"))]:
+        try:
+            _use_tokenizer(folder, name, index[name][1])
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if not problems:
+        problems += _runs(nets)
+    yield from problems
+    if not problems:
+        yield from _not_finite(folder, list(nets))
+    yield from _odd_scheduler(folder, index["scheduler"][1])
+
+
+def not_finite(paths: list[Path]) -> str | None:
+    """The first tensor of some .safetensors files whose numbers are not all finite; ValueError where one cannot be read."""
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    tensor = file.get_tensor(key)
+                    if tensor.is_floating_point() and not _is_finite(tensor):
+                        return key
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot read {path}: {first_line(error)}") from None
+    return None
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """By one pass over the numbers, without a second tensor as large."""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    return bool(tensor.sum(dtype=torch.float64).isfinite())
+
+
+def _built(folder: Path, name: str) -> torch.nn.Module:
+    """A part on the meta device, as its config says; ValueError."""
+    path = folder / name / "config.json"
+    config = read_object(path)
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            if name in kinds:
+                return kinds[name].from_config(config).eval()
+            return encoders[name](CLIPTextConfig.from_dict(config)).eval()
+    except Exception as error:  # whatever a config of another kind of model leads the library to
+        raise ValueError(f"{path} describes no {name} that can be built: {first_line(error)}") from None
+
+
+def _wrong_weights(folder: Path, name: str, net: torch.nn.Module) -> Iterator[str]:
+    """How the weights on disk differ from those that the config asks for."""
+    files = weight_files(folder / name, WEIGHTS[name], weights_variant(folder, name))
+    header = {_spelled(key): value for key, value in read_headers(files).items()}
+    wanted = {_spelled(key): tuple(tensor.shape) for key, tensor in net.state_dict().items()}
+    lacking = sorted(wanted.keys() - header.keys())
+    if lacking:
+        yield f"{name}: {files[0]} lacks {len(lacking)} of {len(wanted)} weights, first {lacking[0]}"
+        return
+    odd = [key for key, shape in wanted.items() if header[key][1] != shape]
+    if odd:
+        shapes = f"is {header[odd[0]][1]} there and {wanted[odd[0]]} by config.json"
+        yield f"{name}: {len(odd)} weights of {files[0]} have other shapes, first {odd[0]}, which {shapes}"
+    yield from _odd_types(files[0], header, wanted)
+
+
+def _odd_types(file: Path, header: Header, wanted: dict[str, Any]) -> Iterator[str]:
+    odd = next((key for key in wanted if header[key][0] not in _FLOATS), None)
+    if odd is not None:
+        yield f"{odd} of {file} is stored as {header[odd][0]}; allowed: {', '.join(_FLOATS)}"
+
+
+def _spelled(key: str) -> str:
+    """A weight's name in today's spelling, without the prefix that transformers 5 left out."""
+    found = re.fullmatch(r"(.*)\.(query|key|value|proj_attn)\.(weight|bias)", key)
+    key = f"{found[1]}.{_OLD_SPELLING[found[2]]}.{found[3]}" if found else key
+    return key.removeprefix("text_model.")
+
+
+def _use_tokenizer(folder: Path, name: str, kind: str) -> None:
+    """ValueError where a tokenizer cannot be loaded, or gives the text encoder what it cannot take."""
+    encoder = read_object(folder / name.replace("tokenizer", "text_encoder") / "config.json")
+    made_by = _class_of(transformers, kind, transformers.PreTrainedTokenizerBase)
+    if made_by is None:
+        raise ValueError(f"model_index.json says {short(kind)}; allowed: a tokenizer of transformers")
+    try:
+        tokenizer = made_by.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
+        length, words = int(tokenizer.model_max_length), max(tokenizer.get_vocab().values())
+    except Exception as error:  # transformers and tokenizers raise what a broken file leads them to
+        raise ValueError(f"cannot load {folder / name}: {first_line(error)}") from None
+    most = encoder.get("max_position_embeddings", 77)
+    if not 2 <= length <= min(most, _MOST_TOKENS):
+        raise ValueError(
+            f"{folder / name} has model_max_length {short(length)}; allowed: 2 to {most}, as its text encoder takes"
+        )
+    rows = encoder.get("vocab_size", 49408)
+    if words >= rows:
+        raise ValueError(
+            f"{folder / name} has a token {words}; its text encoder has {rows} rows of embeddings"
+        )
+    try:
+        options = {"padding": "max_length", "max_length": length, "truncation": True}
+        count = len(tokenizer("a photo of a cat", **options).input_ids)
+    except Exception as error:  # as above
+        raise ValueError(f"{folder / name} cannot encode a text: {first_line(error)}") from None
+    if count != length:
+        raise ValueError(f"{folder / name} makes {count} tokens of a text, not its model_max_length {length}")
+
+
+def _class_of(library: ModuleType, name: str, base: type) -> Any:
+    """The class of that name, None where there is none or it is no `base`."""
+    found = getattr(library, name, None)
+    return found if isinstance(found, type) and issubclass(found, base) else None
+
+
+def _runs(nets: dict[str, Any]) -> Iterator[str]:
+    """What does not run on what the parts before it give, by shapes alone."""
+    unet, name = nets["unet"], ""
+    side = unet.config.sample_size or 64
+    height, width = (side, side) if isinstance(side, int) else side
+    try:
+        with torch.device("meta"), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            hidden, pooled = [], None
+            for name in [part for part in nets if part.startswith("text_encoder")]:
+                tokens = torch.zeros(1, nets[name].config.max_position_embeddings, dtype=torch.int64)
+                output = nets[name](tokens, output_hidden_states=True)
+                hidden.append(output.hidden_states[-2])
+                pooled = output[0]
+            name = "unet"
+            latents = torch.empty(1, unet.config.in_channels, height, width)
+            timestep = torch.zeros(1, dtype=torch.int64)
+            told = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)} if len(hidden) > 1 else None
+            states = torch.cat(hidden, dim=-1)
+            out = unet(latents, timestep, encoder_hidden_states=states, added_cond_kwargs=told).sample
+            name = "vae"
+            nets["vae"].encode(nets["vae"].decode(out).sample)
+    except Exception as error:  # torch raises a dozen kinds for shapes that do not fit
+        yield f"{name}: its config does not fit the other parts': {first_line(error)}"
+
+
+def _not_finite(folder: Path, names: list[str]) -> Iterator[str]:
+    for name in names:
+        files = weight_files(folder / name, WEIGHTS[name], weights_variant(folder, name))
+        key = not_finite(files)
+        if key is not None:
+            yield f"{name}: {key} of {files[0]} holds numbers that are not finite: the file is damaged, or its training was"
+
+
+def _odd_scheduler(folder: Path, kind: str) -> Iterator[str]:
+    made_by = _class_of(diffusers, kind, diffusers.SchedulerMixin)
+    if made_by is None:
+        yield f"scheduler: model_index.json says {short(kind)}; allowed: a scheduler of diffusers"
+        return
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        made_by.from_config(read_object(path))
+    except Exception as error:  # whatever odd values lead the scheduler to
+        yield f"scheduler: {path} describes no {kind} that can be built: {first_line(error)}"

@@ -1,0 +1,162 @@
+"""Files of a model that somebody else made: read without trust, without torch, and without running or holding much.
+
+What is wrong with one is a ValueError in one line that names it: a pipe, a directory or a dangling link in its place, bytes
+that are no JSON, a header of weights that its file does not fill.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from stepdistill.messages import first_line, short
+
+Header = dict[str, tuple[str, tuple[int, ...]]]
+"""Tensors of a weights file by name: dtype as safetensors writes it, such as F16, and shape."""
+
+_MOST_JSON = 2**25
+_LFS = b"version https://git-lfs"
+# In the configs of diffusers and transformers: how many layers a model has, each with tensors of its own.
+_LAYERS = (
+    *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
+    *("num_hidden_layers", "num_layers"),
+)
+_BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
+_WIDEST = 2**20
+
+
+def require_file(path: Path) -> None:
+    """ValueError where a path is no regular file, or a link to one."""
+    try:
+        there, regular, link = path.exists(), path.is_file(), path.is_symlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be looked at: {error.strerror}") from None
+    if not there:
+        raise ValueError(f"{path} is {'a link to nothing' if link else 'not there'}")
+    if not regular:
+        raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'a pipe or a device'}, not a file")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; ValueError for anything else."""
+    require_file(path)
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes; allowed: up to {_MOST_JSON}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}; allowed: a JSON object")
+    return found
+
+
+def read_header(path: Path) -> Header:
+    """What a .safetensors file says it holds, checked against its length; no weight is read. ValueError."""
+    require_file(path)
+    try:
+        with path.open("rb") as start:
+            pointer = start.read(len(_LFS)) == _LFS
+        if pointer:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the weights; mend: git lfs pull")
+        with safe_open(path, framework="numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: (str(part.get_dtype()), tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {first_line(error)}") from None
+
+
+def read_headers(paths: list[Path]) -> Header:
+    """The tensors of all files of one model together; ValueError where one is broken or a tensor is in two."""
+    found: Header = {}
+    for path in paths:
+        header = read_header(path)
+        twice = found.keys() & header.keys()
+        if twice:
+            raise ValueError(f"{path} holds {min(twice)}, which another file beside it holds too")
+        found |= header
+    return found
+
+
+def weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """The files that diffusers and transformers read weights from: one of that name, or those that an index names.
+
+    Args:
+        folder: of one part of a pipeline.
+        stem: of the file's name, such as diffusion_pytorch_model.
+        variant: such as fp16, which is then preferred.
+    ValueError where there is none, or the index is broken or names something else than files beside it.
+    """
+    names = [f"{stem}.{variant}.safetensors"] if variant else []
+    indices = [f"{stem}.safetensors.index.{variant}.json"] if variant else []
+    for name in [*names, f"{stem}.safetensors"]:
+        if _is_there(folder / name):
+            return [folder / name]
+    for name in [*indices, f"{stem}.safetensors.index.json"]:
+        if _is_there(folder / name):
+            return _of_index(folder / name)
+    raise ValueError(f"{folder / f'{stem}.safetensors'} is not there")
+
+
+def _of_index(index: Path) -> list[Path]:
+    places = read_object(index).get("weight_map")
+    files = set(map(str, places.values())) if isinstance(places, dict) else set()
+    odd = [name for name in files if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    if odd or not files:
+        raise ValueError(
+            f"{index} names {short(odd[0]) if odd else 'no file'}; allowed: .safetensors files beside it"
+        )
+    return [index.parent / name for name in sorted(files)]
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def check_counts(path: Path, config: Mapping[str, Any], header: Header) -> None:
+    """ValueError where a model's config asks for more layers than its weights have tensors, or for absurd widths: it would
+    be built before anybody compared the two, and building alone would take all time and memory.
+
+    Args:
+        path: of the config, for the message.
+        config: what it says.
+        header: of the weights that belong to it.
+    """
+    deepest: dict[str, int] = {}
+    for key, value in _numbers(config):
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        if not -_WIDEST <= value <= _WIDEST:
+            raise ValueError(f"{path}: {key} is {short(value)}; allowed: up to {_WIDEST}")
+        name = key.rpartition(".")[2]
+        if name in _LAYERS:
+            deepest[name] = max(deepest.get(name, 1), value)
+    blocks = max((len(config[key]) for key in _BLOCKS if isinstance(config.get(key), list)), default=1)
+    layers = math.prod(deepest.values()) * max(blocks, 1)
+    if layers > max(len(header), 1):
+        raise ValueError(
+            f"{path} asks for {layers} layers, and the weights beside it are {len(header)} tensors"
+        )
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in nested objects and lists, by its key; those of a list have the list's."""
+    waiting = [(key, value)]
+    while waiting:
+        name, node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += [(f"{name}.{k}" if name else str(k), v) for k, v in node.items()]
+        elif isinstance(node, list):
+            waiting += [(name, part) for part in node]
+        else:
+            yield name, node

@@ -1,0 +1,64 @@
+"""What a teacher's scheduler_config.json says, checked without torch: numbers that a noise schedule can be made of."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stepdistill.messages import short
+
+MOST_TIMESTEPS = 10_000
+_PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+_BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+
+
+def scheduler_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What in a scheduler's config cannot be trained on, each with what is allowed.
+
+    Betas are variances of the noise that a step adds (Ho et al. 2020, arXiv 2006.11239): above 0, below 1.
+    """
+    trained = config.get("trained_betas")
+    if trained is None and "beta_start" not in config:
+        yield (
+            f"the scheduler {short(config.get('_class_name'))} without betas; "
+            f"allowed: noise schedules as Stable Diffusion's"
+        )
+        return
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in _PREDICTION_TYPES:
+        yield f"a scheduler with prediction_type: {short(kind)}; allowed: {', '.join(_PREDICTION_TYPES)}"
+    zero_snr = config.get("rescale_betas_zero_snr", False)
+    if not isinstance(zero_snr, bool | None):
+        yield f"a scheduler with rescale_betas_zero_snr: {short(zero_snr)}; allowed: true, false"
+    count = config.get("num_train_timesteps", 1000)
+    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MOST_TIMESTEPS:
+        yield f"a scheduler with num_train_timesteps: {short(count)}; allowed: a whole number from 2 to {MOST_TIMESTEPS}"
+    elif trained is not None:
+        yield from _listed(trained, count)
+    else:
+        yield from _from_ends(config)
+
+
+def _listed(trained: object, count: int) -> Iterator[str]:
+    if not isinstance(trained, list) or len(trained) != count:
+        got = f"{len(trained)} numbers" if isinstance(trained, list) else short(trained)
+        yield f"a scheduler with trained_betas: {got}; allowed: {count}, one for each training timestep"
+        return
+    odd = next((beta for beta in trained if not _is_beta(beta)), None)
+    if odd is not None or not all(map(_is_beta, trained)):
+        yield f"a scheduler with {short(odd)} among its trained_betas; allowed: numbers above 0 and below 1"
+
+
+def _from_ends(config: Mapping[str, Any]) -> Iterator[str]:
+    schedule = config.get("beta_schedule", "scaled_linear")
+    if schedule not in _BETA_SCHEDULES:
+        yield f"a scheduler with beta_schedule: {short(schedule)}; allowed: {', '.join(_BETA_SCHEDULES)}"
+    start, end = config["beta_start"], config.get("beta_end")
+    for key, beta in (("beta_start", start), ("beta_end", end)):
+        if not _is_beta(beta):
+            yield f"a scheduler with {key}: {short(beta)}; allowed: a number above 0 and below 1"
+            return
+    if start > end:
+        yield f"a scheduler with beta_start: {start} and beta_end: {end}; allowed: noise that grows"
+
+
+def _is_beta(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < 1  # True is 1, False is 0

@@ -1,0 +1,61 @@
+"""Whether somebody's LoRA goes onto a teacher, tried as diffusers loads it, on a U-Net of shapes without numbers."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+from stepdistill.messages import first_line
+from stepdistill.models.examine import not_finite
+from stepdistill.models.folder_files import read_object
+
+_PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+_NAME = "tried"
+
+
+def check_lora_numbers(file: Path) -> None:
+    """ValueError where a file holds numbers that are not finite, or cannot be read."""
+    key = not_finite([file])
+    if key is not None:
+        raise ValueError(
+            f"{file}: {key} holds numbers that are not finite: the file is damaged, or its training was"
+        )
+
+
+def check_lora_goes_on(file: Path, folder: Path) -> None:
+    """ValueError where a LoRA's file is damaged, or does not fit the U-Net of a pipeline's folder.
+
+    A LoRA of the text encoders alone is taken: nothing of it is tried.
+    """
+    check_lora_numbers(file)
+    made_by = _PIPELINES[read_object(folder / "model_index.json")["_class_name"]]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_object(folder / "unet" / "config.json")).eval()
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    try:
+        logger.setLevel(logging.CRITICAL)  # of what is said here in one line
+        with warnings.catch_warnings(action="ignore"):
+            state, alphas = made_by.lora_state_dict(
+                str(file), unet_config=unet.config, use_safetensors=True, local_files_only=True
+            )[:2]
+            if any(key.startswith("unet.") for key in state):
+                unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=_NAME)
+    except Exception as error:  # diffusers and peft raise what a foreign or broken file leads them to
+        raise ValueError(f"{file} does not go onto the U-Net of {folder}: {_why(error)}") from None
+    finally:
+        logger.setLevel(level)
+    if not state:
+        raise ValueError(f"{file} holds no LoRA of Stable Diffusion")
+
+
+def _why(error: Exception) -> str:
+    mismatch = "size mismatch for "
+    lines = [line.strip() for line in str(error).splitlines() if mismatch in line]
+    return (
+        f"{len(lines)} of its weights have other shapes, first {lines[0].partition(mismatch)[2]}"
+        if lines
+        else first_line(error)
+    )
