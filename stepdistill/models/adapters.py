@@ -80,9 +80,15 @@ def active_adapter(unet: UNet2DConditionModel) -> str | None:
 def activate(
     unet: UNet2DConditionModel, name: str | None, *, layers: list[BaseTunerLayer] | None = None
 ) -> None:
-    """Makes one adapter, or with None none, the active one. Leaves requires_grad alone."""
+    """Makes one adapter, or with None none, the active one. Leaves requires_grad alone.
+
+    Called under autocast, which brings a layer's input and the adapter's float32 weights to one dtype, it also stops peft
+    from copying every input to float32 first, for autocast to copy it back. Elsewhere peft's copy is what makes them fit.
+    """
+    casts = not torch.is_autocast_enabled(unet.device.type)
     for layer in layers if layers is not None else lora_layers(unet):
         layer._active_adapter = [] if name is None else [name]
+        layer.cast_input_dtype_enabled = casts
 
 
 def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[torch.nn.Parameter]:
