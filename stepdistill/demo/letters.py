@@ -42,6 +42,20 @@ _SUPERSAMPLING = 4
 
 
 @dataclass(frozen=True)
+class Style:
+    """The ranges of what a caption leaves free. Angles are radians either way; the height of a capital and the shift either
+    way are shares of the picture's side."""
+
+    typefaces: tuple[str, ...] = TYPEFACES
+    angle: float = 0.2
+    cap_height: tuple[float, float] = (0.60, 0.76)
+    shift: float = 0.06
+
+
+WORLD = Style()
+
+
+@dataclass(frozen=True)
 class Triple:
     """What a caption fixes: indices into LETTERS, INKS and PAPERS."""
 
@@ -91,12 +105,12 @@ def _font(typeface: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(_typeface_folder() / typeface), size)
 
 
-def render(triple: Triple, *, generator: np.random.Generator) -> Image.Image:
-    """One 32 x 32 RGB picture of `triple`; typeface, angle (+-.2 rad), size and place are drawn from `generator`."""
-    typeface = TYPEFACES[generator.integers(len(TYPEFACES))]
-    angle = generator.uniform(-0.2, 0.2)
-    cap_height = generator.uniform(0.60, 0.76) * IMAGE_SIZE * _SUPERSAMPLING
-    shift = generator.uniform(-0.06, 0.06, size=2) * IMAGE_SIZE * _SUPERSAMPLING
+def render(triple: Triple, *, generator: np.random.Generator, style: Style = WORLD) -> Image.Image:
+    """One 32 x 32 RGB picture of `triple`; typeface, angle, size and place are drawn from `generator` within `style`."""
+    typeface = style.typefaces[generator.integers(len(style.typefaces))]
+    angle = generator.uniform(-style.angle, style.angle)
+    cap_height = generator.uniform(*style.cap_height) * IMAGE_SIZE * _SUPERSAMPLING
+    shift = generator.uniform(-style.shift, style.shift, size=2) * IMAGE_SIZE * _SUPERSAMPLING
 
     side = IMAGE_SIZE * _SUPERSAMPLING
     letter = LETTERS[triple.letter]
@@ -114,9 +128,9 @@ def render(triple: Triple, *, generator: np.random.Generator) -> Image.Image:
     return Image.composite(ink, paper, mask)
 
 
-def render_at(triple: Triple, *, seed: int, index: int) -> Image.Image:
+def render_at(triple: Triple, *, seed: int, index: int, style: Style = WORLD) -> Image.Image:
     """The picture number `index` of the stream `seed`: the same for ever, whatever was rendered before."""
-    return render(triple, generator=np.random.default_rng([seed, index]))
+    return render(triple, generator=np.random.default_rng([seed, index]), style=style)
 
 
 def sample_triples(num_images: int, *, seed: int, among: Sequence[Triple] | None = None) -> list[Triple]:

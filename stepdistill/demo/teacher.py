@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from stepdistill.demo.letters import INKS, LETTERS, PAPERS, render_at, sample_triples
+from stepdistill.demo.letters import INKS, LETTERS, PAPERS, WORLD, Style, render_at, sample_triples
 from stepdistill.demo.reader import Reader
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,12 @@ MAX_TOKENS = 10
 CAPTION_DROPOUT = 0.1
 
 
-def rendered_batch(num_images: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rendered_batch(num_images: int, *, seed: int, style: Style = WORLD) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 images (N, 3, 32, 32) and int64 triples (N, 3): letter, ink, paper."""
     triples = sample_triples(num_images, seed=seed)
-    images = np.stack([np.asarray(render_at(t, seed=seed, index=i)) for i, t in enumerate(triples)])
+    images = np.stack(
+        [np.asarray(render_at(t, seed=seed, index=i, style=style)) for i, t in enumerate(triples)]
+    )
     labels = torch.tensor([[t.letter, t.ink, t.paper] for t in triples])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 

@@ -42,13 +42,14 @@ class FeatureExtractor(nn.Module):
 
 
 class ReaderFeatures(FeatureExtractor):
-    """The letters world's own reader: 96 features of 32 x 32 images, of mean squared length 7,600."""
+    """A reader of the letters world, the embedded one where no other file is given: 96 features of 32 x 32 images, of mean
+    squared length 7,600."""
 
     kid_gamma = 1e-4
     default_resize = "none"
 
-    def __init__(self) -> None:
-        path = embedded_folder("reader") / "model.fp16.safetensors"
+    def __init__(self, path: Path | None = None) -> None:
+        path = path or embedded_folder("reader") / "model.fp16.safetensors"
         super().__init__("reader", 96, sha256_file(path), 32)
         self.reader = load_reader(path)
 

@@ -41,6 +41,26 @@ def test_pictures_have_their_ink_and_paper():
         assert np.abs(pixels - ink).sum(1).min() < 60
 
 
+def test_a_style_changes_what_a_caption_leaves_free():
+    triple = letters.Triple(3, 1, 0)
+
+    def picture(index, **style):
+        return np.asarray(letters.render_at(triple, seed=2, index=index, style=letters.Style(**style)))
+
+    assert np.array_equal(picture(0), np.asarray(letters.render_at(triple, seed=2, index=0)))
+    fixed = {"typefaces": ("cmr10.ttf",), "angle": 0.0, "shift": 0.0}
+    assert np.array_equal(
+        picture(0, cap_height=(0.7, 0.7), **fixed), picture(1, cap_height=(0.7, 0.7), **fixed)
+    )
+
+    def ink(pixels):
+        return (np.abs(pixels.astype(int) - letters.PAPERS["white"]).sum(2) > 200).mean()
+
+    assert ink(picture(0, cap_height=(0.4, 0.4), **fixed)) < 0.5 * ink(
+        picture(0, cap_height=(0.8, 0.8), **fixed)
+    )
+
+
 def test_every_caption_comes_equally_often():
     triples = letters.sample_triples(1040, seed=0)
     assert sorted(triples.count(t) for t in set(triples)) == [2] * 520

@@ -1,0 +1,60 @@
+"""Whether two readers order methods alike: tau against scipy, flips against planted ones."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
+import orders
+from side_by_side import Table
+
+
+def test_tau_is_scipys_with_and_without_ties():
+    generator = torch.Generator().manual_seed(0)
+    for high in (3, 100):
+        first, second = (torch.randint(0, high, (8,), generator=generator).tolist() for _ in range(2))
+        expected = scipy.stats.kendalltau(first, second).statistic
+        assert orders.kendall_tau(first, second) == pytest.approx(expected)
+    assert orders.kendall_tau([1, 2, 3], [10, 20, 30]) == 1
+    assert orders.kendall_tau([1, 2, 3], [3, 2, 1]) == -1
+    assert orders.kendall_tau([1, 1], [2, 3]) is None
+
+
+def test_a_pair_flips_only_beyond_both_deviations():
+    first = {"a": [1.0, 1.2, 1.1], "b": [2.0, 2.1, 2.3]}
+    turned = {"a": [9.0, 9.2, 9.3], "b": [5.0, 5.1, 5.5]}
+    (flip,) = orders.flips(first, turned)
+    assert flip.methods == ("a", "b")
+    assert flip.by_first == pytest.approx((-1.0333, 0.1528), abs=1e-3)
+    assert flip.by_second[0] == pytest.approx(3.9667, abs=1e-3)
+    noisy = {"a": [9.0, 2.0, 6.0], "b": [5.0, 5.1, 5.5]}
+    assert orders.flips(first, noisy) == []
+    assert orders.flips(first, first) == []
+
+
+def table(first, second):
+    rows = {
+        f"{method}-4": {"fid_to_real": first[method], "second_fid_to_real": second[method]}
+        for method in first
+    }
+    return Table(rows, None, Path())
+
+
+def test_the_text_names_tau_and_every_flip():
+    methods = ["ours", "theirs", "others"]
+    numbers = [{"ours": 10 + k, "theirs": 20 + k, "others": 30 + k} for k in range(3)]
+    text, data = orders.agreement([table(n, n) for n in numbers], methods)
+    assert "| FID to real |  | 1.00 |  |  |" in text
+    assert text.endswith("over the seeds: 0.")
+    turned = [{"ours": 25 + k, "theirs": 20 + k, "others": 30 + k} for k in range(3)]
+    text, data = orders.agreement([table(*pair) for pair in zip(numbers, turned, strict=True)], methods)
+    assert "| FID to real |  | 0.33 |  |  |" in text
+    assert "over the seeds: 1." in text
+    assert (
+        "- FID to real, 4 steps: ours less theirs is -10.0 ± 0.0 by the shipped reader, +5.0 ± 0.0 by" in text
+    )
+    assert [flip["methods"] for entry in data for flip in entry["flips"]] == [("ours", "theirs")]
+    assert orders.agreement([Table({"ours-4": {"fid_to_real": 1.0}}, None, Path())], ["ours"]) == ("", [])
