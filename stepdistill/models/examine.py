@@ -143,11 +143,16 @@ def _use_tokenizer(folder: Path, name: str, kind: str) -> None:
         )
     try:
         options = {"padding": "max_length", "max_length": length, "truncation": True}
-        count = len(tokenizer("a photo of a cat", **options).input_ids)
+        tokens = tokenizer("a photo of a cat", **options).input_ids
+        words_read = set(tokens) - set(tokenizer.all_special_ids)
     except Exception as error:  # as above
         raise ValueError(f"{folder / name} cannot encode a text: {first_line(error)}") from None
-    if count != length:
-        raise ValueError(f"{folder / name} makes {count} tokens of a text, not its model_max_length {length}")
+    if len(tokens) != length:
+        raise ValueError(
+            f"{folder / name} makes {len(tokens)} tokens of a text, not its model_max_length {length}"
+        )
+    if not words_read:
+        raise ValueError(f"{folder / name} knows no word of a text: its vocabulary is not whole")
 
 
 def _class_of(library: ModuleType, name: str, base: type) -> Any:

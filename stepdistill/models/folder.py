@@ -96,9 +96,18 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
         config = folder / name / _CONFIG_FILES.get(name, "config.json")
         if not config.exists():
             missing.append(f"{name}/{config.name}")
-        if weights and name in WEIGHTS and not any((folder / name).glob(f"{WEIGHTS[name]}*.safetensors")):
+        if weights and name in WEIGHTS and not any((folder / name).glob(f"{WEIGHTS[name]}*.safetensors*")):
             missing.append(f"{name}/{WEIGHTS[name]}.safetensors")
+        if name.startswith("tokenizer") and not _has_words(folder / name):
+            missing.append(f"{name}/tokenizer.json, or vocab.json and merges.txt")
     return missing
+
+
+def _has_words(tokenizer: Path) -> bool:
+    """Whether there is a vocabulary: transformers would make a tokenizer without one."""
+    return (tokenizer / "tokenizer.json").exists() or all(
+        (tokenizer / name).exists() for name in ("vocab.json", "merges.txt")
+    )
 
 
 def broken_files(folder: Path, *, header: Header | None = None) -> Iterator[str]:
@@ -151,7 +160,7 @@ def _odd_classes(index: dict[str, Any]) -> Iterator[str]:
         library, kinds = _CLASSES[name]
         part = index[name]
         if len(part) != 2 or part[0] != library or not _is_one_of(part[1], kinds):
-            yield f"{short(part)} as its {name}; allowed: {', '.join(kinds)} of {library}"
+            yield f"{short(part)} as its {name}; allowed: {', '.join(k.replace('*', 'a ') for k in kinds)} of {library}"
 
 
 def _odd_unet(unet: dict[str, Any]) -> Iterator[str]:
