@@ -86,18 +86,9 @@ class _Work:
         self._matrix = self._studies.matrix(students, self._rows[0])
 
     def measure(self, distances: Distances) -> dict[str, Any]:
-        """results.json, by the main process."""
+        """results.json, by the main process: written after each row, so that an interruption leaves what was measured."""
         real = self._real_set("real", self._subject.real)
-        rows = [self._measure_row(row, distances, real) for row in self._rows]
-        if self._grid is not None:
-            spread = {name: self._spread(name, distances) for name in self._grid["rows"]}
-            for row in rows:
-                if row["row"] in spread:
-                    row["diversity"] = spread[row["row"]] / max(spread[self._rows[0].name], 1e-12)
-        for row in rows:
-            row["speed_up"] = rows[0]["seconds_per_image"] / row["seconds_per_image"]
-        replicates = {row["row"]: row.pop("replicates") for row in rows}
-        results = {
+        facts = {
             "num_images": self._options.num_images,
             "reference": self._rows[0].name,
             "prompts": list(self._subject.prompts[: self._options.grid_columns]),
@@ -105,6 +96,28 @@ class _Work:
             "floor": self._measure_floor(distances, real),
             "other_noise": self._measure_other_noise(distances),
             "warnings": self._warnings(),
+        }
+        rows: list[dict[str, Any]] = []
+        for row in self._rows:
+            rows.append(self._measure_row(row, distances, real))
+            self._write(facts, rows, unmeasured=[r.name for r in self._rows[len(rows) :]] or ["diversity"])
+        if self._grid is not None:
+            spread = {name: self._spread(name, distances) for name in self._grid["rows"]}
+            for measured in rows:
+                if measured["row"] in spread:
+                    measured["diversity"] = spread[measured["row"]] / max(spread[self._rows[0].name], 1e-12)
+        return self._write(facts, rows, unmeasured=[])
+
+    def _write(
+        self, facts: dict[str, Any], measured: Sequence[dict[str, Any]], *, unmeasured: list[str]
+    ) -> dict[str, Any]:
+        """results.json of the rows that are measured; `unmeasured` names what is not yet."""
+        first = measured[0]["seconds_per_image"]
+        rows = [row | {"speed_up": first / row["seconds_per_image"]} for row in measured]
+        replicates = {row["row"]: row.pop("replicates") for row in rows}
+        results = {
+            **facts,
+            "unmeasured": unmeasured,
             "metrics": described(key for row in rows for key in row),
             "rows": rows,
             "replicates": replicates,

@@ -41,6 +41,8 @@ def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] =
     protocol = results.get("protocol") or {}
     if "prompts" in protocol:
         notes.append(f"Prompts: {protocol['prompts']}. Real images: {protocol.get('real_images')}.")
+    if results.get("unmeasured"):
+        notes.append(f"Not measured yet: {', '.join(map(str, results['unmeasured']))}.")
     if real is not None:
         notes.append(f"Two sets of real images are {real:.1f} apart at this number of images.")
     if floor.get("fid_to_teacher") is not None:

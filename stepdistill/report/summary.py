@@ -64,6 +64,11 @@ def warnings_of(runs: Sequence[Run]) -> list[str]:
                 f"the runs were measured differently, so their numbers do not compare: {key} is {each}"
             )
     found += [
+        f"{run.name} is not measured to the end, `stepdistill evaluate` goes on: not yet {', '.join(map(str, missing))}"
+        for run in evaluated
+        if (missing := run.part("unmeasured"))
+    ]
+    found += [
         f"{run.name} has no numbers yet: run `stepdistill evaluate`" for run in runs if run.results is None
     ]
     return found

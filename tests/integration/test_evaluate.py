@@ -162,6 +162,30 @@ def test_without_other_seeds_there_are_paired_distances_alone(copy_of):
     stages.report(config)
 
 
+def test_an_interrupted_measuring_leaves_the_rows_that_were_measured_on_the_page(copy_of, tmp_path):
+    """By a scorer that fails at the third row, as Ctrl-C or a full disk would."""
+    scorer = "import sys\nif 'student-32' in sys.argv[1]: sys.exit('gone')\nprint('{\"taste\": 1}')\n"
+    (tmp_path / "scorer.py").write_text(scorer)
+    scorer = f"evaluation.score_cmd='{sys.executable} {tmp_path / 'scorer.py'} {{images}}'"
+    few = ("evaluation.diversity_prompts=0", "evaluation.lora_scales=[]", "evaluation.cost_batch_sizes=[]")
+    few = (*few, "evaluation.floor=false")
+    config = copy_of(scorer, *few)
+    with pytest.raises(ValueError, match=r"score_cmd: .* left with 1: gone"):
+        evaluate(config)
+    results = saved(config)
+    assert [row["row"] for row in results["rows"]] == ["teacher-2", "teacher-1"]
+    assert results["rows"][1]["paired_fid_to_teacher"] > 0
+    assert results["unmeasured"] == [f"student-{n}" for n in (32, 8, 4, 2, 1)]
+    folder = stages.report(config)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "no numbers yet" not in page
+    assert "is not measured to the end, `stepdistill evaluate` goes on: not yet student-32, student-8" in page
+    assert "Not measured yet: student-32, student-8" in (folder / "results.md").read_text()
+    (tmp_path / "scorer.py").write_text("print('{\"taste\": 1}')")
+    assert evaluate(config)["unmeasured"] == []
+    assert "not measured to the end" not in (stages.report(config) / "index.html").read_text(encoding="utf-8")
+
+
 def test_what_is_wrong_is_said_before_anything_is_drawn(copy_of):
     config = copy_of("evaluation.features=vgg")
     with pytest.raises(ValueError, match="allowed: reader, inception"):
