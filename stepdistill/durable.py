@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def canonical_safetensors(path: Path) -> None:
+def canonical_safetensors(path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Rewrites a safetensors file's header with sorted keys: the writer orders its metadata by chance, so that equal
-    tensors and metadata would not be equal bytes."""
+    tensors and metadata would not be equal bytes. metadata: what is added to the file's."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **(metadata or {})}.items()))
     text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])

@@ -22,7 +22,8 @@ class RungRecord:
     lora_rank: int
     base_fingerprint: str
     sha256: str
-    training_seconds: float
+    training_seconds: float | None = None
+    """Not in a kohya file, whose bytes depend on the weights alone."""
     start_timestep: int | None = None
 
     def write(self, folder: Path) -> None:

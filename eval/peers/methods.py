@@ -87,7 +87,7 @@ def ladder_method(name: str, change: Callable[[RunConfig], RunConfig]) -> Method
 
     def cost(config: RunConfig) -> dict[str, float]:
         records = [read_rung(config.run_dir, rung.student_steps) for rung in config.ladder]
-        seconds = sum(r.training_seconds for r in records if r is not None)
+        seconds = sum(r.training_seconds or 0 for r in records if r is not None)
         return {"unet_forwards": round(plan.training_forwards(config)), "training_seconds": round(seconds, 1)}
 
     return Method(name, configure, train, rows, cost)

@@ -58,28 +58,14 @@ The scheduler matters: trailing timesteps {{ timesteps }}, no clipping, `predict
 {%- if record.start_timestep is not none %}, betas that end at timestep {{ record.start_timestep }}{% endif %}.
 So do the steps (this LoRA is for {{ record.student_steps }}) and the guidance (it is baked in: 1.0 means off).
 `stepdistill.sampling.load_few_step(pipeline, folder)` sets all of it, and warns where something does not fit.
-{% if kohya %}
-
-## ComfyUI, A1111, Forge
-
-`kohya/{{ kohya }}` goes into `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge).
-{% if usable %}
-
-- ComfyUI: LoraLoaderModelOnly at strength 1.0
-{%- if not plain_epsilon %}, then ModelSamplingDiscrete with sampling {{ comfy }}, zsnr {{ zero_snr }}{% endif %};
-  KSampler with {{ record.student_steps }} steps, cfg 1.0, sampler euler, scheduler sgm_uniform.
-{% if predicts_as_base %}
-- A1111, Forge: `<lora:{{ stem }}:1>` in the prompt; sampling method Euler, schedule type SGM Uniform,
-  {{ record.student_steps }} steps, CFG scale 1
-{%- if not plain_epsilon %}; the base set up as without this LoRA{% endif %}.
-{% else %}
-- A1111, Forge: not with this LoRA. They take what the U-Net predicts from the base, and this one predicts
-  `{{ record.prediction_type }}`.
+{% if euler_share < 0.99 %}
+DDIMScheduler alone is right here: EulerDiscreteScheduler begins with the noise scaled by {{ "%.2f" % euler_share }}.
 {% endif %}
-{% else %}
-Their samplers cannot tell the U-Net timestep {{ timesteps }} with pure noise, which this step count is trained for: use
-diffusers for it, and the LoRA of more steps there.
-{% endif %}
+`pytorch_lora_weights.safetensors` is diffusers' alone: other tools take a part of it and leave out the rest without an
+error.
+{% if tools %}
+
+{{ tools }}
 {% endif %}
 """
 
@@ -89,9 +75,8 @@ def model_card(
     record: RungRecord,
     folder: Path,
     scheduler: DDIMScheduler,
-    base: Mapping[str, Any],
     *,
-    kohya: str | None = None,
+    tools: str | None = None,
     repository: str | None = None,
     energy_kept: float | None = None,
 ) -> str:
@@ -102,8 +87,7 @@ def model_card(
         record: the rung.
         folder: where the LoRA is.
         scheduler: that samples it.
-        base: the teacher's scheduler config.
-        kohya: the name of kohya's file where there is one.
+        tools: what ComfyUI, A1111 and Forge are told (card_tools), where there is a file for them.
         repository: OWNER/NAME where the folder goes to the Hub.
         energy_kept: of a LoRA of lower rank than the trained one; the run's numbers are not its own.
     """
@@ -129,18 +113,9 @@ def model_card(
         kept=None if energy_kept is None else f"{100 * energy_kept:.1f} %",
         images=results.get("num_images"),
         grid=GRID if (folder / GRID).is_file() else None,
-        kohya=kohya,
-        stem=(kohya or "").removesuffix(".safetensors"),
-        usable=record.start_timestep is None,
-        predicts_as_base=record.prediction_type == base.get("prediction_type", "epsilon"),
-        plain_epsilon=record.prediction_type == "epsilon"
-        and base.get("prediction_type", "epsilon") == "epsilon",
-        comfy=_COMFY[record.prediction_type],
-        zero_snr="true" if base.get("rescale_betas_zero_snr") else "false",
+        tools=tools,
+        euler_share=float((1 - scheduler.alphas_cumprod[-1]).sqrt()),
     )
-
-
-_COMFY = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 
 
 def _front_matter(config: RunConfig) -> str:

@@ -4,7 +4,7 @@ rungs/<steps>/
   pytorch_lora_weights.safetensors   the LoRA as diffusers loads it
   rung.json  base.json               what it is; the base that it belongs to
   scheduler/  README.md  grid.png    how to sample it
-  kohya/<name>_<steps>step_lora.safetensors
+  kohya/<name>_<steps>step_lora.safetensors, kohya/<name>_<steps>step_comfyui.json
   fused/unet/                        the base with the LoRA merged
   onnx/unet.onnx                     the same for onnxruntime
   rank<R>/                           all of this at a lower rank
@@ -21,9 +21,10 @@ import torch
 from diffusers import DDIMScheduler
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json, sha256_file, write_json, write_text
-from stepdistill.export import kohya
+from stepdistill.durable import read_json, sha256_file, write_json, write_text, writing
+from stepdistill.export import comfy, kohya
 from stepdistill.export.card import GRID, model_card
+from stepdistill.export.card_tools import tools_section
 from stepdistill.export.fused import check_whole, fused_unet, write_fused
 from stepdistill.export.onnx_unet import check_installed, write_onnx
 from stepdistill.export.rank import reduce_rank
@@ -82,8 +83,11 @@ def _check(config: RunConfig) -> None:
 
 
 def _family(base: Path) -> str:
-    unet_config = read_json(base / "unet" / "config.json") or {}
-    return kohya.family_of(unet_config, read_scheduler_config(base).get("prediction_type", "epsilon"))
+    return kohya.family_of(_unet_config(base), read_scheduler_config(base).get("prediction_type", "epsilon"))
+
+
+def _unet_config(base: Path) -> dict[str, Any]:
+    return read_json(base / "unet" / "config.json") or {}
 
 
 def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -> None:
@@ -122,14 +126,15 @@ def write_card(
     kept = (read_json(folder / KEPT) or {}).get("energy_kept")
     if grid.is_file() and kept is None:
         shutil.copyfile(grid, folder / GRID)
-    files = sorted((folder / "kohya").glob("*.safetensors"))
+    files, base = sorted((folder / "kohya").glob("*.safetensors")), teacher_folder(config)
     card = model_card(
         config,
         record,
         folder,
         scheduler,
-        read_scheduler_config(teacher_folder(config)),
-        kohya=files[0].name if files else None,
+        tools=tools_section(config, record, files[0], read_scheduler_config(base), _unet_config(base))
+        if files
+        else None,
         energy_kept=kept,
         repository=repository,
     )
@@ -154,7 +159,7 @@ def _write_kohya(
     sketch: dict[str, Any],
 ) -> None:
     base = teacher_folder(config)
-    unet_config = read_json(base / "unet" / "config.json") or {}
+    unet_config = _unet_config(base)
     family, names = _family(base), config.export.kohya_names
     sgm = family == "sdxl" if names == "auto" else names == "sgm"
     name = kohya.file_name(config.name, record.student_steps, config.export.rank)
@@ -170,7 +175,7 @@ def _write_kohya(
     if config.export.license is not None:
         header["modelspec.license"] = config.export.license
     facts = {
-        **dataclasses.asdict(record),
+        **{key: value for key, value in dataclasses.asdict(record).items() if key != "training_seconds"},
         "guidance_scale": 1.0,
         "timesteps": trained_timesteps(scheduler, record.student_steps),
         "config_hash": config_hash(config),
@@ -178,6 +183,27 @@ def _write_kohya(
         "base": sketch,
     }
     kohya.write_kohya(folder / "kohya" / name, state, header | {HEADER: json.dumps(facts, sort_keys=True)})
+    _write_workflow(config, record, folder / "kohya", name)
+
+
+def _write_workflow(config: RunConfig, record: RungRecord, folder: Path, lora: str) -> None:
+    """ComfyUI's workflow beside kohya's file; none where ComfyUI has another noise schedule than the teacher."""
+    base = teacher_folder(config)
+    setting = comfy.setting_of(record, read_scheduler_config(base))
+    if setting is None:
+        return
+    found = comfy.workflow(
+        setting,
+        checkpoint=comfy.file_name(config.teacher.path),
+        lora=lora,
+        teacher_loras=[(comfy.file_name(part.path), part.weight) for part in config.teacher.loras],
+        size=image_size(base),
+        prompt=config.preview.prompts[0],
+        title=lora.removesuffix("_lora.safetensors"),
+    )
+    path = folder / comfy.workflow_name(lora)
+    with writing(path):
+        write_json(path, found)
 
 
 def _dtype(config: RunConfig) -> torch.dtype:

@@ -22,6 +22,11 @@ from stepdistill.rungs import WEIGHT_NAME
 
 _METADATA = "lora_adapter_metadata"
 _PREFIX = "unet."
+USAGE_HINT = {
+    "usage_hint": "diffusers' format: pipeline.load_lora_weights reads all of it. ComfyUI, A1111 and Forge take a part "
+    "of it and leave out the rest without an error; the file for them is in kohya/ after `stepdistill export`."
+}
+"""In the header of every file that write_lora writes."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def write_lora(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[
             unet_lora_adapter_metadata=dict(config),
             weight_name=WEIGHT_NAME,
         )
-        canonical_safetensors(folder / WEIGHT_NAME)
+        canonical_safetensors(folder / WEIGHT_NAME, metadata=USAGE_HINT)
     return folder / WEIGHT_NAME
 
 

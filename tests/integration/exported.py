@@ -5,11 +5,12 @@ import json
 import torch
 
 from eval.random_teacher import build
+from stepdistill.config_file import parse_config
 from stepdistill.durable import sha256_file
 from stepdistill.ladder import save_lora
 from stepdistill.models.loading import fingerprint, load_unet
 from stepdistill.models.roles import Roles
-from stepdistill.run_folder import open_run
+from stepdistill.run_folder import open_run, resolved
 from stepdistill.rungs import WEIGHT_NAME, RungRecord, rung_folder
 from tests.integration.conftest import tiny_config
 
@@ -60,6 +61,11 @@ def rung_of(place, family, *overrides, steps=4, **options):
     kind = {"sd21_v": "v_prediction"}.get(family, "epsilon")
     roles = write_rung(config, teacher, steps, **{"prediction_type": kind, **options})
     return config, teacher, roles
+
+
+def with_export(config, **options):
+    """The config with other values in its export section."""
+    return parse_config(resolved(config) | {"export": {**resolved(config)["export"], **options}})
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +11,18 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from stepdistill.config_file import parse_config
+from eval.random_teacher import unet_config
+from stepdistill.config_file import load_config
+from stepdistill.export.card_tools import tools_section
 from stepdistill.export.fused import fused_unet
 from stepdistill.export.kohya import sgm_name
 from stepdistill.export.rung import HEADER, export_rung
 from stepdistill.models.adapters import activate
-from stepdistill.models.loading import load_unet
+from stepdistill.models.folder import embedded_folder
+from stepdistill.models.loading import load_unet, read_scheduler_config
 from stepdistill.models.lora_file import read_lora
-from stepdistill.run_folder import resolved
-from tests.integration.exported import answer, random_roles, rung_of, write_rung
+from stepdistill.rungs import RungRecord
+from tests.integration.exported import RANK, answer, random_roles, rung_of, with_export, write_rung
 from tests.integration.kohya_reader import merged
 from tests.original_layout import unet_name
 
@@ -51,7 +55,7 @@ def loaded(name, *place, **options):
 
 ask(pipeline.unet, "base")
 loaded("diffusers", rung)
-for file in sorted(pathlib.Path(rung, "kohya").iterdir()):
+for file in sorted(pathlib.Path(rung, "kohya").glob("*.safetensors")):
     loaded(file.stem, str(file))
 ask(UNet2DConditionModel.from_pretrained(f"{rung}/fused/unet"), "fused")
 save_file(found, output)
@@ -62,10 +66,6 @@ def inputs_for(unet):
     from stepdistill.export.onnx_unet import inputs_of
 
     return inputs_of(unet, 2, tokens=10, seed=3)
-
-
-def with_export(config, **options):
-    return parse_config(resolved(config) | {"export": {**resolved(config)["export"], **options}})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -191,6 +191,33 @@ def test_kohyas_header_says_what_the_tools_look_for(tmp_path, family_name, versi
     assert path.read_bytes() == before
 
 
+def test_equal_weights_are_equal_bytes_however_long_they_took_to_train(tmp_path):
+    content = []
+    for place, seconds in (("first", 61.5), ("second", 7.25)):
+        (tmp_path / place).mkdir()
+        config, _, _ = rung_of(tmp_path / place, "sd15", f"teacher.path={tmp_path / 'first' / 'teacher'}")
+        record = config.run_dir / "rungs" / "4" / "rung.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"training_seconds": seconds}))
+        folder = export_rung(config, 4)
+        content.append({path.name: path.read_bytes() for path in sorted((folder / "kohya").iterdir())})
+        content[-1]["lora"] = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+        assert json.loads((folder / "rung.json").read_text())["training_seconds"] == seconds
+    assert content[0] == content[1]
+
+
+def test_diffusers_own_file_says_that_it_is_diffusers_alone(tmp_path):
+    config, _, _ = rung_of(tmp_path, "sd15")
+    folder = export_rung(config, 4)
+    lower = export_rung(with_export(config, rank=2), 4)
+    for place in (folder, lower):
+        with safe_open(place / "pytorch_lora_weights.safetensors", framework="pt") as file:
+            hint = file.metadata()["usage_hint"]
+        assert "leave out the rest without an error" in hint
+        card = " ".join((place / "README.md").read_text().split())
+        assert "`pytorch_lora_weights.safetensors` is diffusers' alone" in card
+    assert read_lora(folder).layers
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -307,6 +334,43 @@ def test_the_card_says_what_each_tool_must_be_told(
     assert elsewhere in card
 
 
+def card_of_tools(unet, **options):
+    """The section for a rung on the letters' teacher with another U-Net."""
+    record = RungRecord(1, 2, "epsilon", RANK, "", "", **options)
+    base = read_scheduler_config(embedded_folder("teacher"))
+    config = load_config("configs/letters.yaml", [])
+    return " ".join(tools_section(config, record, Path("mine_1step_lora.safetensors"), base, unet).split())
+
+
+def test_a_unet_of_other_depth_is_not_offered_to_a1111():
+    """Its name map counts three places a block, two layers and a resampler."""
+    whole = unet_config("sd15")
+    assert "CFG scale 1." in card_of_tools(whole)
+    assert "do not open it" not in card_of_tools(whole)
+    shallow = card_of_tools(whole | {"layers_per_block": 1})
+    assert (
+        "A1111, Forge: not with this LoRA. They name its layers as if every block of the U-Net had two"
+        in shallow
+    )
+    assert "KSampler with 1 step, cfg 1.0" in shallow
+    letters = card_of_tools(json.loads((embedded_folder("teacher") / "unet" / "config.json").read_text()))
+    assert "and this one's have 1." in letters
+    assert "has others (64 channels in the first block, 64 of the text), and they do not open it" in letters
+    for unet in (unet_config("sd21_v"), unet_config("sdxl")):
+        assert "do not open it" not in card_of_tools(unet)
+
+
+def test_a_rung_with_start_timestep_is_offered_to_comfyui_and_to_ddim_alone(tmp_path):
+    config, _, _ = rung_of(tmp_path, "sd15", steps=1, start_timestep=399)
+    card = " ".join((export_rung(config, 1) / "README.md").read_text().split())
+    assert "drag `kohya/letters_1step_comfyui.json` into its window" in card
+    assert "SDTurboScheduler (steps 1, denoise 0.4) -> AddNoise" in card
+    assert "-> LatentMultiply 1.32 -> SamplerCustomAdvanced with DisableNoise, BasicGuider and euler" in card
+    assert "EulerDiscreteScheduler begins with the noise scaled by 0.76" in card
+    assert "Their samplers cannot tell the U-Net timestep 399 with pure noise" in card
+    assert "KSampler with" not in card
+
+
 def test_what_goes_to_the_hub_names_the_repository_and_no_place_of_this_machine(tmp_path):
     from stepdistill.export.hub import stage
 
@@ -322,6 +386,7 @@ def test_what_goes_to_the_hub_names_the_repository_and_no_place_of_this_machine(
         "base.json",
         "fused/unet/config.json",
         "fused/unet/diffusion_pytorch_model.safetensors",
+        "kohya/letters_4step_comfyui.json",
         "kohya/letters_4step_lora.safetensors",
         "pytorch_lora_weights.safetensors",
         "rung.json",

@@ -46,7 +46,10 @@ def test_a_run_is_exported_in_every_format_by_one_command(run):
     assert done.returncode == 0, done.stderr
     folder = config.run_dir / "rungs" / "4"
     found = files_of(folder)
-    assert [name for name in found if name.startswith("kohya")] == ["kohya/mine_4step_lora.safetensors"]
+    assert [name for name in found if name.startswith("kohya")] == [
+        "kohya/mine_4step_comfyui.json",
+        "kohya/mine_4step_lora.safetensors",
+    ]
     assert {"README.md", "base.json", "rung.json", "scheduler/scheduler_config.json"} < set(found)
     assert "fused/unet/diffusion_pytorch_model.safetensors" in found
     half = UNet2DConditionModel.from_pretrained(folder / "fused" / "unet", dtype=torch.float16)
@@ -107,7 +110,7 @@ def test_a_full_disk_leaves_no_half_a_file(tmp_path):
     assert "make room there, then the same command" in last
     assert not list((folder / "kohya").glob("*"))
     assert stepdistill("export", config.run_dir, "--steps", "4").returncode == 0
-    assert len(list((folder / "kohya").glob("*"))) == 1
+    assert len(list((folder / "kohya").glob("*"))) == 2
 
 
 def test_a_lora_is_extracted_from_a_unet_that_was_trained_whole(run, tmp_path):

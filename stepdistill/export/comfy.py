@@ -1,0 +1,257 @@
+"""A rung's ComfyUI workflow: its core nodes set as the rung is trained, in the JSON that can be dragged into its window.
+
+Legend: e, unit noise; t, the timestep that the U-Net is told; s_t = sigma_edm = sigma_t / alpha_t, in which ComfyUI's
+samplers step; its samples are ours over alpha_t, so that a model is given sample / sqrt(s_t^2 + 1).
+
+Steps from the last timestep: KSampler with euler and the scheduler "simple", which takes every T / N-th sigma from the end:
+the trailing timesteps, exactly where N divides T and within one elsewhere. It begins with sqrt(s^2 + 1) e.
+One step told an earlier t with pure noise, which no KSampler does:
+  SDTurboScheduler          [s_t, 0]; its timesteps are 99, 199, .. 999, and SetFirstSigma sets any other
+  AddNoise                  s_t e on the empty latent
+  LatentMultiply            by sqrt(s_t^2 + 1) / s_t, so that the model is given e
+  SamplerCustomAdvanced     one step of euler to 0, without noise of its own
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
+from stepdistill.models.loading import load_schedule
+from stepdistill.rungs import RungRecord
+
+SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
+"""prediction_type by ModelSamplingDiscrete's names."""
+_LARGEST_MULTIPLIER = 10.0  # that LatentMultiply takes
+_Slot = tuple[int, int, str]  # node, number of its output, type
+_OUTPUTS: dict[str, tuple[str, ...]] = {
+    "CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE"),
+    "LoraLoader": ("MODEL", "CLIP"),
+    "LoraLoaderModelOnly": ("MODEL",),
+    "ModelSamplingDiscrete": ("MODEL",),
+    "CLIPTextEncode": ("CONDITIONING",),
+    "EmptyLatentImage": ("LATENT",),
+    "KSampler": ("LATENT",),
+    "SDTurboScheduler": ("SIGMAS",),
+    "SetFirstSigma": ("SIGMAS",),
+    "RandomNoise": ("NOISE",),
+    "DisableNoise": ("NOISE",),
+    "AddNoise": ("LATENT",),
+    "LatentMultiply": ("LATENT",),
+    "BasicGuider": ("GUIDER",),
+    "KSamplerSelect": ("SAMPLER",),
+    "SamplerCustomAdvanced": ("LATENT", "LATENT"),
+    "VAEDecode": ("IMAGE",),
+    "SaveImage": (),
+    "Note": (),
+}
+"""The types of what ComfyUI's core nodes put out, which are the outputs' names as well but for the following."""
+_OUTPUT_NAMES = {"SamplerCustomAdvanced": ("output", "denoised_output")}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A single step from an earlier timestep."""
+
+    denoise: float
+    """Of SDTurboScheduler."""
+    first_sigma: float | None
+    """Of SetFirstSigma, where the timestep is none of SDTurboScheduler's."""
+    multiplier: float
+    """Of LatentMultiply."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What ComfyUI is told beside the LoRA at strength 1, euler and cfg 1."""
+
+    steps: int
+    sampling: str | None
+    """Of ModelSamplingDiscrete; None where the checkpoint as it is loaded is right."""
+    zero_snr: bool
+    start: Start | None
+    """None where a KSampler draws the rung."""
+
+
+def setting_of(record: RungRecord, base: Mapping[str, Any]) -> Setting | None:
+    """How ComfyUI draws a rung; None where its noise schedule, Stable Diffusion's, is not the teacher's.
+
+    Args:
+        record: the rung.
+        base: the teacher's scheduler config.
+    """
+    schedule, base_prediction = load_schedule(dict(base))
+    zero_snr = bool(base.get("rescale_betas_zero_snr"))
+    theirs = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
+    comfys = NoiseSchedule.from_betas(theirs, zero_terminal_snr=zero_snr).alphas_cumprod
+    if comfys.shape != schedule.alphas_cumprod.shape or not torch.allclose(
+        comfys, schedule.alphas_cumprod, atol=1e-6
+    ):
+        return None
+    plain = record.prediction_type == base_prediction == "epsilon"
+    sampling = None if plain else SAMPLING[record.prediction_type]
+    told = schedule.last_timestep if record.start_timestep is None else record.start_timestep
+    start = None if told == schedule.last_timestep else _start(told, schedule)
+    return Setting(record.student_steps, sampling, zero_snr, start)
+
+
+def _start(timestep: int, schedule: NoiseSchedule) -> Start:
+    alpha, sigma = (float(x) for x in schedule.alpha_sigma(torch.tensor([timestep])))
+    multiplier = round(1 / sigma, 4)  # sqrt(s_t^2 + 1) / s_t
+    tenths, rest = divmod(timestep + 1, 100)
+    if rest == 0:
+        return Start(tenths / 10, None, multiplier)
+    return Start(1.0, round(sigma / alpha, 6), multiplier)
+
+
+def file_name(path: str) -> str:
+    """What a model is called in ComfyUI's folders: a file by its name, anything else by its last part's."""
+    name = Path(path).name
+    return name if name.endswith(".safetensors") else f"{name}.safetensors"
+
+
+def workflow_name(lora: str) -> str:
+    """<name>_<N>step_comfyui.json beside <name>_<N>step_lora.safetensors."""
+    return f"{lora.removesuffix('_lora.safetensors')}_comfyui.json"
+
+
+def workflow(
+    setting: Setting,
+    *,
+    checkpoint: str,
+    lora: str,
+    teacher_loras: Sequence[tuple[str, float]],
+    size: tuple[int, int],
+    prompt: str,
+    title: str,
+) -> dict[str, Any]:
+    """The workflow as ComfyUI's own editor saves it (version 0.4).
+
+    Args:
+        setting: of the rung.
+        checkpoint: the base's file in models/checkpoints.
+        lora: kohya's file in models/loras.
+        teacher_loras: files and weights of the LoRAs that are part of the teacher.
+        size: (height, width) of the picture in pixels.
+        prompt: to draw.
+        title: the saved pictures' names begin with it.
+    """
+    graph = _Graph()
+    model, clip, vae = graph.add("CheckpointLoaderSimple", checkpoint)
+    for name, weight in teacher_loras:
+        model, clip = graph.add("LoraLoader", name, weight, weight, model=model, clip=clip)
+    (model,) = graph.add("LoraLoaderModelOnly", lora, 1.0, model=model)
+    if setting.sampling is not None:
+        (model,) = graph.add("ModelSamplingDiscrete", setting.sampling, setting.zero_snr, model=model)
+    (positive,) = graph.add("CLIPTextEncode", re.sub(r"([()])", r"\\\1", prompt), clip=clip)
+    (latent,) = graph.add("EmptyLatentImage", size[1], size[0], 1)
+    if setting.start is None:
+        (negative,) = graph.add("CLIPTextEncode", "", clip=clip)
+        samples = graph.add(
+            "KSampler",
+            *(0, "fixed", setting.steps, 1.0, "euler", "simple", 1.0),
+            model=model,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+        )[0]
+    else:
+        samples = _one_step(graph, setting.start, model, positive, latent)
+    (image,) = graph.add("VAEDecode", samples=samples, vae=vae)
+    graph.add("SaveImage", title, images=image)
+    graph.add("Note", _note(checkpoint, lora, setting))
+    return graph.as_json()
+
+
+def _one_step(graph: "_Graph", start: Start, model: _Slot, positive: _Slot, latent: _Slot) -> _Slot:
+    (sigmas,) = graph.add("SDTurboScheduler", 1, start.denoise, model=model)
+    if start.first_sigma is not None:
+        (sigmas,) = graph.add("SetFirstSigma", start.first_sigma, sigmas=sigmas)
+    (noise,) = graph.add("RandomNoise", 0, "fixed")
+    (noisy,) = graph.add("AddNoise", model=model, noise=noise, sigmas=sigmas, latent_image=latent)
+    parts = math.ceil(math.log(start.multiplier, _LARGEST_MULTIPLIER)) if start.multiplier > 1 else 1
+    for _ in range(parts):
+        (noisy,) = graph.add("LatentMultiply", start.multiplier ** (1 / parts), samples=noisy)
+    (none,) = graph.add("DisableNoise")
+    (guider,) = graph.add("BasicGuider", model=model, conditioning=positive)
+    (sampler,) = graph.add("KSamplerSelect", "euler")
+    return graph.add(
+        "SamplerCustomAdvanced",
+        noise=none,
+        guider=guider,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image=noisy,
+    )[0]
+
+
+def _note(checkpoint: str, lora: str, setting: Setting) -> str:
+    steps = "1 step" if setting.steps == 1 else f"{setting.steps} steps"
+    return (
+        f"models/checkpoints: the model that was distilled, here {checkpoint}; choose yours in Load Checkpoint.\n"
+        f"models/loras: {lora}, at strength 1.\n"
+        f"The LoRA is trained for {steps} without guidance: other steps, schedulers and cfg draw worse. "
+        f"A negative prompt does nothing at cfg 1."
+    )
+
+
+class _Graph:
+    """Nodes in the order in which they run, and the links between them."""
+
+    def __init__(self) -> None:
+        self._nodes: list[dict[str, Any]] = []
+        self._links: list[list[Any]] = []
+        self._columns: list[int] = []
+
+    def add(self, kind: str, *widgets: Any, **sources: _Slot) -> tuple[_Slot, ...]:
+        """A node with its widgets' values, and by input the output that it is linked to, both in the node's own order;
+        returns its outputs."""
+        number = len(self._nodes) + 1
+        inputs = []
+        for place, (name, (source, slot, kind_of_link)) in enumerate(sources.items()):
+            link = len(self._links) + 1
+            self._links.append([link, source, slot, number, place, kind_of_link])
+            self._nodes[source - 1]["outputs"][slot]["links"].append(link)
+            inputs.append({"name": name, "type": kind_of_link, "link": link})
+        self._columns.append(
+            1 + max((self._columns[source - 1] for source, _, _ in sources.values()), default=-1)
+        )
+        types = _OUTPUTS[kind]
+        outputs = [
+            {"name": name, "type": made, "links": [], "slot_index": slot}
+            for slot, (name, made) in enumerate(zip(_OUTPUT_NAMES.get(kind, types), types, strict=True))
+        ]
+        self._nodes.append(
+            {
+                "id": number,
+                "type": kind,
+                "pos": [400 * self._columns[-1], 240 * (self._columns.count(self._columns[-1]) - 1)],
+                "size": [340, 180],
+                "flags": {},
+                "order": number - 1,
+                "mode": 0,
+                "inputs": inputs,
+                "outputs": outputs,
+                "properties": {"Node name for S&R": kind},
+                "widgets_values": list(widgets),
+            }
+        )
+        return tuple((number, slot, made) for slot, made in enumerate(types))
+
+    def as_json(self) -> dict[str, Any]:
+        """What ComfyUI's editor saves."""
+        return {
+            "last_node_id": len(self._nodes),
+            "last_link_id": len(self._links),
+            "nodes": self._nodes,
+            "links": self._links,
+            "groups": [],
+            "config": {},
+            "extra": {},
+            "version": 0.4,
+        }
