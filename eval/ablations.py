@@ -29,7 +29,7 @@ from side_by_side import (
 from variants import VARIANTS, variant
 
 from stepdistill import plan
-from stepdistill.evaluation.evaluate import check_evaluation
+from stepdistill.evaluation.check import check_evaluation
 from stepdistill.runtime import source_commit
 
 SHOWN = ("fid_to_real", "fid_to_teacher", "prompt_accuracy")

@@ -237,7 +237,7 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
 
 
 def _evaluation(config: RunConfig) -> Iterator[Finding]:
-    from stepdistill.evaluation.evaluate import check_evaluation
+    from stepdistill.evaluation.check import check_evaluation
 
     if is_ready_made(config):
         check_evaluation(config)

@@ -169,7 +169,7 @@ def run_all(config: RunConfig) -> None:
     started = time.monotonic()
     check_run(config)
     _quiet_libraries()
-    from stepdistill.evaluation.evaluate import check_evaluation
+    from stepdistill.evaluation.check import check_evaluation
 
     if not is_ready_made(config):
         open_run(config)

@@ -8,10 +8,12 @@ import itertools
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stepdistill.demo.letters import INKS, LETTERS, PAPERS, Triple
+from stepdistill.messages import first_line
 
 NUM_FEATURES = 96
 
@@ -65,7 +67,10 @@ def save_reader(reader: Reader, path: Path) -> None:
 
 
 def load_reader(path: Path) -> Reader:
-    """The reader in float32, in eval mode, without gradients."""
+    """The reader in float32, in eval mode, without gradients; ValueError for a file that is not one's weights."""
     reader = Reader()
-    reader.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    try:
+        reader.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is no reader of letters: {first_line(error)}") from None
     return reader.eval().requires_grad_(False)

@@ -21,25 +21,15 @@ from stepdistill.evaluation.studies import Studies
 from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subject_of
 from stepdistill.jackknife import standard_error
 from stepdistill.models.folder import embedded_folder
-from stepdistill.models.loading import image_size
 from stepdistill.places import clear_half_written
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import require_rung
 from stepdistill.runtime import Processes, source_commit
-from stepdistill.teacher_source import teacher_folder
 
 logger = logging.getLogger(__name__)
 
 FEW_IMAGES = 5000
 _SCORE_TIMEOUT = 24 * 3600.0
-
-
-def check_evaluation(config: RunConfig) -> None:
-    """ValueError where the table could not be made after the ladder: prompts, pictures and their size, LoRAs, weights of
-    extractors."""
-    rows_of(config)
-    subject_of(config)
-    Distances(config.evaluation, device="cpu").check_size(image_size(teacher_folder(config)))
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:

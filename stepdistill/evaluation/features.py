@@ -5,26 +5,32 @@ Nothing is downloaded here: a file that is missing is an error that names it.
 
 import hashlib
 import importlib.util
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 
 from stepdistill.demo.reader import load_reader
 from stepdistill.durable import sha256_file
 from stepdistill.evaluation.distances import ALONE
+from stepdistill.evaluation.feature_files import (
+    LOCAL,
+    check_files,
+    check_hash,
+    check_numbers,
+    inception_file,
+    read_processor,
+    read_script,
+    where_to_get_it,
+)
 from stepdistill.evaluation.resize import center_crop, resize
+from stepdistill.messages import first_line
 from stepdistill.models.folder import embedded_folder
 
-INCEPTION_VARIABLE = "STEPDISTILL_INCEPTION"
-TORCHSCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-_STATE_DICT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+_NORMAL = ("mean", "std")
 _ALLOWED = "reader, inception, inception:FILE, inception:FILE#sha256=HEX, clip:FOLDER, dinov2:FOLDER"
 
 
@@ -66,20 +72,25 @@ class InceptionFeatures(FeatureExtractor):
 
     def __init__(self, path: Path, *, sha256: str | None = None) -> None:
         if not path.is_file():
-            raise ValueError(f"evaluation.features: no Inception weights at {path}; {_where_to_get_them()}")
+            raise ValueError(f"evaluation.features: no Inception weights at {path}; {where_to_get_it()}")
         found = sha256_file(path)
-        _check_hash(path, found, sha256)
+        check_hash(path, found, sha256)
         super().__init__("inception", 2048, found, 299)
         self._scripted = path.suffix == ".pt"
         if self._scripted:
-            self.net: Any = torch.jit.load(path, map_location="cpu").eval()
+            self.net: Any = read_script(path)
         elif importlib.util.find_spec("torch_fidelity") is not None:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
-            self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+            try:
+                self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
+            except Exception as error:  # torch and torch-fidelity raise what another file leads them to
+                raise ValueError(
+                    f"evaluation.features: cannot read {path}: {first_line(error)}; {where_to_get_it()}"
+                ) from None
         else:
             raise ValueError(
-                f"evaluation.features: {path.name} needs torch-fidelity (the `inception` extra); {_where_to_get_them()}"
+                f"evaluation.features: {path.name} needs torch-fidelity (the `inception` extra); {where_to_get_it()}"
             )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -101,29 +112,34 @@ class TransformersFeatures(FeatureExtractor):
 
         loader = {"clip": CLIPModel, "dinov2": Dinov2Model}[kind]
         try:
-            if (found := AutoConfig.from_pretrained(folder, **_LOCAL).model_type) != kind:
+            check_files(folder)
+            if (found := AutoConfig.from_pretrained(folder, **LOCAL).model_type) != kind:
                 raise ValueError(f"it holds {found}")
-            options = _LOCAL | {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            options = LOCAL | {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
             net, loaded = loader.from_pretrained(folder, **options)
             if loaded["missing_keys"]:  # transformers would leave them random
                 raise ValueError(f"no weights for {min(loaded['missing_keys'])}")
-            processor = AutoImageProcessor.from_pretrained(folder, **_LOCAL)
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
+            size = net.config.vision_config.image_size if kind == "clip" else _crop_size(processor)
+            normal = {n: torch.tensor(getattr(processor, f"image_{n}")).view(1, 3, 1, 1) for n in _NORMAL}
+            check_numbers(size, normal["std"])
+            if kind == "clip":
+                read_processor(folder)(text=["a photo"], return_tensors="pt", padding=True)
+        except Exception as error:  # transformers raises a dozen kinds, as a broken file leads it to
             raise ValueError(
-                f"evaluation.{kind}: cannot load {folder}: {str(error).splitlines()[0]}; "
+                f"evaluation.{kind}: cannot load {folder}: {first_line(error)}; "
                 f"allowed: a folder with config.json, preprocessor_config.json and model.safetensors"
+                + (", and CLIP's tokenizer" if kind == "clip" else "")
             ) from None
         digest = hashlib.sha256()
         for file in (*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*config.json"))):
             digest.update(bytes.fromhex(sha256_file(file)))
-        size = net.config.vision_config.image_size if kind == "clip" else _crop_size(processor)
         width = net.config.projection_dim if kind == "clip" else net.config.hidden_size
         super().__init__(kind, width, digest.hexdigest(), size)
         self.folder = folder
         self.net: Any = net.eval().requires_grad_(False)
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(processor, f"image_{name}")).view(1, 3, 1, 1)
-            self.register_buffer(name, values * 255)
+        for name in _NORMAL:
+            self.register_buffer(name, normal[name] * 255)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, input_size, input_size) -> (B, num_features); ValueError for another size."""
@@ -141,7 +157,7 @@ def build_extractor(spec: str, *, device: torch.device | str = "cpu") -> Feature
         made: FeatureExtractor = ReaderFeatures()
     elif kind == "inception":
         file, _, digest = rest.partition("#sha256=")
-        made = InceptionFeatures(Path(file) if file else _inception_file(), sha256=digest or None)
+        made = InceptionFeatures(Path(file) if file else inception_file(), sha256=digest or None)
     elif kind in ("clip", "dinov2") and rest:
         made = TransformersFeatures(kind, Path(rest))
     else:
@@ -172,9 +188,7 @@ def clip_score(extractor: FeatureExtractor, batches: Iterable[torch.Tensor], pro
     """100 max(mean cos(image, prompt), 0) by torchmetrics (Hessel et al. 2021, Eq 1); prompts are cut to the context."""
     if not isinstance(extractor, TransformersFeatures) or extractor.name != "clip":
         raise ValueError(f"CLIP score needs CLIP, got {extractor.name}")
-    from transformers import AutoProcessor
-
-    processor, net = AutoProcessor.from_pretrained(extractor.folder, **_LOCAL), extractor.net
+    processor, net = read_processor(extractor.folder), extractor.net
     context = net.config.text_config.max_position_embeddings
 
     def read(*, text: list[str] | None = None, **options: Any) -> Any:
@@ -230,26 +244,3 @@ def _require_size(images: torch.Tensor, extractor: FeatureExtractor) -> None:
 def _crop_size(processor: object) -> int:
     size = getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
     return int(size.get("height") or size.get("shortest_edge") or 224)
-
-
-def _check_hash(path: Path, found: str, wanted: str | None) -> None:
-    expected = wanted or (TORCHSCRIPT_SHA256 if path.suffix == ".pt" else _STATE_DICT_SHA256)
-    if len(expected) < 8 or not found.startswith(expected.lower()):
-        raise ValueError(
-            f"evaluation.features: {path} has sha256 {found[:16]}.., expected {expected[:16]}..: another or a broken file; "
-            f"inception:FILE#sha256=HEX takes it on your word"
-        )
-
-
-def _inception_file() -> Path:
-    given = os.environ.get(INCEPTION_VARIABLE)
-    if given:
-        return Path(given)
-    return Path(torch.hub.get_dir()) / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-
-
-def _where_to_get_them() -> str:
-    return (
-        f"allowed: NVIDIA's inception-2015-12-05.pt (needs no package) or torch-fidelity's "
-        f"weights-inception-2015-12-05-6726825d.pth, as inception:FILE or in {INCEPTION_VARIABLE}"
-    )

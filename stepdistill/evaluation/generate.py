@@ -22,6 +22,7 @@ from stepdistill.models.loading import (
     encoder_fingerprint,
     fingerprint,
     load_pipeline,
+    loading,
     read_scheduler_config,
 )
 from stepdistill.rng import generator
@@ -185,7 +186,8 @@ class Sampler:
             load_rung(pipeline, rung_folder(self._config.run_dir, row.student_steps))
         elif row.lora is not None:
             file = lora_file(row.lora)
-            pipeline.load_lora_weights(file.parent, weight_name=file.name)
+            with loading("evaluation.loras", file):
+                pipeline.load_lora_weights(file.parent, weight_name=file.name)
             pipeline.scheduler = lora_scheduler(row.lora, config)
         else:
             pipeline.scheduler = student_scheduler(config, config.get("prediction_type", "epsilon"))

@@ -20,6 +20,7 @@ from stepdistill.evaluation.distances import (
     precision_recall,
 )
 from stepdistill.evaluation.features import FeatureExtractor, build_extractor, extract
+from stepdistill.messages import first_line
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,18 @@ class Distances:
         """ValueError where an extractor cannot read pictures of a size (height, width) as they are resized: one is tried."""
         picture = torch.zeros(1, 3, *size, dtype=torch.uint8)
         for view in self._views:
-            extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
+            try:
+                found = extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
+            except (RuntimeError, TypeError, AttributeError) as error:  # of a file that holds another net
+                raise ValueError(
+                    f"evaluation: {view.extractor.name} cannot read a picture: {first_line(error)}; mend: another copy of "
+                    f"its files"
+                ) from None
+            if found.shape != (1, view.extractor.num_features) or not bool(found.isfinite().all()):
+                raise ValueError(
+                    f"evaluation: {view.extractor.name} makes no {view.extractor.num_features} finite features of a "
+                    f"picture; mend: another copy of its files"
+                )
 
     def to_teacher(self, images: ImageSet, other_seeds: ImageSet) -> dict[str, float]:
         """`*_to_teacher` of a set of images: against the teacher's images of the same prompts from other seeds.

@@ -1,5 +1,6 @@
 """The rows of the table: who draws, in how many steps, with which LoRA, scheduler and guidance."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from diffusers import SchedulerMixin
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
 from stepdistill.durable import read_json
+from stepdistill.messages import first_line
+from stepdistill.models.folder_files import read_header
+from stepdistill.models.folder_scheduler import MOST_TIMESTEPS
 from stepdistill.rungs import WEIGHT_NAME, rung_folder
 
 
@@ -62,14 +66,20 @@ def rows_of(config: RunConfig) -> list[Row]:
 
 
 def lora_row(lora: LoraRow) -> Row:
-    """The row of another LoRA; ConfigError where its file or its scheduler is not there."""
+    """The row of another LoRA; ConfigError where its file or its scheduler is not there, or cannot be used."""
     weights = lora_file(lora)
     if not weights.is_file() or weights.suffix != ".safetensors":
         raise ConfigError(
             f"evaluation.loras: {lora.name}: got path {lora.path!r}; "
             f"allowed: a .safetensors file, or a folder with {WEIGHT_NAME}"
         )
-    lora_scheduler(lora, {})
+    try:
+        header = read_header(weights)
+    except ValueError as error:
+        raise ConfigError(f"evaluation.loras: {lora.name}: {error}") from None
+    if not any("lora" in key.lower() for key in header):
+        raise ConfigError(f"evaluation.loras: {lora.name}: {weights} holds no LoRA, but {len(header)} others")
+    _try_scheduler(lora)
     return Row(lora.name, lora.steps, lora.guidance_scale, lora=lora, lora_scale=lora.scale)
 
 
@@ -88,6 +98,39 @@ def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMi
         return kind.from_config(beside, **(lora.scheduler_options or {}))
     options = {"timestep_spacing": "trailing"} if lora.scheduler_options is None else lora.scheduler_options
     return scheduler_class(lora.scheduler or "DDIMScheduler").from_config(dict(base_config), **options)
+
+
+def _try_scheduler(lora: LoraRow) -> None:
+    """ConfigError for options that no scheduler can be built or asked for timesteps with."""
+    options = lora.scheduler_options or {}
+    count = options.get("num_train_timesteps", 1)
+    if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
+        raise ConfigError(
+            f"evaluation.loras: {lora.name}: got num_train_timesteps {count!r}; allowed: 1 to {MOST_TIMESTEPS}"
+        )
+    try:
+        scheduler = lora_scheduler(lora, {})
+        if lora.timesteps is not None:
+            _require_own_timesteps(scheduler)
+            scheduler.set_timesteps(timesteps=list(lora.timesteps))
+        else:
+            scheduler.set_timesteps(lora.steps)
+        times = scheduler.timesteps
+        within = bool(((times >= 0) & (times < scheduler.config.num_train_timesteps)).all())
+        if not within:
+            raise ValueError(f"timesteps from {times.min():g} to {times.max():g}")
+    except ConfigError:
+        raise
+    except Exception as error:  # diffusers' schedulers raise what odd options lead them to
+        raise ConfigError(
+            f"evaluation.loras: {lora.name}: its scheduler cannot sample in {lora.steps} steps: {first_line(error)}; "
+            f"allowed: a scheduler of diffusers with options that it takes"
+        ) from None
+
+
+def _require_own_timesteps(scheduler: SchedulerMixin) -> None:
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"{type(scheduler).__name__} takes no timesteps of one's own")
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:

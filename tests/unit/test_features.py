@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from stepdistill.durable import sha256_file
-from stepdistill.evaluation.features import INCEPTION_VARIABLE, build_extractor, clip_score, extract
+from stepdistill.evaluation.feature_files import INCEPTION_VARIABLE
+from stepdistill.evaluation.features import build_extractor, clip_score, extract
 from stepdistill.models.folder import embedded_folder
 from tests.conftest import randn
 

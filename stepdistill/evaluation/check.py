@@ -1,0 +1,31 @@
+"""Whether the table can be made after the ladder: looked at before anything costs time."""
+
+from pathlib import Path
+
+from stepdistill.config import ConfigError, LoraRow, RunConfig
+from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.rows import lora_file, rows_of
+from stepdistill.evaluation.subject import subject_of
+from stepdistill.models.loading import image_size
+from stepdistill.models.lora_trial import check_lora_goes_on
+from stepdistill.teacher_source import teacher_folder
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """ValueError where the table could not be made after the ladder: prompts, pictures and their size, LoRAs, weights of
+    extractors."""
+    folder = teacher_folder(config)
+    for row in rows_of(config):
+        if row.lora is not None:
+            _check_lora(row.lora, folder)
+    subject_of(config)
+    Distances(config.evaluation, device="cpu").check_size(image_size(folder))
+
+
+def _check_lora(lora: LoraRow, folder: Path) -> None:
+    try:
+        check_lora_goes_on(lora_file(lora), folder)
+    except ValueError as error:
+        raise ConfigError(
+            f"evaluation.loras: {lora.name}: {error}; allowed: LoRAs of the teacher's family"
+        ) from None
