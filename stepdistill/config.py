@@ -110,7 +110,8 @@ class Export(Section):
         "diffusers",
         "kohya",
     )
-    """diffusers: LoRA, scheduler, card, which are always there; kohya: one file for ComfyUI, A1111, Forge and kohya's tools;
+    """diffusers: LoRA, scheduler, card, which are always there; kohya: one file for ComfyUI, A1111, Forge and kohya's tools,
+    and ComfyUI's workflow for it;
     fused: the U-Net with the LoRA merged; onnx: the same for onnxruntime (extra "onnx")."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """Of kohya's file and of the fused U-Net, each rounded once."""

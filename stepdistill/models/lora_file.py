@@ -24,7 +24,7 @@ _METADATA = "lora_adapter_metadata"
 _PREFIX = "unet."
 USAGE_HINT = {
     "usage_hint": "diffusers' format: pipeline.load_lora_weights reads all of it. ComfyUI, A1111 and Forge take a part "
-    "of it and leave out the rest without an error; the file for them is in kohya/ after `stepdistill export`."
+    "of it and leave out the rest without an error; of a rung, `stepdistill export` writes the file for them into kohya/."
 }
 """In the header of every file that write_lora writes."""
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
 from eval.random_teacher import build
+from stepdistill.export.rung import export_rung
 from stepdistill.models.loading import load_unet
+from tests.integration.exported import rung_of
 from tests.original_layout import original_state
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +50,9 @@ def shortened(path):
 
 @pytest.fixture
 def desk(tmp_path):
-    """What the guide's reader has: a checkpoint, a pipeline of its family, one trained further, pictures, the configs."""
-    pipeline = build("sd15", tiny=True)
+    """What the guide's reader has: a checkpoint in float16, as most are, a pipeline of its family, one trained further,
+    pictures, the configs."""
+    pipeline = build("sd15", tiny=True).to(torch.float16)
     save_file(original_state(pipeline), tmp_path / "my-model.safetensors")
     pipeline.save_pretrained(tmp_path / "stable-diffusion-v1-5", safe_serialization=True)
     unet = load_unet(tmp_path / "stable-diffusion-v1-5")
@@ -92,14 +96,46 @@ def test_every_command_and_snippet_of_the_guide_runs(desk):
         [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("bicycle.png", "snippet.png"):
+    folder = desk / "runs/my-model/rungs/4"
+    (card,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    script = f"{card}\nimage.save('card.png')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("bicycle.png", "snippet.png", "card.png"):
         with Image.open(desk / name) as image:
             assert image.size == Image.open(desk / "bicycle.png").size
-    folder = desk / "runs/my-model/rungs/4"
     assert "license: openrail" in (folder / "README.md").read_text()
-    for name in ("kohya/my-model_4step_lora.safetensors", "fused/unet/config.json", "rank16/rung.json"):
+    for name in (
+        "kohya/my-model_4step_comfyui.json",
+        "kohya/my-model_4step_lora.safetensors",
+        "fused/unet/config.json",
+        "rank16/rung.json",
+    ):
         assert (folder / name).is_file(), name
     assert (desk / "extracted/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("page", ["docs/guide.md", "README.md", "card"])
+def test_the_drawing_snippets_draw_with_a_float16_teacher(tmp_path, page):
+    """diffusers reads a text encoder's dtype from the file and makes the U-Net float32, unless a snippet names one."""
+    build("sd15", tiny=True).to(torch.float16).save_pretrained(tmp_path / "teacher", safe_serialization=True)
+    config, teacher, _ = rung_of(tmp_path, "sd15")
+    folder = export_rung(config, 4)
+    text = ((folder / "README.md") if page == "card" else ROOT / page).read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for said, meant in (
+        ('"runs/my-model/teacher"', repr(str(teacher))),
+        ('embedded_folder("teacher")', repr(str(teacher))),
+        ("runs/my-model/rungs/4", folder.as_posix()),
+        ("runs/letters/rungs/4", folder.as_posix()),
+    ):
+        lines = lines.replace(said, meant)
+    names: dict = {}
+    exec(lines, names)
+    assert names["image"].size == (64, 64)
+    assert names["pipeline"].get_active_adapters()
 
 
 def test_files_that_the_guide_links_to_are_there():
