@@ -1,7 +1,9 @@
 """A config read from its file, with overrides; every mistake in one line with the nearest known key. No torch."""
 
 import contextlib
+import copy
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +26,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     path = Path(path)
     raw = resolved(read_run_config(path)) if is_folder(path) else _read(path)
     for override in overrides or []:
-        _apply_override(raw, override)
+        raw = _overridden(raw, override)
     return parse_config(raw)
 
 
@@ -64,7 +66,39 @@ def parse_config(raw: dict[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error)) from None
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> RunConfig:
+    """The config of plain data with other values at dotted keys such as ladder.0.node_steps; ConfigError."""
+    plain = dict(raw)
+    for key, value in changes.items():
+        plain = _with(plain, key, value, f"setting {key}")
+    return parse_config(plain)
+
+
+def setting_at(raw: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of plain data; ConfigError where there is none."""
+    node: Any = raw
+    for part in key.split("."):
+        try:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ConfigError(f"{key}: got nothing; this config has no such key") from None
+    return node
+
+
+def setting_text(key: str, value: Any) -> str:
+    """A setting as the command line takes it, such as ladder.0.phases.0.max_train_steps=5."""
+    text = yaml.dump(value, Dumper=_NoAliases, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"
+
+
+class _NoAliases(yaml.SafeDumper):
+    """Writes equal parts out each time."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(
@@ -77,28 +111,28 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-3 as text
-    node: Any = raw
+    return _with(raw, key, value, f"override {short(override)}")
+
+
+def _with(raw: Mapping[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
+    """A copy of plain data with another value at a dotted key; what is beside the path is shared, nothing is written to."""
+    changed_data = dict(raw)
+    node: Any = changed_data
     *parents, last = key.split(".")
     for part in parents:
-        if isinstance(node, list):
-            node = node[_list_index(node, part, override)]
-        else:
-            node = node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise ConfigError(
-                f"override {short(override)}: {part} holds {short(node)}, which has no keys below it"
-            )
-    if isinstance(node, list):
-        node[_list_index(node, last, override)] = value
-    else:
-        node[last] = value
+        place = _list_index(node, part, what) if isinstance(node, list) else part
+        inner = node.get(place, {}) if isinstance(node, dict) else node[place]
+        if not isinstance(inner, dict | list):
+            raise ConfigError(f"{what}: {part} holds {short(inner)}, which has no keys below it")
+        node[place] = copy.copy(inner)
+        node = node[place]
+    node[_list_index(node, last, what) if isinstance(node, list) else last] = value
+    return changed_data
 
 
-def _list_index(node: list[Any], part: str, override: str) -> int:
+def _list_index(node: list[Any], part: str, what: str) -> int:
     if part not in map(str, range(len(node))):
-        raise ConfigError(
-            f"override {short(override)}: got {part!r} for a list; allowed: 0 to {len(node) - 1}"
-        )
+        raise ConfigError(f"{what}: got {part!r} for a list; allowed: 0 to {len(node) - 1}")
     return int(part)
 
 

@@ -1,6 +1,7 @@
-"""What to do next when a number is bad: rules over the numbers at hand, each with the config keys that it is about.
+"""What to do next when a number is bad: rules over the numbers at hand, each with the settings that it proposes.
 
-Here: the distances of the whole ladder, and what rules.py says of each rung, put together by remedy.
+Here: the distances of the whole ladder, and what rules.py says of each rung, put together by remedy. What the config refuses
+is left out.
 """
 
 import itertools
@@ -8,13 +9,16 @@ from collections.abc import Iterable, Iterator
 
 from stepdistill.report import rules
 from stepdistill.report.entries import Entry, entries_of, equal_passes
-from stepdistill.report.read import PhaseLog, Run, RungLog
-from stepdistill.report.rules import Advice
+from stepdistill.report.proposals import Advice, Proposal, accepted, scaled, setting
+from stepdistill.report.read import Run, RungLog
+from stepdistill.report.rules import MORE
 from stepdistill.report.signs import difference_error, still_falling
 
 _FAR = 1.5  # times the floor: a distance that is worth updates
 _CERTAIN = 2.0  # standard errors that a difference must have not to be chance
-_MOST_KEYS = 6
+_MUCH_MORE = 4.0  # times today's updates or images: half the error of a mean
+_RECIPE_NODES = 4
+_TOLD_AT_ONE_STEP = 499  # what the letters world was measured with: eval/recipe_notes.md
 
 
 def advice_for(run: Run) -> list[Advice]:
@@ -27,24 +31,27 @@ def advice_for(run: Run) -> list[Advice]:
         student = students.get(rung.student_steps)
         if student is not None:
             found += [
-                *rules.looks(student, rung),
-                *rules.prompts(student, rung, reference),
-                *rules.diversity(student, rung),
+                *rules.looks(student, rung, run),
+                *rules.prompts(students, rung, reference, run),
+                *rules.diversity(students, rung, run),
             ]
         for phase in rung.phases:
-            found += rules.discriminator(phase, rung)
-    return list(_merged([*found, *rules.scales(run)]))
+            found += rules.discriminator(phase, rung, run)
+    return list(_merged(accepted(advice, run.config) for advice in [*found, *rules.scales(run)]))
 
 
 def _merged(found: Iterable[Advice]) -> Iterator[Advice]:
-    """One entry for each remedy, with the findings and keys of all rungs that call for it."""
+    """One entry for each remedy, with the findings and settings of all rungs that call for it."""
     alike: dict[str, list[Advice]] = {}
     for advice in found:
-        alike.setdefault(advice.remedy, []).append(advice)
-    for remedy, group in alike.items():
+        alike.setdefault(advice.remedy or advice.finding, []).append(advice)
+    for group in alike.values():
         findings = "; ".join(advice.finding.removesuffix(".") for advice in group)
-        keys = dict.fromkeys(key for advice in group for key in advice.keys)
-        yield Advice(f"{findings}.", remedy, tuple(keys)[:_MOST_KEYS])
+        proposals = []
+        for same in zip(*(advice.proposals for advice in group), strict=True):
+            changes = {key: value for proposal in same for key, value in proposal.changes.items()}
+            proposals.append(Proposal(same[0].text, changes))
+        yield Advice(f"{findings}.", tuple(proposals))
 
 
 def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
@@ -58,8 +65,13 @@ def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Ad
         if own is not None and bare is not None and own > bare:
             yield Advice(
                 f"{rung.title}: FID to teacher {own:.2f}, worse than {teacher.name}'s {bare:.2f} without any LoRA.",
-                "It was hardly trained, or harmed: give its mse phase many more updates before anything else.",
-                (f"{rung.main_phase.key}.max_train_steps",),
+                (
+                    Proposal(
+                        f"It was hardly trained, or harmed: give its {rung.main_phase.objective} phase many more updates "
+                        f"before anything else.",
+                        scaled(run.config, _MUCH_MORE, f"{rung.main_phase.key}.max_train_steps"),
+                    ),
+                ),
             )
 
 
@@ -84,29 +96,46 @@ def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
         return
     _, rung, fid, before = worst
     was = "" if rung is run.rungs[0] else f", {before:.2f} at the rung before"
-    remedy, keys = _more_training(rung.main_phase)
-    if rung.student_steps <= 2 and rung.node_steps is None:
-        remedy += " The recipe trains the 2- and 1-step rungs at the nodes of 4 steps."
-        keys.append(f"{rung.key}.node_steps")
-    if rung.student_steps == 1 and rung.prediction_type != "sample":
-        remedy += " It converts the 1-step rung to x0."
-        keys.append(f"{rung.key}.prediction_type")
     yield Advice(
-        f"{rung.title}: FID to teacher {fid:.2f}{was}; the floor is {floor:.2f}.", remedy, tuple(keys)
+        f"{rung.title}: FID to teacher {fid:.2f}{was}; the floor is {floor:.2f}.",
+        (_more_training(run, rung), *_other_nodes(run, rung)),
     )
 
 
-def _more_training(phase: PhaseLog) -> tuple[str, list[str]]:
+def _more_training(run: Run, rung: RungLog) -> Proposal:
+    phase = rung.main_phase
     updates, rate = f"{phase.key}.max_train_steps", f"{phase.key}.learning_rate"
     falling = still_falling(phase)
     if falling is None:
-        return "Give it more updates, or a higher learning rate.", [updates, rate]
+        return Proposal(
+            "Give it more updates, or a higher learning rate.", scaled(run.config, MORE, updates, rate)
+        )
     if falling:
-        return "Its loss was still falling when the phase ended: give it more updates.", [updates]
-    return "Its loss had stopped falling: try a higher learning rate, then a higher rank.", [
-        rate,
-        "lora.rank",
-    ]
+        return Proposal(
+            "Its loss was still falling when the phase ended: give it more updates.",
+            scaled(run.config, MORE, updates),
+        )
+    return Proposal(
+        "Its loss had stopped falling: try a higher learning rate, then a higher rank.",
+        scaled(run.config, MORE, rate, "lora.rank"),
+    )
+
+
+def _other_nodes(run: Run, rung: RungLog) -> Iterator[Proposal]:
+    """Where a few-step rung is trained: one step of epsilon told an earlier timestep, else the nodes of 4 steps."""
+    told = setting(run.config, f"{rung.key}.start_timestep")
+    if rung.student_steps > 2 or rung.node_steps is not None or told is not None:
+        return
+    if rung.student_steps == 1 and (rung.record or {}).get("prediction_type") == "epsilon":
+        yield Proposal(
+            f"Told pure noise as timestep {_TOLD_AT_ONE_STEP}, an error of epsilon weighs far less in its picture.",
+            {f"{rung.key}.start_timestep": _TOLD_AT_ONE_STEP},
+        )
+    else:
+        yield Proposal(
+            "SDXL-Lightning trains the 2- and 1-step rungs at the nodes of 4 steps.",
+            {f"{rung.key}.node_steps": _RECIPE_NODES},
+        )
 
 
 def _told_apart(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
@@ -123,6 +152,10 @@ def _told_apart(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
     if pairs:
         yield Advice(
             f"FID to teacher: the order of {', of '.join(pairs)} may be chance.",
-            "To tell them apart, draw more images.",
-            ("evaluation.num_images",),
+            (
+                Proposal(
+                    "To tell them apart, draw more images.",
+                    scaled(run.config, _MUCH_MORE, "evaluation.num_images"),
+                ),
+            ),
         )

@@ -1,0 +1,101 @@
+"""Advice as data: a finding, and what could be done about it as settings. Each is tried on the run's config first: what that
+refuses is never proposed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stepdistill.config import ConfigError
+from stepdistill.config_file import changed, setting_at, setting_text
+from stepdistill.ladder_checks import check_ladder
+from stepdistill.report.quantities import number
+from stepdistill.teacher_source import teacher_folder
+
+_MOST_SETTINGS = 6
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One thing to do. `changes`: the settings that do it, by dotted key; each may be made by itself, or all together."""
+
+    text: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What was found, and what to do about it; no proposals where that is not known."""
+
+    finding: str
+    proposals: tuple[Proposal, ...] = ()
+
+    @property
+    def remedy(self) -> str:
+        """The proposals as text."""
+        return " ".join(proposal.text for proposal in self.proposals)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The settings of all proposals."""
+        return {key: value for proposal in self.proposals for key, value in proposal.changes.items()}
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of these settings."""
+        return tuple(self.changes)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The first few settings as the command line takes them."""
+        return tuple(setting_text(key, value) for key, value in self.changes.items())[:_MOST_SETTINGS]
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of a run's config, None where an older version did not write it."""
+    try:
+        return setting_at(config, key)
+    except ConfigError:
+        return None
+
+
+def scaled(config: Mapping[str, Any], factor: float, *keys: str) -> dict[str, Any]:
+    """New values of numbers: `factor` times today's, rates to two digits; what is no number, or stays, is left out."""
+    changes: dict[str, Any] = {}
+    for key in keys:
+        today = number(setting(config, key))
+        if today is not None:
+            exact = factor * today
+            then = max(1, round(exact)) if isinstance(today, int) else float(f"{exact:.2g}")
+            changes |= {key: then} if then != today else {}
+    return changes
+
+
+def accepted(advice: Advice, config: Mapping[str, Any]) -> Advice:
+    """The advice with those proposals whose settings the config takes, each by itself and all together."""
+    taken = tuple(proposal for proposal in advice.proposals if _is_taken(config, proposal.changes))
+    return replace(advice, proposals=taken)
+
+
+def _is_taken(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+    trials = [changes, *({key: value} for key, value in changes.items())]
+    return all(_parses(config, trial) for trial in trials)
+
+
+def _parses(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+    """Whether the changed config is one, and fits the teacher where that is at hand."""
+    try:
+        then = changed(config, changes)
+    except ConfigError:
+        return False
+    try:
+        folder = teacher_folder(then)
+    except ConfigError:
+        return True
+    if not folder.is_dir():
+        return True
+    try:
+        check_ladder(then, folder)
+    except ConfigError:
+        return False
+    return True
