@@ -3,7 +3,9 @@
 A mistake of the user's is one line on standard error and exit code 2; torch is imported only after the config is right.
 """
 
+import errno
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -197,12 +199,29 @@ def guarded(command: Callable[[], object]) -> int:
             raise
         print(f"stepdistill: {printable(str(error))}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        where = f"{error.filename!r}: " if error.filename is not None else ""
+        print(
+            f"stepdistill: cannot use a file: {where}{os.strerror(error.errno)}; {_SEE_TO_IT}",
+            file=sys.stderr,
+        )
+        return 2
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     except KeyboardInterrupt:
         print("stepdistill: interrupted; the same command goes on at the last finished rung", file=sys.stderr)
         return 130
     return 0
+
+
+_OF_THE_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+)
+"""What no file's reader or writer named before: a mistake in a path, or a disk that fails."""
+_SEE_TO_IT = "mend: make room there, allow this user to use it, or name another path"
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -1,50 +1,157 @@
-"""Files that are either whole or not there: written beside their place, then renamed."""
+"""Files that are either whole or not there: written beside their place, then renamed; and JSON that says by a checksum
+whether it still is as it was written.
+"""
 
+import errno
+import functools
 import hashlib
+import io
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+CHECKSUM = "checksum"
+"""Key of a sealed object: sha256_json of all its other keys."""
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_LARGEST_JSON = 2**28
+_BLOCKED = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+_AGAIN = "see to that, then the same command"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, then the same command"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM),
+        "allow this user to write there, then the same command; or name another folder",
+    ),
+    errno.EROFS: "make the file system writable, then the same command; or name another folder",
+    errno.ENAMETOOLONG: "a shorter name",
+    **dict.fromkeys((errno.ENOENT, errno.ELOOP, errno.EINVAL), "name a folder where files can be made"),
+}
+
+
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes a file of these parts in one step: a reader sees the old one or the new one. ValueError in one line where it
+    cannot be written; then the old one stays, and nothing lies beside it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one step: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """write_bytes of a text in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON in one step."""
+    """write_text of indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_picture(path: Path, image: "Image.Image") -> None:
+    """write_bytes of a picture in the format that its suffix stands for, one of PICTURE_FORMATS."""
+    write_bytes(path, picture_bytes(image, PICTURE_FORMATS[path.suffix.lower()]))
+
+
+def picture_bytes(image: "Image.Image", file_format: str = "PNG", **options: Any) -> bytes:
+    """A picture as a file of one of PIL's formats has it, with the options of that format."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()
+
+
 def read_json(path: Path) -> Any | None:
-    """The JSON of a file, or None where there is no file or it is not JSON."""
+    """The JSON of a file, or None where there is no file, or it is not JSON or larger than any that is written here."""
     try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
+            return None
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """An object as JSON has it, with a checksum of all its keys, none of which may be "checksum"."""
+    plain = json.loads(json.dumps(value))
+    return {**plain, CHECKSUM: sha256_json(plain)}
+
+
+def unsealed(found: Any) -> dict[str, Any] | None:
+    """What was sealed, without its checksum; None for what is no object or was changed since. An object without a checksum,
+    which earlier versions wrote, is taken as it is."""
+    if not isinstance(found, dict):
+        return None
+    rest = {key: value for key, value in found.items() if key != CHECKSUM}
+    return rest if found.get(CHECKSUM) in (None, sha256_json(rest)) else None
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """write_json of an object with its checksum."""
+    write_json(path, sealed(value))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The object that write_sealed wrote; None where the file is missing or was changed."""
+    return unsealed(read_json(path))
+
+
+@functools.cache
+def warn_of_damage(path: Path, then: str) -> None:
+    """One warning about a file that is not as it was written, and what follows from it: "it is drawn again"."""
+    logger.warning("%s is missing or not as it was written: %s", path, then)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """ValueError in one line where a file cannot be written: no room, no right, a full quota."""
+    """ValueError in one line where a file cannot be written: no room, no right, something else in its place."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot write {path}: {error}; mend: make room there, then the same command"
-        ) from None
+        raise ValueError(unwritable(path, error)) from None
+
+
+def unwritable(path: Path, error: OSError | SafetensorError) -> str:
+    """What stands in the way of writing a file, and the remedy, in one line."""
+    number = error.errno if isinstance(error, OSError) else _os_error(str(error))
+    reason = os.strerror(number) if number else " ".join(str(error).split())
+    blocked = _in_the_way(path) if number in _BLOCKED else None
+    return f"cannot write {path}: {reason}; mend: {blocked or _REMEDIES.get(number or errno.ENOSPC, _AGAIN)}"
+
+
+def _os_error(text: str) -> int | None:
+    """The number in a message of safetensors, such as "I/O error: File too large (os error 27)"."""
+    found = re.search(r"\(os error (\d+)\)", text)
+    return int(found[1]) if found else None
+
+
+def _in_the_way(path: Path) -> str | None:
+    """What to do where a file lies in the place of a folder, or a folder in that of the file."""
+    with suppress(OSError):
+        there = next(p for p in (path, *path.parents) if p.exists())
+        if there == path or not there.is_dir():
+            kind = "folder" if there.is_dir() else "file"
+            return f"move the {kind} {there} away, then the same command"
+    return None
 
 
 @contextmanager
@@ -65,16 +172,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def canonical_safetensors(path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Rewrites a safetensors file's header with sorted keys: the writer orders its metadata by chance, so that equal
+    """Rewrites a safetensors file as `canonical` has it."""
+    path.write_bytes(canonical(path.read_bytes(), metadata=metadata))
+    readable(path)
+
+
+def canonical(content: bytes, *, metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file's bytes with sorted keys in its header: the writer orders its metadata by chance, so that equal
     tensors and metadata would not be equal bytes. metadata: what is added to the file's."""
-    content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **(metadata or {})}.items()))
     text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    readable(path)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def readable(path: Path) -> None:

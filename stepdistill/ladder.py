@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.schedule import NoiseSchedule
-from stepdistill.durable import sha256_file
+from stepdistill.durable import sha256_file, writing
 from stepdistill.ladder_checks import prediction_types
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
@@ -122,7 +122,8 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
     partial = config.run_dir / "rungs" / f".{rung.student_steps}.partial"
     if shared.runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with writing(partial):
+            partial.mkdir(parents=True)
     shared.runtime.wait()
     preview = Preview(
         shared.painter,
@@ -149,8 +150,9 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
         )
         record.write(partial)
         final = rung_folder(config.run_dir, rung.student_steps)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with writing(final):
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
     shared.runtime.wait()
 
 

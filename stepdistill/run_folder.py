@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import sha256_json, write_text, writing
+from stepdistill.durable import sha256_json, write_text
 from stepdistill.places import clear_half_written, is_half_written
 from stepdistill.teacher_source import TEACHER_RECORD, check_teacher
 
@@ -43,7 +43,7 @@ def check_run(config: RunConfig) -> None:
         raise ConfigError(
             f"output_dir: cannot look into {run_dir}: {error.strerror}; choose another name or output_dir"
         ) from None
-    differing = _differences(_saved(saved), resolved(config))
+    differing = _differences(_saved(run_dir), resolved(config))
     if differing:
         key, before, now = differing[0]
         rest = [name for name, _, _ in differing[1:]]
@@ -71,8 +71,9 @@ def open_run(config: RunConfig) -> Path:
     plain = resolved(config)
     if plain["data"]["held_out"] is None:
         plain["data"]["held_out"] = saved_held_out(config.run_dir)
-    with writing(config.run_dir / "config.yaml"):
-        write_text(config.run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    saved, text = config.run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False)
+    if not (saved.is_file() and saved.read_bytes() == text.encode("utf-8")):
+        write_text(saved, text)
     clear_half_written(config.run_dir, names=_WRITTEN_BY_ALL)
     return config.run_dir
 
@@ -80,16 +81,21 @@ def open_run(config: RunConfig) -> Path:
 def saved_held_out(run_dir: Path) -> float | None:
     """The data.held_out that a run was begun with; None where it named none, or has not begun."""
     saved = run_dir / "config.yaml"
-    data = _saved(saved).get("data") if saved.is_file() else None
+    data = _saved(run_dir).get("data") if saved.is_file() else None
     return data.get("held_out") if isinstance(data, dict) else None
 
 
 def read_run_config(run_dir: Path) -> RunConfig:
     """The config that a run's folder was made with; ConfigError where it is no run's."""
-    saved = run_dir / "config.yaml"
-    if not saved.is_file():
-        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
-    config = RunConfig.model_validate(_read(saved))
+    raw = saved_config(run_dir)
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, why = ".".join(map(str, first["loc"])), " ".join(first["msg"].split())
+        raise ConfigError(
+            f"{run_dir / 'config.yaml'} is not the config of a run: {where}: {why}; {_MEND}"
+        ) from None
     return config.model_copy(update={"name": run_dir.resolve().name, "output_dir": str(run_dir.parent)})
 
 
@@ -103,19 +109,36 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _read(path: Path) -> dict[str, Any]:
+_MEND = "mend: put a copy back, or the YAML file that the run was made by in its place"
+_MOST_NODES = 100_000
+
+
+def saved_config(run_dir: Path) -> dict[str, Any]:
+    """config.yaml of a run as plain data, not checked; ConfigError in one line where it is missing or no mapping."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not the config of a run")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}; {_MEND}") from None
+    if not isinstance(raw, dict) or not _is_small(raw):
+        raise ConfigError(f"{path} is not the config of a run; {_MEND}")
     return raw
 
 
-def _saved(path: Path) -> dict[str, Any]:
+def _is_small(value: Any) -> bool:
+    """Whether plain data has few nodes, however often its YAML refers to one of them."""
+    waiting, seen = [value], 0
+    while waiting and seen <= _MOST_NODES:
+        node, seen = waiting.pop(), seen + 1
+        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return seen <= _MOST_NODES
+
+
+def _saved(run_dir: Path) -> dict[str, Any]:
     """A run's config with the defaults of keys that its version did not know; as it is where this version cannot read it."""
-    raw = _read(path)
+    raw = saved_config(run_dir)
     try:
         return resolved(RunConfig.model_validate(raw))
     except ValidationError:
@@ -127,7 +150,7 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
         return {
             k: v
             for name, part in value.items()
-            for k, v in _flat(part, f"{key}.{name}" if key else name).items()
+            for k, v in _flat(part, f"{key}.{name}" if key else str(name)).items()
         }
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         return {k: v for index, part in enumerate(value) for k, v in _flat(part, f"{key}.{index}").items()}

@@ -14,21 +14,21 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from stepdistill.durable import read_json, sha256_file
+from stepdistill.durable import sha256_file, unsealed
+from stepdistill.export.exported import read_base, read_scheduler
 from stepdistill.export.kohya import HASH, hash_of_file, read_kohya
-from stepdistill.export.rung import BASE, HEADER
+from stepdistill.export.rung import HEADER
 from stepdistill.models.adapters import lora_layers
 from stepdistill.models.lora_file import Lora, lora_path, read_lora
 from stepdistill.models.sketch import Sketch, layer_shapes
-from stepdistill.rungs import RungRecord
+from stepdistill.rungs import RECORD_NAME, RungRecord
 from stepdistill.sampling_checks import (
     ADAPTER,
     LOADED,
@@ -85,23 +85,26 @@ def _read(path: Path) -> tuple[LoadedRung, Lora | None]:
 
 
 def _of_folder(folder: Path) -> tuple[LoadedRung, Lora]:
-    raw = read_json(folder / "rung.json")
-    if raw is None and (folder / "rungs").is_dir():
+    is_rung = (folder / RECORD_NAME).exists()
+    if not is_rung and (folder / "rungs").is_dir():
         raise ValueError(f"{folder} is a run; allowed: one of its rungs, such as {folder / 'rungs' / '4'}")
-    if raw is None or not (folder / "scheduler" / "scheduler_config.json").is_file():
+    if not is_rung or not (folder / "scheduler").is_dir():
         raise ValueError(
             f"{folder} holds no exported rung: run `stepdistill export` (pipelines/export.py) first; a LoRA that is no rung "
             f"is loaded by pipeline.load_lora_weights"
         )
-    weights, record = lora_path(folder), _record(raw)
+    weights, record = lora_path(folder), RungRecord.read(folder)
+    if record is None:
+        raise ValueError(
+            f"{folder / RECORD_NAME} is not as it was written: it was changed or damaged; mend: copy the folder again, or "
+            f"`stepdistill distill` in its run"
+        )
     if sha256_file(weights) != record.sha256:
         raise ValueError(
             f"{weights} is not the file that rung.json was written for: it was changed or damaged; "
             f"mend: copy or export it again"
         )
-    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    rung = LoadedRung(record, weights, scheduler, Sketch.of_json(read_json(folder / BASE)))
-    return rung, read_lora(weights)
+    return LoadedRung(record, weights, read_scheduler(folder), read_base(folder)), read_lora(weights)
 
 
 def _of_file(path: Path) -> LoadedRung:
@@ -117,8 +120,10 @@ def _of_file(path: Path) -> LoadedRung:
             f"rung's folder"
         )
     try:
-        facts = json.loads(header[HEADER])
-        record = _record(facts)
+        facts = unsealed(json.loads(header[HEADER]))
+        record = RungRecord.of_json(facts)
+        if facts is None or record is None:
+            raise ValueError("it was changed or damaged")
         scheduler, base = DDIMScheduler.from_config(facts["scheduler"]), Sketch.of_json(facts["base"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -129,11 +134,6 @@ def _of_file(path: Path) -> LoadedRung:
             f"{path} is not as it was written: its tensors were changed or damaged; mend: copy or export it again"
         )
     return LoadedRung(record, path, scheduler, base)
-
-
-def _record(raw: Mapping[str, Any]) -> RungRecord:
-    known: dict[str, Any] = {field.name: raw[field.name] for field in fields(RungRecord) if field.name in raw}
-    return RungRecord(**known)
 
 
 def _add_adapter(pipeline: DiffusionPipeline, weights: Path, *, hotswap: bool) -> None:

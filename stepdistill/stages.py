@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json, write_json
+from stepdistill.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
 from stepdistill.pace import measured_seconds_per_pass
 from stepdistill.places import clear_half_written
 from stepdistill.run_folder import check_run, open_run
@@ -38,14 +38,17 @@ def prepare(config: RunConfig) -> None:
     from stepdistill.data.prepare import prepare as fill_cache
     from stepdistill.runtime import environment
 
-    write_json(run_dir / "environment.json", environment())
+    write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
     manifest = run_dir / "cache" / "manifest.json"
-    before = (read_json(manifest) or {}).get("shards")
+    before = read_sealed(manifest)
+    is_damaged = before is None and manifest.exists()
+    if is_damaged:
+        warn_of_damage(manifest, "it is written again")
     made = fill_cache(config)
     logger.info("prepare: %s", "cache made" if made else "cache is there")
-    finished = finished_rungs(run_dir)
-    if finished and before != (read_json(manifest) or {}).get("shards"):
+    finished, now = finished_rungs(run_dir), read_sealed(manifest)
+    if finished and not is_damaged and (before or {}).get("shards") != (now or {}).get("shards"):
         logger.warning(
             "prepare: the data changed, and the rungs of %s steps were trained on what was there before; mend: another "
             "name=..., or `stepdistill distill --rung` for each",
@@ -206,20 +209,29 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     require_rung(run_dir, steps)
     _quiet_libraries()
     from stepdistill.evaluation.generate import draw
+    from stepdistill.export.exported import is_exported
     from stepdistill.export.rung import export_rung
     from stepdistill.models.loading import load_pipeline
     from stepdistill.runtime import default_device
     from stepdistill.sampling import load_few_step
     from stepdistill.teacher_source import teacher_folder
 
-    if not (rung_folder(run_dir, steps) / "scheduler").is_dir():
+    _check_picture(output)
+    if not is_exported(rung_folder(run_dir, steps)):
         export_rung(config, steps)
     pipeline = load_pipeline(teacher_folder(config)).to(default_device())
     load_few_step(pipeline, rung_folder(run_dir, steps))
     images, _ = draw(pipeline, [prompt], steps=steps, guidance_scale=1.0, seed=seed, first=0)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(output)
+    write_picture(output, images[0])
     return output
+
+
+def _check_picture(path: Path) -> None:
+    """ConfigError where a picture could not be written after it is drawn: by its name, or a folder in its place."""
+    if path.suffix.lower() not in PICTURE_FORMATS or path.is_dir():
+        raise ConfigError(
+            f"--output: got {str(path)!r}; allowed: a file that ends in {', '.join(PICTURE_FORMATS)}"
+        )
 
 
 def _estimate(config: RunConfig) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json
+from stepdistill.durable import read_sealed
 from stepdistill.ladder_checks import check_ladder
 from stepdistill.models.folder import (
     DEFAULT_TIMESTEPS,
@@ -133,12 +133,24 @@ def teacher_folder(config: RunConfig) -> Path:
     or a teacher with LoRAs (models/teacher.py); ConfigError where it is not there yet."""
     if is_ready_made(config):
         return local_folder(config.teacher.path)
-    record = read_json(config.run_dir / TEACHER_RECORD)
-    if record is None or record.get("teacher") != teacher_source(config):
+    folder = made_folder(config)
+    if folder is None:
         raise ConfigError(
-            f"{config.run_dir} has no teacher made of {config.teacher.path!r} yet: run `stepdistill prepare` first"
+            f"{config.run_dir} has no teacher made of {config.teacher.path!r} yet, or {TEACHER_RECORD} is damaged: "
+            f"run `stepdistill prepare` first"
         )
-    return config.run_dir / record["folder"]
+    return folder
+
+
+def made_folder(config: RunConfig) -> Path | None:
+    """The folder that `prepare` made of this config's teacher, as teacher.json says; None where that is missing, damaged or
+    of another teacher, or its folder is gone."""
+    record = read_sealed(config.run_dir / TEACHER_RECORD)
+    if record is None or record.get("teacher") != teacher_source(config):
+        return None
+    named = record.get("folder")
+    folder = config.run_dir / named if isinstance(named, str) else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def teacher_timesteps(config: RunConfig) -> int:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from stepdistill import rng
 from stepdistill.config import RunConfig
 from stepdistill.data.shards import Places, Shard, Size, is_intact, read_about
-from stepdistill.durable import read_json, sha256_file
+from stepdistill.durable import read_sealed, sha256_file
 from stepdistill.models.conditioning import Conditioning
 
 TEXT = "text.safetensors"
@@ -131,12 +131,11 @@ def load_cache(config: RunConfig) -> LatentCache:
 
 def open_cache(folder: Path) -> LatentCache:
     """A cache by its folder."""
-    manifest = read_json(folder / "manifest.json")
-    broken = "none" if manifest is None else _broken(folder, manifest)
+    manifest = read_sealed(folder / "manifest.json")
+    broken = _broken(folder, manifest)
     if manifest is None or broken is not None:
         raise ValueError(
-            f"no intact cache in {folder} ({'no manifest.json' if manifest is None else broken}): "
-            f"run `stepdistill prepare` (pipelines/prepare.py) first"
+            f"no intact cache in {folder} ({broken}): run `stepdistill prepare` (pipelines/prepare.py) first"
         )
     text = load_file(folder / TEXT)
     return LatentCache(
@@ -147,13 +146,32 @@ def open_cache(folder: Path) -> LatentCache:
     )
 
 
-def _broken(folder: Path, manifest: dict[str, Any]) -> str | None:
+def is_whole(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest says all that a cache is opened by."""
+    entries = manifest.get("shards")
+    prompts, samples = manifest.get("prompts"), manifest.get("samples", 0)
+    return (
+        isinstance(entries, list)
+        and all(isinstance(entry, dict) and isinstance(entry.get("file"), str) for entry in entries)
+        and isinstance(prompts, list)
+        and type(samples) is int
+    )
+
+
+def _broken(folder: Path, manifest: dict[str, Any] | None) -> str | None:
     """The first file that is not as it was written."""
-    if not (folder / TEXT).is_file() or sha256_file(folder / TEXT) != manifest["text_sha256"]:
+    if manifest is None or not is_whole(manifest):
+        there = (folder / "manifest.json").exists()
+        return "manifest.json is not as it was written" if there else "no manifest.json"
+    if not (folder / TEXT).is_file() or sha256_file(folder / TEXT) != manifest.get("text_sha256"):
         return f"{TEXT} is missing or changed"
     for entry in manifest["shards"]:
         about = read_about(folder / entry["file"])
-        if about is None or about.get("sha256") != entry["sha256"] or not is_intact(folder / entry["file"]):
+        if (
+            about is None
+            or about.get("sha256") != entry.get("sha256")
+            or not is_intact(folder / entry["file"])
+        ):
             return f"{entry['file']} is missing or changed"
     return None
 

@@ -4,15 +4,18 @@ A caption is held out by a hash of its own text, so every seed, run and method k
 names no share, it is 5 % of one's own pictures if that leaves 64 to measure with, else none.
 """
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from stepdistill.config import Data, RunConfig
 from stepdistill.data.records import Record, is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
-from stepdistill.durable import read_json
+from stepdistill.durable import read_sealed
 from stepdistill.run_folder import saved_held_out
 
 LETTERS = "letters"
@@ -70,19 +73,19 @@ def measured_data(config: RunConfig) -> Data:
 def _lenders(data: Data) -> Data:
     if not is_cache(data.source):
         return data
-    manifest = read_json(Path(data.source).expanduser() / "manifest.json") or {}
+    manifest = read_sealed(Path(data.source).expanduser() / "manifest.json") or {}
     lender = manifest.get("data")
     if data.held_out and isinstance(lender, dict):
         source = str(lender.get("source"))
         if source == LETTERS or Path(source).expanduser().exists():
-            return _lenders(Data.model_validate(lender))
+            with contextlib.suppress(ValidationError):  # of another version
+                return _lenders(Data.model_validate(lender))
     return data.model_copy(update={"held_out": 0.0})
 
 
 def _prepared_with(cache: Path) -> float | None:
     """The share that a cache was made with; None where there is no cache."""
-    manifest = read_json(cache / "manifest.json")
-    data = manifest.get("data") if isinstance(manifest, dict) else None
+    data = (read_sealed(cache / "manifest.json") or {}).get("data")
     return data.get("held_out") if isinstance(data, dict) else None
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config_data import KINDS
 from stepdistill.data.buckets import Sizes
-from stepdistill.data.cache import TEXT, pack
+from stepdistill.data.cache import TEXT, is_whole, pack
 from stepdistill.data.encode import Bad, Encoder, stopping
 from stepdistill.data.held_out import settled
 from stepdistill.data.records import Record, is_cache, is_prompts_only
@@ -28,7 +28,16 @@ from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.shards import FORMAT, is_intact, read_about, write_shard
 from stepdistill.data.source import not_empty, training_records
 from stepdistill.data.synthesis import Synthesis
-from stepdistill.durable import canonical_safetensors, read_json, sha256_file, sha256_json, write_json
+from stepdistill.durable import (
+    canonical,
+    read_sealed,
+    sha256_file,
+    sha256_json,
+    warn_of_damage,
+    write_bytes,
+    write_sealed,
+    writing,
+)
 from stepdistill.models.conditioning import encode_prompts, encode_unconditional
 from stepdistill.models.loading import (
     encoder_fingerprint,
@@ -108,7 +117,8 @@ class _Work:
             return made
         seed = derive_seed(self._config.seed, "data") % 2**32
         stream = training_records(self._config.data, seed=seed)
-        (self._folder / "shards").mkdir(parents=True, exist_ok=True)
+        with writing(self._folder / "shards"):
+            (self._folder / "shards").mkdir(parents=True, exist_ok=True)
         while chunk := list(itertools.islice(stream, self._per_shard)):
             number, self._count = self._count, self._count + 1
             if number % processes.count == processes.index:
@@ -119,7 +129,10 @@ class _Work:
         path = self._path(number)
         about = {"key": self._key, "index": str(number), "records": _digest(records)}
         found = read_about(path)
-        there = found is not None and about.items() <= found.items() and is_intact(path)
+        fits = found is not None and about.items() <= found.items()
+        there = fits and is_intact(path)
+        if fits and not there:
+            warn_of_damage(path, "it is made again")
         if not there:
             if self._encoder is None:
                 self._encoder = self._make_encoder(processes.device)
@@ -180,31 +193,30 @@ class _Work:
         manifest = {"format": FORMAT, "key": self._key, **self._source, "prompts": prompts, "shards": shards}
         manifest |= {"samples": self._seen - self._bad.total, "bad": self._bad.counts}
         manifest |= {"bad_examples": self._bad.examples, "unconditional": self._config.teacher.unconditional}
-        kept = read_json(self._folder / "manifest.json") or {}
+        kept = read_sealed(self._folder / "manifest.json") or {}
         text = self._folder / TEXT
         clear_half_written(self._folder)
         same = {**kept, "text_sha256": None} == {**manifest, "text_sha256": None}
-        if same and text.is_file() and sha256_file(text) == kept["text_sha256"]:
+        if same and text.is_file() and sha256_file(text) == kept.get("text_sha256"):
             return False
         self._write_text(text, prompts)
-        write_json(self._folder / "manifest.json", {**manifest, "text_sha256": sha256_file(text)})
+        write_sealed(self._folder / "manifest.json", {**manifest, "text_sha256": sha256_file(text)})
         for path in (self._folder / "shards").glob("*.safetensors"):
             if path.name not in {Path(entry["file"]).name for entry in shards}:
-                path.unlink()  # of an earlier, longer source
+                _remove(path)  # of an earlier, longer source
         logger.info("prepare: %d samples in %d shards", manifest["samples"], len(shards))
         if self._bad.total:
             logger.warning("prepare: %d of %d samples left out: %s", self._bad.total, self._seen, self._bad)
         return True
 
     def _write_text(self, path: Path, prompts: list[str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         pipeline = self._pipeline
         conditional = encode_prompts(pipeline, prompts, image_size=self._sizes.target)
         unconditional = encode_unconditional(
             pipeline, image_size=self._sizes.target, kind=self._config.teacher.unconditional
         )
-        save_file({**pack("cond", conditional), **pack("uncond", unconditional)}, path)
-        canonical_safetensors(path)
+        content = save({**pack("cond", conditional), **pack("uncond", unconditional)})
+        write_bytes(path, canonical(content))
 
     def _stop_if_too_bad(self, *, final: bool) -> None:
         for kind in KINDS:  # of a shard made while this kind was still left out
@@ -228,20 +240,29 @@ class _Work:
         return self._folder / "shards" / f"{number:05d}.safetensors"
 
 
+def _remove(path: Path) -> None:
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
 def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -> dict[str, Any]:
     """The manifest of another run's cache; ConfigError where its latents are another model's or held out otherwise."""
-    manifest = read_json(lender / "manifest.json") or {}
-    if manifest.get("format") != FORMAT:
-        raise ConfigError(f"data.source: {lender} is no cache of this version: {manifest.get('format')!r}")
+    manifest = read_sealed(lender / "manifest.json") or {}
+    if manifest.get("format") != FORMAT or not is_whole(manifest):
+        raise ConfigError(
+            f"data.source: {lender / 'manifest.json'} is damaged or of another version: {manifest.get('format')!r}; "
+            f"mend: `stepdistill prepare` in its run"
+        )
     for part in ("teacher", "encoders"):
-        if manifest[part] != source[part]:
+        if manifest.get(part) != source[part]:
             raise ConfigError(
-                f"data.source: {lender} holds latents of another model ({part} {manifest[part]}, this run's is "
+                f"data.source: {lender} holds latents of another model ({part} {manifest.get(part)}, this run's is "
                 f"{source[part]}); allowed: a cache of the same teacher, or the pictures themselves"
             )
-    if manifest["data"]["held_out"] != config.data.held_out:
+    held_out = (manifest.get("data") or {}).get("held_out")
+    if held_out != config.data.held_out:
         raise ConfigError(
-            f"data.held_out: got {config.data.held_out}; allowed: {manifest['data']['held_out']}, as {lender} was made"
+            f"data.held_out: got {config.data.held_out}; allowed: {held_out}, as {lender} was made"
         )
     return manifest
 

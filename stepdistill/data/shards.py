@@ -10,7 +10,6 @@ header                      what it was made from, how many samples were bad and
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from stepdistill.durable import write_bytes
 from stepdistill.models.conditioning import Conditioning
 
 FORMAT = "stepdistill cache 2"
@@ -33,7 +33,8 @@ Size = tuple[int, int]
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
-    """Writes a shard in one step and returns its sha256; equal tensors and `about`, equal bytes."""
+    """Writes a shard in one step, returns its sha256; equal tensors and `about`, equal bytes. ValueError where it cannot be
+    written."""
     header, body = _split(save(dict(tensors)))
     header["__metadata__"] = {"format": FORMAT, **about}
     sums = _header_sum(header)
@@ -41,13 +42,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
     digest = header["__metadata__"]["sha256"] = sums.hexdigest()
     text = _text(header)
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_bytes(path, len(text).to_bytes(8, "little") + text, body)
     return digest
 
 

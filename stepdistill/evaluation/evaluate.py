@@ -7,7 +7,7 @@ from typing import Any
 
 from stepdistill.config import RunConfig
 from stepdistill.demo.reader import load_reader
-from stepdistill.durable import read_json, sha256_json, write_json, write_text
+from stepdistill.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
 from stepdistill.evaluation.cost import measure_cost
 from stepdistill.evaluation.drift import image_drift
 from stepdistill.evaluation.features import clip_score
@@ -19,11 +19,12 @@ from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, rows_of
 from stepdistill.evaluation.studies import Studies
 from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subject_of
+from stepdistill.export.exported import read_scheduler
 from stepdistill.jackknife import standard_error
 from stepdistill.models.folder import embedded_folder
 from stepdistill.places import clear_half_written
 from stepdistill.rng import derive_seed
-from stepdistill.rungs import require_rung
+from stepdistill.rungs import require_rung, rung_folder
 from stepdistill.runtime import Processes, source_commit
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     for row in rows:
         if row.student_steps is not None:
             require_rung(config.run_dir, row.student_steps)
+            read_scheduler(rung_folder(config.run_dir, row.student_steps))
     subject, processes = subject_of(config), Processes()
     distances = Distances(config.evaluation, device=processes.device)
     work = _Work(config, rows, subject, Sampler(config, device=processes.device), processes)
@@ -115,7 +117,7 @@ class _Work:
             "scale_sweep": self._sweep,
             "matrix": self._matrix,
         }
-        write_json(self._folder / "results.json", results)
+        write_sealed(self._folder / "results.json", results)
         clear_half_written(self._folder)
         return results
 
@@ -211,13 +213,15 @@ class _Work:
     def _cost(self, row: Row) -> dict[str, Any]:
         path, sizes = self._folder / row.name / "cost.json", list(self._options.cost_batch_sizes)
         key = sha256_json([self._manifests[row.name]["key"], sizes, str(self._processes.device)])
-        kept = read_json(path)
-        if kept is None or kept["key"] != key:
+        kept = read_sealed(path)
+        if kept is None and path.exists():
+            warn_of_damage(path, "the cost is measured again")
+        if kept is None or kept.get("key") != key or not isinstance(kept.get("cost"), dict):
             cost = measure_cost(
                 self._sampler, row, self._subject.prompts, batch_sizes=sizes, device=self._processes.device
             )
             kept = {"key": key, "cost": cost}
-            write_json(path, kept)
+            write_sealed(path, kept)
         return kept["cost"]
 
     def _outside(self, row: Row) -> dict[str, float]:

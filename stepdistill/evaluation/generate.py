@@ -139,6 +139,10 @@ class Sampler:
             key = self.key(row, prompts, seed=seed)
             pictures.begin(key, about | {"prompts_sha256": sha256_json(list(prompts)), "seed": seed})
         processes.wait()
+        markers = pictures.markers()
+        processes.wait()
+        pictures.drop_damaged(processes.share(markers))
+        processes.wait()
         missing = pictures.missing(len(prompts), size)
         processes.wait()  # nobody draws before everybody has looked
         mine = processes.share(missing)

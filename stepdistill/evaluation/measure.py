@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from stepdistill.config import ConfigError, Evaluation
 from stepdistill.durable import sha256_json
@@ -20,6 +18,7 @@ from stepdistill.evaluation.distances import (
     precision_recall,
 )
 from stepdistill.evaluation.features import FeatureExtractor, build_extractor, extract
+from stepdistill.evaluation.kept_features import read_features, write_features
 from stepdistill.messages import first_line
 
 
@@ -47,16 +46,11 @@ class View:
         """(N, D) float32, from the cache where images, extractor and protocol are the same."""
         key = sha256_json([images.key, self.extractor.sha256, self.resize, self.crop])
         path = images.cache / f"{self.name}.safetensors"
-        if path.is_file():
-            with safe_open(path, "pt") as kept:
-                if (kept.metadata() or {}).get("key") == key:
-                    return kept.get_tensor("features")
-        found = extract(images.batches(), self.extractor, resize=self.resize, crop=self.crop)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"features": found.contiguous()}, partial, metadata={"key": key})
-        partial.replace(path)
-        return found
+        features = read_features(path, key)
+        if features is None:
+            features = extract(images.batches(), self.extractor, resize=self.resize, crop=self.crop)
+            write_features(path, features, key)
+        return features
 
 
 class Distances:

@@ -1,26 +1,44 @@
 """A folder of pictures drawn for one row: written chunk by chunk, resumed where it stopped, read without loading it all.
 
-<folder>/images/000000.png ..    one per prompt
-<folder>/chunks/000000.json      a chunk that is whole: how many images, seconds per image
-<folder>/latents/000000.safetensors   final latents of that chunk, of the first images only
-<folder>/manifest.json           the key of all they depend on; "finished" is set last
+images/, latents/, chunks/   pictures, final latents and the markers of whole chunks (stepdistill/drawn.py)
+manifest.json                the key of all they depend on; "finished" is set last
+
+A chunk with a file that is not as it was drawn is drawn again.
 """
 
+import hashlib
 import shutil
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
-from stepdistill.durable import read_json, write_json
+from stepdistill.drawn import (
+    Chunk,
+    chunks_of,
+    latents_file,
+    markers,
+    picture_file,
+    read_chunk,
+)
+from stepdistill.durable import (
+    picture_bytes,
+    read_sealed,
+    sha256_file,
+    warn_of_damage,
+    write_sealed,
+    writing,
+)
 
 LATENTS_KEPT = 2048  # of the first images: enough for a mean, 0.5 GB at SDXL's 4 x 128 x 128
+_UNREADABLE = (OSError, ValueError, SyntaxError, KeyError, SafetensorError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -30,62 +48,139 @@ class PictureFolder:
     path: Path
 
     def begin(self, key: str, about: dict[str, Any]) -> None:
-        """Keeps what is there under this key, removes what another key left, and notes the key."""
-        if self.key != key:
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Keeps what is there under this key, removes what another key left, and notes the key.
+
+        Where the manifest is damaged the chunks stay: each says itself what it was drawn for (`drop_damaged`).
+        """
+        manifest = read_sealed(self.path / "manifest.json")
+        if manifest is not None and manifest.get("key") == key:
+            return
+        with writing(self.path):
+            if manifest is None and (self.path / "manifest.json").exists():
+                warn_of_damage(self.path / "manifest.json", "it is written again")
+            if manifest is not None or not any(chunk.key == key for chunk in chunks_of(self.path)):
+                shutil.rmtree(self.path, ignore_errors=True)
             for part in ("images", "chunks", "latents"):
-                (self.path / part).mkdir(parents=True)
-            write_json(self.path / "manifest.json", {"key": key, **about, "finished": False})
+                (self.path / part).mkdir(parents=True, exist_ok=True)
+        write_sealed(self.path / "manifest.json", {"key": key, **about, "finished": False})
 
     @property
     def key(self) -> str | None:
         """The key of what is there."""
-        manifest = read_json(self.path / "manifest.json")
-        return manifest.get("key") if isinstance(manifest, dict) else None
+        return (read_sealed(self.path / "manifest.json") or {}).get("key")
+
+    def markers(self) -> list[Path]:
+        """The markers of its chunks, for `drop_damaged`."""
+        return markers(self.path)
+
+    def drop_damaged(self, several: Iterable[Path]) -> None:
+        """Removes the markers whose chunks are damaged or were drawn for something else; their pictures count as missing.
+
+        A chunk of an earlier version, which knew no sha256, is taken as it is where its files can be read.
+        """
+        key = self.key
+        for marker in several:
+            damaged = self._damaged(marker, key)
+            if damaged is not None:
+                warn_of_damage(damaged, "its pictures are drawn again")
+                with writing(marker):
+                    marker.unlink()
+
+    def _damaged(self, marker: Path, key: str | None) -> Path | None:
+        """What of a chunk is not as it was drawn; its marker where that is damaged or of another key."""
+        chunk = read_chunk(marker)
+        if chunk is not None and chunk.key is None:
+            return self._taken_over(chunk)
+        return marker if chunk is None or chunk.key != key else chunk.changed_file(self.path)
 
     def missing(self, num_images: int, batch_size: int) -> list[range]:
-        """The chunks of `batch_size` with an image that is not there yet."""
-        there: set[int] = set()
-        for marker in (self.path / "chunks").glob("*.json"):
-            record = read_json(marker)
-            if record is not None:
-                there.update(range(int(marker.stem), int(marker.stem) + record["images"]))
-        chunks = [
-            range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)
-        ]
-        return [chunk for chunk in chunks if not there.issuperset(chunk)]
+        """The pictures that are not there yet, in runs of at most `batch_size`."""
+        there = {index for chunk in chunks_of(self.path) for index in chunk.indices}
+        runs: list[range] = []
+        for index in (k for k in range(num_images) if k not in there):
+            if runs and runs[-1].stop == index and index % batch_size:
+                runs[-1] = range(runs[-1].start, index + 1)
+            else:
+                runs.append(range(index, index + 1))
+        return runs
 
     def add(self, first: int, images: list[Image.Image], latents: torch.Tensor, *, seconds: float) -> None:
         """Pictures first .. first + len(images) - 1, their final latents (n, C, h, w), and the seconds of one."""
-        for k, image in enumerate(images):
-            image.save(self.path / "images" / f"{first + k:06d}.png", compress_level=1)
-        if first < LATENTS_KEPT:
-            save_file({"latents": latents.contiguous()}, self.path / "latents" / f"{first:06d}.safetensors")
-        write_json(
-            self.path / "chunks" / f"{first:06d}.json", {"images": len(images), "seconds_per_image": seconds}
+        pictures = tuple(
+            _written(picture_file(self.path, first + k), picture_bytes(image, compress_level=1))
+            for k, image in enumerate(images)
         )
+        kept = None
+        if first < LATENTS_KEPT:
+            content = save({"latents": latents.contiguous()})
+            kept = _written(latents_file(self.path, first), content)
+        Chunk(first, len(images), seconds, self.key, pictures, kept).write(self.path)
 
     def finish(self) -> dict[str, Any]:
         """Notes that all is there; returns the manifest, with the median of the chunks' seconds_per_image."""
-        manifest: dict[str, Any] = read_json(self.path / "manifest.json") or {}
-        if not manifest.get("finished"):
-            chunks = [read_json(path) or {} for path in sorted((self.path / "chunks").glob("*.json"))]
-            seconds = statistics.median(chunk["seconds_per_image"] for chunk in chunks)
-            manifest |= {"finished": True, "seconds_per_image": seconds}
-            write_json(self.path / "manifest.json", manifest)
+        before = read_sealed(self.path / "manifest.json") or {}
+        seconds = statistics.median(chunk.seconds_per_image for chunk in chunks_of(self.path))
+        manifest = before | {"finished": True, "seconds_per_image": seconds}
+        if manifest != before:
+            write_sealed(self.path / "manifest.json", manifest)
         return manifest
 
     def batches(self, num_images: int, batch_size: int = 256) -> Iterator[torch.Tensor]:
-        """uint8 (B, 3, H, W), in order; as many in memory as a batch has."""
+        """uint8 (B, 3, H, W), in order; as many in memory as a batch has. ValueError for a picture that cannot be read."""
         for start in range(0, num_images, batch_size):
             pixels = [self._pixels(k) for k in range(start, min(start + batch_size, num_images))]
             yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
     def latents(self) -> torch.Tensor:
-        """Final latents (n, C, h, w) of the first images."""
-        files = sorted((self.path / "latents").glob("*.safetensors"))
-        return torch.cat([load_file(file)["latents"] for file in files])
+        """Final latents (n, C, h, w) of the first images. ValueError for a file that cannot be read."""
+        parts, end = [], 0
+        for chunk in chunks_of(self.path):
+            if chunk.latents is not None:  # chunks of an earlier version may overlap
+                parts.append(_read_latents(latents_file(self.path, chunk.first))[max(0, end - chunk.first) :])
+                end = max(end, chunk.indices.stop)
+        return torch.cat(parts)[:LATENTS_KEPT]
 
     def _pixels(self, index: int) -> np.ndarray:
-        with Image.open(self.path / "images" / f"{index:06d}.png") as image:
-            return np.asarray(image.convert("RGB"))
+        file = picture_file(self.path, index)
+        try:
+            with Image.open(file) as image:
+                return np.asarray(image.convert("RGB"))
+        except _UNREADABLE as error:
+            raise ValueError(_cannot_read(file, error)) from None
+
+    def _taken_over(self, chunk: Chunk) -> Path | None:
+        """Gives a chunk of an earlier version its key and sha256; the file that cannot be read where there is one."""
+        for index in chunk.indices:
+            try:
+                self._pixels(index)
+            except ValueError:
+                return picture_file(self.path, index)
+        latents, digest = latents_file(self.path, chunk.first), None
+        if chunk.first < LATENTS_KEPT:
+            try:
+                digest = sha256_file(latents) if len(_read_latents(latents)) == chunk.images else None
+            except (OSError, ValueError):
+                digest = None
+            if digest is None:
+                return latents
+        pictures = tuple(sha256_file(picture_file(self.path, k)) for k in chunk.indices)
+        replace(chunk, key=self.key, pictures=pictures, latents=digest).write(self.path)
+        return None
+
+
+def _read_latents(file: Path) -> torch.Tensor:
+    try:
+        return load_file(file)["latents"]
+    except _UNREADABLE as error:
+        raise ValueError(_cannot_read(file, error)) from None
+
+
+def _cannot_read(file: Path, error: Exception) -> str:
+    return f"cannot read {file}: {' '.join(str(error).split())}; mend: the same command draws it again"
+
+
+def _written(file: Path, content: bytes) -> str:
+    """Writes a file that counts only once its chunk's marker is there; returns its sha256."""
+    with writing(file):
+        file.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()

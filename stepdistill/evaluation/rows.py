@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
 from stepdistill.durable import read_json
+from stepdistill.export.exported import scheduler_file
 from stepdistill.messages import first_line
 from stepdistill.models.folder_files import read_header
 from stepdistill.models.folder_scheduler import MOST_TIMESTEPS
@@ -92,8 +93,13 @@ def lora_file(lora: LoraRow) -> Path:
 def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMixin:
     """What samples it: the class that is named on the base's config, else the scheduler beside the weights, else DDIM;
     changed by scheduler_options. ConfigError for a class that is none of diffusers'."""
-    beside = read_json(lora_file(lora).parent / "scheduler" / "scheduler_config.json")
-    if lora.scheduler is None and isinstance(beside, dict):
+    file = scheduler_file(lora_file(lora).parent)
+    if lora.scheduler is None and file.exists():
+        beside = read_json(file)
+        if not isinstance(beside, dict):
+            raise ConfigError(
+                f"evaluation.loras: {lora.name}: {file} is damaged; mend: copy it again, or name a scheduler"
+            )
         kind = scheduler_class(str(beside.get("_class_name")))
         return kind.from_config(beside, **(lora.scheduler_options or {}))
     options = {"timestep_spacing": "trailing"} if lora.scheduler_options is None else lora.scheduler_options

@@ -1,5 +1,6 @@
 """A rung's README.md: a model card that the Hub understands, with a snippet for every tool, the numbers and the picture."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import yaml
 from diffusers import DDIMScheduler
 
 from stepdistill.config import RunConfig
-from stepdistill.durable import read_json
 from stepdistill.export.scheduler import trained_timesteps
 from stepdistill.models.folder import EMBEDDED_TEACHER, teacher_kind
 from stepdistill.report.markdown import markdown_table
+from stepdistill.report.results import read_results
 from stepdistill.rungs import RungRecord
 from stepdistill.teacher_source import teacher_folder
 
+logger = logging.getLogger(__name__)
 GRID = "grid.png"
 _TAGS = ["lora", "text-to-image", "few-step", "distillation", "stepdistill"]
 _CARD = """---
@@ -94,7 +96,7 @@ def model_card(
     students = [r.student_steps for r in config.ladder]
     students = students[: students.index(record.student_steps) + 1]
     first = f"{config.ladder[0].teacher_steps} steps with guidance {config.teacher.guidance_scale:g}"
-    results = read_json(config.run_dir / "evaluation" / "results.json") or {}
+    results = _results(config.run_dir)
     template = jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, trim_blocks=True)
     embedded = config.teacher.path == EMBEDDED_TEACHER
     return template.render(
@@ -128,14 +130,25 @@ def _front_matter(config: RunConfig) -> str:
     return yaml.safe_dump(facts, sort_keys=False)
 
 
+def _results(run_dir: Path) -> dict[str, Any]:
+    """The run's numbers, none where it is not measured yet or they are damaged, which is warned of."""
+    try:
+        return read_results(run_dir) or {}
+    except ValueError as error:
+        logger.warning("the card claims no numbers: %s", error)
+        return {}
+
+
 def _table(results: Mapping[str, Any], steps: int) -> str | None:
     """The rows of the teacher and of this rung, where the run is measured."""
     rows = [
         row
         for row in results.get("rows") or []
-        if row.get("row") == results.get("reference")
-        or (row.get("kind"), row.get("steps")) == ("student", steps)
-        or (row.get("kind"), row.get("steps")) == ("teacher", steps)
+        if isinstance(row, dict)
+        and (
+            row.get("row") == results.get("reference")
+            or (row.get("kind"), row.get("steps")) in (("student", steps), ("teacher", steps))
+        )
     ]
     return markdown_table(rows) if rows else None
 

@@ -4,9 +4,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from diffusers import DDIMScheduler
-
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.durable import writing
+from stepdistill.export.exported import read_scheduler
 from stepdistill.export.rung import write_card
 from stepdistill.rungs import require_rung
 
@@ -44,8 +44,8 @@ def push_rung(config: RunConfig, student_steps: int, folder: Path, repository: s
 def stage(config: RunConfig, student_steps: int, folder: Path, repository: str, place: Path) -> Path:
     """A copy of the folder as it goes up: without previews and lower ranks, its card naming the repository."""
     copy = place / folder.name
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_STAYS_HERE))
-    scheduler = DDIMScheduler.from_pretrained(copy, subfolder="scheduler")
+    with writing(copy):
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_STAYS_HERE))
     record = require_rung(config.run_dir, student_steps)
-    write_card(config, record, copy, scheduler, repository=repository)
+    write_card(config, record, copy, read_scheduler(copy), repository=repository)
     return copy

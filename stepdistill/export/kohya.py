@@ -170,9 +170,9 @@ def kohya_header(
 def write_kohya(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> Path:
     """Writes the file in one step; equal tensors and header, equal bytes, and a file that is so already is left alone.
     sshs_model_hash is that of the tensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(dict(state), partial, metadata={**header, HASH: tensors_hash(state)})
             canonical_safetensors(partial)

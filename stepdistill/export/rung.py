@@ -13,7 +13,6 @@ rungs/<steps>/
 import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,20 @@ import torch
 from diffusers import DDIMScheduler
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json, sha256_file, write_json, write_text, writing
+from stepdistill.durable import (
+    read_json,
+    read_sealed,
+    sealed,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_sealed,
+    write_text,
+)
 from stepdistill.export import comfy, kohya
 from stepdistill.export.card import GRID, model_card
 from stepdistill.export.card_tools import tools_section
+from stepdistill.export.exported import read_scheduler, write_facts
 from stepdistill.export.fused import check_whole, fused_unet, write_fused
 from stepdistill.export.onnx_unet import check_installed, write_onnx
 from stepdistill.export.rank import reduce_rank
@@ -37,7 +46,6 @@ from stepdistill.rungs import WEIGHT_NAME, RungRecord, require_rung, rung_folder
 from stepdistill.teacher_source import teacher_folder
 
 logger = logging.getLogger(__name__)
-BASE = "base.json"
 KEPT = "kept.json"
 """Of a lower rank: the share of the trained LoRA's energy."""
 HEADER = "stepdistill"
@@ -60,8 +68,7 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
             100 * min(reduced.kept.values()),
         )
         lora, folder = reduced.lora, folder / f"rank{config.export.rank}"
-        folder.mkdir(exist_ok=True)
-        write_json(folder / KEPT, {"rank": config.export.rank, "energy_kept": reduced.energy_kept})
+        write_sealed(folder / KEPT, {"rank": config.export.rank, "energy_kept": reduced.energy_kept})
         file = write_lora(folder, lora.state(), lora.config)
         record = dataclasses.replace(record, lora_rank=lora.rank, sha256=sha256_file(file))
         record.write(folder)
@@ -95,9 +102,8 @@ def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -
     scheduler = student_scheduler(
         read_scheduler_config(base), record.prediction_type, start_timestep=record.start_timestep
     )
-    scheduler.save_pretrained(folder / "scheduler")
     sketch = sketch_of_folder(base).as_json()
-    write_json(folder / BASE, sketch)
+    write_facts(folder, scheduler, sketch)
     if "kohya" in formats:
         _write_kohya(config, record, lora, scheduler, folder, sketch)
     if {"fused", "onnx"} & set(formats):
@@ -123,9 +129,9 @@ def write_card(
 ) -> None:
     """README.md, and beside it the run's picture where there is one; for the Hub, with the repository in the snippets."""
     grid = config.run_dir / "report" / GRID
-    kept = (read_json(folder / KEPT) or {}).get("energy_kept")
+    kept = _energy_kept(folder)
     if grid.is_file() and kept is None:
-        shutil.copyfile(grid, folder / GRID)
+        write_bytes(folder / GRID, grid.read_bytes())
     files, base = sorted((folder / "kohya").glob("*.safetensors")), teacher_folder(config)
     card = model_card(
         config,
@@ -141,13 +147,25 @@ def write_card(
     write_text(folder / "README.md", card)
 
 
+def _energy_kept(folder: Path) -> float | None:
+    """Of a lower rank, as kept.json says; None for the trained one. ValueError where that file is damaged."""
+    if not (folder / KEPT).exists():
+        return None
+    kept = read_sealed(folder / KEPT) or {}
+    if not isinstance(kept.get("energy_kept"), float):
+        raise ValueError(
+            f"{folder / KEPT} is not as it was exported; mend: `stepdistill export` with --rank again"
+        )
+    return kept["energy_kept"]
+
+
 def refresh_cards(config: RunConfig) -> None:
     """Every exported rung's card again, once the run is measured."""
     for rung in config.ladder:
         folder = rung_folder(config.run_dir, rung.student_steps)
         if (folder / "scheduler").is_dir():
-            scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-            write_card(config, require_rung(config.run_dir, rung.student_steps), folder, scheduler)
+            record = require_rung(config.run_dir, rung.student_steps)
+            write_card(config, record, folder, read_scheduler(folder))
 
 
 def _write_kohya(
@@ -182,7 +200,9 @@ def _write_kohya(
         "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
         "base": sketch,
     }
-    kohya.write_kohya(folder / "kohya" / name, state, header | {HEADER: json.dumps(facts, sort_keys=True)})
+    kohya.write_kohya(
+        folder / "kohya" / name, state, header | {HEADER: json.dumps(sealed(facts), sort_keys=True)}
+    )
     _write_workflow(config, record, folder / "kohya", name)
 
 
@@ -201,9 +221,7 @@ def _write_workflow(config: RunConfig, record: RungRecord, folder: Path, lora: s
         prompt=config.preview.prompts[0],
         title=lora.removesuffix("_lora.safetensors"),
     )
-    path = folder / comfy.workflow_name(lora)
-    with writing(path):
-        write_json(path, found)
+    write_json(folder / comfy.workflow_name(lora), found)
 
 
 def _dtype(config: RunConfig) -> torch.dtype:

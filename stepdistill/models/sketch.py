@@ -30,9 +30,12 @@ class Sketch:
     @classmethod
     def of_json(cls, raw: Any) -> "Sketch | None":
         """What `as_json` gave, None for anything else."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("weights"), dict) or "tensors" not in raw:
+        tensors, weights = (raw.get("tensors"), raw.get("weights")) if isinstance(raw, dict) else (None, None)
+        if type(tensors) is not int or not isinstance(weights, dict):
             return None
-        return cls(int(raw["tensors"]), raw["weights"])
+        if not all(isinstance(number, int | float) for number in weights.values()):
+            return None
+        return cls(tensors, weights)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -5,7 +5,6 @@ RUN/teacher.json     what it was made of, and its folder; written last
 """
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from safetensors import SafetensorError, safe_open
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json, write_json
+from stepdistill.durable import read_json, read_sealed, warn_of_damage, whole_folder, write_sealed
 from stepdistill.messages import first_line
 from stepdistill.models.examine import examine_pipeline
 from stepdistill.models.folder import teacher_kind
@@ -27,7 +26,7 @@ from stepdistill.teacher_source import (
     check_teacher_folder,
     is_ready_made,
     local_folder,
-    teacher_folder,
+    made_folder,
     teacher_lora_file,
     teacher_source,
 )
@@ -41,28 +40,28 @@ def make_teacher(config: RunConfig) -> Path:
     if is_ready_made(config):
         return _examined(local_folder(config.teacher.path))
     record = config.run_dir / TEACHER_RECORD
-    kept = read_json(record)
-    if kept is not None and kept.get("teacher") == teacher_source(config):
-        return teacher_folder(config)
+    made = made_folder(config)
+    if made is not None:
+        return made
+    if record.exists() and read_sealed(record) is None:
+        warn_of_damage(record, "the teacher's folder is made again")
     path, kind = config.teacher.path, teacher_kind(config.teacher.path)
     if kind == "hub" and not config.teacher.loras:
         folder = _downloaded(config)
         check_teacher_folder(config, folder)
-        write_json(record, {"teacher": teacher_source(config), "folder": str(_examined(folder).resolve())})
+        write_sealed(record, {"teacher": teacher_source(config), "folder": str(_examined(folder).resolve())})
         return folder
     logger.info("prepare: making the teacher's folder of %s", path)
     pipeline = _of_file(config) if kind == "file" else _of_folder(config)
     dtype = pipeline.unet.dtype
     if config.teacher.loras:
         _bake(pipeline, config)
-    partial, folder = config.run_dir / ".teacher.partial", config.run_dir / "teacher"
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.to(dtype).save_pretrained(partial, safe_serialization=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    folder = config.run_dir / "teacher"
+    with whole_folder(folder) as partial:
+        pipeline.to(dtype).save_pretrained(partial, safe_serialization=True)
     check_teacher_folder(config, folder)
     _examined(folder)
-    write_json(record, {"teacher": teacher_source(config), "folder": "teacher"})
+    write_sealed(record, {"teacher": teacher_source(config), "folder": "teacher"})
     return folder
 
 

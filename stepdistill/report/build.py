@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.durable import write_json, write_text
+from stepdistill.durable import write_json, write_picture, write_text
 from stepdistill.report.entries import Entry, entries_of
 from stepdistill.report.gallery import comparison_sheet
 from stepdistill.report.markdown import markdown, markdown_table
@@ -56,7 +56,7 @@ def _write_numbers(folder: Path, runs: Sequence[Run], evaluated: Sequence[Run], 
     write_text(folder / "results.md", markdown(title, text, data))
     sheet = comparison_sheet(entries, columns=columns)
     if sheet is not None:
-        sheet.save(folder / "grid.png")
+        write_picture(folder / "grid.png", sheet)
 
 
 def _joined(evaluated: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:

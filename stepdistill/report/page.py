@@ -17,6 +17,7 @@ from stepdistill.report.curves import distance_plots, training_plots
 from stepdistill.report.entries import entries_of
 from stepdistill.report.gallery import Sizes
 from stepdistill.report.pictures import Picture, sheet
+from stepdistill.report.quantities import format_number, number
 from stepdistill.report.read import Run, RungLog
 from stepdistill.report.summary import joined_names, sentences, warnings_of
 from stepdistill.report.table import cost_table, metrics_of, quality_table
@@ -136,7 +137,7 @@ def _lead(run: Run) -> str:
     if "path" in teacher:
         parts.append(f"teacher {teacher['path']}")
     if "guidance_scale" in teacher:
-        parts.append(f"guidance {teacher['guidance_scale']:g}")
+        parts.append(f"guidance {format_number(teacher['guidance_scale'], 'g')}")
     if "rank" in lora:
         parts.append(f"LoRA rank {lora['rank']}")
     if run.results is not None and "num_images" in run.results:
@@ -153,7 +154,7 @@ def _progress(run: Run) -> Iterator[Progress]:
         else:
             state = "in training" if rung.updates and not going else "waiting"
             going = going or bool(rung.updates)
-        seconds = (rung.record or {}).get("training_seconds")
+        seconds = number((rung.record or {}).get("training_seconds"))
         name = f"{rung.teacher_steps} → {rung.student_steps}"
         yield Progress(run.name, name, phases, rung.updates, rung.max_train_steps, state, seconds)
 
@@ -171,8 +172,8 @@ def _previews(run: Run) -> Iterator[tuple[str, Picture]]:
 
 def _preview_caption(rung: RungLog, stem: str) -> str:
     """ "4 steps, after phase 1, paired" of phase1-paired-end."""
-    number, _, objective = stem.removeprefix("phase").removesuffix("-end").partition("-")
-    return f"{rung.title}, after phase {number} ({objective})"
+    place, _, objective = stem.removeprefix("phase").removesuffix("-end").partition("-")
+    return f"{rung.title}, after phase {place} ({objective})"
 
 
 def _config_text(run: Run) -> str:

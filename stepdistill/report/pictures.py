@@ -8,9 +8,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from stepdistill.drawn import is_as_written, picture_digest, picture_file
+from stepdistill.durable import warn_of_damage
 from stepdistill.report.grid import fitting
 
 _SMALL = 64
+_UNREADABLE = (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError)
 _QUALITY = 85
 _GAP = 2
 _LONGEST_ALT = 160
@@ -28,18 +31,37 @@ class Picture:
 
 
 def open_pictures(folder: Path, indices: Sequence[int], *, longest: int) -> list[Image.Image]:
-    """Those pictures of images/ that are there, RGB, shrunk to `longest` pixels where they are larger."""
+    """Those pictures of images/ that are there and as they were drawn, RGB, shrunk to `longest` pixels where larger.
+
+    Others are left out, with a warning where the folder says that they were drawn.
+    """
     found = []
     for index in indices:
-        try:
-            with Image.open(folder / "images" / f"{index:06d}.png") as image:
-                picture = image.convert("RGB")
-        except (OSError, ValueError):
+        picture = _as_drawn(folder, index)
+        if picture is None:
             continue
         if max(picture.size) > longest:
             picture = picture.resize(fitting(picture.size, longest), Image.Resampling.LANCZOS)
         found.append(picture)
     return found
+
+
+def _as_drawn(folder: Path, index: int) -> Image.Image | None:
+    file, digest = picture_file(folder, index), picture_digest(folder, index)
+    changed = digest is not None and not is_as_written(file, digest)
+    picture = None if changed else opened(file)
+    if picture is None and (digest is not None or file.exists()):
+        warn_of_damage(file, "it is left out of the report; mend: `stepdistill evaluate` draws it again")
+    return picture
+
+
+def opened(file: Path) -> Image.Image | None:
+    """A picture as RGB; None where there is none, or none that can be read."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except _UNREADABLE:
+        return None
 
 
 def row_folder(evaluation: Path, *parts: str) -> Path | None:
@@ -81,10 +103,9 @@ def _columns(count: int) -> int:
 
 def sheet(path: Path, alt: str, *, longest: int) -> Picture | None:
     """A preview's sheet as it is, shrunk where it is wider than `longest`; None where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except (OSError, ValueError):
+    picture = opened(path)
+    if picture is None:
+        warn_of_damage(path, "it is left out of the report")
         return None
     lossless = max(picture.size) <= longest
     if not lossless:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from stepdistill.durable import read_json
+from stepdistill.durable import read_sealed, warn_of_damage
 from stepdistill.report.quantities import number, steps_text
-from stepdistill.rungs import rung_folder
+from stepdistill.report.results import read_results
+from stepdistill.run_folder import saved_config
+from stepdistill.rungs import RECORD_NAME, rung_folder
 from stepdistill.training.log import read_log
 
 ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
@@ -131,24 +131,21 @@ class Run:
 
 def read_run(run_dir: Path) -> Run:
     """The run in a folder; ValueError in one line where it is none, or has nothing to report yet."""
-    saved = run_dir / "config.yaml"
-    if not saved.is_file():
-        raise ValueError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
-    try:
-        config = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {saved}: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{saved} is not the config of a run")
+    config = saved_config(run_dir)
+    for key in ("teacher", "lora"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(f"{run_dir / 'config.yaml'} is not the config of a run: {key} is no mapping")
     try:
         rungs = tuple(_rungs(run_dir, config))
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{saved} is not the config of a run: its ladder cannot be read") from None
-    results = _paired_renamed(_results(run_dir / "evaluation" / "results.json"))
+        raise ValueError(
+            f"{run_dir / 'config.yaml'} is not the config of a run: its ladder cannot be read"
+        ) from None
+    results = _paired_renamed(read_results(run_dir))
     if results is None and not any(rung.record or rung.updates for rung in rungs):
         raise ValueError(f"{run_dir} has nothing to report yet: run `stepdistill distill` first")
     name = run_dir.resolve().name
-    environment = read_json(run_dir / "environment.json") or {}
+    environment = _environment(run_dir / "environment.json")
     data = _data(run_dir / "cache" / "manifest.json")
     if results is None:
         return Run(name, run_dir, config, environment, rungs, data, None)
@@ -191,20 +188,36 @@ def _paired_renamed(results: dict[str, Any] | None) -> dict[str, Any] | None:
     return results | {"rows": rows, "metrics": metrics, "floor": floor, "warnings": warnings}
 
 
+def _environment(path: Path) -> dict[str, Any]:
+    environment = read_sealed(path)
+    if environment is None or any(isinstance(value, dict | list) for value in environment.values()):
+        if path.exists():
+            warn_of_damage(path, "the report says nothing of it; mend: `stepdistill prepare` writes it again")
+        return {}
+    return environment
+
+
 def _data(path: Path) -> DataCounts | None:
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("bad"), dict):
-        return None
-    return DataCounts(int(manifest["samples"]), manifest["bad"], manifest.get("bad_examples") or {})
+    manifest = read_sealed(path)
+    if manifest is not None and "bad" not in manifest:
+        return None  # of an earlier version
+    samples, bad, examples = ((manifest or {}).get(key) for key in ("samples", "bad", "bad_examples"))
+    if type(samples) is int and isinstance(bad, dict) and isinstance(examples or {}, dict):
+        lists = all(isinstance(found, list) for found in (examples or {}).values())
+        if lists and all(type(count) is int for count in bad.values()):
+            return DataCounts(samples, bad, examples or {})
+    if path.exists():
+        warn_of_damage(
+            path, "the report says nothing of the data; mend: `stepdistill prepare` writes it again"
+        )
+    return None
 
 
-def _results(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    results = read_json(path)
-    if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
-        raise ValueError(f"{path} is not what `stepdistill evaluate` writes: run it again")
-    return results
+def _record(path: Path) -> dict[str, Any] | None:
+    record = read_sealed(path)
+    if record is None and path.parent.is_dir():
+        warn_of_damage(path, "the rung counts as not finished; mend: `stepdistill distill`")
+    return record
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +245,7 @@ def _rungs(run_dir: Path, config: dict[str, Any]) -> Iterator[RungLog]:
             for place, phase in enumerate(rung.get("phases") or [])
         )
         previews = tuple(sorted((folder / "previews").glob("*-end.png")))
-        record = read_json(folder / "rung.json")
+        record = _record(folder / RECORD_NAME)
         yield RungLog(
             key,
             int(rung["teacher_steps"]),

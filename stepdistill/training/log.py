@@ -9,6 +9,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stepdistill.durable import warn_of_damage, write_text, writing
+
+_PLACE = ("rung", "phase", "step")
+"""Keys that say which update a line is of."""
+
 
 class TrainingLog:
     """Appends to a run's log.jsonl. Lines of rungs that are trained again are dropped first.
@@ -19,15 +24,18 @@ class TrainingLog:
     """
 
     def __init__(self, path: Path, *, drop_rungs: set[int]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(path) if line.get("rung") not in drop_rungs]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        earlier = [line for line in read_log(path) if line["rung"] not in drop_rungs]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in earlier))
+        with writing(path):
+            self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict) -> None:
-        """One JSON object, one line, on disk at once."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """One JSON object, one line, on disk at once; ValueError where it cannot be written."""
+        rest = (json.dumps(record) + "\n").encode()
+        with writing(self._path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Closes the file."""
@@ -35,18 +43,30 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log.jsonl; a last line cut short by a crash is left out."""
+    """The records of a log.jsonl: objects with whole numbers under rung, phase and step.
+
+    A last line cut short by a crash is left out; so are lines that are damaged, which is warned of.
+    """
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; mend: allow this user to read it") from None
+    *whole, cut_short = map(_record, lines)
+    records = [record for record in whole if record is not None]
+    if len(records) < len(whole):
+        warn_of_damage(path, f"{len(whole) - len(records)} of its {len(whole)} lines are left out")
+    return records if cut_short is None else [*records, cut_short]
+
+
+def _record(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and all(type(record.get(key)) is int for key in _PLACE)
+    return record if is_record else None
 
 
 class PhaseProgress:

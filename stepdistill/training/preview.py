@@ -6,6 +6,7 @@ from PIL import Image
 
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
+from stepdistill.durable import write_picture
 from stepdistill.report.grid import image_grid
 from stepdistill.training.pictures import Painter, to_images
 from stepdistill.training.steps import Denoisers
@@ -40,8 +41,7 @@ class Preview:
             pictures = self._painter.of_teacher(nets, self._noise, self._conditioning, steps=steps)
             self._teacher_row = ((steps, nets.roles.teacher_is_base), to_images(pictures))
         pictures = self._painter.of_student(nets, self._noise, self._conditioning, steps=student_steps)
-        self._folder.mkdir(parents=True, exist_ok=True)
         target = self._folder / f"{name}.png"
         rows = {f"teacher {steps}": self._teacher_row[1], f"student {student_steps}": to_images(pictures)}
-        image_grid(rows).save(target)
+        write_picture(target, image_grid(rows))
         return target

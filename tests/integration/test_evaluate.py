@@ -11,6 +11,7 @@ import pytest
 
 from stepdistill import stages
 from stepdistill.config import ConfigError
+from stepdistill.durable import read_sealed
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.run_folder import open_run
 from stepdistill.rungs import rung_folder
@@ -45,7 +46,7 @@ def copy_of(trained_run, tmp_path):
 
 
 def saved(config):
-    return json.loads((config.run_dir / "evaluation" / "results.json").read_text())
+    return read_sealed(config.run_dir / "evaluation" / "results.json")
 
 
 def test_the_table_has_every_kind_of_row_floor_and_study(finished_run):

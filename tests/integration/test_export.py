@@ -22,7 +22,15 @@ from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import load_unet, read_scheduler_config
 from stepdistill.models.lora_file import read_lora
 from stepdistill.rungs import RungRecord
-from tests.integration.exported import RANK, answer, random_roles, rung_of, with_export, write_rung
+from tests.integration.exported import (
+    RANK,
+    answer,
+    random_roles,
+    rung_of,
+    sign_again,
+    with_export,
+    write_rung,
+)
 from tests.integration.kohya_reader import merged
 from tests.original_layout import unet_name
 
@@ -233,7 +241,7 @@ def test_alpha_that_is_not_the_rank_is_in_kohyas_file_and_in_the_fused_unet(tmp_
     folder = config.run_dir / "rungs" / "4"
     path = folder / "pytorch_lora_weights.safetensors"
     _with_peft_config(path, changes)
-    _signed_again(folder)
+    sign_again(folder)
     exported = export_rung(with_export(config, formats=["kohya", "fused"]), 4)
     unet = load_unet(teacher)
     unet.load_lora_adapter(load_file(path), prefix="unet", metadata=_peft_config(path), adapter_name="x")
@@ -262,15 +270,6 @@ def _with_peft_config(path, changes):
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
     save_file(load_file(path), path, metadata=metadata)
     return path
-
-
-def _signed_again(folder):
-    """rung.json for the file that lies there now."""
-    from stepdistill.durable import sha256_file
-
-    raw = json.loads((folder / "rung.json").read_text())
-    raw["sha256"] = sha256_file(folder / "pytorch_lora_weights.safetensors")
-    (folder / "rung.json").write_text(json.dumps(raw))
 
 
 def test_all_rungs_have_one_shape(tmp_path):

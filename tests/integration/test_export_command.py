@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import read_lora
 from stepdistill.sampling import load_few_step
-from tests.integration.exported import rung_of
+from tests.integration.exported import rung_of, sign_again
 
 
 def stepdistill(*arguments, **options):
@@ -154,13 +154,10 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
     path = config.run_dir / "rungs" / "4" / "pytorch_lora_weights.safetensors"
     from safetensors.torch import save_file
 
-    from stepdistill.durable import sha256_file
-
     state = load_file(path)
     next(iter(state.values())).view(-1)[0] = 1e6
     save_file(state, path, metadata={"format": "pt"})
-    raw = json.loads((path.parent / "rung.json").read_text())
-    (path.parent / "rung.json").write_text(json.dumps(raw | {"sha256": sha256_file(path)}))
+    sign_again(path.parent)
     done = stepdistill("export", config.run_dir, "--steps", "4")
     assert done.returncode == 2
     assert "does not fit into torch.float16; allowed: export.dtype=float32" in done.stderr

@@ -1,6 +1,5 @@
 """load_few_step and the file it is given: damaged, of another base, of another U-Net, no rung at all."""
 
-import json
 import shutil
 
 import pytest
@@ -10,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from eval.random_teacher import build
 from stepdistill.sampling import FewStepWarning, load_few_step
+from tests.integration.exported import sign_again
 from tests.integration.few_step import pipeline_of, without_warning
 
 
@@ -29,13 +29,10 @@ def test_another_base_of_equal_shapes_is_warned_of_and_half_precision_is_none(ru
 
 def damaged(rung, place, change):
     """A copy of the exported folder with the file changed, and rung.json for that file."""
-    from stepdistill.durable import sha256_file
-
     copy = shutil.copytree(rung[2], place / "4")
     path = copy / "pytorch_lora_weights.safetensors"
     change(path)
-    raw = json.loads((copy / "rung.json").read_text())
-    (copy / "rung.json").write_text(json.dumps(raw | {"sha256": sha256_file(path)}))
+    sign_again(copy)
     return copy
 
 

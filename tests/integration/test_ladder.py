@@ -19,6 +19,7 @@ from stepdistill.data.prepare import prepare
 from stepdistill.data.shards import read_about, write_shard
 from stepdistill.diffusion.schedule import CLEAN, trailing_timesteps
 from stepdistill.diffusion.solver import rollout
+from stepdistill.durable import read_sealed, write_sealed
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.rows import Row, lora_row
 from stepdistill.export.card import model_card
@@ -281,9 +282,9 @@ def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path):
     tensors = load_file(path)
     tensors["latents/32x32"][:] = float("nan")
     manifest = config.run_dir / "cache" / "manifest.json"
-    told = json.loads(manifest.read_text())
+    told = read_sealed(manifest)
     told["shards"][0]["sha256"] = write_shard(path, tensors, read_about(path))
-    manifest.write_text(json.dumps(told))
+    write_sealed(manifest, told)
     with pytest.raises(NonFiniteError, match=r"128 -> 32 mse, phase 0, step \d: student_loss = nan"):
         distill(config)
     assert finished_rungs(config.run_dir) == []

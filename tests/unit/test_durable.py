@@ -1,11 +1,22 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stepdistill.durable import canonical_safetensors, read_json, sha256_json, write_json, write_text
+from stepdistill.durable import (
+    canonical_safetensors,
+    read_json,
+    read_sealed,
+    sha256_json,
+    write_json,
+    write_sealed,
+    write_text,
+    writing,
+)
 
 
 def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
@@ -28,9 +39,68 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})
     monkeypatch.setattr("os.fsync", lambda _fd: (_ for _ in ()).throw(OSError("no space")))
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ValueError, match=r"cannot write .*x\.json: .*no space.*mend: make room there"):
         write_text(path, "half")
     assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_sealed_object_comes_back_and_a_changed_one_does_not(tmp_path):
+    path, value = (
+        tmp_path / "x.json",
+        {"a": 0.1, "b": [1, {"c": None}], "n": float("nan"), "d": {10: 1, 9: 2}},
+    )
+    write_sealed(path, value)
+    assert str(read_sealed(path)) == str({**value, "d": {"10": 1, "9": 2}})
+    text = path.read_text()
+    for changed in (text.replace("0.1", "0.2"), text.replace('"c"', '"e"'), text[:-5], f"[{text}]", "7", ""):
+        path.write_text(changed)
+        assert read_sealed(path) is None, changed
+    path.write_text('{"a": 1}')
+    assert read_sealed(path) == {"a": 1}, "of a version that wrote no checksum"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 100, b"\xff\xfe{", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000]
+)
+def test_what_is_no_json_is_none_in_no_time(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    assert read_json(tmp_path / "x.json") is None
+
+
+def test_a_pipe_or_a_huge_file_in_the_place_of_json_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(2**40)
+    assert read_json(tmp_path / "pipe.json") is None
+    assert read_json(tmp_path / "huge.json") is None
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "make room there, then the same command"),
+        (errno.EACCES, "allow this user to write there"),
+        (errno.EROFS, "make the file system writable"),
+        (errno.ENAMETOOLONG, "a shorter name"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line_with_its_remedy(tmp_path, number, remedy):
+    with (
+        pytest.raises(ValueError, match=rf"cannot write {tmp_path}/x: .*mend: {remedy}"),
+        writing(tmp_path / "x"),
+    ):
+        raise OSError(number, os.strerror(number), "elsewhere")
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(ValueError, match=rf"mend: move the file {tmp_path}/runs away"):
+        write_text(tmp_path / "runs" / "letters" / "config.yaml", "x")
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(ValueError, match=rf"mend: move the folder {tmp_path}/x.json away"):
+        write_text(tmp_path / "x.json", "x")
+    assert (tmp_path / "runs").read_text() == "mine"
 
 
 def test_unreadable_json_is_none_and_hashes_ignore_order(tmp_path):
