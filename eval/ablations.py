@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from side_by_side import (
+    MAIN,
     MEASURES,
     STEPS,
     Table,
@@ -31,8 +32,6 @@ from variants import VARIANTS, variant
 from stepdistill import plan
 from stepdistill.evaluation.check import check_evaluation
 from stepdistill.runtime import source_commit
-
-SHOWN = ("fid_to_real", "fid_to_teacher", "prompt_accuracy")
 
 
 def against_default(
@@ -84,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [f"teacher-{max(base.evaluation.teacher_steps)}"]
     rows += [f"{name}-{n}" for n in STEPS for name in chosen if f"{name}-{n}" in tables[0].rows]
     full, table = summary(tables, rows)
-    text = "\n\n".join([*(against_default(tables, chosen, forwards, m) for m in SHOWN), full])
+    shown = [m for m in MAIN if any(m in entry for entry in table)]
+    text = "\n\n".join([*(against_default(tables, chosen, forwards, m) for m in shown), full])
     payload = {"commit": made_at, "config": args.config, "size": args.size, "budget": budget}
     payload |= {"seeds": args.seeds, "num_images": base.evaluation.num_images, "table": table}
     write(args.output, text, tables, payload | {"forwards": forwards})

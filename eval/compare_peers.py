@@ -6,13 +6,14 @@
 stepdistill    the config's own ladder        stepdistill-mse   the same without its adversarial phases
 progressive    MSE alone, halving (Salimans and Ho)
 lcm-lora       skip-step consistency          dmd2-lora     distribution matching, backward simulation, GAN
-lightning      SDXL-Lightning as printed
+lightning      SDXL-Lightning as printed, down to 2 steps
 
-A tenth of the captions is kept out of every training and is what is drawn. `--tune` tries each method at learning rates of
-a third, one, three and nine times its own, on another seed with a quarter of the budget, and keeps the best in
-OUTPUT.rates.json, which later calls read. Any config runs: name a teacher and a folder of captioned pictures in it
-(data.source), and for other pictures than letters the features that FID is measured on. All of it resumes: nothing finished
-is made again.
+A tenth of the captions is kept out of every training and is what is drawn. Letters are measured twice, by the shipped reader
+and by a second one that was trained on other renderings (eval/second_reader.py); the .md says whether both order the methods
+alike. `--tune` tries each method at learning rates of a third, one, three and nine times its own, on another seed with a
+quarter of the budget, and keeps the best in OUTPUT.rates.json, which later calls read. Any config runs: name a teacher and a
+folder of captioned pictures in it (data.source), and for other pictures than letters the features that FID is measured on.
+All of it resumes: nothing finished is made again.
 
 On a GPU: python pipelines/train_teacher.py teachers/wide --widths 192 384 --unet-steps 20000 --device cuda, then --size gpu
 --budget 2e7 --output eval/results/peers_gpu --output-dir runs/peers_gpu teacher.path=teachers/wide/teacher. Another teacher,
@@ -23,10 +24,13 @@ import argparse
 import logging
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
+from orders import agreement
 from peers.methods import Method, methods
 from side_by_side import (
+    MAIN,
     STEPS,
     arguments,
     base_config,
@@ -39,7 +43,7 @@ from side_by_side import (
 )
 
 from stepdistill import plan
-from stepdistill.config import RunConfig
+from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import read_json, write_json
 from stepdistill.evaluation.check import check_evaluation
 from stepdistill.evaluation.subject import subject_of
@@ -57,7 +61,7 @@ _TUNING = [
     "evaluation.num_images=400",
     "evaluation.teacher_steps=[32]",
     "evaluation.unguided_steps=[]",
-    "evaluation.floor=false",
+    "evaluation.floor=true",
     "evaluation.diversity_prompts=0",
 ]
 
@@ -73,15 +77,22 @@ def train(method: Method, base: RunConfig, budget: float, factor: float) -> RunC
 
 
 def tune(args: argparse.Namespace, budget: float) -> None:
-    """Finds the best of four learning-rate factors per method: the least mean logarithm of FID to teacher over the steps.
+    """Finds the best of four learning-rate factors per method: the least mean logarithm of FID to teacher over the steps, to
+    its images of other seeds, so that methods that add noise while sampling are judged as the others are.
 
     Not FID to real: by that the best rate is one that learns nothing, as the base without guidance is nearer to real
     pictures than the guided teacher is, and reads worse (rows unguided-N).
     """
     path = args.output.with_suffix(".rates.json")
-    found: dict[str, Any] = read_json(path) or {}
+    if not base_config(args, TUNING_SEED, *_TUNING).evaluation.floor:
+        raise ConfigError(
+            "evaluation.floor: got false; allowed with --tune: true, as rates are judged by FID to the teacher's images of "
+            "other seeds"
+        )
+    records: dict[str, Any] = read_json(path) or {}
+    drawn: Path | None = None
     for method in chosen(args):
-        if method.name in found:
+        if method.name in records:
             continue
         scores: dict[str, float | None] = {}
         for factor in FACTORS:
@@ -93,22 +104,24 @@ def tune(args: argparse.Namespace, budget: float) -> None:
                 logger.info("tuning %s x %.2f: %s", method.name, factor, error)
                 scores[f"{factor:.2f}"] = None
                 continue
-            rows = measure(base, f"table-{method.name}", method.rows(config)).rows
-            values = [rows[f"{method.name}-{n}"]["fid_to_teacher"] for n in STEPS]
+            table = measure(base, f"table-{method.name}", method.rows(config), drawn=drawn)
+            drawn, rows = drawn or table.run_dir, table.rows
+            names = [f"{method.name}-{n}" for n in STEPS]
+            values = [rows[name]["fid_to_teacher"] for name in names if name in rows]
             scores[f"{factor:.2f}"] = sum(map(math.log, values)) / len(values)
             logger.info(
                 "tuning %s x %.2f: FID to teacher %s", method.name, factor, [round(v, 1) for v in values]
             )
         trained = [factor for factor in FACTORS if scores[f"{factor:.2f}"] is not None]
         best = min(trained, key=lambda factor: scores[f"{factor:.2f}"])
-        found[method.name] = {"factor": best, "mean_log_fid": scores}
-        write_json(path, found)
+        records[method.name] = {"factor": best, "mean_log_fid": scores}
+        write_json(path, records)
 
 
 def chosen(args: argparse.Namespace) -> list[Method]:
     """The methods asked for, in their order."""
-    known = methods()
-    return [known[name] for name in args.methods or known]
+    every = methods()
+    return [every[name] for name in args.methods or every]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     check_evaluation(base_config(args, 0))
     if args.tune:
         tune(args, budget)
-    kept = read_json(args.output.with_suffix(".rates.json")) or {}
-    rates = {name: record["factor"] for name, record in kept.items()}
+    tuned = read_json(args.output.with_suffix(".rates.json")) or {}
+    rates = {name: record["factor"] for name, record in tuned.items()}
     tables, costs = [], []
     for seed in args.seeds:
         base = base_config(args, seed)
@@ -138,15 +151,15 @@ def main(argv: list[str] | None = None) -> int:
         names += [teachers[n]] if n in teachers else []
         names += [f"unguided-{n}"] if n in base.evaluation.unguided_steps else []
         names += [f"{method.name}-{n}" for method in chosen(args)]
-    text, table = summary(tables, names)
+    text, table = summary(tables, [name for name in names if name in tables[0].rows])
     shown = ["teacher", "unguided", *(method.name for method in chosen(args))]
-    measured = [
-        m for m in ("fid_to_real", "fid_to_teacher", "prompt_accuracy") if any(m in row for row in table)
-    ]
-    parts = [by_steps(table, shown, m) for m in measured]
-    text = "\n\n".join([*parts, text])
+    parts = [by_steps(table, shown, m) for m in MAIN if any(m in row for row in table)]
+    order, orders = agreement(tables, shown)
+    notes = [method.note for method in chosen(args) if method.note]
+    text = "\n\n".join([*parts, *notes, *([order] if order else []), text])
     payload = {"commit": made_at, "config": args.config, "size": args.size, "budget": budget, "rates": rates}
     payload |= {"seeds": args.seeds, "num_images": base.evaluation.num_images, "table": table, "costs": costs}
+    payload |= {"orders": orders}
     write(args.output, text, tables, payload)
     prompts = subject_of(base_config(args, args.seeds[0])).prompts
     picture(tables[0], {names[0]: names[0].replace("-", " ")} | PICTURE, prompts).save(

@@ -38,12 +38,12 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
 
 def flips(first: Values, second: Values) -> list[Flip]:
     """The pairs that both readers tell apart, in other orders. One seed has no deviation: every difference counts."""
-    found = []
+    turned = []
     for pair in itertools.combinations(first, 2):
         (a, one), (b, other) = _difference(first, *pair), _difference(second, *pair)
         if a * b < 0 and abs(a) > one and abs(b) > other:
-            found.append(Flip(pair, (a, one), (b, other)))
-    return found
+            turned.append(Flip(pair, (a, one), (b, other)))
+    return turned
 
 
 def agreement(tables: Sequence[Table], methods: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
@@ -62,10 +62,10 @@ def agreement(tables: Sequence[Table], methods: Sequence[str]) -> tuple[str, lis
     for measure in dict.fromkeys(entry["measure"] for entry in entries):
         cells = ["" if e["tau"] is None else f"{e['tau']:.2f}" for e in entries if e["measure"] == measure]
         lines.append(f"| {MEASURES[measure][0]} | " + " | ".join(cells) + " |")
-    told = [line for entry in entries for line in _told(entry)]
+    sentences = [line for entry in entries for line in _sentences(entry)]
     beyond = "by more than the difference's deviation over the seeds" if len(tables) > 1 else "of one seed"
-    lines += ["", f"Pairs of methods in another order by the second reader, {beyond}: {len(told)}."]
-    return "\n".join([*lines, *(["", *told] if told else [])]), entries
+    lines += ["", f"Pairs of methods in another order by the second reader, {beyond}: {len(sentences)}."]
+    return "\n".join([*lines, *(["", *sentences] if sentences else [])]), entries
 
 
 def _entry(tables: Sequence[Table], methods: Sequence[str], measure: str, steps: int) -> dict[str, Any]:
@@ -78,11 +78,11 @@ def _entry(tables: Sequence[Table], methods: Sequence[str], measure: str, steps:
         for key in (measure, f"second_{measure}")
     ]
     tau = kendall_tau(*(list(map(statistics.fmean, v.values())) for v in values))
-    found = [vars(flip) for flip in flips(*values)]
-    return {"measure": measure, "steps": steps, "methods": list(values[0]), "tau": tau, "flips": found}
+    turned = [vars(flip) for flip in flips(*values)]
+    return {"measure": measure, "steps": steps, "methods": list(values[0]), "tau": tau, "flips": turned}
 
 
-def _told(entry: dict[str, Any]) -> list[str]:
+def _sentences(entry: dict[str, Any]) -> list[str]:
     title, spec = MEASURES[entry["measure"]]
     return [
         f"- {title}, {step_count(entry['steps'])}: {flip['methods'][0]} less {flip['methods'][1]} is "
@@ -95,8 +95,8 @@ def _told(entry: dict[str, Any]) -> list[str]:
 
 
 def _difference(values: Values, first: str, second: str) -> tuple[float, float]:
-    found = [a - b for a, b in zip(values[first], values[second], strict=True)]
-    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+    differences = [a - b for a, b in zip(values[first], values[second], strict=True)]
+    return statistics.fmean(differences), statistics.stdev(differences) if len(differences) > 1 else 0.0
 
 
 def _sign(value: float) -> int:

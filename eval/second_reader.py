@@ -81,21 +81,21 @@ def measured_again(
 
     real, other_real = undrawn(subject.real, "real"), undrawn(subject.other_real, "other-real")
     references = {"real": real, "teacher": drawn("floor") if config.evaluation.floor else None}
-    found = {}
+    measures = {}
     for row in rows:
         images = drawn(row)
         accuracy = prompt_accuracy(images.batches(), subject.wanted, reader=extractor.reader)
-        found[row] = distances(images, references) | {f"{PREFIX}prompt_accuracy": accuracy}
-    return found, {} if other_real is None else distances(other_real, {"real": real})
+        measures[row] = distances(images, references) | {f"{PREFIX}prompt_accuracy": accuracy}
+    return measures, {} if other_real is None else distances(other_real, {"real": real})
 
 
 def accuracies(reader: Reader, *, seed: int) -> dict[str, float]:
     """The shares of TEST_IMAGES new renderings of each kind that it reads right."""
-    found = {}
+    shares = {}
     for name, style in TESTED.items():
         images, labels = rendered_batch(TEST_IMAGES, seed=seed, style=style)
-        found[name] = prompt_accuracy([images], [Triple(*row) for row in labels.tolist()], reader=reader)
-    return found
+        shares[name] = prompt_accuracy([images], [Triple(*row) for row in labels.tolist()], reader=reader)
+    return shares
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,12 +25,17 @@ SIZES = {"cpu": ["training.train_batch_size=32"], "gpu": ["training.train_batch_
 MEASURES = {
     "fid_to_real": ("FID to real", ".1f"),
     "fid_to_teacher": ("FID to teacher", ".2f"),
+    "paired_fid_to_teacher": ("paired FID to teacher", ".2f"),
     "prompt_accuracy": ("prompt accuracy", ".3f"),
+    "second_fid_to_real": ("second reader's FID to real", ".1f"),
+    "second_fid_to_teacher": ("second reader's FID to teacher", ".2f"),
+    "second_prompt_accuracy": ("second reader's prompt accuracy", ".3f"),
     "precision": ("precision", ".3f"),
     "recall": ("recall", ".3f"),
     "sharpness_drift": ("sharpness drift", "+.3f"),
     "diversity": ("diversity", ".3f"),
 }
+MAIN = ("fid_to_real", "fid_to_teacher", "paired_fid_to_teacher", "prompt_accuracy")
 HELD_OUT = 0.1
 COLUMNS = 10
 # What tells methods apart needs many pictures and seeds, and no sweep, matrix or timing of every row.
@@ -91,19 +96,39 @@ class Table:
     run_dir: Path
 
 
-def measure(base: RunConfig, name: str, loras: Sequence[LoraRow]) -> Table:
-    """Every LoRA in one table beside the teacher; its run folder is output_dir/name."""
+def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path | None = None) -> Table:
+    """Every LoRA in one table beside the teacher, by the config's features.
+
+    Args:
+        base: what all methods share.
+        name: the table's run folder is output_dir/name.
+        loras: its rows.
+        drawn: the run folder of another table, whose pictures of the teacher are taken over where they are the same.
+    """
     options = base.evaluation.model_copy(update={"loras": tuple(loras)})
     config = base.model_copy(update={"name": name, "evaluation": options, "ladder": ()})
+    if drawn is not None:
+        open_run(config)
+        _share_pictures(drawn, config.run_dir)
     stages.evaluate(config)
     stages.report(config)
     results = read_json(config.run_dir / "evaluation" / "results.json")
-    return Table({row["row"]: row for row in results["rows"]}, results.get("floor"), config.run_dir)
+    rows = {row["row"]: row for row in results["rows"]}
+    return Table(rows, results.get("floor"), config.run_dir)
+
+
+def _share_pictures(source: Path, target: Path) -> None:
+    """Copies the pictures of the teacher's rows and of its floor that the target lacks; the evaluation draws anew what has
+    another key."""
+    for pattern in ("teacher-*", "unguided-*", "floor"):
+        for folder in (source / "evaluation").glob(pattern):
+            if not (target / "evaluation" / folder.name).exists():
+                shutil.copytree(folder, target / "evaluation" / folder.name)
 
 
 def summary(tables: Sequence[Table], rows: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
     """The Markdown table of means with deviations over the seeds' tables, and the same as data."""
-    found = []
+    entries = []
     for name in rows:
         drawn = [table.rows[name] for table in tables]
         entry: dict[str, Any] = {"row": name, "nfe": drawn[0]["nfe"]}
@@ -111,14 +136,14 @@ def summary(tables: Sequence[Table], rows: Sequence[str]) -> tuple[str, list[dic
             values = [row[measure_name] for row in drawn if row.get(measure_name) is not None]
             if values:
                 entry[measure_name] = _mean_and_deviation(values)
-        found.append(entry)
-    shown = {m: about for m, about in MEASURES.items() if any(m in entry for entry in found)}
+        entries.append(entry)
+    shown = {m: about for m, about in MEASURES.items() if any(m in entry for entry in entries)}
     head = ["model", "U-Net passes", *(title for title, _ in shown.values())]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for entry in found:
+    for entry in entries:
         cells = [_cell(entry.get(m), spec) for m, (_, spec) in shown.items()]
         lines.append(f"| {entry['row']} | {entry['nfe']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines), found
+    return "\n".join(lines), entries
 
 
 def step_count(steps: int) -> str:
@@ -141,11 +166,11 @@ def _mean_and_deviation(values: Sequence[float]) -> dict[str, Any]:
 def by_steps(entries: Sequence[dict[str, Any]], names: Sequence[str], measure_name: str) -> str:
     """A Markdown table of one measure: a row per name, a column per step count, of `summary`'s data."""
     title, spec = MEASURES[measure_name]
-    found = {entry["row"]: entry.get(measure_name) for entry in entries}
+    cells = {entry["row"]: entry.get(measure_name) for entry in entries}
     lines = [f"| {title} | " + " | ".join(map(step_count, STEPS)) + " |"]
     lines.append("| --- |" + " ---: |" * len(STEPS))
     for name in names:
-        lines.append(f"| {name} | " + " | ".join(_cell(found.get(f"{name}-{n}"), spec) for n in STEPS) + " |")
+        lines.append(f"| {name} | " + " | ".join(_cell(cells.get(f"{name}-{n}"), spec) for n in STEPS) + " |")
     return "\n".join(lines)
 
 

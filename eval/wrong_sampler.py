@@ -23,6 +23,7 @@ from stepdistill import stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config_file import load_config
 from stepdistill.durable import read_json
+from stepdistill.evaluation.metrics import METRICS
 from stepdistill.models.loading import load_pipeline
 from stepdistill.rungs import rung_folder
 from stepdistill.runtime import environment
@@ -30,6 +31,7 @@ from stepdistill.sampling import FewStepWarning, load_few_step
 from stepdistill.teacher_source import teacher_folder
 
 Change = Callable[[DiffusionPipeline], None]
+MEASURED = ("prompt_accuracy", "fid_to_teacher", "paired_fid_to_teacher", "fid_to_real")
 
 
 def with_scheduler(kind: Any, **options: Any) -> Change:
@@ -79,7 +81,7 @@ def measured(
             [
                 f"evaluation.num_images={num_images}",
                 "evaluation.teacher_steps=[32]",
-                "evaluation.floor=false",
+                "evaluation.floor=true",
                 "evaluation.diversity_prompts=0",
                 "evaluation.lora_scales=[]",
                 "evaluation.matrix=false",
@@ -118,20 +120,19 @@ def answers(config: RunConfig, folder: Path, change: Change | None, call: dict[s
     right, _ = drawn(pipeline_with(load), prompt)
     before = "no setting of the pipeline's"
     if change is not None:
-        found, warned = drawn(pipeline_with(change, load), prompt)
-        before = "put right" if torch.equal(found, right) and not warned else "NOT put right"
+        latents, warned = drawn(pipeline_with(change, load), prompt)
+        before = "put right" if torch.equal(latents, right) and not warned else "NOT put right"
     _, warned = drawn(pipeline_with(load, *([change] if change else [])), prompt, **call)
     return before, "warned of" if warned else "no warning"
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    lines = ["| setting | prompt accuracy | FID to teacher | FID to real | before load_few_step | after it |"]
-    lines.append("| --- | ---: | ---: | ---: | --- | --- |")
-    lines += [
-        f"| {row['setting']} | {row['prompt_accuracy']:.3f} | {row['fid_to_teacher']:.1f} | {row['fid_to_real']:.1f} "
-        f"| {row['before']} | {row['after']} |"
-        for row in found
-    ]
+def table(rows: list[dict[str, Any]]) -> str:
+    shown = {key: METRICS[key] for key in MEASURED}
+    head = ["setting", *(about["title"] for about in shown.values()), "before load_few_step", "after it"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(shown) + " --- | --- |"]
+    for row in rows:
+        numbers = [f"{row[key]:{'.3f' if key == 'prompt_accuracy' else '.1f'}}" for key in shown]
+        lines.append("| " + " | ".join([row["setting"], *numbers, row["before"], row["after"]]) + " |")
     return "\n".join(lines)
 
 
@@ -148,26 +149,24 @@ def main(argv: list[str] | None = None) -> int:
     folder = rung_folder(config.run_dir, args.steps)
     wrong = settings(folder.resolve(), args.steps)
     numbers = measured(config, [row for row, _, _ in wrong.values()], args.steps, args.num_images)
-    kept = ("prompt_accuracy", "fid_to_teacher", "fid_to_real")
-    own = numbers[f"student-{args.steps}"]
-    found = [
+    as_set = numbers[f"student-{args.steps}"]
+    rows = [
         {
             "setting": "as load_few_step sets it",
-            **{k: own[k] for k in kept},
+            **{k: as_set[k] for k in MEASURED},
             "before": "",
             "after": "no warning",
         }
     ]
     for name, (row, change, call) in wrong.items():
         before, after = answers(config, folder, change, call)
-        found.append(
-            {"setting": name, **{k: numbers[row.name][k] for k in kept}, "before": before, "after": after}
-        )
+        measures = {k: numbers[row.name][k] for k in MEASURED}
+        rows.append({"setting": name, **measures, "before": before, "after": after})
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    about = {"environment": environment(), "steps": args.steps, "num_images": args.num_images, "rows": found}
+    about = {"environment": environment(), "steps": args.steps, "num_images": args.num_images, "rows": rows}
     args.output.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(table(found) + "\n")
-    print(table(found))
+    args.output.with_suffix(".md").write_text(table(rows) + "\n")
+    print(table(rows))
     return 0
 
 

@@ -22,6 +22,7 @@ from stepdistill.plan import (
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 import variants
+from peers import methods
 
 CONFIGS = ("configs/letters.yaml", "configs/letters_lightning.yaml")
 
@@ -79,6 +80,17 @@ def test_every_variant_of_the_ablations_is_a_ladder_of_equal_forwards(name):
     changed = variants.variant(name).config(config, budget, 1.0)
     assert training_forwards(changed) == pytest.approx(budget, rel=0.01)
     assert (changed.model_copy(update={"name": config.name}) == config) == (name == "default")
+
+
+def test_lightnings_rungs_above_one_step_have_the_whole_budget():
+    config = load_config(CONFIGS[0])
+    budget = training_forwards(config)
+    method = methods.methods()["lightning"]
+    ladder = method.config(config, budget, 1.0)
+    assert [rung.student_steps for rung in ladder.ladder] == [32, 8, 4, 2]
+    assert training_forwards(ladder) == pytest.approx(budget, rel=0.01)
+    assert [row.name for row in method.rows(ladder)] == ["lightning-8", "lightning-4", "lightning-2"]
+    assert "no row at 1 step" in method.note
 
 
 def test_half_of_the_targets_kept_costs_half_of_the_teacher():
