@@ -138,7 +138,10 @@ def test_hours_come_from_the_updates_that_the_run_has_logged(tmp_path):
     config.run_dir.mkdir()
     rung = config.ladder[0]
     each = phase_forwards(config, rung, rung.phases[0])
-    records = [{"rung": 32, "phase": 0, "images_per_second": 1 / (each * s)} for s in (9.0, 0.25, 0.25)]
+    records = [
+        {"rung": 32, "phase": 0, "step": step, "images_per_second": 1 / (each * seconds)}
+        for step, seconds in enumerate((9.0, 0.25, 0.25))
+    ]
     (config.run_dir / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     pace = measured_seconds_per_pass(config)
     assert pace == pytest.approx(0.25)
