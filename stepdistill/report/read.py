@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from stepdistill.durable import read_json
+from stepdistill.messages import sizes_text
 from stepdistill.report.quantities import number, steps_text
 from stepdistill.rungs import rung_folder
 from stepdistill.training.log import read_log
@@ -83,17 +84,23 @@ class RungLog:
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What `prepare` made of the data: samples used, and those left out by kind, each with examples."""
+    """What `prepare` made of the data: samples used, and those left out by kind, each with examples; where pictures keep
+    their ratios, how many have each size, and how many were moved there from ratios that fewer than min_per_bucket have."""
 
     samples: int
     bad: dict[str, int]
     examples: dict[str, list[str]]
+    sizes: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
+    min_per_bucket: int = 0
 
     def __str__(self) -> str:
-        if not self.bad:
-            return f"Learned from {self.samples:,} samples; none was left out."
         left = sum(self.bad.values())
-        return f"Learned from {self.samples:,} samples; {left:,} of {self.samples + left:,} were left out."
+        out = f"{left:,} of {self.samples + left:,} were" if left else "none was"
+        text = f"Learned from {self.samples:,} samples; {out} left out."
+        if not self.sizes:
+            return text
+        return f"{text} They have {sizes_text(self.sizes, moved=self.moved, least=self.min_per_bucket)}."
 
 
 @dataclass(frozen=True)
@@ -195,7 +202,16 @@ def _data(path: Path) -> DataCounts | None:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("bad"), dict):
         return None
-    return DataCounts(int(manifest["samples"]), manifest["bad"], manifest.get("bad_examples") or {})
+    counts = DataCounts(int(manifest["samples"]), manifest["bad"], manifest.get("bad_examples") or {})
+    sizes = manifest.get("sizes")
+    if not isinstance(sizes, dict) or not all(_is_size(*item) for item in sizes.items()):
+        return counts
+    moved, least = (int(number(manifest.get(key)) or 0) for key in ("moved", "min_per_bucket"))
+    return replace(counts, sizes=sizes, moved=moved, min_per_bucket=least)
+
+
+def _is_size(name: str, count: Any) -> bool:
+    return len(name.split("x")) == 2 and number(count) is not None
 
 
 def _results(path: Path) -> dict[str, Any] | None:
