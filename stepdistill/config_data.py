@@ -44,6 +44,10 @@ class Data(Section):
     """Pixels a side, or the square root of a bucket's pixels; the teacher's own where not given."""
     buckets: bool = False
     """Each picture in the aspect ratio nearest its own instead of a square; an update sees one ratio."""
+    min_per_bucket: PositiveInt | None = None
+    """Pictures of a ratio that fewer have are cut to the nearest that has as many, as they would come in bursts; the samples
+    of an update where not given, train_batch_size times gradient_accumulation_steps: times the processes is best where
+    several train."""
     teacher_steps: Steps = 32
     """Of prompts alone: the teacher's steps for each of its pictures."""
     min_side: PositiveInt = 16

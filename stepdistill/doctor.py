@@ -20,6 +20,7 @@ from stepdistill.data.held_out import LETTERS, held_out_share
 from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import picture_of
+from stepdistill.data.tallies import bucket_notes
 from stepdistill.durable import read_json
 from stepdistill.ladder_checks import unfit_settings
 from stepdistill.models.examine import examine_pipeline
@@ -69,7 +70,7 @@ def examine(config: RunConfig) -> list[Finding]:
     teacher = _findings(_teacher, config)
     is_whole = not any(finding.state == "problem" for finding in teacher)
     found += teacher + _findings(functools.partial(_data, teacher_is_whole=is_whole), config)
-    for part in (_ladder, _evaluation, _disk) if is_whole else ():
+    for part in (_ladder, _buckets, _evaluation, _disk) if is_whole else ():
         found += _findings(part, config)
     return list(dict.fromkeys(found))
 
@@ -234,6 +235,11 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
             remedy = f"larger pictures, or data.min_side={min(size)} to leave them out"
             about = f"data: {small} of {len(sides)} pictures are smaller than the {min(size)} pixels they are stretched to"
             yield Finding("note", about, remedy)
+
+
+def _buckets(config: RunConfig) -> Iterator[Finding]:
+    for about, remedy in bucket_notes(config):
+        yield Finding("note" if remedy else "ok", f"data: {about}", remedy)
 
 
 def _evaluation(config: RunConfig) -> Iterator[Finding]:

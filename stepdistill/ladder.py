@@ -75,6 +75,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
     shared = load_shared(config, runtime)
     log = None
     if runtime.is_main:
+        _warn_of_bursts(shared)
         log = TrainingLog(config.run_dir / "log.jsonl", drop_rungs={r.student_steps for r in todo})
     for rung in todo:
         _train_rung(shared, rung, log)
@@ -110,6 +111,22 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         autocast=runtime.autocast,
     )
     return Shared(config, base, roles, schedule, prediction_type, load_cache(config), painter, runtime)
+
+
+def _warn_of_bursts(shared: Shared) -> None:
+    """Where fewer pictures than an update takes have a size: several processes train on what one prepared."""
+    training, sizes = shared.config.training, shared.cache.sizes
+    group = training.train_batch_size * training.gradient_accumulation_steps * shared.runtime.num_processes
+    few = sum(count for count in sizes.values() if count < group)
+    if few and len(sizes) > 1:
+        logger.warning(
+            "distill: %d of %d pictures have a size that fewer than the %d samples of an update have: each comes several "
+            "times in one update and not at all in many others; mend: data.min_per_bucket=%d and another name=...",
+            few,
+            len(shared.cache),
+            group,
+            group,
+        )
 
 
 def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:

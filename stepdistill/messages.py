@@ -1,6 +1,7 @@
 """Values, file names and other libraries' errors as part of one line to the user, whatever they hold. No torch."""
 
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 _LONGEST_ERROR = 300
@@ -37,3 +38,20 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Text for a terminal in one line: line ends, control characters and half characters as their escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def sizes_text(counts: Mapping[str, int], *, moved: int = 0, least: int = 0) -> str:
+    """How pictures fall into sizes, by their names in the cache, height first: "2 sizes (width x height): 96 x 64: 30, ...".
+
+    moved: how many of them were cut to another ratio than the nearest to their own, because fewer than `least` had that.
+    """
+    named = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{width} x {height}: {count:,}" for (height, width), count in map(_split, named))
+    text = f"{len(counts)} size{'s' * (len(counts) != 1)} (width x height): {listed}"
+    return (
+        f"{text}; {moved:,} of them were of ratios that fewer than {least:,} pictures have" if moved else text
+    )
+
+
+def _split(named: tuple[str, int]) -> tuple[list[str], int]:
+    return named[0].split("x"), named[1]

@@ -1,10 +1,23 @@
-"""Which size each picture is cut to: the teacher's, or with buckets that of about as many pixels nearest its own ratio."""
+"""Which size each picture is cut to: the teacher's, or with buckets that of about as many pixels nearest its own ratio.
+
+An update sees one size. Pictures of a bucket that has fewer than an update takes would come in bursts, all of them again and
+again in one update and none in the next hundred, so they are cut to the nearest size that has enough.
+"""
+
+import copy
+from collections.abc import Mapping
 
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 
-from stepdistill.config import ConfigError, Data
+from stepdistill.config import ConfigError, Data, RunConfig
 
 Size = tuple[int, int]
+
+
+def least_per_bucket(config: RunConfig) -> int:
+    """How many pictures a bucket must have to be used."""
+    training = config.training
+    return config.data.min_per_bucket or training.train_batch_size * training.gradient_accumulation_steps
 
 
 class Sizes:
@@ -33,5 +46,23 @@ class Sizes:
     def of(self, picture: Size) -> Size:
         """The size that a picture (height, width) is cut to."""
         if len(self.all) == 1:
-            return self.target
+            return self.all[0]
         return self.all[find_nearest_bucket(*picture, self.all)]
+
+    def tally(self, pictures: Mapping[Size, int]) -> dict[Size, int]:
+        """How many of the pictures are cut to each size, where any are; `pictures` counts them by (height, width)."""
+        counts = dict.fromkeys(self.all, 0)
+        for picture, count in pictures.items():
+            counts[self.of(picture)] += count
+        return {size: count for size, count in counts.items() if count}
+
+    def without_small(self, pictures: Mapping[Size, int], *, least: int) -> "Sizes":
+        """These sizes but for those that fewer than `least` of the pictures fall into, the smallest taken out first, as each
+        leaves its pictures to others; one stays in any case. Sizes without any picture stay too."""
+        found = copy.copy(self)
+        while True:
+            counts = found.tally(pictures)
+            smallest = min(counts, key=lambda size: (counts[size], size), default=None)
+            if smallest is None or len(counts) == 1 or counts[smallest] >= least:
+                return found
+            found.all = tuple(size for size in found.all if size != smallest)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from stepdistill import rng
 from stepdistill.config import RunConfig
+from stepdistill.data.order import samples_of_update
 from stepdistill.data.shards import Places, Shard, Size, is_intact, read_about
 from stepdistill.durable import read_sealed, sha256_file
 from stepdistill.models.conditioning import Conditioning
@@ -96,32 +97,15 @@ class LatentCache:
     def draw(self, indices: list[int], *, seed: int, group: int) -> Samples:
         """The samples of global `indices`, all of one size: shuffled passes over all of them, no sample twice in a pass.
 
-        With several sizes an update, `group` consecutive indices, sees one of them: a pass is then made of whole groups,
-        each size in proportion, and the samples that fill no group wait for the next pass, which is shuffled anew.
+        With several sizes an update, `group` consecutive indices, sees one of them (order.py).
         """
         if len(self.sizes) == 1:
             size, count = next(iter(self.sizes.items()))
             return self.samples(size, rng.dataset_rows(indices, size=count, seed=seed))
         if len({index // group for index in indices}) > 1:
             raise ValueError("samples of several updates may be of several sizes: ask for one update's")
-        groups = {size: max(1, count // group) for size, count in self.sizes.items()}
-        update, total = indices[0] // group, sum(groups.values())
-        drawn = rng.dataset_rows([update], size=total, seed=rng.derive_seed(seed, "sizes"))[0]
-        size, which = _of_group(groups, drawn)
-        wanted = [which * group + index % group for index in indices]
-        order = rng.derive_seed(seed, "pass", update // total, *size)
-        count = self.sizes[size]
-        numbers = rng.dataset_rows([w % count for w in wanted], size=count, seed=order)
-        return self.samples(size, numbers)
-
-
-def _of_group(groups: dict[Size, int], number: int) -> tuple[Size, int]:
-    """Which size group `number` of a pass is of, and which one it is of that size."""
-    for size, count in groups.items():
-        if number < count:
-            return size, number
-        number -= count
-    raise IndexError(number)
+        size, numbers = samples_of_update(self.sizes, indices[0] // group, group=group, seed=seed)
+        return self.samples(size, [numbers[index % group] for index in indices])
 
 
 def load_cache(config: RunConfig) -> LatentCache:

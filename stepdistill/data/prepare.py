@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from safetensors.torch import save
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config_data import KINDS
-from stepdistill.data.buckets import Sizes
+from stepdistill.data.buckets import least_per_bucket
 from stepdistill.data.cache import TEXT, is_whole, pack
 from stepdistill.data.encode import Bad, Encoder, stopping
 from stepdistill.data.held_out import settled
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, read_caption
-from stepdistill.data.shards import FORMAT, is_intact, read_about, write_shard
+from stepdistill.data.shards import FORMAT, Shard, is_intact, read_about, size_name, write_shard
 from stepdistill.data.source import not_empty, training_records
 from stepdistill.data.synthesis import Synthesis
+from stepdistill.data.tallies import UsedSizes, data_seed, used_sizes
 from stepdistill.durable import (
     canonical,
     read_sealed,
@@ -42,16 +44,13 @@ from stepdistill.models.conditioning import encode_prompts, encode_unconditional
 from stepdistill.models.loading import (
     encoder_fingerprint,
     fingerprint,
-    image_size,
     latent_shape,
     load_encoders,
     load_schedule,
     load_unet,
     read_scheduler_config,
-    size_multiple,
 )
 from stepdistill.places import clear_half_written
-from stepdistill.rng import derive_seed
 from stepdistill.runtime import WEIGHT_DTYPES, Processes
 from stepdistill.teacher_source import teacher_folder
 
@@ -60,7 +59,8 @@ SHARD = 1024
 """Samples a shard: a multiple of what the VAE encodes at once."""
 PROMPTS_A_SHARD = 64
 """Where the teacher makes the pictures, which takes long."""
-_FREE = {"on_bad", "max_bad_fraction"}
+_FREE = {"on_bad", "max_bad_fraction", "min_per_bucket"}
+"""What changes no sample by itself: min_per_bucket does by the sizes, which are part of the key."""
 
 
 def prepare(config: RunConfig) -> bool:
@@ -68,7 +68,8 @@ def prepare(config: RunConfig) -> bool:
 
     ValueError where a sample is bad of a kind that is to stop, too many are, or none is left: what was prepared stays.
     """
-    work, processes = _Work(config), Processes()
+    config, processes = settled(config), Processes()
+    work = _Work(config, used_sizes(config, processes))
     made = work.fill(processes)
     processes.wait()
     if processes.is_main:
@@ -80,13 +81,10 @@ def prepare(config: RunConfig) -> bool:
 class _Work:
     """The filling of one cache."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config = settled(config)
+    def __init__(self, config: RunConfig, used: UsedSizes) -> None:
+        self._config, self._sizes, self._moved = config, used.sizes, used.moved
         self._folder = config.run_dir / "cache"
         self._base = teacher_folder(config)
-        self._sizes = Sizes(
-            config.data, teacher_size=image_size(self._base), multiple=size_multiple(self._base)
-        )
         data = config.data.model_dump(mode="json", exclude=_FREE)
         self._source = {
             "teacher": fingerprint(self._base),
@@ -115,8 +113,7 @@ class _Work:
         made, self._count = False, 0
         if self._lender is not None:
             return made
-        seed = derive_seed(self._config.seed, "data") % 2**32
-        stream = training_records(self._config.data, seed=seed)
+        stream = training_records(self._config.data, seed=data_seed(self._config))
         with writing(self._folder / "shards"):
             (self._folder / "shards").mkdir(parents=True, exist_ok=True)
         while chunk := list(itertools.islice(stream, self._per_shard)):
@@ -193,6 +190,7 @@ class _Work:
         manifest = {"format": FORMAT, "key": self._key, **self._source, "prompts": prompts, "shards": shards}
         manifest |= {"samples": self._seen - self._bad.total, "bad": self._bad.counts}
         manifest |= {"bad_examples": self._bad.examples, "unconditional": self._config.teacher.unconditional}
+        manifest |= self._falls_into(shards)
         kept = read_sealed(self._folder / "manifest.json") or {}
         text = self._folder / TEXT
         clear_half_written(self._folder)
@@ -208,6 +206,18 @@ class _Work:
         if self._bad.total:
             logger.warning("prepare: %d of %d samples left out: %s", self._bad.total, self._seen, self._bad)
         return True
+
+    def _falls_into(self, shards: list[dict[str, str]]) -> dict[str, Any]:
+        """For the manifest of pictures in several sizes: how many have each, and how many are cut to another's ratio."""
+        counts: Counter[str] = Counter()
+        for entry in shards:
+            counts.update({size_name(s): n for s, n in Shard(self._folder / entry["file"]).counts.items()})
+        if len(counts) < 2 and not self._config.data.buckets:
+            return {}
+        moved, least = self._moved, least_per_bucket(self._config)
+        if self._lender is not None:
+            moved, least = (self._borrowed.get(key, 0) for key in ("moved", "min_per_bucket"))
+        return {"sizes": dict(sorted(counts.items())), "moved": moved, "min_per_bucket": least}
 
     def _write_text(self, path: Path, prompts: list[str]) -> None:
         pipeline = self._pipeline

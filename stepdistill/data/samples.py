@@ -8,13 +8,16 @@ import unicodedata
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from stepdistill.config_data import Kind
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _ANIMATED = ("PNG", "WEBP")
 """A JPEG's further pictures are its maker's: a depth map, another exposure."""
+_SIDEWAYS = (5, 6, 7, 8)
+"""EXIF's orientations that are a quarter turn away."""
+_ORIENTATION_IN_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")
 MOST_BYTES = 2**28
 """Of one file; a larger one is no picture of a training set."""
 MOST_CAPTION_BYTES = 2**17
@@ -54,6 +57,32 @@ def decode_image(content: bytes, *, max_pixels: int, min_side: int) -> Image.Ima
             raise BadSample("image_unreadable", f"no picture; allowed: {', '.join(FORMATS)}") from None
         except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
             raise BadSample("image_unreadable", f"{type(error).__name__}: {error}") from None
+
+
+def picture_size(content: bytes, *, max_pixels: int, min_side: int) -> tuple[int, int]:
+    """(height, width) of the upright picture in `content`, from its header alone; BadSample where decode_image has one for
+    what a header tells."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in decode_image
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                _check_size(image.size, max_pixels=max_pixels, min_side=min_side)
+                width, height = image.size
+                return (width, height) if _lies_on_its_side(image, content) else (height, width)
+        except BadSample:
+            raise
+        except Exception as error:  # whatever a broken file leads to
+            raise BadSample("image_unreadable", f"{type(error).__name__}: {error}") from None
+
+
+def _lies_on_its_side(image: Image.Image, content: bytes) -> bool:
+    """Whether EXIF's orientation swaps height and width. Pillow decodes a PNG to look for it: only one that has it."""
+    if image.format == "PNG" and not any(mark in content for mark in _ORIENTATION_IN_PNG):
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+    except Exception:  # EXIF that is none makes the picture no worse
+        return False
 
 
 def read_caption(content: bytes | str | None) -> str:

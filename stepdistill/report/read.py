@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.durable import read_sealed, warn_of_damage
+from stepdistill.messages import sizes_text
 from stepdistill.report.quantities import number, steps_text
 from stepdistill.report.results import read_results
 from stepdistill.run_folder import saved_config
@@ -83,17 +84,23 @@ class RungLog:
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What `prepare` made of the data: samples used, and those left out by kind, each with examples."""
+    """What `prepare` made of the data: samples used, and those left out by kind, each with examples; where pictures keep
+    their ratios, how many have each size, and how many were moved there from ratios that fewer than min_per_bucket have."""
 
     samples: int
     bad: dict[str, int]
     examples: dict[str, list[str]]
+    sizes: dict[str, int] = field(default_factory=dict)
+    moved: int = 0
+    min_per_bucket: int = 0
 
     def __str__(self) -> str:
-        if not self.bad:
-            return f"Learned from {self.samples:,} samples; none was left out."
         left = sum(self.bad.values())
-        return f"Learned from {self.samples:,} samples; {left:,} of {self.samples + left:,} were left out."
+        out = f"{left:,} of {self.samples + left:,} were" if left else "none was"
+        text = f"Learned from {self.samples:,} samples; {out} left out."
+        if not self.sizes:
+            return text
+        return f"{text} They have {sizes_text(self.sizes, moved=self.moved, least=self.min_per_bucket)}."
 
 
 @dataclass(frozen=True)
@@ -205,12 +212,25 @@ def _data(path: Path) -> DataCounts | None:
     if type(samples) is int and isinstance(bad, dict) and isinstance(examples or {}, dict):
         lists = all(isinstance(found, list) for found in (examples or {}).values())
         if lists and all(type(count) is int for count in bad.values()):
-            return DataCounts(samples, bad, examples or {})
+            return _with_sizes(DataCounts(samples, bad, examples or {}), manifest or {})
     if path.exists():
         warn_of_damage(
             path, "the report says nothing of the data; mend: `stepdistill prepare` writes it again"
         )
     return None
+
+
+def _with_sizes(counts: DataCounts, manifest: dict[str, Any]) -> DataCounts:
+    """The counts with how pictures fall into sizes, where a manifest says it."""
+    sizes = manifest.get("sizes")
+    if not isinstance(sizes, dict) or not all(_is_size(*item) for item in sizes.items()):
+        return counts
+    moved, least = (int(number(manifest.get(key)) or 0) for key in ("moved", "min_per_bucket"))
+    return replace(counts, sizes=sizes, moved=moved, min_per_bucket=least)
+
+
+def _is_size(name: str, count: Any) -> bool:
+    return len(name.split("x")) == 2 and number(count) is not None
 
 
 def _record(path: Path) -> dict[str, Any] | None:

@@ -12,11 +12,13 @@ from PIL import Image
 
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
+from stepdistill.doctor import examine
 from stepdistill.ladder import distill
 from stepdistill.training.log import read_log
 from tests.integration.conftest import tiny_config
 
 GOOD = 40
+ONE_UPDATE = "ladder=[{teacher_steps: 2, student_steps: 1, phases: [{objective: mse, max_train_steps: 1}]}]"
 
 
 def saved(image, kind="PNG", **options):
@@ -168,6 +170,40 @@ def test_buckets_keep_each_pictures_ratio_and_an_update_sees_one(tmp_path):
     assert len(latents) == 48
 
 
+def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_path, caplog):
+    """24 squares, 12 wide and 2 tall ones, in updates of 4: the tall are cut square; manifest and doctor say so."""
+    folder = good(tmp_path / "pictures", 24, size=(64, 64), name="square")
+    good(folder, 12, size=(96, 48), name="wide")
+    good(folder, 2, size=(48, 96), name="tall")
+    options = ["data.buckets=true", "data.resolution=64", "data.held_out=0"]
+    config = of(folder, tmp_path, *options)
+    prepare(config)
+    (wide,) = (size for size in load_cache(config).sizes if size[1] > size[0])
+    assert load_cache(config).sizes == {(64, 64): 26, wide: 12}
+    found = json.loads((config.run_dir / "cache" / "manifest.json").read_text())
+    assert found["sizes"] == {"64x64": 26, f"{wide[0]}x{wide[1]}": 12}
+    assert (found["moved"], found["min_per_bucket"]) == (2, 4)
+    counts = f"2 sizes (width x height): 64 x 64: 26, {wide[1]} x {wide[0]}: 12"
+    notes = {finding.about: finding for finding in examine(config)}
+    assert f"data: all 38 pictures are cut to {counts}" in notes
+    note = notes["data: 2 pictures are cut to the ratio of others, as fewer than 4 have their own"]
+    assert (note.state, "data.min_per_bucket=1" in note.remedy) == ("note", True)
+
+    before = stamps(config)
+    tallies = config.run_dir / "cache" / "tallies.json"
+    stamp = tallies.stat().st_mtime_ns
+    assert (prepare(config), stamps(config), tallies.stat().st_mtime_ns) == (False, before, stamp)
+    tallies.write_text(tallies.read_text().replace("24", "25"))
+    assert (prepare(config), stamps(config)) == (False, before)
+    assert "25" not in json.loads(tallies.read_text())["pictures"]
+
+    kept = of(folder, tmp_path, *options, "name=kept", "data.min_per_bucket=1", ONE_UPDATE)
+    prepare(kept)
+    assert load_cache(kept).sizes == {(64, 64): 24, wide: 12, wide[::-1]: 2}
+    distill(kept)
+    assert "2 of 38 pictures have a size that fewer than the 4 samples of an update have" in caplog.text
+
+
 def test_training_on_buckets_does_not_depend_on_the_micro_batch(tmp_path):
     losses = []
     for batch, accumulation in ((4, 1), (2, 2)):
@@ -176,7 +212,7 @@ def test_training_on_buckets_does_not_depend_on_the_micro_batch(tmp_path):
             f"name=batch{batch}",
             f"training.train_batch_size={batch}",
             f"training.gradient_accumulation_steps={accumulation}",
-            "ladder=[{teacher_steps: 2, student_steps: 1, phases: [{objective: mse, max_train_steps: 2}]}]",
+            ONE_UPDATE.replace("max_train_steps: 1", "max_train_steps: 2"),
         )
         prepare(config)
         assert distill(config) == [1]

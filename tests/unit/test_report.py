@@ -227,6 +227,14 @@ def test_what_was_left_out_of_the_data_is_counted_by_kind(tmp_path):
     (folder / "cache/manifest.json").write_text('{"samples": 2000, "bad": {}, "bad_examples": {}}')
     page = page_of(folder, grid_columns=4)
     assert "Learned from 2,000 samples; none was left out." in page.text
+    assert "width x height" not in page.text
+    sizes = {"sizes": {"64x96": 1500, "64x64": 500}, "moved": 12, "min_per_bucket": 64}
+    told = {"samples": 2000, "bad": {}, "bad_examples": {}} | sizes
+    (folder / "cache/manifest.json").write_text(json.dumps(told))
+    page = page_of(folder, grid_columns=4)
+    said = "They have 2 sizes (width x height): 96 x 64: 1,500, 64 x 64: 500; 12 of them were of ratios that fewer than 64"
+    assert said in page.text
+    assert said in (folder / "report" / "results.md").read_text()
     assert not [a for a in page.all("div") if a.get("aria-label") == "Table: samples left out"]
 
 

@@ -7,9 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
-from stepdistill.data.samples import BadSample, cover, decode_image, read_caption
+from stepdistill.data.samples import BadSample, cover, decode_image, picture_size, read_caption
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)
 
@@ -259,3 +259,30 @@ def test_cover_of_a_very_long_picture_holds_no_more_than_what_it_cuts():
     assert (top, left) == (0, (400_000 * 16 - 256) // 2)
     assert (cut == (10, 200, 30)).all()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 2**10
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_the_size_in_a_header_is_that_of_the_decoded_picture(kind, orientation):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    content = saved(colours(height=48, width=64), kind, exif=exif)
+    whole = decoded(content)
+    assert picture_size(content, max_pixels=2**26, min_side=16) == (whole.height, whole.width)
+    assert (whole.height > whole.width) == (orientation in (6, 8))
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "kind"),
+    [
+        (b"no picture", {}, "image_unreadable"),
+        (b"", {}, "image_unreadable"),
+        (saved(Image.new("L", (9000, 9000))), {}, "image_too_large"),
+        (saved(Image.new("RGB", (20, 20))), {"min_side": 32}, "image_too_small"),
+    ],
+)
+def test_a_header_tells_what_is_no_picture_or_of_a_wrong_size(content, options, kind):
+    with pytest.raises(BadSample) as caught:
+        picture_size(content, **{"max_pixels": 2**26, "min_side": 16} | options)
+    assert caught.value.kind == kind
