@@ -30,7 +30,7 @@ from stepdistill.models.lora_trial import check_lora_goes_on
 from stepdistill.places import check_writable
 from stepdistill.run_folder import check_run
 from stepdistill.teacher_source import (
-    check_teacher_folder,
+    check_teacher,
     is_ready_made,
     local_folder,
     teacher_folder,
@@ -145,7 +145,7 @@ def _teacher(config: RunConfig) -> Iterator[Finding]:
     path, kind = config.teacher.path, teacher_kind(config.teacher.path)
     if kind == "folder":
         folder = local_folder(path)
-        check_teacher_folder(config, folder)
+        check_teacher(config)
         problems = [*examine_pipeline(folder), *_loras(config, folder)]
         yield from (Finding("problem", f"teacher: {problem}", _COPY_AGAIN) for problem in problems)
         if problems:

@@ -1,6 +1,8 @@
 """What lies at a path, and what a process that was killed left there: half-written files under names of their own. No torch.
 
-.NAME.partial and .NAME.PID.partial   a file or folder that is being written beside its place, and renamed when it is whole
+.NAME.PID.partial          a file that process PID is writing beside its place, and renames when it is whole
+.NAME.safetensors.partial  one that a single process at a time writes
+.NAME.partial              a folder that is being filled; a file of that name is somebody else's
 """
 
 import contextlib
@@ -11,7 +13,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-_PARTIAL = re.compile(r"\.(?P<name>.+?)(\.\d+)?\.partial")
+_FILE = re.compile(r"\.(?P<name>.+)(\.\d+|(?<=\.safetensors))\.partial")
+_FOLDER = re.compile(r"\.(?P<name>.+)\.partial")
 _WRITING_TAKES = 10.0  # seconds, of the few kilobytes that several processes of a run may write at once
 
 
@@ -23,9 +26,10 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def is_half_written(path: Path) -> bool:
-    """Whether a path has the name of something that was being written."""
-    return _PARTIAL.fullmatch(path.name) is not None
+def half_written(path: Path) -> str | None:
+    """The name that a file or folder was to get; None for what is not half-written."""
+    found = (_FOLDER if is_folder(path) else _FILE).fullmatch(path.name)
+    return found["name"] if found else None
 
 
 def clear_half_written(folder: Path, *, names: Iterable[str] | None = None) -> None:
@@ -38,8 +42,8 @@ def clear_half_written(folder: Path, *, names: Iterable[str] | None = None) -> N
     """
     chosen = None if names is None else frozenset(names)
     for path in list(folder.rglob(".*.partial") if chosen is None else folder.glob(".*.partial")):
-        found = _PARTIAL.fullmatch(path.name)
-        if found is None or (chosen is not None and (found["name"] not in chosen or _is_new(path))):
+        name = half_written(path)
+        if name is None or (chosen is not None and (name not in chosen or _is_new(path))):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import sha256_json, write_text
-from stepdistill.places import clear_half_written, is_half_written
+from stepdistill.places import clear_half_written, half_written
 from stepdistill.teacher_source import TEACHER_RECORD, check_teacher
 
 # What may differ when a run goes on: it changes no weight.
@@ -62,7 +62,7 @@ def _check_empty(run_dir: Path) -> None:
 
 
 def _is_half_a_config(path: Path) -> bool:
-    return path.name.startswith(".config.yaml.") and is_half_written(path)
+    return half_written(path) == "config.yaml"
 
 
 def open_run(config: RunConfig) -> Path:

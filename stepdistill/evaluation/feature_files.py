@@ -8,6 +8,7 @@ import torch
 
 from stepdistill.messages import first_line
 from stepdistill.models.examine import not_finite
+from stepdistill.models.folder import has_vocabulary
 from stepdistill.models.folder_files import check_counts, read_headers, read_object, weight_files
 
 INCEPTION_VARIABLE = "STEPDISTILL_INCEPTION"
@@ -37,8 +38,11 @@ def check_numbers(size: int, std: torch.Tensor) -> None:
 
 
 def read_processor(folder: Path) -> Any:
-    """What turns pictures and prompts into CLIP's input."""
+    """What turns pictures and prompts into CLIP's input; ValueError where there is no vocabulary."""
     from transformers import AutoProcessor
+
+    if not has_vocabulary(folder):
+        raise ValueError("it has no tokenizer.json, and no vocab.json with merges.txt")
 
     return AutoProcessor.from_pretrained(folder, **LOCAL)
 

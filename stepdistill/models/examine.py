@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from stepdistill.messages import first_line, short
 from stepdistill.models.folder import WEIGHTS, weights_variant
-from stepdistill.models.folder_files import Header, read_headers, read_object, weight_files
+from stepdistill.models.folder_files import Header, read_header, read_headers, read_object, weight_files
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # How the attention of the VAE was spelled before diffusers 0.18; its loader still takes it.
@@ -58,6 +58,7 @@ def examine_pipeline(folder: Path) -> Iterator[str]:
 def not_finite(paths: list[Path]) -> str | None:
     """The first tensor of some .safetensors files whose numbers are not all finite; ValueError where one cannot be read."""
     for path in paths:
+        read_header(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118

@@ -98,13 +98,13 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
             missing.append(f"{name}/{config.name}")
         if weights and name in WEIGHTS and not any((folder / name).glob(f"{WEIGHTS[name]}*.safetensors*")):
             missing.append(f"{name}/{WEIGHTS[name]}.safetensors")
-        if name.startswith("tokenizer") and not _has_words(folder / name):
+        if name.startswith("tokenizer") and not has_vocabulary(folder / name):
             missing.append(f"{name}/tokenizer.json, or vocab.json and merges.txt")
     return missing
 
 
-def _has_words(tokenizer: Path) -> bool:
-    """Whether there is a vocabulary: transformers would make a tokenizer without one."""
+def has_vocabulary(tokenizer: Path) -> bool:
+    """Whether a tokenizer's folder holds a vocabulary: transformers would make a tokenizer without one."""
     return (tokenizer / "tokenizer.json").exists() or all(
         (tokenizer / name).exists() for name in ("vocab.json", "merges.txt")
     )

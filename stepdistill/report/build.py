@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.durable import write_json, write_picture, write_text
+from stepdistill.places import clear_half_written
 from stepdistill.report.entries import Entry, entries_of
 from stepdistill.report.gallery import comparison_sheet
 from stepdistill.report.markdown import markdown, markdown_table
@@ -15,6 +16,7 @@ from stepdistill.report.page import render
 from stepdistill.report.read import Run, read_run
 from stepdistill.report.summary import joined_names
 
+_FILES = ("index.html", "results.json", "results.md", "grid.png")
 __all__ = ["build_report", "markdown", "markdown_table"]
 
 
@@ -39,6 +41,7 @@ def build_report(
     evaluated = [run for run in runs if run.results is not None]
     if evaluated:
         _write_numbers(folder, runs, evaluated, columns=grid_columns)
+    clear_half_written(folder, names=_FILES)
     return folder
 
 

@@ -6,31 +6,8 @@ import shutil
 
 import pytest
 
-from eval.random_teacher import build
-from tests.faults.bounds import command, one_line
+from tests.faults.bounds import command, one_line, problems
 from tests.faults.hostile_folders import FOLDERS
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A tiny SD1.5 of random weights."""
-    folder = tmp_path_factory.mktemp("whole") / "teacher"
-    build("sd15", tiny=True).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-@pytest.fixture
-def options(tmp_path):
-    """Of a run whose teacher is at `teacher` in the test's folder."""
-    (tmp_path / "prompts.txt").write_text("a thing\n")
-    return (
-        "configs/letters.yaml",
-        f"output_dir={tmp_path / 'runs'}",
-        f"data.source={tmp_path / 'prompts.txt'}",
-        "data.num_images=2",
-        "evaluation.resize=torchmetrics",
-        f"teacher.path={tmp_path / 'teacher'}",
-    )
 
 
 def test_the_folder_that_the_others_are_made_of_is_whole(whole, tmp_path, options, capsys):
@@ -46,10 +23,8 @@ def test_a_hostile_folder_is_one_line_before_anything_is_trained(name, whole, tm
     shutil.copytree(whole, tmp_path / "teacher")
     change(tmp_path / "teacher")
     code, out, error = command(capsys, "doctor", *options)
-    said = out.replace("\n         mend: ", "; allowed: ").splitlines()
-    problems = [line for line in said if line.startswith("problem ")]
     assert code == 2, out
-    assert any(re.search(says, line) for line in problems), out
+    assert any(re.search(says, line) for line in problems(out)), out
     assert "problem" in one_line(error)
     code, _, error = command(capsys, "prepare", *options)
     assert code == 2

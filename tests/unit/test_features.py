@@ -9,20 +9,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BitImageProcessor,
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
-    CLIPTokenizer,
-    Dinov2Config,
     Dinov2Model,
 )
 
 from stepdistill.durable import sha256_file
 from stepdistill.evaluation.feature_files import INCEPTION_VARIABLE
 from stepdistill.evaluation.features import build_extractor, clip_score, extract
-from stepdistill.models.folder import embedded_folder
 from tests.conftest import randn
+from tests.extractors import build_clip, build_dinov2
 
 
 def images(n=5, size=40, seed=0):
@@ -60,33 +57,12 @@ def scripted(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    text = {"vocab_size": 1000, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    text |= {"num_attention_heads": 2, "max_position_embeddings": 12, "eos_token_id": 2}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 32, "patch_size": 16}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    CLIPModel(config).eval().save_pretrained(folder)
-    tokenizer = CLIPTokenizer.from_pretrained(embedded_folder("teacher") / "tokenizer")
-    tokenizer.model_max_length = 12
-    size = {"shortest_edge": 32}
-    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=32), tokenizer).save_pretrained(folder)
-    return folder
+    return build_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def dinov2_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dinov2")
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=1
-    )
-    Dinov2Model(config).eval().save_pretrained(folder)
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder
-    )
-    return folder
+    return build_dinov2(tmp_path_factory.mktemp("dinov2"))
 
 
 def test_features_do_not_depend_on_the_batches(clip_folder):

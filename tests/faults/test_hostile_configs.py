@@ -1,0 +1,153 @@
+"""Values of a config that no run can have: each is one line and exit code 2 at once, by `run` and by `doctor` alike."""
+
+import os
+
+import pytest
+
+from stepdistill.messages import printable, short
+from tests.faults.bounds import bounded, command, one_line
+
+CONFIG = "configs/letters.yaml"
+LONG = "x" * 300
+
+VALUES = {
+    # steps
+    "ladder.0.teacher_steps=1000000000": "ladder.0.teacher_steps: got 1000000000",
+    "ladder.0.student_steps=1001": "student_steps: got 1001 (int); allowed: input should be less than or equal to 1000",
+    "ladder.2.node_steps=1000000000": "ladder.2.node_steps: got 1000000000",
+    "ladder.1.phases.0.teacher_steps=9223372036854775807": "ladder.1.phases.0.teacher_steps",
+    "data.teacher_steps=1000000": "data.teacher_steps: got 1000000",
+    "evaluation.teacher_steps=[1000000000]": "evaluation.teacher_steps.0: got 1000000000",
+    "evaluation.unguided_steps=[-1]": "evaluation.unguided_steps.0: got -1",
+    # counts
+    "data.num_images=1000000000": "data.num_images: got 1000000000; allowed: up to 10000000 renderings",
+    "data.num_images=100000000000000000000": "data.num_images: got 100000000000000000000",
+    "evaluation.num_images=1000000000": "evaluation.num_images: got 1000000000",
+    "training.train_batch_size=1000000000": "training.train_batch_size: got 1000000000",
+    "training.gradient_accumulation_steps=1000000000": "training.gradient_accumulation_steps",
+    "evaluation.batch_size=1000000000": "evaluation.batch_size",
+    "evaluation.cost_batch_sizes=[1000000000]": "evaluation.cost_batch_sizes.0",
+    "evaluation.grid_columns=1000000000": "evaluation.grid_columns",
+    "evaluation.diversity_prompts=1000000000": "evaluation.diversity_prompts",
+    "evaluation.diversity_seeds=1000000000": "evaluation.diversity_seeds",
+    "evaluation.study_images=1000000000": "evaluation.study_images",
+    "evaluation.patch_size=1000000000": "evaluation.patch_size",
+    "ladder.0.phases.0.cached_updates=1000000000": "ladder.0.phases.0.cached_updates",
+    "lora.rank=1000000000": "lora.rank: got 1000000000",
+    "export.rank=1000000000": "export.rank: got 1000000000",
+    "data.resolution=1000000000": "data.resolution: got 1000000000",
+    "ladder.0.phases.0.max_train_steps=1e30": "ladder.0.phases.0.max_train_steps",
+    f"seed={'9' * 5000}": "the value is not valid YAML",
+    f"seed=0x{'f' * 5000}": "seed: got a whole number of about 6020 digits",
+    # numbers that are none
+    "ladder.0.phases.0.learning_rate=.inf": "learning_rate: got inf (float); allowed: input should be a finite number",
+    "teacher.guidance_scale=.nan": "teacher.guidance_scale: got nan",
+    "training.max_grad_norm=1e999": "training.max_grad_norm: got inf",
+    "evaluation.lora_scales=[.nan]": "evaluation.lora_scales.0: got nan",
+    # names and places
+    f"name={LONG}": "name: got 'xxx",
+    "name='a b'": "name: got 'a b'",
+    'name="a\\0b"': "allowed: text without NUL characters",
+    "name=../../etc": "name: got '../../etc'",
+    f"output_dir=/tmp/{LONG}": "output_dir: got '/tmp/xxx",
+    'output_dir="/tmp/\\0"': "output_dir: got '/tmp/\\x00' (str); allowed: text without NUL characters",
+    "output_dir=": "output_dir: got None",
+    'output_dir=""': "output_dir: got '' (str); allowed: a path of one letter or more",
+    "output_dir=~nobody-of-this-name/runs": "output_dir: got '~nobody-of-this-name/runs'",
+    f"teacher.path=/tmp/{LONG}": "teacher.path: got '/tmp/xxx",
+    'teacher.path="a\\0"': "teacher.path",
+    f"data.source={'/x' * 3000}": "data.source: got '/x/x",
+    f"evaluation.clip=/{LONG}": "evaluation.clip",
+    f"evaluation.prompts=/{LONG}": "evaluation.prompts",
+    'preview.prompts=["a\\0b"]': "preview.prompts: got ['a\\x00b'] (list); allowed: text without NUL characters",
+    'preview.prompts=["\\uD800"]': "allowed: text that can be written as UTF-8",
+    # shapes
+    "ladder=" + "[" * 3000: "the value is not valid YAML",
+    "seed=2001-99-99": "the value is not valid YAML",
+    "name=" + "[" * 50 + "]" * 50: "name: got [[[[...",
+    "ladder.²=1": "got '²' for a list; allowed: 0 to 4",
+    "ladder.99999999999999999999.student_steps=1": "for a list; allowed: 0 to 4",
+    f"ladder.0.phases={[{'objective': 'mse'}] * 100}": "ladder.0.phases: got [{'objective': 'mse'}, ",
+    f"preview.prompts={['a'] * 1000}": "preview.prompts: got ['a', 'a', 'a', 'a', ...]",
+    "evaluation.loras=[{name: x, path: /x, steps: 4, timesteps: [-5]}]": "evaluation.loras.0.timesteps.0: got -5",
+    "evaluation.loras=[{name: x, path: /x, steps: 4, timesteps: [1000000000]}]": "timesteps.0: got 1000000000",
+    "evaluation.loras=[{name: x, path: /x, steps: 1000000000}]": "evaluation.loras.0.steps: got 1000000000",
+}
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:50])
+def test_a_value_that_no_run_can_have_is_refused_at_once(value, tmp_path, capsys, monkeypatch):
+    places = [] if value.startswith("output_dir") else [f"output_dir={tmp_path / 'runs'}"]
+    code, _, error = command(capsys, "doctor", CONFIG, *places, value)
+    assert code == 2
+    line = one_line(error)
+    assert VALUES[value] in line
+    assert len(line) < 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+FILES = {
+    "lists in lists": (b"seed: " + b"[" * 100_000, "holds a value that cannot be read: RecursionError"),
+    "a date that does not exist": (b"seed: 2001-99-99", "holds a value that cannot be read: ValueError"),
+    "a number of 5,000 digits": (b"seed: " + b"9" * 5000, "holds a value that cannot be read: ValueError"),
+    "not text": (b"\xff\xfe\x00", "is not UTF-8 text"),
+    "control characters": (b"name: a\x01b", "is not valid YAML"),
+    "tags that make objects": (b"seed: !!python/object/apply:os.system ['true']", "is not valid YAML"),
+    "larger than any": (b"#" * (2**22 + 1), "has more than 4194304 bytes"),
+    "a key that is a list": (b"? [a]\n: 1\n", "is not valid YAML"),
+    "keys that are numbers": (b"1: 2\n", "name: got nothing"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_that_cannot_be_read_is_one_line(name, tmp_path, capsys):
+    content, says = FILES[name]
+    (tmp_path / "config.yaml").write_bytes(content)
+    code, _, error = command(capsys, "run", tmp_path / "config.yaml")
+    assert code == 2
+    assert says in one_line(error)
+
+
+def test_a_config_that_names_itself_a_billion_times_costs_nothing(tmp_path, capsys):
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    (tmp_path / "config.yaml").write_text("\n".join([*levels, "name: *a9"]))
+    code, _, error = command(capsys, "run", tmp_path / "config.yaml")
+    assert code == 2
+    assert len(one_line(error)) < 1000
+
+
+def test_configs_that_are_no_files_are_one_line(tmp_path, capsys):
+    for place in (tmp_path / LONG, "/dev/zero", "/proc/self/mem", tmp_path / "nowhere"):
+        code, _, error = command(capsys, "run", place)
+        assert code == 2
+        assert "config" in one_line(error)
+
+
+@pytest.mark.parametrize("place", ["/proc", "/dev/null", "/proc/self/environ"])
+def test_a_place_where_no_folder_can_be_made_is_one_line(place, capsys):
+    code, out, error = command(capsys, "doctor", CONFIG, f"output_dir={place}/runs")
+    assert code == 2
+    assert f"no file can be made in {place}/runs" in out or "is a file" in out
+    one_line(error)
+    code, _, error = command(capsys, "prepare", CONFIG, f"output_dir={place}/runs")
+    assert code == 2
+    assert place in one_line(error)
+
+
+def test_a_run_s_folder_that_is_something_else_is_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / "letters")
+    code, _, error = command(capsys, "prepare", CONFIG, f"output_dir={tmp_path}")
+    assert code == 2
+    assert "is a file; choose another name" in one_line(error)
+
+
+def test_messages_hold_no_line_ends_and_no_large_values():
+    assert printable("a\nb\x1b[31m\udcff") == "a\\nb\\x1b[31m\\udcff"
+    nested: list = []
+    nested.append(nested)
+    with bounded(seconds=2):
+        assert len(short(["x" * 10**6] * 10**4)) < 1000
+        assert len(short({str(k): k for k in range(10**4)})) < 1000
+        assert "..." in short(nested)
+        assert short(10**5000) == "a whole number of about 5000 digits"

@@ -1,0 +1,342 @@
+"""Files that a config names beside a teacher's folder: one checkpoint, LoRAs, extractors. Hostile or broken, each is one
+line and exit code 2 by `doctor`, within seconds and without memory, and no code of theirs is run."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from stepdistill.cli import _raised_here
+from stepdistill.config_file import load_config
+from stepdistill.durable import sha256_file
+from stepdistill.evaluation.check import check_evaluation
+from tests.extractors import build_clip, build_dinov2
+from tests.faults.bounds import bounded, command, one_line, problems
+from tests.faults.hostile_folders import edited, in_place_of, removed, replaced, retyped, with_number, without
+from tests.integration.test_teachers import style_lora
+from tests.original_layout import original_state
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def refused(capsys, says, *options, stages=("doctor",)):
+    """Each stage says so in one line; what `doctor` says is among its problems."""
+    for stage in stages:
+        code, out, error = command(capsys, stage, *options)
+        assert code == 2, out + error
+        line = one_line(error)
+        lines = problems(out) if stage == "doctor" else [line]
+        assert any(re.search(says, line) for line in lines), out + error
+
+
+def not_measured(says, *options):
+    """What `doctor` and `run` ask before anything is trained says so in one line."""
+    path, *overrides = options
+    config = load_config(path, overrides)
+    with bounded(), pytest.raises(ValueError, match=says) as caught:
+        check_evaluation(config)
+    assert "\n" not in str(caught.value)
+    assert _raised_here(caught.value)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(whole, tmp_path_factory):
+    """The teacher as one file, and its configs in a folder beside it."""
+    place = tmp_path_factory.mktemp("checkpoint")
+    save_file(original_state(DiffusionPipeline.from_pretrained(whole)), place / "model.safetensors")
+    shutil.copytree(whole, place / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    return place
+
+
+def evil(*parts):
+    return edited("configs/model_index.json", unet=list(parts))
+
+
+# name -> (what is done to the checkpoint's folder, what `doctor` says, whether `prepare` alone can tell)
+CHECKPOINTS = {
+    "cut short": (
+        lambda place: os.truncate(place / "model.safetensors", 10_000),
+        r"model\.safetensors cannot be read as safetensors",
+    ),
+    "empty": (replaced("model.safetensors", b""), r"cannot be read as safetensors"),
+    "a pipe": (in_place_of("model.safetensors", os.mkfifo), r"is a pipe or a device, not a file"),
+    "a directory": (in_place_of("model.safetensors", os.mkdir), r"teacher"),
+    "a LoRA": (
+        retyped("model.safetensors", lambda _: {"lora_A.weight": torch.zeros(2)}),
+        r"holds no whole model .*a LoRA goes into teacher\.loras",
+    ),
+    "configs that are no pipeline's": (
+        removed("configs/model_index.json"),
+        r"teacher\.config: .* lacks model_index\.json",
+    ),
+    "configs with code": (evil("my_unet", "MyUnet"), r"teacher\.config: .*code of its own \(unet: my_unet\)"),
+    "configs of the system": (evil("os", "system"), r"teacher\.config: .*code of its own \(unet: os\)"),
+    "configs of another class": (
+        evil("diffusers", "AutoencoderKL"),
+        r"teacher\.config: .* as its unet; allowed",
+    ),
+    "configs that are no JSON": (
+        replaced("configs/unet/config.json", b"{"),
+        r"teacher\.config: .*is not JSON",
+    ),
+    "configs of a billion layers": (
+        edited("configs/unet/config.json", layers_per_block=10**9),
+        r"teacher\.config: .*layers_per_block is 1000000000",
+    ),
+    "configs of many thousand layers": (
+        edited("configs/text_encoder/config.json", num_hidden_layers=10**5),
+        r"teacher\.config: .*asks for 100000 layers",
+    ),
+    "configs of a billion timesteps": (
+        edited("configs/scheduler/scheduler_config.json", num_train_timesteps=10**9),
+        r"teacher\.config: .*num_train_timesteps: 1000000000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_of_one_file(name, checkpoint, tmp_path, options, capsys):
+    change, says = CHECKPOINTS[name]
+    place = tmp_path / "one"
+    shutil.copytree(checkpoint, place)
+    change(place)
+    teacher = (f"teacher.path={place / 'model.safetensors'}", f"teacher.config={place / 'configs'}")
+    refused(capsys, says, *options, *teacher, stages=("doctor", "prepare"))
+
+
+CHECKPOINTS_MADE = {
+    "a weight that is no number": (with_number("out.2.weight", float("nan")), r"not finite"),
+    "a tensor missing": (without("middle_block.*weight"), r"cannot read|lacks"),
+    "a text encoder missing": (
+        lambda state: {k: v for k, v in state.items() if not k.startswith("cond_stage")},
+        r"cannot read .* as a StableDiffusionPipeline",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS_MADE)
+def test_a_checkpoint_that_only_reading_tells_of(name, checkpoint, tmp_path, options, capsys):
+    change, says = CHECKPOINTS_MADE[name]
+    place = tmp_path / "one"
+    shutil.copytree(checkpoint, place)
+    retyped("model.safetensors", change)(place)
+    teacher = (f"teacher.path={place / 'model.safetensors'}", f"teacher.config={place / 'configs'}")
+    refused(capsys, says, *options, *teacher, stages=("prepare",))
+    assert not (tmp_path / "runs" / "letters" / "cache").exists()
+    assert not (tmp_path / "runs" / "letters" / "teacher.json").exists()
+
+
+@pytest.fixture(scope="session")
+def style(whole, tmp_path_factory):
+    """A LoRA that goes onto the teacher."""
+    place = tmp_path_factory.mktemp("style")
+    style_lora(whole, place)
+    return place
+
+
+def of_another_model(folder):
+    state = load_file(folder / LORA)
+    wider = {key: torch.cat([tensor, tensor], dim=1) for key, tensor in state.items() if ".lora_A." in key}
+    save_file(state | wider, folder / LORA)
+
+
+def two_files(folder):
+    (folder / LORA).rename(folder / "a.safetensors")
+    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+
+
+def pickled(folder):
+    torch.save({}, folder / "pytorch_lora_weights.bin")
+    (folder / LORA).unlink()
+
+
+LORAS = {
+    "cut short": (lambda folder: os.truncate(folder / LORA, 1000), r"cannot be read as safetensors"),
+    "empty": (replaced(LORA, b""), r"cannot be read as safetensors"),
+    "a pipe": (in_place_of(LORA, os.mkfifo), r"is a pipe or a device|which is not there|got path"),
+    "no LoRA": (retyped(LORA, lambda _: {"something": torch.zeros(2)}), r"holds no LoRA"),
+    "numbers that are none": (retyped(LORA, with_number("lora_A", float("nan"))), r"not finite"),
+    "of another model": (of_another_model, r"does not go onto the U-Net of .*shape"),
+}
+TEACHERS_LORAS = LORAS | {
+    "two files": (two_files, r"holds 2 \.safetensors files; allowed: one"),
+    "pickled": (pickled, r"holds 0 \.safetensors files"),
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS_LORAS)
+def test_a_lora_of_the_teacher(name, whole, style, tmp_path, options, capsys):
+    change, says = TEACHERS_LORAS[name]
+    shutil.copytree(style, tmp_path / "style")
+    change(tmp_path / "style")
+    loras = json.dumps([{"path": str(tmp_path / "style")}])
+    settings = (f"teacher.path={whole}", f"teacher.loras={loras}")
+    refused(capsys, rf"teacher\.loras\.0\.path: .*({says})", *options, *settings, stages=("doctor",))
+    code, _, error = command(capsys, "prepare", *options, *settings)
+    assert code == 2
+    assert "teacher.loras.0.path: " in one_line(error)
+
+
+def row(path, **values):
+    return "evaluation.loras=" + json.dumps([{"name": "theirs", "path": str(path), "steps": 4} | values])
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_lora_of_the_table(name, whole, style, tmp_path, options):
+    change, says = LORAS[name]
+    shutil.copytree(style, tmp_path / "style")
+    change(tmp_path / "style")
+    settings = (f"teacher.path={whole}", row(tmp_path / "style"))
+    not_measured(rf"evaluation\.loras: theirs: .*({says})", *options, *settings)
+
+
+SCHEDULERS = {
+    "no scheduler": ({"scheduler": "StableDiffusionPipeline"}, r"got scheduler 'StableDiffusionPipeline'"),
+    "a function": ({"scheduler": "os.system"}, r"got scheduler 'os\.system'"),
+    "a billion timesteps": ({"scheduler_options": {"num_train_timesteps": 10**9}}, r"num_train_timesteps"),
+    "half a timestep": ({"scheduler_options": {"num_train_timesteps": 0.5}}, r"num_train_timesteps"),
+    "unknown spacing": ({"scheduler_options": {"timestep_spacing": "evil"}}, r"cannot sample in 4 steps"),
+    "timesteps out of reach": (
+        {"scheduler_options": {"timestep_spacing": "leading", "steps_offset": 10**6}},
+        r"cannot sample in 4 steps: ValueError: timesteps from",
+    ),
+    "timesteps where none are taken": (
+        {"scheduler": "DDIMScheduler", "timesteps": [999, 499]},
+        r"DDIMScheduler takes no timesteps of one's own",
+    ),
+    "betas of another kind": ({"scheduler_options": {"beta_schedule": "evil"}}, r"cannot sample in 4 steps"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_of_the_table(name, whole, style, options):
+    values, says = SCHEDULERS[name]
+    not_measured(says, *options, f"teacher.path={whole}", row(style, **values))
+
+
+@pytest.fixture(scope="session")
+def extractors(tmp_path_factory):
+    """CLIP and DINOv2 as folders."""
+    place = tmp_path_factory.mktemp("extractors")
+    (place / "clip").mkdir()
+    (place / "dinov2").mkdir()
+    build_clip(place / "clip")
+    build_dinov2(place / "dinov2")
+    return place
+
+
+def processor(**values):
+    """Other values of the picture's processor, which CLIP's folder has inside another object."""
+
+    def change(folder):
+        if not (folder / "processor_config.json").is_file():
+            return edited("preprocessor_config.json", **values)(folder)
+        content = json.loads((folder / "processor_config.json").read_text())
+        content["image_processor"] |= values
+        return edited("processor_config.json", **content)(folder)
+
+    return change
+
+
+def with_broken_processor(folder):
+    next(folder.glob("*processor_config.json")).write_text("{")
+
+
+WEIGHTS = "model.safetensors"
+EXTRACTORS = {
+    "no folder": (shutil.rmtree, r"config\.json is not there"),
+    "no weights": (removed(WEIGHTS), r"model\.safetensors is not there"),
+    "weights cut short": (
+        lambda folder: os.truncate(folder / WEIGHTS, 2000),
+        r"cannot be read as safetensors",
+    ),
+    "weights that are a pipe": (in_place_of(WEIGHTS, os.mkfifo), r"is a pipe or a device"),
+    "a weight missing": (retyped(WEIGHTS, without("layer.*weight")), r"no weights for"),
+    "a weight that is no number": (
+        retyped(WEIGHTS, with_number("layer.*weight", float("nan"))),
+        r"not finite",
+    ),
+    "a config that is no JSON": (replaced("config.json", b"{"), r"config\.json is not JSON"),
+    "a config that is a pipe": (in_place_of("config.json", os.mkfifo), r"config\.json is a pipe"),
+    "another model": (edited("config.json", model_type="bert"), r"it holds bert"),
+    "a model with code": (
+        edited("config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+        r"custom code",
+    ),
+    "a processor that is no JSON": (with_broken_processor, r"not a valid JSON"),
+    "a deviation of nothing": (processor(image_std=[0, 0, 0]), r"image_std"),
+    "a mean of one number": (processor(image_mean=0.5), r"shape"),
+}
+OF_CLIP = EXTRACTORS | {
+    "a billion layers": (
+        edited("config.json", text_config={"num_hidden_layers": 10**9}),
+        r"num_hidden_layers is 1000000000",
+    ),
+    "many thousand layers": (
+        edited("config.json", vision_config={"num_hidden_layers": 10**5}),
+        r"asks for 100000 layers",
+    ),
+    "no tokenizer": (removed("tokenizer.json"), r"no tokenizer\.json"),
+    "a tokenizer that is no JSON": (replaced("tokenizer.json", b"{"), r"JSON"),
+}
+OF_DINOV2 = EXTRACTORS | {
+    "a billion layers": (edited("config.json", num_hidden_layers=10**9), r"num_hidden_layers is 1000000000"),
+    "pictures of a million pixels": (
+        processor(crop_size={"height": 10**6, "width": 10**6}),
+        r"pictures of 1000000 pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("clip", name) for name in OF_CLIP), *(("dinov2", name) for name in OF_DINOV2)],
+)
+def test_an_extractor_of_transformers(kind, name, whole, extractors, tmp_path, options):
+    change, says = {"clip": OF_CLIP, "dinov2": OF_DINOV2}[kind][name]
+    shutil.copytree(extractors / kind, tmp_path / kind)
+    change(tmp_path / kind)
+    settings = (f"teacher.path={whole}", f"evaluation.{kind}={tmp_path / kind}")
+    not_measured(rf"evaluation\.{kind}: cannot load .*({says})", *options, *settings)
+
+
+def of_another_net(path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+
+
+INCEPTIONS = {
+    "another file": (lambda path: path.write_bytes(b"PK no script"), "", r"expected f58cb9b6"),
+    "no script, on your word": (lambda path: path.write_bytes(b"PK no script"), "#", r"is no TorchScript"),
+    "another net, on your word": (of_another_net, "#", r"another TorchScript than FID's"),
+    "a pipe": (os.mkfifo, "", r"no Inception weights at"),
+    "a directory": (os.mkdir, "", r"no Inception weights at"),
+}
+
+
+@pytest.mark.parametrize("name", INCEPTIONS)
+def test_an_inception_that_is_none(name, whole, tmp_path, options):
+    make, trust, says = INCEPTIONS[name]
+    path = tmp_path / "inception-2015-12-05.pt"
+    make(path)
+    word = f"#sha256={sha256_file(path)}" if trust else ""
+    settings = (f"teacher.path={whole}", f"evaluation.features=inception:{path}{word}")
+    not_measured(says, *options, *settings)
+
+
+def test_statistics_that_are_pickled_are_not_read(whole, tmp_path, options, capsys):
+    np.savez(tmp_path / "stats.npz", mu=np.array([Evil()], dtype=object), sigma=np.eye(1))
+    settings = (f"teacher.path={whole}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
+    refused(capsys, r"no reference stats", *options, *settings)
+    assert not Path("/tmp/it-ran").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/it-ran",))
