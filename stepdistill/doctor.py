@@ -21,11 +21,11 @@ from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import picture_of
 from stepdistill.data.tallies import bucket_notes
-from stepdistill.durable import read_json
+from stepdistill.disk_need import disk_need, folder_bytes
 from stepdistill.ladder_checks import unfit_settings
 from stepdistill.models.examine import examine_pipeline
 from stepdistill.models.folder import is_zero_snr, prediction_type, teacher_kind
-from stepdistill.models.loading import image_size, latent_shape, size_multiple
+from stepdistill.models.loading import image_size, size_multiple
 from stepdistill.models.lora_trial import check_lora_goes_on
 from stepdistill.places import check_writable
 from stepdistill.run_folder import check_run
@@ -40,9 +40,6 @@ from stepdistill.teacher_source import (
 LOOKED_AT = 64
 """Samples of the data that are read in full."""
 _GIB = 2**30
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Every adapted layer of SD and SDXL carries about so many LoRA parameters per rank (rank 64: 67 M and 197 M).
-_LORA_PARAMETERS = {"StableDiffusionPipeline": 1.05e6, "StableDiffusionXLPipeline": 3.08e6}
 _TOKENS_A_WORD = 1.3
 _COPY_AGAIN = "another copy of the model"
 
@@ -253,20 +250,32 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
 def _disk(config: RunConfig) -> Iterator[Finding]:
     place = next(p for p in (config.run_dir, *config.run_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    if not is_ready_made(config):
-        yield Finding("ok", f"disk: {free / _GIB:.1f} GiB free")
+    try:
+        folder = teacher_folder(config)
+    except ConfigError:  # not made yet
+        folder = local_folder(config.teacher.path)
+    if not (folder / "unet" / "config.json").is_file():
+        yield Finding(
+            "ok",
+            f"disk: {_bytes(free)} free; what the run takes is counted once the teacher's folder is made",
+        )
         return
-    folder = local_folder(config.teacher.path)
-    size = Sizes(config.data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
-    channels, height, width = latent_shape(folder, size)
-    pipeline = (read_json(folder / "model_index.json") or {}).get("_class_name", "")
-    lora = _LORA_PARAMETERS.get(pipeline, 0) * config.lora.rank * 4 if config.teacher.path != LETTERS else 0
-    latents = (config.data.num_images or 0) * channels * height * width * _BYTES[config.data.dtype]
-    needed = latents + len(config.ladder) * lora
-    state: Literal["ok", "problem"] = "ok" if needed < free else "problem"
-    remedy = "" if state == "ok" else "another output_dir, data.dtype=float16 or fewer pictures"
-    about = f"disk: {free / _GIB:.1f} GiB free, about {needed / _GIB:.1f} for latents and LoRAs"
-    yield Finding(state, about, remedy)
+    need = disk_need(config, folder)
+    there = min(need.total, folder_bytes(config.run_dir))
+    state: Literal["ok", "problem"] = "ok" if need.total - there < free else "problem"
+    remedy = (
+        ""
+        if state == "ok"
+        else "another output_dir, data.dtype=float16, fewer pictures or evaluation.num_images"
+    )
+    parts = ("teacher", "cache", "rungs", "evaluation", "report")
+    each = ", ".join(f"{part} {_bytes(size)}" for part in parts if (size := getattr(need, part)))
+    about = f"{_bytes(free)} free, the run takes about {_bytes(need.total)}{'' if need.is_whole else ' or more'} ({each})"
+    yield Finding(state, f"disk: {about}{f', {_bytes(there)} are there' if there else ''}", remedy)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / _GIB:,.1f} GiB" if count >= _GIB else f"{count / 2**20:,.0f} MiB"
 
 
 def raise_for(found: list[Finding]) -> None:

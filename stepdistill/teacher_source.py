@@ -106,6 +106,11 @@ def _check_lora(key: str, path: str) -> None:
 def check_teacher_folder(config: RunConfig, folder: Path) -> None:
     """ConfigError where a pipeline's folder is incomplete, or something that this trainer cannot distil."""
     path, missing = config.teacher.path, missing_parts(folder)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"teacher.path: got {path!r}, but there is no folder at {folder.absolute()}; allowed: a diffusers pipeline "
+            f'folder, a .safetensors file, a repository of the Hub, or "{EMBEDDED_TEACHER}"'
+        )
     if missing:
         raise ConfigError(
             f"teacher.path: got {path!r}, which lacks {'; '.join(missing)}; "

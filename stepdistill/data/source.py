@@ -17,7 +17,8 @@ from stepdistill.demo import letters
 
 MOST_PICTURES = 50_000
 """Of one's own data that the table compares with."""
-_LETTERS_IMAGES = 4096
+LETTERS_IMAGES = 4096
+"""Renderings, where the config names no number."""
 
 
 def picture_of(record: Record, data: Data) -> Image.Image:
@@ -38,7 +39,7 @@ def training_records(data: Data, *, seed: int) -> Iterator[Record]:
     if data.source == LETTERS:
         seen = [t for t in letters.all_triples() if not is_held_out(t.caption, share)]
         not_empty(data, len(seen))
-        triples = letters.sample_triples(data.num_images or _LETTERS_IMAGES, seed=seed, among=seen)
+        triples = letters.sample_triples(data.num_images or LETTERS_IMAGES, seed=seed, among=seen)
         return (_rendering(triple, seed=seed, index=index) for index, triple in enumerate(triples))
     found = _going_round(data) if is_prompts_only(data.source) else records(data.source)
     kept = (r for r in found if share == 0 or not is_record_held_out(r, share))

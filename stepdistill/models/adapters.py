@@ -4,6 +4,7 @@ peft's own switches (`set_adapter`, `disable_adapters`) also flip requires_grad,
 forward and its backward. Here the active adapter is one field of every LoRA layer, and gradients are nobody's side effect.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -38,6 +39,15 @@ def lora_config(rank: int, *, encoder_only: bool = False) -> LoraConfig:
     """alpha = rank, so that every tool that assumes it is right; encoder_only for the discriminator's trunk."""
     targets = _ENCODER_TARGETS if encoder_only else list(TARGET_MODULES)
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+
+
+def lora_parameters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
+    """How many numbers `add_adapter` adds to a U-Net whose layers have these shapes (models/sketch.py): rank x in, times the
+    kernel of a convolution, and out x rank of each layer that is adapted."""
+    adapted = [
+        shape for name, shape in shapes.items() if any(f".{name}".endswith(f".{t}") for t in TARGET_MODULES)
+    ]
+    return sum(rank * (math.prod(shape[1:]) + shape[0]) for shape in adapted)
 
 
 def add_adapter(

@@ -7,7 +7,9 @@ from PIL import Image
 from eval.random_teacher import build
 from stepdistill.cli import app, guarded
 from stepdistill.config_file import load_config
+from stepdistill.disk_need import disk_need
 from stepdistill.doctor import examine
+from stepdistill.teacher_source import teacher_folder
 from tests.integration.conftest import tiny_config
 
 CONFIGS = {"sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", "sdxl_24gb": "sdxl"}
@@ -68,9 +70,28 @@ def test_small_pictures_long_captions_and_missing_repositories_are_notes(tmp_pat
     assert any(f.state == "note" and "nobody/nothing is not in the Hub's cache" in f.about for f in absent)
 
 
-def test_a_run_that_needs_more_than_the_disk_has_is_a_problem(tmp_path, pictures):
-    config = tiny_config(tmp_path, f"data.source={pictures}", "data.num_images=100000000000")
+def test_a_run_that_needs_more_than_the_disk_has_is_a_problem(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a wall\na door\n")
+    source = f"data.source={tmp_path / 'prompts.txt'}"
+    config = tiny_config(tmp_path, source, "data.num_images=100000000000")
     assert [f.remedy for f in problems(config) if f.about.startswith("disk")]
+    assert not [f for f in problems(tiny_config(tmp_path, source)) if f.about.startswith("disk")]
+
+
+def test_what_the_disk_is_said_to_need_is_what_a_run_takes(finished_run):
+    """Of the tiny ladder, whose pictures take a block of the disk each."""
+    need = disk_need(finished_run, teacher_folder(finished_run))
+    run_dir = finished_run.run_dir
+    for part, said in (("cache", need.cache), ("rungs", need.rungs), ("evaluation", need.evaluation)):
+        blocks = sum(path.stat().st_blocks * 512 for path in (run_dir / part).rglob("*") if path.is_file())
+        assert 0.5 * blocks < said < 1.5 * blocks, (part, said, blocks)
+
+
+def test_a_teacher_that_is_not_there_is_one_problem(tmp_path, capsys):
+    assert run("doctor", "configs/letters.yaml", f"output_dir={tmp_path}", "teacher.path=teacher-x") == 2
+    out, err = capsys.readouterr()
+    assert "got 'teacher-x', but there is no folder at " in out
+    assert "1 problem to mend" in err
 
 
 @pytest.mark.parametrize("name", CONFIGS)

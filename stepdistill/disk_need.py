@@ -1,0 +1,173 @@
+"""How many bytes a run writes, counted from its config and its teacher's shapes before any of it is written."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from stepdistill.config import Data, RunConfig
+from stepdistill.data.buckets import Sizes
+from stepdistill.data.held_out import LETTERS, settled
+from stepdistill.data.prepare import PROMPTS_A_SHARD, SHARD
+from stepdistill.data.records import is_cache, is_prompts_only
+from stepdistill.data.samples import BadSample, read_caption
+from stepdistill.data.source import LETTERS_IMAGES, training_records
+from stepdistill.durable import read_json
+from stepdistill.evaluation.pictures import LATENTS_KEPT
+from stepdistill.models.adapters import lora_parameters
+from stepdistill.models.loading import image_size, latent_shape, size_multiple
+from stepdistill.models.sketch import layer_shapes
+from stepdistill.teacher_source import is_ready_made
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BLOCK = 4096  # what a small file takes on the disk
+_PNG = 0.7  # of three bytes a pixel; photographs, packed fast
+_SECONDS = 2.0  # of looking at the source
+_FEATURES = {"reader": 96, "inception": 2048}
+_MOST_FEATURES = 1536
+_LOG_LINE = 600
+_PAGE = 20 * 2**20
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes by what they are for. `is_whole` is False where the source was too long to be counted to its end."""
+
+    teacher: int
+    cache: int
+    rungs: int
+    evaluation: int
+    report: int
+    is_whole: bool
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.teacher + self.cache + self.rungs + self.evaluation + self.report
+
+
+def disk_need(config: RunConfig, folder: Path) -> DiskNeed:
+    """What a run of a config whose teacher is in `folder` (or will be made of it) writes into its folder."""
+    config = settled(config)
+    size = image_size(folder)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
+    cache, is_whole = _cache(config.data, folder)
+    return DiskNeed(
+        teacher=0 if is_ready_made(config) else _weights(folder),
+        cache=cache,
+        rungs=_rungs(config, unet, size),
+        evaluation=_evaluation(config, folder, size),
+        report=_report(config, size),
+        is_whole=is_whole,
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """What lies in a folder, links not followed; 0 where there is none."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def _weights(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def _cache(data: Data, folder: Path) -> tuple[int, bool]:
+    """Latents of every sample, and embeddings of the distinct captions of every shard."""
+    if is_cache(data.source):
+        return 0, True  # the lender's
+    samples, captions, is_whole = _count(data)
+    target = Sizes(data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
+    channels, height, width = latent_shape(folder, target)
+    names = ("unet", "text_encoder", "text_encoder_2")
+    unet, text, second = (read_json(folder / name / "config.json") or {} for name in names)
+    embedding = int(text.get("max_position_embeddings", 77)) * int(unet.get("cross_attention_dim", 768))
+    embedding += int(second.get("projection_dim", 0))
+    return (samples * channels * height * width + captions * embedding) * _BYTES[data.dtype], is_whole
+
+
+def _count(data: Data) -> tuple[int, int, bool]:
+    """Samples, distinct captions summed over the shards, and whether that is all of them."""
+    a_shard = PROMPTS_A_SHARD if is_prompts_only(data.source) else SHARD
+    endless = data.source == LETTERS or (is_prompts_only(data.source) and data.num_images is not None)
+    if endless:  # one shard is as the others
+        total = data.num_images or LETTERS_IMAGES
+        looked_at = data.model_copy(update={"num_images": min(total, a_shard)})
+        samples, captions, _ = _walk(looked_at, a_shard)
+        return total, round(captions * total / max(samples, 1)), True
+    samples, captions, is_whole = _walk(data, a_shard)
+    if is_whole or data.num_images is None:
+        return samples, captions, is_whole
+    return data.num_images, round(captions * data.num_images / samples), True
+
+
+def _walk(data: Data, a_shard: int) -> tuple[int, int, bool]:
+    """`_count` of the records that can be looked at in time."""
+    samples, captions, until = 0, 0, time.monotonic() + _SECONDS
+    here: set[str] = set()
+    for record in training_records(data, seed=0):
+        samples += 1
+        with contextlib.suppress(BadSample):
+            here.add(read_caption(record.read_caption()))
+        if samples % a_shard == 0:
+            captions, here = captions + len(here), set()
+        if time.monotonic() > until:
+            return samples, captions + len(here), False
+    return samples, captions + len(here), True
+
+
+def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> int:
+    """Every rung's LoRA in float32, what export makes of it, and its previews."""
+    lora = lora_parameters(layer_shapes(unet), config.lora.rank)
+    whole = sum(parameter.numel() for parameter in unet.parameters())
+    options = config.export
+    other = {
+        "diffusers": 0,
+        "kohya": lora * _BYTES[options.dtype],
+        "fused": whole * _BYTES[options.dtype],
+        "onnx": whole * _BYTES["float32"],
+    }
+    each = lora * _BYTES["float32"] + sum(other[name] for name in options.formats)
+    every = config.training.preview_steps
+    drawn = sum(
+        1 + (phase.max_train_steps // every if every else 0)
+        for rung in config.ladder
+        for phase in rung.phases
+    )
+    return len(config.ladder) * each + drawn * 2 * len(config.preview.prompts) * _picture(size)
+
+
+def _evaluation(config: RunConfig, folder: Path, size: tuple[int, int]) -> int:
+    """Pictures, their features, and final latents of the first of them: of rows, floor and studies."""
+    options, students = config.evaluation, len(config.ladder)
+    rows = len(options.teacher_steps) + len(options.unguided_steps) + students + len(options.loras)
+    rows += options.floor
+    views = 1 + sum(x is not None for x in (options.patch_size, options.clip, options.dinov2))
+    latent = 1
+    for side in latent_shape(folder, size):
+        latent *= side
+    sweep = students * len(options.lora_scales)
+    few = (sweep + students**2 * options.matrix + bool(sweep or options.matrix)) * options.study_images
+    few += options.diversity_prompts * options.diversity_seeds * (1 + students + len(options.loras))
+    features = views * _FEATURES.get(options.features.partition(":")[0], _MOST_FEATURES)
+    each_row = options.num_images * (_picture(size) + 4 * features)
+    kept = min(options.num_images, LATENTS_KEPT) * latent * 4
+    return rows * (each_row + kept) + few * (_picture(size) + latent * 4)
+
+
+def _report(config: RunConfig, size: tuple[int, int]) -> int:
+    """The page with its pictures, the sheet beside it, and the log."""
+    options = config.evaluation
+    rows = len(options.teacher_steps) + len(config.ladder) + len(options.loras)
+    pictures = 3 * rows * options.grid_columns * _picture(size)
+    updates = sum(phase.max_train_steps for rung in config.ladder for phase in rung.phases)
+    return min(_PAGE, pictures) + updates * _LOG_LINE
+
+
+def _picture(size: tuple[int, int]) -> int:
+    """A PNG of height and width in pixels."""
+    packed = round(size[0] * size[1] * 3 * _PNG)
+    return -(-packed // _BLOCK) * _BLOCK

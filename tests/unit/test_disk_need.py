@@ -1,0 +1,70 @@
+"""What a run is said to take on the disk, against what its parts have."""
+
+import pytest
+import torch
+from PIL import Image
+
+from stepdistill.config_file import load_config
+from stepdistill.disk_need import disk_need, folder_bytes
+from stepdistill.models.adapters import add_adapter, lora_parameters
+from stepdistill.models.folder import embedded_folder
+from stepdistill.models.sketch import layer_shapes
+from tests.conftest import build_tiny_unet
+
+TEACHER = embedded_folder("teacher")
+
+
+def need_of(*overrides):
+    return disk_need(load_config("configs/letters.yaml", list(overrides)), TEACHER)
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+def test_a_loras_numbers_are_those_that_peft_adds(rank):
+    unet = build_tiny_unet()
+    counted = lora_parameters(layer_shapes(unet), rank)
+    assert counted == sum(parameter.numel() for parameter in add_adapter(unet, "x", rank=rank, seed=0))
+
+
+def test_texts_count_once_a_caption_and_shard(tmp_path):
+    """20 pictures under one caption: 20 latents of 4 x 8 x 8 and one text of 24 x 64, in float32."""
+    for k in range(20):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{k}.png")
+        (tmp_path / f"{k}.txt").write_text("a wall")
+    need = need_of(f"data.source={tmp_path}", "data.num_images=null")
+    shapes = {name: read_size(name) for name in ("max_position_embeddings", "cross_attention_dim")}
+    text = shapes["max_position_embeddings"] * shapes["cross_attention_dim"]
+    assert need.cache == 4 * (20 * 4 * 8 * 8 + text)
+    assert need.is_whole
+    for k in range(20):
+        (tmp_path / f"{k}.txt").write_text(f"wall {k}")
+    assert need_of(f"data.source={tmp_path}", "data.num_images=null").cache == 4 * 20 * (4 * 8 * 8 + text)
+
+
+def read_size(key):
+    import json
+
+    part = "unet" if key == "cross_attention_dim" else "text_encoder"
+    return json.loads((TEACHER / part / "config.json").read_text())[key]
+
+
+def test_rungs_grow_with_rank_and_formats_and_rows_with_their_images():
+    usual = need_of()
+    assert need_of("lora.rank=64").rungs > 1.9 * usual.rungs
+    assert need_of("export.formats=[diffusers,kohya,fused]").rungs > usual.rungs
+    assert need_of("evaluation.num_images=512").evaluation > 1.8 * usual.evaluation
+    assert usual.teacher == 0
+
+
+def test_prompts_going_round_are_counted_without_going_round(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    need = need_of(f"data.source={tmp_path / 'prompts.txt'}", "data.num_images=1000000000")
+    assert need.cache > 10**9 * 4 * 8 * 8 * 4
+
+
+def test_what_is_there_is_what_lies_in_the_folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "x").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "x")
+    assert folder_bytes(tmp_path) == 5
+    assert folder_bytes(tmp_path / "nowhere") == 0
+    assert torch.get_default_device().type == "cpu"
