@@ -87,7 +87,9 @@ def test_killed_it_goes_on_at_the_first_missing_shard(tmp_path):
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path):
     folder = good(tmp_path / "pictures", 70)
-    good(folder, 3, size=(48, 96), name="tall")  # fewer than an update takes: one process counts them for both
+    good(
+        folder, 3, size=(48, 96), name="tall"
+    )  # fewer than an update takes: one process counts them for both
     bad(folder)
     options = ["data.max_bad_fraction=0.9", "data.buckets=true", "data.resolution=64"]
     one, two = (of(folder, tmp_path, f"name={name}", *options) for name in ("one", "two"))
