@@ -21,7 +21,7 @@ from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, picture_size, read_caption
 from stepdistill.data.shards import size_name
 from stepdistill.data.source import training_records
-from stepdistill.durable import read_json, sha256_json, write_json
+from stepdistill.durable import read_sealed, write_sealed
 from stepdistill.messages import sizes_text
 from stepdistill.models.loading import image_size, size_multiple
 from stepdistill.rng import derive_seed
@@ -119,15 +119,13 @@ def training_tally(folder: Path, data: Data, *, seed: int) -> Counter[Size]:
     for record in training_records(data, seed=seed):
         digest.update(json.dumps([record.name, record.mark()]).encode() + b"\n")
     asked = {"records": digest.hexdigest(), "min_side": data.min_side, "max_pixels": data.max_pixels}
-    known = read_json(folder / TALLIES)
-    if isinstance(known, dict) and asked.items() <= known.items():
-        pictures = known.get("pictures")
-        if isinstance(pictures, list) and known.get("sha256") == sha256_json(pictures):  # not damaged since
-            return Counter({(height, width): count for height, width, count in pictures})
+    known = read_sealed(folder / TALLIES) or {}
+    pictures = known.get("pictures")
+    if asked.items() <= known.items() and isinstance(pictures, list):
+        return Counter({(height, width): count for height, width, count in pictures})
     found = tally_pictures(training_records(data, seed=seed), data)
     pictures = [[*size, count] for size, count in sorted(found.items())]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / TALLIES, {**asked, "pictures": pictures, "sha256": sha256_json(pictures)})
+    write_sealed(folder / TALLIES, {**asked, "pictures": pictures})
     return found
 
 
