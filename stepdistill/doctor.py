@@ -6,8 +6,6 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,38 +20,22 @@ from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import picture_of
 from stepdistill.data.tallies import bucket_notes
 from stepdistill.disk_need import disk_need, folder_bytes
+from stepdistill.doctor_teacher import teacher_findings
+from stepdistill.finding import Finding
 from stepdistill.ladder_checks import unfit_settings
-from stepdistill.models.examine import examine_pipeline
-from stepdistill.models.folder import is_zero_snr, prediction_type, teacher_kind
 from stepdistill.models.loading import image_size, size_multiple
-from stepdistill.models.lora_trial import check_lora_goes_on
 from stepdistill.places import check_writable
 from stepdistill.run_folder import check_run
 from stepdistill.teacher_source import (
-    check_teacher,
     is_ready_made,
     local_folder,
     teacher_folder,
-    teacher_lora_file,
 )
 
 LOOKED_AT = 64
 """Samples of the data that are read in full."""
 _GIB = 2**30
 _TOKENS_A_WORD = 1.3
-_COPY_AGAIN = "another copy of the model"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line: ok, note (it runs, but look at it) or problem (it will not run), and what to do."""
-
-    state: Literal["ok", "note", "problem"]
-    about: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.state:<8} {self.about}" + (f"\n         mend: {self.remedy}" if self.remedy else "")
 
 
 def examine(config: RunConfig) -> list[Finding]:
@@ -64,7 +46,7 @@ def examine(config: RunConfig) -> list[Finding]:
     found: list[Finding] = []
     for part in (_packages, _device, _run):
         found += _findings(part, config)
-    teacher = _findings(_teacher, config)
+    teacher = _findings(teacher_findings, config)
     is_whole = not any(finding.state == "problem" for finding in teacher)
     found += teacher + _findings(functools.partial(_data, teacher_is_whole=is_whole), config)
     for part in (_ladder, _buckets, _evaluation, _disk) if is_whole else ():
@@ -136,52 +118,6 @@ def _run(config: RunConfig) -> Iterator[Finding]:
         return
     where = "goes on there" if (config.run_dir / "config.yaml").is_file() else "will be made"
     yield Finding("ok", f"run: {config.run_dir} {where}")
-
-
-def _teacher(config: RunConfig) -> Iterator[Finding]:
-    path, kind = config.teacher.path, teacher_kind(config.teacher.path)
-    if kind == "folder":
-        folder = local_folder(path)
-        check_teacher(config)
-        problems = [*examine_pipeline(folder), *_loras(config, folder)]
-        yield from (Finding("problem", f"teacher: {problem}", _COPY_AGAIN) for problem in problems)
-        if problems:
-            return
-        snr = ", zero terminal SNR" if is_zero_snr(folder) else ""
-        height, width = image_size(folder)
-        yield Finding("ok", f"teacher: {path}, {width} x {height} pixels, {prediction_type(folder)}{snr}")
-    elif kind == "file":
-        size = Path(path).expanduser().stat().st_size / _GIB
-        yield Finding("ok", f"teacher: the file {path}, {size:.1f} GiB; `prepare` makes a folder of it")
-        if config.teacher.config is None:
-            remedy = (
-                "teacher.config=FOLDER, a diffusers folder whose configs and tokenizers belong to the file"
-            )
-            yield Finding(
-                "note", "teacher: its configs are looked up in the Hub's cache or on the Hub", remedy
-            )
-    else:
-        yield from _repository(config)
-
-
-def _loras(config: RunConfig, folder: Path) -> Iterator[str]:
-    for number, lora in enumerate(config.teacher.loras):
-        try:
-            check_lora_goes_on(teacher_lora_file(lora.path), folder)
-        except ValueError as error:
-            yield f"teacher.loras.{number}.path: {error}"
-
-
-def _repository(config: RunConfig) -> Iterator[Finding]:
-    from huggingface_hub import try_to_load_from_cache
-
-    path, revision = config.teacher.path, config.teacher.revision
-    kept = try_to_load_from_cache(path, "model_index.json", revision=revision)
-    if isinstance(kept, str):
-        yield Finding("ok", f"teacher: {path}, in the Hub's cache")
-    else:
-        remedy = f"hf download {path}, or the folder of a copy on this disk as teacher.path"
-        yield Finding("note", f"teacher: {path} is not in the Hub's cache; `prepare` downloads it", remedy)
 
 
 def _ladder(config: RunConfig) -> Iterator[Finding]:

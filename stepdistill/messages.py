@@ -28,10 +28,13 @@ def short(value: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of another library's error and the first line that it says, cut where it is long."""
+    """The kind of another library's error and the first line that it says, cut where it is long; a ValueError's line alone,
+    which says what is wrong with a value."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if len(said) > _LONGEST_ERROR:
         said = f"{said[:_LONGEST_ERROR]}..."
+    if said and type(error) is ValueError:
+        return said
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 

@@ -16,6 +16,10 @@ from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
 from stepdistill.models.adapters import TARGET_MODULES, as_plain_data, lora_config
+from stepdistill.models.examine import not_finite
+from stepdistill.models.folder import WEIGHTS, weights_variant
+from stepdistill.models.folder_files import check_counts, read_headers, read_object, weight_files
+from stepdistill.models.loading import loading
 from stepdistill.models.lora_file import Lora, LoraLayer, write_lora
 
 _Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # U (out, m), S (m,), V^T (m, in k k), float64
@@ -89,7 +93,7 @@ def extract_to(folder: Path, base: Path, tuned: Path, rank: int) -> Reduced:
         folder: to write.
         base, tuned: folders of a pipeline, or of a U-Net.
         rank: of every layer.
-    ConfigError where the two are not of one shape; ValueError where nothing differs.
+    ConfigError where the two are not of one shape, or one is broken; ValueError where nothing differs.
     """
     before, after = _unet(base), _unet(tuned)
     first, second = dict(before.named_parameters()), dict(after.named_parameters())
@@ -116,7 +120,20 @@ def _unet(path: Path) -> UNet2DConditionModel:
     folder = path / "unet" if (path / "unet").is_dir() else path
     if not (folder / "config.json").is_file():
         raise ConfigError(f"extract: {path} holds no U-Net; allowed: a pipeline's folder, or its unet/")
-    unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    variant = weights_variant(folder.parent, folder.name)
+    with loading("extract", folder, mend="another copy of the model"):
+        files = weight_files(folder, WEIGHTS["unet"], variant)
+        check_counts(folder / "config.json", read_object(folder / "config.json"), read_headers(files))
+        spoilt = not_finite(files)
+        if spoilt is not None:
+            raise ValueError(f"{spoilt} holds numbers that are not finite")
+        unet, loaded = UNet2DConditionModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True
+        )
+        if loaded["missing_keys"]:
+            raise ValueError(
+                f"it lacks {len(loaded['missing_keys'])} weights, first {min(loaded['missing_keys'])}"
+            )
     return unet.requires_grad_(False)
 
 

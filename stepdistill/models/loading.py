@@ -17,23 +17,24 @@ from stepdistill.durable import read_json
 from stepdistill.messages import first_line
 from stepdistill.models.folder import DEFAULT_TIMESTEPS, weights_variant
 
+_LOOK = "`stepdistill doctor` looks at all of its files"
+
 
 @contextmanager
-def loading(key: str, what: object) -> Iterator[None]:
+def loading(key: str, what: object, *, mend: str = _LOOK) -> Iterator[None]:
     """ConfigError in one line for whatever diffusers, transformers and peft raise at files that they cannot use.
 
     Args:
         key: of the config, which names the files.
         what: is being loaded, for the message.
+        mend: the remedy.
     """
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # they raise a dozen kinds, as a broken file leads them to
-        raise ConfigError(
-            f"{key}: cannot load {what}: {first_line(error)}; mend: `stepdistill doctor` looks at all of its files"
-        ) from error
+        raise ConfigError(f"{key}: cannot load {what}: {first_line(error)}; mend: {mend}") from error
 
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:

@@ -121,6 +121,9 @@ CHECKPOINTS_MADE = {
 }
 
 
+TOLD_BY_DOCTOR = ("a weight that is no number",)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS_MADE)
 def test_a_checkpoint_that_only_reading_tells_of(name, checkpoint, tmp_path, options, capsys):
     change, says = CHECKPOINTS_MADE[name]
@@ -128,7 +131,8 @@ def test_a_checkpoint_that_only_reading_tells_of(name, checkpoint, tmp_path, opt
     shutil.copytree(checkpoint, place)
     retyped("model.safetensors", change)(place)
     teacher = (f"teacher.path={place / 'model.safetensors'}", f"teacher.config={place / 'configs'}")
-    refused(capsys, says, *options, *teacher, stages=("prepare",))
+    stages = ("doctor", "prepare") if name in TOLD_BY_DOCTOR else ("prepare",)
+    refused(capsys, says, *options, *teacher, stages=stages)
     assert not (tmp_path / "runs" / "letters" / "cache").exists()
     assert not (tmp_path / "runs" / "letters" / "teacher.json").exists()
 
@@ -205,7 +209,7 @@ SCHEDULERS = {
     "unknown spacing": ({"scheduler_options": {"timestep_spacing": "evil"}}, r"cannot sample in 4 steps"),
     "timesteps out of reach": (
         {"scheduler_options": {"timestep_spacing": "leading", "steps_offset": 10**6}},
-        r"cannot sample in 4 steps: ValueError: timesteps from",
+        r"cannot sample in 4 steps: timesteps from",
     ),
     "timesteps where none are taken": (
         {"scheduler": "DDIMScheduler", "timesteps": [999, 499]},

@@ -27,6 +27,8 @@ LAYERS = [
     {"sampling"},
     {"evaluation"},
     {"pace", "disk_need"},
+    {"finding"},
+    {"doctor_teacher"},
     {"doctor"},
     {"stages"},
     {"cli"},

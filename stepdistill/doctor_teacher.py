@@ -1,0 +1,80 @@
+"""What `stepdistill doctor` says of the teacher: a folder, a file or a repository, looked at to the last weight."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from stepdistill.config import RunConfig
+from stepdistill.finding import Finding
+from stepdistill.models.examine import examine_pipeline, not_finite
+from stepdistill.models.folder import is_zero_snr, missing_parts, prediction_type, teacher_kind
+from stepdistill.models.loading import image_size
+from stepdistill.models.lora_trial import check_lora_goes_on
+from stepdistill.teacher_source import check_teacher, check_teacher_folder, local_folder, teacher_lora_file
+
+_GIB = 2**30
+_COPY_AGAIN = "another copy of the model"
+
+
+def teacher_findings(config: RunConfig) -> Iterator[Finding]:
+    """What is wrong with the teacher, or that it is whole; ConfigError for what stops the look at it."""
+    path, kind = config.teacher.path, teacher_kind(config.teacher.path)
+    check_teacher(config)
+    if kind == "folder":
+        folder = local_folder(path)
+        problems = list(_broken(config, folder))
+        yield from problems
+        if problems:
+            return
+        snr = ", zero terminal SNR" if is_zero_snr(folder) else ""
+        height, width = image_size(folder)
+        yield Finding("ok", f"teacher: {path}, {width} x {height} pixels, {prediction_type(folder)}{snr}")
+    elif kind == "file":
+        spoilt = not_finite([Path(path).expanduser()])
+        if spoilt is not None:
+            yield Finding(
+                "problem", f"teacher: {spoilt} of {path} holds numbers that are not finite", _COPY_AGAIN
+            )
+            return
+        size = Path(path).expanduser().stat().st_size / _GIB
+        yield Finding("ok", f"teacher: the file {path}, {size:.1f} GiB; `prepare` makes a folder of it")
+        if config.teacher.config is None:
+            remedy = (
+                "teacher.config=FOLDER, a diffusers folder whose configs and tokenizers belong to the file"
+            )
+            yield Finding(
+                "note", "teacher: its configs are looked up in the Hub's cache or on the Hub", remedy
+            )
+    else:
+        yield from _repository(config)
+
+
+def _broken(config: RunConfig, folder: Path) -> Iterator[Finding]:
+    """What is wrong with a pipeline's folder and with the LoRAs that go onto it."""
+    problems = [*examine_pipeline(folder), *_loras(config, folder)]
+    yield from (Finding("problem", f"teacher: {problem}", _COPY_AGAIN) for problem in problems)
+
+
+def _loras(config: RunConfig, folder: Path) -> Iterator[str]:
+    for number, lora in enumerate(config.teacher.loras):
+        try:
+            check_lora_goes_on(teacher_lora_file(lora.path), folder)
+        except ValueError as error:
+            yield f"teacher.loras.{number}.path: {error}"
+
+
+def _repository(config: RunConfig) -> Iterator[Finding]:
+    from huggingface_hub import try_to_load_from_cache
+
+    path, revision = config.teacher.path, config.teacher.revision
+    kept = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    if isinstance(kept, str) and not missing_parts(Path(kept).parent):
+        check_teacher_folder(config, Path(kept).parent)
+        problems = list(_broken(config, Path(kept).parent))
+        yield from problems or [Finding("ok", f"teacher: {path}, in the Hub's cache")]
+    else:
+        remedy = f"hf download {path}, or the folder of a copy on this disk as teacher.path"
+        yield Finding(
+            "note",
+            f"teacher: {path} is not in the Hub's cache, or not all of it; `prepare` downloads it",
+            remedy,
+        )
