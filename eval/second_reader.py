@@ -89,11 +89,11 @@ def measured_again(
     return measures, {} if other_real is None else distances(other_real, {"real": real})
 
 
-def accuracies(reader: Reader, *, seed: int) -> dict[str, float]:
-    """The shares of TEST_IMAGES new renderings of each kind that it reads right."""
+def accuracies(reader: Reader, *, seed: int, num_images: int = TEST_IMAGES) -> dict[str, float]:
+    """The shares of new renderings of each kind that it reads right."""
     shares = {}
     for name, style in TESTED.items():
-        images, labels = rendered_batch(TEST_IMAGES, seed=seed, style=style)
+        images, labels = rendered_batch(num_images, seed=seed, style=style)
         shares[name] = prompt_accuracy([images], [Triple(*row) for row in labels.tolist()], reader=reader)
     return shares
 

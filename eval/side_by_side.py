@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from second_reader import measured_again
 
 from stepdistill import stages
 from stepdistill.config import LoraRow, RunConfig
@@ -97,7 +98,7 @@ class Table:
 
 
 def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path | None = None) -> Table:
-    """Every LoRA in one table beside the teacher, by the config's features.
+    """Every LoRA in one table beside the teacher, by the config's features and, for letters, by the second reader too.
 
     Args:
         base: what all methods share.
@@ -114,7 +115,10 @@ def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path
     stages.report(config)
     results = read_json(config.run_dir / "evaluation" / "results.json")
     rows = {row["row"]: row for row in results["rows"]}
-    return Table(rows, results.get("floor"), config.run_dir)
+    again, floor = measured_again(config, rows)
+    for row, measures in again.items():
+        rows[row] |= measures
+    return Table(rows, (results.get("floor") or {}) | floor, config.run_dir)
 
 
 def _share_pictures(source: Path, target: Path) -> None:

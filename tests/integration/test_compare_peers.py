@@ -54,3 +54,33 @@ def test_peers_are_compared_on_any_folder_of_captioned_pictures(world, tmp_path)
     assert again.returncode == 0, again.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert json.loads(output.with_suffix(".json").read_text())["table"] == results["table"]
+
+
+@pytest.mark.slow
+def test_letters_are_measured_by_both_readers_at_tuned_rates(tmp_path):
+    """Four rates on the same pictures of the teacher, the best one kept and used; then two readers' measures and orders."""
+    output, runs = tmp_path / "peers", tmp_path / "runs"
+    options = ["--seeds", "0", "--budget", "400", "--tune", "--methods", "lcm-lora", "stepdistill-mse"]
+    options += ["--output-dir", str(runs), "--output", str(output), "data.num_images=40"]
+    options += ["training.train_batch_size=2", "evaluation.num_images=8", "evaluation.teacher_steps=[8, 4]"]
+    options += ["evaluation.diversity_prompts=0"]
+    command = [sys.executable, "eval/compare_peers.py", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in ("teacher-8", "floor"):
+        manifests = {file.read_bytes() for file in runs.glob(f"tuning-*/*/evaluation/{row}/manifest.json")}
+        assert len(manifests) == 1, "the teacher was drawn again"
+    rates = json.loads(output.with_suffix(".rates.json").read_text())
+    for name, record in rates.items():
+        scores = record["mean_log_fid"]
+        best = min(s for s in scores.values() if s is not None)
+        assert scores[f"{record['factor']:.2f}"] == best, name
+    results = json.loads(output.with_suffix(".json").read_text())
+    row = results["tables"][0]["lcm-lora-4"]
+    for measure in ("fid_to_real", "fid_to_teacher", "prompt_accuracy"):
+        assert isinstance(row[f"second_{measure}"], float)
+    assert results["floors"][0]["second_fid_to_real"] > 0
+    assert {entry["measure"] for entry in results["orders"]} >= {"fid_to_real", "fid_to_teacher"}
+    text = output.with_suffix(".md").read_text()
+    assert "| tau between the readers | 8 steps | 4 steps | 2 steps | 1 step |" in text
+    assert "second reader's FID to teacher" in text

@@ -1,0 +1,78 @@
+"""The second reader: what is committed is what its record says, and it measures a table's pictures as they are."""
+
+import json
+
+import numpy as np
+import pytest
+import second_reader
+import torch
+from PIL import Image
+
+from stepdistill.config_file import load_config
+from stepdistill.demo import letters
+from stepdistill.demo.reader import load_reader
+from stepdistill.durable import sha256_file
+from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.subject import subject_of
+from stepdistill.models.folder import embedded_folder
+
+NUM_IMAGES = 64
+
+
+def test_the_committed_reader_is_the_one_of_its_record():
+    record = json.loads(second_reader.ASSET.with_suffix(".json").read_text())
+    weights = second_reader.weights_of(second_reader.ASSET)
+    assert sha256_file(weights) == record["sha256"]
+    assert weights.stat().st_size < 1e6
+    assert set(record["accuracy"]) == set(second_reader.TESTED)
+    assert record["accuracy"]["the world's renderings"] >= 0.98
+    seen = set(record["trained_on"]["typefaces"])
+    unseen = set(second_reader.TESTED["the world's renderings in typefaces that it has not seen"].typefaces)
+    assert not seen & unseen
+    assert seen | unseen == set(letters.TYPEFACES)
+
+
+def test_it_reads_new_renderings_and_sees_them_with_eyes_of_its_own():
+    reader = load_reader(second_reader.weights_of(second_reader.ASSET))
+    shares = second_reader.accuracies(reader, seed=4321, num_images=104)
+    assert min(shares.values()) >= 0.95
+    shipped = load_reader(embedded_folder("reader") / "model.fp16.safetensors")
+    images = torch.randint(
+        0, 255, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    assert not torch.allclose(reader.features(images), shipped.features(images), atol=1.0)
+
+
+def draw(folder, pictures):
+    pictures = [Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in pictures]
+    row = PictureFolder(folder)
+    row.begin(folder.name, {})
+    row.add(0, pictures, torch.zeros(len(pictures), 4, 8, 8), seconds=1.0)
+
+
+def test_a_table_is_measured_again(tmp_path):
+    config = load_config(
+        "configs/letters.yaml", [f"output_dir={tmp_path}", f"evaluation.num_images={NUM_IMAGES}"]
+    )
+    triples, folder = subject_of(config).wanted, config.run_dir / "evaluation"
+    renderings = [letters.render_at(t, seed=99, index=i) for i, t in enumerate(triples)]
+    draw(folder / "right", renderings)
+    draw(folder / "floor", [letters.render_at(t, seed=98, index=i) for i, t in enumerate(triples)])
+    draw(folder / "shuffled", renderings[1:] + renderings[:1])
+    draw(folder / "blank", [np.full((32, 32, 3), 10 * (i % 20), np.uint8) for i in range(NUM_IMAGES)])
+    rows, floor = second_reader.measured_again(config, ["right", "shuffled", "blank"])
+    assert rows["right"]["second_prompt_accuracy"] >= 0.95
+    assert rows["shuffled"]["second_prompt_accuracy"] < 0.1
+    for reference in ("real", "teacher"):
+        key = f"second_fid_to_{reference}"
+        assert rows["right"][key] == pytest.approx(rows["shuffled"][key], rel=1e-6)
+        assert rows["right"][key] < 0.2 * rows["blank"][key]
+    assert rows["right"]["second_fid_to_real"] < 2 * floor["second_fid_to_real"]
+    again, _ = second_reader.measured_again(config, ["right"])
+    assert again["right"] == rows["right"]
+
+
+def test_a_table_of_other_pictures_is_left_alone(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
+    config = load_config("configs/letters.yaml", [f"evaluation.prompts={tmp_path / 'prompts.txt'}"])
+    assert second_reader.measured_again(config, ["teacher-32"]) == ({}, {})
