@@ -101,6 +101,9 @@ class Preview(Section):
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
     """Fixed prompts, drawn from fixed noise by teacher and student."""
+    looks_images: Annotated[int, Field(ge=0, le=256)] = 8
+    """Pictures of the data's captions that the student draws at the end of each phase, by which the report tells which phase
+    moved sharpness, contrast or colour; 0 leaves that out."""
 
 
 class Export(Section):

@@ -31,8 +31,9 @@ from stepdistill.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 from stepdistill.runtime import Runtime, release_memory
 from stepdistill.teacher_source import teacher_folder
 from stepdistill.training.log import TrainingLog
+from stepdistill.training.phase_looks import BaseTeacher, PhaseLooks
 from stepdistill.training.pictures import Painter
-from stepdistill.training.preview import Preview
+from stepdistill.training.preview import MOST_TEACHER_STEPS, Preview
 from stepdistill.training.stage import Stage, run_stage
 from stepdistill.training.steps import Denoisers
 
@@ -51,6 +52,7 @@ class Shared:
     base_prediction_type: str
     cache: LatentCache
     painter: Painter
+    looks: PhaseLooks
     runtime: Runtime
 
 
@@ -110,7 +112,11 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         batch_size=config.training.train_batch_size,
         autocast=runtime.autocast,
     )
-    return Shared(config, base, roles, schedule, prediction_type, load_cache(config), painter, runtime)
+    cache = load_cache(config)
+    steps = min(config.evaluation.teacher_steps[0], MOST_TEACHER_STEPS)
+    teacher = BaseTeacher(prediction_type, config.teacher.guidance_scale, steps)
+    looks = PhaseLooks(painter, cache, teacher, images=config.preview.looks_images, seed=config.seed)
+    return Shared(config, base, roles, schedule, prediction_type, cache, painter, looks, runtime)
 
 
 def _warn_of_bursts(shared: Shared) -> None:
@@ -221,6 +227,9 @@ def _train_phase(
         rung, phase, number, config.training, config.seed, nets, discriminator, shared.cache, preview=draw
     )
     run_stage(stage, runtime=shared.runtime, log=log)
+    if shared.runtime.is_main:
+        path = preview.folder / f"phase{number}-{phase.objective}-end.json"
+        shared.looks.write(path, nets, steps=rung.student_steps)
     carries_on = any(p.discriminator.start == "carried" for p in rung.phases[number + 1 :])
     learned = discriminator.state() if discriminator is not None and carries_on else None
     roles.drop_discriminator()

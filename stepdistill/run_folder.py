@@ -18,7 +18,7 @@ _FREE = (
     "evaluation",
     "export",
     "output_dir",
-    "preview.prompts",
+    "preview",
     "training.logging_steps",
     "training.preview_steps",
 )

@@ -1,11 +1,48 @@
 """How colour, contrast and sharpness moved from the teacher's images, in numbers a person can see."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 _LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # ITU-R BT.601
 _TINY = 1e-12  # flat images against flat ones have no drift
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Of N images each: mean R, G, B (N, 3) in grey levels, standard deviation of luma (N,), and variance of its Laplacian
+    (N,), which is less in blurred images. float64."""
+
+    colour: torch.Tensor
+    contrast: torch.Tensor
+    sharpness: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.colour)
+
+
+def looks_of(batches: Iterable[torch.Tensor]) -> Looks:
+    """Of uint8 images in batches (B, 3, H, W)."""
+    rows = torch.cat([_statistics(batch) for batch in batches])
+    return Looks(rows[:, :3], rows[:, 3], rows[:, 4])
+
+
+def colour_distances(mine: Looks, theirs: Looks) -> torch.Tensor:
+    """Root mean square distance of each image's mean R, G, B to the other's of the same index, in grey levels, (N,)."""
+    return (mine.colour - theirs.colour).square().sum(dim=1).div(3).sqrt()
+
+
+def looks_drift(mine: Looks, theirs: Looks) -> dict[str, float]:
+    """`image_drift` of images whose statistics are at hand."""
+    if len(mine) != len(theirs):
+        raise ValueError(f"drift of {len(mine)} images against {len(theirs)}")
+    contrast, sharpness = (
+        float((of_mine.mean() + _TINY) / (of_theirs.mean() + _TINY)) - 1
+        for of_mine, of_theirs in ((mine.contrast, theirs.contrast), (mine.sharpness, theirs.sharpness))
+    )
+    colour = float(colour_distances(mine, theirs).mean())
+    return {"colour_drift": colour, "contrast_drift": contrast, "sharpness_drift": sharpness}
 
 
 def image_drift(images: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> dict[str, float]:
@@ -16,30 +53,19 @@ def image_drift(images: Iterable[torch.Tensor], reference: Iterable[torch.Tensor
     sharpness_drift  mean variance of luma's Laplacian over the reference's, minus 1: below 0 is blur
     ValueError where the numbers of images differ.
     """
-    mine, theirs = (_statistics(batches) for batches in (images, reference))
-    if len(mine) != len(theirs):
-        raise ValueError(f"drift of {len(mine)} images against {len(theirs)}")
-    contrast, sharpness = (
-        float((mine[:, k].mean() + _TINY) / (theirs[:, k].mean() + _TINY)) - 1 for k in (3, 4)
+    return looks_drift(looks_of(images), looks_of(reference))
+
+
+def _statistics(images: torch.Tensor) -> torch.Tensor:
+    """(B, 5): mean R, G, B, standard deviation of luma, variance of its Laplacian."""
+    x = images.double()
+    luma = torch.einsum("bchw,c->bhw", x, _LUMA.to(x.device))
+    laplacian = (
+        luma[:, :-2, 1:-1]
+        + luma[:, 2:, 1:-1]
+        + luma[:, 1:-1, :-2]
+        + luma[:, 1:-1, 2:]
+        - 4 * luma[:, 1:-1, 1:-1]
     )
-    colour = (mine[:, :3] - theirs[:, :3]).square().sum(dim=1).div(3).sqrt().mean()
-    return {"colour_drift": float(colour), "contrast_drift": contrast, "sharpness_drift": sharpness}
-
-
-def _statistics(batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(N, 5): mean R, G, B, standard deviation of luma, variance of its Laplacian."""
-    rows = []
-    for batch in batches:
-        x = batch.double()
-        luma = torch.einsum("bchw,c->bhw", x, _LUMA.to(x.device))
-        laplacian = (
-            luma[:, :-2, 1:-1]
-            + luma[:, 2:, 1:-1]
-            + luma[:, 1:-1, :-2]
-            + luma[:, 1:-1, 2:]
-            - 4 * luma[:, 1:-1, 1:-1]
-        )
-        mean = x.mean(dim=(2, 3))
-        spread = torch.stack([luma.flatten(1).std(dim=1), laplacian.flatten(1).var(dim=1)], dim=1)
-        rows.append(torch.cat([mean, spread], dim=1))
-    return torch.cat(rows)
+    spread = torch.stack([luma.flatten(1).std(dim=1), laplacian.flatten(1).var(dim=1)], dim=1)
+    return torch.cat([x.mean(dim=(2, 3)), spread], dim=1)

@@ -16,6 +16,7 @@ from stepdistill.report.advice import advice_for
 from stepdistill.report.curves import distance_plots, training_plots
 from stepdistill.report.entries import entries_of
 from stepdistill.report.gallery import Sizes
+from stepdistill.report.phase_looks import looks_table
 from stepdistill.report.pictures import Picture, sheet
 from stepdistill.report.quantities import format_number, number
 from stepdistill.report.read import Run, RungLog
@@ -104,6 +105,7 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
         "training": training_plots(runs),
         "data": [(run.name, run.data) for run in runs if run.data is not None],
         "previews": [(run.name, pictures) for run in runs if (pictures := list(_previews(run)))],
+        "looks": [(run.name, table) for run in runs if (table := looks_table(run)) is not None],
         "protocols": [(run.name, _facts(run), _config_text(run)) for run in runs],
         "evaluated": any(run.results is not None for run in runs),
     }

@@ -4,7 +4,7 @@ config.yaml                  what was asked: ladder, updates
 environment.json             on what
 cache/manifest.json          how many samples it learned from, and which were left out
 log.jsonl                    every update
-rungs/<steps>/               finished rungs and their previews
+rungs/<steps>/               finished rungs, their previews, and how pictures looked at each phase's end
 evaluation/results.json      rows of numbers; the pictures beside it are read where they are shown
 """
 
@@ -22,6 +22,7 @@ from stepdistill.rungs import RECORD_NAME, rung_folder
 from stepdistill.training.log import read_log
 
 ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
+_LOOKS = ("sharpness", "contrast", "colour")
 _BEFORE = (
     "measured by an earlier version, whose distances to the teacher are at equal noise: `stepdistill evaluate` measures "
     "them against the teacher's images of other seeds"
@@ -36,6 +37,8 @@ class PhaseLog:
     objective: str
     max_train_steps: int
     records: tuple[dict[str, Any], ...]
+    looks: dict[str, Any] | None = None
+    """Sharpness, contrast and colour of a few pictures at its end (training/phase_looks.py)."""
 
     @property
     def updates(self) -> int:
@@ -248,6 +251,23 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"row": str(row["row"]), "kind": str(kind), "steps": steps, "nfe": nfe}
 
 
+def _looks(path: Path) -> dict[str, Any] | None:
+    """What training/phase_looks.py wrote, None where there is none or it is damaged."""
+    if not path.is_file():
+        return None  # a version before, or preview.looks_images is 0
+    looks: Any = read_sealed(path)
+    if looks is None:
+        warn_of_damage(path, "the report says nothing of how that phase's pictures look")
+    try:
+        images, per_image = looks["compared_with"]["images"], looks["per_image"]
+        lists = [per_image[whose][look] for whose in ("student", "teacher", "data") for look in _LOOKS]
+        teachers = [per_image["teacher"][look] for look in _LOOKS[:2]]
+        whole = all(len(values) == images and None not in map(number, values) for values in lists)
+        return looks if whole and images > 1 and all(sum(values) > 0 for values in teachers) else None
+    except (KeyError, TypeError):
+        return None
+
+
 def _rungs(run_dir: Path, config: dict[str, Any]) -> Iterator[RungLog]:
     records: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for line in read_log(run_dir / "log.jsonl"):
@@ -261,6 +281,7 @@ def _rungs(run_dir: Path, config: dict[str, Any]) -> Iterator[RungLog]:
                 str(phase.get("objective", "")),
                 int(phase.get("max_train_steps") or 0),
                 tuple(records.get((steps, place), ())),
+                _looks(folder / "previews" / f"phase{place}-{phase.get('objective')}-end.json"),
             )
             for place, phase in enumerate(rung.get("phases") or [])
         )

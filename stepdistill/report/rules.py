@@ -6,13 +6,25 @@ A rule looks at one thing and says what was found, what to do, and which setting
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stepdistill.report.entries import FEW_STEPS, Entry
+from stepdistill.report.entries import Entry
+from stepdistill.report.phase_looks import (
+    COLOUR,
+    CONTRAST,
+    SHARPNESS,
+    Change,
+    amount,
+    changes,
+    data_drift,
+    mover,
+)
 from stepdistill.report.proposals import Advice, Proposal, scaled, setting
 from stepdistill.report.quantities import format_number, number, percent
 from stepdistill.report.read import ADVERSARIAL, PhaseLog, Run, RungLog
-from stepdistill.report.signs import adversary
+from stepdistill.report.signs import adversary, still_falling
 
 _BLUR, _HARSH, _CONTRAST = -0.1, 0.25, 0.15
+_COLOUR = 8.0  # grey levels
+_TOWARDS_DATA = 0.5  # of what a phase changed: how far the data must drift the same way
 _ACCURACY_LOST, _CLIP_LOST = 0.03, 1.0
 _DIVERSITY = 0.8
 _SCALE_GAIN = 0.95
@@ -21,24 +33,68 @@ _MORE_GUIDANCE = 1.25
 
 
 def looks(student: Entry, rung: RungLog, run: Run) -> Iterator[Advice]:
-    """Blur, harshness and contrast against the teacher."""
-    sharpness, contrast = student.value("sharpness_drift"), student.value("contrast_drift")
-    adversarial = [phase for phase in rung.phases if phase.objective in ADVERSARIAL]
-    more = [rung.main_phase] if rung.student_steps > FEW_STEPS else adversarial
-    if sharpness is not None and sharpness < _BLUR:
-        finding = f"{rung.title}: {percent(-sharpness)} less sharp than the teacher."
-        keys = [f"{phase.key}.max_train_steps" for phase in more]
-        proposal = Proposal("Give these phases more updates.", scaled(run.config, MORE, *keys))
-        yield Advice(finding, (proposal,) if more else ())
-    if sharpness is not None and sharpness > _HARSH and adversarial:
+    """Blur, harshness, contrast and colour against the teacher; the phase that brought it, and what helps against that."""
+    for look, is_bad, text in (
+        (SHARPNESS, lambda drift: drift < _BLUR, "less sharp than the teacher"),
+        (SHARPNESS, lambda drift: drift > _HARSH, "sharper than the teacher"),
+        (CONTRAST, lambda drift: drift < -_CONTRAST, "less contrast than the teacher"),
+        (CONTRAST, lambda drift: drift > _CONTRAST, "more contrast than the teacher"),
+        (COLOUR, lambda drift: drift > _COLOUR, "grey levels from the teacher's colours"),
+    ):
+        drift = student.value(f"{look}_drift")
+        if drift is None or not is_bad(drift):
+            continue
+        moved = mover(run, rung, look, drift)
+        by_phase = f" ({moved})" if moved is not None else ""
         yield Advice(
-            f"{rung.title}: {percent(sharpness)} sharper than the teacher.",
-            (Proposal("The adversary overdoes it.", _gentler(run, adversarial)),),
+            f"{rung.title}: {amount(look, abs(drift))} {text}{by_phase}.",
+            tuple(_against(moved, rung, run)) if moved is not None else (),
         )
-    if contrast is not None and abs(contrast) > _CONTRAST:
-        yield Advice(
-            f"{rung.title}: contrast {'+' if contrast > 0 else ''}{percent(contrast)} against the teacher."
+
+
+def _against(moved: Change, rung: RungLog, run: Run) -> Iterator[Proposal]:
+    """What the numbers at hand support against the change that a phase made; nothing where they support nothing."""
+    phase = moved.phase
+    if phase.objective in ADVERSARIAL:
+        yield Proposal(_why(moved, run), _gentler(run, [phase]))
+    elif still_falling(phase):
+        updates = scaled(run.config, MORE, f"{phase.key}.max_train_steps")
+        yield Proposal("The loss of that phase was still falling at its end: give it more updates.", updates)
+    elif moved.look == SHARPNESS and moved.by < 0:
+        yield from _won_back(rung, run)
+
+
+def _why(moved: Change, run: Run) -> str:
+    text = "give that adversarial phase fewer updates or a lower learning rate."
+    drift = data_drift(moved.phase, moved.look)
+    takes_data = setting(run.config, f"{moved.phase.key}.discriminator.real") == "data"
+    is_direction = moved.look != COLOUR  # a distance says nothing of the way
+    if not (takes_data and is_direction) or drift is None or drift / moved.by < _TOWARDS_DATA:
+        return text[0].upper() + text[1:]
+    return f"It leads to the data, which drift the same way from the teacher: to stay nearer to the teacher, {text}"
+
+
+def _won_back(rung: RungLog, run: Run) -> Iterator[Proposal]:
+    """More of the adversarial phases that won sharpness in this run: on this rung, or, where it has none, as on another."""
+    moves = changes(run, run.rungs[-1], SHARPNESS) or changes(run, rung, SHARPNESS)
+    won = [c for c in moves if c.phase.objective in ADVERSARIAL and c.by > 0 and c.is_certain]
+    here = [c.phase for c in won if c.rung is rung]
+    if here:
+        keys = [f"{phase.key}.max_train_steps" for phase in here]
+        text = "The adversarial phase of this rung won sharpness back: give it more updates."
+        yield Proposal(text, scaled(run.config, MORE, *keys))
+    elif won and not any(phase.objective in ADVERSARIAL for phase in rung.phases):
+        most = max(won, key=lambda change: change.by)
+        another = setting(run.config, most.phase.key)
+        another = another | {
+            "teacher_steps": None,
+            "discriminator": another["discriminator"] | {"start": "fresh"},
+        }
+        phases = [*setting(run.config, f"{rung.key}.phases"), another]
+        text = (
+            f"The adversarial phase at {most.rung.title} won sharpness ({most.said}): give this rung one too."
         )
+        yield Proposal(text, {f"{rung.key}.phases": phases})
 
 
 def prompts(

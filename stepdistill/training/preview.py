@@ -28,7 +28,7 @@ class Preview:
     def __init__(
         self, painter: Painter, cache: LatentCache, prompts: list[str], *, seed: int, folder: Path
     ) -> None:
-        self._painter, self._folder = painter, folder
+        self._painter, self.folder = painter, folder
         self._conditioning = cache.of_prompts(prompts)
         shape = cache.latent_shapes[cache.commonest_size]
         self._noise = rng.normal(shape, list(range(len(prompts))), seed=seed, keys=("preview",))
@@ -41,7 +41,7 @@ class Preview:
             pictures = self._painter.of_teacher(nets, self._noise, self._conditioning, steps=steps)
             self._teacher_row = ((steps, nets.roles.teacher_is_base), to_images(pictures))
         pictures = self._painter.of_student(nets, self._noise, self._conditioning, steps=student_steps)
-        target = self._folder / f"{name}.png"
+        target = self.folder / f"{name}.png"
         rows = {f"teacher {steps}": self._teacher_row[1], f"student {student_steps}": to_images(pictures)}
         write_picture(target, image_grid(rows))
         return target

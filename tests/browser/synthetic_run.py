@@ -8,6 +8,7 @@ import yaml
 from PIL import Image
 
 from stepdistill.config_file import load_config
+from stepdistill.durable import write_sealed
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -86,6 +87,31 @@ def write_training(folder, *, config="configs/letters.yaml", updates=None, finis
         (rung / "previews").mkdir(parents=True)
         (rung / "rung.json").write_text(json.dumps({"student_steps": steps, "training_seconds": 61.5}))
         picture(steps, (140, 70)).save(rung / "previews" / "phase0-mse-end.png")
+    for rung in resolved["ladder"]:
+        for place, phase in enumerate(rung["phases"]):
+            if rung["student_steps"] in finished:
+                write_looks(folder, rung["student_steps"], place, phase["objective"])
+
+
+def write_looks(folder, steps, place, objective, *, data=None, noise=0.02, **drift):
+    """What pictures looked like at a phase's end: sharpness, contrast and colour drifts, the same of the data, and how much
+    single pictures scatter."""
+    scatter = random.Random(steps * 10 + place)
+    per_image = {
+        whose: {
+            look: [
+                (k + 1.0) * (1 + drifts.get(look, 0.0) + scatter.gauss(0, spread))
+                if look != "colour"
+                else abs(drifts.get(look, 0.0) + 10 * scatter.gauss(0, spread))
+                for k in range(8)
+            ]
+            for look in ("sharpness", "contrast", "colour")
+        }
+        for whose, drifts, spread in (("student", drift, noise), ("teacher", {}, 0), ("data", data or {}, 0))
+    }
+    about = {"images": 8, "seed": 0, "teacher_steps": 32, "guidance_scale": 3.0}
+    path = folder / "rungs" / str(steps) / "previews" / f"phase{place}-{objective}-end.json"
+    write_sealed(path, {"compared_with": about, "per_image": per_image})
 
 
 def record(rung, phase, objective, step):

@@ -22,6 +22,7 @@ def tiny_config(output_dir, *overrides):
             f"output_dir={output_dir}",
             "data.num_images=40",
             "training.train_batch_size=4",
+            "preview.looks_images=2",
             "evaluation.num_images=16",
             "evaluation.grid_columns=4",
             "evaluation.diversity_prompts=2",

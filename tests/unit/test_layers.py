@@ -9,7 +9,7 @@ PACKAGE = Path("stepdistill")
 # From the top: a file may import from its own layer and from those before it.
 LAYERS = [
     {"durable", "messages", "places", "rng", "jackknife", "diffusion"},
-    {"objectives", "demo.letters", "demo.reader"},
+    {"objectives", "demo.letters", "demo.reader", "evaluation.drift"},
     {"models.folder", "models.folder_files", "models.folder_scheduler"},
     {"config_section"},
     {"config_data", "config_evaluation", "config_ladder"},

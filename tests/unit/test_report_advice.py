@@ -63,8 +63,6 @@ def test_a_student_worse_than_the_bare_teacher_at_equal_passes_comes_first(run):
             "4 steps: FID to teacher 40.00, 2.92 at the rung before",
             "ladder.2.phases.0.max_train_steps",
         ),
-        ({"sharpness_drift": -0.3}, "4 steps: 30 % less sharp", "ladder.2.phases.1.max_train_steps"),
-        ({"sharpness_drift": 0.5}, "4 steps: 50 % sharper", "ladder.2.phases.2.learning_rate"),
         (
             {"prompt_accuracy": 0.8},
             "4 steps: prompts read right 80 %, the teacher's 99 %",
@@ -160,13 +158,13 @@ def test_alike_findings_are_one_entry(run):
     results = load(run)
     for row in results["rows"]:
         if row["kind"] == "student" and row["steps"] in (4, 2):
-            row["sharpness_drift"] = -0.2
+            row["prompt_accuracy"] = 0.8
     save(run, results)
     (advice,) = advice_for(read_run(run))
-    assert (
-        advice.finding
-        == "4 steps: 20 % less sharp than the teacher; 2 steps: 20 % less sharp than the teacher."
+    assert advice.finding == (
+        "4 steps: prompts read right 80 %, the teacher's 99 %; 2 steps: prompts read right 80 %, the teacher's 99 %."
     )
+    assert advice.settings == ("ladder.2.phases.0.max_train_steps=160",)
 
 
 def test_every_key_is_one_of_the_config(run):

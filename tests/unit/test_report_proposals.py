@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepdistill.config_file import load_config, parse_config, setting_text
+from stepdistill.config_file import changed, load_config, parse_config
 from stepdistill.report.advice import advice_for
 from stepdistill.report.proposals import Advice, Proposal, accepted
 from stepdistill.report.read import read_run
 from stepdistill.run_folder import resolved
-from tests.browser.synthetic_run import results_of, save, write_training
+from tests.browser.synthetic_run import results_of, save, write_looks, write_training
 
 CONFIGS = [*sorted(map(str, Path("configs").glob("*.yaml"))), "tests/assets/letters_adversarial.yaml"]
 FROZEN = {"trunk": "frozen", "heads": "mid", "loss": "non_saturating"}
@@ -43,15 +43,28 @@ CHANCE = {"discriminator_accuracy_teacher": 0.5, "discriminator_accuracy_student
 BLURRED = {"sharpness_drift": -0.3, "contrast_drift": -0.3, "colour_drift": 40.0, "prompt_accuracy": 0.2}
 HARSH = {"sharpness_drift": 0.6, "contrast_drift": 0.4, "colour_drift": 40.0, "diversity": 0.3}
 AHEAD = {"discriminator_accuracy_teacher": 1.0, "discriminator_accuracy_student": 1.0}
+# What is wrong with the rows, with D's accuracy, the best LoRA scale, the loss, and looks after mse and adversarial phases.
 ILLS = {
-    "undertrained": (BLURRED | {"clip_score": 1.0}, CHANCE, 1.25, lambda step: 1 / (step + 5)),
-    "overdone": (HARSH, AHEAD, 0.5, lambda step: 1 + step / 1000),
+    "undertrained": (
+        BLURRED | {"clip_score": 1.0},
+        CHANCE,
+        1.25,
+        lambda step: 1 / (step + 5),
+        ({"sharpness": -0.4, "contrast": -0.3, "colour": 40.0}, {"sharpness": -0.2}),
+    ),
+    "overdone": (
+        HARSH,
+        AHEAD,
+        0.5,
+        lambda step: 1 + step / 1000,
+        ({"sharpness": -0.1}, {"sharpness": 0.6, "contrast": 0.4, "colour": 40.0}),
+    ),
 }
 
 
 def ill_run(folder, path, change, ill):
     """A run of a config, as it is or changed, in which every number is bad."""
-    row_numbers, log_numbers, best_scale, loss = ILLS[ill]
+    row_numbers, log_numbers, best_scale, loss, looks = ILLS[ill]
     config = resolved(load_config(path))
     if change is not None:
         change(config)
@@ -68,6 +81,10 @@ def ill_run(folder, path, change, ill):
         if line["objective"] in ("paired", "single"):
             line |= log_numbers
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for rung in config["ladder"]:
+        for place, phase in enumerate(rung["phases"]):
+            drift = looks[phase["objective"] in ("paired", "single")]
+            write_looks(folder / "run", rung["student_steps"], place, phase["objective"], **drift)
     results = results_of(["a red letter a on white"])
     for row in results["rows"]:
         row["clip_score"] = 30.0
@@ -90,14 +107,14 @@ def ill_run(folder, path, change, ill):
 def test_every_setting_is_one_that_the_config_takes(tmp_path, path, change, ill):
     run = ill_run(tmp_path, path, change, ill)
     advised = advice_for(read_run(run))
-    settings = [setting_text(*change) for advice in advised for change in advice.changes.items()]
-    assert len(set(settings)) > 8
     before = load_config(tmp_path / "it.yaml")
-    for setting in settings:
-        assert load_config(tmp_path / "it.yaml", [setting]) != before
-    for advice in advised:
-        load_config(tmp_path / "it.yaml", list(advice.settings))
-    keys = {setting.partition("=")[0] for setting in settings}
+    settings = [change for advice in advised for change in advice.changes.items()]
+    keys = {key for key, _ in settings}
+    assert len(keys) > 5
+    for key, value in settings:
+        assert changed(resolved(before), {key: value}) != before
+    for advice in advised[:3]:
+        load_config(tmp_path / "it.yaml", list(advice.settings))  # as the command line reads them
     assert not any(key.endswith("prediction_type") for key in keys), "x0 at one step is 73 FID worse"
     for index, rung in enumerate(before.ladder):
         assert rung.start_timestep is None or f"ladder.{index}.node_steps" not in keys

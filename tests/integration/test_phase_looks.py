@@ -1,0 +1,108 @@
+"""Pictures at the end of each phase: against the undistilled teacher whoever the rung's teacher is; nothing changes."""
+
+import json
+
+import pytest
+import torch
+
+from stepdistill.config_file import load_config
+from stepdistill.evaluation.drift import image_drift
+from stepdistill.ladder import load_shared
+from stepdistill.models import adapters
+from stepdistill.models.roles import TEACHER
+from stepdistill.report.phase_looks import changes
+from stepdistill.report.read import read_run
+from stepdistill.rungs import rung_folder
+from stepdistill.runtime import Runtime
+from stepdistill.training.phase_looks import BaseTeacher, PhaseLooks
+from stepdistill.training.steps import Denoisers
+
+
+@pytest.fixture
+def shared(trained_run):
+    return load_shared(load_config(trained_run.run_dir), Runtime())
+
+
+def nets_of(shared, *, guidance_scale):
+    return Denoisers(
+        roles=shared.roles,
+        schedule=shared.schedule,
+        unconditional=shared.cache.unconditional,
+        teacher_prediction_type="epsilon",
+        student_prediction_type="epsilon",
+        guidance_scale=guidance_scale,
+    )
+
+
+def looks_of_phase(run_dir, steps, name):
+    return json.loads((rung_folder(run_dir, steps) / "previews" / f"{name}.json").read_text())
+
+
+def test_every_phase_of_a_run_left_its_numbers_beside_its_preview(trained_run):
+    for rung in trained_run.ladder:
+        folder = rung_folder(trained_run.run_dir, rung.student_steps) / "previews"
+        names = {f"phase{number}-{phase.objective}-end" for number, phase in enumerate(rung.phases)}
+        assert {path.stem for path in folder.glob("*.json")} == names
+        assert {path.stem for path in folder.glob("*.png")} == names
+    read = read_run(trained_run.run_dir)
+    moves = changes(read, read.rungs[-1], "sharpness")
+    assert len(moves) == sum(len(rung.phases) for rung in trained_run.ladder)
+    last = looks_of_phase(trained_run.run_dir, 1, "phase1-mse-end")
+    assert sum(move.by for move in moves) == pytest.approx(last["sharpness_drift"], rel=1e-9)
+
+
+def test_all_phases_are_compared_with_the_same_pictures(trained_run):
+    first = looks_of_phase(trained_run.run_dir, 32, "phase0-mse-end")
+    assert first["compared_with"] == {"images": 2, "seed": 0, "teacher_steps": 32, "guidance_scale": 3.0}
+    for steps in (8, 1):
+        name = {8: "phase0-mse-end", 1: "phase1-mse-end"}[steps]
+        later = looks_of_phase(trained_run.run_dir, steps, name)
+        assert later["per_image"]["teacher"] == first["per_image"]["teacher"]
+        assert later["per_image"]["data"] == first["per_image"]["data"]
+
+
+def test_a_student_that_is_the_teacher_has_no_drift(shared, tmp_path):
+    adapters.load_adapter_state(
+        shared.roles.unet,
+        TEACHER,
+        {k: t + 1 for k, t in adapters.adapter_state(shared.roles.unet, TEACHER).items()},
+    )
+    shared.roles.teacher_is_base = False  # the rung's teacher, which must not be drawn with
+    looks = PhaseLooks(shared.painter, shared.cache, BaseTeacher("epsilon", 1.0, 2), images=3, seed=0)
+    looks.write(tmp_path / "looks.json", nets_of(shared, guidance_scale=1.0), steps=2)
+    found = json.loads((tmp_path / "looks.json").read_text())
+    assert [found[f"{look}_drift"] for look in ("sharpness", "contrast", "colour")] == [0, 0, 0]
+    assert found["per_image"]["student"] == found["per_image"]["teacher"]
+    looks.write(tmp_path / "looks.json", nets_of(shared, guidance_scale=1.0), steps=1)
+    assert json.loads((tmp_path / "looks.json").read_text())["colour_drift"] > 1
+
+
+def test_the_drift_is_that_of_the_pictures(shared, tmp_path):
+    looks = PhaseLooks(shared.painter, shared.cache, BaseTeacher("epsilon", 3.0, 2), images=3, seed=0)
+    nets = nets_of(shared, guidance_scale=3.0)
+    looks.write(tmp_path / "looks.json", nets, steps=1)
+    found = json.loads((tmp_path / "looks.json").read_text())
+    told, noise = looks._samples.conditioning, looks._noise
+    mine = shared.painter.of_student(nets, noise, told, steps=1)
+    theirs = shared.painter.of_teacher(nets, noise, told, steps=2)
+    expected = image_drift([mine], [theirs])
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_drawing_changes_nothing(shared, tmp_path):
+    shared.roles.teacher_is_base = False
+    before = {name: t.clone() for name, t in shared.roles.unet.state_dict().items()}
+    random_state, role = torch.get_rng_state(), shared.roles.state
+    trains = [p.requires_grad for p in shared.roles.student_parameters]
+    shared.looks.write(tmp_path / "looks.json", nets_of(shared, guidance_scale=3.0), steps=2)
+    assert all(torch.equal(t, before[name]) for name, t in shared.roles.unet.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert (shared.roles.state, shared.roles.teacher_is_base) == (role, False)
+    assert [p.requires_grad for p in shared.roles.student_parameters] == trains
+    assert all(p.grad is None for p in shared.roles.unet.parameters())
+
+
+def test_no_pictures_are_no_numbers(shared, tmp_path):
+    looks = PhaseLooks(shared.painter, shared.cache, BaseTeacher("epsilon", 3.0, 2), images=0, seed=0)
+    looks.write(tmp_path / "looks.json", nets_of(shared, guidance_scale=3.0), steps=1)
+    assert not list(tmp_path.iterdir())
