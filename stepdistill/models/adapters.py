@@ -95,7 +95,8 @@ def activate(
     Called under autocast, which brings a layer's input and the adapter's float32 weights to one dtype, it also stops peft
     from copying every input to float32 first, for autocast to copy it back. Elsewhere peft's copy is what makes them fit.
     """
-    casts = not torch.is_autocast_enabled(unet.device.type)
+    device = unet.device.type
+    casts = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
     for layer in layers if layers is not None else lora_layers(unet):
         layer._active_adapter = [] if name is None else [name]
         layer.cast_input_dtype_enabled = casts

@@ -85,6 +85,13 @@ def test_zero_lora_leaves_the_unet_bit_identical():
         assert torch.equal(roles.predict(x, t, c), wanted)
 
 
+def test_roles_are_played_on_a_device_that_knows_no_autocast():
+    """eval/full_size.py counts on the meta device."""
+    roles = Roles(build_tiny_unet().to("meta"), rank=4, seed=1)
+    with roles.student():
+        assert roles.state.adapter == STUDENT
+
+
 def test_lora_covers_lcms_list_and_nothing_else():
     unet = build_tiny_unet()
     adapters.add_adapter(unet, STUDENT, rank=4, seed=0)
