@@ -3,7 +3,7 @@
     pip install "stepdistill[worlds]"
     python eval/digits_world.py OUTPUT [--unet-steps 3000] [--seed 0]
     python eval/compare_peers.py --tune --output OUTPUT/peers --output-dir OUTPUT/runs teacher.path=OUTPUT/teacher
-        data.source=OUTPUT/pictures
+        data.source=OUTPUT/pictures evaluation.features=reader
 
 scikit-learn's 1,797 handwritten digits (8 x 8, Alpaydin and Kaynak 1998), each four times in inks and papers of its caption,
 turned and moved a little: OUTPUT/pictures has 32 x 32 PNGs with captions such as "a red 3 on yellow". The teacher is made as

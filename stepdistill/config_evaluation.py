@@ -55,8 +55,10 @@ class Evaluation(Section):
     """Images per pipeline call."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What the pipeline draws in."""
-    features: FilePath = "reader"
-    """What FID, KID, precision and coverage are measured on: reader, inception[:FILE], clip:FOLDER or dinov2:FOLDER."""
+    features: FilePath | None = None
+    """What FID, KID, precision and coverage are measured on: inception[:FILE], clip:FOLDER, dinov2:FOLDER, trained (a small
+    net that learns from the run's own pictures, minutes on a CPU), trained:FOLDER (another run's evaluation/extractor) or
+    reader (of letters). Where not given: reader for letters, else inception where its weights are on disk, else trained."""
     resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] | None = None
     """How images reach the extractor's size; where not given none (reader), torchmetrics (inception), else pil_bicubic."""
     patch_size: Annotated[int, Field(gt=0, le=8192)] | None = None

@@ -152,7 +152,7 @@ def _evaluation(config: RunConfig, folder: Path, size: tuple[int, int]) -> int:
     sweep = students * len(options.lora_scales)
     few = (sweep + students**2 * options.matrix + bool(sweep or options.matrix)) * options.study_images
     few += options.diversity_prompts * options.diversity_seeds * (1 + students + len(options.loras))
-    features = views * _FEATURES.get(options.features.partition(":")[0], _MOST_FEATURES)
+    features = views * _FEATURES.get((options.features or "").partition(":")[0], _MOST_FEATURES)
     each_row = options.num_images * (_picture(size) + 4 * features)
     kept = min(options.num_images, LATENTS_KEPT) * latent * 4
     return rows * (each_row + kept) + few * (_picture(size) + latent * 4)

@@ -36,6 +36,10 @@ LOOKED_AT = 64
 """Samples of the data that are read in full."""
 _GIB = 2**30
 _TOKENS_A_WORD = 1.3
+_EXTRACTORS = (
+    "Inception's weights (NVIDIA's inception-2015-12-05.pt) as evaluation.features=inception:FILE, or a folder of CLIP or "
+    "DINOv2 as evaluation.features=clip:FOLDER, dinov2:FOLDER"
+)
 
 
 def examine(config: RunConfig) -> list[Finding]:
@@ -179,8 +183,14 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
     from stepdistill.evaluation.check import check_evaluation
 
     if is_ready_made(config):
-        check_evaluation(config)
+        choice = check_evaluation(config)
         yield Finding("ok", "evaluation: prompts, pictures and extractors are there")
+        yield from (Finding("note", f"evaluation: {text}") for text in choice.warnings)
+        if choice.learns and not choice.is_named:
+            about = "FID is measured by a small net that learns from these pictures in minutes (evaluation.features=trained)"
+            yield Finding("note", f"evaluation: {about}", f"for numbers beside others': {_EXTRACTORS}")
+        elif choice.spec is None:
+            yield Finding("note", f"evaluation: no FID: {choice.why}", _EXTRACTORS)
 
 
 def _disk(config: RunConfig) -> Iterator[Finding]:

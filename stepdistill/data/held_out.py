@@ -4,7 +4,6 @@ A caption is held out by a hash of its own text, so every seed, run and method k
 names no share, it is 5 % of one's own pictures if that leaves 64 to measure with, else none.
 """
 
-import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable
@@ -71,16 +70,33 @@ def measured_data(config: RunConfig) -> Data:
 
 
 def _lenders(data: Data) -> Data:
+    lender = _lender_of(data) if data.held_out else None
+    if lender is not None:
+        return _lenders(lender)
+    return data.model_copy(update={"held_out": 0.0}) if is_cache(data.source) else data
+
+
+def pictured_data(config: RunConfig) -> Data:
+    """The data that a run's latents were made of, its share a number: of another run's cache the lender's, where its source
+    is still there; else the cache itself, which has no pictures."""
+    data = settled(config).data
+    while (lender := _lender_of(data)) is not None:
+        data = lender
+    return data
+
+
+def _lender_of(data: Data) -> Data | None:
+    """What the cache of another run was made of, where that is still there."""
     if not is_cache(data.source):
-        return data
-    manifest = read_sealed(Path(data.source).expanduser() / "manifest.json") or {}
-    lender = manifest.get("data")
-    if data.held_out and isinstance(lender, dict):
-        source = str(lender.get("source"))
-        if source == LETTERS or Path(source).expanduser().exists():
-            with contextlib.suppress(ValidationError):  # of another version
-                return _lenders(Data.model_validate(lender))
-    return data.model_copy(update={"held_out": 0.0})
+        return None
+    lender = (read_sealed(Path(data.source).expanduser() / "manifest.json") or {}).get("data")
+    source = str(lender.get("source") or "") if isinstance(lender, dict) else ""
+    if source != LETTERS and not (source and Path(source).expanduser().exists()):
+        return None
+    try:
+        return Data.model_validate(lender)
+    except ValidationError:  # of another version
+        return None
 
 
 def _prepared_with(cache: Path) -> float | None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
+from stepdistill.evaluation.choice import Choice, choose_features
 from stepdistill.evaluation.measure import Distances
 from stepdistill.evaluation.rows import lora_file, rows_of
 from stepdistill.evaluation.subject import subject_of
@@ -11,15 +12,16 @@ from stepdistill.models.lora_trial import check_lora_goes_on
 from stepdistill.teacher_source import teacher_folder
 
 
-def check_evaluation(config: RunConfig) -> None:
-    """ValueError where the table could not be made after the ladder: prompts, pictures and their size, LoRAs, weights of
-    extractors."""
+def check_evaluation(config: RunConfig) -> Choice:
+    """What the table will be measured on; ValueError where it could not be made after the ladder: prompts, pictures and
+    their size, LoRAs, weights of extractors."""
     folder = teacher_folder(config)
     for row in rows_of(config):
         if row.lora is not None:
             _check_lora(row.lora, folder)
-    subject_of(config)
-    Distances(config.evaluation, device="cpu").check_size(image_size(folder))
+    choice = choose_features(config, subject_of(config))
+    Distances(choice.options(config), device="cpu").check_size(image_size(folder))
+    return choice
 
 
 def _check_lora(lora: LoraRow, folder: Path) -> None:

@@ -1,21 +1,23 @@
 """Every row drawn and measured: evaluation/results.json, what the report is made of."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepdistill.config import RunConfig
 from stepdistill.demo.reader import load_reader
 from stepdistill.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
+from stepdistill.evaluation.choice import Choice, choose_features
 from stepdistill.evaluation.cost import measure_cost
 from stepdistill.evaluation.drift import image_drift
 from stepdistill.evaluation.features import clip_score
 from stepdistill.evaluation.generate import Sampler
-from stepdistill.evaluation.measure import Distances, ImageSet
+from stepdistill.evaluation.measure import Distances, ImageSet, View
 from stepdistill.evaluation.metrics import described, latent_mse, prompt_accuracy
 from stepdistill.evaluation.outside import run_score_cmd
 from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.protocol import absent_columns, protocol_of, warnings_of
 from stepdistill.evaluation.rows import Row, rows_of
 from stepdistill.evaluation.studies import Studies
 from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subject_of
@@ -25,11 +27,10 @@ from stepdistill.models.folder import embedded_folder
 from stepdistill.places import clear_half_written
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import require_rung, rung_folder
-from stepdistill.runtime import Processes, source_commit
+from stepdistill.runtime import Processes
 
 logger = logging.getLogger(__name__)
 
-FEW_IMAGES = 5000
 _SCORE_TIMEOUT = 24 * 3600.0
 
 
@@ -45,10 +46,17 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
             require_rung(config.run_dir, row.student_steps)
             read_scheduler(rung_folder(config.run_dir, row.student_steps))
     subject, processes = subject_of(config), Processes()
-    distances = Distances(config.evaluation, device=processes.device)
+    choice = choose_features(config, subject)
+    distances = Distances(choice.options(config), device=processes.device)
     work = _Work(config, rows, subject, Sampler(config, device=processes.device), processes)
     work.draw()
-    return work.measure(distances) if processes.is_main else {}
+    if not processes.is_main:
+        return {}
+    learned: dict[str, object] = {}
+    if choice.learns:
+        options, learned = choice.learned(config)
+        distances = Distances(options, device=processes.device)
+    return work.measure(distances, choice, learned)
 
 
 class _Work:
@@ -77,24 +85,28 @@ class _Work:
         self._sweep = self._studies.scale_sweep(students, self._rows[0])
         self._matrix = self._studies.matrix(students, self._rows[0])
 
-    def measure(self, distances: Distances) -> dict[str, Any]:
+    def measure(self, distances: Distances, choice: Choice, learned: Mapping[str, Any]) -> dict[str, Any]:
         """results.json, by the main process: written after each row, so that an interruption leaves what was measured."""
+        config, subject, device = self._config, self._subject, str(self._processes.device)
         real = self._real_set("real", self._subject.real)
         facts = {
             "num_images": self._options.num_images,
             "reference": self._rows[0].name,
             "prompts": list(self._subject.prompts[: self._options.grid_columns]),
-            "protocol": self._protocol(distances),
+            "protocol": protocol_of(
+                config, subject, distances, seed=self._seed, device=device, learned=learned
+            ),
             "floor": self._measure_floor(distances, real),
             "other_noise": self._measure_other_noise(distances),
-            "warnings": self._warnings(),
+            "warnings": warnings_of(config, subject, choice),
+            "absent": absent_columns(config, subject, choice),
         }
         rows: list[dict[str, Any]] = []
         for row in self._rows:
             rows.append(self._measure_row(row, distances, real))
             self._write(facts, rows, unmeasured=[r.name for r in self._rows[len(rows) :]] or ["diversity"])
-        if self._grid is not None:
-            spread = {name: self._spread(name, distances) for name in self._grid["rows"]}
+        if self._grid is not None and distances.main is not None:
+            spread = {name: self._spread(name, distances.main) for name in self._grid["rows"]}
             for measured in rows:
                 if measured["row"] in spread:
                     measured["diversity"] = spread[measured["row"]] / max(spread[self._rows[0].name], 1e-12)
@@ -197,9 +209,10 @@ class _Work:
         if self._options.floor:
             references["fid_to_teacher"] = self._drawn_set(self._floor_pictures)
         return {
-            key: distances.fid_replicates(images, reference)
+            key: replicates
             for key, reference in references.items()
             if reference is not None
+            and (replicates := distances.fid_replicates(images, reference)) is not None
         }
 
     @property
@@ -235,9 +248,8 @@ class _Work:
         )
         return {f"score_{name}": value for name, value in scores.items()}
 
-    def _spread(self, name: str, distances: Distances) -> float:
+    def _spread(self, name: str, view: View) -> float:
         row = next(row for row in self._rows if row.name == name)
-        view = distances.main
         return self._studies.seed_diversity(row, self._grid or {}, view.extractor, resize=view.resize)
 
     def _ensure(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
@@ -255,35 +267,3 @@ class _Work:
             return None
         folder = self._folder / "features" / name.replace(" ", "-")
         return ImageSet(images.key, folder, images.batches, by_prompt=isinstance(images, Renderings))
-
-    def _warnings(self) -> list[str]:
-        count = self._options.num_images
-        if count >= FEW_IMAGES:
-            return list(self._subject.warnings)
-        return [
-            *self._subject.warnings,
-            f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with the floor and "
-            f"with other rows of this table, not with published numbers",
-        ]
-
-    def _protocol(self, distances: Distances) -> dict[str, Any]:
-        extractor, real = distances.main.extractor, self._subject.real
-        return {
-            "teacher_images": "other seeds" if self._options.floor else "none",
-            "prompts": self._subject.prompts_about,
-            "prompts_sha256": sha256_json(list(self._subject.prompts)),
-            "num_images": self._options.num_images,
-            "seed": self._seed,
-            "feature_extractor": extractor.name,
-            "feature_extractor_sha256": extractor.sha256,
-            "feature_dimension": extractor.num_features,
-            "resize": distances.main.resize,
-            "patch_size": self._options.patch_size,
-            "real_images": real.about if real is not None else self._options.reference_stats or "none",
-            "real_images_key": real.key if real is not None else None,
-            "dtype": self._options.dtype,
-            "device": str(self._processes.device),
-            "batch_size": self._options.batch_size,
-            "config_sha256": sha256_json(self._config.model_dump(mode="json")),
-            "evaluated_at_commit": source_commit(),
-        }

@@ -84,5 +84,6 @@ def where_to_get_it() -> str:
     """For messages."""
     return (
         f"allowed: NVIDIA's inception-2015-12-05.pt (needs no package) or torch-fidelity's "
-        f"weights-inception-2015-12-05-6726825d.pth, as inception:FILE or in {INCEPTION_VARIABLE}"
+        f"weights-inception-2015-12-05-6726825d.pth, as inception:FILE or in {INCEPTION_VARIABLE}; "
+        f"or clip:FOLDER, dinov2:FOLDER, or trained, which learns from pictures of your own in minutes"
     )

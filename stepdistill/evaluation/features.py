@@ -1,4 +1,4 @@
-"""Networks that turn images into features, all local files: reader, Inception, CLIP, DINOv2.
+"""Networks that turn images into features, all local files: reader, Inception, CLIP, DINOv2, one trained on the run's data.
 
 Nothing is downloaded here: a file that is missing is an error that names it.
 """
@@ -27,11 +27,15 @@ from stepdistill.evaluation.feature_files import (
     where_to_get_it,
 )
 from stepdistill.evaluation.resize import center_crop, resize
+from stepdistill.evaluation.small_net import NUM_FEATURES, read_small_net
 from stepdistill.messages import first_line
 from stepdistill.models.folder import embedded_folder
 
 _NORMAL = ("mean", "std")
-_ALLOWED = "reader, inception, inception:FILE, inception:FILE#sha256=HEX, clip:FOLDER, dinov2:FOLDER"
+_ALLOWED = (
+    "reader, inception, inception:FILE, inception:FILE#sha256=HEX, clip:FOLDER, dinov2:FOLDER, trained, "
+    "trained:FOLDER"
+)
 
 
 class FeatureExtractor(nn.Module):
@@ -150,6 +154,20 @@ class TransformersFeatures(FeatureExtractor):
         return self.net(pixel_values=pixels).pooler_output
 
 
+class TrainedFeatures(FeatureExtractor):
+    """A small net that learned from the pictures of a run (small_net.py), from the folder that trained.py writes."""
+
+    def __init__(self, folder: Path) -> None:
+        net, sha256 = read_small_net(folder)
+        super().__init__("trained", NUM_FEATURES, sha256, net.side)
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, side, side) -> (B, 128); ValueError for another size."""
+        _require_size(images, self)
+        return self.net(images / 127.5 - 1)
+
+
 def build_extractor(spec: str, *, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The extractor that `spec` names, in eval mode; ValueError for another name or a file that is not there."""
     kind, _, rest = spec.partition(":")
@@ -160,6 +178,8 @@ def build_extractor(spec: str, *, device: torch.device | str = "cpu") -> Feature
         made = InceptionFeatures(Path(file) if file else inception_file(), sha256=digest or None)
     elif kind in ("clip", "dinov2") and rest:
         made = TransformersFeatures(kind, Path(rest))
+    elif kind == "trained" and rest:
+        made = TrainedFeatures(Path(rest))
     else:
         raise ValueError(f"evaluation.features: got {spec!r}; allowed: {_ALLOWED}")
     return made.eval().requires_grad_(False).to(device)

@@ -57,28 +57,21 @@ class Distances:
     """Every distance that the config asks for.
 
     Args:
-        options: the evaluation section.
+        options: the evaluation section; without `features`, which choice.py fills in, there is no main view: no FID, KID,
+            precision, density.
         device: where features are computed.
     """
 
     def __init__(self, options: Evaluation, *, device: torch.device | str = "cpu") -> None:
         path = options.reference_stats
         self._stats = None if path is None else Moments.from_npz(Path(path))
-        extractor = build_extractor(options.features, device=device)
-        self.main = View("main", extractor, options.resize or extractor.default_resize)
-        if self.main.resize == "none" and extractor.name != "reader":
-            raise ConfigError(
-                f"evaluation.resize: got none; {extractor.name} wants {extractor.input_size} pixels; "
-                f"allowed: torchmetrics, tf1, pil_bicubic, lanczos512"
-            )
-        self._views = [self.main]
-        if options.patch_size is not None:
-            if options.patch_size != extractor.input_size:
-                raise ConfigError(
-                    f"evaluation.patch_size: got {options.patch_size}; allowed: {extractor.input_size}, the side that "
-                    f"{extractor.name} wants without resize"
-                )
-            self._views.append(View("patch", self.main.extractor, "none", options.patch_size))
+        self.main: View | None = None
+        self._views: list[View] = []
+        if options.features is not None:
+            self.main = _main_view(options, build_extractor(options.features, device=device))
+            self._views.append(self.main)
+            if options.patch_size is not None:
+                self._views.append(View("patch", self.main.extractor, "none", options.patch_size))
         self.clip = None
         if options.clip is not None:
             self.clip = View("clip", build_extractor(f"clip:{options.clip}", device=device), "pil_bicubic")
@@ -118,10 +111,15 @@ class Distances:
         It says how faithful a student is to the teacher's map from noise to image. Whoever draws with other noise, the
         teacher included, is as far away as the floor of `fid_to_teacher`.
         """
+        if self.main is None:
+            return {}
         return {"paired_fid_to_teacher": fid(self.main.features(same_noise), self.main.features(images))}
 
-    def fid_replicates(self, images: ImageSet, reference: ImageSet) -> list[float]:
-        """`fid_without_each_group` on the main features: what the spread of FIDs and of their differences is told from."""
+    def fid_replicates(self, images: ImageSet, reference: ImageSet) -> list[float] | None:
+        """`fid_without_each_group` on the main features: what the spread of FIDs and of their differences is told from;
+        None without a main view."""
+        if self.main is None:
+            return None
         return fid_without_each_group(self.main.features(images), self.main.features(reference))
 
     def to_real(self, images: ImageSet, real: ImageSet | None) -> dict[str, float]:
@@ -129,10 +127,11 @@ class Distances:
         found: dict[str, float] = {}
         if real is not None:
             found = self._pairwise(images, real, "real")
+        if real is not None and self.main is not None:
             mine, theirs = self.main.features(images), self.main.features(real)
             found["precision"], found["recall"] = precision_recall(theirs, mine)
             found["density"], found["coverage"] = density_coverage(theirs, mine)
-        if self._stats is not None:
+        if self._stats is not None and self.main is not None:
             found["fid_to_real"] = fid(self._stats, self.main.features(images))
         return found
 
@@ -150,3 +149,19 @@ class Distances:
                 mean, deviation = kid(theirs, mine, paired=paired, gamma=view.extractor.kid_gamma)
                 found |= {f"kid_to_{whom}": mean, f"kid_to_{whom}_std": deviation}
         return found
+
+
+def _main_view(options: Evaluation, extractor: FeatureExtractor) -> View:
+    """ConfigError where it cannot read pictures as they are, or patches of another size."""
+    protocol = options.resize or extractor.default_resize
+    if protocol == "none" and extractor.name != "reader":
+        raise ConfigError(
+            f"evaluation.resize: got none; {extractor.name} wants {extractor.input_size} pixels; "
+            f"allowed: torchmetrics, tf1, pil_bicubic, lanczos512"
+        )
+    if options.patch_size is not None and options.patch_size != extractor.input_size:
+        raise ConfigError(
+            f"evaluation.patch_size: got {options.patch_size}; allowed: {extractor.input_size}, the side that "
+            f"{extractor.name} wants without resize"
+        )
+    return View("main", extractor, protocol)

@@ -100,7 +100,7 @@ class ImageFolder:
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
         """uint8 (B, 3, H, W); a new batch begins where the size changes."""
-        return stacked((_read(file) for file in self.files), batch_size)
+        return stacked((read_picture(file) for file in self.files), batch_size)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _read(file: Path) -> np.ndarray:
+def read_picture(file: Path) -> np.ndarray:
+    """uint8 (H, W, 3); ValueError for a file that is no picture."""
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))

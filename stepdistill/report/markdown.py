@@ -51,6 +51,9 @@ def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] =
     parts = [f"# {name}", markdown_table(rows), " ".join(notes), "![same noise per column](grid.png)"]
     if metrics:
         parts += ["## All metrics", markdown_table(rows, metrics)]
+    absent = [f"\n- {one.get('columns')}: {one.get('why')}" for one in results.get("absent") or []]
+    if absent:
+        parts.append(f"Not in the table:{''.join(absent)}")
     for counts in data:
         kinds = "".join(f"\n- {kind}: {count:,}" for kind, count in counts.bad.items())
         parts.append(f"{counts}{kinds}")

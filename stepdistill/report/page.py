@@ -99,6 +99,7 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
         "advice": [(run.name, found) for run in runs if (found := advice_for(run))],
         "quality": quality,
         "meanings": [column for column in quality.columns if column.about] if quality else [],
+        "absent": _absent(runs),
         "cost": cost_table(entries) if entries else None,
         "distances": distance_plots(entries),
         "progress": [row for run in runs for row in _progress(run)],
@@ -145,6 +146,12 @@ def _lead(run: Run) -> str:
     if run.results is not None and "num_images" in run.results:
         parts.append(f"{run.results['num_images']:,} images a row, equal prompts and noise")
     return ", ".join(parts)
+
+
+def _absent(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Columns that no table has, and why, as the runs say; each reason once."""
+    said = (one for run in runs for one in run.part("absent") or ())
+    return list(dict.fromkeys((str(one.get("columns")), str(one.get("why"))) for one in said))
 
 
 def _progress(run: Run) -> Iterator[Progress]:

@@ -9,7 +9,7 @@ from stepdistill.report.quantities import number
 
 _STUDIES = ("diversity_grid", "scale_sweep", "matrix")
 _OBJECTS = ("floor", "other_noise", "metrics", "protocol", "replicates", *_STUDIES)
-_LISTS = ("prompts", "warnings", "unmeasured")
+_LISTS = ("prompts", "warnings", "unmeasured", "absent")
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:
@@ -44,6 +44,8 @@ def _wrong(results: dict[str, Any]) -> Iterator[str]:
     for of_row in (results.get("replicates") or {}).values():
         if not isinstance(of_row, dict) or not all(map(_is_numbers, of_row.values())):
             yield "replicates holds what is no list of numbers"
+    if not all(isinstance(one, dict) for one in results.get("absent") or []):
+        yield "absent holds what is no object"
     yield from _wrong_studies(results)
 
 

@@ -112,6 +112,13 @@ def test_pictures_that_the_extractor_cannot_read_are_said_before_anything_is_dra
     build("sd15", tiny=True).save_pretrained(tmp_path / "teacher", safe_serialization=True)
     (tmp_path / "prompts.txt").write_text("a thing\n")
     options = [f"teacher.path={tmp_path / 'teacher'}", f"data.source={tmp_path / 'prompts.txt'}"]
+    found = examine(load_config("configs/letters.yaml", [f"output_dir={tmp_path}", *options]))
+    assert not [f for f in found if f.state == "problem"]
+    (note,) = [
+        f for f in found if f.about.startswith("evaluation: no FID: there are no weights of Inception")
+    ]
+    assert "inception:FILE" in note.remedy
+    options.append("evaluation.features=reader")
     config = load_config("configs/letters.yaml", [f"output_dir={tmp_path}", *options])
     said = "evaluation.resize: reader takes 32 x 32 pictures, got 64 x 64"
     assert [f for f in examine(config) if f.state == "problem" and said in f.about]

@@ -23,7 +23,7 @@ def image_set(folder, name, seed, *, n=40, by_prompt=True):
 def test_features_are_made_once_and_again_for_other_images_or_another_protocol(tmp_path):
     first, calls = image_set(tmp_path, "first", 0)
     second, others = image_set(tmp_path, "second", 1)
-    distances = Distances(Evaluation())
+    distances = Distances(Evaluation(features="reader"))
     found = distances.to_real(first, second) | distances.to_teacher(first, second)
     assert (len(calls), len(others)) == (1, 1)
     assert found["fid_to_real"] == found["fid_to_teacher"] > 0
@@ -31,9 +31,12 @@ def test_features_are_made_once_and_again_for_other_images_or_another_protocol(t
         *("fid_to_real", "kid_to_real", "kid_to_real_std", "precision", "recall", "density", "coverage"),
         *("fid_to_teacher", "kid_to_teacher", "kid_to_teacher_std"),
     }
-    assert Distances(Evaluation()).to_teacher(first, second)["fid_to_teacher"] == found["fid_to_teacher"]
+    assert (
+        Distances(Evaluation(features="reader")).to_teacher(first, second)["fid_to_teacher"]
+        == found["fid_to_teacher"]
+    )
     assert len(calls) == 1
-    Distances(Evaluation(resize="tf1")).to_teacher(first, second)
+    Distances(Evaluation(features="reader", resize="tf1")).to_teacher(first, second)
     assert len(calls) == 2
     changed, changed_calls = image_set(tmp_path, "first", 2)
     distances.to_teacher(changed, second)
@@ -43,7 +46,7 @@ def test_features_are_made_once_and_again_for_other_images_or_another_protocol(t
 def test_distances_at_equal_noise_are_0_for_the_teacher_itself_and_the_others_are_not(tmp_path):
     teacher, _ = image_set(tmp_path, "teacher", 0)
     other_seeds, _ = image_set(tmp_path, "floor", 1)
-    distances = Distances(Evaluation())
+    distances = Distances(Evaluation(features="reader"))
     assert distances.paired_to_teacher(teacher, teacher) == {
         "paired_fid_to_teacher": pytest.approx(0, abs=1e-6)
     }
@@ -55,10 +58,10 @@ def test_distances_at_equal_noise_are_0_for_the_teacher_itself_and_the_others_ar
 def test_reference_stats_stand_for_real_images(tmp_path):
     first, _ = image_set(tmp_path, "first", 0)
     second, _ = image_set(tmp_path, "second", 1)
-    plain = Distances(Evaluation())
+    plain = Distances(Evaluation(features="reader"))
     moments = Moments.from_features(plain.main.features(second))
     np.savez(tmp_path / "stats.npz", mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
-    distances = Distances(Evaluation(reference_stats=str(tmp_path / "stats.npz")))
+    distances = Distances(Evaluation(features="reader", reference_stats=str(tmp_path / "stats.npz")))
     wanted = fid(plain.main.features(second), plain.main.features(first))
     assert distances.to_real(first, None) == {"fid_to_real": pytest.approx(wanted, rel=1e-9)}
     assert plain.to_real(first, None) == {}
@@ -66,6 +69,6 @@ def test_reference_stats_stand_for_real_images(tmp_path):
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluation\.patch_size: got 299; allowed: 32"):
-        Distances(Evaluation(patch_size=299))
+        Distances(Evaluation(features="reader", patch_size=299))
     with pytest.raises(ValueError, match=r"stats\.npz"):
-        Distances(Evaluation(reference_stats=str(tmp_path / "stats.npz")))
+        Distances(Evaluation(features="reader", reference_stats=str(tmp_path / "stats.npz")))

@@ -1,0 +1,88 @@
+"""What a table says of itself: how it was measured, what its reader must know, which columns it lacks and why."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stepdistill.config import RunConfig
+from stepdistill.durable import sha256_json
+from stepdistill.evaluation.choice import Choice
+from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.subject import Subject
+from stepdistill.runtime import source_commit
+
+FEW_IMAGES = 5000
+_OF_PICTURES = "precision, recall, density, coverage"
+
+
+def protocol_of(
+    config: RunConfig,
+    subject: Subject,
+    distances: Distances,
+    *,
+    seed: int,
+    device: str,
+    learned: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What two tables must share to be compared; `learned` is of an extractor that learned from the run's pictures."""
+    options, main, real = config.evaluation, distances.main, subject.real
+    return {
+        "teacher_images": "other seeds" if options.floor else "none",
+        "prompts": subject.prompts_about,
+        "prompts_sha256": sha256_json(list(subject.prompts)),
+        "num_images": options.num_images,
+        "seed": seed,
+        "feature_extractor": main.extractor.name if main is not None else "none",
+        "feature_extractor_sha256": main.extractor.sha256 if main is not None else None,
+        **({"feature_extractor_learned": dict(learned)} if learned else {}),
+        "feature_dimension": main.extractor.num_features if main is not None else None,
+        "resize": main.resize if main is not None else None,
+        "patch_size": options.patch_size,
+        "real_images": real.about if real is not None else options.reference_stats or "none",
+        "real_images_key": real.key if real is not None else None,
+        "dtype": options.dtype,
+        "device": device,
+        "batch_size": options.batch_size,
+        "config_sha256": sha256_json(config.model_dump(mode="json")),
+        "evaluated_at_commit": source_commit(),
+    }
+
+
+def warnings_of(config: RunConfig, subject: Subject, choice: Choice) -> list[str]:
+    """What stands above the table."""
+    count = config.evaluation.num_images
+    few = (
+        f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with the floor and "
+        f"with other rows of this table, not with published numbers"
+    )
+    return [*choice.warnings, *subject.warnings, *([few] if count < FEW_IMAGES and choice.spec else [])]
+
+
+def absent_columns(config: RunConfig, subject: Subject, choice: Choice) -> list[dict[str, str]]:
+    """Columns that the table lacks, each group with why."""
+    return [{"columns": columns, "why": why} for columns, why in _absent(config, subject, choice)]
+
+
+def _absent(config: RunConfig, subject: Subject, choice: Choice) -> Iterator[tuple[str, str]]:
+    options = config.evaluation
+    if choice.spec is None:
+        yield f"FID, KID, {_OF_PICTURES}, diversity", f"{choice.why}; evaluation.features names an extractor"
+    elif subject.real is None and options.reference_stats is None:
+        why = "there are no real images of these prompts; evaluation.real_images names a folder of some"
+        yield f"FID and KID to real, {_OF_PICTURES}", why
+    elif subject.real is None:
+        yield (
+            f"KID to real, {_OF_PICTURES}",
+            "evaluation.reference_stats holds moments, and these need pictures",
+        )
+    if choice.spec is not None and not options.floor:
+        yield "FID and KID to teacher", "evaluation.floor is false: no images of other seeds were drawn"
+    if options.patch_size is None:
+        yield "patch FID", "evaluation.patch_size names no size"
+    if options.clip is None:
+        yield "CLIP score, CMMD", "evaluation.clip names no folder of CLIP's"
+    if options.dinov2 is None:
+        yield "FD-DINOv2", "evaluation.dinov2 names no folder of DINOv2's"
+    if subject.wanted is None:
+        yield "prompt accuracy", "only pictures of the letters world can be read"
+    if choice.spec is not None and not options.diversity_prompts:
+        yield "diversity", "evaluation.diversity_prompts is 0"

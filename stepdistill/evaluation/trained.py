@@ -1,0 +1,138 @@
+"""`evaluation.features: trained`: a small net (small_net.py) that learns from the run's own pictures, once.
+
+RUN/evaluation/extractor/model.safetensors   the net
+RUN/evaluation/extractor/extractor.json      what it depends on, its sha256, how it learned, its grades; written last
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from stepdistill.config import Data, RunConfig
+from stepdistill.data.held_out import LETTERS, pictured_data
+from stepdistill.data.marks import mark_of_file
+from stepdistill.data.records import Record, is_cache, is_prompts_only
+from stepdistill.data.samples import BadSample, cover
+from stepdistill.data.source import picture_of, training_records
+from stepdistill.durable import read_sealed, sha256_json
+from stepdistill.evaluation.resize import resize
+from stepdistill.evaluation.small_net import (
+    RECORD,
+    Schooling,
+    read_small_net,
+    side_for,
+    train_small_net,
+    write_small_net,
+)
+from stepdistill.evaluation.subject import ImageFolder, read_picture
+from stepdistill.models.loading import image_size
+from stepdistill.rng import derive_seed
+from stepdistill.teacher_source import teacher_folder
+from stepdistill.training.log import PhaseProgress
+
+logger = logging.getLogger(__name__)
+FEWEST_PICTURES = 200
+MOST_PICTURES = 4096
+"""That it learns from."""
+RESIZE = "pil_bicubic"
+_APART = 10  # every tenth picture is kept apart for its grades
+_FORM = 1  # of all this; another number makes the nets of earlier versions again
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    """name and mark: which picture it is; pixels: uint8 (H, W, 3) of a size, or BadSample."""
+
+    name: str
+    mark: Callable[[], str]
+    pixels: Callable[[tuple[int, int]], np.ndarray]
+
+
+Size = tuple[int, int]
+
+
+def pictures_at_hand(config: RunConfig) -> int:
+    """How many pictures of its own a run has to learn from, counted up to FEWEST_PICTURES."""
+    return sum(1 for _ in itertools.islice(_pictures(config), FEWEST_PICTURES))
+
+
+def trained_side(config: RunConfig) -> int:
+    """The side in pixels that the net looks at pictures in."""
+    return side_for(image_size(teacher_folder(config)))
+
+
+def trained_extractor(config: RunConfig) -> Path:
+    """The folder of the run's extractor; trained where it is not there, or other pictures are."""
+    folder = config.run_dir / "evaluation" / "extractor"
+    chosen = list(itertools.islice(_pictures(config), MOST_PICTURES))
+    size, schooling = image_size(teacher_folder(config)), Schooling()
+    how, side = config.evaluation.resize or RESIZE, trained_side(config)
+    marks = [[picture.name, picture.mark()] for picture in chosen]
+    drawn_by = [config.seed, config.data.num_images] if config.data.source == LETTERS else None
+    key = sha256_json([_FORM, marks, drawn_by, size, how, dataclasses.asdict(schooling)])
+    record = read_sealed(folder / RECORD) or {}
+    if record.get("key") == key:
+        with contextlib.suppress(ValueError):  # damaged: made again
+            read_small_net(folder)
+            return folder
+    logger.info(
+        "evaluate: a feature extractor learns from %d pictures; it is kept in %s", len(chosen), folder
+    )
+    pixels = torch.cat(list(_looked_at(chosen, size, how, side)))
+    apart = torch.arange(len(pixels)) % _APART == 0
+    with PhaseProgress("extractor", schooling.steps, logging_steps=100, enabled=True) as bar:
+        net, grades = train_small_net(
+            pixels[~apart], pixels[apart], schooling, lambda step, loss: bar.update(step, {"loss": loss})
+        )
+    about = {
+        "key": key,
+        "pictures": int((~apart).sum()),
+        "resize": how,
+        "schooling": dataclasses.asdict(schooling),
+    }
+    write_small_net(folder, net, {**about, "grades": dataclasses.asdict(grades)})
+    return folder
+
+
+def trained_facts(folder: Path) -> dict[str, object]:
+    """For the protocol: from how many pictures it learned, how, and its grades on others."""
+    record = read_sealed(folder / RECORD) or {}
+    return {name: record.get(name) for name in ("pictures", "side", "schooling", "grades")}
+
+
+def _pictures(config: RunConfig) -> Iterator[_Picture]:
+    """Those that the students learn from; where these are prompts or latents alone, those of evaluation.real_images."""
+    data = pictured_data(config)
+    if not (is_prompts_only(data.source) or is_cache(data.source)):
+        for record in training_records(data, seed=derive_seed(config.seed, "data") % 2**32):
+            yield _Picture(record.name, record.mark, functools.partial(_of_record, record, data))
+    elif config.evaluation.real_images is not None:
+        folder = ImageFolder.open(config.evaluation.real_images)
+        for file in folder.files:
+            yield _Picture(
+                str(file), functools.partial(mark_of_file, file), functools.partial(_of_file, file)
+            )
+
+
+def _of_record(record: Record, data: Data, size: Size) -> np.ndarray:
+    return cover(picture_of(record, data), size)[0]
+
+
+def _of_file(file: Path, size: Size) -> np.ndarray:
+    return cover(Image.fromarray(read_picture(file)), size)[0]
+
+
+def _looked_at(chosen: Sequence[_Picture], size: Size, how: str, side: int) -> Iterator[torch.Tensor]:
+    """uint8 (1, 3, side, side) of each picture that can be read, brought to that side as pictures of a table are."""
+    for picture in chosen:
+        with contextlib.suppress(BadSample):  # counted by `prepare`
+            pixels = torch.from_numpy(picture.pixels(size)).permute(2, 0, 1)[None].contiguous()
+            yield resize(pixels, how, size=side).round().clamp(0, 255).to(torch.uint8)

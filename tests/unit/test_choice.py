@@ -1,0 +1,113 @@
+"""Which extractor a table is measured by: the reader for letters alone, others by what is on disk, and why by none."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stepdistill.config import ConfigError
+from stepdistill.config_file import load_config
+from stepdistill.evaluation.choice import choose_features
+from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.protocol import absent_columns, warnings_of
+from stepdistill.evaluation.subject import subject_of
+from stepdistill.evaluation.trained import FEWEST_PICTURES, trained_extractor, trained_facts
+from tests.unit.test_held_out import numbered, pictures
+
+
+@pytest.fixture(autouse=True)
+def no_inception(monkeypatch, tmp_path):
+    monkeypatch.setenv("STEPDISTILL_INCEPTION", str(tmp_path / "nowhere.pt"))
+
+
+def chosen(tmp_path, source, *overrides):
+    options = [f"output_dir={tmp_path / 'runs'}", f"data.source={source}", "data.num_images=null"]
+    config = load_config("configs/letters.yaml", [*options, *overrides])
+    subject = subject_of(config)
+    return config, subject, choose_features(config, subject)
+
+
+def test_letters_are_read_by_the_reader(tmp_path):
+    config, subject, choice = chosen(tmp_path, "letters")
+    assert (choice.spec, choice.warnings) == ("reader", ())
+    assert Distances(choice.options(config)).main.extractor.name == "reader"
+    lacking = {one["columns"]: one["why"] for one in absent_columns(config, subject, choice)}
+    assert set(lacking) == {"patch FID", "CLIP score, CMMD", "FD-DINOv2"}
+
+
+def test_other_pictures_are_measured_by_the_reader_only_where_it_is_named(tmp_path):
+    source = pictures(tmp_path / "walls", numbered(30))
+    config, subject, choice = chosen(tmp_path, source, "evaluation.features=reader")
+    assert choice.spec == "reader"
+    assert "overlooks most damage" in warnings_of(config, subject, choice)[0]
+    config, subject, choice = chosen(tmp_path, source)
+    assert choice.spec is None
+    assert f"30 pictures to learn from, of {FEWEST_PICTURES}" in choice.why
+    assert "nowhere.pt" in choice.why
+    lacking = {one["columns"]: one["why"] for one in absent_columns(config, subject, choice)}
+    assert lacking["FID, KID, precision, recall, density, coverage, diversity"].startswith(choice.why)
+    assert "prompt accuracy" in lacking
+    assert Distances(choice.options(config)).main is None
+
+
+def test_enough_pictures_of_ones_own_are_learned_from(tmp_path):
+    source = pictures(tmp_path / "walls", numbered(FEWEST_PICTURES))
+    config, _, choice = chosen(tmp_path, source)
+    assert choice.learns
+    assert not choice.is_named
+    assert choice.options(config).features is None
+    with pytest.raises(ConfigError, match=r"evaluation\.patch_size: got 64; allowed: 32"):
+        chosen(tmp_path, source, "evaluation.patch_size=64")
+    with pytest.raises(ConfigError, match=r"evaluation\.resize: got none"):
+        chosen(tmp_path, source, "evaluation.resize=none")
+    few = pictures(tmp_path / "few", numbered(20))
+    with pytest.raises(ConfigError, match=r"evaluation\.features: got trained, but there are 20 pictures"):
+        chosen(tmp_path, few, "evaluation.features=trained")
+
+
+def test_inception_goes_first_where_its_weights_are_on_disk(tmp_path, monkeypatch):
+    (tmp_path / "inception.pt").write_bytes(b"looked at when it is built")
+    monkeypatch.setenv("STEPDISTILL_INCEPTION", str(tmp_path / "inception.pt"))
+    _, _, choice = chosen(tmp_path, pictures(tmp_path / "walls", numbered(FEWEST_PICTURES)))
+    assert choice.spec == "inception"
+
+
+def test_real_images_are_learned_from_where_there_are_prompts_alone(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a wall\na door\n")
+    (tmp_path / "real").mkdir()
+    for k in range(FEWEST_PICTURES):
+        Image.fromarray(np.full((8, 8, 3), k % 256, dtype=np.uint8)).save(tmp_path / "real" / f"{k}.png")
+    source, real = tmp_path / "prompts.txt", f"evaluation.real_images={tmp_path / 'real'}"
+    assert chosen(tmp_path, source, real)[2].learns
+    config, subject, choice = chosen(tmp_path, source)
+    assert choice.spec is None
+    named = chosen(tmp_path, source, "evaluation.features=reader")[2]
+    lacking = {one["columns"]: one["why"] for one in absent_columns(config, subject, named)}
+    assert (
+        "evaluation.real_images names a folder"
+        in lacking["FID and KID to real, precision, recall, density, coverage"]
+    )
+
+
+@pytest.mark.slow
+def test_the_net_of_a_run_is_kept_with_its_grades_and_made_again_for_other_pictures(tmp_path):
+    source = tmp_path / "walls"
+    source.mkdir()
+    noise = np.random.default_rng(0)
+    for k in range(FEWEST_PICTURES):
+        pixels = noise.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 32), Image.Resampling.BICUBIC).save(source / f"{k}.png")
+        (source / f"{k}.txt").write_text(f"wall {k}")
+    config, _, choice = chosen(tmp_path, source)
+    options, facts = choice.learned(config)
+    folder = config.run_dir / "evaluation" / "extractor"
+    assert options.features == f"trained:{folder}"
+    assert (facts["pictures"], facts["side"]) == (180, 32)
+    assert facts["grades"]["among"] == 20
+    assert facts["grades"]["found_again"] > 0.5
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert trained_extractor(config) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    Image.new("RGB", (40, 32)).save(source / "7.png")
+    trained_extractor(config)
+    assert (folder / "model.safetensors").stat().st_mtime_ns != stamp
+    assert trained_facts(folder)["pictures"] == 180
