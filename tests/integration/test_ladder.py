@@ -267,7 +267,7 @@ def test_the_card_is_python_whatever_the_prompt_and_the_path_are(finished_run):
     record = read_rung(finished_run.run_dir, 4)
     folder = rung_folder(finished_run.run_dir, 4)
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    card = model_card(config, record, folder, scheduler, dict(scheduler.config))
+    card = model_card(config, record, folder, scheduler)
     (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     texts = [node.value for node in ast.walk(ast.parse(lines)) if isinstance(node, ast.Constant)]
     assert prompt in texts
