@@ -9,6 +9,7 @@ paired  the features of x_s at s beside those of x_t at t (Eq 22); single: of x_
 """
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,9 @@ class Head(nn.Module):
         Outside autocast: a relativistic loss is about the difference between the logits of two samples that are nearly the
         same, and bfloat16's 8 bits round that away in every layer. It is about 1 % of the U-Net's work.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        device = features.device.type
+        has_autocast = torch.amp.is_autocast_available(device)  # not on the meta device
+        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
             return self.logit(self.body(features.float()).mean(dim=(2, 3)))
 
 

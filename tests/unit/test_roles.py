@@ -88,8 +88,15 @@ def test_zero_lora_leaves_the_unet_bit_identical():
 def test_roles_are_played_on_a_device_that_knows_no_autocast():
     """eval/full_size.py counts on the meta device."""
     roles = Roles(build_tiny_unet().to("meta"), rank=4, seed=1)
-    with roles.student():
-        assert roles.state.adapter == STUDENT
+    with torch.device("meta"):
+        discriminator = Discriminator(
+            roles, trunk="lora", heads="mid", paired=False, rank=4, seed=1, sample_size=8
+        )
+    told = make_conditioning(2).to("meta", torch.float32)
+    timesteps = torch.empty(2, dtype=torch.int64, device="meta")
+    with roles.discriminator(trainable=True):
+        features = discriminator.features(torch.empty(2, 4, 8, 8, device="meta"), timesteps, told)
+        assert discriminator.logits(features).shape == (2, 1)
 
 
 def test_lora_covers_lcms_list_and_nothing_else():
