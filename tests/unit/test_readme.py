@@ -31,7 +31,7 @@ def test_students_beat_the_undistilled_teacher_on_the_committed_numbers():
         ("stepdistill-2", "teacher-1", 0.05, 0.97),
         ("stepdistill-1", "teacher-1", 0.08, 0.85),
     ):
-        assert found[student]["fid_to_teacher"] <= share * found[teacher]["fid_to_teacher"]
+        assert found[student]["paired_fid_to_teacher"] <= share * found[teacher]["paired_fid_to_teacher"]
         assert found[student]["prompt_accuracy"] >= accuracy
 
 
@@ -49,20 +49,20 @@ def test_few_steps_are_as_good_as_the_teachers_many_on_the_committed_numbers():
 
 
 def test_no_peer_is_ahead_on_the_committed_numbers():
-    """At every step count: FID to real, prompt accuracy to half a point, and FID to teacher beside ours by mse."""
+    """At every step count: FID to real, prompt accuracy to half a point, and beside ours by mse paired FID of the methods
+    that keep the teacher's noise; the samplers of LCM and DMD2 add their own."""
     found = rows()
     for n in (8, 4, 2, 1):
         ours, by_mse = found[f"stepdistill-{n}"], found[f"stepdistill-mse-{n}"]
         for peer in ("progressive", "lcm-lora", "dmd2-lora", "lightning"):
-            if (peer, n) == (
-                "lightning",
-                1,
-            ) and "lightning-1" not in found:  # its conversion is not in the budget
+            theirs = found.get(f"{peer}-{n}")
+            if theirs is None:
+                assert (peer, n) == ("lightning", 1)  # its conversion does not fit into the budget
                 continue
-            theirs = found[f"{peer}-{n}"]
             assert ours["fid_to_real"] < theirs["fid_to_real"], (peer, n)
             assert ours["prompt_accuracy"] >= theirs["prompt_accuracy"] - 0.005, (peer, n)
-            assert by_mse["fid_to_teacher"] < theirs["fid_to_teacher"], (peer, n)
+            if peer in ("progressive", "lightning"):
+                assert by_mse["paired_fid_to_teacher"] < theirs["paired_fid_to_teacher"], (peer, n)
 
 
 def test_the_readmes_floors_are_the_committed_result():
