@@ -352,10 +352,10 @@ def test_pipes_and_devices_are_no_prompts_and_no_statistics(key, name, whole, tm
 
 
 def test_statistics_of_gigabytes_are_not_unpacked(whole, tmp_path, options):
-    with zipfile.ZipFile(tmp_path / "stats.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
-        with packed.open("mu.npy", "w") as member:
-            for _ in range(257):
-                member.write(bytes(2**20))
+    packed = zipfile.ZipFile(tmp_path / "stats.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with packed, packed.open("mu.npy", "w") as member:
+        for _ in range(257):
+            member.write(bytes(2**20))
     settings = (f"teacher.path={whole}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
     not_measured("mu.npy has more than 268435456 bytes", *options, *settings)
 
