@@ -11,8 +11,11 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from stepdistill.models.folder_files import require_file
+
 # Under torchrun the main process measures alone; torchmetrics would wait for the others to sync with.
 ALONE = {"sync_on_compute": False}
+_MOST_BYTES = 2**28  # of mu and of sigma, which has 2048 x 2048 numbers for Inception
 _CHUNK = 1024  # rows of a distance matrix held at a time
 
 
@@ -34,6 +37,11 @@ class Moments:
     def from_npz(cls, path: Path) -> "Moments":
         """From the field's file of `mu` and `sigma`; ValueError where it has none, or they are no moments."""
         try:
+            require_file(path)
+            with zipfile.ZipFile(path) as members:
+                large = [info.filename for info in members.infolist() if info.file_size > _MOST_BYTES]
+            if large:
+                raise ValueError(f"{large[0]} has more than {_MOST_BYTES} bytes")
             with np.load(path, allow_pickle=False) as file:
                 mean, covariance = (
                     torch.from_numpy(np.asarray(file[k], dtype=np.float64)) for k in ("mu", "sigma")

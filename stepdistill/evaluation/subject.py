@@ -29,6 +29,7 @@ from stepdistill.data.source import (
 )
 from stepdistill.demo import letters
 from stepdistill.durable import sha256_json
+from stepdistill.models.folder_files import require_file
 from stepdistill.models.loading import image_size
 from stepdistill.rng import derive_seed
 from stepdistill.teacher_source import teacher_folder
@@ -217,6 +218,10 @@ def _triples(prompts: Sequence[str]) -> tuple[letters.Triple, ...] | None:
 
 
 def _read_prompts(path: Path) -> list[str]:
+    try:
+        require_file(path)
+    except ValueError as error:
+        raise ConfigError(f"evaluation.prompts: {error}; allowed: a text file with a prompt a line") from None
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:

@@ -44,6 +44,7 @@ _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "scheduler": ("diffusers", ("*Scheduler",)),
 }
 """Parts that a pipeline needs, and the classes that they may be of."""
+_OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
 _PLAIN: dict[str, tuple[object, ...]] = {
     "class_embed_type": (None,),
     "time_cond_proj_dim": (None,),
@@ -142,6 +143,10 @@ def unsupported(folder: Path) -> list[str]:
     configs = {name: _config(folder / name / "config.json") for name in WEIGHTS}
     scheduler = _config(folder / "scheduler" / "scheduler_config.json")
     found = [*_odd_classes(index)]
+    for name, config in {**configs, "scheduler": scheduler, "pipeline": index}.items():
+        version = config.get("_diffusers_version", "")
+        if not isinstance(version, str):
+            found.append(f"a {name} of _diffusers_version {short(version)}; allowed: a version, as text")
     for name, config in configs.items():
         if config.get("quantization_config") is not None:
             found.append(f"quantised weights in {name}; allowed: weights of a floating point")
@@ -161,6 +166,9 @@ def _odd_classes(index: dict[str, Any]) -> Iterator[str]:
         part = index[name]
         if len(part) != 2 or part[0] != library or not _is_one_of(part[1], kinds):
             yield f"{short(part)} as its {name}; allowed: {', '.join(k.replace('*', 'a ') for k in kinds)} of {library}"
+    for name in _OPTIONAL & index.keys():
+        if not isinstance(index[name], list) or len(index[name]) != 2:
+            yield f"{short(index[name])} as its {name}; allowed: a library and a class, or neither: [null, null]"
 
 
 def _odd_unet(unet: dict[str, Any]) -> Iterator[str]:

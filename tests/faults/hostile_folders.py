@@ -327,6 +327,7 @@ FOLDERS = {
     "a text encoder of a billion layers": (text(num_hidden_layers=10**9), r"num_hidden_layers is 1000000000"),
     "a text encoder of thousands of layers": (text(num_hidden_layers=5000), r"asks for 5000 layers"),
     "a text encoder of few words": (text(vocab_size=10), r"text_encoder: 1 weights .* other shapes"),
+    "a text encoder whose words are a list": (text(vocab_size=[1]), r"text_encoder"),
     "a text encoder of short texts": (text(max_position_embeddings=5), r"text_encoder: .* other shapes"),
     "a text encoder with an unknown activation": (
         text(hidden_act="evil"),
@@ -405,6 +406,8 @@ FOLDERS = {
     "a part with code beside it": (code_beside, r"code of its own \(unet: my_unet\)"),
     "a whole pipeline as a part": (index(unet=["diffusers", "DiffusionPipeline"]), r"as its unet; allowed"),
     "any model as text encoder": (index(text_encoder=["transformers", "AutoModel"]), r"as its text_encoder"),
+    "an optional part that is a number": (index(safety_checker=7), r"7 as its safety_checker; allowed"),
+    "a version that is a number": (unet(_diffusers_version=1.5), r"a unet of _diffusers_version 1\.5"),
     "an unknown scheduler": (index(scheduler=["diffusers", "EvilScheduler"]), r"'EvilScheduler'; allowed"),
     "a scheduler that is none": (index(scheduler=["diffusers", "logging"]), r"as its scheduler; allowed"),
     "a tokenizer that is none": (index(tokenizer=["transformers", "EvilTokenizer"]), r"'EvilTokenizer'"),

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +340,24 @@ def test_statistics_that_are_pickled_are_not_read(whole, tmp_path, options, caps
     settings = (f"teacher.path={whole}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
     refused(capsys, r"no reference stats", *options, *settings)
     assert not Path("/tmp/it-ran").exists()
+
+
+@pytest.mark.parametrize(("key", "name"), [("prompts", "prompts.txt"), ("reference_stats", "stats.npz")])
+def test_pipes_and_devices_are_no_prompts_and_no_statistics(key, name, whole, tmp_path, options):
+    os.mkfifo(tmp_path / f"a-{name}")
+    (tmp_path / f"b-{name}").symlink_to("/dev/zero")
+    for letter in "ab":
+        place = f"evaluation.{key}={tmp_path / f'{letter}-{name}'}"
+        not_measured("is a pipe or a device, not a file", *options, f"teacher.path={whole}", place)
+
+
+def test_statistics_of_gigabytes_are_not_unpacked(whole, tmp_path, options):
+    packed = zipfile.ZipFile(tmp_path / "stats.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with packed, packed.open("mu.npy", "w") as member:
+        for _ in range(257):
+            member.write(bytes(2**20))
+    settings = (f"teacher.path={whole}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
+    not_measured("mu.npy has more than 268435456 bytes", *options, *settings)
 
 
 class Evil:
