@@ -137,6 +137,9 @@ class RunConfig(Section):
     """Where run folders are."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Everything random is derived from it."""
+    start_from: FilePath | None = None
+    """A finished rung of another run of the same teacher, such as runs/first/rungs/32: that rung and those before it in this
+    ladder are copied from there, and this run trains the ones after it."""
     teacher: Teacher = Teacher()
     lora: Lora = Lora()
     data: Data = Data()

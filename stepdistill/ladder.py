@@ -13,6 +13,7 @@ from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.schedule import NoiseSchedule
 from stepdistill.durable import sha256_file, writing
+from stepdistill.fork import take_rungs
 from stepdistill.ladder_checks import prediction_types
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
@@ -69,6 +70,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         raise ValueError(
             f"--rung: got {only[0]}:{only[1]}; allowed: {known}" if only else "the ladder is empty"
         )
+    take_rungs(config)
     if only is None:
         todo = _unfinished(config)
     if not todo:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
+from stepdistill.start_from import taken_steps
 from stepdistill.teacher_source import teacher_timesteps
 
 # In units of one forward of the bare U-Net per sample (computed on SDXL): forward and backward of the U-Net with a LoRA,
@@ -74,12 +75,13 @@ def _trailing(steps: int, num_train_timesteps: int) -> list[int]:
 
 
 def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:
-    """Forwards of all phases, in samples, without the rungs (their student_steps) that are finished."""
+    """Forwards of all phases, in samples, without the rungs (their student_steps) that are finished or taken over."""
+    done = {*finished, *taken_steps(config)}
     batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
     return batch * sum(
         phase.max_train_steps * phase_forwards(config, rung, phase)
         for rung in config.ladder
-        if rung.student_steps not in finished
+        if rung.student_steps not in done
         for phase in rung.phases
     )
 
@@ -158,7 +160,7 @@ def _describe_prepare(config: RunConfig, _only: tuple[int, int] | None, _finishe
 
 
 def _describe_distill(config: RunConfig, only: tuple[int, int] | None, finished: Collection[int]) -> _Part:
-    lines, passes = [], 0.0
+    lines, passes, taken = [], 0.0, taken_steps(config)
     batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
     for rung in config.ladder:
         title = f"distill    {rung.teacher_steps} -> {rung.student_steps}"
@@ -166,6 +168,9 @@ def _describe_distill(config: RunConfig, only: tuple[int, int] | None, finished:
             continue
         if rung.student_steps in finished:
             lines.append(f"{title}  finished")
+            continue
+        if rung.student_steps in taken and only is None:
+            lines.append(f"{title}  taken over from {config.start_from}")
             continue
         for phase in rung.phases:
             each = phase_forwards(config, rung, phase)

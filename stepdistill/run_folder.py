@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import sha256_json, write_text
 from stepdistill.places import clear_half_written, half_written
+from stepdistill.start_from import TAKEN, check_start
 from stepdistill.teacher_source import TEACHER_RECORD, check_teacher
 
 # What may differ when a run goes on: it changes no weight.
@@ -23,12 +24,13 @@ _FREE = (
     "training.preview_steps",
 )
 # Files at the top of a run's folder, which every process of every stage may write.
-_WRITTEN_BY_ALL = ("config.yaml", "environment.json", TEACHER_RECORD, "log.jsonl")
+_WRITTEN_BY_ALL = ("config.yaml", "environment.json", TEACHER_RECORD, TAKEN, "log.jsonl")
 
 
 def check_run(config: RunConfig) -> None:
     """ConfigError where the teacher's folder is incomplete or the run's folder is another run's; writes nothing."""
     check_teacher(config)
+    check_start(config)
     run_dir = config.run_dir
     saved = run_dir / "config.yaml"
     try:
@@ -101,7 +103,10 @@ def read_run_config(run_dir: Path) -> RunConfig:
 
 def config_hash(config: RunConfig) -> str:
     """Of all that a run's weights depend on: equal wherever it lies and whatever is exported or measured of it."""
-    return sha256_json({k: v for k, v in _flat(resolved(config)).items() if not _is_free(k)})
+    settings = {k: v for k, v in _flat(resolved(config)).items() if not _is_free(k)}
+    if config.start_from is None:  # a run of its own, as those of versions without this key
+        del settings["start_from"]
+    return sha256_json(settings)
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -173,10 +173,12 @@ def run_all(config: RunConfig) -> None:
     check_run(config)
     _quiet_libraries()
     from stepdistill.evaluation.check import check_evaluation
+    from stepdistill.fork import check_base
 
     if not is_ready_made(config):
         open_run(config)
         _make_teacher(config)
+    check_base(config)
     check_evaluation(config)
     open_run(config)
     finished = finished_rungs(config.run_dir)

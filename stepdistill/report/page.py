@@ -22,6 +22,7 @@ from stepdistill.report.quantities import format_number, number
 from stepdistill.report.read import Run, RungLog
 from stepdistill.report.summary import joined_names, sentences, warnings_of
 from stepdistill.report.table import cost_table, metrics_of, quality_table
+from stepdistill.start_from import taken_from
 
 _LARGEST = 20 * 2**20
 # Tried in this order until the page is small enough.
@@ -137,6 +138,9 @@ def _lead(run: Run) -> str:
     if run.rungs:
         ladder = [run.rungs[0].teacher_steps, *(rung.student_steps for rung in run.rungs)]
         parts.append(f"ladder {' → '.join(map(str, ladder))}")
+    origins = [origin for rung in run.rungs if (origin := _origin(run, rung)) is not None]
+    if origins:
+        parts.append(f"begun at {origins[-1]}")
     if "path" in teacher:
         parts.append(f"teacher {teacher['path']}")
     if "guidance_scale" in teacher:
@@ -146,6 +150,11 @@ def _lead(run: Run) -> str:
     if run.results is not None and "num_images" in run.results:
         parts.append(f"{run.results['num_images']:,} images a row, equal prompts and noise")
     return ", ".join(parts)
+
+
+def _origin(run: Run, rung: RungLog) -> str | None:
+    """Where a rung was taken over from."""
+    return taken_from(run.path, rung.student_steps, (rung.record or {}).get("sha256"))
 
 
 def _absent(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -159,7 +168,8 @@ def _progress(run: Run) -> Iterator[Progress]:
     for rung in run.rungs:
         phases = ", ".join(f"{phase.objective} {phase.max_train_steps:,}" for phase in rung.phases)
         if rung.record is not None:
-            state = "finished"
+            origin = _origin(run, rung)
+            state = "finished" if origin is None else f"taken over from {origin}"
         else:
             state = "in training" if rung.updates and not going else "waiting"
             going = going or bool(rung.updates)
