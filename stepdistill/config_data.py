@@ -1,5 +1,6 @@
 """What a config says of the data: where samples come from, how they are cut, what becomes of bad ones. No torch."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -23,6 +24,7 @@ Kind = Literal[
 """How a sample can be bad."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _MOST_RENDERINGS = 10**7  # their captions are chosen beforehand and held in memory
+_CURES = {"image_too_small": "min_side", "image_too_large": "max_pixels"}
 # One sample of these says that all of the rest may be gone or wrong.
 _STOPS: tuple[Kind, ...] = ("archive_broken", "latent_not_finite")
 
@@ -82,3 +84,8 @@ class Data(Section):
     def policy(self, kind: Kind) -> Literal["skip", "error"]:
         """What a bad sample of this kind leads to."""
         return self.on_bad.get(kind, "error" if kind in _STOPS else "skip")
+
+    def cures(self, kinds: Iterable[str]) -> list[str]:
+        """The keys, as they are now, by which samples that are bad of these kinds would be good."""
+        keys = dict.fromkeys(_CURES[kind] for kind in kinds if kind in _CURES)
+        return [f"data.{key} (now {getattr(self, key)})" for key in keys]

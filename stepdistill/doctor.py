@@ -158,7 +158,9 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
         yield Finding("note", "data: the table compares with pictures that are trained on", remedy)
     for kind, count in bad.items():
         stops = data.policy(kind) == "error" or count > data.max_bad_fraction * seen
-        remedy = f"mend them, or data.max_bad_fraction and data.on_bad.{kind}"
+        remedy = ", ".join(
+            [*data.cures([kind]), f"other samples, or data.max_bad_fraction and data.on_bad.{kind}"]
+        )
         yield Finding("problem" if stops else "note", f"data: {count} {kind} ({first[kind]})", remedy)
     if longest * _TOKENS_A_WORD > 75:
         yield Finding(
@@ -167,6 +169,9 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
     if teacher_is_whole and is_ready_made(config):
         folder = local_folder(config.teacher.path)
         size = Sizes(data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
+        if data.min_side > min(size):
+            about = f"data: data.min_side={data.min_side} leaves out pictures as small as the teacher's {min(size)} pixels"
+            yield Finding("note", about, f"data.min_side={max(1, min(size) // 2)}")
         small = sum(side < min(size) for side in sides)
         if small:
             remedy = f"larger pictures, or data.min_side={min(size)} to leave them out"

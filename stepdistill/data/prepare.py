@@ -237,14 +237,20 @@ class _Work:
         if self._bad.total > allowed * seen:
             raise ValueError(
                 f"data.max_bad_fraction: {self._bad.total} of {self._seen} samples are bad, allowed: {allowed:g}: "
-                f"{self._bad}; mend them or allow more; what was prepared stays"
+                f"{self._bad}; mend: {self._remedy()}; what was prepared stays"
             )
         if final:
             not_empty(self._config.data, self._seen)
         if final and self._bad.total == self._seen:
             raise ConfigError(
-                f"data.source: got {self._config.data.source!r}, none of whose {self._seen} samples is usable: {self._bad}"
+                f"data.source: got {self._config.data.source!r}, none of whose {self._seen} samples is usable: {self._bad}; "
+                f"mend: {self._remedy()}"
             )
+
+    def _remedy(self) -> str:
+        return ", ".join(
+            [*self._config.data.cures(self._bad.counts), "other samples or data.max_bad_fraction"]
+        )
 
     def _path(self, number: int) -> Path:
         return self._folder / "shards" / f"{number:05d}.safetensors"

@@ -133,9 +133,14 @@ def _check_sums(content: bytes) -> None:
 def _check_size(size: tuple[int, int], *, max_pixels: int, min_side: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise BadSample("image_too_large", f"{width} x {height}; allowed: up to {max_pixels:,} pixels")
+        raise BadSample(
+            "image_too_large", f"{width} x {height}; allowed: up to {max_pixels:,} pixels (data.max_pixels)"
+        )
     if min(size) < min_side:
-        raise BadSample("image_too_small", f"{width} x {height}; allowed: {min_side} pixels a side at least")
+        raise BadSample(
+            "image_too_small",
+            f"{width} x {height}; allowed: {min_side} pixels a side at least (data.min_side)",
+        )
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:

@@ -7,12 +7,13 @@ from PIL import Image
 from eval.random_teacher import build
 from stepdistill.cli import app, guarded
 from stepdistill.config_file import load_config
+from stepdistill.data.prepare import prepare
 from stepdistill.disk_need import disk_need
 from stepdistill.doctor import examine
 from stepdistill.teacher_source import teacher_folder
 from tests.integration.conftest import tiny_config
 
-CONFIGS = {"sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", "sdxl_24gb": "sdxl"}
+CONFIGS = {"small": "sd15", "sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", "sdxl_24gb": "sdxl"}
 
 
 @pytest.fixture
@@ -87,6 +88,24 @@ def test_what_the_disk_is_said_to_need_is_what_a_run_takes(finished_run):
         assert 0.5 * blocks < said < 1.5 * blocks, (part, said, blocks)
 
 
+def test_remedies_name_the_key_that_cures(tmp_path, pictures):
+    """Pictures of 70 x 80 under a config for larger ones: doctor and prepare both say which key leaves them out."""
+    options = [f"data.source={pictures}", "data.min_side=256", "data.num_images=null"]
+    config = tiny_config(tmp_path, *options)
+    (small,) = [f for f in problems(config) if "image_too_small" in f.about]
+    assert "70 x 80; allowed: 256 pixels a side at least (data.min_side)" in small.about
+    assert small.remedy.startswith("data.min_side (now 256), ")
+    (least,) = [f for f in examine(config) if "as small as the teacher's 32 pixels" in f.about]
+    assert least.remedy == "data.min_side=16"
+    with pytest.raises(ValueError, match=r"mend: data\.min_side \(now 256\), other samples"):
+        prepare(config)
+    large = tiny_config(tmp_path, options[0], options[2], "data.max_pixels=5000", "name=large")
+    with pytest.raises(
+        ValueError, match=r"5,000 pixels \(data\.max_pixels\).*mend: data\.max_pixels \(now 5000\)"
+    ):
+        prepare(large)
+
+
 def test_a_teacher_that_is_not_there_is_one_problem(tmp_path, capsys):
     assert run("doctor", "configs/letters.yaml", f"output_dir={tmp_path}", "teacher.path=teacher-x") == 2
     out, err = capsys.readouterr()
@@ -103,7 +122,7 @@ def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path
     assert "problem" not in capsys.readouterr().out
     assert run("run", f"configs/{name}.yaml", "--dry-run", *options) == 0
     said = capsys.readouterr().out
-    assert "32 -> 8  single: 100 updates of" in said
+    assert f"32 -> 8  single: {20 if name == 'small' else 100} updates of" in said
     assert not (tmp_path / name.replace("_", "-")).exists()
 
 
