@@ -4,10 +4,12 @@ The captions are the cache's own. At the same noise the undistilled, guided teac
 phase changed is its numbers less those of the phase before.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
@@ -48,6 +50,7 @@ class PhaseLooks:
         order = rng.derive_seed(seed, "looks")
         rows = rng.dataset_rows(list(range(self._count)), size=cache.sizes[size], seed=order)
         self._samples = cache.samples(size, rows)
+        self._digest = hashlib.sha256(self._samples.latents.numpy().tobytes()).hexdigest()[:16]
         shape = cache.latent_shapes[size]
         self._noise = rng.normal(shape, list(range(self._count)), seed=seed, keys=("looks",))
         self._seed = seed
@@ -62,7 +65,7 @@ class PhaseLooks:
         teacher, data = self._reference
         pictures = self._painter.of_student(nets, self._noise, self._samples.conditioning, steps=steps)
         student = looks_of([pictures])
-        about: dict[str, float] = {"images": self._count, "seed": self._seed}
+        about: dict[str, Any] = {"images": self._count, "seed": self._seed, "samples": self._digest}
         about |= {"teacher_steps": self._teacher.steps, "guidance_scale": self._teacher.guidance_scale}
         per_image = {"student": _lists(student, teacher), "teacher": _lists(teacher, teacher)}
         write_sealed(

@@ -53,10 +53,12 @@ def test_every_phase_of_a_run_left_its_numbers_beside_its_preview(trained_run):
 
 def test_all_phases_are_compared_with_the_same_pictures(trained_run):
     first = looks_of_phase(trained_run.run_dir, 32, "phase0-mse-end")
-    assert first["compared_with"] == {"images": 2, "seed": 0, "teacher_steps": 32, "guidance_scale": 3.0}
+    about = {"images": 2, "seed": 0, "teacher_steps": 32, "guidance_scale": 3.0}
+    assert about.items() <= first["compared_with"].items()
     for steps in (8, 1):
         name = {8: "phase0-mse-end", 1: "phase1-mse-end"}[steps]
         later = looks_of_phase(trained_run.run_dir, steps, name)
+        assert later["compared_with"] == first["compared_with"]
         assert later["per_image"]["teacher"] == first["per_image"]["teacher"]
         assert later["per_image"]["data"] == first["per_image"]["data"]
 
