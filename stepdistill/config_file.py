@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from stepdistill.config import ConfigError, RunConfig, Section
 from stepdistill.messages import first_line, short
 from stepdistill.places import is_folder
-from stepdistill.run_folder import read_run_config, resolved
+from stepdistill.run_folder import plain_yaml, read_run_config, resolved
 
 _MOST_BYTES = 2**22
 # What PyYAML raises at dates that do not exist, numbers too long for Python, and lists in lists in lists.
@@ -46,7 +46,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"the config {path} is not UTF-8 text") from None
     try:
-        raw = yaml.safe_load(text)
+        raw = plain_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except _UNREADABLE as error:

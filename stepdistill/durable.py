@@ -126,21 +126,25 @@ def writing(path: Path) -> Iterator[None]:
     """ValueError in one line where a file cannot be written: no room, no right, something else in its place."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and _os_error(error) is None:
+            raise
         raise ValueError(unwritable(path, error)) from None
 
 
-def unwritable(path: Path, error: OSError | SafetensorError) -> str:
+def unwritable(path: Path, error: Exception) -> str:
     """What stands in the way of writing a file, and the remedy, in one line."""
-    number = error.errno if isinstance(error, OSError) else _os_error(str(error))
+    number = _os_error(error)
     reason = os.strerror(number) if number else " ".join(str(error).split())
     blocked = _in_the_way(path) if number in _BLOCKED else None
     return f"cannot write {path}: {reason}; mend: {blocked or _REMEDIES.get(number or errno.ENOSPC, _AGAIN)}"
 
 
-def _os_error(text: str) -> int | None:
-    """The number in a message of safetensors, such as "I/O error: File too large (os error 27)"."""
-    found = re.search(r"\(os error (\d+)\)", text)
+def _os_error(error: Exception) -> int | None:
+    """The operating system's number of an error, also of libraries that say it in words: "File too large (os error 27)"."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = re.search(r"\((?:os error |.*?\[Errno )(\d+)[)\]]", str(error))
     return int(found[1]) if found else None
 
 

@@ -1,5 +1,6 @@
 """The folder of a run: opened before anything costs time, refused where it belongs to another run. No torch."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 _MEND = "mend: put a copy back, or the YAML file that the run was made by in its place"
 _MOST_NODES = 100_000
+_DEEPEST = 1000
+"""Brackets that may be open at once: Python's parser of YAML takes time that grows as the square of them."""
 
 
 def saved_config(run_dir: Path) -> dict[str, Any]:
@@ -124,12 +127,22 @@ def saved_config(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = plain_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}; {_MEND}") from None
     if not isinstance(raw, dict) or not _is_small(raw):
         raise ConfigError(f"{path} is not the config of a run; {_MEND}")
     return raw
+
+
+def plain_yaml(text: str) -> Any:
+    """The plain data of a YAML text; YAMLError and what else yaml.safe_load raises, at once for brackets without end."""
+    depth = 0
+    for bracket in re.finditer(r"[\[{}\]]", text):
+        depth = depth + 1 if bracket[0] in "[{" else max(0, depth - 1)
+        if depth > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} brackets are open at once")
+    return yaml.safe_load(text)
 
 
 def _is_small(value: Any) -> bool:

@@ -35,6 +35,7 @@ def prepare(config: RunConfig) -> None:
     """Latents and text embeddings into the cache; nothing where they are there."""
     run_dir = open_run(config)
     _quiet_libraries()
+    from stepdistill.data.cache import is_whole
     from stepdistill.data.prepare import prepare as fill_cache
     from stepdistill.runtime import environment
 
@@ -42,7 +43,7 @@ def prepare(config: RunConfig) -> None:
     _make_teacher(config)
     manifest = run_dir / "cache" / "manifest.json"
     before = read_sealed(manifest)
-    is_damaged = before is None and manifest.exists()
+    is_damaged = manifest.exists() and (before is None or not is_whole(before))
     if is_damaged:
         warn_of_damage(manifest, "it is written again")
     made = fill_cache(config)

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from stepdistill.durable import warn_of_damage, write_bytes
+from stepdistill.durable import canonical, warn_of_damage, write_bytes
 
 
 def read_features(path: Path, key: str) -> torch.Tensor | None:
@@ -29,9 +29,9 @@ def read_features(path: Path, key: str) -> torch.Tensor | None:
 
 
 def write_features(path: Path, features: torch.Tensor, key: str) -> None:
-    """Writes (N, D) float32 features in one step; ValueError where that cannot be done."""
+    """Writes (N, D) float32 features in one step, equal ones as equal bytes; ValueError where that cannot be done."""
     about = {"key": key, "sha256": _digest(features, key)}
-    write_bytes(path, save({"features": features.contiguous()}, metadata=about))
+    write_bytes(path, canonical(save({"features": features.contiguous()}, metadata=about)))
 
 
 def _digest(features: torch.Tensor, key: str) -> str:

@@ -32,10 +32,10 @@ def scheduler_file(folder: Path) -> Path:
 
 
 def read_scheduler(folder: Path) -> DDIMScheduler:
-    """The scheduler of an exported folder; ValueError where its file is missing or was changed. A folder of an earlier
-    version has no sha256 of it, and is taken as it is."""
-    file = scheduler_file(folder)
-    config, written = read_json(file), (read_sealed(folder / BASE) or {}).get(_SCHEDULER_SHA256)
+    """The scheduler of an exported folder; ValueError where a file is missing or was changed. A folder of an earlier version
+    has no sha256 of the scheduler, which is taken as it is."""
+    file, about = scheduler_file(folder), _read_about(folder)
+    config, written = read_json(file), about.get(_SCHEDULER_SHA256)
     if not isinstance(config, dict) or written not in (None, sha256_json(config)):
         raise ValueError(f"{file} is missing or not as it was exported; {_MEND}")
     try:
@@ -59,9 +59,14 @@ def is_exported(folder: Path) -> bool:
 
 def read_base(folder: Path) -> Sketch | None:
     """The base of an exported folder, None where an earlier version said nothing of it; ValueError where it is damaged."""
+    return Sketch.of_json(_read_about(folder))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """base.json, empty where there is none; ValueError where it is damaged."""
     if not (folder / BASE).exists():
-        return None
-    sketch = Sketch.of_json(read_sealed(folder / BASE))
-    if sketch is None:
+        return {}
+    about = read_sealed(folder / BASE)
+    if about is None or Sketch.of_json(about) is None:
         raise ValueError(f"{folder / BASE} is not as it was exported; {_MEND}")
-    return sketch
+    return about

@@ -5,6 +5,7 @@ scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732). A file wit
 reads it.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -81,17 +82,23 @@ class Lora:
 
 
 def write_lora(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Path:
-    """Writes pytorch_lora_weights.safetensors under peft's own keys, which diffusers loads in full; equal weights, equal
-    bytes. The config carries rank and alpha, which diffusers would guess without it."""
-    with writing(folder / WEIGHT_NAME):
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=dict(state),
-            unet_lora_adapter_metadata=dict(config),
-            weight_name=WEIGHT_NAME,
-        )
-        canonical_safetensors(folder / WEIGHT_NAME, metadata=USAGE_HINT)
-    return folder / WEIGHT_NAME
+    """Writes pytorch_lora_weights.safetensors in one step, under peft's own keys, which diffusers loads in full; equal
+    weights, equal bytes. The config carries rank and alpha, which diffusers would guess without it."""
+    path, partial = folder / WEIGHT_NAME, folder / f".{WEIGHT_NAME}.partial"
+    with writing(path):
+        try:
+            StableDiffusionPipeline.save_lora_weights(
+                folder,
+                unet_lora_layers=dict(state),
+                unet_lora_adapter_metadata=dict(config),
+                weight_name=partial.name,
+            )
+            canonical_safetensors(partial, metadata=USAGE_HINT)
+            partial.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+    return path
 
 
 def lora_path(path: Path) -> Path:

@@ -1,6 +1,7 @@
 import pytest
 
 from eval.random_teacher import build
+from tests.faults.small_run import answer, copy_of, make_run
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,21 @@ def options(tmp_path):
         "evaluation.resize=torchmetrics",
         f"teacher.path={tmp_path / 'teacher'}",
     )
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The config of a finished run, nothing of which a test may change."""
+    return make_run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def copy(whole_run, tmp_path):
+    """The config of a copy of it, to be damaged."""
+    return copy_of(whole_run, tmp_path)
+
+
+@pytest.fixture
+def asked(capsys, caplog):
+    """What a command comes to, as the command line runs it."""
+    return lambda command: answer(command, capsys, caplog)

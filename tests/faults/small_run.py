@@ -13,6 +13,7 @@ from stepdistill import stages
 from stepdistill.cli import guarded
 from stepdistill.config_file import load_config
 from stepdistill.durable import warn_of_damage
+from stepdistill.run_folder import open_run
 
 LADDER = [
     {"teacher_steps": t, "student_steps": s, "phases": [{"objective": "mse", "max_train_steps": 1}]}
@@ -27,6 +28,7 @@ def small_config(output_dir, *overrides):
             f"output_dir={output_dir}",
             "data.num_images=8",
             "training.train_batch_size=4",
+            "preview.prompts=['a red letter a on white']",
             "evaluation.num_images=8",
             "evaluation.batch_size=4",
             "evaluation.teacher_steps=[4]",
@@ -45,9 +47,16 @@ def small_config(output_dir, *overrides):
 
 
 def make_run(output_dir):
-    """Every stage in sequence; returns the config."""
+    """Every stage in sequence, the cards with their numbers; returns the config."""
     config = small_config(output_dir)
-    for stage in (stages.prepare, stages.distill, stages.export, stages.evaluate, stages.report):
+    for stage in (
+        stages.prepare,
+        stages.distill,
+        stages.export,
+        stages.evaluate,
+        stages.report,
+        stages.export,
+    ):
         stage(config)
     return config
 
@@ -55,7 +64,9 @@ def make_run(output_dir):
 def copy_of(config, place):
     """The config of a copy of a run."""
     shutil.copytree(config.run_dir, place / config.name)
-    return config.model_copy(update={"output_dir": str(place)})
+    there = config.model_copy(update={"output_dir": str(place)})
+    open_run(there)
+    return there
 
 
 def tree(folder):
