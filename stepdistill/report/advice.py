@@ -42,9 +42,10 @@ def advice_for(run: Run) -> list[Advice]:
 
 def _merged(found: Iterable[Advice]) -> Iterator[Advice]:
     """One entry for each remedy, with the findings and settings of all rungs that call for it."""
-    alike: dict[str, list[Advice]] = {}
+    alike: dict[tuple[str, ...], list[Advice]] = {}
     for advice in found:
-        alike.setdefault(advice.remedy or advice.finding, []).append(advice)
+        texts = tuple(proposal.text for proposal in advice.proposals)
+        alike.setdefault(texts or (advice.finding,), []).append(advice)
     for group in alike.values():
         findings = "; ".join(advice.finding.removesuffix(".") for advice in group)
         proposals = []
