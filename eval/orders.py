@@ -62,7 +62,7 @@ def agreement(tables: Sequence[Table], methods: Sequence[str]) -> tuple[str, lis
     for measure in dict.fromkeys(entry["measure"] for entry in entries):
         cells = ["" if e["tau"] is None else f"{e['tau']:.2f}" for e in entries if e["measure"] == measure]
         lines.append(f"| {MEASURES[measure][0]} | " + " | ".join(cells) + " |")
-    sentences = [line for entry in entries for line in _sentences(entry)]
+    sentences = [line for entry in entries for line in _sentences(entry, several=len(tables) > 1)]
     beyond = "by more than the difference's deviation over the seeds" if len(tables) > 1 else "of one seed"
     lines += ["", f"Pairs of methods in another order by the second reader, {beyond}: {len(sentences)}."]
     return "\n".join([*lines, *(["", *sentences] if sentences else [])]), entries
@@ -82,12 +82,13 @@ def _entry(tables: Sequence[Table], methods: Sequence[str], measure: str, steps:
     return {"measure": measure, "steps": steps, "methods": list(values[0]), "tau": tau, "flips": turned}
 
 
-def _sentences(entry: dict[str, Any]) -> list[str]:
+def _sentences(entry: dict[str, Any], *, several: bool) -> list[str]:
     title, spec = MEASURES[entry["measure"]]
     return [
         f"- {title}, {step_count(entry['steps'])}: {flip['methods'][0]} less {flip['methods'][1]} is "
         + " by the shipped reader, ".join(
-            f"{d:+{spec}} ± {s:{spec}}" for d, s in (flip["by_first"], flip["by_second"])
+            f"{d:+{spec}}" + (f" ± {s:{spec}}" if several else "")
+            for d, s in (flip["by_first"], flip["by_second"])
         )
         + " by the second"
         for flip in entry["flips"]

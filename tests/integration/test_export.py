@@ -1,5 +1,6 @@
 """Every file of an exported rung gives the U-Net that was trained, in a fresh process, whatever reads it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from stepdistill.models.adapters import activate
 from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import load_unet, read_scheduler_config
 from stepdistill.models.lora_file import read_lora
-from stepdistill.rungs import RungRecord
+from stepdistill.rungs import RungRecord, require_rung, rung_folder
 from tests.integration.exported import (
     RANK,
     answer,
@@ -204,8 +205,8 @@ def test_equal_weights_are_equal_bytes_however_long_they_took_to_train(tmp_path)
     for place, seconds in (("first", 61.5), ("second", 7.25)):
         (tmp_path / place).mkdir()
         config, _, _ = rung_of(tmp_path / place, "sd15", f"teacher.path={tmp_path / 'first' / 'teacher'}")
-        record = config.run_dir / "rungs" / "4" / "rung.json"
-        record.write_text(json.dumps(json.loads(record.read_text()) | {"training_seconds": seconds}))
+        record = require_rung(config.run_dir, 4)
+        dataclasses.replace(record, training_seconds=seconds).write(rung_folder(config.run_dir, 4))
         folder = export_rung(config, 4)
         content.append({path.name: path.read_bytes() for path in sorted((folder / "kohya").iterdir())})
         content[-1]["lora"] = (folder / "pytorch_lora_weights.safetensors").read_bytes()

@@ -22,6 +22,18 @@ def test_the_readmes_tables_are_the_committed_results():
     assert all(table in results for table in shown)
 
 
+def test_the_readmes_unpaired_distances_are_the_committed_result():
+    readme, results = Path("README.md").read_text(), Path("eval/results/peers_one_seed.md").read_text()
+    pattern = r"<!-- table: eval/results/peers_one_seed.md -->\n(.*?)\n<!-- end -->"
+    (table,) = re.findall(pattern, readme, flags=re.DOTALL)
+    assert table in results
+    facts = json.loads(Path("eval/results/peers_one_seed.json").read_text())
+    assert f"the floor, is at {facts['floors'][0]['fid_to_teacher']:.2f}" in " ".join(readme.split())
+    taus = {(e["measure"], e["steps"]): f"{e['tau']:.2f}".removeprefix("0") for e in facts["orders"]}
+    assert " / ".join(taus["fid_to_teacher", n] for n in (8, 4, 2, 1)) in readme
+    assert f"({taus['fid_to_real', 8]} / {taus['fid_to_real', 4]})" in readme
+
+
 def test_students_beat_the_undistilled_teacher_on_the_committed_numbers():
     """At equal U-Net passes the student is far nearer to the 32-step teacher than the undistilled one."""
     found = rows()
