@@ -149,6 +149,9 @@ def _lead(run: Run) -> str:
         parts.append(f"LoRA rank {lora['rank']}")
     if run.results is not None and "num_images" in run.results:
         parts.append(f"{run.results['num_images']:,} images a row, equal prompts and noise")
+    real = (run.part("protocol") or {}).get("real_images")
+    if isinstance(real, str) and real != "none":
+        parts.append(f"real images: {real}")
     return ", ".join(parts)
 
 

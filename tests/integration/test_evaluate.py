@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepdistill import stages
 from stepdistill.config import ConfigError
 from stepdistill.durable import read_sealed
 from stepdistill.evaluation.evaluate import evaluate
+from stepdistill.evaluation.small_net import Schooling, train_small_net, write_small_net
+from stepdistill.report.build import build_report
 from stepdistill.run_folder import open_run
 from stepdistill.rungs import rung_folder
 from tests.integration.conftest import tiny_config
@@ -185,6 +188,28 @@ def test_an_interrupted_measuring_leaves_the_rows_that_were_measured_on_the_page
     (tmp_path / "scorer.py").write_text("print('{\"taste\": 1}')")
     assert evaluate(config)["unmeasured"] == []
     assert "not measured to the end" not in (stages.report(config) / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_net_that_learned_measures_and_without_any_the_table_says_what_it_lacks(copy_of, tmp_path):
+    """Prompts that are none of the letters world's; first with a net of another run, then with nothing at hand."""
+    noise = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
+    net, grades = train_small_net(noise, noise[:8], Schooling(steps=1, batch_size=8))
+    write_small_net(tmp_path / "extractor", net, {"grades": grades.as_json()})
+    (tmp_path / "prompts.txt").write_text("a wall\na door\n")
+    few = ("evaluation.diversity_prompts=0", "evaluation.lora_scales=[]", "evaluation.cost_batch_sizes=[]")
+    config = copy_of(f"evaluation.prompts={tmp_path / 'prompts.txt'}", "evaluation.floor=false", *few)
+    named = config.evaluation.model_copy(update={"features": f"trained:{tmp_path / 'extractor'}"})
+    results = evaluate(config.model_copy(update={"evaluation": named}))
+    assert results["protocol"]["feature_extractor"] == "trained"
+    assert results["rows"][1]["paired_fid_to_teacher"] > 0
+    other = config.data.model_copy(update={"source": str(tmp_path / "prompts.txt")})
+    results = evaluate(config.model_copy(update={"data": other}))
+    assert results["protocol"]["feature_extractor"] == "none"
+    assert not [key for key in results["metrics"] if "fid" in key or "kid" in key]
+    assert results["rows"][1]["latent_mse_to_teacher"] > 0
+    page = (build_report(config.run_dir) / "index.html").read_text(encoding="utf-8")
+    assert "What is not in the table, and why" in page
+    assert "there are no weights of Inception at" in page
 
 
 def test_what_is_wrong_is_said_before_anything_is_drawn(copy_of):

@@ -214,6 +214,21 @@ def test_a_run_in_training_shows_how_far_it_is(tmp_path):
     assert not (tmp_path / "going" / "report" / "results.md").exists()
 
 
+def test_columns_that_are_not_there_are_named_with_why(run, tmp_path):
+    def lacking(results):
+        results["absent"] = [{"columns": "FD-DINOv2", "why": "no <b>folder</b> is named"}]
+        results["protocol"]["real_images"] = "80 pictures held out from training, 32 x 32"
+
+    folder = changed(run, tmp_path, lacking)
+    shown = page_of(folder)
+    assert "FD-DINOv2 no <b>folder</b> is named." in shown.text
+    assert "equal prompts and noise, real images: 80 pictures held out from training, 32 x 32" in shown.text
+    assert (
+        "Not in the table:\n- FD-DINOv2: no <b>folder</b> is named"
+        in (folder / "report" / "results.md").read_text()
+    )
+
+
 def test_what_was_left_out_of_the_data_is_counted_by_kind(tmp_path):
     folder = make_run(tmp_path / "letters")
     (folder / "cache").mkdir()
