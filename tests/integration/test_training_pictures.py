@@ -71,13 +71,16 @@ def test_a_vae_decodes_in_half_precision_only_where_it_was_made_for_it(tmp_path,
 def shared(tmp_path_factory):
     """What the rungs share after `prepare` ran in the same process, the garbage collector off."""
     config = tiny_config(tmp_path_factory.mktemp("shared"))
-    before = {id(o) for o in gc.get_objects()}
+    models = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+    before = [
+        o for o in gc.get_objects() if isinstance(o, models)
+    ]  # held, so that no new one gets the id of an old one
     gc.disable()
     try:
         stages.prepare(config)
         shared = load_shared(config, Runtime())
-        models = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
-        alive = [type(o) for o in gc.get_objects() if isinstance(o, models) and id(o) not in before]
+        held = set(map(id, before))
+        alive = [type(o) for o in gc.get_objects() if isinstance(o, models) and id(o) not in held]
     finally:
         gc.enable()
     return shared, alive
