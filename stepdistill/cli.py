@@ -232,6 +232,18 @@ def _raised_here(error: BaseException) -> bool:
     return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
+def _flushed(code: int) -> int:
+    """The exit code, another one where what was printed could not be written, such as into a file on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says it again as it ends
+        if error.errno != errno.EPIPE:  # whoever reads has read enough
+            print(f"stepdistill: cannot write the output: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        return code or 2
+    return code
+
+
 def main() -> None:
     """The console entry point."""
-    sys.exit(guarded(app))
+    sys.exit(_flushed(guarded(app)))

@@ -4,12 +4,12 @@ import logging
 import shutil
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json, sha256_file, whole_folder, write_json
+from stepdistill.durable import sha256_file, whole_folder, write_sealed
 from stepdistill.models.loading import fingerprint
 from stepdistill.run_folder import saved_config
 from stepdistill.rungs import WEIGHT_NAME, read_rung, rung_folder
 from stepdistill.runtime import Processes
-from stepdistill.start_from import TAKEN, TakenRung, rungs_to_take, taken_steps
+from stepdistill.start_from import TAKEN, TakenRung, read_taken, rungs_to_take, taken_steps
 from stepdistill.teacher_source import teacher_folder
 
 logger = logging.getLogger(__name__)
@@ -63,10 +63,8 @@ def _take(config: RunConfig, taken: TakenRung) -> None:
         if (taken.folder / "previews").is_dir():
             shutil.copytree(taken.folder / "previews", folder / "previews")
         taken.record.write(folder)
-    path = config.run_dir / TAKEN
-    known = read_json(path)
     about = {"from": str(taken.folder), "sha256": taken.record.sha256, "config": _made_by(taken)}
-    write_json(path, {**(known if isinstance(known, dict) else {}), str(steps): about})
+    write_sealed(config.run_dir / TAKEN, {**read_taken(config.run_dir), str(steps): about})
     logger.info("distill: the %d-step rung is taken over from %s", steps, taken.folder)
 
 

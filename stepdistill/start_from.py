@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stepdistill.config import ConfigError, RunConfig, Rung
-from stepdistill.durable import read_json
+from stepdistill.durable import read_sealed, warn_of_damage
 from stepdistill.ladder_checks import prediction_types
 from stepdistill.models.folder import prediction_type
 from stepdistill.rungs import RungRecord, rung_folder
@@ -102,10 +103,17 @@ def _start(config: RunConfig) -> Path:
     return Path(config.start_from or "").expanduser()
 
 
+def read_taken(run_dir: Path) -> dict[str, Any]:
+    """What taken_rungs.json says, by steps; empty where no rung was taken over, or with a warning where it is damaged."""
+    taken = read_sealed(run_dir / TAKEN)
+    if taken is None and (run_dir / TAKEN).exists():
+        warn_of_damage(run_dir / TAKEN, "where rungs were taken over from is not known any more")
+    return taken or {}
+
+
 def taken_from(run_dir: Path, student_steps: int, sha256: str | None) -> str | None:
     """Where a rung of a run's folder was taken over from; None where it was trained there."""
-    taken = read_json(run_dir / TAKEN)
-    about = taken.get(str(student_steps)) if isinstance(taken, dict) else None
+    about = read_taken(run_dir).get(str(student_steps))
     if not isinstance(about, dict) or sha256 is None or about.get("sha256") != sha256:
         return None
     return str(about.get("from"))

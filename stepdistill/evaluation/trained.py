@@ -22,10 +22,11 @@ from stepdistill.data.marks import mark_of_file
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, cover
 from stepdistill.data.source import picture_of, training_records
-from stepdistill.durable import read_sealed, sha256_json
+from stepdistill.durable import read_sealed, sha256_json, warn_of_damage
 from stepdistill.evaluation.resize import resize
 from stepdistill.evaluation.small_net import (
     RECORD,
+    WEIGHTS,
     Schooling,
     read_small_net,
     side_for,
@@ -78,11 +79,14 @@ def trained_extractor(config: RunConfig) -> Path:
     marks = [[picture.name, picture.mark()] for picture in chosen]
     drawn_by = [config.seed, config.data.num_images] if config.data.source == LETTERS else None
     key = sha256_json([_FORM, marks, drawn_by, size, how, dataclasses.asdict(schooling)])
-    record = read_sealed(folder / RECORD) or {}
-    if record.get("key") == key:
-        with contextlib.suppress(ValueError):  # damaged: made again
+    record = read_sealed(folder / RECORD)
+    if record is not None and record.get("key") == key:
+        with contextlib.suppress(ValueError):
             read_small_net(folder)
             return folder
+        warn_of_damage(folder / WEIGHTS, "the extractor is trained again")
+    elif record is None and (folder / RECORD).exists():
+        warn_of_damage(folder / RECORD, "the extractor is trained again")
     logger.info(
         "evaluate: a feature extractor learns from %d pictures; it is kept in %s", len(chosen), folder
     )

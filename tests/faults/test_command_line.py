@@ -47,6 +47,28 @@ def test_what_the_table_cannot_measure_is_said_before_the_ladder_is_climbed(tmp_
     assert not (tmp_path / "runs" / "letters" / "rungs").exists()
 
 
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_output_that_cannot_be_written_is_one_line(tmp_path, command):
+    words = [
+        "configs/letters.yaml",
+        f"output_dir={tmp_path / 'runs'}",
+        *(["--dry-run"] if command == "run" else []),
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stepdistill", command, *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("stepdistill: cannot ")
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_an_output_folder_of_another_run_is_refused(tmp_path):
     folder = tmp_path / "runs" / "letters"
     folder.mkdir(parents=True)

@@ -11,13 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepdistill import stages
-from stepdistill.durable import read_json, read_sealed, write_json
+from stepdistill.durable import read_json, read_sealed, write_json, write_sealed
 from stepdistill.ladder import save_lora
 from stepdistill.models.folder import embedded_folder
 from stepdistill.models.teacher import make_teacher
 from stepdistill.run_folder import open_run
 from stepdistill.rungs import WEIGHT_NAME
 from stepdistill.sampling import load_few_step
+from stepdistill.start_from import TAKEN
 from tests.faults.small_run import copy_of, small_config, tree
 from tests.integration.exported import random_roles
 
@@ -383,13 +384,20 @@ def test_a_damaged_teacher_json_has_the_teacher_made_again(made, tmp_path, asked
 
 # the report, and what it reads
 
-SHOWN = ("environment.json", "cache/manifest.json", "rungs/2/rung.json")
+SHOWN = (
+    "environment.json",
+    "cache/manifest.json",
+    "rungs/2/rung.json",
+    "rungs/1/previews/phase0-mse-end.json",
+    TAKEN,
+)
 
 
 @names((cut, noise, flip, deep, a_list, a_text), fast=(cut, a_list))
 def test_a_report_names_what_it_leaves_out(copy, asked, damage):
     preview = next(copy.run_dir.glob("rungs/1/previews/*.png"))
     image = copy.run_dir / "evaluation/student-1/images/000001.png"
+    write_sealed(copy.run_dir / TAKEN, {"1": {"from": "runs/other/rungs/1", "sha256": "0"}})
     for path in (*(copy.run_dir / name for name in SHOWN), preview, image):
         damage(path)
     found = asked(lambda: stages.report(copy))

@@ -1,12 +1,12 @@
 """A run that begins at another's finished rung learns what the other went on to learn, to the bit."""
 
-import json
 import shutil
 
 import pytest
 
 from stepdistill import stages
 from stepdistill.config import ConfigError
+from stepdistill.durable import read_sealed
 from stepdistill.models.folder import embedded_folder
 from stepdistill.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.start_from import TAKEN
@@ -29,7 +29,7 @@ def test_a_forked_runs_weights_are_those_of_the_run_that_went_on(trained_run, tm
         assert weights(config, steps) == weights(trained_run, steps), steps
     assert list((rung_folder(config.run_dir, 4) / "previews").glob("*.png"))
     assert not (rung_folder(config.run_dir, 4) / "kohya").exists()
-    taken = json.loads((config.run_dir / TAKEN).read_text())
+    taken = read_sealed(config.run_dir / TAKEN)
     assert list(taken) == ["32", "8", "4"]
     assert taken["4"]["from"] == str(rung_folder(first, 4))
     assert taken["4"]["config"]["seed"] == config.seed
