@@ -60,14 +60,14 @@ def examine(config: RunConfig) -> list[Finding]:
 
 def _findings(part: Callable[[RunConfig], Iterator[Finding]], config: RunConfig) -> list[Finding]:
     """What a part finds; an error that stops it is one of its problems."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     try:
-        found.extend(part(config))
+        findings.extend(part(config))
     except ValueError as error:  # messages to the user, as everywhere
         mark = next((mark for mark in ("; allowed: ", "; mend: ") if mark in str(error)), "; allowed: ")
         message, _, remedy = str(error).partition(mark)
-        found.append(Finding("problem", message, remedy))
-    return found
+        findings.append(Finding("problem", message, remedy))
+    return findings
 
 
 def _packages(_config: RunConfig) -> Iterator[Finding]:

@@ -66,10 +66,10 @@ def _repository(config: RunConfig) -> Iterator[Finding]:
     from huggingface_hub import try_to_load_from_cache
 
     path, revision = config.teacher.path, config.teacher.revision
-    kept = try_to_load_from_cache(path, "model_index.json", revision=revision)
-    if isinstance(kept, str) and not missing_parts(Path(kept).parent):
-        check_teacher_folder(config, Path(kept).parent)
-        problems = list(_broken(config, Path(kept).parent))
+    index = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    if isinstance(index, str) and not missing_parts(Path(index).parent):
+        check_teacher_folder(config, Path(index).parent)
+        problems = list(_broken(config, Path(index).parent))
         yield from problems or [Finding("ok", f"teacher: {path}, in the Hub's cache")]
     else:
         remedy = f"hf download {path}, or the folder of a copy on this disk as teacher.path"

@@ -1,4 +1,4 @@
-"""What lies at a path, and what a process that was killed left there: half-written files under names of their own. No torch.
+"""What lies at a path, and what a process that was killed left there: half-written files, told by their names. No torch.
 
 .NAME.PID.partial          a file that process PID is writing beside its place, and renames when it is whole
 .NAME.safetensors.partial  one that a single process at a time writes
@@ -28,8 +28,8 @@ def is_folder(path: Path) -> bool:
 
 def half_written(path: Path) -> str | None:
     """The name that a file or folder was to get; None for what is not half-written."""
-    found = (_FOLDER if is_folder(path) else _FILE).fullmatch(path.name)
-    return found["name"] if found else None
+    match = (_FOLDER if is_folder(path) else _FILE).fullmatch(path.name)
+    return match["name"] if match else None
 
 
 def clear_half_written(folder: Path, *, names: Iterable[str] | None = None) -> None:

@@ -62,12 +62,12 @@ def read_script(path: Path) -> Any:
     return net
 
 
-def check_hash(path: Path, found: str, wanted: str | None) -> None:
+def check_hash(path: Path, sha256: str, given: str | None) -> None:
     """ValueError where a file's sha256 is another than its makers', or than the one that the config gives."""
-    expected = wanted or (TORCHSCRIPT_SHA256 if path.suffix == ".pt" else _STATE_DICT_SHA256)
-    if len(expected) < 8 or not found.startswith(expected.lower()):
+    expected = given or (TORCHSCRIPT_SHA256 if path.suffix == ".pt" else _STATE_DICT_SHA256)
+    if len(expected) < 8 or not sha256.startswith(expected.lower()):
         raise ValueError(
-            f"evaluation.features: {path} has sha256 {found[:16]}.., expected {expected[:16]}..: another or a broken file; "
+            f"evaluation.features: {path} has sha256 {sha256[:16]}.., expected {expected[:16]}..: another or a broken file; "
             f"inception:FILE#sha256=HEX takes it on your word"
         )
 

@@ -85,13 +85,13 @@ class Distances:
         picture = torch.zeros(1, 3, *size, dtype=torch.uint8)
         for view in self._views:
             try:
-                found = extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
+                features = extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
             except (RuntimeError, TypeError, AttributeError) as error:  # of a file that holds another net
                 raise ValueError(
                     f"evaluation: {view.extractor.name} cannot read a picture: {first_line(error)}; mend: another copy of "
                     f"its files"
                 ) from None
-            if found.shape != (1, view.extractor.num_features) or not bool(found.isfinite().all()):
+            if features.shape != (1, view.extractor.num_features) or not bool(features.isfinite().all()):
                 raise ValueError(
                     f"evaluation: {view.extractor.name} makes no {view.extractor.num_features} finite features of a "
                     f"picture; mend: another copy of its files"

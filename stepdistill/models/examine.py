@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from stepdistill.messages import first_line, short
-from stepdistill.models.folder import WEIGHTS, weights_variant
+from stepdistill.models.folder import WEIGHTS, pipeline_parts, weights_variant
 from stepdistill.models.folder_files import Header, read_header, read_headers, read_object, weight_files
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -33,16 +33,16 @@ def examine_pipeline(folder: Path) -> Iterator[str]:
     """The problems of a folder that is complete and of a supported kind (models/folder.py says that), each in one line that
     begins with the part; none where the pipeline loads and draws."""
     index = read_object(folder / "model_index.json")
-    second = ["text_encoder_2", "tokenizer_2"] if "text_encoder_2" in index else []
+    parts = pipeline_parts(index)
     nets: dict[str, Any] = {}
     problems: list[str] = []
-    for name in [part for part in WEIGHTS if part in index and (part not in second or second)]:
+    for name in [part for part in parts if part in WEIGHTS]:
         try:
             nets[name] = _built(folder, name)
             problems += _wrong_weights(folder, name, nets[name])
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    for name in ["tokenizer", *(part for part in second if part.startswith("tokenizer"))]:
+    for name in [part for part in parts if part.startswith("tokenizer")]:
         encoder = nets.get(name.replace("tokenizer", "text_encoder"))
         if encoder is None:
             continue
@@ -99,28 +99,28 @@ def _wrong_weights(folder: Path, name: str, net: torch.nn.Module) -> Iterator[st
     """How the weights on disk differ from those that the config asks for."""
     files = weight_files(folder / name, WEIGHTS[name], weights_variant(folder, name))
     header = {_spelled(key): value for key, value in read_headers(files).items()}
-    wanted = {_spelled(key): tuple(tensor.shape) for key, tensor in net.state_dict().items()}
-    lacking = sorted(wanted.keys() - header.keys())
+    expected = {_spelled(key): tuple(tensor.shape) for key, tensor in net.state_dict().items()}
+    lacking = sorted(expected.keys() - header.keys())
     if lacking:
-        yield f"{name}: {files[0]} lacks {len(lacking)} of {len(wanted)} weights, first {lacking[0]}"
+        yield f"{name}: {files[0]} lacks {len(lacking)} of {len(expected)} weights, first {lacking[0]}"
         return
-    odd = [key for key, shape in wanted.items() if header[key][1] != shape]
+    odd = [key for key, shape in expected.items() if header[key][1] != shape]
     if odd:
-        shapes = f"is {header[odd[0]][1]} there and {wanted[odd[0]]} by config.json"
+        shapes = f"is {header[odd[0]][1]} there and {expected[odd[0]]} by config.json"
         yield f"{name}: {len(odd)} weights of {files[0]} have other shapes, first {odd[0]}, which {shapes}"
-    yield from _odd_types(files[0], header, wanted)
+    yield from _odd_types(files[0], header, expected)
 
 
-def _odd_types(file: Path, header: Header, wanted: dict[str, Any]) -> Iterator[str]:
-    odd = next((key for key in wanted if header[key][0] not in _FLOATS), None)
+def _odd_types(file: Path, header: Header, expected: dict[str, Any]) -> Iterator[str]:
+    odd = next((key for key in expected if header[key][0] not in _FLOATS), None)
     if odd is not None:
         yield f"{odd} of {file} is stored as {header[odd][0]}; allowed: {', '.join(_FLOATS)}"
 
 
 def _spelled(key: str) -> str:
     """A weight's name in today's spelling, without the prefix that transformers 5 left out."""
-    found = re.fullmatch(r"(.*)\.(query|key|value|proj_attn)\.(weight|bias)", key)
-    key = f"{found[1]}.{_OLD_SPELLING[found[2]]}.{found[3]}" if found else key
+    match = re.fullmatch(r"(.*)\.(query|key|value|proj_attn)\.(weight|bias)", key)
+    key = f"{match[1]}.{_OLD_SPELLING[match[2]]}.{match[3]}" if match else key
     return key.removeprefix("text_model.")
 
 
@@ -159,8 +159,8 @@ def _use_tokenizer(folder: Path, name: str, kind: str, encoder: CLIPTextConfig) 
 
 def _class_of(library: ModuleType, name: str, base: type) -> Any:
     """The class of that name, None where there is none or it is no `base`."""
-    found = getattr(library, name, None)
-    return found if isinstance(found, type) and issubclass(found, base) else None
+    member = getattr(library, name, None)
+    return member if isinstance(member, type) and issubclass(member, base) else None
 
 
 def _runs(nets: dict[str, Any]) -> Iterator[str]:
@@ -179,9 +179,9 @@ def _runs(nets: dict[str, Any]) -> Iterator[str]:
             name = "unet"
             latents = torch.empty(1, unet.config.in_channels, height, width)
             timestep = torch.zeros(1, dtype=torch.int64)
-            told = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)} if len(hidden) > 1 else None
+            added = {"text_embeds": pooled, "time_ids": torch.empty(1, 6)} if len(hidden) > 1 else None
             states = torch.cat(hidden, dim=-1)
-            out = unet(latents, timestep, encoder_hidden_states=states, added_cond_kwargs=told).sample
+            out = unet(latents, timestep, encoder_hidden_states=states, added_cond_kwargs=added).sample
             name = "vae"
             nets["vae"].encode(nets["vae"].decode(out).sample)
     except Exception as error:  # torch raises a dozen kinds for shapes that do not fit

@@ -90,7 +90,7 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
     if pipeline_class not in SUPPORTED:
         return [f"a pipeline of {' or '.join(SUPPORTED)} (model_index.json says {short(pipeline_class)})"]
     missing = []
-    for name in _parts(index):
+    for name in pipeline_parts(index):
         if not _is_named(index.get(name)):
             missing.append(f"{name} in model_index.json")
             continue
@@ -119,12 +119,12 @@ def broken_files(folder: Path, *, header: Header | None = None) -> Iterator[str]
         header: of the checkpoint that the folder's configs belong to, where its weights are in one file elsewhere.
     """
     variant = weights_variant(folder)
-    for name in _parts(_config(folder / "model_index.json")):
+    for name in pipeline_parts(_config(folder / "model_index.json")):
         try:
             config = read_object(folder / name / _CONFIG_FILES.get(name, "config.json"))
             if name in WEIGHTS:
-                found = header or _read_weights(folder / name, WEIGHTS[name], variant)
-                check_counts(folder / name / "config.json", config, found)
+                tensors = header or _read_weights(folder / name, WEIGHTS[name], variant)
+                check_counts(folder / name / "config.json", config, tensors)
         except ValueError as error:
             yield str(error)
 
@@ -142,17 +142,17 @@ def unsupported(folder: Path) -> list[str]:
     index = _config(folder / "model_index.json")
     configs = {name: _config(folder / name / "config.json") for name in WEIGHTS}
     scheduler = _config(folder / "scheduler" / "scheduler_config.json")
-    found = [*_odd_classes(index)]
+    odd = [*_odd_classes(index)]
     for name, config in {**configs, "scheduler": scheduler, "pipeline": index}.items():
         version = config.get("_diffusers_version", "")
         if not isinstance(version, str):
-            found.append(f"a {name} of _diffusers_version {short(version)}; allowed: a version, as text")
+            odd.append(f"a {name} of _diffusers_version {short(version)}; allowed: a version, as text")
     for name, config in configs.items():
         if config.get("quantization_config") is not None:
-            found.append(f"quantised weights in {name}; allowed: weights of a floating point")
-    found += [*_odd_unet(configs["unet"]), *_odd_vae(configs["vae"])]
-    found += [*_odd_sizes(configs, index), *scheduler_problems(scheduler)]
-    return found
+            odd.append(f"quantised weights in {name}; allowed: weights of a floating point")
+    odd += [*_odd_unet(configs["unet"]), *_odd_vae(configs["vae"])]
+    odd += [*_odd_sizes(configs, index), *scheduler_problems(scheduler)]
+    return odd
 
 
 def _odd_classes(index: dict[str, Any]) -> Iterator[str]:
@@ -161,7 +161,7 @@ def _odd_classes(index: dict[str, Any]) -> Iterator[str]:
         listed = ", ".join(f"{name}: {part[0] if part else part}" for name, part in foreign.items())
         yield f"code of its own ({listed}); allowed: classes of diffusers and transformers"
         return
-    for name in _parts(index):
+    for name in pipeline_parts(index):
         library, kinds = _CLASSES[name]
         part = index[name]
         if len(part) != 2 or part[0] != library or not _is_one_of(part[1], kinds):
@@ -206,7 +206,7 @@ def _odd_sizes(configs: dict[str, dict[str, Any]], index: dict[str, Any]) -> Ite
     channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
     if channels[0] != channels[1]:
         yield f"a U-Net of {short(channels[0])} channels and a VAE of {short(channels[1])}; allowed: as many"
-    encoders = [name for name in _parts(index) if name.startswith("text_encoder")]
+    encoders = [name for name in pipeline_parts(index) if name.startswith("text_encoder")]
     widths: list[Any] = [configs[name].get("hidden_size") for name in encoders]
     width = unet.get("cross_attention_dim", 1280)
     if isinstance(width, int) and all(isinstance(part, int) for part in widths) and sum(widths) != width:
@@ -222,7 +222,7 @@ def weights_variant(folder: Path, part: str = "unet") -> str | None:
     return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
-def _parts(index: dict[str, Any]) -> list[str]:
+def pipeline_parts(index: dict[str, Any]) -> list[str]:
     """What a pipeline of the class that model_index.json names is made of."""
     second = ("text_encoder_2", "tokenizer_2")
     is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"

@@ -53,12 +53,12 @@ def read_object(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}; allowed: a JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}; allowed: a JSON object")
+    return content
 
 
 def read_header(path: Path) -> Header:
@@ -78,14 +78,14 @@ def read_header(path: Path) -> Header:
 
 def read_headers(paths: list[Path]) -> Header:
     """The tensors of all files of one model together; ValueError where one is broken or a tensor is in two."""
-    found: Header = {}
+    tensors: Header = {}
     for path in paths:
         header = read_header(path)
-        twice = found.keys() & header.keys()
+        twice = tensors.keys() & header.keys()
         if twice:
             raise ValueError(f"{path} holds {min(twice)}, which another file beside it holds too")
-        found |= header
-    return found
+        tensors |= header
+    return tensors
 
 
 def weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
