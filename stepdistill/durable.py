@@ -101,8 +101,12 @@ def unsealed(found: Any) -> dict[str, Any] | None:
     which earlier versions wrote, is taken as it is."""
     if not isinstance(found, dict):
         return None
-    rest = {key: value for key, value in found.items() if key != CHECKSUM}
-    return rest if found.get(CHECKSUM) in (None, sha256_json(rest)) else None
+    name = CHECKSUM if CHECKSUM in found else next(reversed(found), None)
+    rest = {key: value for key, value in found.items() if key != name}
+    fits = found.get(name) == sha256_json(rest)
+    if name == CHECKSUM:
+        return rest if fits else None
+    return None if fits else dict(found)  # a checksum under another name was sealed, and its name is damaged
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ def test_what_the_table_cannot_measure_is_said_before_the_ladder_is_climbed(tmp_
     assert not (tmp_path / "runs" / "letters" / "rungs").exists()
 
 
-@pytest.mark.parametrize("command", ["run", "doctor"])
+@pytest.mark.parametrize("command", ["run", pytest.param("doctor", marks=pytest.mark.slow)])
 def test_output_that_cannot_be_written_is_one_line(tmp_path, command):
     words = [
         "configs/letters.yaml",
