@@ -1,25 +1,50 @@
 """Whether two readers put methods in the same order, step count by step count.
 
 Kendall's tau-b is 1 where the orders of the means over seeds are the same and -1 where one is the other turned round. A pair
-of methods flips where both readers see a difference beyond its deviation over the seeds, each in the other direction.
+of methods flips where both readers see a difference beyond its spread, each in the other direction. The spread is the
+deviation of the difference over the seeds; of one seed it is twice the standard error by the jackknife of
+stepdistill/jackknife.py.
 """
 
 import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from side_by_side import MEASURES, STEPS, Table, step_count
 
+from stepdistill.jackknife import difference_error
+
 COMPARED = ("fid_to_real", "fid_to_teacher", "prompt_accuracy")
-Values = Mapping[str, Sequence[float]]  # a value a seed, by method
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one reader measures: a value a seed by method, and of one seed the jackknife's replicates by method."""
+
+    values: Mapping[str, Sequence[float]]
+    replicates: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def means(self) -> list[float]:
+        """Over the seeds, in the methods' order."""
+        return [statistics.fmean(values) for values in self.values.values()]
+
+    def difference(self, first: str, second: str) -> tuple[float, float]:
+        """Of two methods, in the mean over the seeds, and its spread."""
+        differences = [a - b for a, b in zip(self.values[first], self.values[second], strict=True)]
+        if len(differences) > 1:
+            spread = statistics.stdev(differences)
+        else:
+            spread = 2 * difference_error(self.replicates.get(first, ()), self.replicates.get(second, ()))
+        return statistics.fmean(differences), spread
 
 
 @dataclass(frozen=True)
 class Flip:
-    """Two methods whose order the readers see the other way round: mean difference and its deviation by each of them."""
+    """Two methods whose order the readers see the other way round: mean difference and its spread by each of them."""
 
     methods: tuple[str, str]
     by_first: tuple[float, float]
@@ -36,11 +61,11 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
     return sum(x * y for x, y in pairs) / scale if scale else None
 
 
-def flips(first: Values, second: Values) -> list[Flip]:
-    """The pairs that both readers tell apart, in other orders. One seed has no deviation: every difference counts."""
+def flips(first: Side, second: Side) -> list[Flip]:
+    """The pairs that both readers tell apart, in other orders."""
     turned = []
-    for pair in itertools.combinations(first, 2):
-        (a, one), (b, other) = _difference(first, *pair), _difference(second, *pair)
+    for pair in itertools.combinations(first.values, 2):
+        (a, one), (b, other) = first.difference(*pair), second.difference(*pair)
         if a * b < 0 and abs(a) > one and abs(b) > other:
             turned.append(Flip(pair, (a, one), (b, other)))
     return turned
@@ -62,42 +87,40 @@ def agreement(tables: Sequence[Table], methods: Sequence[str]) -> tuple[str, lis
     for measure in dict.fromkeys(entry["measure"] for entry in entries):
         cells = ["" if e["tau"] is None else f"{e['tau']:.2f}" for e in entries if e["measure"] == measure]
         lines.append(f"| {MEASURES[measure][0]} | " + " | ".join(cells) + " |")
-    sentences = [line for entry in entries for line in _sentences(entry, several=len(tables) > 1)]
-    beyond = "by more than the difference's deviation over the seeds" if len(tables) > 1 else "of one seed"
-    lines += ["", f"Pairs of methods in another order by the second reader, {beyond}: {len(sentences)}."]
+    sentences = [line for entry in entries for line in _sentences(entry)]
+    spread = "their deviations over the seeds" if len(tables) > 1 else "twice their standard errors"
+    lines += [
+        "",
+        f"Pairs in another order by the second reader, both differences beyond {spread}: {len(sentences)}.",
+    ]
     return "\n".join([*lines, *(["", *sentences] if sentences else [])]), entries
 
 
 def _entry(tables: Sequence[Table], methods: Sequence[str], measure: str, steps: int) -> dict[str, Any]:
-    values = [
-        {
-            method: [table.rows[f"{method}-{steps}"][key] for table in tables]
-            for method in methods
-            if all(key in table.rows.get(f"{method}-{steps}", {}) for table in tables)
-        }
-        for key in (measure, f"second_{measure}")
-    ]
-    tau = kendall_tau(*(list(map(statistics.fmean, v.values())) for v in values))
-    turned = [vars(flip) for flip in flips(*values)]
-    return {"measure": measure, "steps": steps, "methods": list(values[0]), "tau": tau, "flips": turned}
+    first, second = (_side(tables, methods, key, steps) for key in (measure, f"second_{measure}"))
+    turned = [vars(flip) for flip in flips(first, second)]
+    tau = kendall_tau(first.means, second.means)
+    return {"measure": measure, "steps": steps, "methods": list(first.values), "tau": tau, "flips": turned}
 
 
-def _sentences(entry: dict[str, Any], *, several: bool) -> list[str]:
+def _side(tables: Sequence[Table], methods: Sequence[str], key: str, steps: int) -> Side:
+    rows = {method: f"{method}-{steps}" for method in methods if f"{method}-{steps}" in tables[0].rows}
+    values = {method: [table.rows[row][key] for table in tables] for method, row in rows.items()}
+    alone = tables[0].replicates if len(tables) == 1 else {}
+    replicates = {method: alone[row][key] for method, row in rows.items() if key in alone.get(row, {})}
+    return Side(values, replicates)
+
+
+def _sentences(entry: dict[str, Any]) -> list[str]:
     title, spec = MEASURES[entry["measure"]]
     return [
         f"- {title}, {step_count(entry['steps'])}: {flip['methods'][0]} less {flip['methods'][1]} is "
         + " by the shipped reader, ".join(
-            f"{d:+{spec}}" + (f" ± {s:{spec}}" if several else "")
-            for d, s in (flip["by_first"], flip["by_second"])
+            f"{d:+{spec}} ± {s:{spec}}" for d, s in (flip["by_first"], flip["by_second"])
         )
         + " by the second"
         for flip in entry["flips"]
     ]
-
-
-def _difference(values: Values, first: str, second: str) -> tuple[float, float]:
-    differences = [a - b for a, b in zip(values[first], values[second], strict=True)]
-    return statistics.fmean(differences), statistics.stdev(differences) if len(differences) > 1 else 0.0
 
 
 def _sign(value: float) -> int:

@@ -13,16 +13,18 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from stepdistill.config import RunConfig
 from stepdistill.demo.letters import TYPEFACES, WORLD, Style, Triple
 from stepdistill.demo.reader import Reader, load_reader, save_reader
 from stepdistill.demo.teacher import rendered_batch, train_reader
 from stepdistill.durable import sha256_file
-from stepdistill.evaluation.distances import fid
+from stepdistill.evaluation.distances import fid, fid_without_each_group
 from stepdistill.evaluation.features import ReaderFeatures
 from stepdistill.evaluation.measure import ImageSet, View
 from stepdistill.evaluation.metrics import prompt_accuracy
@@ -47,46 +49,77 @@ def weights_of(asset: Path) -> Path:
     return asset.with_suffix(".fp16.safetensors")
 
 
-def measured_again(
-    config: RunConfig, rows: Iterable[str], *, asset: Path = ASSET
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """What the second reader makes of a finished table of letters: for each row second_fid_to_real, second_prompt_accuracy
-    and, where the teacher's images of other seeds are drawn, second_fid_to_teacher; and the floor, of two sets of real
-    images. Nothing for a table that is not about letters.
+@dataclass(frozen=True)
+class Again:
+    """What the second reader makes of a table of letters; all empty where a table is about other pictures.
+
+    rows        by row: second_fid_to_real, second_prompt_accuracy and, where the teacher's images of other seeds are drawn,
+                second_fid_to_teacher
+    floor       second_fid_to_real of two sets of real images
+    replicates  by row and measure, as in stepdistill/jackknife.py, of these and of the shipped reader's prompt_accuracy
+    """
+
+    rows: dict[str, dict[str, float]]
+    floor: dict[str, float]
+    replicates: dict[str, dict[str, list[float]]]
+
+
+def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSET) -> Again:
+    """Reads a finished table's pictures with the second reader.
 
     Args:
-        config: the table's own; its rows are drawn in run_dir/evaluation.
+        config: of the table; its rows are drawn in run_dir/evaluation.
         rows: their names.
         asset: where the reader is, without suffix.
     """
     subject, folder = subject_of(config), config.run_dir / "evaluation"
     if subject.wanted is None:
-        return {}, {}
+        return Again({}, {}, {})
     extractor = ReaderFeatures(weights_of(asset)).eval().requires_grad_(False)
+    shipped = load_reader(embedded_folder("reader") / "model.fp16.safetensors")
     view = View("second", extractor, config.evaluation.resize or extractor.default_resize)
 
     def drawn(row: str) -> ImageSet:
         pictures, count = PictureFolder(folder / row), config.evaluation.num_images
         return ImageSet(str(pictures.key), pictures.path / "features", lambda: pictures.batches(count))
 
-    def undrawn(images: RealImages | None, name: str) -> ImageSet | None:
-        return images and ImageSet(images.key, folder / "features" / name, images.batches)
+    def features(images: RealImages | None, name: str) -> torch.Tensor | None:
+        return images and view.features(ImageSet(images.key, folder / "features" / name, images.batches))
 
-    def distances(images: ImageSet, references: dict[str, ImageSet | None]) -> dict[str, float]:
-        return {
-            f"{PREFIX}fid_to_{name}": fid(view.features(reference), view.features(images))
-            for name, reference in references.items()
-            if reference is not None
-        }
-
-    real, other_real = undrawn(subject.real, "real"), undrawn(subject.other_real, "other-real")
-    references = {"real": real, "teacher": drawn("floor") if config.evaluation.floor else None}
-    measures = {}
+    real, other_real = features(subject.real, "real"), features(subject.other_real, "other-real")
+    references = {} if real is None else {f"{PREFIX}fid_to_real": real}
+    floor = {
+        key: fid(reference, other_real) for key, reference in references.items() if other_real is not None
+    }
+    if config.evaluation.floor:
+        references[f"{PREFIX}fid_to_teacher"] = view.features(drawn("floor"))
+    measures, replicates = {}, {}
     for row in rows:
         images = drawn(row)
-        accuracy = prompt_accuracy(images.batches(), subject.wanted, reader=extractor.reader)
-        measures[row] = distances(images, references) | {f"{PREFIX}prompt_accuracy": accuracy}
-    return measures, {} if other_real is None else distances(other_real, {"real": real})
+        seen = view.features(images)
+        right = {
+            f"{prefix}prompt_accuracy": _right(images, reader, subject.wanted)
+            for prefix, reader in (("", shipped), (PREFIX, extractor.reader))
+        }
+        measures[row] = {key: fid(reference, seen) for key, reference in references.items()}
+        measures[row][f"{PREFIX}prompt_accuracy"] = right[f"{PREFIX}prompt_accuracy"].mean().item()
+        replicates[row] = {
+            key: fid_without_each_group(seen, reference) for key, reference in references.items()
+        } | {key: _share_without_each_group(answers) for key, answers in right.items()}
+    return Again(measures, floor, replicates)
+
+
+def _right(images: ImageSet, reader: Reader, triples: Sequence[Triple]) -> torch.Tensor:
+    """1 for each image (N,) whose letter, ink and paper are as the prompt says, 0 for the others."""
+    answers = [answer for batch in images.batches() for answer in reader.read(batch)]
+    return torch.tensor([float(a == b) for a, b in zip(answers, triples, strict=True)], dtype=torch.float64)
+
+
+def _share_without_each_group(right: torch.Tensor, *, groups: int = 8) -> list[float]:
+    """The mean of `right` (N,) with every `groups`-th value left out, once for each group; the groups are those of FID."""
+    groups = min(groups, len(right) // 2)
+    places = torch.arange(len(right)) % groups
+    return [right[places != group].mean().item() for group in range(groups)]
 
 
 def accuracies(reader: Reader, *, seed: int, num_images: int = TEST_IMAGES) -> dict[str, float]:

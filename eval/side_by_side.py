@@ -5,7 +5,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,13 @@ def share_rungs(first: RunConfig, config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """rows by name, the floor, and where the pictures of each row are: evaluation/<row>."""
+    """rows by name, the floor, where the pictures of each row are (evaluation/<row>), and the jackknife's replicates by row
+    and measure."""
 
     rows: dict[str, dict[str, Any]]
     floor: dict[str, Any] | None
     run_dir: Path
+    replicates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
 def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path | None = None) -> Table:
@@ -115,10 +117,11 @@ def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path
     stages.report(config)
     results = read_json(config.run_dir / "evaluation" / "results.json")
     rows = {row["row"]: row for row in results["rows"]}
-    again, floor = measured_again(config, rows)
-    for row, measures in again.items():
+    again, replicates = measured_again(config, rows), results["replicates"]
+    for row, measures in again.rows.items():
         rows[row] |= measures
-    return Table(rows, (results.get("floor") or {}) | floor, config.run_dir)
+        replicates[row] |= again.replicates[row]
+    return Table(rows, (results.get("floor") or {}) | again.floor, config.run_dir, replicates)
 
 
 def _share_pictures(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """The second reader: what is committed is what its record says, and it measures a table's pictures as they are."""
 
 import json
+import statistics
 
 import numpy as np
 import pytest
@@ -60,19 +61,24 @@ def test_a_table_is_measured_again(tmp_path):
     draw(folder / "floor", [letters.render_at(t, seed=98, index=i) for i, t in enumerate(triples)])
     draw(folder / "shuffled", renderings[1:] + renderings[:1])
     draw(folder / "blank", [np.full((32, 32, 3), 10 * (i % 20), np.uint8) for i in range(NUM_IMAGES)])
-    rows, floor = second_reader.measured_again(config, ["right", "shuffled", "blank"])
+    again = second_reader.measured_again(config, ["right", "shuffled", "blank"])
+    rows = again.rows
     assert rows["right"]["second_prompt_accuracy"] >= 0.95
     assert rows["shuffled"]["second_prompt_accuracy"] < 0.1
     for reference in ("real", "teacher"):
         key = f"second_fid_to_{reference}"
         assert rows["right"][key] == pytest.approx(rows["shuffled"][key], rel=1e-6)
         assert rows["right"][key] < 0.2 * rows["blank"][key]
-    assert rows["right"]["second_fid_to_real"] < 2 * floor["second_fid_to_real"]
-    again, _ = second_reader.measured_again(config, ["right"])
-    assert again["right"] == rows["right"]
+    assert rows["right"]["second_fid_to_real"] < 2 * again.floor["second_fid_to_real"]
+    for row, replicates in again.replicates.items():
+        assert set(replicates) == {"prompt_accuracy", *rows[row]}
+        assert all(len(values) == 8 for values in replicates.values())
+        share = statistics.fmean(replicates["second_prompt_accuracy"])
+        assert share == pytest.approx(rows[row]["second_prompt_accuracy"])
+    assert second_reader.measured_again(config, ["right"]).rows["right"] == rows["right"]
 
 
 def test_a_table_of_other_pictures_is_left_alone(tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
     config = load_config("configs/letters.yaml", [f"evaluation.prompts={tmp_path / 'prompts.txt'}"])
-    assert second_reader.measured_again(config, ["teacher-32"]) == ({}, {})
+    assert second_reader.measured_again(config, ["teacher-32"]) == second_reader.Again({}, {}, {})
