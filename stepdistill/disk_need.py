@@ -154,8 +154,8 @@ def _evaluation(config: RunConfig, folder: Path, size: tuple[int, int]) -> int:
     few += options.diversity_prompts * options.diversity_seeds * (1 + students + len(options.loras))
     features = views * _FEATURES.get((options.features or "").partition(":")[0], _MOST_FEATURES)
     each_row = options.num_images * (_picture(size) + 4 * features)
-    kept = min(options.num_images, LATENTS_KEPT) * latent * 4
-    return rows * (each_row + kept) + few * (_picture(size) + latent * 4)
+    latents = min(options.num_images, LATENTS_KEPT) * latent * 4
+    return rows * (each_row + latents) + few * (_picture(size) + latent * 4)
 
 
 def _report(config: RunConfig, size: tuple[int, int]) -> int:

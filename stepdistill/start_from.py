@@ -86,7 +86,7 @@ def _settings(
 ) -> list[tuple[str, object, object]]:
     """(key, its value in this run, the rung's own) of all that must be equal."""
     key = f"ladder.{index}"
-    found: list[tuple[str, object, object]] = [
+    settings: list[tuple[str, object, object]] = [
         ("lora.rank", config.lora.rank, record.lora_rank),
         (f"{key}.teacher_steps", rung.teacher_steps, record.teacher_steps),
         (f"{key}.start_timestep", rung.start_timestep, record.start_timestep),
@@ -94,9 +94,9 @@ def _settings(
     try:
         base = prediction_type(teacher_folder(config))
     except ConfigError:  # not made yet; it is looked at again before anything is trained
-        return found
+        return settings
     kind = prediction_types(config, base)[index]
-    return [*found, (f"{key}.prediction_type", kind, record.prediction_type)]
+    return [*settings, (f"{key}.prediction_type", kind, record.prediction_type)]
 
 
 def _start(config: RunConfig) -> Path:

@@ -122,8 +122,8 @@ def train_small_net(
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schooling.steps)
     for step, rows in enumerate(_batches(len(pictures), schooling, draws), 1):
         batch = _floats(pictures[rows])
-        again, told = _losses(net, heads, batch, draws)
-        loss = again + _DAMAGE_WEIGHT * told
+        again, damage = _losses(net, heads, batch, draws)
+        loss = again + _DAMAGE_WEIGHT * damage
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
