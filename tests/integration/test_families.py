@@ -54,6 +54,7 @@ def run_config(place, family, source, *overrides):
         f"ladder={json.dumps(ladder())}",
         "evaluation.num_images=8",
         "evaluation.teacher_steps=[2]",
+        "evaluation.features=reader",  # by name: these pictures are no letters
         "evaluation.resize=torchmetrics",
         "evaluation.diversity_prompts=0",
         "evaluation.lora_scales=[]",
