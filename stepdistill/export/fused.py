@@ -5,27 +5,17 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from stepdistill.config import ConfigError
 from stepdistill.durable import read_json, whole_folder, write_json
 from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import Lora, check_fits
 from stepdistill.models.sketch import layer_shapes
 
 
-def check_whole(base: Path) -> None:
-    """ConfigError where the base's weights are quantised: sums would be rounded."""
-    if "quantization_config" in (read_json(base / "unet" / "config.json") or {}):
-        raise ConfigError(
-            f"export.formats: got fused or onnx, but the U-Net in {base} is quantised, and sums would be rounded; "
-            f"allowed: a base in float32, float16 or bfloat16, or the formats diffusers, kohya"
-        )
-
-
 def fused_unet(base: Path, lora: Lora) -> UNet2DConditionModel:
     """W + delta W in float32 for every layer; ValueError where the LoRA is another U-Net's.
 
     Args:
-        base: the pipeline's folder, its weights whole (check_whole).
+        base: the pipeline's folder, whose weights are no quantised ones (models/folder.py refuses these).
         lora: of that base.
     """
     unet = load_unet(base)

@@ -34,7 +34,7 @@ from stepdistill.export import comfy, kohya
 from stepdistill.export.card import GRID, model_card
 from stepdistill.export.card_tools import tools_section
 from stepdistill.export.exported import read_scheduler, write_facts
-from stepdistill.export.fused import check_whole, fused_unet, write_fused
+from stepdistill.export.fused import fused_unet, write_fused
 from stepdistill.export.onnx_unet import check_installed, write_onnx
 from stepdistill.export.rank import reduce_rank
 from stepdistill.export.scheduler import student_scheduler, trained_timesteps
@@ -81,8 +81,6 @@ def _check(config: RunConfig) -> None:
     base, formats = teacher_folder(config), set(config.export.formats)
     if "onnx" in formats:
         check_installed()
-    if {"fused", "onnx"} & formats:
-        check_whole(base)
     if "kohya" in formats and config.export.kohya_names == "sgm" and _family(base) != "sdxl":
         raise ConfigError(
             "export.kohya_names: got sgm for a base that is no SDXL; allowed: auto, diffusers, which kohya trains SD on"
