@@ -58,25 +58,22 @@ def middle(smaller, larger):
 
 def full_steps(asked, root, command, steps, *, rewritten=()):
     """Steps of (what is removed, the largest file that there is room for, the file that is named)."""
-    for gone, room, named in steps:
-        for path in gone:
-            remove(path)
-        before = tree(root)
-        with room_for(room):
-            found = asked(command)
-        assert_stopped(found, named, FULL, before, tree(root), rewritten=rewritten)
-    assert asked(command).code == 0
+    stopped_steps(asked, root, command, steps, room_for, FULL, rewritten)
 
 
 def closed_steps(asked, root, command, steps, *, rewritten=()):
     """Steps of (what is removed, the folder that nothing can be written in, the file that is named)."""
-    for gone, folder, named in steps:
+    stopped_steps(asked, root, command, steps, read_only, CLOSED, rewritten)
+
+
+def stopped_steps(asked, root, command, steps, hindrance, said, rewritten):
+    for gone, where, named in steps:
         for path in gone:
             remove(path)
         before = tree(root)
-        with read_only(folder):
+        with hindrance(where):
             found = asked(command)
-        assert_stopped(found, named, CLOSED, before, tree(root), rewritten=rewritten)
+        assert_stopped(found, named, said, before, tree(root), rewritten=rewritten)
     assert asked(command).code == 0
 
 

@@ -79,6 +79,7 @@ def test_a_run_that_needs_more_than_the_disk_has_is_a_problem(tmp_path):
     assert not [f for f in problems(tiny_config(tmp_path, source)) if f.about.startswith("disk")]
 
 
+@pytest.mark.slow
 def test_what_the_disk_is_said_to_need_is_what_a_run_takes(finished_run):
     """Of the tiny ladder, whose pictures take a block of the disk each."""
     need = disk_need(finished_run, teacher_folder(finished_run))

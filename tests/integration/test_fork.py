@@ -17,6 +17,7 @@ def weights(config, steps):
     return (rung_folder(config.run_dir, steps) / WEIGHT_NAME).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_forked_runs_weights_are_those_of_the_run_that_went_on(trained_run, tmp_path):
     """From a copy of the first run that is gone when the second goes on with its last rung."""
     first = tmp_path / "first"

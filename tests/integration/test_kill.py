@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import yaml
 
 from stepdistill.data.prepare import prepare
@@ -13,6 +14,7 @@ from stepdistill.rungs import WEIGHT_NAME, finished_rungs, rung_folder
 from tests.integration.conftest import tiny_config
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_weights_to_the_bit(finished_run, tmp_path):
     config = tiny_config(tmp_path / "runs")
     open_run(config)

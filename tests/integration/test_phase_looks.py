@@ -15,23 +15,12 @@ from stepdistill.report.read import read_run
 from stepdistill.rungs import rung_folder
 from stepdistill.runtime import Runtime
 from stepdistill.training.phase_looks import BaseTeacher, PhaseLooks
-from stepdistill.training.steps import Denoisers
+from tests.integration.conftest import nets_of
 
 
 @pytest.fixture
 def shared(trained_run):
     return load_shared(load_config(trained_run.run_dir), Runtime())
-
-
-def nets_of(shared, *, guidance_scale):
-    return Denoisers(
-        roles=shared.roles,
-        schedule=shared.schedule,
-        unconditional=shared.cache.unconditional,
-        teacher_prediction_type="epsilon",
-        student_prediction_type="epsilon",
-        guidance_scale=guidance_scale,
-    )
 
 
 def looks_of_phase(run_dir, steps, name):

@@ -9,14 +9,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from stepdistill import stages
-from stepdistill.ladder import Shared, load_shared
+from stepdistill.ladder import load_shared
 from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import load_vae, vae_dtype
 from stepdistill.runtime import Runtime
 from stepdistill.training.pictures import Painter, decode_pictures
-from stepdistill.training.steps import Denoisers
 from tests.conftest import randn
-from tests.integration.conftest import tiny_config
+from tests.integration.conftest import nets_of, tiny_config
 
 
 @pytest.fixture
@@ -91,20 +90,9 @@ def test_no_encoder_of_prepare_is_alive_while_the_ladder_trains(shared):
     assert sorted(kind.__name__ for kind in alive) == ["AutoencoderKL", "UNet2DConditionModel"]
 
 
-def nets_of(shared: Shared) -> Denoisers:
-    return Denoisers(
-        roles=shared.roles,
-        schedule=shared.schedule,
-        unconditional=shared.cache.unconditional,
-        teacher_prediction_type="epsilon",
-        student_prediction_type="epsilon",
-        guidance_scale=3.0,
-    )
-
-
 def test_the_unet_is_asked_for_no_more_rows_than_in_training(shared, vae):
     shared, _ = shared
-    nets = nets_of(shared)
+    nets = nets_of(shared, guidance_scale=3.0)
     told = shared.cache.samples((32, 32), [0, 1, 2]).conditioning
     noise = randn(3, *shared.cache.latent_shapes[32, 32], seed=2)
     calls = asked_of(shared.roles.unet)
@@ -128,5 +116,7 @@ def test_autocast_is_the_unets_alone(shared, vae):
     shared.roles.unet.conv_in.register_forward_hook(lambda _m, _a, output: kinds.update(unet=output.dtype))
     vae.decoder.conv_out.register_forward_hook(lambda _m, _a, output: kinds.update(vae=output.dtype))
     painter = Painter(vae, 1, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-    painter.of_student(nets_of(shared), randn(1, *shared.cache.latent_shapes[32, 32]), told, steps=1)
+    painter.of_student(
+        nets_of(shared, guidance_scale=3.0), randn(1, *shared.cache.latent_shapes[32, 32]), told, steps=1
+    )
     assert kinds == {"unet": torch.bfloat16, "vae": torch.float32}
