@@ -1,7 +1,7 @@
 """The field's methods beside ours: one teacher, LoRA rank, batch, data, and budget of U-Net forwards; three seeds.
 
     python eval/compare_peers.py [--config configs/letters.yaml] [--methods ...] [--seeds 0 1 2] [--size cpu|gpu]
-        [--budget FORWARDS] [--tune] [key=value ...]
+        [--budget FORWARDS] [--tune] [--earlier OUTPUT.json] ... [key=value ...]
 
 stepdistill    the config's own ladder        stepdistill-mse   the same without its adversarial phases
 progressive    MSE alone, halving (Salimans and Ho)
@@ -13,7 +13,8 @@ and by a second one that was trained on other renderings (eval/second_reader.py)
 alike. `--tune` tries each method at learning rates of a third, one, three and nine times its own, on another seed with a
 quarter of the budget, and keeps the best in OUTPUT.rates.json, which later calls read. Any config runs: name a teacher and a
 folder of captioned pictures in it (data.source), and for other pictures than letters the features that FID is measured on.
-All of it resumes: nothing finished is made again.
+All of it resumes. `--earlier` takes over what another call with the same settings measured, so that
+machines can share seeds and methods.
 
 On a GPU: python pipelines/train_teacher.py teachers/wide --widths 192 384 --unet-steps 20000 --device cuda, then --size gpu
 --budget 2e7 --output eval/results/peers_gpu --output-dir runs/peers_gpu teacher.path=teachers/wide/teacher. Another teacher,
@@ -27,11 +28,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from earlier_results import SeedResults, joined, read_earlier
 from orders import agreement
 from peers.methods import Method, methods
 from side_by_side import (
     MAIN,
     STEPS,
+    Table,
     arguments,
     base_config,
     by_steps,
@@ -124,11 +127,31 @@ def chosen(args: argparse.Namespace) -> list[Method]:
     return [every[name] for name in args.methods or every]
 
 
+def results_of_seed(
+    args: argparse.Namespace,
+    seed: int,
+    budget: float,
+    rates: dict[str, float],
+    earlier: dict[tuple[int, str], SeedResults],
+) -> tuple[Table, dict[str, dict[str, float]], dict[str, dict[str, str]]]:
+    """The seed's table; per method what its training took, and the file and commit of those that `earlier` holds."""
+    base = base_config(args, seed)
+    ready = {m.name: earlier[seed, m.name] for m in chosen(args) if (seed, m.name) in earlier}
+    missing = [m for m in chosen(args) if m.name not in ready]
+    trained = [(m, train(m, base, budget, rates.get(m.name, 1.0))) for m in missing]
+    loras = [row for method, config in trained for row in method.rows(config)]
+    local = measure(base, f"table-s{seed}", loras) if trained else None
+    costs = {name: dict(results.costs[name]) for name, results in ready.items()}
+    costs |= {m.name: m.cost(config) for m, config in trained}
+    return joined(local, ready), costs, {name: results.source for name, results in ready.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The field's methods beside ours at equal compute.")
     arguments(parser, output="eval/results/peers", output_dir="runs/peers")
     parser.add_argument("--methods", nargs="+", choices=list(methods()))
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--earlier", action="append", type=Path, default=[], metavar="OUTPUT.json")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     made_at = source_commit()
@@ -138,13 +161,12 @@ def main(argv: list[str] | None = None) -> int:
         tune(args, budget)
     tuned = read_json(args.output.with_suffix(".rates.json")) or {}
     rates = {name: record["factor"] for name, record in tuned.items()}
-    tables, costs = [], []
-    for seed in args.seeds:
-        base = base_config(args, seed)
-        trained = [(m, train(m, base, budget, rates.get(m.name, 1.0))) for m in chosen(args)]
-        loras = [row for method, config in trained for row in method.rows(config)]
-        tables.append(measure(base, f"table-s{seed}", loras))
-        costs.append({m.name: m.cost(config) for m, config in trained})
+    base = base_config(args, args.seeds[0])
+    settings = {"config": args.config, "size": args.size, "budget": budget}
+    settings |= {"num_images": base.evaluation.num_images, "overrides": args.overrides}
+    earlier = read_earlier(args.earlier, settings, rates)
+    results = [results_of_seed(args, seed, budget, rates, earlier) for seed in args.seeds]
+    tables = [table for table, _, _ in results]
     teachers = {n: f"teacher-{n}" for n in base.evaluation.teacher_steps}
     names = [teachers[max(teachers)]]
     for n in STEPS:
@@ -157,14 +179,17 @@ def main(argv: list[str] | None = None) -> int:
     order, orders = agreement(tables, shown)
     notes = [method.note for method in chosen(args) if method.note]
     text = "\n\n".join([*parts, *notes, *([order] if order else []), text])
-    payload = {"commit": made_at, "config": args.config, "size": args.size, "budget": budget, "rates": rates}
-    payload |= {"seeds": args.seeds, "num_images": base.evaluation.num_images, "table": table, "costs": costs}
+    payload = {"commit": made_at, **settings, "rates": rates, "seeds": args.seeds, "table": table}
+    payload |= {
+        "costs": [costs for _, costs, _ in results],
+        "earlier": [sources for _, _, sources in results],
+    }
     payload |= {"orders": orders}
     write(args.output, text, tables, payload)
-    prompts = subject_of(base_config(args, args.seeds[0])).prompts
-    picture(tables[0], {names[0]: names[0].replace("-", " ")} | PICTURE, prompts).save(
-        args.output.with_suffix(".png")
-    )
+    run_dir = next((t.run_dir for t in tables if t.run_dir is not None), None)
+    if run_dir is not None:
+        labels = {names[0]: names[0].replace("-", " ")} | PICTURE
+        picture(run_dir, labels, subject_of(base).prompts).save(args.output.with_suffix(".png"))
     print(text)
     return 0
 

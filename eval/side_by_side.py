@@ -90,12 +90,12 @@ def share_rungs(first: RunConfig, config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """rows by name, the floor, where the pictures of each row are (evaluation/<row>), and the jackknife's replicates by row
-    and measure."""
+    """rows by name, the floor, the run folder with the pictures of each row in evaluation/<row> (None where they are not at
+    hand), and the jackknife's replicates by row and measure."""
 
     rows: dict[str, dict[str, Any]]
     floor: dict[str, Any] | None
-    run_dir: Path
+    run_dir: Path | None
     replicates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
@@ -181,11 +181,11 @@ def by_steps(entries: Sequence[dict[str, Any]], names: Sequence[str], measure_na
     return "\n".join(lines)
 
 
-def picture(table: Table, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
-    """The first pictures of each row that is there under its label, a prompt and a noise a column."""
+def picture(run_dir: Path, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
+    """The first pictures of each row that the table's run folder has, under its label, a prompt and a noise a column."""
     shown = {}
     for name, label in rows.items():
-        folder = table.run_dir / "evaluation" / name / "images"
+        folder = run_dir / "evaluation" / name / "images"
         if folder.is_dir():
             files = [folder / f"{k:06d}.png" for k in range(min(COLUMNS, len(prompts)))]
             shown[label] = [Image.open(file) for file in files]
