@@ -1,11 +1,15 @@
-"""The README's numbers are those of the committed command."""
+"""The numbers of README and docs/ are those of the committed commands; the README is short."""
 
 import json
 import re
 import statistics
 from pathlib import Path
 
+import pytest
+
 RESULTS = Path("eval/results/peers.json")
+README = Path("README.md")
+PAGE = Path("docs/results.md")
 
 
 def rows():
@@ -14,24 +18,25 @@ def rows():
     return {row.pop("row"): {k: v["mean"] for k, v in row.items() if isinstance(v, dict)} for row in table}
 
 
-def test_the_readmes_tables_are_the_committed_results():
-    readme = Path("README.md").read_text()
+def test_the_tables_are_the_committed_results():
+    page = PAGE.read_text()
     results = RESULTS.with_suffix(".md").read_text()
-    shown = re.findall(r"<!-- table: eval/results/peers.md -->\n(.*?)\n<!-- end -->", readme, flags=re.DOTALL)
+    shown = re.findall(r"<!-- table: eval/results/peers.md -->\n(.*?)\n<!-- end -->", page, flags=re.DOTALL)
     assert len(shown) == 2
     assert all(table in results for table in shown)
 
 
-def test_the_readmes_unpaired_distances_are_the_committed_result():
-    readme, results = Path("README.md").read_text(), Path("eval/results/peers_one_seed.md").read_text()
+def test_the_unpaired_distances_are_the_committed_result():
+    page, results = PAGE.read_text(), Path("eval/results/peers_one_seed.md").read_text()
     pattern = r"<!-- table: eval/results/peers_one_seed.md -->\n(.*?)\n<!-- end -->"
-    (table,) = re.findall(pattern, readme, flags=re.DOTALL)
-    assert table in results
+    for text in (page, README.read_text()):
+        (table,) = re.findall(pattern, text, flags=re.DOTALL)
+        assert table in results
     facts = json.loads(Path("eval/results/peers_one_seed.json").read_text())
-    assert f"the floor, is at {facts['floors'][0]['fid_to_teacher']:.2f}" in " ".join(readme.split())
+    assert f"the floor, is at {facts['floors'][0]['fid_to_teacher']:.2f}" in " ".join(page.split())
     taus = {(e["measure"], e["steps"]): f"{e['tau']:.2f}".removeprefix("0") for e in facts["orders"]}
-    assert " / ".join(taus["fid_to_teacher", n] for n in (8, 4, 2, 1)) in readme
-    assert f"({taus['fid_to_real', 8]} / {taus['fid_to_real', 4]})" in readme
+    assert " / ".join(taus["fid_to_teacher", n] for n in (8, 4, 2, 1)) in page
+    assert f"({taus['fid_to_real', 8]} / {taus['fid_to_real', 4]})" in page
 
 
 def test_students_beat_the_undistilled_teacher_on_the_committed_numbers():
@@ -77,9 +82,9 @@ def test_no_peer_is_ahead_on_the_committed_numbers():
                 assert by_mse["paired_fid_to_teacher"] < theirs["paired_fid_to_teacher"], (peer, n)
 
 
-def test_the_readmes_floors_are_the_committed_result():
+def test_the_floors_are_the_committed_result():
     floors = json.loads(RESULTS.read_text())["floors"]
-    text = " ".join(Path("README.md").read_text().split())
+    text = " ".join(PAGE.read_text().split())
     for key, said in (
         ("fid_to_real", "two sets of real images are {:.1f} apart"),
         ("fid_to_teacher", "two of the teacher with other seeds {:.1f}"),
@@ -87,13 +92,13 @@ def test_the_readmes_floors_are_the_committed_result():
         assert said.format(statistics.fmean(floor[key] for floor in floors)) in text
 
 
-def test_the_readmes_speed_is_the_committed_result():
+def test_the_speed_is_the_committed_result():
     bench = json.loads(Path("eval/results/bench.json").read_text())
-    ratios, readme = [row["ratio"] for row in bench["rows"]], " ".join(Path("README.md").read_text().split())
+    ratios, page = [row["ratio"] for row in bench["rows"]], " ".join(PAGE.read_text().split())
     waiting, preparing = bench["waiting"]["share"], bench["preparing"]["ratio"]
-    assert f".{min(ratios) * 100:.0f} to {max(ratios):.2f} of its bare U-Net passes" in readme
-    assert f"{waiting:.2%} of it waiting for data".replace("%", " %") in readme
-    assert f"preparing takes {preparing:.2f} times the bare VAE" in readme
+    assert f".{min(ratios) * 100:.0f} to {max(ratios):.2f} of its bare U-Net passes" in page
+    assert f"{waiting:.2%} of it waiting for data".replace("%", " %") in page
+    assert f"preparing takes {preparing:.2f} times the bare VAE" in page
     assert waiting <= 0.01
     assert preparing <= 1.15
 
@@ -110,3 +115,14 @@ def test_the_notes_on_the_other_world_are_the_committed_results():
         key = named.lower().replace(" ", "_") or key
         said = [f"{table[f'{method}-{n}'][key]['mean']:.1f}" for n in (8, 4, 2, 1)]
         assert cells.split(" | ") == said, (method, key)
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", ["README.md", *map(str, sorted(Path("docs").glob("*.md")))])
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)\)", Path(page).read_text())
+    missing = [link for link in links if "://" not in link and not (Path(page).parent / link).exists()]
+    assert missing == []
