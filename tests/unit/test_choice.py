@@ -1,5 +1,7 @@
 """Which extractor a table is measured by: the reader for letters alone, others by what is on disk, and why by none."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -111,3 +113,8 @@ def test_the_net_of_a_run_is_kept_with_its_grades_and_made_again_for_other_pictu
     trained_extractor(config)
     assert (folder / "model.safetensors").stat().st_mtime_ns != stamp
     assert trained_facts(folder)["pictures"] == 180
+
+
+def test_no_shipped_config_names_an_extractor_that_may_not_be_at_hand():
+    for path in sorted(Path("configs").glob("*.yaml")):
+        assert load_config(path).evaluation.features is None, path
