@@ -63,7 +63,8 @@ def test_reference_stats_stand_for_real_images(tmp_path):
     np.savez(tmp_path / "stats.npz", mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
     distances = Distances(Evaluation(features="reader", reference_stats=str(tmp_path / "stats.npz")))
     wanted = fid(plain.main.features(second), plain.main.features(first))
-    assert distances.to_real(first, None) == {"fid_to_real": pytest.approx(wanted, rel=1e-9)}
+    # roots of eigenvalues near 0 differ by CPU
+    assert distances.to_real(first, None) == {"fid_to_real": pytest.approx(wanted, rel=1e-7)}
     assert plain.to_real(first, None) == {}
 
 
