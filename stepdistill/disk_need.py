@@ -18,9 +18,9 @@ from stepdistill.data.source import LETTERS_IMAGES, training_records
 from stepdistill.durable import read_json
 from stepdistill.evaluation.pictures import LATENTS_KEPT
 from stepdistill.models.adapters import lora_parameters
+from stepdistill.models.folder import teacher_kind
 from stepdistill.models.loading import image_size, latent_shape, size_multiple
 from stepdistill.models.sketch import layer_shapes
-from stepdistill.teacher_source import is_ready_made
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCK = 4096  # what a small file takes on the disk
@@ -57,7 +57,7 @@ def disk_need(config: RunConfig, folder: Path) -> DiskNeed:
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
     cache, is_whole = _cache(config.data, folder)
     return DiskNeed(
-        teacher=0 if is_ready_made(config) else _weights(folder),
+        teacher=_teacher(config, folder),
         cache=cache,
         rungs=_rungs(config, unet, size),
         evaluation=_evaluation(config, folder, size),
@@ -69,6 +69,14 @@ def disk_need(config: RunConfig, folder: Path) -> DiskNeed:
 def folder_bytes(folder: Path) -> int:
     """What lies in a folder, links not followed; 0 where there is none."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def _teacher(config: RunConfig, folder: Path) -> int:
+    """Of the pipeline that `prepare` writes into the run's folder, in the dtype of what it is made of."""
+    kind = teacher_kind(config.teacher.path)
+    if kind == "file":
+        return Path(config.teacher.path).expanduser().stat().st_size
+    return _weights(folder) if config.teacher.loras else 0
 
 
 def _weights(folder: Path) -> int:

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,15 +23,11 @@ from stepdistill.data.tallies import bucket_notes
 from stepdistill.disk_need import disk_need, folder_bytes
 from stepdistill.doctor_teacher import teacher_findings
 from stepdistill.finding import Finding
-from stepdistill.ladder_checks import unfit_settings
+from stepdistill.ladder_checks import check_ladder, unfit_settings
 from stepdistill.models.loading import image_size, size_multiple
 from stepdistill.places import check_writable
 from stepdistill.run_folder import check_run
-from stepdistill.teacher_source import (
-    is_ready_made,
-    local_folder,
-    teacher_folder,
-)
+from stepdistill.teacher_source import configs_folder
 
 LOOKED_AT = 64
 """Samples of the data that are read in full."""
@@ -125,12 +122,22 @@ def _run(config: RunConfig) -> Iterator[Finding]:
 
 
 def _ladder(config: RunConfig) -> Iterator[Finding]:
-    try:
-        folder = teacher_folder(config)
-    except ConfigError:  # not made yet
+    folder = _configs(config)
+    if folder is None:
+        about = "ladder: whether it fits the teacher is told once the teacher's configs are on this disk"
+        yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
+    check_ladder(config, folder)
     for about, remedy in unfit_settings(config, folder):
         yield Finding("note", about, remedy)
+
+
+def _configs(config: RunConfig) -> Path | None:
+    """A folder with the teacher's configs; None where they are not on this disk yet."""
+    try:
+        return configs_folder(config)
+    except ConfigError:
+        return None
 
 
 def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
@@ -166,8 +173,8 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
         yield Finding(
             "note", f"data: captions of up to {longest} words; CLIP reads about 57, the rest is cut off"
         )
-    if teacher_is_whole and is_ready_made(config):
-        folder = local_folder(config.teacher.path)
+    folder = _configs(config)
+    if teacher_is_whole and folder is not None:
         size = Sizes(data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
         if data.min_side > min(size):
             about = f"data: data.min_side={data.min_side} leaves out pictures as small as the teacher's {min(size)} pixels"
@@ -187,28 +194,28 @@ def _buckets(config: RunConfig) -> Iterator[Finding]:
 def _evaluation(config: RunConfig) -> Iterator[Finding]:
     from stepdistill.evaluation.check import check_evaluation
 
-    if is_ready_made(config):
-        choice = check_evaluation(config)
-        yield Finding("ok", "evaluation: prompts, pictures and extractors are there")
-        yield from (Finding("note", f"evaluation: {text}") for text in choice.warnings)
-        if choice.learns and not choice.is_named:
-            about = "FID is measured by a small net that learns from these pictures in minutes (evaluation.features=trained)"
-            yield Finding("note", f"evaluation: {about}", f"for numbers beside others': {_EXTRACTORS}")
-        elif choice.spec is None:
-            yield Finding("note", f"evaluation: no FID: {choice.why}", _EXTRACTORS)
+    if _configs(config) is None:
+        about = "evaluation: prompts, pictures and extractors are looked at once the teacher's configs are on this disk"
+        yield Finding("note", about, _EXTRACTORS)
+        return
+    choice = check_evaluation(config)
+    yield Finding("ok", "evaluation: prompts, pictures and extractors are there")
+    yield from (Finding("note", f"evaluation: {text}") for text in choice.warnings)
+    if choice.learns and not choice.is_named:
+        about = "FID is measured by a small net that learns from these pictures in minutes (evaluation.features=trained)"
+        yield Finding("note", f"evaluation: {about}", f"for numbers beside others': {_EXTRACTORS}")
+    elif choice.spec is None:
+        yield Finding("note", f"evaluation: no FID: {choice.why}", _EXTRACTORS)
 
 
 def _disk(config: RunConfig) -> Iterator[Finding]:
     place = next(p for p in (config.run_dir, *config.run_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    try:
-        folder = teacher_folder(config)
-    except ConfigError:  # not made yet
-        folder = local_folder(config.teacher.path)
-    if not (folder / "unet" / "config.json").is_file():
+    folder = _configs(config)
+    if folder is None:
         yield Finding(
             "ok",
-            f"disk: {_bytes(free)} free; what the run takes is counted once the teacher's folder is made",
+            f"disk: {_bytes(free)} free; what the run takes is counted once the teacher's configs are on this disk",
         )
         return
     need = disk_need(config, folder)

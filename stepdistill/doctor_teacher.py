@@ -9,7 +9,13 @@ from stepdistill.models.examine import examine_pipeline, not_finite
 from stepdistill.models.folder import is_zero_snr, missing_parts, prediction_type, teacher_kind
 from stepdistill.models.loading import image_size
 from stepdistill.models.lora_trial import check_lora_goes_on
-from stepdistill.teacher_source import check_teacher, check_teacher_folder, local_folder, teacher_lora_file
+from stepdistill.teacher_source import (
+    cached_repository,
+    check_teacher,
+    check_teacher_folder,
+    local_folder,
+    teacher_lora_file,
+)
 
 _GIB = 2**30
 _COPY_AGAIN = "another copy of the model"
@@ -63,13 +69,11 @@ def _loras(config: RunConfig, folder: Path) -> Iterator[str]:
 
 
 def _repository(config: RunConfig) -> Iterator[Finding]:
-    from huggingface_hub import try_to_load_from_cache
-
-    path, revision = config.teacher.path, config.teacher.revision
-    index = try_to_load_from_cache(path, "model_index.json", revision=revision)
-    if isinstance(index, str) and not missing_parts(Path(index).parent):
-        check_teacher_folder(config, Path(index).parent)
-        problems = list(_broken(config, Path(index).parent))
+    path = config.teacher.path
+    folder = cached_repository(path, config.teacher.revision)
+    if folder is not None and not missing_parts(folder):
+        check_teacher_folder(config, folder)
+        problems = list(_broken(config, folder))
         yield from problems or [Finding("ok", f"teacher: {path}, in the Hub's cache")]
     else:
         remedy = f"hf download {path}, or the folder of a copy on this disk as teacher.path"

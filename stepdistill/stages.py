@@ -11,11 +11,12 @@ from pathlib import Path
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
+from stepdistill.ladder_checks import unfit_settings
 from stepdistill.pace import measured_seconds_per_pass
 from stepdistill.places import clear_half_written
 from stepdistill.run_folder import check_run, open_run
 from stepdistill.rungs import finished_rungs, rung_folder
-from stepdistill.teacher_source import is_ready_made
+from stepdistill.teacher_source import is_ready_made, teacher_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ def prepare(config: RunConfig) -> None:
 
     write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
+    for about, remedy in unfit_settings(config, teacher_folder(config)):
+        logger.warning("prepare: %s; mend: %s", about, remedy)
     manifest = run_dir / "cache" / "manifest.json"
     before = read_sealed(manifest)
     is_damaged = manifest.exists() and (before is None or not is_whole(before))

@@ -147,6 +147,42 @@ def teacher_folder(config: RunConfig) -> Path:
     return folder
 
 
+def configs_folder(config: RunConfig) -> Path:
+    """A folder with the teacher's configs, with its weights or without: what depends on the configs alone is told before
+    `prepare` has made the folder of a file, of a repository, or of a teacher with LoRAs.
+
+    The pipeline's folder where it is there, then a repository's copy in the Hub's cache, then teacher.config of a file;
+    ConfigError where none of them is on this disk.
+    """
+    path, kind = config.teacher.path, teacher_kind(config.teacher.path)
+    if kind == "folder":
+        return local_folder(path)
+    folder = made_folder(config)
+    if folder is None and kind == "file" and config.teacher.config is not None:
+        folder = Path(config.teacher.config).expanduser()
+        folder = folder if is_folder(folder) else cached_repository(config.teacher.config, None)
+    if folder is None and kind == "hub":
+        folder = cached_repository(path, config.teacher.revision)
+    if folder is None or missing_parts(folder, weights=False):
+        raise ConfigError(
+            f"teacher: the configs of {path!r} are not on this disk; allowed: `stepdistill prepare` first"
+            f"{', or teacher.config=FOLDER' if kind == 'file' else ''}"
+        )
+    return folder
+
+
+def cached_repository(path: str, revision: str | None) -> Path | None:
+    """A repository's copy in the Hub's cache; None where it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(index).parent if isinstance(index, str) else None
+
+
 def made_folder(config: RunConfig) -> Path | None:
     """The folder that `prepare` made of this config's teacher, as teacher.json says; None where that is missing, damaged or
     of another teacher, or its folder is gone."""
@@ -159,9 +195,9 @@ def made_folder(config: RunConfig) -> Path | None:
 
 
 def teacher_timesteps(config: RunConfig) -> int:
-    """How many timesteps the teacher was trained on; 1000 where its folder is not there yet."""
+    """How many timesteps the teacher was trained on; 1000 where its configs are not there yet."""
     try:
-        return num_train_timesteps(teacher_folder(config))
+        return num_train_timesteps(configs_folder(config))
     except ConfigError:
         return DEFAULT_TIMESTEPS
 

@@ -26,7 +26,7 @@ from stepdistill.messages import sizes_text
 from stepdistill.models.loading import image_size, size_multiple
 from stepdistill.rng import derive_seed
 from stepdistill.runtime import Processes
-from stepdistill.teacher_source import teacher_folder
+from stepdistill.teacher_source import configs_folder
 
 TALLIES = "tallies.json"
 COUNTED = 2000
@@ -45,7 +45,7 @@ class UsedSizes:
 
 def all_sizes(config: RunConfig) -> Sizes:
     """The teacher's, or every bucket."""
-    base = teacher_folder(config)
+    base = configs_folder(config)
     return Sizes(config.data, teacher_size=image_size(base), multiple=size_multiple(base))
 
 

@@ -9,13 +9,13 @@ from stepdistill.evaluation.rows import lora_file, rows_of
 from stepdistill.evaluation.subject import subject_of
 from stepdistill.models.loading import image_size
 from stepdistill.models.lora_trial import check_lora_goes_on
-from stepdistill.teacher_source import teacher_folder
+from stepdistill.teacher_source import configs_folder
 
 
 def check_evaluation(config: RunConfig) -> Choice:
     """What the table will be measured on; ValueError where it could not be made after the ladder: prompts, pictures and
     their size, LoRAs, weights of extractors."""
-    folder = teacher_folder(config)
+    folder = configs_folder(config)
     for row in rows_of(config):
         if row.lora is not None:
             _check_lora(row.lora, folder)

@@ -32,7 +32,7 @@ from stepdistill.durable import sha256_json
 from stepdistill.models.folder_files import require_file
 from stepdistill.models.loading import image_size
 from stepdistill.rng import derive_seed
-from stepdistill.teacher_source import teacher_folder
+from stepdistill.teacher_source import configs_folder
 
 FEWEST_PICTURES = 8  # as many as evaluation.num_images at least; coverage looks at 5 neighbours
 
@@ -173,7 +173,7 @@ def subject_of(config: RunConfig) -> Subject:
     if config.evaluation.real_images is not None:
         return Subject(prompts, wanted, ImageFolder.open(config.evaluation.real_images), None, about)
     if pictures:
-        real = DataPictures(pictures, image_size(teacher_folder(config)), _seen(data, len(pictures)))
+        real = DataPictures(pictures, image_size(configs_folder(config)), _seen(data, len(pictures)))
         return Subject(prompts, wanted, real, None, about, () if data.held_out else (_TRAINED_ON,))
     if wanted is None:
         return Subject(prompts, None, None, None, about)

@@ -36,7 +36,7 @@ from stepdistill.evaluation.small_net import (
 from stepdistill.evaluation.subject import ImageFolder, read_picture
 from stepdistill.models.loading import image_size
 from stepdistill.rng import derive_seed
-from stepdistill.teacher_source import teacher_folder
+from stepdistill.teacher_source import configs_folder
 from stepdistill.training.log import PhaseProgress
 
 logger = logging.getLogger(__name__)
@@ -67,14 +67,14 @@ def pictures_at_hand(config: RunConfig) -> int:
 
 def trained_side(config: RunConfig) -> int:
     """The side in pixels that the net looks at pictures in."""
-    return side_for(image_size(teacher_folder(config)))
+    return side_for(image_size(configs_folder(config)))
 
 
 def trained_extractor(config: RunConfig) -> Path:
     """The folder of the run's extractor; trained where it is not there, or other pictures are."""
     folder = config.run_dir / "evaluation" / "extractor"
     chosen = list(itertools.islice(_pictures(config), MOST_PICTURES))
-    size, schooling = image_size(teacher_folder(config)), Schooling()
+    size, schooling = image_size(configs_folder(config)), Schooling()
     how, side = config.evaluation.resize or RESIZE, trained_side(config)
     marks = [[picture.name, picture.mark()] for picture in chosen]
     drawn_by = [config.seed, config.data.num_images] if config.data.source == LETTERS else None

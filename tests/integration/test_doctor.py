@@ -1,10 +1,16 @@
 """`stepdistill doctor`: what would stop a run is named with its remedy, and nothing is written."""
 
+import re
+
 import numpy as np
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from eval.random_teacher import build
+from stepdistill import stages
 from stepdistill.cli import app, guarded
 from stepdistill.config_file import load_config
 from stepdistill.data.prepare import prepare
@@ -12,6 +18,8 @@ from stepdistill.disk_need import disk_need
 from stepdistill.doctor import examine
 from stepdistill.teacher_source import teacher_folder
 from tests.integration.conftest import tiny_config
+from tests.integration.test_teachers import configs_alone, style_lora
+from tests.original_layout import original_state
 
 CONFIGS = {"small": "sd15", "sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", "sdxl_24gb": "sdxl"}
 
@@ -173,3 +181,61 @@ def test_settings_of_an_epsilon_teacher_are_noted_where_a_v_prediction_teacher_g
         "configs/sdxl.yaml", [*options, f"teacher.path={tmp_path / 'sd21_v'}", "ladder.4.start_timestep=null"]
     )
     assert mended.ladder[4].start_timestep is None
+
+
+def sd21_v_as(kind, place):
+    """The tiny v-prediction teacher as a folder, as one file with configs beside it, or with a LoRA: a config's options."""
+    folder = place / "sd21_v"
+    build("sd21_v", tiny=True).save_pretrained(folder)
+    if kind == "folder":
+        return [f"teacher.path={folder}"]
+    if kind == "lora":
+        return [
+            f"teacher.path={folder}",
+            f'teacher.loras=[{{"path": "{style_lora(folder, place / "style")}"}}]',
+        ]
+    save_file(original_state(DiffusionPipeline.from_pretrained(folder)), place / "model.safetensors")
+    configs = configs_alone(folder, place / "configs")
+    return [f"teacher.path={place / 'model.safetensors'}", f"teacher.config={configs}"]
+
+
+@pytest.mark.parametrize("kind", ["file", "lora"])
+def test_a_teacher_that_is_no_folder_yet_is_looked_at_as_its_folder_would_be(tmp_path, pictures, kind):
+    """By its configs: what the ladder does not fit, the sizes of pictures, the extractor, the disk."""
+    options = [f"output_dir={tmp_path}", f"data.source={pictures}", "data.buckets=true", "data.min_side=8"]
+
+    def about(kind):
+        config = load_config("configs/sdxl.yaml", [*options, *sd21_v_as(kind, tmp_path / kind)])
+        found = examine(config)
+        assert not (tmp_path / "sdxl").exists()
+        return found, [f.about for f in found if f.about.startswith(("ladder.", "data: ", "evaluation: "))]
+
+    as_folder, as_kind = about("folder"), about(kind)
+    assert as_folder[1] == as_kind[1]
+    assert [f for f in as_kind[0] if "ladder.4.start_timestep: 399" in f.about]
+    assert [f for f in as_kind[0] if "pictures are cut to" in f.about]
+    assert [f for f in as_kind[0] if f.about.startswith("evaluation: no FID")]
+    assert [f for f in as_kind[0] if re.search(r"disk: .*\(teacher [\d.,]+ .iB", f.about)]
+
+
+def test_a_teacher_whose_configs_are_nowhere_is_said_to_be_unknown(tmp_path, pictures):
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
+    options = [
+        f"output_dir={tmp_path}",
+        f"data.source={pictures}",
+        f"teacher.path={tmp_path / 'model.safetensors'}",
+    ]
+    found = examine(load_config("configs/sd15.yaml", options))
+    for part in ("ladder", "evaluation"):
+        assert [
+            f for f in found if f.state == "note" and f.about.startswith(part) and "configs are on" in f.about
+        ]
+
+
+def test_what_does_not_fit_the_teacher_is_said_when_the_run_begins(tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("a wall\na door\n")
+    options = [*sd21_v_as("folder", tmp_path), f"data.source={tmp_path / 'prompts.txt'}", "data.num_images=2"]
+    config = tiny_config(tmp_path, *options, "ladder.4.start_timestep=399")
+    stages.prepare(config)
+    assert "prepare: ladder.4.start_timestep: 399 makes an error of epsilon weigh less" in caplog.text
+    assert "mend: ladder.4.start_timestep=null" in caplog.text
