@@ -105,6 +105,20 @@ def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
     return found
 
 
+def training_pictures(data: Data, *, count: int) -> Iterator[CaptionedPicture]:
+    """The first `count` pictures of one's own that are trained on and whose captions can be read."""
+    found = 0
+    for record in training_records(data, seed=0):
+        if found == count:
+            return
+        try:
+            caption = read_caption(record.read_caption())
+        except BadSample:
+            continue
+        found += 1
+        yield CaptionedPicture(record, caption, data)
+
+
 def evaluation_triples(data: Data) -> list[letters.Triple]:
     """The triples of the letters world that the table is about: all, or those held out."""
     triples, share = letters.all_triples(), held_out_share(data)

@@ -1,10 +1,12 @@
 """Whether the table can be made after the ladder: looked at before anything costs time."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
 from stepdistill.evaluation.choice import Choice, choose_features
 from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.protocol import real_warnings
 from stepdistill.evaluation.rows import lora_file, rows_of
 from stepdistill.evaluation.subject import subject_of
 from stepdistill.models.loading import image_size
@@ -19,9 +21,11 @@ def check_evaluation(config: RunConfig) -> Choice:
     for row in rows_of(config):
         if row.lora is not None:
             _check_lora(row.lora, folder)
-    choice = choose_features(config, subject_of(config))
-    Distances(choice.options(config), device="cpu").check_size(image_size(folder))
-    return choice
+    subject = subject_of(config)
+    choice = choose_features(config, subject)
+    distances = Distances(choice.options(config), device="cpu")
+    distances.check_size(image_size(folder))
+    return replace(choice, warnings=(*choice.warnings, *real_warnings(subject, distances)))
 
 
 def _check_lora(lora: LoraRow, folder: Path) -> None:

@@ -98,19 +98,33 @@ class _Work:
             ),
             "floor": self._measure_floor(distances, real),
             "other_noise": self._measure_other_noise(distances),
-            "warnings": warnings_of(config, subject, choice),
+            "warnings": warnings_of(config, subject, choice, distances),
             "absent": absent_columns(config, subject, choice),
+            "pictures": {row.name: self._manifests[row.name]["key"] for row in self._rows},
         }
         rows: list[dict[str, Any]] = []
+        is_there = self._has_results(facts)
         for row in self._rows:
             rows.append(self._measure_row(row, distances, real))
-            self._write(facts, rows, unmeasured=[r.name for r in self._rows[len(rows) :]] or ["diversity"])
+            if not is_there:
+                left = [r.name for r in self._rows[len(rows) :]]
+                self._write(facts, rows, unmeasured=left or ["diversity"])
         if self._grid is not None and distances.main is not None:
             spread = {name: self._spread(name, distances.main) for name in self._grid["rows"]}
             for measured in rows:
                 if measured["row"] in spread:
                     measured["diversity"] = spread[measured["row"]] / max(spread[self._rows[0].name], 1e-12)
         return self._write(facts, rows, unmeasured=[])
+
+    def _has_results(self, facts: Mapping[str, Any]) -> bool:
+        """Whether results.json holds every row of these pictures, measured in this way: a part of them would say less."""
+        there = read_sealed(self._folder / "results.json") or {}
+
+        def told(results: Mapping[str, Any]) -> str:
+            protocol = {k: v for k, v in results["protocol"].items() if k != "evaluated_at_commit"}
+            return sha256_json([protocol, results["pictures"]])
+
+        return there.get("unmeasured") == [] and "pictures" in there and told(there) == told(facts)
 
     def _write(
         self, facts: dict[str, Any], measured: Sequence[dict[str, Any]], *, unmeasured: list[str]

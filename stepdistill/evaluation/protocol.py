@@ -39,6 +39,7 @@ def protocol_of(
         "patch_size": options.patch_size,
         "real_images": real.about if real is not None else options.reference_stats or "none",
         "real_images_key": real.key if real is not None else None,
+        "other_real_images": subject.other_real.about if subject.other_real is not None else None,
         "dtype": options.dtype,
         "device": device,
         "batch_size": options.batch_size,
@@ -47,14 +48,31 @@ def protocol_of(
     }
 
 
-def warnings_of(config: RunConfig, subject: Subject, choice: Choice) -> list[str]:
+def warnings_of(config: RunConfig, subject: Subject, choice: Choice, distances: Distances) -> list[str]:
     """What stands above the table."""
     count = config.evaluation.num_images
+    with_floor = "the floor and with " if config.evaluation.floor else ""
     few = (
-        f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with the floor and "
-        f"with other rows of this table, not with published numbers"
+        f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with {with_floor}other rows of "
+        f"this table, not with published numbers"
     )
-    return [*choice.warnings, *subject.warnings, *([few] if count < FEW_IMAGES and choice.spec else [])]
+    found = [*choice.warnings, *subject.warnings, *([few] if count < FEW_IMAGES and choice.spec else [])]
+    return [*found, *real_warnings(subject, distances)]
+
+
+def real_warnings(subject: Subject, distances: Distances) -> list[str]:
+    """Where FID to real says less than it seems to: too few real images, or no second set of them to give its floor."""
+    if subject.real is None or distances.main is None:
+        return []
+    found, dimension = [], distances.main.extractor.num_features
+    if len(subject.real) <= dimension:
+        found.append(
+            f"{len(subject.real):,} real images for {dimension:,} features: FID to real rests on a covariance that so few "
+            f"cannot tell, and only large differences between rows mean something; KID to real is unbiased"
+        )
+    if subject.other_real is None:
+        found.append("FID and KID to real have no floor: there is no second set of real images")
+    return found
 
 
 def absent_columns(config: RunConfig, subject: Subject, choice: Choice) -> list[dict[str, str]]:

@@ -26,6 +26,7 @@ from stepdistill.data.source import (
     evaluation_triples,
     not_empty,
     stacked,
+    training_pictures,
 )
 from stepdistill.demo import letters
 from stepdistill.durable import sha256_json
@@ -43,6 +44,9 @@ class Renderings:
 
     wanted: Sequence[letters.Triple]
     seed: int
+
+    def __len__(self) -> int:
+        return len(self.wanted)
 
     @property
     def about(self) -> str:
@@ -69,6 +73,9 @@ class ImageFolder:
 
     folder: Path
     files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     @classmethod
     def open(cls, folder: str) -> "ImageFolder":
@@ -111,6 +118,9 @@ class DataPictures:
     pictures: tuple[CaptionedPicture, ...]
     size: tuple[int, int]
     seen: str
+
+    def __len__(self) -> int:
+        return len(self.pictures)
 
     @property
     def about(self) -> str:
@@ -173,8 +183,13 @@ def subject_of(config: RunConfig) -> Subject:
     if config.evaluation.real_images is not None:
         return Subject(prompts, wanted, ImageFolder.open(config.evaluation.real_images), None, about)
     if pictures:
-        real = DataPictures(pictures, image_size(configs_folder(config)), _seen(data, len(pictures)))
-        return Subject(prompts, wanted, real, None, about, () if data.held_out else (_TRAINED_ON,))
+        size = image_size(configs_folder(config))
+        real = DataPictures(pictures, size, _seen(data, len(pictures)))
+        if not data.held_out:
+            return Subject(prompts, wanted, real, None, about, (_TRAINED_ON,))
+        seen = tuple(training_pictures(data, count=len(pictures)))
+        other = DataPictures(seen, size, "that were trained on")
+        return Subject(prompts, wanted, real, other, about)
     if wanted is None:
         return Subject(prompts, None, None, None, about)
     first, second = (Renderings(wanted, derive_seed(seed, name) % 2**32) for name in ("real", "other real"))

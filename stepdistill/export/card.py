@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from stepdistill.config import RunConfig
 from stepdistill.export.scheduler import trained_timesteps
 from stepdistill.models.folder import EMBEDDED_TEACHER, teacher_kind
-from stepdistill.report.markdown import markdown_table
+from stepdistill.report.markdown import markdown_table, table_notes
 from stepdistill.report.results import read_results
 from stepdistill.rungs import RungRecord
 from stepdistill.teacher_source import teacher_folder
@@ -34,7 +34,7 @@ Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on tha
 
 {{ table }}
 
-{{ images }} images a row, equal prompts and noise.
+{{ notes }}
 {% endif %}
 {% if grid %}
 
@@ -113,7 +113,7 @@ def model_card(
         timesteps=trained_timesteps(scheduler, record.student_steps),
         table=None if energy_kept is not None else _table(results, record.student_steps),
         kept=None if energy_kept is None else f"{100 * energy_kept:.1f} %",
-        images=results.get("num_images"),
+        notes=table_notes(results),
         grid=GRID if (folder / GRID).is_file() else None,
         tools=tools,
         euler_share=float((1 - scheduler.alphas_cumprod[-1]).sqrt()),

@@ -27,8 +27,10 @@ def distance_plots(entries: Sequence[Entry]) -> list[Plot]:
     plots = []
     for key in _DISTANCES:
         title = "FID to the teacher" if key == "fid_to_teacher" else "FID to real images"
-        floors = [floor for e in entries if (floor := e.run.floor.get(key))]
-        floor = floors[0] if floors else None
+        floors = {floor for e in entries if (floor := e.run.floor.get(key))}
+        floor = (
+            floors.pop() if len(floors) == 1 else None
+        )  # of several runs each has its own: the table has them
         for x_key, x_label, over in (
             ("steps", "steps", "steps"),
             ("seconds_per_image", "seconds per image", "cost"),

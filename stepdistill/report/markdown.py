@@ -31,24 +31,8 @@ def markdown_table(rows: list[dict[str, Any]], metrics: Mapping[str, Mapping[str
 
 def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] = ()) -> str:
     """results.md: the table, what it was measured on, and what the data came to."""
-    metrics, floor = results.get("metrics"), results.get("floor") or {}
-    real = floor.get("fid_to_real")
-    reference = results.get("reference", "the teacher")
-    notes = [
-        f"{results.get('num_images', 'Some')} images a row, equal prompts and noise. FID to teacher: against images of "
-        f"{reference} from other seeds; paired FID and latent MSE: against its images of the same noise, 0 for itself."
-    ]
-    protocol = results.get("protocol") or {}
-    if "prompts" in protocol:
-        notes.append(f"Prompts: {protocol['prompts']}. Real images: {protocol.get('real_images')}.")
-    if results.get("unmeasured"):
-        notes.append(f"Not measured yet: {', '.join(map(str, results['unmeasured']))}.")
-    if real is not None:
-        notes.append(f"Two sets of real images are {real:.1f} apart at this number of images.")
-    if floor.get("fid_to_teacher") is not None:
-        notes.append(f"The teacher itself is {floor['fid_to_teacher']:.2f} from its images of other seeds.")
-    rows = results["rows"]
-    parts = [f"# {name}", markdown_table(rows), " ".join(notes), "![same noise per column](grid.png)"]
+    metrics, rows = results.get("metrics"), results["rows"]
+    parts = [f"# {name}", markdown_table(rows), table_notes(results), "![same noise per column](grid.png)"]
     if metrics:
         parts += ["## All metrics", markdown_table(rows, metrics)]
     absent = [f"\n- {one.get('columns')}: {one.get('why')}" for one in results.get("absent") or []]
@@ -58,6 +42,36 @@ def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] =
         kinds = "".join(f"\n- {kind}: {count:,}" for kind, count in counts.bad.items())
         parts.append(f"{counts}{kinds}")
     return "\n\n".join(parts) + "\n"
+
+
+def table_notes(results: Mapping[str, Any]) -> str:
+    """What a reader of the table must know, in a paragraph: what each distance is to, how far two sets of one kind are
+    apart, and whose the prompts and the real images are."""
+    floor, noise, protocol = (results.get(key) or {} for key in ("floor", "other_noise", "protocol"))
+    reference = results.get("reference", "the teacher")
+    notes = [
+        f"{results.get('num_images', 'Some')} images a row, equal prompts and noise. FID to teacher: against images of "
+        f"{reference} from other seeds; paired FID and latent MSE: against its images of the same noise, 0 for itself."
+    ]
+    if "prompts" in protocol:
+        notes.append(f"Prompts: {protocol['prompts']}. Real images: {protocol.get('real_images')}.")
+    if results.get("unmeasured"):
+        notes.append(f"Not measured yet: {', '.join(map(str, results['unmeasured']))}.")
+    if floor.get("fid_to_real") is not None:
+        second = f" (the other: {protocol['other_real_images']})" if protocol.get("other_real_images") else ""
+        notes.append(f"Floor of FID to real, two sets of real images{second}: {floor['fid_to_real']:.1f}.")
+    if floor.get("fid_to_teacher") is not None:
+        notes.append(
+            f"Floor of FID to teacher, {reference} against its own images of other seeds: {floor['fid_to_teacher']:.2f}."
+        )
+    paired = [
+        f"{title} {noise[key]:{spec}}"
+        for key, (title, spec) in _METRICS.items()
+        if isinstance(noise.get(key), int | float)
+    ]
+    if paired:
+        notes.append(f"{reference} with other noise, image by image against itself: {', '.join(paired)}.")
+    return " ".join(notes)
 
 
 def _text(value: Any, key: str, spec: str) -> str:

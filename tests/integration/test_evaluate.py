@@ -188,6 +188,11 @@ def test_an_interrupted_measuring_leaves_the_rows_that_were_measured_on_the_page
     (tmp_path / "scorer.py").write_text("print('{\"taste\": 1}')")
     assert evaluate(config)["unmeasured"] == []
     assert "not measured to the end" not in (stages.report(config) / "index.html").read_text(encoding="utf-8")
+    whole = saved(config)
+    (tmp_path / "scorer.py").write_text("import sys; sys.exit('gone again')")
+    with pytest.raises(ValueError, match="gone again"):
+        evaluate(config)
+    assert saved(config) == whole  # a part of the same rows would say less
 
 
 def test_a_net_that_learned_measures_and_without_any_the_table_says_what_it_lacks(copy_of, tmp_path):

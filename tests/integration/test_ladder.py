@@ -247,6 +247,13 @@ def test_the_card_has_the_numbers_and_the_picture_of_a_measured_run(finished_run
     rows = re.findall(r"^\| ([a-z]+-\d+) \|", card, flags=re.MULTILINE)
     assert rows == ["teacher-32", "teacher-4", "student-4"]
     assert "](grid.png)" in card
+    for said in (
+        "FID to teacher: against images of teacher-32 from other seeds",
+        "Floor of FID to teacher",
+        "with other noise",
+    ):
+        assert said in card
+    assert "Real images: 16 renderings of the prompts." in card
     assert (folder / "grid.png").read_bytes() == (finished_run.run_dir / "report" / "grid.png").read_bytes()
     shutil.copytree(finished_run.run_dir, tmp_path / finished_run.name)
     copy = finished_run.model_copy(update={"export": Export(rank=2), "output_dir": str(tmp_path)})

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from stepdistill.report.build import build_report
-from stepdistill.report.markdown import markdown_table
+from stepdistill.report.markdown import markdown_table, table_notes
 from tests.browser.synthetic_run import HOSTILE, load, make_run, save, write_training
 
 MANIFEST = {
@@ -258,6 +258,7 @@ def test_several_runs_are_compared_rung_by_rung(run, tmp_path):
         for row in results["rows"]:
             row["fid_to_teacher"] -= 0.5 * (row["kind"] == "student")
         results["protocol"]["seed"] = 2
+        results["floor"]["fid_to_teacher"] = 2.4
 
     other = changed(run, tmp_path, better)
     page = page_of([run, other], output=tmp_path / "comparison", grid_columns=4)
@@ -274,6 +275,13 @@ def test_several_runs_are_compared_rung_by_rung(run, tmp_path):
     facts = json.loads((tmp_path / "comparison" / "results.json").read_text())
     assert list(facts["runs"]) == ["letters", "changed"]
     assert "| changed: student-4 | 4 |" in (tmp_path / "comparison" / "results.md").read_text()
+    spoken = {
+        picture["alt"].split(" over ")[0]: picture["alt"]
+        for picture in page.all("img")
+        if " over steps" in picture["alt"]
+    }
+    assert "floor" not in spoken["FID to the teacher"]  # each run has another
+    assert spoken["FID to real images"].endswith("The floor is 5.8.")
 
 
 def test_a_comparisons_folder_is_beside_the_runs(run, tmp_path):
@@ -325,6 +333,24 @@ def test_the_markdown_tables_columns_are_the_readmes_or_the_metrics(run):
     assert markdown_table([{**rows[0], "row": "a|b"}], chosen).splitlines()[2] == (
         "| a\\|b | 64 | 0.97 | 0.0640 | 1.0 x |"
     )
+
+
+def test_the_tables_notes_say_what_each_number_is_compared_with(run):
+    results = load(run)
+    results["protocol"] |= {"prompts": "a file's", "real_images": "80 pictures held out from training"}
+    results["protocol"]["other_real_images"] = "80 pictures that were trained on"
+    notes = table_notes(results)
+    for said in (
+        "FID to teacher: against images of teacher-32 from other seeds; paired FID and latent MSE: against its images of",
+        "Real images: 80 pictures held out from training.",
+        "Floor of FID to real, two sets of real images (the other: 80 pictures that were trained on): 5.8.",
+        "Floor of FID to teacher, teacher-32 against its own images of other seeds: 2.60.",
+        "teacher-32 with other noise, image by image against itself: paired FID 2.60, latent MSE to teacher 0.9000.",
+    ):
+        assert said in notes
+    del results["floor"], results["other_noise"]
+    assert "loor" not in table_notes(results)
+    assert "other noise" not in table_notes(results)
 
 
 def test_the_report_needs_no_torch():

@@ -5,6 +5,8 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config_file import load_config
+from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.protocol import real_warnings
 from stepdistill.evaluation.subject import ImageFolder, Renderings, subject_of
 
 
@@ -89,9 +91,40 @@ def test_a_folder_of_captioned_pictures_is_its_own_subject(tmp_path):
     pictures = torch.cat(list(subject.real.batches()))
     assert pictures.shape == (len(captions), 3, 32, 32)
     assert pictures[:, 0, 0, 0].tolist() == [3 * int(caption.split()[1]) for caption in captions]
+    second = torch.cat(
+        list(subject.other_real.batches())
+    )  # as many that were trained on: the floor of FID to real
+    assert second.shape == pictures.shape
+    shades = [set(some[:, 0, 0, 0].tolist()) for some in (second, pictures)]
+    assert len(shades[0]) == len(captions)
+    assert not shades[0] & shades[1]
+    assert subject.other_real.about == f"{len(captions)} pictures that were trained on, 32 x 32"
     before = subject.real.key
     Image.new("RGB", (50, 40), (9, 9, 9)).save(tmp_path / f"{int(captions[0].split()[1]):02d}.png")
     assert subject.real.key != before
+
+
+def test_few_real_images_and_a_missing_floor_are_warned_of(tmp_path):
+    for k in range(80):
+        Image.new("RGB", (50, 40), (3 * k, 0, 0)).save(tmp_path / f"{k:02d}.png")
+        (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
+    options = [f"data.source={tmp_path}", "evaluation.features=reader"]
+    said = {}
+    for share in (0, 0.25):
+        config = load_config("configs/letters.yaml", [*options, f"data.held_out={share}"])
+        distances = Distances(config.evaluation)
+        said[share] = real_warnings(subject_of(config), distances)
+        dimension = distances.main.extractor.num_features
+    of_few = (
+        f"real images for {dimension} features: FID to real rests on a covariance that so few cannot tell"
+    )
+    assert len(said[0]) == 2
+    assert f"80 {of_few}" in said[0][0]
+    assert said[0][1] == "FID and KID to real have no floor: there is no second set of real images"
+    assert len(said[0.25]) == 1
+    assert of_few in said[0.25][0]
+    letters = config_with("evaluation.num_images=300", "evaluation.features=reader")
+    assert real_warnings(subject_of(letters), distances) == []
 
 
 def test_too_few_held_out_pictures_are_refused(tmp_path):
