@@ -8,6 +8,7 @@ Waiting is what a rung's log says of it. Preparing is timed on photograph-sized 
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -21,26 +22,29 @@ import torch
 from PIL import Image
 from random_teacher import build, build_vae
 
-from stepdistill.config import Data, Phase, RunConfig
+from stepdistill.config import Data, Phase, RunConfig, Rung
 from stepdistill.config_file import load_config
-from stepdistill.data.batches import draw_batch
+from stepdistill.data.batches import Batch, draw_batch
 from stepdistill.data.buckets import Sizes
-from stepdistill.data.cache import load_cache
+from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.data.encode import Encoder, encode_pictures
 from stepdistill.data.prepare import prepare
 from stepdistill.data.records import records
 from stepdistill.data.samples import cover
 from stepdistill.data.source import picture_of
+from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.ladder import distill
-from stepdistill.models.discriminator import build_discriminator, encode
-from stepdistill.models.loading import load_encoders, load_schedule, load_unet, read_scheduler_config
-from stepdistill.models.roles import Roles
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.discriminator import Discriminator, build_discriminator
+from stepdistill.models.loading import load_encoders, load_noise_path, load_unet, read_scheduler_config
+from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan import phase_forwards
 from stepdistill.run_folder import open_run
 from stepdistill.runtime import environment
 from stepdistill.teacher_source import teacher_folder
 from stepdistill.training.log import read_log
-from stepdistill.training.steps import Denoisers, phase_step
+from stepdistill.training.losses import losses_of
+from stepdistill.training.samples import Samples
 
 
 def timed(action: Callable[[], object], iterations: int) -> float:
@@ -56,70 +60,102 @@ def timed(action: Callable[[], object], iterations: int) -> float:
     return statistics.median(seconds)
 
 
+def denoisers(config: RunConfig, rung_index: int, device: torch.device) -> tuple[Denoiser, Denoiser]:
+    """Student and teacher of a rung, untrained: on the first rung the teacher is the base with guidance."""
+    base = teacher_folder(config)
+    unet = load_unet(base).to(device)
+    network = SharedNetwork.with_student_and_teacher(unet, rank=config.lora.rank, seed=0)
+    noise_path, kind = load_noise_path(read_scheduler_config(base))
+    student = Denoiser(network, STUDENT, noise_path.to(device), kind, trains=True)
+    if rung_index:
+        return student, dataclasses.replace(student, adapter=TEACHER, trains=False)
+    guided = {"guidance_scale": config.teacher.guidance_scale}
+    guided["unconditional"] = load_cache(config).unconditional.to(device, torch.float32)
+    return student, dataclasses.replace(student, adapter=None, trains=False, **guided)
+
+
 def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: int) -> dict:
     rung = config.ladder[rung_index]
-    base = teacher_folder(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    roles = Roles(load_unet(base).to(device), rank=config.lora.rank, seed=0)
-    roles.teacher_is_base = rung_index == 0
+    student, teacher = denoisers(config, rung_index, device)
     cache = load_cache(config)
-    schedule, kind = load_schedule(read_scheduler_config(base))
-    guidance = config.teacher.guidance_scale if roles.teacher_is_base else 1.0
-    nets = Denoisers(roles, schedule, cache.unconditional.to(device, torch.float32), kind, kind, guidance)
     discriminator = build_discriminator(
-        roles, phase, base=base, rank=config.lora.rank, seed=0, sample_size=cache.smallest_side
+        student.network,
+        phase,
+        base=teacher_folder(config),
+        rank=config.lora.rank,
+        seed=0,
+        sample_size=cache.smallest_side,
     )
-    size = config.training.train_batch_size
-    batch = draw_batch(
+    batch = first_batch(config, rung, phase, cache, student.noise_path, device)
+
+    def iteration() -> None:
+        samples = Samples(batch, student=student, teacher=teacher, discriminator=discriminator)
+        for loss in losses_of(samples, phase).by_role.values():
+            loss.backward()
+
+    evaluations = rung.teacher_steps // rung.student_steps * (2 if teacher.guidance_scale > 1 else 1)
+    bare = bare_seconds(batch, teacher, discriminator, evaluations, iterations)
+    whole = timed(iteration, iterations)
+    return {
+        "rung": f"{rung.teacher_steps} -> {rung.student_steps}",
+        "objective": phase.objective,
+        "batch": len(batch.noise),
+        "planned_forwards": round(phase_forwards(config, rung, phase), 2),
+        "iteration_seconds": round(whole, 4),
+        "bare_seconds": round(bare, 4),
+        "ratio": round(whole / bare, 3),
+    }
+
+
+def first_batch(
+    config: RunConfig,
+    rung: Rung,
+    phase: Phase,
+    cache: LatentCache,
+    noise_path: VariancePreserving,
+    device: torch.device,
+) -> Batch:
+    """As a phase draws its first one."""
+    return draw_batch(
         cache,
-        list(range(size)),
+        list(range(config.training.train_batch_size)),
+        noise_path=noise_path,
         student_steps=rung.student_steps,
         node_steps=rung.student_steps,
+        teacher_steps=rung.teacher_steps,
+        perturbation_weights=phase.discriminator.perturbation_weights,
         seed=0,
         keys=("bench",),
         device=device,
         dtype=torch.float32,
     )
 
-    def iteration() -> None:
-        result = phase_step(
-            nets,
-            batch,
-            phase,
-            teacher_steps=rung.teacher_steps,
-            discriminator=discriminator,
-        )
-        for loss in result.losses.values():
-            loss.backward()
+
+def bare_seconds(
+    batch: Batch, teacher: Denoiser, discriminator: Discriminator | None, evaluations: int, iterations: int
+) -> float:
+    """Seconds of an update's passes alone: the teacher's evaluations, the student's pass and D's (4 paired, 3 single)."""
+    network, asked = teacher.network, (batch.noise, batch.timesteps, batch.conditioning)
 
     def teacher_forward() -> None:
-        with roles.teacher():
-            roles.predict(batch.noise, batch.timesteps, batch.conditioning)
+        with torch.no_grad(), network.using(teacher.adapter):
+            network.ask(*asked)
 
     def student_pass() -> None:
-        with roles.student():
-            roles.predict(batch.noise, batch.timesteps, batch.conditioning).square().mean().backward()
+        with network.using(STUDENT):
+            network.ask(*asked).square().mean().backward()
+
+    seconds = evaluations * timed(teacher_forward, iterations) + timed(student_pass, iterations)
+    if discriminator is None:
+        return seconds
 
     def encoder_pass() -> None:
-        with roles.discriminator(trainable=True):
+        with discriminator.active(trains=True):
             x = batch.noise.clone().requires_grad_(True)
-            encode(roles.unet, x, batch.timesteps, batch.conditioning)[-1].square().mean().backward()
+            discriminator.features(x, batch.timesteps, batch.conditioning)[-1].square().mean().backward()
 
-    forwards = phase_forwards(config, rung, phase)
-    evaluations = rung.teacher_steps // rung.student_steps * (2 if guidance > 1 else 1)
-    encodings = {"paired": 4, "single": 3}.get(phase.objective, 0)
-    bare = evaluations * timed(teacher_forward, iterations) + timed(student_pass, iterations)
-    bare += encodings * timed(encoder_pass, iterations) if encodings else 0.0
-    whole = timed(iteration, iterations)
-    return {
-        "rung": f"{rung.teacher_steps} -> {rung.student_steps}",
-        "objective": phase.objective,
-        "batch": size,
-        "planned_forwards": round(forwards, 2),
-        "iteration_seconds": round(whole, 4),
-        "bare_seconds": round(bare, 4),
-        "ratio": round(whole / bare, 3),
-    }
+    return seconds + (4 if discriminator.paired else 3) * timed(encoder_pass, iterations)
 
 
 def bench_waiting(config: RunConfig, iterations: int) -> dict:

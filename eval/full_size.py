@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves
 from stepdistill import stages
 from stepdistill.config import Phase, RunConfig
 from stepdistill.config_file import load_config
-from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.discriminator import Discriminator
-from stepdistill.models.roles import Roles
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.shared_network import STUDENT, SharedNetwork
 from stepdistill.run_folder import resolved
 from stepdistill.runtime import WEIGHT_DTYPES, environment
 from stepdistill.training.log import read_log
@@ -114,7 +114,7 @@ def fused_attention() -> Iterator[None]:
         torch.nn.functional.scaled_dot_product_attention = before
 
 
-def largest_piece(roles: Roles, run: Any) -> int:
+def largest_piece(network: SharedNetwork, run: Any) -> int:
     """The most that one checkpointed module keeps while it is computed again."""
     sizes: list[int] = []
 
@@ -123,9 +123,9 @@ def largest_piece(roles: Roles, run: Any) -> int:
         sizes.append(saved_bytes(lambda: result.append(module(*args))))
         return result[0]
 
-    roles.unet.enable_gradient_checkpointing(spy)
+    network.model.enable_gradient_checkpointing(spy)
     run()
-    roles.unet.enable_gradient_checkpointing(roles.checkpointed)
+    network.model.enable_gradient_checkpointing(network.checkpointed)
     return max(sizes)
 
 
@@ -145,15 +145,15 @@ def estimate(config: RunConfig, family: str) -> dict[str, Any]:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**options).to(dtype).eval().requires_grad_(False)
         base = base_bytes(unet, dtype, training.base_quantization)
-        roles = Roles(
+        network = SharedNetwork.with_student_and_teacher(
             unet, rank=config.lora.rank, seed=0, gradient_checkpointing=training.gradient_checkpointing
         )
-    student = sum(p.numel() for p in roles.student_parameters)
+    student = sum(p.numel() for p in network.group(STUDENT).values())
     parts = {"base": base, "student": student * _MASTER, "teacher": student * 4}
     side, batch = options["sample_size"], training.train_batch_size
     phases: dict[str, Any] = {}
     for phase in {(p.objective, p.discriminator): p for rung in config.ladder for p in rung.phases}.values():
-        phases[phase.objective] = _phase(roles, phase, config, side=side, batch=batch, dtype=dtype)
+        phases[phase.objective] = _phase(network, phase, config, side=side, batch=batch, dtype=dtype)
     discriminator = max(phase.get("discriminator", 0) for phase in phases.values())
     phases["preview"] = {"discriminator": discriminator, **_preview(family, side)}
     return {"parts": parts, "phases": phases}
@@ -169,56 +169,66 @@ def _preview(family: str, side: int) -> dict[str, int]:
 
 
 def _phase(
-    roles: Roles, phase: Phase, config: RunConfig, *, side: int, batch: int, dtype: torch.dtype
+    network: SharedNetwork, phase: Phase, config: RunConfig, *, side: int, batch: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    unet = roles.unet
+    unet = network.model
     sample = torch.empty(batch, 4, side, side, device="meta", requires_grad=True)
     timesteps = torch.empty(batch, dtype=torch.int64, device="meta")
-    told = _told(unet, batch)
+    conditioning = _conditioning(unet, batch)
     context = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
 
     def student() -> None:
-        with context, roles.student():
-            roles.predict(sample, timesteps, told).float().square().mean()
+        with context, network.using(STUDENT):
+            network.ask(sample, timesteps, conditioning).float().square().mean()
 
     found = {"student's activations": saved_bytes(student)}
     if config.training.gradient_checkpointing:
-        found["recomputed at once"] = largest_piece(roles, student)
+        found["recomputed at once"] = largest_piece(network, student)
     if phase.objective in ("paired", "single"):
-        with torch.device("meta"):
-            discriminator = Discriminator(
-                roles,
-                trunk=phase.discriminator.trunk,
-                heads=phase.discriminator.heads,
-                paired=phase.objective == "paired",
-                rank=config.lora.rank,
-                seed=0,
-                sample_size=side,
-                base=UNet2DConditionModel.from_config(unet.config)
-                if phase.discriminator.trunk == "full"
-                else None,
-            )
-        twice = Conditioning.concat(told, told)
-
-        def judge(rows: int, conditioning: Conditioning, *, trainable: bool) -> None:
-            seen = torch.empty(rows, 4, side, side, device="meta", requires_grad=not trainable)
-            at = torch.empty(rows, dtype=torch.int64, device="meta")
-            with context, roles.discriminator(trainable=trainable):
-                features = discriminator.features(seen, at, conditioning)
-                beside = [f.detach() for f in features] if discriminator.paired else None
-                discriminator.logits(features, beside)
-
-        count = sum(p.numel() for p in roles.discriminator_parameters)
-        found |= {
-            "discriminator": count * _MASTER,
-            "discriminator's activations": saved_bytes(lambda: judge(2 * batch, twice, trainable=True))
-            + saved_bytes(lambda: judge(batch, told, trainable=False)),
-        }
-        roles.drop_discriminator()
+        found |= _discriminator(network, phase, config, conditioning, side=side, context=context)
     return found
 
 
-def _told(unet: UNet2DConditionModel, batch: int) -> Conditioning:
+def _discriminator(
+    network: SharedNetwork,
+    phase: Phase,
+    config: RunConfig,
+    conditioning: Conditioning,
+    *,
+    side: int,
+    context: torch.autocast,
+) -> dict[str, int]:
+    """What D holds, and what autograd keeps of its two forwards: on real and student samples, and for the student."""
+    options = phase.discriminator
+    with torch.device("meta"):
+        discriminator = Discriminator(
+            network,
+            trunk=options.trunk,
+            heads=options.heads,
+            paired=phase.objective == "paired",
+            rank=config.lora.rank,
+            seed=0,
+            sample_size=side,
+            base=UNet2DConditionModel.from_config(network.model.config) if options.trunk == "full" else None,
+        )
+
+    def judge(given: Conditioning, *, trains: bool) -> None:
+        seen = torch.empty(len(given), 4, side, side, device="meta", requires_grad=not trains)
+        at = torch.empty(len(given), dtype=torch.int64, device="meta")
+        with context, discriminator.active(trains=trains):
+            features = discriminator.features(seen, at, given)
+            beside = [f.detach() for f in features] if discriminator.paired else None
+            discriminator.logits(features, beside)
+
+    twice = Conditioning.concat(conditioning, conditioning)
+    activations = saved_bytes(lambda: judge(twice, trains=True))
+    activations += saved_bytes(lambda: judge(conditioning, trains=False))
+    count = sum(p.numel() for p in discriminator.trained.values())
+    discriminator.close()
+    return {"discriminator": count * _MASTER, "discriminator's activations": activations}
+
+
+def _conditioning(unet: UNet2DConditionModel, batch: int) -> Conditioning:
     hidden = torch.empty(batch, 77, unet.config.cross_attention_dim, device="meta", dtype=unet.dtype)
     if unet.config.addition_embed_type != "text_time":
         return Conditioning(hidden)

@@ -11,32 +11,32 @@ from safetensors.torch import load_file
 
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.durable import sha256_file, writing
 from stepdistill.fork import take_rungs
 from stepdistill.ladder_checks import prediction_types
 from stepdistill.models import adapters
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
 from stepdistill.models.loading import (
     fingerprint,
-    load_schedule,
+    load_noise_path,
     load_unet,
     load_vae,
     read_scheduler_config,
     vae_dtype,
 )
 from stepdistill.models.lora_file import write_lora
-from stepdistill.models.roles import STUDENT, TEACHER, Roles
+from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.rng import derive_seed
 from stepdistill.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 from stepdistill.runtime import Runtime, release_memory
 from stepdistill.teacher_source import teacher_folder
 from stepdistill.training.log import TrainingLog
-from stepdistill.training.phase_looks import BaseTeacher, PhaseLooks
+from stepdistill.training.phase import PhaseSetup, run_phase
+from stepdistill.training.phase_looks import PhaseLooks
 from stepdistill.training.pictures import Painter
 from stepdistill.training.preview import MOST_TEACHER_STEPS, Preview
-from stepdistill.training.stage import Stage, run_stage
-from stepdistill.training.steps import Denoisers
 
 logger = logging.getLogger(__name__)
 _UNET_PREFIX = "unet."
@@ -44,17 +44,26 @@ _UNET_PREFIX = "unet."
 
 @dataclass(frozen=True)
 class Shared:
-    """What all rungs of a run share."""
+    """What all rungs of a run share.
+
+    base            the teacher's folder
+    network         its U-Net with the adapters of student and teacher
+    undistilled     the teacher that the first rung copies: the base alone, guided
+    """
 
     config: RunConfig
     base: Path
-    roles: Roles
-    schedule: NoiseSchedule
-    base_prediction_type: str
+    network: SharedNetwork
+    undistilled: Denoiser
     cache: LatentCache
     painter: Painter
     looks: PhaseLooks
     runtime: Runtime
+
+    @property
+    def noise_path(self) -> VariancePreserving:
+        """The base's."""
+        return self.undistilled.noise_path
 
 
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[int]:
@@ -96,29 +105,42 @@ def _unfinished(config: RunConfig) -> list[Rung]:
 
 
 def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
-    """The base U-Net with its roles, the cache and what else all rungs need; models of earlier stages are freed first."""
+    """The shared network, the cache and what else all rungs need; models of earlier stages are freed first."""
     release_memory()
     base = teacher_folder(config)
     unet = load_unet(base, dtype=runtime.weight_dtype, quantization=config.training.base_quantization).to(
         runtime.device
     )
-    schedule, prediction_type = load_schedule(read_scheduler_config(base))
-    roles = Roles(
+    network = SharedNetwork.with_student_and_teacher(
         unet,
         rank=config.lora.rank,
         seed=derive_seed(config.seed, "lora"),
         gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+    noise_path, prediction_type = load_noise_path(read_scheduler_config(base))
+    cache = load_cache(config)
+    undistilled = Denoiser(
+        network,
+        None,
+        noise_path.to(runtime.device),
+        prediction_type,
+        guidance_scale=config.teacher.guidance_scale,
+        unconditional=cache.unconditional.to(runtime.device, runtime.weight_dtype),
     )
     painter = Painter(
         load_vae(base, dtype=vae_dtype(base, runtime.weight_dtype)),
         batch_size=config.training.train_batch_size,
         autocast=runtime.autocast,
     )
-    cache = load_cache(config)
-    steps = min(config.evaluation.teacher_steps[0], MOST_TEACHER_STEPS)
-    teacher = BaseTeacher(prediction_type, config.teacher.guidance_scale, steps)
-    looks = PhaseLooks(painter, cache, teacher, images=config.preview.looks_images, seed=config.seed)
-    return Shared(config, base, roles, schedule, prediction_type, cache, painter, looks, runtime)
+    looks = PhaseLooks(
+        painter,
+        cache,
+        undistilled,
+        teacher_steps=min(config.evaluation.teacher_steps[0], MOST_TEACHER_STEPS),
+        images=config.preview.looks_images,
+        seed=config.seed,
+    )
+    return Shared(config, base, network, undistilled, cache, painter, looks, runtime)
 
 
 def _warn_of_bursts(shared: Shared) -> None:
@@ -138,110 +160,136 @@ def _warn_of_bursts(shared: Shared) -> None:
 
 
 def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
-    config, roles = shared.config, shared.roles
+    config, network = shared.config, shared.network
     position = config.ladder.index(rung)
-    kinds = prediction_types(config, shared.base_prediction_type)
     started = time.monotonic()
     if position:
-        adapters.load_adapter_state(roles.unet, STUDENT, read_lora(config.run_dir, rung.teacher_steps))
+        adapters.load_adapter_state(network.model, STUDENT, read_lora(config.run_dir, rung.teacher_steps))
     partial = config.run_dir / "rungs" / f".{rung.student_steps}.partial"
     if shared.runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         with writing(partial):
             partial.mkdir(parents=True)
     shared.runtime.wait()
-    preview = Preview(
-        shared.painter,
-        shared.cache,
-        list(config.preview.prompts),
-        seed=config.seed,
-        folder=partial / "previews",
-    )
+    prompts, folder = list(config.preview.prompts), partial / "previews"
+    preview = Preview(shared.painter, shared.cache, prompts, seed=config.seed, folder=folder)
+    predicted = prediction_types(config, shared.undistilled.prediction_type)
+    training = _RungTraining(shared, rung, predicted, preview, log)
     learned: DiscriminatorState | None = None
     for number, phase in enumerate(rung.phases):
-        learned = _train_phase(shared, rung, number, phase, kinds, preview, log, learned) or learned
+        learned = training.train_phase(number, phase, learned) or learned
     shared.runtime.wait()
     if shared.runtime.is_main:
-        save_lora(roles, partial)
-        record = RungRecord(
-            student_steps=rung.student_steps,
-            teacher_steps=rung.teacher_steps,
-            prediction_type=kinds[position],
-            lora_rank=config.lora.rank,
-            base_fingerprint=fingerprint(shared.base),
-            sha256=sha256_file(partial / WEIGHT_NAME),
-            training_seconds=round(time.monotonic() - started, 1),
-            start_timestep=rung.start_timestep,
-        )
-        record.write(partial)
-        final = rung_folder(config.run_dir, rung.student_steps)
-        with writing(final):
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+        seconds = round(time.monotonic() - started, 1)
+        _finish_rung(shared, rung, partial, prediction_type=predicted[position], seconds=seconds)
     shared.runtime.wait()
 
 
-def _train_phase(
-    shared: Shared,
-    rung: Rung,
-    number: int,
-    phase: Phase,
-    kinds: list[str],
-    preview: Preview,
-    log: TrainingLog | None,
-    learned: DiscriminatorState | None,
-) -> DiscriminatorState | None:
-    """Trains one phase. Takes what D learned in the phases before on this rung, and returns what it has learned now, where a
-    later phase carries that on."""
-    config, roles = shared.config, shared.roles
-    students = [r.student_steps for r in config.ladder]
-    earlier = students[: students.index(rung.student_steps)]
-    teacher_steps = phase.teacher_steps or rung.teacher_steps
-    roles.teacher_is_base = teacher_steps not in earlier
-    teacher_kind = shared.base_prediction_type
-    if not roles.teacher_is_base:
-        adapters.load_adapter_state(roles.unet, TEACHER, read_lora(config.run_dir, teacher_steps))
-        teacher_kind = kinds[students.index(teacher_steps)]
-    nets = Denoisers(
-        roles=roles,
-        schedule=shared.schedule,
-        unconditional=shared.cache.unconditional.to(shared.runtime.device, shared.runtime.weight_dtype),
-        teacher_prediction_type=teacher_kind,
-        student_prediction_type=kinds[students.index(rung.student_steps)],
-        guidance_scale=config.teacher.guidance_scale if roles.teacher_is_base else 1.0,
+def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: str, seconds: float) -> None:
+    """The LoRA and its record into the rung's folder, which has its own name from then on."""
+    save_lora(shared.network, partial)
+    record = RungRecord(
+        student_steps=rung.student_steps,
+        teacher_steps=rung.teacher_steps,
+        prediction_type=prediction_type,
+        lora_rank=shared.config.lora.rank,
+        base_fingerprint=fingerprint(shared.base),
+        sha256=sha256_file(partial / WEIGHT_NAME),
+        training_seconds=seconds,
         start_timestep=rung.start_timestep,
     )
-    discriminator = build_discriminator(
-        roles,
-        phase,
-        base=shared.base,
-        rank=config.lora.rank,
-        seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
-        sample_size=shared.cache.smallest_side,
-        carried=learned,
-    )
+    record.write(partial)
+    final = rung_folder(shared.config.run_dir, rung.student_steps)
+    with writing(final):
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
 
-    def draw(name: str) -> None:
+
+@dataclass(frozen=True)
+class _RungTraining:
+    """The phases of one rung. prediction_types: of the student of each rung of the ladder."""
+
+    shared: Shared
+    rung: Rung
+    prediction_types: list[str]
+    preview: Preview
+    log: TrainingLog | None
+
+    def train_phase(
+        self, number: int, phase: Phase, learned: DiscriminatorState | None
+    ) -> DiscriminatorState | None:
+        """Trains one phase. Takes what D learned in the phases before on this rung, and returns what it has learned now,
+        where a later phase carries that on."""
+        shared, rung = self.shared, self.rung
+        setup = self._setup(number, phase, learned)
+        run_phase(setup, runtime=shared.runtime, log=self.log)
         if shared.runtime.is_main:
-            preview.draw(name, nets, teacher_steps=teacher_steps, student_steps=rung.student_steps)
+            path = self.preview.folder / f"phase{number}-{phase.objective}-end.json"
+            shared.looks.write(path, setup.student, steps=rung.student_steps)
+        if setup.discriminator is None:
+            return None
+        carries_on = any(p.discriminator.start == "carried" for p in rung.phases[number + 1 :])
+        learned = setup.discriminator.state() if carries_on else None
+        setup.discriminator.close()
+        return learned
 
-    stage = Stage(
-        rung, phase, number, config.training, config.seed, nets, discriminator, shared.cache, preview=draw
-    )
-    run_stage(stage, runtime=shared.runtime, log=log)
-    if shared.runtime.is_main:
-        path = preview.folder / f"phase{number}-{phase.objective}-end.json"
-        shared.looks.write(path, nets, steps=rung.student_steps)
-    carries_on = any(p.discriminator.start == "carried" for p in rung.phases[number + 1 :])
-    learned = discriminator.state() if discriminator is not None and carries_on else None
-    roles.drop_discriminator()
-    return learned
+    def _setup(self, number: int, phase: Phase, learned: DiscriminatorState | None) -> PhaseSetup:
+        shared, rung, config = self.shared, self.rung, self.shared.config
+        student, teacher = self._student(), self._teacher(phase.teacher_steps or rung.teacher_steps)
+        discriminator = build_discriminator(
+            shared.network,
+            phase,
+            base=shared.base,
+            rank=config.lora.rank,
+            seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
+            sample_size=shared.cache.smallest_side,
+            carried=learned,
+        )
+
+        def draw(name: str) -> None:
+            if shared.runtime.is_main:
+                steps = (rung.student_steps, phase.teacher_steps or rung.teacher_steps)
+                self.preview.draw(name, student, teacher, student_steps=steps[0], teacher_steps=steps[1])
+
+        return PhaseSetup(
+            rung=rung,
+            phase=phase,
+            number=number,
+            training=config.training,
+            seed=config.seed,
+            student=student,
+            teacher=teacher,
+            discriminator=discriminator,
+            cache=shared.cache,
+            preview=draw,
+        )
+
+    def _student(self) -> Denoiser:
+        shared, rung = self.shared, self.rung
+        return Denoiser(
+            shared.network,
+            STUDENT,
+            shared.noise_path,
+            self.prediction_types[shared.config.ladder.index(rung)],
+            start_timestep=rung.start_timestep,
+            trains=True,
+        )
+
+    def _teacher(self, teacher_steps: int) -> Denoiser:
+        """The student of an earlier rung, its LoRA loaded, where one has so many steps; else the undistilled teacher."""
+        shared, students = self.shared, [r.student_steps for r in self.shared.config.ladder]
+        if teacher_steps not in students[: students.index(self.rung.student_steps)]:
+            return shared.undistilled
+        lora = read_lora(shared.config.run_dir, teacher_steps)
+        adapters.load_adapter_state(shared.network.model, TEACHER, lora)
+        prediction_type = self.prediction_types[students.index(teacher_steps)]
+        return Denoiser(shared.network, TEACHER, shared.noise_path, prediction_type)
 
 
-def save_lora(roles: Roles, folder: Path) -> None:
+def save_lora(network: SharedNetwork, folder: Path) -> None:
     """Writes the student's LoRA."""
-    state = adapters.adapter_state(roles.unet, STUDENT)
-    write_lora(folder, state, adapters.adapter_metadata(roles.unet, STUDENT))
+    state = adapters.adapter_state(network.model, STUDENT)
+    write_lora(folder, state, adapters.adapter_metadata(network.model, STUDENT))
 
 
 def read_lora(run_dir: Path, student_steps: int) -> dict:
@@ -268,18 +316,19 @@ def seconds_per_forward(config: RunConfig) -> float:
         dtype=runtime.weight_dtype,
         quantization=config.training.base_quantization,
     ).to(runtime.device)
-    roles = Roles(unet, rank=config.lora.rank, seed=0)
+    network = SharedNetwork(unet)
+    network.add_adapter(STUDENT, rank=config.lora.rank, seed=0)
     cache = load_cache(config)
     size, count = max(cache.sizes.items(), key=lambda item: item[1])
     samples = cache.samples(size, [k % count for k in range(config.training.train_batch_size)])
     sample = samples.latents.to(runtime.device)
-    told = samples.conditioning.to(runtime.device, runtime.weight_dtype)
+    conditioning = samples.conditioning.to(runtime.device, runtime.weight_dtype)
     timesteps = torch.full((len(sample),), 500, device=runtime.device)
     seconds = []
     for _ in range(3):
         started = time.monotonic()
-        with runtime.autocast(), roles.student():
-            roles.predict(sample, timesteps, told)
+        with runtime.autocast(), network.using(STUDENT):
+            network.ask(sample, timesteps, conditioning)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - started)

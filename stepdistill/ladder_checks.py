@@ -24,6 +24,12 @@ def loss_space_of(phase: Phase, student_prediction_type: str) -> str:
 def check_ladder(config: RunConfig, folder: Path) -> None:
     """ConfigError where the ladder or the table asks for what the teacher in `folder` cannot do."""
     _check_timesteps(config, num_train_timesteps(folder))
+    if is_zero_snr(folder) and prediction_type(folder) == "epsilon":
+        raise ConfigError(
+            f"teacher.path: got {config.teacher.path!r}, which predicts epsilon with zero terminal SNR: it says nothing of "
+            f"the picture at its first step; allowed: v_prediction or sample in its scheduler_config.json, or no "
+            f"rescale_betas_zero_snr"
+        )
     kinds = prediction_types(config, prediction_type(folder))
     for index, (before, kind) in enumerate(zip([prediction_type(folder), *kinds], kinds, strict=False)):
         _check_conversion(config, index, before, kind)

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
+from stepdistill.diffusion.grid import next_node, substeps, trailing_nodes
 from stepdistill.start_from import taken_steps
 from stepdistill.teacher_source import teacher_timesteps
 
@@ -13,7 +14,6 @@ _LORA_FORWARD = 1.083
 _STUDENT = _LORA_FORWARD + 1.268
 _DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
 _FROZEN_TRUNK = -2.2  # no backward into it, and no adapter: a single phase's 3.55 becomes 1.35
-_CLEAN = -1
 
 
 STAGES = ("prepare", "distill", "export", "evaluate", "report")
@@ -57,21 +57,13 @@ def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
 
 def _teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:
     """Mean number of the teacher's moves within one of the student's, over the nodes that the student is trained at."""
-    nodes, teacher, student = (
-        _trailing(steps, num_train_timesteps)
-        for steps in (rung.node_steps or rung.student_steps, teacher_steps, rung.student_steps)
-    )
-    student.append(_CLEAN)
+    count = num_train_timesteps
+    nodes = trailing_nodes(rung.node_steps or rung.student_steps, num_train_timesteps=count)
     moves = 0
     for node in nodes:
-        stepped = max(_CLEAN, node - round(num_train_timesteps / rung.student_steps))
-        end = student[student.index(node) + 1] if node in student else stepped
-        moves += 1 + sum(end < t < node for t in teacher)
+        end = next_node(node, rung.student_steps, num_train_timesteps=count)
+        moves += len(substeps(node, end, teacher_steps, num_train_timesteps=count)) - 1
     return moves / len(nodes)
-
-
-def _trailing(steps: int, num_train_timesteps: int) -> list[int]:
-    return [round(num_train_timesteps - k * (num_train_timesteps / steps)) - 1 for k in range(steps)]
 
 
 def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:

@@ -1,6 +1,6 @@
 """Device, precision and processes. Owns accelerate.
 
-The U-Net is not wrapped in DDP, which fails when roles switch: gradients of the role that trained are averaged over the
+The network is not wrapped in DDP, which fails when adapters switch: gradients of what trained are averaged over the
 processes in one flat all-reduce.
 """
 
@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of the base, by `training.mixed_precision`; what trains is float32 throughout."""
 _ON_CPU = not torch.cuda.is_available()
-"""Said aloud, or accelerate sees one process where torchrun started several."""
+"""Without cpu=True, accelerate ignores torchrun's processes on a CPU machine."""
 
 
 class Runtime:
@@ -70,6 +70,15 @@ class Runtime:
     def adapt_scale(self) -> None:
         """After each update, or each that was left out: half the scale where a gradient overflowed, more after a while."""
         self._scaler.update()
+
+    def loss_scale_state(self) -> dict[str, Any]:
+        """How far the loss is scaled now; empty outside float16."""
+        return self._scaler.state_dict()
+
+    def load_loss_scale_state(self, state: dict[str, Any]) -> None:
+        """Goes on from `loss_scale_state`."""
+        if state:
+            self._scaler.load_state_dict(state)
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replaces each gradient by its mean over the processes; parameters without one count as zero."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
+from stepdistill.models.network.conditioning import Conditioning
 
 
 def build_tiny_unet(seed: int = 0) -> UNet2DConditionModel:
@@ -36,11 +36,16 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 @pytest.fixture
-def schedule() -> NoiseSchedule:
+def noise_path() -> VariancePreserving:
     """Stable Diffusion's."""
-    return NoiseSchedule.from_betas(
+    return VariancePreserving.from_betas(
         make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     )
+
+
+def ends_of(noise_path, timesteps: torch.Tensor, student_steps: int) -> torch.Tensor:
+    """Where one move of the student leads from each of timesteps (B,)."""
+    return torch.tensor(noise_path.jump(timesteps.tolist(), student_steps))
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

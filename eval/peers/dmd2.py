@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import softplus
 
+from stepdistill.diffusion.grid import trailing_nodes
+from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.diffusion.prediction import convert
-from stepdistill.diffusion.schedule import NoiseSchedule, trailing_timesteps
 
 FAKE_UPDATES = 5
 GENERATOR_GAN_WEIGHT = 1e-3
@@ -25,12 +26,12 @@ SCORE_RANGE = (20, 980)
 ONE_STEP_NODE = 399
 
 # sample (B, ...), timesteps (B,) -> x_0 (B, ...)
-Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Original = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def nodes(steps: int) -> torch.Tensor:
     """The student's timesteps (N,), noisiest first."""
-    return torch.tensor([ONE_STEP_NODE]) if steps == 1 else trailing_timesteps(steps)
+    return torch.tensor([ONE_STEP_NODE] if steps == 1 else trailing_nodes(steps))
 
 
 def forwards(steps: int) -> float:
@@ -50,7 +51,7 @@ def backward_simulation(
     nodes: torch.Tensor,
     stops: torch.Tensor,
     *,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
 ) -> torch.Tensor:
     """x (B, ...) at nodes[stops], by the generator's own steps from noise.
 
@@ -66,23 +67,23 @@ def backward_simulation(
         if not len(rows):
             break
         original = generator(rows, sample[rows], nodes[k - 1].expand(len(rows)))
-        renoised = schedule.add_noise(original, noises[k][rows], nodes[k].expand(len(rows)))
+        renoised = noise_path.add_noise(original, noises[k][rows], nodes[k].expand(len(rows)))
         sample = sample.index_copy(0, rows, renoised)
     return sample
 
 
 def distribution_matching_loss(
     original: torch.Tensor,
-    real: Denoiser,
-    fake: Denoiser,
+    real: Original,
+    fake: Original,
     timesteps: torch.Tensor,
     noise: torch.Tensor,
     *,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
 ) -> torch.Tensor:
     """The scalar whose gradient with respect to `original` (B, ...) is g / number of elements."""
     with torch.no_grad():
-        noisy = schedule.add_noise(original, noise, timesteps)
+        noisy = noise_path.add_noise(original, noise, timesteps)
         real_original, fake_original = real(noisy, timesteps), fake(noisy, timesteps)
         scale = (original - real_original).abs().flatten(1).mean(dim=1)
         direction = (fake_original - real_original) / scale.clamp(min=1e-6).view(
@@ -98,7 +99,7 @@ def fake_score_loss(
     noise: torch.Tensor,
     timesteps: torch.Tensor,
     *,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
     prediction_type: str,
 ) -> torch.Tensor:
     """MSE of the fake score's epsilon (B, ...) against the noise in it, a scalar."""
@@ -106,7 +107,7 @@ def fake_score_loss(
         output,
         noisy,
         timesteps,
-        schedule=schedule,
+        noise_path=noise_path,
         prediction_type=prediction_type,
         target="epsilon",
     )

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.diffusion.prediction import convert, to_original_and_noise
-from stepdistill.diffusion.schedule import NoiseSchedule
 
 NODES = 50
 HUBER_C = 0.001
@@ -42,23 +42,23 @@ def consistency_loss(
     sample: torch.Tensor,
     timesteps: torch.Tensor,
     *,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
     prediction_type: str,
 ) -> torch.Tensor:
     """The loss of x_t (B, ...) at timesteps (B,) of the 50-node grid, a scalar; `teacher` is guided already."""
-    prev_timesteps = (timesteps - schedule.num_train_timesteps // NODES).clamp(min=0)
+    prev_timesteps = (timesteps - noise_path.num_train_timesteps // NODES).clamp(min=0)
     with torch.no_grad():
         original, noise = to_original_and_noise(
             teacher(sample, timesteps),
             sample,
             timesteps,
-            schedule=schedule,
+            noise_path=noise_path,
             prediction_type=prediction_type,
         )
-        alpha, sigma = schedule.alpha_sigma(prev_timesteps, ndim=sample.ndim, dtype=sample.dtype)
+        alpha, sigma = noise_path.alpha_sigma(prev_timesteps, ndim=sample.ndim, dtype=sample.dtype)
         prev_sample = alpha * original + sigma * noise
-        wanted = consistency(target, prev_sample, prev_timesteps, schedule, prediction_type)
-    found = consistency(student, sample, timesteps, schedule, prediction_type)
+        wanted = consistency(target, prev_sample, prev_timesteps, noise_path, prediction_type)
+    found = consistency(student, sample, timesteps, noise_path, prediction_type)
     return (((found - wanted) ** 2 + HUBER_C**2).sqrt() - HUBER_C).mean()
 
 
@@ -66,7 +66,7 @@ def consistency(
     model: Model,
     sample: torch.Tensor,
     timesteps: torch.Tensor,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
     prediction_type: str,
 ) -> torch.Tensor:
     """f(x_t, t) (B, ...)."""
@@ -74,7 +74,7 @@ def consistency(
         model(sample, timesteps),
         sample,
         timesteps,
-        schedule=schedule,
+        noise_path=noise_path,
         prediction_type=prediction_type,
         target="sample",
     )

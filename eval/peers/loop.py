@@ -1,7 +1,6 @@
 """What the peers' loops share: batches and noise by index, one guarded update, the guided base, the file at the end."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,11 +8,10 @@ import torch
 from stepdistill import rng
 from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch, draw_batch
-from stepdistill.diffusion.prediction import convert
-from stepdistill.diffusion.solver import guide
 from stepdistill.durable import read_json, write_json
 from stepdistill.ladder import load_shared, save_lora
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.shared_network import STUDENT
 from stepdistill.runtime import Runtime
 from stepdistill.training.log import PhaseProgress
 from stepdistill.training.optim import RoleOptimizer
@@ -39,7 +37,7 @@ class Loop:
     def __init__(self, config: RunConfig, keys: tuple[rng.Key, ...], nodes: int) -> None:
         self._began = time.monotonic()
         self.shared = load_shared(config, Runtime(mixed_precision=config.training.mixed_precision))
-        count = self.shared.schedule.num_train_timesteps
+        count = self.shared.noise_path.num_train_timesteps
         if count != TIMESTEPS:
             raise ValueError(
                 f"teacher.path: got a teacher of {count} timesteps; allowed: {TIMESTEPS}, which the other methods' "
@@ -52,6 +50,7 @@ class Loop:
         return draw_batch(
             self.shared.cache,
             self._indices(number),
+            noise_path=self.shared.noise_path,
             student_steps=self._nodes,
             node_steps=self._nodes,
             seed=self._config.seed,
@@ -62,17 +61,17 @@ class Loop:
 
     def uniform(self, number: int, name: str) -> torch.Tensor:
         """(B,) in [0, 1)."""
-        found = rng.uniform(self._indices(number), seed=self._config.seed, keys=(*self._keys, name))
-        return found.to(self.shared.runtime.device)
+        drawn = rng.uniform(self._indices(number), seed=self._config.seed, keys=(*self._keys, name))
+        return drawn.to(self.shared.runtime.device)
 
     def normal(self, number: int, name: str) -> torch.Tensor:
         """(B, C, H, W)."""
         shape, keys = next(iter(self.shared.cache.latent_shapes.values())), (*self._keys, name)
-        found = rng.normal(shape, self._indices(number), seed=self._config.seed, keys=keys)
-        return found.to(self.shared.runtime.device)
+        drawn = rng.normal(shape, self._indices(number), seed=self._config.seed, keys=keys)
+        return drawn.to(self.shared.runtime.device)
 
     def optimizer(
-        self, parameters: list[torch.nn.Parameter], learning_rate: float, updates: int
+        self, parameters: dict[str, torch.nn.Parameter], learning_rate: float, updates: int
     ) -> RoleOptimizer:
         """As every method here has it: Adam with the config's warm-up and decay."""
         return RoleOptimizer(
@@ -96,29 +95,11 @@ class Loop:
         """A bar, or plain lines."""
         return PhaseProgress(title, updates, logging_steps=self._config.training.logging_steps, enabled=True)
 
-    def guided(self, conditioning: Conditioning) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The base model's guided output (B, C, H, W) of sample and timesteps (B,), without gradient."""
-        roles, runtime = self.shared.roles, self.shared.runtime
-        unconditional = self.shared.cache.unconditional.to(runtime.device, runtime.weight_dtype)
-
-        def output(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            both = Conditioning.concat(unconditional.beside(conditioning), conditioning)
-            with roles.teacher():
-                found = roles.predict(torch.cat([sample, sample]), torch.cat([timesteps, timesteps]), both)
-            return guide(*found.chunk(2), self._config.teacher.guidance_scale)
-
-        return output
-
-    def original(self, output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_0 (B, C, H, W) that a model output of the base's kind implies."""
-        return convert(
-            output,
-            sample,
-            timesteps,
-            schedule=self.shared.schedule,
-            prediction_type=self.shared.base_prediction_type,
-            target="sample",
-        )
+    @property
+    def student(self) -> Denoiser:
+        """The base's kind of prediction, by the adapter that trains."""
+        base = self.shared.undistilled
+        return Denoiser(base.network, STUDENT, base.noise_path, base.prediction_type, trains=True)
 
     def finish(
         self, folder: Path, *, updates: int, learning_rate: float, start: str | None, forwards: float
@@ -126,7 +107,7 @@ class Loop:
         """The LoRA and peer.json, which says what it took; `start` names the weights it began with, `forwards` is per
         sample and update."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_lora(self.shared.roles, folder)
+        save_lora(self.shared.network, folder)
         record = {
             "updates": updates,
             "learning_rate": learning_rate,

@@ -1,5 +1,6 @@
-"""The peers' training, each within the package's U-Net, roles, cache, optimiser and randomness by index."""
+"""The peers' training, each within the package's shared network, cache, optimiser and randomness by index."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ from stepdistill.data.batches import Batch
 from stepdistill.durable import sha256_file
 from stepdistill.ladder import read_lora_file
 from stepdistill.models import adapters
-from stepdistill.models.conditioning import Conditioning
-from stepdistill.models.discriminator import Head, encode
-from stepdistill.models.roles import STUDENT
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.discriminator import Head
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.shared_network import STUDENT
 from stepdistill.rng import derive_seed
 
 from . import dmd2, lcm
@@ -25,30 +27,29 @@ def train_lcm(config: RunConfig, folder: Path, *, updates: int, learning_rate: f
     if is_finished(folder, updates=updates, learning_rate=learning_rate, start=None):
         return
     loop = Loop(config, ("lcm",), lcm.NODES)
-    shared, roles = loop.shared, loop.shared.roles
-    optimizer = loop.optimizer(roles.student_parameters, learning_rate, updates)
+    shared, student, teacher = loop.shared, loop.student, loop.shared.undistilled
+    optimizer = loop.optimizer(shared.network.group(STUDENT), learning_rate, updates)
     with loop.progress("LCM-LoRA", updates) as bar:
         for step in range(updates):
             batch = loop.batch(step)
-            sample = shared.schedule.add_noise(batch.original_samples, batch.noise, batch.timesteps)
-
-            def student(
-                x: torch.Tensor, t: torch.Tensor, told: Conditioning = batch.conditioning
-            ) -> torch.Tensor:
-                with roles.student():
-                    return roles.predict(x, t, told)
-
+            sample = shared.noise_path.add_noise(batch.original_samples, batch.noise, batch.timesteps)
+            by_student = _output(student, batch.conditioning)
             loss = lcm.consistency_loss(
-                student,
-                student,
-                loop.guided(batch.conditioning),
+                by_student,
+                by_student,
+                _output(teacher, batch.conditioning),
                 sample,
                 batch.timesteps,
-                schedule=shared.schedule,
-                prediction_type=shared.base_prediction_type,
+                noise_path=shared.noise_path,
+                prediction_type=teacher.prediction_type,
             )
             bar.update(step + 1, {"loss": loop.update(optimizer, loss)})
     loop.finish(folder, updates=updates, learning_rate=learning_rate, start=None, forwards=lcm.FORWARDS)
+
+
+def _output(denoiser: Denoiser, conditioning: Conditioning) -> lcm.Model:
+    """What a denoiser answers of samples and timesteps, with this conditioning."""
+    return lambda sample, timesteps: denoiser.output(sample, timesteps, conditioning)
 
 
 class Dmd2:
@@ -72,59 +73,63 @@ class Dmd2:
         start: dict[str, torch.Tensor] | None,
     ) -> None:
         self.loop = loop = Loop(config, ("dmd2", steps), steps)
-        self.shared, self.roles, self.steps = loop.shared, loop.shared.roles, steps
+        self.shared, self.steps = loop.shared, steps
+        network = self.shared.network
         seed = derive_seed(config.seed, "dmd2", steps)
         if start is not None:
-            adapters.load_adapter_state(self.roles.unet, STUDENT, start)
-        fake_parameters = self.roles.add_role(FAKE, rank=config.lora.rank, seed=seed)
-        widths = self.roles.unet.config.block_out_channels
-        size = self.shared.cache.smallest_side >> (len(widths) - 1)
+            adapters.load_adapter_state(network.model, STUDENT, start)
+        fake_parameters = network.add_adapter(FAKE, rank=config.lora.rank, seed=seed)
+        self.student = loop.student
+        self.fake = dataclasses.replace(self.student, adapter=FAKE)
+        channels, size = network.kind.feature_shapes(network.model, self.shared.cache.smallest_side)[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = Head(widths[-1], widths[-1], max(1, size)).to(self.shared.runtime.device)
-        self.critics = [*fake_parameters, *self.head.parameters()]
-        self.of_student = loop.optimizer(self.roles.student_parameters, learning_rate, updates)
+            self.head = Head(channels, channels, size).to(self.shared.runtime.device)
+        self.critics = fake_parameters | dict(self.head.named_parameters())
+        self.of_student = loop.optimizer(network.group(STUDENT), learning_rate, updates)
         self.of_critics = loop.optimizer(self.critics, learning_rate, updates * dmd2.FAKE_UPDATES)
         self.nodes = dmd2.nodes(steps).to(self.shared.runtime.device)
 
     def update_critics(self, number: int) -> float:
         """The fake score on samples of the student, the head on these and on data; returns the loss."""
         batch, noise, timesteps = self._draw(number)
-        told, schedule = batch.conditioning, self.shared.schedule
-        noisy = schedule.add_noise(self._samples(number, batch), noise, timesteps)
-        with self.roles.role(FAKE):
-            output = self.roles.predict(noisy, timesteps, told)
-        kind = self.shared.base_prediction_type
-        score = dmd2.fake_score_loss(output, noisy, noise, timesteps, schedule=schedule, prediction_type=kind)
-        data = schedule.add_noise(batch.original_samples, noise, timesteps)
-        critic = dmd2.critic_loss(self._logits(data, timesteps, told), self._logits(noisy, timesteps, told))
+        noise_path = self.shared.noise_path
+        noisy = noise_path.add_noise(self._samples(number, batch), noise, timesteps)
+        score = dmd2.fake_score_loss(
+            self.fake.output(noisy, timesteps, batch.conditioning),
+            noisy,
+            noise,
+            timesteps,
+            noise_path=noise_path,
+            prediction_type=self.fake.prediction_type,
+        )
+        data = noise_path.add_noise(batch.original_samples, noise, timesteps)
+        critic = dmd2.critic_loss(*(self._logits(x, timesteps, batch.conditioning) for x in (data, noisy)))
         return self.loop.update(self.of_critics, score + dmd2.CRITIC_GAN_WEIGHT * critic)
 
     def update_student(self, number: int) -> float:
         """Distribution matching and the head's verdict; returns the loss."""
         batch, noise, timesteps = self._draw(number)
-        told, schedule, guided = (
-            batch.conditioning,
-            self.shared.schedule,
-            self.loop.guided(batch.conditioning),
-        )
+        noise_path = self.shared.noise_path
 
-        def real(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.loop.original(guided(x, t), x, t)
-
-        def fake(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with self.roles.role(FAKE):
-                return self.loop.original(self.roles.predict(x, t, told), x, t)
+        def original_by(denoiser: Denoiser) -> dmd2.Original:
+            return lambda x, t: denoiser.predict(x, t, batch.conditioning, target="sample")
 
         original = self._samples(number, batch, gradient=True)
-        matching = dmd2.distribution_matching_loss(original, real, fake, timesteps, noise, schedule=schedule)
-        for parameter in self.critics:
-            parameter.requires_grad_(False)
-        gan = dmd2.generator_gan_loss(
-            self._logits(schedule.add_noise(original, noise, timesteps), timesteps, told)
+        matching = dmd2.distribution_matching_loss(
+            original,
+            original_by(self.shared.undistilled),
+            original_by(self.fake),
+            timesteps,
+            noise,
+            noise_path=noise_path,
         )
+        for parameter in self.critics.values():
+            parameter.requires_grad_(False)
+        noisy = noise_path.add_noise(original, noise, timesteps)
+        gan = dmd2.generator_gan_loss(self._logits(noisy, timesteps, batch.conditioning))
         loss = self.loop.update(self.of_student, matching + dmd2.GENERATOR_GAN_WEIGHT * gan)
-        for parameter in self.critics:
+        for parameter in self.critics.values():
             parameter.requires_grad_(True)
         return loss
 
@@ -140,18 +145,22 @@ class Dmd2:
         stops = (self.loop.uniform(number, "stop") * self.steps).long().clamp(max=self.steps - 1)
 
         def generate(rows: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with self.roles.student():
-                return self.loop.original(self.roles.predict(x, t, batch.conditioning.rows(rows)), x, t)
+            return self.student.predict(x, t, batch.conditioning.rows(rows), target="sample")
 
-        inputs = dmd2.backward_simulation(generate, noises, self.nodes, stops, schedule=self.shared.schedule)
+        inputs = dmd2.backward_simulation(
+            generate, noises, self.nodes, stops, noise_path=self.shared.noise_path
+        )
         every = torch.arange(len(stops), device=stops.device)
         with torch.set_grad_enabled(gradient):
             return generate(every, inputs, self.nodes[stops])
 
-    def _logits(self, sample: torch.Tensor, timesteps: torch.Tensor, told: Conditioning) -> torch.Tensor:
-        unet = self.roles.unet
-        with self.roles.role(FAKE):
-            return self.head(encode(unet, sample.to(unet.dtype), timesteps, told)[-1].float())
+    def _logits(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        network = self.shared.network
+        with network.using(FAKE):
+            features = network.kind.features(network.model, sample, timesteps, conditioning)
+        return self.head(features[-1].float())
 
 
 def train_dmd2(

@@ -1,30 +1,50 @@
-"""The samples and the randomness of one update, by index: the same whatever the micro-batch or the processes."""
+"""The samples and the randomness of one update, by index: the same whatever the micro-batch or the processes.
+
+Everything that depends on timesteps alone is computed here, on the CPU and before the update, so that the update does not
+wait for the GPU.
+"""
 
 import concurrent.futures
 import itertools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
-from stepdistill.diffusion.schedule import jump, trailing_timesteps
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.diffusion.noise_path import Move, VariancePreserving, moves_to
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.objectives.adversarial import draw_perturbation
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """timesteps (B,) at which D sees each sample: t* where prev_timestep is CLEAN, else prev_timestep; noise (B, C, H, W)
+    re-noises the clean rows."""
+
+    timesteps: torch.Tensor
+    noise: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Batch:
-    """original_samples, noise, perturbation_noise (B, C, H, W); timesteps, prev_timesteps (B,) of the student's move;
-    perturbation_uniform (B,) in [0, 1); conditioning of B rows."""
+    """One micro-batch.
+
+    original_samples, noise    (B, C, H, W), float32
+    timesteps, prev_timesteps  (B,), the student's move
+    conditioning               of B rows
+    teacher_moves              the teacher's from timesteps to prev_timesteps; None where the phase asks no teacher for them
+    perturbation               of an adversarial phase
+    """
 
     original_samples: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     prev_timesteps: torch.Tensor
     conditioning: Conditioning
-    perturbation_uniform: torch.Tensor
-    perturbation_noise: torch.Tensor
+    teacher_moves: Sequence[Move] | None = None
+    perturbation: Perturbation | None = None
 
 
 def ahead(draw: Callable[[int], Batch], firsts: Iterable[int]) -> Generator[tuple[int, Batch]]:
@@ -43,33 +63,55 @@ def draw_batch(
     cache: LatentCache,
     indices: list[int],
     *,
+    noise_path: VariancePreserving,
     student_steps: int,
     node_steps: int,
+    teacher_steps: int | None = None,
+    perturbation_weights: Sequence[float] | None = None,
     seed: int,
     keys: tuple[rng.Key, ...],
     device: torch.device,
     dtype: torch.dtype,
     group: int | None = None,
-    num_train_timesteps: int = 1000,
 ) -> Batch:
     """The batch of the global sample `indices` of the phase named by `keys`; t is uniform over the node_steps grid.
 
-    dtype is the conditioning's; latents and noise are float32. group: samples of an update, which are all of one size; where
-    not given these indices are one.
+    Args:
+        cache: latents and text embeddings.
+        indices: numbers of samples within the phase.
+        noise_path: whose timesteps are drawn.
+        student_steps: the student's sampler, whose next node a move leads to.
+        node_steps: the grid that timesteps are drawn from.
+        teacher_steps: the teacher's sampler; no moves of a teacher where not given.
+        perturbation_weights: of t* (objectives/adversarial.py); no perturbation where not given.
+        seed: the run's.
+        keys: what names the randomness.
+        device: of the tensors.
+        dtype: of the conditioning; latents and noise are float32.
+        group: samples of an update, which are all of one size; where not given these indices are one.
     """
     samples = cache.draw(indices, seed=rng.derive_seed(seed, *keys), group=group or len(indices))
-    nodes = trailing_timesteps(node_steps, num_train_timesteps=num_train_timesteps)
     picks = rng.uniform(indices, seed=seed, keys=(*keys, "timestep"))
-    timesteps = nodes[(picks * node_steps).long().clamp(max=node_steps - 1)]
+    nodes = noise_path.nodes(node_steps)[(picks * node_steps).long().clamp(max=node_steps - 1)].tolist()
+    ends = noise_path.jump(nodes, student_steps)
     shape = tuple(samples.latents.shape[1:])
+    perturbation = None
+    if perturbation_weights is not None:
+        seen_at = draw_perturbation(
+            torch.tensor(ends),
+            rng.uniform(indices, seed=seed, keys=(*keys, "perturbation")),
+            weights=perturbation_weights,
+            num_train_timesteps=noise_path.num_train_timesteps,
+        )
+        noise = rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise"))
+        perturbation = Perturbation(seen_at.to(device), noise.to(device))
+    moves = None if teacher_steps is None else noise_path.substeps(nodes, ends, teacher_steps)
     return Batch(
         original_samples=samples.latents.to(device),
         noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "noise")).to(device),
-        timesteps=timesteps.to(device),
-        prev_timesteps=jump(timesteps, student_steps, num_train_timesteps=num_train_timesteps).to(device),
+        timesteps=torch.tensor(nodes).to(device),
+        prev_timesteps=torch.tensor(ends).to(device),
         conditioning=samples.conditioning.to(device, dtype),
-        perturbation_uniform=rng.uniform(indices, seed=seed, keys=(*keys, "perturbation")).to(device),
-        perturbation_noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise")).to(
-            device
-        ),
+        teacher_moves=None if moves is None else moves_to(moves, device),
+        perturbation=perturbation,
     )

@@ -18,7 +18,7 @@ from stepdistill.config import RunConfig
 from stepdistill.data.order import samples_of_update
 from stepdistill.data.shards import Places, Shard, Size, is_intact, read_about
 from stepdistill.durable import read_sealed, sha256_file
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.network.conditioning import Conditioning
 
 TEXT = "text.safetensors"
 

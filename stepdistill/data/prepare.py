@@ -40,16 +40,18 @@ from stepdistill.durable import (
     write_sealed,
     writing,
 )
-from stepdistill.models.conditioning import encode_prompts, encode_unconditional
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.loading import (
     encoder_fingerprint,
     fingerprint,
     latent_shape,
     load_encoders,
-    load_schedule,
+    load_noise_path,
     load_unet,
     read_scheduler_config,
 )
+from stepdistill.models.network.conditioning import encode_prompts, encode_unconditional
+from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.places import clear_half_written
 from stepdistill.runtime import WEIGHT_DTYPES, Processes
 from stepdistill.teacher_source import teacher_folder
@@ -156,13 +158,19 @@ class _Work:
             return Encoder(pipeline, config.data, self._sizes)
         size, kind = self._sizes.target, config.teacher.unconditional
         dtype = WEIGHT_DTYPES[config.training.mixed_precision]
-        schedule, prediction_type = load_schedule(read_scheduler_config(self._base))
-        synthesis = Synthesis(
-            unet=load_unet(self._base, dtype=dtype).to(device),
-            schedule=schedule,
-            prediction_type=prediction_type,
-            unconditional=encode_unconditional(pipeline, image_size=size, kind=kind),
+        noise_path, prediction_type = load_noise_path(read_scheduler_config(self._base))
+        unconditional = encode_unconditional(pipeline, image_size=size, kind=kind)
+        unet = load_unet(self._base, dtype=dtype).to(device)
+        teacher = Denoiser(
+            SharedNetwork(unet),
+            None,
+            noise_path.to(device),
+            prediction_type,
             guidance_scale=config.teacher.guidance_scale,
+            unconditional=unconditional.to(device, dtype),
+        )
+        synthesis = Synthesis(
+            teacher=teacher,
             steps=config.data.teacher_steps,
             shape=latent_shape(self._base, size),
             seed=config.seed,

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 from stepdistill.durable import write_bytes
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.network.conditioning import Conditioning
 
 FORMAT = "stepdistill cache 2"
 _DTYPES = {

@@ -6,7 +6,7 @@ v   = alpha_t e - sigma_t x_0                 e   = (x_t - alpha_t x_0) / sigma_
 
 import torch
 
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.noise_path import VariancePreserving
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -16,14 +16,15 @@ def convert(
     sample: torch.Tensor,
     timesteps: torch.Tensor,
     *,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
     prediction_type: str,
     target: str,
 ) -> torch.Tensor:
     """model_output (B, ...) of `prediction_type` at sample (B, ...) as `target`; both names of PREDICTION_TYPES.
 
     "sample" is x_0, in diffusers' words. The arithmetic is float32, or float64 where an input is; ValueError for an
-    unknown name and where the answer does not exist (epsilon to x0 at zero terminal SNR, where alpha_T is 0).
+    unknown name and where the answer does not exist (epsilon to x0 at zero terminal SNR, where alpha_T is 0). On a GPU that
+    last check would wait for the device, and is left to the config's.
     """
     for name in (prediction_type, target):
         if name not in PREDICTION_TYPES:
@@ -32,8 +33,8 @@ def convert(
     output, x_t = model_output.to(dtype), sample.to(dtype)
     if prediction_type == target:
         return output
-    alpha, sigma = schedule.alpha_sigma(timesteps, ndim=x_t.ndim, dtype=dtype)
-    if prediction_type == "epsilon" and not bool((alpha > 0).all()):
+    alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=x_t.ndim, dtype=dtype)
+    if prediction_type == "epsilon" and alpha.device.type == "cpu" and not bool((alpha > 0).all()):
         raise ValueError(
             "epsilon says nothing about x0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample"
         )
@@ -56,13 +57,18 @@ def to_original_and_noise(
     sample: torch.Tensor,
     timesteps: torch.Tensor,
     *,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
     prediction_type: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(predicted x_0, predicted e), each (B, ...): what a solver moves with."""
     original, noise = (
         convert(
-            model_output, sample, timesteps, schedule=schedule, prediction_type=prediction_type, target=target
+            model_output,
+            sample,
+            timesteps,
+            noise_path=noise_path,
+            prediction_type=prediction_type,
+            target=target,
         )
         for target in ("sample", "epsilon")
     )

@@ -17,7 +17,6 @@ from stepdistill.durable import read_json, sha256_file, sha256_json
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, lora_file, lora_scheduler
 from stepdistill.export.scheduler import student_scheduler
-from stepdistill.models.conditioning import unconditional_is_zeros
 from stepdistill.models.loading import (
     encoder_fingerprint,
     fingerprint,
@@ -25,6 +24,7 @@ from stepdistill.models.loading import (
     loading,
     read_scheduler_config,
 )
+from stepdistill.models.network.conditioning import unconditional_is_zeros
 from stepdistill.rng import generator
 from stepdistill.rungs import rung_folder
 from stepdistill.runtime import Processes

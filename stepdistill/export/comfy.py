@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
-from stepdistill.models.loading import load_schedule
+from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
+from stepdistill.models.loading import load_noise_path
 from stepdistill.rungs import RungRecord
 
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
@@ -85,23 +85,23 @@ def setting_of(record: RungRecord, base: Mapping[str, Any]) -> Setting | None:
         record: the rung.
         base: the teacher's scheduler config.
     """
-    schedule, base_prediction = load_schedule(dict(base))
+    noise_path, base_prediction = load_noise_path(dict(base))
     zero_snr = bool(base.get("rescale_betas_zero_snr"))
     theirs = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
-    comfys = NoiseSchedule.from_betas(theirs, zero_terminal_snr=zero_snr).alphas_cumprod
-    if comfys.shape != schedule.alphas_cumprod.shape or not torch.allclose(
-        comfys, schedule.alphas_cumprod, atol=1e-6
+    comfys = VariancePreserving.from_betas(theirs, zero_terminal_snr=zero_snr).alphas_cumprod
+    if comfys.shape != noise_path.alphas_cumprod.shape or not torch.allclose(
+        comfys, noise_path.alphas_cumprod, atol=1e-6
     ):
         return None
     plain = record.prediction_type == base_prediction == "epsilon"
     sampling = None if plain else SAMPLING[record.prediction_type]
-    told = schedule.last_timestep if record.start_timestep is None else record.start_timestep
-    start = None if told == schedule.last_timestep else _start(told, schedule)
+    told = noise_path.last_timestep if record.start_timestep is None else record.start_timestep
+    start = None if told == noise_path.last_timestep else _start(told, noise_path)
     return Setting(record.student_steps, sampling, zero_snr, start)
 
 
-def _start(timestep: int, schedule: NoiseSchedule) -> Start:
-    alpha, sigma = (float(x) for x in schedule.alpha_sigma(torch.tensor([timestep])))
+def _start(timestep: int, noise_path: VariancePreserving) -> Start:
+    alpha, sigma = (float(x) for x in noise_path.alpha_sigma(torch.tensor([timestep])))
     multiplier = round(1 / sigma, 4)  # sqrt(s_t^2 + 1) / s_t
     tenths, rest = divmod(timestep + 1, 100)
     if rest == 0:

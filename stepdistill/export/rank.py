@@ -15,12 +15,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
-from stepdistill.models.adapters import TARGET_MODULES, as_plain_data, lora_config
+from stepdistill.models.adapters import as_plain_data, lora_config
 from stepdistill.models.examine import not_finite
 from stepdistill.models.folder import WEIGHTS, weights_variant
 from stepdistill.models.folder_files import check_counts, read_headers, read_object, weight_files
 from stepdistill.models.loading import loading
 from stepdistill.models.lora_file import Lora, LoraLayer, write_lora
+from stepdistill.models.network.unet import LORA_TARGETS
 
 _Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # U (out, m), S (m,), V^T (m, in k k), float64
 
@@ -138,9 +139,9 @@ def _unet(path: Path) -> UNet2DConditionModel:
 
 
 def _targets(unet: torch.nn.Module) -> list[str]:
-    """The layers whose names end as TARGET_MODULES says."""
+    """The layers whose names end as LORA_TARGETS says."""
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    ends = tuple(f".{end}" for end in TARGET_MODULES)
+    ends = tuple(f".{end}" for end in LORA_TARGETS)
     return [name for name, m in unet.named_modules() if isinstance(m, kinds) and name.endswith(ends)]
 
 

@@ -3,7 +3,7 @@
 import torch
 from diffusers import DDIMScheduler
 
-from stepdistill.models.loading import load_schedule
+from stepdistill.models.loading import load_noise_path
 
 
 def student_scheduler(
@@ -21,8 +21,8 @@ def student_scheduler(
         if key in teacher_scheduler_config
     }
     if start_timestep is not None:
-        schedule, _ = load_schedule(teacher_scheduler_config)
-        alphas_cumprod = schedule.alphas_cumprod[: start_timestep + 1]
+        noise_path, _ = load_noise_path(teacher_scheduler_config)
+        alphas_cumprod = noise_path.alphas_cumprod[: start_timestep + 1]
         before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         kept |= {"trained_betas": (1 - alphas_cumprod / before).tolist(), "rescale_betas_zero_snr": False}
         kept["num_train_timesteps"] = len(alphas_cumprod)

@@ -6,54 +6,41 @@ forward and its backward. Here the active adapter is one field of every LoRA lay
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-# LCM-LoRA's list: every convolution and linear except conv_in, conv_out and the shared time embedding.
-TARGET_MODULES = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-)
-_ENCODER_TARGETS = (
-    r"(down_blocks|mid_block)\..*\.(" + "|".join(n.replace(".", r"\.") for n in TARGET_MODULES) + ")"
-)
+from stepdistill.models.network.unet import LORA_TARGETS
 
 
-def lora_config(rank: int, *, encoder_only: bool = False) -> LoraConfig:
-    """alpha = rank, so that every tool that assumes it is right; encoder_only for the discriminator's trunk."""
-    targets = _ENCODER_TARGETS if encoder_only else list(TARGET_MODULES)
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+def lora_config(rank: int, *, targets: Sequence[str] | str = LORA_TARGETS) -> LoraConfig:
+    """alpha = rank, so that every tool that assumes it is right; targets: module names, or a regular expression of them."""
+    return LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=targets if isinstance(targets, str) else list(targets)
+    )
 
 
 def lora_parameters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
     """How many numbers `add_adapter` adds to a U-Net whose layers have these shapes (models/sketch.py): rank x in, times the
     kernel of a convolution, and out x rank of each layer that is adapted."""
     adapted = [
-        shape for name, shape in shapes.items() if any(f".{name}".endswith(f".{t}") for t in TARGET_MODULES)
+        shape for name, shape in shapes.items() if any(f".{name}".endswith(f".{t}") for t in LORA_TARGETS)
     ]
     return sum(rank * (math.prod(shape[1:]) + shape[0]) for shape in adapted)
 
 
 def add_adapter(
-    unet: UNet2DConditionModel, name: str, *, rank: int, seed: int, encoder_only: bool = False
-) -> list[torch.nn.Parameter]:
-    """Adds a LoRA that changes nothing yet (B = 0), A drawn from `seed`, and returns its parameters in float32.
+    unet: UNet2DConditionModel,
+    name: str,
+    *,
+    rank: int,
+    seed: int,
+    targets: Sequence[str] | str = LORA_TARGETS,
+) -> dict[str, torch.nn.Parameter]:
+    """Adds a LoRA that changes nothing yet (B = 0), A drawn from `seed`, and returns its parameters by name, in float32.
 
     Which adapter is active stays as it was: none, for the first one.
     """
@@ -63,9 +50,9 @@ def add_adapter(
             "ignore", message="Already found a `peft_config`"
         )  # several adapters are the idea
         torch.manual_seed(seed)
-        unet.add_adapter(lora_config(rank, encoder_only=encoder_only), adapter_name=name)
+        unet.add_adapter(lora_config(rank, targets=targets), adapter_name=name)
     parameters = adapter_parameters(unet, name)
-    for parameter in parameters:
+    for parameter in parameters.values():
         parameter.data = parameter.data.float()
     activate(unet, active)
     for layer in lora_layers(unet):
@@ -102,9 +89,10 @@ def activate(
         layer.cast_input_dtype_enabled = casts
 
 
-def adapter_parameters(unet: UNet2DConditionModel, name: str) -> list[torch.nn.Parameter]:
-    """The parameters of one adapter, in module order."""
-    return [p for key, p in unet.named_parameters() if f".lora_A.{name}." in key or f".lora_B.{name}." in key]
+def adapter_parameters(unet: UNet2DConditionModel, name: str) -> dict[str, torch.nn.Parameter]:
+    """The parameters of one adapter by name, in module order."""
+    marks = (f".lora_A.{name}.", f".lora_B.{name}.")
+    return {key: p for key, p in unet.named_parameters() if any(mark in key for mark in marks)}
 
 
 def adapter_state(unet: UNet2DConditionModel, name: str) -> dict[str, torch.Tensor]:

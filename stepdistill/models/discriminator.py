@@ -1,54 +1,30 @@
-"""The discriminator: the base U-Net's encoder and mid-block, with a head that ends in one logit.
+"""The discriminator: the part of the base network that gives features, with heads that each end in one logit.
 
 trunk   lora    the shared base with an adapter of D's own (fits one card)
-        full    a copy of the base's encoder, trained whole (the paper's form)
+        full    a copy of that part of the base, trained whole (the paper's form)
         frozen  the shared base as it is
-heads   mid     on the mid-block's features (the paper's form)
-        multi   there and on the output of every down block
+heads   mid     on the deepest features (the paper's form: the U-Net's mid-block)
+        multi   on the features of every block
 paired  the features of x_s at s beside those of x_t at t (Eq 22); single: of x_s alone (Eq 23)
 """
 
-import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from stepdistill.config import ADVERSARIAL, Phase
 from stepdistill.models.adapters import adapter_state, load_adapter_state
-from stepdistill.models.conditioning import Conditioning
 from stepdistill.models.loading import load_unet
-from stepdistill.models.roles import DISCRIMINATOR, Roles
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.shared_network import DISCRIMINATOR, SharedNetwork
 
 TRUNKS = ("lora", "full", "frozen")
 HEADS = ("mid", "multi")
-
-
-def encode(
-    unet: UNet2DConditionModel, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
-) -> list[torch.Tensor]:
-    """Features (B, C_i, H_i, W_i) after each down block and the mid-block: a U-Net without its decoder."""
-    hidden_states = conditioning.encoder_hidden_states
-    added = conditioning.added_cond_kwargs or None
-    emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timesteps))
-    augmentation = unet.get_aug_embed(emb=emb, encoder_hidden_states=hidden_states, added_cond_kwargs=added)
-    emb = emb if augmentation is None else emb + augmentation
-    hidden_states = unet.process_encoder_hidden_states(
-        encoder_hidden_states=hidden_states, added_cond_kwargs=added
-    )
-    state = unet.conv_in(sample)
-    features = []
-    for block in (*unet.down_blocks, unet.mid_block):
-        if getattr(block, "has_cross_attention", False):
-            result = block(state, temb=emb, encoder_hidden_states=hidden_states)
-        else:
-            result = block(state, temb=emb)
-        state = result[0] if isinstance(result, tuple) else result
-        features.append(state)
-    return features
 
 
 class Head(nn.Module):
@@ -70,7 +46,7 @@ class Head(nn.Module):
         self.logit = nn.Linear(in_channels, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, 1) in float32; what space an odd aspect ratio leaves is averaged.
+        """(B, C, H, W) -> (B, 1) in float32; positions that are left of an odd aspect ratio are averaged.
 
         Outside autocast: a relativistic loss is about the difference between the logits of two samples that are nearly the
         same, and bfloat16's 8 bits round that away in every layer. It is about 1 % of the U-Net's work.
@@ -91,19 +67,19 @@ class DiscriminatorState:
 
 
 class Discriminator(nn.Module):
-    """Heads over the encoder of the base. `parameters()` are all that D trains; Roles freezes them for the student's step.
+    """Heads over features of the base. All that it trains is the group "discriminator" of the shared network.
 
     Args:
-        roles: the shared U-Net; gets D's adapter where the trunk is `lora`.
-        base: the base U-Net without adapters, copied where the trunk is `full`; unused otherwise.
+        network: the shared base; gets D's adapter where the trunk is `lora`.
+        base: the base without adapters, copied where the trunk is `full`; unused otherwise.
         sample_size: height or width of the latents, the smaller one.
     """
 
-    _roles: Roles
+    _network: SharedNetwork
 
     def __init__(
         self,
-        roles: Roles,
+        network: SharedNetwork,
         *,
         trunk: str,
         heads: str,
@@ -111,7 +87,7 @@ class Discriminator(nn.Module):
         rank: int,
         seed: int,
         sample_size: int,
-        base: UNet2DConditionModel | None = None,
+        base: Any = None,
     ) -> None:
         super().__init__()
         if trunk not in TRUNKS or heads not in HEADS:
@@ -119,35 +95,52 @@ class Discriminator(nn.Module):
                 f"discriminator: got trunk {trunk!r}, heads {heads!r}; allowed: {TRUNKS}, {HEADS}"
             )
         self.paired, self._heads_at, self._trunk = paired, heads, trunk
-        object.__setattr__(self, "_roles", roles)  # shared, so not among this module's own parameters
-        channels = list(roles.unet.config.block_out_channels)
-        sizes = [max(1, sample_size >> min(i + 1, len(channels) - 1)) for i in range(len(channels))]
-        places = [*zip(channels, sizes, strict=True), (channels[-1], sizes[-1])]
+        object.__setattr__(self, "_network", network)  # shared, so not among this module's own parameters
+        places = network.kind.feature_shapes(network.model, sample_size)
         if heads == "mid":
             places = places[-1:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(Head(c * (2 if paired else 1), c, size) for c, size in places)
-        roles.drop_discriminator()
-        self.encoder: UNet2DConditionModel | None = None
-        if trunk == "full":
-            if base is None:
-                raise ValueError("a full trunk copies the base U-Net: pass `base`, loaded without adapters")
-            self.encoder = _without_decoder(base).float().requires_grad_(True)
-            if roles.unet.is_gradient_checkpointing:
-                self.encoder.enable_gradient_checkpointing(roles.checkpointed)
-        adapter = roles.add_trunk_adapter(rank=rank, seed=seed) if trunk == "lora" else []
-        self.to(next(roles.unet.parameters()).device)
-        roles.discriminator_parameters = [*self.parameters(), *adapter]
-        for parameter in roles.discriminator_parameters:
-            parameter.requires_grad_(True)
+        self.encoder = self._encoder(base) if trunk == "full" else None
+        adapter: dict[str, nn.Parameter] = {}
+        if trunk == "lora":
+            adapter = network.add_adapter(DISCRIMINATOR, rank=rank, seed=seed, encoder_only=True)
+        self.to(next(network.model.parameters()).device)
+        network.set_group(DISCRIMINATOR, dict(self.named_parameters()) | adapter)
+
+    def _encoder(self, base: Any) -> Any:
+        if base is None:
+            raise ValueError("a full trunk copies the base network: pass `base`, loaded without adapters")
+        encoder = self._network.kind.encoder_copy(base).float().requires_grad_(True)
+        if self._network.model.is_gradient_checkpointing:
+            encoder.enable_gradient_checkpointing(self._network.checkpointed)
+        return encoder
+
+    @contextmanager
+    def active(self, *, trains: bool) -> Iterator[None]:
+        """D's trunk is in force inside. With trains=False gradients reach the sample and not D."""
+        adapter = DISCRIMINATOR if self._trunk == "lora" else None
+        with self._network.using(adapter, frozen=() if trains else (DISCRIMINATOR,)):
+            yield
+
+    def close(self) -> None:
+        """Takes D's adapter and parameters off the shared network, as at the end of a phase."""
+        self._network.set_group(DISCRIMINATOR, {})
+        if self._trunk == "lora":
+            self._network.remove_adapter(DISCRIMINATOR)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that D trains by name: heads, and the trunk's adapter or copy."""
+        return self._network.group(DISCRIMINATOR)
 
     def features(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> list[torch.Tensor]:
-        """Encoder features of sample (B, C, H, W) at timesteps (B,), in float32, those that the heads read."""
-        unet = self._roles.unet if self.encoder is None else self.encoder
-        features = encode(unet, sample.to(unet.dtype), timesteps, conditioning)
+        """Features of sample (B, C, H, W) at timesteps (B,) that the heads read, in float32; inside `active`."""
+        network = self._network.model if self.encoder is None else self.encoder
+        features = self._network.kind.features(network, sample, timesteps, conditioning)
         return [f.float() for f in (features if self._heads_at == "multi" else features[-1:])]
 
     def logits(self, features: list[torch.Tensor], context: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -161,26 +154,28 @@ class Discriminator(nn.Module):
         """What it has learned, for the discriminator of a later phase."""
         trunk: dict[str, torch.Tensor] = {}
         if self._trunk == "lora":
-            trunk = adapter_state(self._roles.unet, DISCRIMINATOR)
+            trunk = adapter_state(self._network.model, DISCRIMINATOR)
         elif self.encoder is not None:
             trunk = _copied(self.encoder)
         return DiscriminatorState(trunk, _copied(self.heads))
 
-    def load_state(self, state: DiscriminatorState) -> None:
-        """Takes over a trunk of the same kind, and the heads where every shape is the same; heads that do not fit stay as
-        they are. ValueError for another trunk."""
+    def load_state(self, state: DiscriminatorState, *, strict: bool = False) -> None:
+        """Takes over a trunk of the same kind, and the heads where every shape is the same; others stay as they are, unless
+        `strict`. ValueError for another trunk and, where `strict`, for other heads."""
         if self._trunk == "lora":
-            load_adapter_state(self._roles.unet, DISCRIMINATOR, state.trunk)
+            load_adapter_state(self._network.model, DISCRIMINATOR, state.trunk)
         elif self.encoder is not None:
             if _shapes(self.encoder.state_dict()) != _shapes(state.trunk):
                 raise ValueError("the state of another trunk does not fit this discriminator's full copy")
             self.encoder.load_state_dict(state.trunk)
         if _shapes(self.heads.state_dict()) == _shapes(state.heads):
             self.heads.load_state_dict(state.heads)
+        elif strict:
+            raise ValueError("the state of other heads does not fit this discriminator")
 
 
 def build_discriminator(
-    roles: Roles,
+    network: SharedNetwork,
     phase: Phase,
     *,
     base: Path,
@@ -192,7 +187,7 @@ def build_discriminator(
     """The discriminator that a phase asks for; None for mse and convert.
 
     Args:
-        roles: the shared U-Net.
+        network: the shared base.
         phase: its objective and discriminator options.
         base: the pipeline's folder.
         rank: of the trunk's LoRA.
@@ -204,7 +199,7 @@ def build_discriminator(
         return None
     options = phase.discriminator
     discriminator = Discriminator(
-        roles,
+        network,
         trunk=options.trunk,
         heads=options.heads,
         paired=phase.objective == "paired",
@@ -214,7 +209,7 @@ def build_discriminator(
         base=load_unet(base) if options.trunk == "full" else None,
     )
     if options.start == "carried":
-        assert carried is not None, "config.py refuses `carried` in the first adversarial phase of a rung"
+        assert carried is not None, "the config refuses `carried` in the first adversarial phase of a rung"
         discriminator.load_state(carried)
     return discriminator
 
@@ -225,10 +220,3 @@ def _copied(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
-
-
-def _without_decoder(base: UNet2DConditionModel) -> UNet2DConditionModel:
-    encoder = copy.deepcopy(base)
-    encoder.up_blocks = nn.ModuleList()
-    encoder.conv_norm_out, encoder.conv_out = None, nn.Identity()
-    return encoder

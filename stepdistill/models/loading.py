@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, TorchAoConfig, UNet2DConditionModel
 
 from stepdistill.config_section import ConfigError
+from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
-from stepdistill.diffusion.schedule import NoiseSchedule, make_betas
 from stepdistill.durable import read_json
 from stepdistill.messages import first_line
 from stepdistill.models.folder import DEFAULT_TIMESTEPS, weights_variant
@@ -143,7 +143,7 @@ def read_scheduler_config(folder: Path) -> dict:
     return config
 
 
-def load_schedule(scheduler_config: dict) -> tuple[NoiseSchedule, str]:
+def load_noise_path(scheduler_config: dict) -> tuple[VariancePreserving, str]:
     """(noise schedule, prediction_type) that a scheduler_config.json describes; ValueError for what is not supported."""
     prediction_type = scheduler_config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
@@ -160,7 +160,7 @@ def load_schedule(scheduler_config: dict) -> tuple[NoiseSchedule, str]:
             num_train_timesteps=scheduler_config.get("num_train_timesteps", DEFAULT_TIMESTEPS),
         )
     zero_snr = bool(scheduler_config.get("rescale_betas_zero_snr", False))
-    return NoiseSchedule.from_betas(betas, zero_terminal_snr=zero_snr), prediction_type
+    return VariancePreserving.from_betas(betas, zero_terminal_snr=zero_snr), prediction_type
 
 
 def fingerprint(folder: Path) -> str:

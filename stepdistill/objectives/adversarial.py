@@ -9,10 +9,12 @@ perturbation (Eq 25-26): where s is clean, both samples are re-noised to t* in {
                             noise
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import softplus
 
-from stepdistill.diffusion.schedule import CLEAN, NoiseSchedule
+from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving
 
 PERTURBATION_TIMES = (0.01, 0.25, 0.5, 0.75)
 """Shares of T: the paper's times 10, 250, 500 and 750 of 1000."""
@@ -69,7 +71,7 @@ def draw_perturbation(
     prev_timesteps: torch.Tensor,
     uniform: torch.Tensor,
     *,
-    weights: list[float],
+    weights: Sequence[float],
     num_train_timesteps: int = 1000,
 ) -> torch.Tensor:
     """The timesteps (B,) at which D sees the samples: t* where prev_timestep is CLEAN, else prev_timestep.
@@ -78,8 +80,8 @@ def draw_perturbation(
     """
     times = perturbation_timesteps(num_train_timesteps)
     if len(weights) != len(times) or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"perturbation_weights: got {weights}; allowed: 4 numbers >= 0, not all 0")
-    edges = torch.tensor(weights, dtype=torch.float64, device=uniform.device).cumsum(0)
+        raise ValueError(f"perturbation_weights: got {list(weights)}; allowed: 4 numbers >= 0, not all 0")
+    edges = torch.tensor(list(weights), dtype=torch.float64, device=uniform.device).cumsum(0)
     pick = torch.bucketize(uniform.double() * edges[-1], edges, right=True).clamp(max=len(weights) - 1)
     drawn = torch.tensor(times, device=uniform.device)[pick]
     return torch.where(prev_timesteps == CLEAN, drawn, prev_timesteps)
@@ -91,9 +93,9 @@ def perturb(
     prev_timesteps: torch.Tensor,
     perturbed_timesteps: torch.Tensor,
     *,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
 ) -> torch.Tensor:
     """x_s (B, ...) re-noised to perturbed_timesteps where s is CLEAN, untouched elsewhere."""
-    renoised = schedule.add_noise(sample, noise, perturbed_timesteps)
+    renoised = noise_path.add_noise(sample, noise, perturbed_timesteps)
     clean = (prev_timesteps == CLEAN).view((-1,) + (1,) * (sample.ndim - 1))
     return torch.where(clean, renoised, sample)

@@ -10,23 +10,23 @@ truncated_snr the larger of epsilon and sample: the x_0 error weighed by max(SNR
 
 import torch
 
-from stepdistill.diffusion.schedule import NoiseSchedule
+from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.diffusion.solver import move_gain
 
 LOSS_SPACES = ("prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr")
 
 
 def space_weight(
-    timesteps: torch.Tensor, prev_timesteps: torch.Tensor, *, schedule: NoiseSchedule, space: str
+    timesteps: torch.Tensor, prev_timesteps: torch.Tensor, *, noise_path: VariancePreserving, space: str
 ) -> torch.Tensor:
     """What turns a squared error in x_s into one in `space`, (B,), float64; ValueError for an unknown space."""
     if space == "prev_sample":
         return torch.ones(len(timesteps), dtype=torch.float64, device=timesteps.device)
-    alpha_t, sigma_t = schedule.alpha_sigma(timesteps)
-    noise_gain = move_gain(timesteps, prev_timesteps, schedule=schedule)
+    alpha_t, sigma_t = noise_path.alpha_sigma(timesteps)
+    noise_gain = move_gain(timesteps, prev_timesteps, noise_path=noise_path)
     if space == "epsilon":
         return noise_gain**-2
-    alpha_s, sigma_s = schedule.alpha_sigma(prev_timesteps)
+    alpha_s, sigma_s = noise_path.alpha_sigma(prev_timesteps)
     original_gain = alpha_s - sigma_s * alpha_t / sigma_t
     if space == "sample":
         return original_gain**-2
@@ -43,11 +43,11 @@ def mse_loss(
     timesteps: torch.Tensor,
     prev_timesteps: torch.Tensor,
     *,
-    schedule: NoiseSchedule,
+    noise_path: VariancePreserving,
     space: str,
 ) -> torch.Tensor:
     """Mean over batch and elements of the squared error between two x_s (B, ...), weighed into `space`; a scalar."""
-    weight = space_weight(timesteps, prev_timesteps, schedule=schedule, space=space)
+    weight = space_weight(timesteps, prev_timesteps, noise_path=noise_path, space=space)
     error = (student_sample - teacher_sample).square().flatten(1).mean(dim=1)
     return (error * weight.to(error.dtype)).mean()
 

@@ -1,9 +1,11 @@
-"""Optimisers of the roles: Adam as the paper has it, warm-up and decay, one guarded update."""
+"""Optimisers of student and discriminator: Adam as the paper has it, warm-up and decay; the student's moving average."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 
 
 class NonFiniteError(RuntimeError):
@@ -14,13 +16,14 @@ class RoleOptimizer:
     """Adam over one role's parameters, with linear warm-up and cosine decay, no weight decay.
 
     betas: (.9, .999) for mse, (0, .99) for adversarial phases (section 4 of the recipe's table, from the paper).
+    parameters: by name, as `state_dict` has them.
     lr_warmup_steps: a tenth of max_train_steps at most. With a longer warm-up the cosine has fallen before the warm-up ends,
     and a short phase never trains at its learning rate.
     """
 
     def __init__(
         self,
-        parameters: Sequence[torch.nn.Parameter],
+        parameters: Mapping[str, torch.nn.Parameter],
         *,
         learning_rate: float,
         adversarial: bool,
@@ -28,7 +31,8 @@ class RoleOptimizer:
         lr_warmup_steps: int,
         lr_final_fraction: float,
     ) -> None:
-        self.parameters = list(parameters)
+        self._names = list(parameters)
+        self.parameters = list(parameters.values())
         warmup_steps = min(lr_warmup_steps, max_train_steps // 10)
         betas = (0.0, 0.99) if adversarial else (0.9, 0.999)
         self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=betas)
@@ -58,3 +62,68 @@ class RoleOptimizer:
     def zero_grad(self) -> None:
         """Drops the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's moments and step of each parameter under its name, and the schedule's place."""
+        moments = self.optimizer.state_dict()["state"]
+        by_name = {name: moments[k] for k, name in enumerate(self._names) if k in moments}
+        return {"parameters": by_name, "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict` of an optimiser over parameters of the same names and shapes; ValueError for others."""
+        moments = state["parameters"]
+        if moments:  # none before the first update
+            shapes = {name: of.get("exp_avg", torch.empty(0)).shape for name, of in moments.items()}
+            check_names("the optimiser's state", dict(zip(self._names, self.parameters, strict=True)), shapes)
+        whole = self.optimizer.state_dict()
+        places = {name: k for k, name in enumerate(self._names)}
+        whole["state"] = {places[name]: moments for name, moments in state["parameters"].items()}
+        self.schedule.load_state_dict(dict(state["schedule"]))
+        for group, rate in zip(whole["param_groups"], self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.optimizer.load_state_dict(whole)
+
+
+class MovingAverage:
+    """The exponential moving average of a role's parameters, with diffusers' warm-up of the decay.
+
+    parameters: by name, as `state_dict` has them.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, decay: float) -> None:
+        self._parameters = dict(parameters)
+        self._average = EMAModel(list(self._parameters.values()), decay=decay, foreach=True)
+
+    def update(self) -> None:
+        """After an update of the parameters."""
+        self._average.step(self._parameters.values())
+
+    def copy_to_parameters(self) -> None:
+        """The parameters become their average."""
+        self._average.copy_to(self._parameters.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages under the parameters' names, and how many updates they are of."""
+        averages = dict(zip(self._parameters, self._average.shadow_params, strict=True))
+        return {"parameters": averages, "updates": self._average.optimization_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict` over parameters of the same names and shapes; ValueError for others."""
+        averages: Mapping[str, torch.Tensor] = state["parameters"]
+        check_names("the moving average", self._parameters, {name: of.shape for name, of in averages.items()})
+        self._average.optimization_step = state["updates"]
+        for name, average in zip(self._parameters, self._average.shadow_params, strict=True):
+            average.copy_(averages[name])
+
+
+def check_names(what: str, parameters: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """ValueError where a state is not of these parameters: the first name that one side lacks or has in another shape."""
+    for name in sorted(parameters.keys() | shapes.keys()):
+        if name not in shapes:
+            raise ValueError(f"{what} lacks {name}, which is trained here")
+        if name not in parameters:
+            raise ValueError(f"{what} has {name}, which is not trained here")
+        if parameters[name].shape != shapes[name]:
+            raise ValueError(
+                f"{what} has {name} in shape {tuple(shapes[name])}; it is trained here in {tuple(parameters[name].shape)}"
+            )

@@ -1,7 +1,7 @@
 """What teacher and student draw while a phase trains, as pictures, in little memory.
 
-The U-Net is asked for no more rows at once than in training. The VAE lies on the CPU: for the time of decoding a copy of it
-is where the latents are, and decodes one picture after another.
+The network is asked for no more rows at once than in training. The VAE lies on the CPU: for the time of decoding a copy of
+it is where the latents are, and decodes one picture after another.
 """
 
 import copy
@@ -13,67 +13,37 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from stepdistill.diffusion.schedule import CLEAN, trailing_timesteps
-from stepdistill.diffusion.solver import rollout
-from stepdistill.models.conditioning import Conditioning
-from stepdistill.training.steps import Denoisers, teacher_rollout
+from stepdistill.diffusion.noise_path import moves_to
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.network.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
 class Painter:
-    """Draws with the networks that are being trained. No weight changes, and no global random state is used.
+    """Draws with denoisers that are being trained. No weight changes, and no global random state is used.
 
     Args:
         vae: the teacher's, on the CPU, in the dtype that it is to decode in.
-        batch_size: rows that the U-Net is asked for at once.
-        autocast: what the U-Net runs under in training.
+        batch_size: rows that the network is asked for at once.
+        autocast: what the network runs under in training.
     """
 
     vae: AutoencoderKL
     batch_size: int
     autocast: Callable[[], AbstractContextManager]
 
-    def of_teacher(
-        self, nets: Denoisers, noise: torch.Tensor, conditioning: Conditioning, *, steps: int
-    ) -> torch.Tensor:
-        """What the teacher draws in `steps` from noise (B, C, h, w): uint8 (B, 3, H, W), on the CPU."""
-
-        def draw(rows: torch.Tensor, told: Conditioning) -> torch.Tensor:
-            return teacher_rollout(nets, rows, _path(steps, len(rows), nets), told)
-
-        return self._pictures(draw, nets, noise, conditioning)
-
-    def of_student(
-        self, nets: Denoisers, noise: torch.Tensor, conditioning: Conditioning, *, steps: int
-    ) -> torch.Tensor:
-        """The same of the student."""
-
-        def draw(rows: torch.Tensor, told: Conditioning) -> torch.Tensor:
-            with nets.roles.student():
-                return rollout(
-                    lambda which, state, timesteps: nets.roles.predict(state, timesteps, told.rows(which)),
-                    rows,
-                    nets.told(_path(steps, len(rows), nets)),
-                    schedule=nets.schedule,
-                    prediction_type=nets.student_prediction_type,
-                )
-
-        return self._pictures(draw, nets, noise, conditioning)
-
     @torch.no_grad()
-    def _pictures(
-        self,
-        draw: Callable[[torch.Tensor, Conditioning], torch.Tensor],
-        nets: Denoisers,
-        noise: torch.Tensor,
-        conditioning: Conditioning,
+    def draw(
+        self, denoiser: Denoiser, noise: torch.Tensor, conditioning: Conditioning, *, steps: int
     ) -> torch.Tensor:
-        device, dtype = nets.roles.unet.device, nets.roles.unet.dtype
+        """What a denoiser draws in `steps` from noise (B, C, h, w): uint8 (B, 3, H, W), on the CPU."""
+        model = denoiser.network.model
         latents = []
         for chunk in torch.arange(len(noise)).split(self.batch_size):
-            told = conditioning.rows(chunk).to(device, dtype)
+            moves = moves_to(denoiser.noise_path.sampling(steps, len(chunk)), model.device)
+            prompts = conditioning.rows(chunk).to(model.device, model.dtype)
             with self.autocast():
-                latents.append(draw(noise[chunk].to(device), told))
+                latents.append(denoiser.rollout(noise[chunk].to(model.device), moves, prompts))
         return decode_pictures(self.vae, torch.cat(latents))
 
 
@@ -98,10 +68,3 @@ def decode_pictures(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 def to_images(pictures: torch.Tensor) -> list[Image.Image]:
     """uint8 (B, 3, H, W) as Pillow has them."""
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
-
-
-def _path(steps: int, rows: int, nets: Denoisers) -> torch.Tensor:
-    """The grid of a sampler's steps down to the clean sample, (rows, steps + 1), where the U-Net is."""
-    nodes = trailing_timesteps(steps, num_train_timesteps=nets.schedule.num_train_timesteps)
-    path = torch.cat([nodes, torch.tensor([CLEAN])])
-    return path.expand(rows, -1).to(nets.roles.unet.device)

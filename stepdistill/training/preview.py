@@ -7,9 +7,9 @@ from PIL import Image
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
 from stepdistill.durable import write_picture
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.report.grid import image_grid
 from stepdistill.training.pictures import Painter, to_images
-from stepdistill.training.steps import Denoisers
 
 MOST_TEACHER_STEPS = 32
 
@@ -34,13 +34,15 @@ class Preview:
         self._noise = rng.normal(shape, list(range(len(prompts))), seed=seed, keys=("preview",))
         self._teacher_row: tuple[object, list[Image.Image]] | None = None
 
-    def draw(self, name: str, nets: Denoisers, *, teacher_steps: int, student_steps: int) -> Path:
-        """Writes NAME.png: teacher above, student below. Few-step samples of 32 steps at most for the teacher."""
+    def draw(
+        self, name: str, student: Denoiser, teacher: Denoiser, *, student_steps: int, teacher_steps: int
+    ) -> Path:
+        """Writes NAME.png: teacher above, in 32 steps at most, student below."""
         steps = min(teacher_steps, MOST_TEACHER_STEPS)
-        if self._teacher_row is None or self._teacher_row[0] != (steps, nets.roles.teacher_is_base):
-            pictures = self._painter.of_teacher(nets, self._noise, self._conditioning, steps=steps)
-            self._teacher_row = ((steps, nets.roles.teacher_is_base), to_images(pictures))
-        pictures = self._painter.of_student(nets, self._noise, self._conditioning, steps=student_steps)
+        if self._teacher_row is None or self._teacher_row[0] != (steps, teacher.adapter):
+            pictures = self._painter.draw(teacher, self._noise, self._conditioning, steps=steps)
+            self._teacher_row = ((steps, teacher.adapter), to_images(pictures))
+        pictures = self._painter.draw(student, self._noise, self._conditioning, steps=student_steps)
         target = self.folder / f"{name}.png"
         rows = {f"teacher {steps}": self._teacher_row[1], f"student {student_steps}": to_images(pictures)}
         write_picture(target, image_grid(rows))

@@ -14,7 +14,12 @@ from stepdistill.cli import guarded
 from stepdistill.config_file import load_config
 from stepdistill.durable import warn_of_damage
 from stepdistill.run_folder import open_run
+from tests.faults.bounds import bounded
 
+SECONDS, BYTES = (
+    120,
+    2**30,
+)  # that a command may take on a damaged run: it may train, draw and measure all of it again
 LADDER = [
     {"teacher_steps": t, "student_steps": s, "phases": [{"objective": "mse", "max_train_steps": 1}]}
     for t, s in ((4, 2), (2, 1))
@@ -97,7 +102,7 @@ def answer(command, capsys, caplog):
     warn_of_damage.cache_clear()
     capsys.readouterr()
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="stepdistill"):
+    with caplog.at_level(logging.WARNING, logger="stepdistill"), bounded(SECONDS, BYTES):
         code = guarded(command)
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("stepdistill")]
     return Answer(code, capsys.readouterr().err.strip().splitlines(), warnings)

@@ -20,7 +20,7 @@ from stepdistill.rungs import WEIGHT_NAME
 from stepdistill.sampling import load_few_step
 from stepdistill.start_from import TAKEN
 from tests.faults.small_run import copy_of, small_config, tree
-from tests.integration.exported import random_roles
+from tests.integration.exported import random_student
 
 PROMPT = "a red letter a on white"
 LORA = f"rungs/1/{WEIGHT_NAME}"
@@ -362,7 +362,7 @@ def test_a_cache_manifest_of_another_shape_is_written_again(whole_run, copy, ask
 def made(tmp_path_factory):
     """A run whose teacher is made of the letters' and a LoRA."""
     place = tmp_path_factory.mktemp("made")
-    save_lora(random_roles(embedded_folder("teacher")), place / "lora")
+    save_lora(random_student(embedded_folder("teacher")), place / "lora")
     config = small_config(place / "runs", f"teacher.loras=[{{path: {place / 'lora'}}}]")
     open_run(config)
     make_teacher(config)

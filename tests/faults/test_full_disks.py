@@ -14,7 +14,7 @@ from stepdistill.models.loading import load_unet
 from stepdistill.models.teacher import make_teacher
 from stepdistill.rungs import WEIGHT_NAME
 from tests.faults.small_run import read_only, room_for, small_config, tree
-from tests.integration.exported import random_roles
+from tests.integration.exported import random_student
 
 PROMPT = "a red letter a on white"
 FULL, CLOSED = (
@@ -271,7 +271,7 @@ def test_a_picture_that_cannot_be_written(copy, asked, tmp_path):
 
 
 def test_a_teacher_that_cannot_be_written(tmp_path, asked):
-    save_lora(random_roles(embedded_folder("teacher")), tmp_path / "lora")
+    save_lora(random_student(embedded_folder("teacher")), tmp_path / "lora")
     config = small_config(tmp_path / "runs", f"teacher.loras=[{{path: {tmp_path / 'lora'}}}]")
     config.run_dir.mkdir(parents=True)
     steps = [([], 20_000, config.run_dir / "teacher")]

@@ -6,22 +6,16 @@ import pytest
 from stepdistill import stages
 from stepdistill.config_file import load_config
 from stepdistill.export.rung import export_rung
-from stepdistill.training.steps import Denoisers
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.shared_network import STUDENT
 
 STEPS = (128, 32, 8, 4, 2, 1)
 MSE = {"objective": "mse", "max_train_steps": 2}
 
 
-def nets_of(shared, *, guidance_scale):
-    """Teacher and student on what the rungs of a letters run share."""
-    return Denoisers(
-        roles=shared.roles,
-        schedule=shared.schedule,
-        unconditional=shared.cache.unconditional,
-        teacher_prediction_type="epsilon",
-        student_prediction_type="epsilon",
-        guidance_scale=guidance_scale,
-    )
+def student_of(shared):
+    """The student on what the rungs of a letters run share."""
+    return Denoiser(shared.network, STUDENT, shared.noise_path, "epsilon", trains=True)
 
 
 def tiny_config(output_dir, *overrides):

@@ -10,7 +10,7 @@ from stepdistill.config_file import parse_config
 from stepdistill.durable import sha256_file
 from stepdistill.ladder import save_lora
 from stepdistill.models.loading import fingerprint, load_unet
-from stepdistill.models.roles import Roles
+from stepdistill.models.shared_network import STUDENT, SharedNetwork
 from stepdistill.run_folder import open_run, resolved
 from stepdistill.rungs import WEIGHT_NAME, RungRecord, rung_folder
 from tests.integration.conftest import tiny_config
@@ -18,21 +18,22 @@ from tests.integration.conftest import tiny_config
 RANK = 4
 
 
-def random_roles(teacher, *, rank=RANK, seed=0):
-    """Roles on the teacher's U-Net whose student changes its output by a tenth or so."""
-    roles = Roles(load_unet(teacher), rank=rank, seed=seed)
+def random_student(teacher, *, rank=RANK, seed=0):
+    """The teacher's U-Net with a student that changes its output by a tenth or so."""
+    network = SharedNetwork(load_unet(teacher))
+    parameters = network.add_adapter(STUDENT, rank=rank, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in roles.student_parameters:
+    for parameter in parameters.values():
         parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return roles
+    return network
 
 
 def write_rung(config, teacher, steps, *, rank=RANK, seed=0, prediction_type="epsilon", start_timestep=None):
-    """rungs/<steps> as `distill` leaves it; returns its roles."""
-    roles = random_roles(teacher, rank=rank, seed=seed)
+    """rungs/<steps> as `distill` leaves it; returns the trained network."""
+    network = random_student(teacher, rank=rank, seed=seed)
     folder = rung_folder(config.run_dir, steps)
     folder.mkdir(parents=True, exist_ok=True)
-    save_lora(roles, folder)
+    save_lora(network, folder)
     RungRecord(
         student_steps=steps,
         teacher_steps=2 * steps,
@@ -43,7 +44,7 @@ def write_rung(config, teacher, steps, *, rank=RANK, seed=0, prediction_type="ep
         training_seconds=1.0,
         start_timestep=start_timestep,
     ).write(folder)
-    return roles
+    return network
 
 
 def sign_again(folder):
@@ -53,7 +54,7 @@ def sign_again(folder):
 
 
 def rung_of(place, family, *overrides, steps=4, **options):
-    """(config, teacher's folder, roles) of a run with one finished rung on a tiny pipeline of a family."""
+    """(config, teacher's folder, trained network) of a run with one finished rung on a tiny pipeline of a family."""
     teacher = place / "teacher"
     if not teacher.is_dir():
         build(family, tiny=True).save_pretrained(teacher, safe_serialization=True)
@@ -66,8 +67,8 @@ def rung_of(place, family, *overrides, steps=4, **options):
     config = tiny_config(place, f"teacher.path={teacher}", f"ladder={json.dumps(ladder)}", *overrides)
     open_run(config)
     kind = {"sd21_v": "v_prediction"}.get(family, "epsilon")
-    roles = write_rung(config, teacher, steps, **{"prediction_type": kind, **options})
-    return config, teacher, roles
+    network = write_rung(config, teacher, steps, **{"prediction_type": kind, **options})
+    return config, teacher, network
 
 
 def with_export(config, **options):

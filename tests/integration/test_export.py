@@ -22,11 +22,12 @@ from stepdistill.models.adapters import activate
 from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import load_unet, read_scheduler_config
 from stepdistill.models.lora_file import read_lora
+from stepdistill.models.shared_network import STUDENT
 from stepdistill.rungs import RungRecord, require_rung, rung_folder
 from tests.integration.exported import (
     RANK,
     answer,
-    random_roles,
+    random_student,
     rung_of,
     sign_again,
     with_export,
@@ -79,9 +80,9 @@ def inputs_for(unet):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    """(config, teacher, roles, folder) with both spellings of kohya's file and the fused U-Net, in float32."""
+    """(config, teacher, network, folder) with both spellings of kohya's file and the fused U-Net, in float32."""
     place = tmp_path_factory.mktemp(request.param)
-    config, teacher, roles = rung_of(place, request.param, "export.dtype=float32")
+    config, teacher, network = rung_of(place, request.param, "export.dtype=float32")
     spellings = ("diffusers", "sgm") if request.param == "sdxl" else ("diffusers",)
     for spelling in spellings:
         folder = export_rung(with_export(config, kohya_names=spelling, formats=["kohya", "fused"]), 4)
@@ -89,14 +90,14 @@ def family(request, tmp_path_factory):
         file.rename(folder / spelling)
     for spelling in spellings:
         (folder / spelling).rename(folder / "kohya" / f"kohya_{spelling}.safetensors")
-    return config, teacher, roles, folder
+    return config, teacher, network, folder
 
 
 def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
-    _, teacher, roles, folder = family
+    _, teacher, network, folder = family
     from safetensors.torch import save_file
 
-    told = inputs_for(roles.unet)
+    told = inputs_for(network.model)
     save_file(told, tmp_path / "inputs.safetensors")
     script = FRESH.replace("{rung}/kohya_{spelling}", "{rung}/kohya/kohya_{spelling}")
     command = [
@@ -111,8 +112,8 @@ def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(tmp_path / "out.safetensors")
-    with roles.student():
-        whole = answer(roles.unet, told)
+    with network.using(STUDENT):
+        whole = answer(network.model, told)
     half_unet = load_unet(teacher)
     for name, layer in read_lora(folder).layers.items():
         half_unet.get_submodule(name).weight.data += 0.5 * layer.delta()
@@ -290,15 +291,19 @@ def test_all_rungs_have_one_shape(tmp_path):
     assert {min(shape[:2]) for shape in shapes[1].values()} == {2}
 
 
+def second_weight(network):
+    return list(network.group(STUDENT).values())[1]
+
+
 def test_an_active_adapter_is_asked(tmp_path):
     """The check of the checks: without the adapter the answers above would differ."""
-    _, teacher, roles = rung_of(tmp_path, "sd15")
-    told = inputs_for(roles.unet)
-    with roles.student():
-        first = answer(roles.unet, told)
-    activate(roles.unet, None)
-    assert not torch.allclose(answer(roles.unet, told), first, atol=1e-3)
-    assert not torch.equal(random_roles(teacher, seed=1).student_parameters[1], roles.student_parameters[1])
+    _, teacher, network = rung_of(tmp_path, "sd15")
+    told = inputs_for(network.model)
+    with network.using(STUDENT):
+        first = answer(network.model, told)
+    activate(network.model, None)
+    assert not torch.allclose(answer(network.model, told), first, atol=1e-3)
+    assert not torch.equal(second_weight(random_student(teacher, seed=1)), second_weight(network))
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,6 @@ from stepdistill.config import Export, LoraRow
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from stepdistill.data.shards import read_about, write_shard
-from stepdistill.diffusion.schedule import CLEAN, trailing_timesteps
-from stepdistill.diffusion.solver import rollout
 from stepdistill.durable import read_sealed, write_sealed
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.rows import Row, lora_row
@@ -26,10 +24,11 @@ from stepdistill.export.card import model_card
 from stepdistill.export.rung import export_rung
 from stepdistill.ladder import distill, read_lora
 from stepdistill.models import adapters
-from stepdistill.models.conditioning import encode_prompts
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.folder import embedded_folder
-from stepdistill.models.loading import load_pipeline, load_schedule, load_unet
-from stepdistill.models.roles import STUDENT, Roles
+from stepdistill.models.loading import load_noise_path, load_pipeline, load_unet
+from stepdistill.models.network.conditioning import encode_prompts
+from stepdistill.models.shared_network import STUDENT, SharedNetwork
 from stepdistill.rungs import WEIGHT_NAME, finished_rungs, read_rung, rung_folder
 from stepdistill.sampling import load_rung
 from stepdistill.training.log import read_log
@@ -174,18 +173,14 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
         prompts, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent"
     ).images
 
-    roles = Roles(load_unet(embedded_folder("teacher")), rank=32, seed=0)
-    adapters.load_adapter_state(roles.unet, STUDENT, read_lora(finished_run.run_dir, steps))
-    told = encode_prompts(load_pipeline(embedded_folder("teacher")), prompts, image_size=(32, 32))
-    schedule, _ = load_schedule(dict(pipeline.scheduler.config))
-    with torch.no_grad(), roles.student():
-        ours = rollout(
-            lambda rows, x, t: roles.predict(x, t, told.rows(rows)),
-            noise,
-            torch.tensor([*trailing_timesteps(steps).tolist(), CLEAN]).expand(2, -1),
-            schedule=schedule,
-            prediction_type=read_rung(finished_run.run_dir, steps).prediction_type,
-        )
+    network = SharedNetwork(load_unet(embedded_folder("teacher")))
+    network.add_adapter(STUDENT, rank=32, seed=0)
+    adapters.load_adapter_state(network.model, STUDENT, read_lora(finished_run.run_dir, steps))
+    conditioning = encode_prompts(load_pipeline(embedded_folder("teacher")), prompts, image_size=(32, 32))
+    noise_path, _ = load_noise_path(dict(pipeline.scheduler.config))
+    kind = read_rung(finished_run.run_dir, steps).prediction_type
+    student = Denoiser(network, STUDENT, noise_path, kind)
+    ours = student.rollout(noise, noise_path.sampling(steps, 2), conditioning)
     # DDIM's own pairs are off by one at a quarter of 32 steps; at 8, 4, 2, 1 they are ours.
     assert torch.allclose(ours, theirs, atol=0.05 if steps == 32 else 2e-4)
     plain = StableDiffusionPipeline.from_pretrained(embedded_folder("teacher"), dtype=torch.float32)
@@ -209,7 +204,7 @@ def test_one_step_told_an_earlier_timestep_draws_what_was_trained(tmp_path):
     folder = rung_folder(config.run_dir, 1)
     noise, prompts = rng.normal((4, 8, 8), [0, 1], seed=3, keys=("test",)), ["a red letter a on white"] * 2
     pipeline = load_pipeline(embedded_folder("teacher"))
-    base_schedule, _ = load_schedule(dict(pipeline.scheduler.config))
+    base_schedule, _ = load_noise_path(dict(pipeline.scheduler.config))
     load_rung(pipeline, folder)
     theirs = pipeline(
         prompts, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent"

@@ -1,5 +1,6 @@
 """Pictures at the end of each phase: against the undistilled teacher whoever the rung's teacher is; nothing changes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,14 +9,13 @@ import torch
 from stepdistill.config_file import load_config
 from stepdistill.evaluation.drift import image_drift
 from stepdistill.ladder import load_shared
-from stepdistill.models import adapters
-from stepdistill.models.roles import TEACHER
+from stepdistill.models.shared_network import STUDENT
 from stepdistill.report.phase_looks import changes
 from stepdistill.report.read import read_run
 from stepdistill.rungs import rung_folder
 from stepdistill.runtime import Runtime
-from stepdistill.training.phase_looks import BaseTeacher, PhaseLooks
-from tests.integration.conftest import nets_of
+from stepdistill.training.phase_looks import PhaseLooks
+from tests.integration.conftest import student_of
 
 
 @pytest.fixture
@@ -52,48 +52,47 @@ def test_all_phases_are_compared_with_the_same_pictures(trained_run):
         assert later["per_image"]["data"] == first["per_image"]["data"]
 
 
+def looks_with(shared, *, guidance_scale, images=3):
+    teacher = dataclasses.replace(shared.undistilled, guidance_scale=guidance_scale)
+    return PhaseLooks(shared.painter, shared.cache, teacher, teacher_steps=2, images=images, seed=0)
+
+
 def test_a_student_that_is_the_teacher_has_no_drift(shared, tmp_path):
-    adapters.load_adapter_state(
-        shared.roles.unet,
-        TEACHER,
-        {k: t + 1 for k, t in adapters.adapter_state(shared.roles.unet, TEACHER).items()},
-    )
-    shared.roles.teacher_is_base = False  # the rung's teacher, which must not be drawn with
-    looks = PhaseLooks(shared.painter, shared.cache, BaseTeacher("epsilon", 1.0, 2), images=3, seed=0)
-    looks.write(tmp_path / "looks.json", nets_of(shared, guidance_scale=1.0), steps=2)
-    found = json.loads((tmp_path / "looks.json").read_text())
-    assert [found[f"{look}_drift"] for look in ("sharpness", "contrast", "colour")] == [0, 0, 0]
-    assert found["per_image"]["student"] == found["per_image"]["teacher"]
-    looks.write(tmp_path / "looks.json", nets_of(shared, guidance_scale=1.0), steps=1)
+    looks = looks_with(shared, guidance_scale=1.0)
+    looks.write(tmp_path / "looks.json", student_of(shared), steps=2)
+    written = json.loads((tmp_path / "looks.json").read_text())
+    assert [written[f"{look}_drift"] for look in ("sharpness", "contrast", "colour")] == [0, 0, 0]
+    assert written["per_image"]["student"] == written["per_image"]["teacher"]
+    looks.write(tmp_path / "looks.json", student_of(shared), steps=1)
     assert json.loads((tmp_path / "looks.json").read_text())["colour_drift"] > 1
 
 
 def test_the_drift_is_that_of_the_pictures(shared, tmp_path):
-    looks = PhaseLooks(shared.painter, shared.cache, BaseTeacher("epsilon", 3.0, 2), images=3, seed=0)
-    nets = nets_of(shared, guidance_scale=3.0)
-    looks.write(tmp_path / "looks.json", nets, steps=1)
-    found = json.loads((tmp_path / "looks.json").read_text())
-    told, noise = looks._samples.conditioning, looks._noise
-    mine = shared.painter.of_student(nets, noise, told, steps=1)
-    theirs = shared.painter.of_teacher(nets, noise, told, steps=2)
+    looks = looks_with(shared, guidance_scale=3.0)
+    looks.write(tmp_path / "looks.json", student_of(shared), steps=1)
+    written = json.loads((tmp_path / "looks.json").read_text())
+    conditioning, noise = looks._samples.conditioning, looks._noise
+    mine = shared.painter.draw(student_of(shared), noise, conditioning, steps=1)
+    theirs = shared.painter.draw(shared.undistilled, noise, conditioning, steps=2)
     expected = image_drift([mine], [theirs])
-    assert {key: found[key] for key in expected} == expected
+    assert {key: written[key] for key in expected} == expected
 
 
 def test_drawing_changes_nothing(shared, tmp_path):
-    shared.roles.teacher_is_base = False
-    before = {name: t.clone() for name, t in shared.roles.unet.state_dict().items()}
-    random_state, role = torch.get_rng_state(), shared.roles.state
-    trains = [p.requires_grad for p in shared.roles.student_parameters]
-    shared.looks.write(tmp_path / "looks.json", nets_of(shared, guidance_scale=3.0), steps=2)
-    assert all(torch.equal(t, before[name]) for name, t in shared.roles.unet.state_dict().items())
+    model = shared.network.model
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    random_state, state = torch.get_rng_state(), shared.network.state
+    trains = [p.requires_grad for p in shared.network.group(STUDENT).values()]
+    shared.looks.write(tmp_path / "looks.json", student_of(shared), steps=2)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert (shared.roles.state, shared.roles.teacher_is_base) == (role, False)
-    assert [p.requires_grad for p in shared.roles.student_parameters] == trains
-    assert all(p.grad is None for p in shared.roles.unet.parameters())
+    assert shared.network.state == state
+    assert [p.requires_grad for p in shared.network.group(STUDENT).values()] == trains
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_no_pictures_are_no_numbers(shared, tmp_path):
-    looks = PhaseLooks(shared.painter, shared.cache, BaseTeacher("epsilon", 3.0, 2), images=0, seed=0)
-    looks.write(tmp_path / "looks.json", nets_of(shared, guidance_scale=3.0), steps=1)
+    looks_with(shared, guidance_scale=3.0, images=0).write(
+        tmp_path / "looks.json", student_of(shared), steps=1
+    )
     assert not list(tmp_path.iterdir())

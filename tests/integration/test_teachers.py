@@ -170,6 +170,11 @@ def test_a_teacher_of_zero_terminal_snr_is_not_asked_for_epsilon(folders, tmp_pa
         open_run(tiny_config(tmp_path, teacher, "ladder.0.prediction_type=epsilon"))
     with pytest.raises(ConfigError, match=r"ladder\.1\.phases\.0\.loss_space: got epsilon"):
         open_run(tiny_config(tmp_path, teacher, "ladder.1.phases.0.loss_space=epsilon"))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"prediction_type": "epsilon"}))
+    with pytest.raises(ConfigError, match=r"teacher\.path: .* predicts epsilon with zero terminal SNR"):
+        open_run(tiny_config(tmp_path, teacher, "ladder.0.prediction_type=v_prediction"))
+    path.write_text(json.dumps(content))
     phase = "phases: [{objective: mse, max_train_steps: 1}]"
     converted = "phases: [{objective: convert, max_train_steps: 1}, {objective: mse, max_train_steps: 1}]"
     last = f"{{teacher_steps: 2, student_steps: 1, prediction_type: sample, {converted}}}"

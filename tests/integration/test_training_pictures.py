@@ -15,7 +15,7 @@ from stepdistill.models.loading import load_vae, vae_dtype
 from stepdistill.runtime import Runtime
 from stepdistill.training.pictures import Painter, decode_pictures
 from tests.conftest import randn
-from tests.integration.conftest import nets_of, tiny_config
+from tests.integration.conftest import student_of, tiny_config
 
 
 @pytest.fixture
@@ -92,18 +92,17 @@ def test_no_encoder_of_prepare_is_alive_while_the_ladder_trains(shared):
 
 def test_the_unet_is_asked_for_no_more_rows_than_in_training(shared, vae):
     shared, _ = shared
-    nets = nets_of(shared, guidance_scale=3.0)
-    told = shared.cache.samples((32, 32), [0, 1, 2]).conditioning
+    conditioning = shared.cache.samples((32, 32), [0, 1, 2]).conditioning
     noise = randn(3, *shared.cache.latent_shapes[32, 32], seed=2)
-    calls = asked_of(shared.roles.unet)
+    calls = asked_of(shared.network.model)
     drawn = {}
     for batch_size in (2, 3):
         calls.clear()
         painter = Painter(vae, batch_size, Runtime().autocast)
-        teacher = painter.of_teacher(nets, noise, told, steps=2)
+        teacher = painter.draw(shared.undistilled, noise, conditioning, steps=2)
         assert max(rows for rows, *_ in calls) == 2 * batch_size  # guidance asks twice
         calls.clear()
-        drawn[batch_size] = teacher, painter.of_student(nets, noise, told, steps=1)
+        drawn[batch_size] = teacher, painter.draw(student_of(shared), noise, conditioning, steps=1)
         assert max(rows for rows, *_ in calls) == batch_size
     for few, many in zip(*drawn.values(), strict=True):
         assert (few.int() - many.int()).abs().max() <= 1
@@ -111,12 +110,11 @@ def test_the_unet_is_asked_for_no_more_rows_than_in_training(shared, vae):
 
 def test_autocast_is_the_unets_alone(shared, vae):
     shared, _ = shared
-    told = shared.cache.samples((32, 32), [0]).conditioning
+    conditioning = shared.cache.samples((32, 32), [0]).conditioning
     kinds = {}
-    shared.roles.unet.conv_in.register_forward_hook(lambda _m, _a, output: kinds.update(unet=output.dtype))
+    shared.network.model.conv_in.register_forward_hook(lambda _m, _a, output: kinds.update(unet=output.dtype))
     vae.decoder.conv_out.register_forward_hook(lambda _m, _a, output: kinds.update(vae=output.dtype))
     painter = Painter(vae, 1, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-    painter.of_student(
-        nets_of(shared, guidance_scale=3.0), randn(1, *shared.cache.latent_shapes[32, 32]), told, steps=1
-    )
+    noise = randn(1, *shared.cache.latent_shapes[32, 32])
+    painter.draw(student_of(shared), noise, conditioning, steps=1)
     assert kinds == {"unet": torch.bfloat16, "vae": torch.float32}

@@ -5,38 +5,39 @@ import torch
 from diffusers import LCMScheduler
 
 from eval.peers import dmd2, lcm
-from stepdistill.diffusion.schedule import NoiseSchedule, jump, make_betas, substep_path, trailing_timesteps
+from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.solver import implied_noise, move, rollout
 from stepdistill.objectives import adversarial
 from stepdistill.objectives.mse import mse_loss
+from tests.conftest import ends_of
 
 MEAN, STD = 0.7, 0.4
 
 
 @pytest.fixture(scope="module")
-def schedule():
+def noise_path():
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
-    return NoiseSchedule.from_betas(betas)
+    return VariancePreserving.from_betas(betas)
 
 
-def exact(schedule, mean=MEAN, std=STD):
+def exact(noise_path, mean=MEAN, std=STD):
     """epsilon of x_t for data N(mean, std^2): sigma (x - alpha mean) / (alpha^2 std^2 + sigma^2)."""
 
     def output(sample, timesteps):
-        alpha, sigma = schedule.alpha_sigma(timesteps, ndim=sample.ndim, dtype=sample.dtype)
+        alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=sample.ndim, dtype=sample.dtype)
         return sigma * (sample - alpha * mean) / (alpha**2 * std**2 + sigma**2)
 
     return output
 
 
-def ddim_map(schedule, timesteps):
+def ddim_map(noise_path, timesteps):
     """Slope and offset of the 50-node DDIM flow from each of `timesteps` down to timestep 0, step after step."""
     slope, offset = torch.ones(len(timesteps), dtype=torch.float64), torch.zeros(len(timesteps)).double()
     current = timesteps.clone()
     while bool((current > 0).any()):
         following = torch.where(current > 0, (current - 20).clamp(min=0), current)
-        a, s = schedule.alpha_sigma(current)
-        a2, s2 = schedule.alpha_sigma(following)
+        a, s = noise_path.alpha_sigma(current)
+        a2, s2 = noise_path.alpha_sigma(following)
         gain = s / (a**2 * STD**2 + s**2)
         moved = torch.stack([torch.ones_like(a), torch.zeros_like(a)])
         epsilon = torch.stack([gain, -gain * a * MEAN])
@@ -59,16 +60,16 @@ def test_boundary_scalings_are_those_of_the_scheduler_that_samples_the_lora():
         )
 
 
-def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(schedule):
+def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(noise_path):
     """f(x_t) = DDIM's map to 0 has no loss; the slope alone, without the offset, has."""
-    timesteps = trailing_timesteps(lcm.NODES)
+    timesteps = noise_path.nodes(lcm.NODES)
     sample = torch.linspace(-2, 2, len(timesteps), dtype=torch.float64)[:, None]
 
     def flow(shift):
         def output(x, t):
-            slope, offset = ddim_map(schedule, t)
+            slope, offset = ddim_map(noise_path, t)
             skip, out = lcm.boundary_scalings(t, ndim=2)
-            alpha, sigma = schedule.alpha_sigma(t, ndim=2)
+            alpha, sigma = noise_path.alpha_sigma(t, ndim=2)
             wanted = slope[:, None] * x + shift * offset[:, None]
             original = torch.where(t[:, None] > 0, (wanted - skip * x) / out.clamp(min=1e-9), x)
             return (x - alpha * original) / sigma
@@ -80,10 +81,10 @@ def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(schedule):
             lcm.consistency_loss(
                 flow(shift),
                 flow(shift),
-                exact(schedule),
+                exact(noise_path),
                 sample,
                 timesteps,
-                schedule=schedule,
+                noise_path=noise_path,
                 prediction_type="epsilon",
             )
         )
@@ -93,9 +94,9 @@ def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(schedule):
     assert losses[1] > 1e-4
 
 
-def test_consistency_training_learns_the_flow(schedule):
+def test_consistency_training_learns_the_flow(noise_path):
     """A table of affine maps, trained with the loss, ends at DDIM's own map of the 50 nodes."""
-    nodes = trailing_timesteps(lcm.NODES)
+    nodes = noise_path.nodes(lcm.NODES)
     row = torch.full((1001,), -1)
     row[nodes] = torch.arange(lcm.NODES)
     table = torch.zeros(lcm.NODES, 2, dtype=torch.float64, requires_grad=True)
@@ -107,30 +108,30 @@ def test_consistency_training_learns_the_flow(schedule):
         """epsilon that implies x_0 = slope x + offset; at timestep 0 whatever, f is x there."""
         weights = table[row[t].clamp(min=0)]
         original = weights[:, :1] * x + weights[:, 1:]
-        alpha, sigma = schedule.alpha_sigma(t, ndim=2)
+        alpha, sigma = noise_path.alpha_sigma(t, ndim=2)
         return (x - alpha * original) / sigma
 
     for _ in range(3000):
         x0 = MEAN + STD * torch.randn(200, 1, generator=generator, dtype=torch.float64)
         timesteps = nodes.repeat(4)
-        noisy = schedule.add_noise(
+        noisy = noise_path.add_noise(
             x0, torch.randn(200, 1, generator=generator, dtype=torch.float64), timesteps
         )
         loss = lcm.consistency_loss(
             student,
             student,
-            exact(schedule),
+            exact(noise_path),
             noisy,
             timesteps,
-            schedule=schedule,
+            noise_path=noise_path,
             prediction_type="epsilon",
         )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-    slope, offset = ddim_map(schedule, nodes)
-    a, s = schedule.alpha_sigma(nodes)
+    slope, offset = ddim_map(noise_path, nodes)
+    a, s = noise_path.alpha_sigma(nodes)
     spread = (a**2 * STD**2 + s**2).sqrt()
     found = table.detach()
     wrong = (found[:, 0] - slope) * a * MEAN + found[:, 1] - offset
@@ -138,7 +139,7 @@ def test_consistency_training_learns_the_flow(schedule):
     assert ((found[:, 0] - slope) * spread).abs().max() < 0.03
 
 
-def test_distribution_matching_pulls_along_the_difference_of_the_scores(schedule):
+def test_distribution_matching_pulls_along_the_difference_of_the_scores(noise_path):
     """For two Gaussians the gradient is g / n with both x_0 predictions in closed form."""
     original = torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None].requires_grad_()
     timesteps = torch.tensor([30, 100, 300, 500, 700, 900])
@@ -146,20 +147,20 @@ def test_distribution_matching_pulls_along_the_difference_of_the_scores(schedule
 
     def denoiser(mean, std):
         def to_original(x, t):
-            a, s = schedule.alpha_sigma(t, ndim=2)
+            a, s = noise_path.alpha_sigma(t, ndim=2)
             return (a * std**2 * x + s**2 * mean) / (a**2 * std**2 + s**2)
 
         return to_original
 
     real, fake = denoiser(MEAN, STD), denoiser(-0.3, 0.9)
-    dmd2.distribution_matching_loss(original, real, fake, timesteps, noise, schedule=schedule).backward()
+    dmd2.distribution_matching_loss(original, real, fake, timesteps, noise, noise_path=noise_path).backward()
     x = original.detach()
-    noisy = schedule.add_noise(x, noise, timesteps)
+    noisy = noise_path.add_noise(x, noise, timesteps)
     wanted = (fake(noisy, timesteps) - real(noisy, timesteps)) / (x - real(noisy, timesteps)).abs() / 6
     assert torch.allclose(original.grad, wanted, rtol=1e-9)
 
 
-def test_dmd2_training_matches_the_data(schedule):
+def test_dmd2_training_matches_the_data(noise_path):
     """An affine one-step generator with the exact score of its own output as fake ends at the data's mean and spread."""
     weights = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +170,7 @@ def test_dmd2_training_matches_the_data(schedule):
 
     def denoiser(mean, std):
         def to_original(x, t):
-            a, s = schedule.alpha_sigma(t, ndim=2)
+            a, s = noise_path.alpha_sigma(t, ndim=2)
             return (a * std**2 * x + s**2 * mean) / (a**2 * std**2 + s**2)
 
         return to_original
@@ -181,7 +182,7 @@ def test_dmd2_training_matches_the_data(schedule):
         noise = torch.randn(256, 1, generator=generator, dtype=torch.float64)
         mean, std = weights.detach()
         loss = dmd2.distribution_matching_loss(
-            original, denoiser(MEAN, STD), denoiser(mean, std), timesteps, noise, schedule=schedule
+            original, denoiser(MEAN, STD), denoiser(mean, std), timesteps, noise, noise_path=noise_path
         )
         optimizer.zero_grad()
         loss.backward()
@@ -192,18 +193,18 @@ def test_dmd2_training_matches_the_data(schedule):
     assert abs(std) == pytest.approx(STD, abs=0.02)
 
 
-def test_the_fake_scores_loss_is_least_at_the_exact_score(schedule):
+def test_the_fake_scores_loss_is_least_at_the_exact_score(noise_path):
     generator = torch.Generator().manual_seed(0)
     x0 = MEAN + STD * torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
     noise = torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
     timesteps = torch.randint(20, 980, (20_000,), generator=generator)
-    noisy = schedule.add_noise(x0, noise, timesteps)
+    noisy = noise_path.add_noise(x0, noise, timesteps)
 
     def loss(mean, std):
-        output = exact(schedule, mean, std)(noisy, timesteps)
+        output = exact(noise_path, mean, std)(noisy, timesteps)
         return float(
             dmd2.fake_score_loss(
-                output, noisy, noise, timesteps, schedule=schedule, prediction_type="epsilon"
+                output, noisy, noise, timesteps, noise_path=noise_path, prediction_type="epsilon"
             )
         )
 
@@ -211,9 +212,9 @@ def test_the_fake_scores_loss_is_least_at_the_exact_score(schedule):
     assert all(best < loss(m, s) for m, s in ((0.6, STD), (0.8, STD), (MEAN, 0.3), (MEAN, 0.5)))
 
 
-def test_backward_simulation_with_the_exact_denoiser_of_a_point_gives_its_noised_nodes(schedule):
+def test_backward_simulation_with_the_exact_denoiser_of_a_point_gives_its_noised_nodes(noise_path):
     """Where x_0 is known whatever the input, x at node k is alpha_k x_0 + sigma_k noise_k; node 0 is the noise."""
-    nodes, generator = trailing_timesteps(4), torch.Generator().manual_seed(0)
+    nodes, generator = noise_path.nodes(4), torch.Generator().manual_seed(0)
     noises = torch.randn(4, 8, 3, generator=generator, dtype=torch.float64)
     stops = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
     point = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
@@ -223,47 +224,55 @@ def test_backward_simulation_with_the_exact_denoiser_of_a_point_gives_its_noised
         seen.append(len(rows))
         return point[rows]
 
-    found = dmd2.backward_simulation(denoise, noises, nodes, stops, schedule=schedule)
+    found = dmd2.backward_simulation(denoise, noises, nodes, stops, noise_path=noise_path)
     for k, stop in enumerate(stops.tolist()):
-        a, s = schedule.alpha_sigma(nodes[stop : stop + 1])
+        a, s = noise_path.alpha_sigma(nodes[stop : stop + 1])
         wanted = noises[0, k] if stop == 0 else a * point[k] + s * noises[stop, k]
         assert torch.allclose(found[k], wanted)
     assert seen == [6, 4, 2]
 
 
-def test_progressive_distillation_learns_the_two_steps_of_its_teacher(schedule):
+def test_progressive_distillation_learns_the_two_steps_of_its_teacher(noise_path):
     """Affine students of Gaussian data reach the map of two DDIM moves exactly, from every node, in the x0 loss."""
-    nodes, teacher = trailing_timesteps(8), exact(schedule)
-    ends = jump(nodes, 8)
-    path = substep_path(nodes, ends, 16)
+    nodes, teacher = noise_path.nodes(8), exact(noise_path)
+    ends = ends_of(noise_path, nodes, 8)
+    path = noise_path.substeps(nodes.tolist(), ends.tolist(), 16)
     table = torch.zeros(8, 2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([table], lr=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1500):
         x0 = MEAN + STD * torch.randn(8, 32, generator=generator, dtype=torch.float64)
-        x = schedule.add_noise(x0, torch.randn(8, 32, generator=generator, dtype=torch.float64), nodes)
+        x = noise_path.add_noise(x0, torch.randn(8, 32, generator=generator, dtype=torch.float64), nodes)
         target = rollout(
-            lambda rows, state, t: teacher(state, t), x, path, schedule=schedule, prediction_type="epsilon"
+            lambda rows, state, t: teacher(state, t),
+            x,
+            path,
+            noise_path=noise_path,
+            prediction_type="epsilon",
         )
         moved = move(
-            table[:, :1] * x + table[:, 1:], x, nodes, ends, schedule=schedule, prediction_type="epsilon"
+            table[:, :1] * x + table[:, 1:], x, nodes, ends, noise_path=noise_path, prediction_type="epsilon"
         )
-        loss = mse_loss(moved, target, nodes, ends, schedule=schedule, space="truncated_snr")
+        loss = mse_loss(moved, target, nodes, ends, noise_path=noise_path, space="truncated_snr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
     for x in (torch.full((8, 1), v, dtype=torch.float64) for v in (-1.0, 0.0, 2.0)):
         target = rollout(
-            lambda rows, state, t: teacher(state, t), x, path, schedule=schedule, prediction_type="epsilon"
+            lambda rows, state, t: teacher(state, t),
+            x,
+            path,
+            noise_path=noise_path,
+            prediction_type="epsilon",
         )
-        wanted = implied_noise(x, target, nodes, ends, schedule=schedule)
+        wanted = implied_noise(x, target, nodes, ends, noise_path=noise_path)
         assert torch.allclose(table.detach()[:, :1] * x + table.detach()[:, 1:], wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
-def test_the_adversary_brings_mean_and_spread_to_the_reals(schedule, kind):
+def test_the_adversary_brings_mean_and_spread_to_the_reals(noise_path, kind):
     """A critic with the logits that tell two Gaussians apart, a + b x + c x^2, and an affine student."""
     student = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
     critic = torch.zeros(3, dtype=torch.float64, requires_grad=True)

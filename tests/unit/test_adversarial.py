@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from stepdistill.diffusion.schedule import CLEAN
+from stepdistill.diffusion.noise_path import CLEAN
 from stepdistill.objectives.adversarial import (
     accuracy,
     discriminator_loss,
@@ -73,14 +73,14 @@ def test_perturbation_is_drawn_by_weight_and_only_where_the_sample_is_clean(weig
     assert kept.tolist() == [249] * 4
 
 
-def test_perturbation_noises_clean_rows_alone_and_alike(schedule):
+def test_perturbation_noises_clean_rows_alone_and_alike(noise_path):
     sample, noise = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
     ends, seen_at = torch.tensor([CLEAN, 249]), torch.tensor([749, 249])
-    found = perturb(sample, noise, ends, seen_at, schedule=schedule)
-    alpha, sigma = schedule.alpha_sigma(seen_at, ndim=4, dtype=torch.float32)
+    found = perturb(sample, noise, ends, seen_at, noise_path=noise_path)
+    alpha, sigma = noise_path.alpha_sigma(seen_at, ndim=4, dtype=torch.float32)
     assert torch.allclose(found[0], (alpha * sample + sigma * noise)[0])
     assert torch.equal(found[1], sample[1])
-    other = perturb(sample + 1, noise, ends, seen_at, schedule=schedule)
+    other = perturb(sample + 1, noise, ends, seen_at, noise_path=noise_path)
     assert torch.allclose(other[0] - found[0], alpha[0].expand(4, 8, 8), atol=1e-6)
 
 

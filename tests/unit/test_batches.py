@@ -8,7 +8,9 @@ import torch
 
 from stepdistill.config import Phase, Rung, Training
 from stepdistill.data.batches import ahead
-from stepdistill.training.stage import Stage, batches_of, first_samples
+from stepdistill.diffusion.noise_path import VariancePreserving
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.training.phase import PhaseSetup, batches_of, first_samples
 from tests.unit.test_cache import cache, shard
 
 
@@ -22,8 +24,9 @@ def test_an_update_sees_the_same_samples_and_noise_however_it_is_split(
     ]
     assert len(whole) == 3 * 8
     for ours, theirs in zip(parts, whole, strict=True):
-        for name in ("original_samples", "noise", "timesteps", "perturbation_noise", "perturbation_uniform"):
-            assert torch.equal(ours[name], theirs[name]), name
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert torch.equal(value, theirs[name]), name
 
 
 def two_sizes(folder):
@@ -33,13 +36,19 @@ def two_sizes(folder):
     return cache([square, wide])
 
 
+def setup_of(folder, micro, accumulation):
+    """Three updates of an adversarial phase."""
+    training = Training(train_batch_size=micro, gradient_accumulation_steps=accumulation)
+    phase = Phase(objective="single", max_train_steps=3)
+    rung = Rung(teacher_steps=8, student_steps=4, phases=(phase,))
+    path = VariancePreserving(torch.linspace(1, 0, 1000, dtype=torch.float64))
+    student = teacher = Denoiser(None, None, path, "epsilon")
+    return PhaseSetup(rung, phase, 0, training, 5, student, teacher, None, two_sizes(folder), preview=print)
+
+
 def split(folder, processes, micro, accumulation):
     """Three updates of eight samples each, sample after sample, over all processes."""
-    training = Training(train_batch_size=micro, gradient_accumulation_steps=accumulation)
-    phase = Phase(objective="mse", max_train_steps=3)
-    rung = Rung(teacher_steps=8, student_steps=4, phases=(phase,))
-    nets = SimpleNamespace(schedule=SimpleNamespace(num_train_timesteps=1000))
-    stage = Stage(rung, phase, 0, training, 5, nets, None, two_sizes(folder), preview=print)
+    setup = setup_of(folder, micro, accumulation)
     updates = [[] for _ in range(3)]
     for index in range(processes):
         runtime = SimpleNamespace(
@@ -48,13 +57,25 @@ def split(folder, processes, micro, accumulation):
             device=torch.device("cpu"),
             weight_dtype=torch.float32,
         )
-        drawn = list(batches_of(stage, runtime))
-        assert [first for first, _ in drawn] == list(first_samples(stage, runtime))
+        drawn = list(batches_of(setup, runtime))
+        assert [first for first, _ in drawn] == list(first_samples(setup, runtime))
         for place, (_, batch) in enumerate(drawn):
             for row in range(micro):
-                fields = {k: v[row] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+                values = vars(batch) | {f"perturbed {k}": v for k, v in vars(batch.perturbation).items()}
+                fields = {k: v[row] for k, v in values.items() if isinstance(v, torch.Tensor)}
                 updates[place // accumulation].append(fields)
     return updates
+
+
+def test_going_on_at_an_update_gives_the_batches_that_come_then(tmp_path):
+    runtime = SimpleNamespace(
+        num_processes=1, process_index=0, device=torch.device("cpu"), weight_dtype=torch.float32
+    )
+    setup = setup_of(tmp_path / "a", 2, 2)
+    whole = list(batches_of(setup, runtime))
+    rest = list(batches_of(setup, runtime, first_step=1))
+    assert [first for first, _ in rest] == [first for first, _ in whole[2:]]
+    assert all(torch.equal(a.noise, b.noise) for (_, a), (_, b) in zip(rest, whole[2:], strict=True))
 
 
 def test_what_comes_next_is_drawn_while_the_last_is_worked_on_and_in_order():

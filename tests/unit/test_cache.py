@@ -12,7 +12,7 @@ import torch
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
 from stepdistill.data.shards import Places, Shard, caption_bytes, is_intact, read_about, write_shard
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.network.conditioning import Conditioning
 
 
 def shard(path, numbers, *, size=(16, 16), more=None, dtype=torch.float16):

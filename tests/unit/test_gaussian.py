@@ -4,57 +4,55 @@ E[x0 | x_t] = mean + a std^2 (x_t - a mean) / (a^2 std^2 + s^2), and the flow ma
 to the same standardised value at every other time.
 """
 
-import contextlib
-
 import pytest
 import torch
 
+from stepdistill.config import Phase
 from stepdistill.data.batches import Batch
+from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import convert
-from stepdistill.diffusion.schedule import (
-    CLEAN,
-    NoiseSchedule,
-    jump,
-    make_betas,
-    substep_path,
-    trailing_timesteps,
-)
 from stepdistill.diffusion.solver import move, rollout
-from stepdistill.models.conditioning import Conditioning
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.network import kind as network_kind
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.objectives.mse import mse_loss
-from stepdistill.training.steps import Denoisers, mse_step, noisy_latents, teacher_rollout
-from tests.conftest import randn
+from stepdistill.training.losses import losses_of
+from stepdistill.training.samples import Samples
+from tests.conftest import ends_of, randn
 
 MEAN, STD = 0.7, 0.4
 
 
-def predictor(schedule, kind):
+def predictor(noise_path, kind):
     def predict(rows, sample, timesteps):
-        alpha, sigma = schedule.alpha_sigma(timesteps, ndim=2)
+        alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=2)
         original = MEAN + alpha * STD**2 * (sample - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
-        return convert(original, sample, timesteps, schedule=schedule, prediction_type="sample", target=kind)
+        return convert(
+            original, sample, timesteps, noise_path=noise_path, prediction_type="sample", target=kind
+        )
 
     return predict
 
 
-def exact_flow(schedule, sample, start, end):
-    (a, s), (b, r) = (schedule.alpha_sigma(torch.tensor([t]), ndim=2) for t in (start, end))
+def exact_flow(noise_path, sample, start, end):
+    (a, s), (b, r) = (noise_path.alpha_sigma(torch.tensor([t]), ndim=2) for t in (start, end))
     before, after = ((x**2 * STD**2 + y**2).sqrt() for x, y in ((a, s), (b, r)))
     return b * MEAN + after * (sample - a * MEAN) / before
 
 
-def whole_path(steps, batch):
-    return torch.tensor([*trailing_timesteps(steps).tolist(), CLEAN]).expand(batch, -1)
-
-
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_rollouts_converge_to_the_exact_flow_at_first_order(schedule, kind):
+def test_rollouts_converge_to_the_exact_flow_at_first_order(noise_path, kind):
     sample = randn(64, 1, dtype=torch.float64)
-    wanted = exact_flow(schedule, sample, 999, CLEAN)
+    wanted = exact_flow(noise_path, sample, 999, CLEAN)
     errors = []
     for steps in (8, 32, 128, 1000):
         found = rollout(
-            predictor(schedule, kind), sample, whole_path(steps, 64), schedule=schedule, prediction_type=kind
+            predictor(noise_path, kind),
+            sample,
+            noise_path.sampling(steps, 64),
+            noise_path=noise_path,
+            prediction_type=kind,
         )
         errors.append((found - wanted).abs().max().item())
     assert errors[3] < 0.01
@@ -62,102 +60,118 @@ def test_rollouts_converge_to_the_exact_flow_at_first_order(schedule, kind):
     assert errors[2] < errors[1] / 2.5
 
 
-def test_predictions_of_three_kinds_give_one_rollout(schedule):
+def test_predictions_of_three_kinds_give_one_rollout(noise_path):
     sample = randn(16, 1, dtype=torch.float64)
     found = [
-        rollout(predictor(schedule, k), sample, whole_path(8, 16), schedule=schedule, prediction_type=k)
+        rollout(
+            predictor(noise_path, k),
+            sample,
+            noise_path.sampling(8, 16),
+            noise_path=noise_path,
+            prediction_type=k,
+        )
         for k in ("epsilon", "sample", "v_prediction")
     ]
     assert torch.allclose(found[0], found[1], atol=1e-10)
     assert torch.allclose(found[0], found[2], atol=1e-10)
 
 
-def test_a_student_equal_to_its_teacher_has_loss_zero(schedule):
+def test_a_student_equal_to_its_teacher_has_loss_zero(noise_path):
     """The student whose epsilon is the teacher's whole segment in one move: the loss is 0 in every space."""
-    timesteps = trailing_timesteps(4)
-    ends = jump(timesteps, 4)
+    timesteps = noise_path.nodes(4)
+    ends = ends_of(noise_path, timesteps, 4)
     sample = randn(4, 1, dtype=torch.float64)
     target = rollout(
-        predictor(schedule, "epsilon"),
+        predictor(noise_path, "epsilon"),
         sample,
-        substep_path(timesteps, ends, 8),
-        schedule=schedule,
+        noise_path.substeps(timesteps.tolist(), ends.tolist(), 8),
+        noise_path=noise_path,
         prediction_type="epsilon",
     )
-    one_step = predictor(schedule, "epsilon")(None, sample, timesteps)
-    other = move(one_step, sample, timesteps, ends, schedule=schedule, prediction_type="epsilon")
+    one_step = predictor(noise_path, "epsilon")(None, sample, timesteps)
+    other = move(one_step, sample, timesteps, ends, noise_path=noise_path, prediction_type="epsilon")
     for space in ("prev_sample", "epsilon", "sample", "v_prediction"):
-        assert mse_loss(target, target, timesteps, ends, schedule=schedule, space=space).item() == 0.0
-        assert mse_loss(other, target, timesteps, ends, schedule=schedule, space=space).item() > 1e-6
+        assert mse_loss(target, target, timesteps, ends, noise_path=noise_path, space=space).item() == 0.0
+        assert mse_loss(other, target, timesteps, ends, noise_path=noise_path, space=space).item() > 1e-6
 
 
-def test_rows_that_arrived_are_not_evaluated(schedule):
-    timesteps = torch.tensor([999, 249])
-    path = substep_path(timesteps, jump(timesteps, 2), 4)
+def test_rows_that_arrived_are_not_evaluated(noise_path):
+    timesteps = [999, 249]
+    moves = noise_path.substeps(timesteps, noise_path.jump(timesteps, 2), 4)
     asked = []
 
     def predict(rows, sample, times):
-        asked.append(rows.tolist())
-        return predictor(schedule, "epsilon")(rows, sample, times)
+        asked.append((None if rows is None else rows.tolist(), len(sample)))
+        return predictor(noise_path, "epsilon")(rows, sample, times)
 
     sample = randn(2, 1, dtype=torch.float64)
-    found = rollout(predict, sample, path, schedule=schedule, prediction_type="epsilon")
-    assert asked == [[0, 1], [0]]
+    options = {"noise_path": noise_path, "prediction_type": "epsilon"}
+    together = rollout(predict, sample, moves, **options)
+    assert asked == [(None, 2), ([0], 1)]
     alone = rollout(
-        predictor(schedule, "epsilon"), sample[1:], path[1:, :2], schedule=schedule, prediction_type="epsilon"
+        predictor(noise_path, "epsilon"), sample[1:], noise_path.substeps([249], [CLEAN], 4), **options
     )
-    assert torch.equal(found[1:], alone)
+    assert torch.equal(together[1:], alone)
 
 
-class GaussianRoles:
-    """Teacher and student as closed forms: the conditioning is the mean, the student's spread is its own."""
+class GaussianNetwork(torch.nn.Module):
+    """The exact denoiser of data with this spread, whose mean is the conditioning; its output is of one kind."""
 
-    def __init__(self, schedule, kind):
-        self.schedule, self.kind, self.std = schedule, kind, STD
+    def __init__(self, noise_path, kind, std):
+        super().__init__()
+        self.noise_path, self.kind, self.std = noise_path, kind, std
 
-    @contextlib.contextmanager
-    def playing(self, std):
-        before, self.std = self.std, std
-        yield
-        self.std = before
-
-    def teacher(self):
-        return self.playing(STD)
-
-    def student(self):
-        return self.playing(0.6)
-
-    def predict(self, sample, timesteps, conditioning):
+    def forward(self, sample, timesteps, conditioning):
         mean = conditioning.encoder_hidden_states[:, 0, :1, None, None].to(sample.dtype)
-        alpha, sigma = self.schedule.alpha_sigma(timesteps, ndim=4, dtype=sample.dtype)
+        alpha, sigma = self.noise_path.alpha_sigma(timesteps, ndim=4, dtype=sample.dtype)
         gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         original = mean + gain * (sample - alpha * mean)
         kinds = {"prediction_type": "sample", "target": self.kind}
-        return convert(original, sample, timesteps, schedule=self.schedule, **kinds)
+        return convert(original, sample, timesteps, noise_path=self.noise_path, **kinds)
+
+
+class GaussianKind:
+    """How it is asked: a new kind of network is such a class and one line in KINDS."""
+
+    def ask(self, network, sample, timesteps, conditioning):
+        return network(sample, timesteps, conditioning)
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("loss_space", ["prev_sample", "sample", "truncated_snr"])
-def test_teachers_of_three_kinds_that_describe_one_gaussian_teach_the_same(zero_snr, loss_space):
+def test_teachers_of_three_kinds_that_describe_one_gaussian_teach_the_same(zero_snr, loss_space, monkeypatch):
+    monkeypatch.setitem(network_kind.KINDS, GaussianNetwork, GaussianKind())
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
-    schedule = NoiseSchedule.from_betas(betas, zero_terminal_snr=zero_snr)
-    timesteps = torch.tensor([999, 749, 499, 249])
+    noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=zero_snr)
+    nodes = [999, 749, 499, 249]
+    ends = noise_path.jump(nodes, 4)
     batch = Batch(
         original_samples=randn(4, 4, 2, 2, seed=1, dtype=torch.float64),
         noise=randn(4, 4, 2, 2, seed=2, dtype=torch.float64),
-        timesteps=timesteps,
-        prev_timesteps=jump(timesteps, 4),
+        timesteps=torch.tensor(nodes),
+        prev_timesteps=torch.tensor(ends),
         conditioning=Conditioning(torch.full((4, 1, 1), MEAN, dtype=torch.float64)),
-        perturbation_uniform=torch.zeros(4, dtype=torch.float64),
-        perturbation_noise=randn(4, 4, 2, 2, seed=3, dtype=torch.float64),
+        teacher_moves=noise_path.substeps(nodes, ends, 16),
     )
+    empty = Conditioning(torch.full((1, 1, 1), -0.2, dtype=torch.float64))
     losses, targets = [], []
     for kind in ("sample", "v_prediction") + (() if zero_snr else ("epsilon",)):
-        empty = Conditioning(torch.full((1, 1, 1), -0.2, dtype=torch.float64))
-        nets = Denoisers(GaussianRoles(schedule, kind), schedule, empty, kind, kind, guidance_scale=3.0)
-        path = substep_path(batch.timesteps, batch.prev_timesteps, 16)
-        targets.append(teacher_rollout(nets, noisy_latents(nets, batch), path, batch.conditioning))
-        losses.append(mse_step(nets, batch, teacher_steps=16, loss_space=loss_space).losses["student"])
+        teacher, student = (
+            Denoiser(SharedNetwork(GaussianNetwork(noise_path, kind, std)), None, noise_path, kind, **options)
+            for std, options in (
+                (STD, {"guidance_scale": 3.0, "unconditional": empty}),
+                (0.6, {"trains": True}),
+            )
+        )
+        samples = Samples(batch, student=student, teacher=teacher)
+        targets.append(samples.teacher_sample)
+        phase = Phase(objective="mse", loss_space=loss_space)
+        losses.append(losses_of(samples, phase).by_role["student"])
     assert all(bool(t.isfinite().all()) for t in targets)
     assert all(torch.allclose(t, targets[0], atol=1e-9) for t in targets)
     assert all(float(loss) == pytest.approx(float(losses[0]), rel=1e-9) and loss > 1e-3 for loss in losses)
+
+
+def test_a_network_of_a_class_that_nobody_answers_for_is_refused():
+    with pytest.raises(ValueError, match="got Linear; allowed: UNet2DConditionModel"):
+        SharedNetwork(torch.nn.Linear(1, 1))

@@ -5,11 +5,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepdistill.config import DiscriminatorOptions, Phase
 from stepdistill.models import adapters
 from stepdistill.models.discriminator import Head
-from stepdistill.training.steps import adversarial_step, mse_step
+from stepdistill.models.shared_network import STUDENT
 from tests.conftest import make_conditioning, randn
-from tests.unit.test_roles import grads, make_batch, make_discriminator, make_nets
+from tests.unit.test_gradients import MSE, grads, make_batch, make_discriminator, make_pair
 
 
 def as_peft_does(self, x, dtype):
@@ -28,27 +29,26 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def in_dtype(schedule, dtype, *, checkpointing=False):
-    """Roles, D and a batch on a base in that dtype; what trains is float32."""
-    nets = make_nets(schedule, checkpointing=checkpointing)
-    discriminator = make_discriminator(nets, heads="multi")
-    for name, parameter in nets.roles.unet.named_parameters():
+def in_dtype(noise_path, dtype, *, checkpointing=False):
+    """Student and teacher, D and a batch on a base in that dtype; what trains is float32."""
+    pair = make_pair(noise_path, checkpointing=checkpointing)
+    discriminator = make_discriminator(pair.network, heads="multi")
+    for name, parameter in pair.network.model.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype)
-    return nets, discriminator, make_batch()
+    return pair, discriminator, make_batch(noise_path)
 
 
-def losses_and_gradients(schedule, dtype, checkpointing):
-    nets, discriminator, batch = in_dtype(schedule, dtype, checkpointing=checkpointing)
-    trained = [*nets.roles.student_parameters, *nets.roles.discriminator_parameters]
+def losses_and_gradients(noise_path, dtype, checkpointing):
+    pair, discriminator, batch = in_dtype(noise_path, dtype, checkpointing=checkpointing)
+    trained = [*pair.student_parameters, *pair.discriminator_parameters]
     seen = []
-    options = {"teacher_steps": 8, "perturbation_weights": [1, 1, 1, 1], "loss": "relativistic"}
-    for step in (
-        lambda: mse_step(nets, batch, teacher_steps=8, loss_space="prev_sample"),
-        lambda: adversarial_step(nets, discriminator, batch, **options),
+    for phase in (
+        MSE,
+        Phase(objective="paired", discriminator=DiscriminatorOptions(loss="relativistic")),
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
-            losses = step().losses
+            losses = pair.losses(batch, phase, discriminator).by_role
         for loss in losses.values():
             loss.backward()
         seen += [loss.detach() for loss in losses.values()]
@@ -61,35 +61,36 @@ def losses_and_gradients(schedule, dtype, checkpointing):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_pefts_copies_losses_and_gradients_are_equal_to_the_bit(
-    schedule, monkeypatch, dtype, checkpointing
+    noise_path, monkeypatch, dtype, checkpointing
 ):
-    ours = losses_and_gradients(schedule, dtype, checkpointing)
+    ours = losses_and_gradients(noise_path, dtype, checkpointing)
     monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", as_peft_does)
-    theirs = losses_and_gradients(schedule, dtype, checkpointing)
+    theirs = losses_and_gradients(noise_path, dtype, checkpointing)
     assert len(ours) == len(theirs) > 100
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_under_autocast_no_layer_copies_its_input(schedule, monkeypatch):
-    nets, _, batch = in_dtype(schedule, torch.bfloat16)
-    told, dtype = batch.conditioning.to(torch.device("cpu"), torch.bfloat16), torch.bfloat16
+def test_under_autocast_no_layer_copies_its_input(noise_path, monkeypatch):
+    pair, _, batch = in_dtype(noise_path, torch.bfloat16)
+    network, dtype = pair.network, torch.bfloat16
+    conditioning = batch.conditioning.to(torch.device("cpu"), dtype)
 
     def copies():
-        with Copies() as counted, torch.no_grad(), torch.autocast("cpu", dtype=dtype), nets.roles.student():
-            nets.roles.predict(batch.noise, batch.timesteps, told)
+        with Copies() as counted, torch.no_grad(), torch.autocast("cpu", dtype=dtype), network.using(STUDENT):
+            network.ask(batch.noise, batch.timesteps, conditioning)
         return counted.count
 
     ours = copies()
     monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", as_peft_does)
     # all layers' inputs are bfloat16, but for those that follow a norm, which autocast leaves in float32
-    assert copies() - ours > len(adapters.lora_layers(nets.roles.unet)) / 2
+    assert copies() - ours > len(adapters.lora_layers(network.model)) / 2
 
 
-def test_outside_autocast_a_half_precision_base_still_runs(schedule):
-    nets, _, batch = in_dtype(schedule, torch.bfloat16)
-    told = make_conditioning(len(batch.noise)).to(torch.device("cpu"), torch.bfloat16)
-    with torch.no_grad(), nets.roles.student():
-        assert nets.roles.predict(batch.noise, batch.timesteps, told).isfinite().all()
+def test_outside_autocast_a_half_precision_base_still_runs(noise_path):
+    pair, _, batch = in_dtype(noise_path, torch.bfloat16)
+    conditioning = make_conditioning(len(batch.noise)).to(torch.device("cpu"), torch.bfloat16)
+    with torch.no_grad(), pair.network.using(STUDENT):
+        assert pair.network.ask(batch.noise, batch.timesteps, conditioning).isfinite().all()
 
 
 def test_logits_under_autocast_keep_the_difference_of_a_pair():

@@ -1,57 +1,59 @@
 import pytest
 import torch
 
+from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import convert
-from stepdistill.diffusion.schedule import NoiseSchedule, jump, make_betas, trailing_timesteps
 from stepdistill.diffusion.solver import move, move_gain
 from stepdistill.objectives.mse import LOSS_SPACES, convert_loss, mse_loss, space_weight
-from tests.conftest import randn
+from tests.conftest import ends_of, randn
 
 
 @pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
-def test_the_prev_sample_loss_is_k_squared_times_the_epsilon_one(schedule, steps):
-    timesteps = trailing_timesteps(steps)
-    ends = jump(timesteps, steps)
+def test_the_prev_sample_loss_is_k_squared_times_the_epsilon_one(noise_path, steps):
+    timesteps = noise_path.nodes(steps)
+    ends = ends_of(noise_path, timesteps, steps)
     x_t = randn(steps, 4, 8, 8, dtype=torch.float64)
     first, second = (randn(steps, 4, 8, 8, seed=k, dtype=torch.float64) for k in (1, 2))
     moved = [
-        move(e, x_t, timesteps, ends, schedule=schedule, prediction_type="epsilon") for e in (first, second)
+        move(e, x_t, timesteps, ends, noise_path=noise_path, prediction_type="epsilon")
+        for e in (first, second)
     ]
-    gain = move_gain(timesteps, ends, schedule=schedule)
+    gain = move_gain(timesteps, ends, noise_path=noise_path)
     per_row = (first - second).square().flatten(1).mean(1)
-    weighed = mse_loss(*moved, timesteps, ends, schedule=schedule, space="prev_sample")
+    weighed = mse_loss(*moved, timesteps, ends, noise_path=noise_path, space="prev_sample")
     assert torch.allclose(weighed, (gain**2 * per_row).mean(), rtol=1e-10)
-    plain = mse_loss(*moved, timesteps, ends, schedule=schedule, space="epsilon")
+    plain = mse_loss(*moved, timesteps, ends, noise_path=noise_path, space="epsilon")
     assert torch.allclose(plain, per_row.mean(), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("steps", "mean_square"), [(32, 0.014), (8, 0.33), (4, 2.3), (2, 24.8), (1, 213.6)])
-def test_mean_gain_of_each_rung_is_the_recipes(schedule, steps, mean_square):
-    timesteps = trailing_timesteps(steps)
-    gain = move_gain(timesteps, jump(timesteps, steps), schedule=schedule)
+def test_mean_gain_of_each_rung_is_the_recipes(noise_path, steps, mean_square):
+    timesteps = noise_path.nodes(steps)
+    gain = move_gain(timesteps, ends_of(noise_path, timesteps, steps), noise_path=noise_path)
     assert gain.square().mean().item() == pytest.approx(mean_square, rel=0.04)
 
 
 @pytest.mark.parametrize("space", ["epsilon", "sample", "v_prediction"])
-def test_each_space_measures_the_error_of_that_prediction(schedule, space):
-    timesteps = trailing_timesteps(4)
-    ends = jump(timesteps, 4)
+def test_each_space_measures_the_error_of_that_prediction(noise_path, space):
+    timesteps = noise_path.nodes(4)
+    ends = ends_of(noise_path, timesteps, 4)
     x_t = randn(4, 4, 8, 8, dtype=torch.float64)
     first, second = (randn(4, 4, 8, 8, seed=k, dtype=torch.float64) for k in (1, 2))
     as_space = [
-        convert(e, x_t, timesteps, schedule=schedule, prediction_type="epsilon", target=space)
+        convert(e, x_t, timesteps, noise_path=noise_path, prediction_type="epsilon", target=space)
         for e in (first, second)
     ]
     moved = [
-        move(e, x_t, timesteps, ends, schedule=schedule, prediction_type="epsilon") for e in (first, second)
+        move(e, x_t, timesteps, ends, noise_path=noise_path, prediction_type="epsilon")
+        for e in (first, second)
     ]
-    found = mse_loss(*moved, timesteps, ends, schedule=schedule, space=space)
+    found = mse_loss(*moved, timesteps, ends, noise_path=noise_path, space=space)
     assert torch.allclose(found, (as_space[0] - as_space[1]).square().mean(), rtol=1e-9)
 
 
-def test_unknown_space_is_refused(schedule):
+def test_unknown_space_is_refused(noise_path):
     with pytest.raises(ValueError, match=", ".join(LOSS_SPACES)):
-        space_weight(torch.tensor([999]), torch.tensor([499]), schedule=schedule, space="latent")
+        space_weight(torch.tensor([999]), torch.tensor([499]), noise_path=noise_path, space="latent")
 
 
 def test_convert_loss_is_the_plain_mean_square():
@@ -59,12 +61,12 @@ def test_convert_loss_is_the_plain_mean_square():
     assert torch.allclose(convert_loss(first, second), ((first - second) ** 2).mean())
 
 
-def test_truncated_snr_is_the_x0_error_weighed_by_the_larger_of_snr_and_one(schedule):
-    timesteps = trailing_timesteps(8)
-    ends = jump(timesteps, 8)
-    alpha, sigma = schedule.alpha_sigma(timesteps)
-    found = space_weight(timesteps, ends, schedule=schedule, space="truncated_snr")
-    on_sample = space_weight(timesteps, ends, schedule=schedule, space="sample")
+def test_truncated_snr_is_the_x0_error_weighed_by_the_larger_of_snr_and_one(noise_path):
+    timesteps = noise_path.nodes(8)
+    ends = ends_of(noise_path, timesteps, 8)
+    alpha, sigma = noise_path.alpha_sigma(timesteps)
+    found = space_weight(timesteps, ends, noise_path=noise_path, space="truncated_snr")
+    on_sample = space_weight(timesteps, ends, noise_path=noise_path, space="sample")
     assert torch.allclose(found, on_sample * ((alpha / sigma) ** 2).clamp(min=1), rtol=1e-9)
 
 
@@ -74,21 +76,21 @@ def test_truncated_snr_is_the_x0_error_weighed_by_the_larger_of_snr_and_one(sche
 def test_every_space_but_epsilon_holds_at_zero_terminal_snr(kind, space, steps):
     """The error of two students that predict v or x0, against the one that their predictions have in that space."""
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
-    schedule = NoiseSchedule.from_betas(betas, zero_terminal_snr=True)
-    timesteps = trailing_timesteps(steps)
-    ends = jump(timesteps, steps)
+    noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=True)
+    timesteps = noise_path.nodes(steps)
+    ends = ends_of(noise_path, timesteps, steps)
     x_t, *outputs = (randn(steps, 4, 8, 8, seed=k, dtype=torch.float64) for k in range(3))
-    moved = [move(o, x_t, timesteps, ends, schedule=schedule, prediction_type=kind) for o in outputs]
-    found = mse_loss(*moved, timesteps, ends, schedule=schedule, space=space)
+    moved = [move(o, x_t, timesteps, ends, noise_path=noise_path, prediction_type=kind) for o in outputs]
+    found = mse_loss(*moved, timesteps, ends, noise_path=noise_path, space=space)
 
     def error(target):
         first, second = (
-            convert(o, x_t, timesteps, schedule=schedule, prediction_type=kind, target=target)
+            convert(o, x_t, timesteps, noise_path=noise_path, prediction_type=kind, target=target)
             for o in outputs
         )
         return (first - second).square().flatten(1).mean(1)
 
-    alpha, sigma = schedule.alpha_sigma(timesteps)
+    alpha, sigma = noise_path.alpha_sigma(timesteps)
     expected = {
         "sample": error("sample"),
         "v_prediction": error("v_prediction"),
@@ -97,4 +99,4 @@ def test_every_space_but_epsilon_holds_at_zero_terminal_snr(kind, space, steps):
     }[space]
     assert bool((expected > 0).all())
     assert torch.allclose(found, expected.mean(), rtol=1e-9)
-    assert float(space_weight(timesteps, ends, schedule=schedule, space="epsilon")[0]) == 0
+    assert float(space_weight(timesteps, ends, noise_path=noise_path, space="epsilon")[0]) == 0

@@ -13,7 +13,7 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 def rates(max_train_steps, *, lr_warmup_steps=10, learning_rate=1.0):
     optimizer = RoleOptimizer(
-        [torch.nn.Parameter(torch.zeros(1))],
+        {"weight": torch.nn.Parameter(torch.zeros(1))},
         learning_rate=learning_rate,
         adversarial=True,
         max_train_steps=max_train_steps,

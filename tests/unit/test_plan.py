@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepdistill.config import ConfigError
 from stepdistill.config_file import load_config
-from stepdistill.diffusion.schedule import jump, substep_path, trailing_timesteps
+from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.models.folder import embedded_folder
 from stepdistill.pace import measured_seconds_per_pass
 from stepdistill.plan import (
@@ -27,6 +28,14 @@ from peers import methods
 CONFIGS = ("configs/letters.yaml", "configs/letters_lightning.yaml")
 
 
+def mean_moves(timesteps, node_steps, student_steps, teacher_steps):
+    """Rows that a roll-out from every node evaluates, per node."""
+    path = VariancePreserving(torch.linspace(1, 0, timesteps, dtype=torch.float64))
+    nodes = path.nodes(node_steps).tolist()
+    moves = path.substeps(nodes, path.jump(nodes, student_steps), teacher_steps)
+    return sum(len(move.timesteps) for move in moves) / len(nodes)
+
+
 @pytest.mark.parametrize("path", CONFIGS)
 def test_teacher_moves_are_counted_as_the_solver_takes_them(path):
     """The mean length of the teacher's paths over the nodes that a rung is trained at: twice the bare U-Net for the guided
@@ -36,11 +45,8 @@ def test_teacher_moves_are_counted_as_the_solver_takes_them(path):
         for phase in rung.phases:
             if phase.objective == "convert" or phase.discriminator.real == "data":
                 continue
-            nodes = trailing_timesteps(rung.node_steps or rung.student_steps)
-            route = substep_path(
-                nodes, jump(nodes, rung.student_steps), phase.teacher_steps or rung.teacher_steps
-            )
-            moves = (route[:, 1:] != route[:, :-1]).double().sum(dim=1).mean().item()
+            teacher_steps = phase.teacher_steps or rung.teacher_steps
+            moves = mean_moves(1000, rung.node_steps or rung.student_steps, rung.student_steps, teacher_steps)
             each = 2 if rung is config.ladder[0] else 1.083
             alone = {"mse": 1.083 + 1.268, "paired": 7.601, "single": 5.901}[phase.objective]
             assert phase_forwards(config, rung, phase) == pytest.approx(each * moves + alone, abs=1e-3)
@@ -66,9 +72,7 @@ def test_teacher_moves_are_counted_on_the_teachers_own_schedule(tmp_path):
     ladder = f"ladder=[{{teacher_steps: 40, student_steps: 8, node_steps: 32, {phases}}}]"
     options = [ladder, "evaluation.teacher_steps=[8]", f"teacher.path={folder}"]
     config = load_config(CONFIGS[0], options)
-    nodes = trailing_timesteps(32, num_train_timesteps=45)
-    route = substep_path(nodes, jump(nodes, 8, num_train_timesteps=45), 40, num_train_timesteps=45)
-    moves = (route[:, 1:] != route[:, :-1]).double().sum(dim=1).mean().item()
+    moves = mean_moves(45, 32, 8, 40)
     (rung,) = config.ladder
     assert phase_forwards(config, rung, rung.phases[0]) == pytest.approx(2 * moves + 2.351, abs=1e-3)
 

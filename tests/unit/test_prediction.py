@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
+from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import PREDICTION_TYPES, convert
-from stepdistill.diffusion.schedule import CLEAN, NoiseSchedule, make_betas
 from stepdistill.diffusion.solver import guide, implied_noise, move
 from tests.conftest import randn
 
@@ -12,42 +12,44 @@ TIMESTEPS = torch.tensor([999, 749, 250, 10])
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(PREDICTION_TYPES, 2)))
-def test_round_trips_in_float64(schedule, first, second):
+def test_round_trips_in_float64(noise_path, first, second):
     x_t, output = randn(4, 4, 8, 8, dtype=torch.float64), randn(4, 4, 8, 8, seed=1, dtype=torch.float64)
-    there = convert(output, x_t, TIMESTEPS, schedule=schedule, prediction_type=first, target=second)
-    back = convert(there, x_t, TIMESTEPS, schedule=schedule, prediction_type=second, target=first)
+    there = convert(output, x_t, TIMESTEPS, noise_path=noise_path, prediction_type=first, target=second)
+    back = convert(there, x_t, TIMESTEPS, noise_path=noise_path, prediction_type=second, target=first)
     assert torch.allclose(back, output, atol=1e-11)
 
 
-def test_the_three_predictions_of_one_noised_sample(schedule):
+def test_the_three_predictions_of_one_noised_sample(noise_path):
     """x_t = a x0 + s e and v = a e - s x0: each conversion gives back what x_t was made of."""
     original, noise = (randn(4, 4, 8, 8, seed=k, dtype=torch.float64) for k in (0, 1))
-    x_t = schedule.add_noise(original, noise, TIMESTEPS)
-    alpha, sigma = schedule.alpha_sigma(TIMESTEPS, ndim=4)
+    x_t = noise_path.add_noise(original, noise, TIMESTEPS)
+    alpha, sigma = noise_path.alpha_sigma(TIMESTEPS, ndim=4)
     truth = {"epsilon": noise, "sample": original, "v_prediction": alpha * noise - sigma * original}
     for kind, target in itertools.product(PREDICTION_TYPES, repeat=2):
-        found = convert(truth[kind], x_t, TIMESTEPS, schedule=schedule, prediction_type=kind, target=target)
+        found = convert(
+            truth[kind], x_t, TIMESTEPS, noise_path=noise_path, prediction_type=kind, target=target
+        )
         assert torch.allclose(found, truth[target], atol=1e-11), (kind, target)
 
 
-def test_moves_do_not_depend_on_the_prediction_type(schedule):
+def test_moves_do_not_depend_on_the_prediction_type(noise_path):
     original, noise = (randn(4, 4, 8, 8, seed=k, dtype=torch.float64) for k in (0, 1))
-    x_t = schedule.add_noise(original, noise, TIMESTEPS)
+    x_t = noise_path.add_noise(original, noise, TIMESTEPS)
     target = torch.tensor([499, 249, 9, CLEAN])
-    wanted = schedule.add_noise(original, noise, target)
+    wanted = noise_path.add_noise(original, noise, target)
     for kind in PREDICTION_TYPES:
-        output = convert(noise, x_t, TIMESTEPS, schedule=schedule, prediction_type="epsilon", target=kind)
-        found = move(output, x_t, TIMESTEPS, target, schedule=schedule, prediction_type=kind)
+        output = convert(noise, x_t, TIMESTEPS, noise_path=noise_path, prediction_type="epsilon", target=kind)
+        found = move(output, x_t, TIMESTEPS, target, noise_path=noise_path, prediction_type=kind)
         assert torch.allclose(found, wanted, atol=1e-11), kind
 
 
-def test_bfloat16_outputs_are_converted_in_float32(schedule):
+def test_bfloat16_outputs_are_converted_in_float32(noise_path):
     x_t, output = randn(4, 4, 8, 8), randn(4, 4, 8, 8, seed=1)
     found = convert(
         output.bfloat16(),
         x_t.bfloat16(),
         TIMESTEPS,
-        schedule=schedule,
+        noise_path=noise_path,
         prediction_type="epsilon",
         target="sample",
     )
@@ -55,7 +57,7 @@ def test_bfloat16_outputs_are_converted_in_float32(schedule):
         output.bfloat16().double(),
         x_t.bfloat16().double(),
         TIMESTEPS,
-        schedule=schedule,
+        noise_path=noise_path,
         prediction_type="epsilon",
         target="sample",
     )
@@ -63,21 +65,21 @@ def test_bfloat16_outputs_are_converted_in_float32(schedule):
     assert torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
-def test_implied_noise_is_the_epsilon_that_makes_the_move(schedule):
+def test_implied_noise_is_the_epsilon_that_makes_the_move(noise_path):
     x_t, noise = randn(3, 4, 8, 8, dtype=torch.float64), randn(3, 4, 8, 8, seed=1, dtype=torch.float64)
     start, end = torch.tensor([999, 499, 249]), torch.tensor([499, 249, CLEAN])
-    there = move(noise, x_t, start, end, schedule=schedule, prediction_type="epsilon")
-    assert torch.allclose(implied_noise(x_t, there, start, end, schedule=schedule), noise, atol=1e-11)
+    there = move(noise, x_t, start, end, noise_path=noise_path, prediction_type="epsilon")
+    assert torch.allclose(implied_noise(x_t, there, start, end, noise_path=noise_path), noise, atol=1e-11)
 
 
 def test_epsilon_says_nothing_at_zero_terminal_snr():
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
-    schedule = NoiseSchedule.from_betas(betas, zero_terminal_snr=True)
+    noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=True)
     x_t, last = randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([999])
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        convert(x_t, x_t, last, schedule=schedule, prediction_type="epsilon", target="sample")
+        convert(x_t, x_t, last, noise_path=noise_path, prediction_type="epsilon", target="sample")
     v = randn(1, 4, 8, 8, seed=1, dtype=torch.float64)
-    found = convert(v, x_t, last, schedule=schedule, prediction_type="v_prediction", target="sample")
+    found = convert(v, x_t, last, noise_path=noise_path, prediction_type="v_prediction", target="sample")
     assert torch.allclose(found, -v)
 
 
@@ -88,7 +90,7 @@ def test_guidance_one_is_none_and_zero_is_unconditional():
     assert torch.allclose(guide(uncond, cond, 3.0), cond + 2 * (cond - uncond), atol=1e-5)
 
 
-def test_unknown_prediction_type_is_refused(schedule):
+def test_unknown_prediction_type_is_refused(noise_path):
     x = randn(1, 4, 8, 8)
     with pytest.raises(ValueError, match="epsilon, sample, v_prediction"):
-        convert(x, x, torch.tensor([3]), schedule=schedule, prediction_type="x0", target="sample")
+        convert(x, x, torch.tensor([3]), noise_path=noise_path, prediction_type="x0", target="sample")

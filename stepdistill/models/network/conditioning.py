@@ -1,9 +1,9 @@
-"""What a U-Net is told besides sample and time. The differences between SD and SDXL end here."""
+"""What a network gets besides sample and time: text embeddings, and the sizes of the picture where it is SDXL."""
 
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Conditioning:
         )
 
     def beside(self, conditional: "Conditioning") -> "Conditioning":
-        """This one row, that of no prompt, for each row of `conditional`, and told the same of the picture's size."""
+        """Repeats the unconditional row once per row of `conditional`, with that row's time_ids."""
         device = self.encoder_hidden_states.device
         rows = self.rows(torch.zeros(len(conditional), dtype=torch.int64, device=device))
         sizes = {k: v for k, v in conditional.added_cond_kwargs.items() if k == "time_ids"}
@@ -47,20 +47,6 @@ class Conditioning:
             torch.cat([first.encoder_hidden_states, second.encoder_hidden_states]),
             {k: torch.cat([v, second.added_cond_kwargs[k]]) for k, v in first.added_cond_kwargs.items()},
         )
-
-
-def ask(
-    unet: UNet2DConditionModel, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
-) -> torch.Tensor:
-    """The U-Net's raw output (B, C, H, W), in the dtype of `sample`; inputs go in the U-Net's own."""
-    output = unet(
-        sample.to(unet.dtype),
-        timesteps,
-        encoder_hidden_states=conditioning.encoder_hidden_states,
-        added_cond_kwargs=conditioning.added_cond_kwargs or None,
-        return_dict=False,
-    )[0]
-    return output.to(sample.dtype)
 
 
 @torch.no_grad()

@@ -1,17 +1,20 @@
-"""Noise schedules and trailing timestep grids. Pure torch, float64 throughout.
+"""Noise paths: how much picture and how much noise is in x_t, and the timesteps of samplers on the path. Float64.
 
 Legend, with the equation numbers of SDXL-Lightning (arXiv 2402.13929):
-    alphas_cumprod  abar_t, entry i belongs to U-Net timestep i (paper time t = i + 1)
+    x_t             alpha_t x_0 + sigma_t e (Eq 1)
+    alphas_cumprod  abar_t, entry i belongs to network timestep i (paper time t = i + 1)
     alpha_t         sqrt(abar_t)            sigma_t   sqrt(1 - abar_t)
     timestep        int64, 999 = noisiest .. 0, and CLEAN = -1 (alpha 1, sigma 0)
 """
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-CLEAN = -1
+from stepdistill.diffusion import grid
+from stepdistill.diffusion.grid import CLEAN
+
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 
 
@@ -43,16 +46,41 @@ def rescale_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
-    """abar of a diffusion model: alphas_cumprod (num_train_timesteps,), float64."""
+class Move:
+    """One step of a sampler for some rows of a batch.
+
+    rows            int64 (n,), the rows that take it; None for all
+    timesteps       (n,), where they are
+    prev_timesteps  (n,), where they go, cleaner
+    """
+
+    rows: torch.Tensor | None
+    timesteps: torch.Tensor
+    prev_timesteps: torch.Tensor
+
+
+def moves_to(moves: Sequence[Move], device: torch.device | str) -> list[Move]:
+    """The moves on another device, in one copy: several small ones would each wait for the host."""
+    parts = [part for m in moves for part in (m.rows, m.timesteps, m.prev_timesteps) if part is not None]
+    packed = iter(torch.cat(parts).to(device).split([len(part) for part in parts]))
+    return [Move(None if m.rows is None else next(packed), next(packed), next(packed)) for m in moves]
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """The path of a diffusion model with alpha_t^2 + sigma_t^2 = 1: alphas_cumprod (num_train_timesteps,), float64."""
 
     alphas_cumprod: torch.Tensor
 
     @classmethod
-    def from_betas(cls, betas: torch.Tensor, *, zero_terminal_snr: bool = False) -> "NoiseSchedule":
+    def from_betas(cls, betas: torch.Tensor, *, zero_terminal_snr: bool = False) -> "VariancePreserving":
         """From betas (T,); zero_terminal_snr rescales as diffusers' rescale_betas_zero_snr does."""
         alphas_cumprod = torch.cumprod(1.0 - betas.double(), dim=0)
         return cls(rescale_zero_terminal_snr(alphas_cumprod) if zero_terminal_snr else alphas_cumprod)
+
+    def to(self, device: torch.device | str) -> "VariancePreserving":
+        """The same with its table on another device, where timesteps are looked up without waiting for a copy."""
+        return VariancePreserving(self.alphas_cumprod.to(device))
 
     @property
     def num_train_timesteps(self) -> int:
@@ -93,60 +121,33 @@ class NoiseSchedule:
         last = (timesteps == self.last_timestep).view((-1,) + (1,) * (ndim - 1))
         return torch.where(last, noise, noisy)
 
+    def nodes(self, steps: int) -> torch.Tensor:
+        """The timesteps (N,) that an N-step sampler visits, noisiest first, int64; ValueError for a count out of range."""
+        return torch.tensor(grid.trailing_nodes(steps, num_train_timesteps=self.num_train_timesteps))
 
-def trailing_timesteps(num_inference_steps: int, *, num_train_timesteps: int = 1000) -> torch.Tensor:
-    """The nodes (N,) of an N-step sampler, noisiest first: round(arange(T, 0, -T/N)) - 1, int64.
+    def jump(self, timesteps: Sequence[int], student_steps: int) -> list[int]:
+        """Where one move of the student leads from each timestep; CLEAN at the end."""
+        count = self.num_train_timesteps
+        return [grid.next_node(t, student_steps, num_train_timesteps=count) for t in timesteps]
 
-    `trailing` of Lin et al. 2023, table 2; the next node after the last one is CLEAN.
-    """
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(
-            f"num_inference_steps: got {num_inference_steps}; allowed: 1 to {num_train_timesteps}"
-        )
-    nodes = num_train_timesteps - torch.arange(num_inference_steps, dtype=torch.float64) * (
-        num_train_timesteps / num_inference_steps
-    )
-    return nodes.round().long() - 1
+    def substeps(self, timesteps: Sequence[int], prev_timesteps: Sequence[int], steps: int) -> list[Move]:
+        """The moves of an N-step sampler from timesteps to prev_timesteps, row by row, on the CPU.
 
+        A row that arrives before the others is left out of the moves after that. ValueError for a row that goes up.
+        """
+        count = self.num_train_timesteps
+        routes = [
+            grid.substeps(start, end, steps, num_train_timesteps=count)
+            for start, end in zip(timesteps, prev_timesteps, strict=True)
+        ]
+        moves = []
+        for k in range(max(map(len, routes)) - 1):
+            under_way = [row for row, route in enumerate(routes) if k + 1 < len(route)]
+            rows = None if len(under_way) == len(routes) else torch.tensor(under_way)
+            starts, ends = (torch.tensor([routes[row][k + j] for row in under_way]) for j in (0, 1))
+            moves.append(Move(rows, starts, ends))
+        return moves
 
-def timestep_pairs(num_inference_steps: int, *, num_train_timesteps: int = 1000) -> list[tuple[int, int]]:
-    """The (timestep, prev_timestep) moves of a whole N-step sampling, the last one to CLEAN."""
-    nodes = [
-        *trailing_timesteps(num_inference_steps, num_train_timesteps=num_train_timesteps).tolist(),
-        CLEAN,
-    ]
-    return list(itertools.pairwise(nodes))
-
-
-def jump(timesteps: torch.Tensor, student_steps: int, *, num_train_timesteps: int = 1000) -> torch.Tensor:
-    """prev_timestep (B,) of one student move: the next node of the student's grid, or where the timestep lies between
-    two of its nodes, T / student_steps further down, clamped at CLEAN (section 2 of the recipe: 250 - 500 -> 0)."""
-    nodes = trailing_timesteps(student_steps, num_train_timesteps=num_train_timesteps).to(timesteps.device)
-    nodes_and_clean = torch.cat([nodes, torch.full((1,), CLEAN, device=timesteps.device)])
-    on_grid = timesteps[:, None] == nodes[None, :]
-    following = nodes_and_clean[on_grid.int().argmax(dim=1) + 1]
-    stepped = (timesteps - round(num_train_timesteps / student_steps)).clamp(min=CLEAN)
-    return torch.where(on_grid.any(dim=1), following, stepped)
-
-
-def substep_path(
-    timesteps: torch.Tensor,
-    prev_timesteps: torch.Tensor,
-    teacher_steps: int,
-    *,
-    num_train_timesteps: int = 1000,
-) -> torch.Tensor:
-    """The nodes a teacher of `teacher_steps` visits from timesteps (B,) to prev_timesteps (B,): int64 (B, K + 1).
-
-    Column 0 is timesteps, the last one prev_timesteps, with the teacher's own nodes between; shorter rows repeat
-    prev_timestep at their end, a move to where they already are.
-    """
-    nodes = trailing_timesteps(teacher_steps, num_train_timesteps=num_train_timesteps).tolist()
-    rows = []
-    for start, end in zip(timesteps.tolist(), prev_timesteps.tolist(), strict=True):
-        if end >= start:
-            raise ValueError(f"a move goes from noisy to clean; got timestep {start} -> prev_timestep {end}")
-        rows.append([start, *(node for node in nodes if end < node < start), end])
-    width = max(len(row) for row in rows)
-    padded = [row + [row[-1]] * (width - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=torch.int64, device=timesteps.device)
+    def sampling(self, steps: int, batch_size: int) -> list[Move]:
+        """The moves of a whole N-step sampling of so many rows, from pure noise to the clean sample, on the CPU."""
+        return self.substeps([self.last_timestep] * batch_size, [CLEAN] * batch_size, steps)

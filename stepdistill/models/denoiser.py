@@ -1,0 +1,114 @@
+"""A denoiser: an adapter of the shared network, with its prediction type, noise path, guidance and start timestep.
+
+Teacher, student, a fake score and the undistilled base are denoisers. Each knows what it predicts, its noise path, its
+guidance and the timestep that it is given with pure noise, so nobody else carries these around.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from stepdistill.diffusion.noise_path import Move, VariancePreserving
+from stepdistill.diffusion.prediction import convert
+from stepdistill.diffusion.solver import guide, move, rollout
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.shared_network import SharedNetwork
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What a network with one of its adapters predicts, and where that leads.
+
+    network          the base that all denoisers of a run share
+    adapter          the one that is active while this denoiser is asked; None is the base alone
+    noise_path       alpha_t and sigma_t
+    prediction_type  of the network's output with this adapter
+    guidance_scale   classifier-free guidance (Ho and Salimans 2022); 1 is off and costs one pass instead of two
+    unconditional    one row of conditioning that stands for no prompt; needed where guidance is on
+    start_timestep   the timestep that the network gets with pure noise (DMD2's conditioning timestep); None: the last one
+    trains           False: no gradient is computed
+    """
+
+    network: SharedNetwork
+    adapter: str | None
+    noise_path: VariancePreserving
+    prediction_type: str
+    guidance_scale: float = 1.0
+    unconditional: Conditioning | None = None
+    start_timestep: int | None = None
+    trains: bool = False
+
+    def network_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The timesteps (B,) that the network gets: start_timestep in place of the last one."""
+        if self.start_timestep is None:
+            return timesteps
+        return torch.where(timesteps == self.noise_path.last_timestep, self.start_timestep, timesteps)
+
+    def output(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """The guided output (B, C, H, W), of prediction_type; timesteps (B,) are the network's own."""
+        with self._active():
+            if self.guidance_scale == 1.0:
+                return self.network.ask(sample, timesteps, conditioning)
+            assert self.unconditional is not None, "guidance needs a row for no prompt"
+            both = Conditioning.concat(self.unconditional.beside(conditioning), conditioning)
+            output = self.network.ask(torch.cat([sample, sample]), torch.cat([timesteps, timesteps]), both)
+        without_prompt, with_prompt = output.chunk(2)
+        return guide(without_prompt, with_prompt, self.guidance_scale)
+
+    def predict(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, *, target: str
+    ) -> torch.Tensor:
+        """`target` ("sample", "epsilon" or "v_prediction", each (B, C, H, W)) at sample (B, C, H, W) and timesteps (B,)."""
+        seen = self.network_timesteps(timesteps)
+        return convert(
+            self.output(sample, seen, conditioning),
+            sample,
+            seen,
+            noise_path=self.noise_path,
+            prediction_type=self.prediction_type,
+            target=target,
+        )
+
+    def move(
+        self,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        prev_timesteps: torch.Tensor,
+        conditioning: Conditioning,
+    ) -> torch.Tensor:
+        """One step from timesteps (B,) to prev_timesteps (B,): prev_sample (B, C, H, W)."""
+        seen = self.network_timesteps(timesteps)
+        return move(
+            self.output(sample, seen, conditioning),
+            sample,
+            seen,
+            prev_timesteps,
+            noise_path=self.noise_path,
+            prediction_type=self.prediction_type,
+        )
+
+    def rollout(
+        self, sample: torch.Tensor, moves: Sequence[Move], conditioning: Conditioning
+    ) -> torch.Tensor:
+        """sample (B, C, H, W) moved along `moves`, one evaluation each (two passes where guidance is on)."""
+
+        def step(rows: torch.Tensor | None, state: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+            return self.output(state, timesteps, conditioning if rows is None else conditioning.rows(rows))
+
+        seen = [Move(m.rows, self.network_timesteps(m.timesteps), m.prev_timesteps) for m in moves]
+        with self._active():
+            return rollout(
+                step, sample, seen, noise_path=self.noise_path, prediction_type=self.prediction_type
+            )
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        with (
+            torch.set_grad_enabled(self.trains and torch.is_grad_enabled()),
+            self.network.using(self.adapter),
+        ):
+            yield

@@ -1,0 +1,97 @@
+"""Stable Diffusion's U-Net. What tells SD from SDXL ends here and in conditioning.py."""
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from stepdistill.models.network.conditioning import Conditioning
+
+# LCM-LoRA's list: every convolution and linear except conv_in, conv_out and the shared time embedding.
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+
+
+class UNetKind:
+    """The answers of models/network/kind.py for UNet2DConditionModel; the features are those of the encoder."""
+
+    lora_targets = LORA_TARGETS
+    encoder_lora_targets = (
+        r"(down_blocks|mid_block)\..*\.(" + "|".join(n.replace(".", r"\.") for n in LORA_TARGETS) + ")"
+    )
+
+    def ask(
+        self,
+        network: UNet2DConditionModel,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+    ) -> torch.Tensor:
+        """The output (B, C, H, W) in the dtype of `sample`; the input goes in the U-Net's own dtype."""
+        output = network(
+            sample.to(network.dtype),
+            timesteps,
+            encoder_hidden_states=conditioning.encoder_hidden_states,
+            added_cond_kwargs=conditioning.added_cond_kwargs or None,
+            return_dict=False,
+        )[0]
+        return output.to(sample.dtype)
+
+    def features(
+        self,
+        network: UNet2DConditionModel,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: Conditioning,
+    ) -> list[torch.Tensor]:
+        """Features (B, C_i, H_i, W_i) after each down block and the mid-block: a U-Net without its decoder."""
+        hidden_states = conditioning.encoder_hidden_states
+        added = conditioning.added_cond_kwargs or None
+        sample = sample.to(network.dtype)
+        emb = network.time_embedding(network.get_time_embed(sample=sample, timestep=timesteps))
+        augmentation = network.get_aug_embed(
+            emb=emb, encoder_hidden_states=hidden_states, added_cond_kwargs=added
+        )
+        emb = emb if augmentation is None else emb + augmentation
+        hidden_states = network.process_encoder_hidden_states(
+            encoder_hidden_states=hidden_states, added_cond_kwargs=added
+        )
+        state = network.conv_in(sample)
+        features = []
+        for block in (*network.down_blocks, network.mid_block):
+            if getattr(block, "has_cross_attention", False):
+                result = block(state, temb=emb, encoder_hidden_states=hidden_states)
+            else:
+                result = block(state, temb=emb)
+            state = result[0] if isinstance(result, tuple) else result
+            features.append(state)
+        return features
+
+    def feature_shapes(self, network: UNet2DConditionModel, sample_size: int) -> list[tuple[int, int]]:
+        """(channels, smaller side) of each feature; every block but the last halves the side."""
+        channels = list(network.config.block_out_channels)
+        last = len(channels) - 1
+        blocks = [(c, max(1, sample_size >> min(i + 1, last))) for i, c in enumerate(channels)]
+        return [*blocks, blocks[-1]]
+
+    def encoder_copy(self, network: UNet2DConditionModel) -> UNet2DConditionModel:
+        """A copy without the decoder."""
+        encoder = copy.deepcopy(network)
+        encoder.up_blocks = nn.ModuleList()
+        encoder.conv_norm_out, encoder.conv_out = None, nn.Identity()
+        return encoder

@@ -1,0 +1,90 @@
+"""The losses of one update: each objective is a function of samples. No backward, no optimiser.
+
+A new objective is such a function and one line in `OBJECTIVES`, which also says what a batch must be drawn with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from stepdistill.config import Phase
+from stepdistill.ladder_checks import loss_space_of
+from stepdistill.objectives import adversarial
+from stepdistill.objectives.mse import convert_loss, mse_loss
+from stepdistill.training.samples import Samples
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars with a graph to call backward on, by who learns from them ("student", "discriminator"); and numbers for the
+    log."""
+
+    by_role: dict[str, torch.Tensor]
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a phase minimises.
+
+    losses               of samples, for a phase
+    needs_teacher_moves  whether the teacher is rolled out from t to s
+    needs_perturbation   whether a discriminator sees the samples, re-noised where they are clean
+    """
+
+    losses: Callable[[Samples, Phase], Losses]
+    needs_teacher_moves: Callable[[Phase], bool]
+    needs_perturbation: bool = False
+
+
+def mse(samples: Samples, phase: Phase) -> Losses:
+    """The student's one move against the teacher's many (Eq 16), in the phase's loss space."""
+    batch, student = samples.batch, samples.student
+    target = samples.teacher_sample
+    loss = mse_loss(
+        samples.student_sample,
+        target,
+        student.network_timesteps(batch.timesteps),
+        batch.prev_timesteps,
+        noise_path=student.noise_path,
+        space=loss_space_of(phase, student.prediction_type),
+    )
+    return Losses({"student": loss})
+
+
+def convert(samples: Samples, _phase: Phase) -> Losses:
+    """The x_0 that the student's output of the new kind implies, against the x_0 that the teacher's implies (Eq 27-29)."""
+    return Losses({"student": convert_loss(samples.student_original, samples.teacher_original)})
+
+
+def adversarial_pair(samples: Samples, phase: Phase) -> Losses:
+    """D tells the student's samples from real ones; the student learns to be taken for real (Eq 18-26)."""
+    options = phase.discriminator
+    kind, real = options.loss, options.real
+    logits = samples.logits(real=real)
+    of_discriminator = adversarial.discriminator_loss(logits.real, logits.student, kind=kind)
+    of_student = adversarial.generator_loss(logits.generated, logits.real.detach(), kind=kind)
+    on_teacher, on_student = adversarial.accuracy(logits.real.detach(), logits.student.detach(), kind=kind)
+    error = (samples.student_sample.detach() - samples.real_sample(real)).square().mean()
+    metrics = {"discriminator_accuracy_teacher": on_teacher, "discriminator_accuracy_student": on_student}
+    metrics["mse" if real == "teacher" else "mse_to_data"] = error
+    return Losses({"discriminator": of_discriminator, "student": of_student}, metrics)
+
+
+_ADVERSARIAL = Objective(
+    adversarial_pair,
+    needs_teacher_moves=lambda phase: phase.discriminator.real == "teacher",
+    needs_perturbation=True,
+)
+OBJECTIVES: dict[str, Objective] = {
+    "mse": Objective(mse, needs_teacher_moves=lambda _phase: True),
+    "convert": Objective(convert, needs_teacher_moves=lambda _phase: False),
+    "paired": _ADVERSARIAL,
+    "single": _ADVERSARIAL,
+}
+
+
+def losses_of(samples: Samples, phase: Phase) -> Losses:
+    """The losses of the objective that a phase names."""
+    return OBJECTIVES[phase.objective].losses(samples, phase)

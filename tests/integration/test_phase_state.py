@@ -1,0 +1,113 @@
+"""A phase that is stopped between two updates and goes on from its state leaves the same as one that was not."""
+
+import pytest
+import torch
+
+from stepdistill.config import DiscriminatorOptions, Phase, Rung
+from stepdistill.config_file import load_config
+from stepdistill.ladder import load_shared
+from stepdistill.models.discriminator import build_discriminator
+from stepdistill.models.shared_network import STUDENT
+from stepdistill.runtime import Runtime
+from stepdistill.training.phase import PhaseSetup, PhaseState, batches_of, update
+from tests.integration.conftest import student_of
+
+UPDATES = 4
+PHASES = {
+    "mse": Phase(objective="mse", max_train_steps=UPDATES),
+    "cached": Phase(objective="mse", max_train_steps=UPDATES, cached_updates=2),
+    "single": Phase(objective="single", max_train_steps=UPDATES),
+    "full trunk": Phase(
+        objective="paired", max_train_steps=UPDATES, discriminator=DiscriminatorOptions(trunk="full")
+    ),
+}
+
+
+def setup_of(config, phase):
+    """The phase on a network of its own, as the ladder sets it up."""
+    shared = load_shared(config, Runtime())
+    training = config.training.model_copy(update={"ema_decay": 0.5, "train_batch_size": 2})
+    discriminator = build_discriminator(
+        shared.network, phase, base=shared.base, rank=4, seed=3, sample_size=shared.cache.smallest_side
+    )
+    return PhaseSetup(
+        rung=Rung(teacher_steps=4, student_steps=2, phases=(phase,)),
+        phase=phase,
+        number=0,
+        training=training,
+        seed=7,
+        student=student_of(shared),
+        teacher=shared.undistilled,
+        discriminator=discriminator,
+        cache=shared.cache,
+        preview=lambda name: None,
+    )
+
+
+def moments(saved):
+    return saved["optimizers"][STUDENT]["parameters"]
+
+
+def go_on(setup, state, runtime, last):
+    batches = batches_of(setup, runtime, first_step=state.step)
+    while state.step < last:
+        update(setup, state, batches, runtime)
+    batches.close()
+
+
+def assert_equal(ours, theirs, place="state"):
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), place
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), place
+        for key, value in ours.items():
+            assert_equal(value, theirs[key], f"{place}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), place
+        for k, value in enumerate(ours):
+            assert_equal(value, theirs[k], f"{place}.{k}")
+    else:
+        assert ours == theirs, place
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_stopped_and_gone_on_is_equal_to_the_bit(trained_run, name):
+    config, phase, runtime = load_config(trained_run.run_dir), PHASES[name], Runtime()
+    straight = setup_of(config, phase)
+    whole = PhaseState(straight, runtime)
+    go_on(straight, whole, runtime, UPDATES // 2)
+    halfway = whole.state_dict()
+    go_on(straight, whole, runtime, UPDATES)
+    other = setup_of(config, phase)
+    second = PhaseState(other, runtime)
+    second.load_state_dict(halfway)
+    assert second.step == UPDATES // 2
+    assert_equal(second.state_dict(), halfway)
+    go_on(other, second, runtime, UPDATES)
+    assert_equal(second.state_dict(), whole.state_dict())
+    moved = whole.state_dict()["student"]
+    assert any(not torch.equal(value, halfway["student"][key]) for key, value in moved.items())
+
+
+def test_a_state_of_other_parameters_is_refused(trained_run):
+    config, runtime = load_config(trained_run.run_dir), Runtime()
+    setup = setup_of(config, PHASES["single"])
+    state = PhaseState(setup, runtime)
+    go_on(setup, state, runtime, 1)
+    changes = {
+        "the optimiser's state lacks": lambda saved: moments(saved).pop(next(iter(moments(saved)))),
+        "the optimiser's state has other": lambda saved: moments(saved).update(
+            other={"exp_avg": torch.zeros(1)}
+        ),
+        r"in shape \(1, 2, 3\)": lambda saved: next(iter(moments(saved).values())).update(
+            exp_avg=torch.zeros(1, 2, 3)
+        ),
+        "the moving average lacks": lambda saved: saved["average"]["parameters"].popitem(),
+        "other heads does not fit": lambda saved: saved["discriminator"]["heads"].popitem(),
+        "LoRA does not fit": lambda saved: saved["student"].popitem(),
+    }
+    for said, change in changes.items():
+        saved = state.state_dict()
+        change(saved)
+        with pytest.raises(ValueError, match=said):
+            state.load_state_dict(saved)

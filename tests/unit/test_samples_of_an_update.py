@@ -1,0 +1,117 @@
+"""What one update computes beside its gradients: where x_t comes from, which timesteps a network gets, what D is asked."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from stepdistill.config import Phase
+from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
+from stepdistill.models.shared_network import STUDENT
+from stepdistill.objectives.adversarial import perturbation_timesteps
+from stepdistill.training.losses import OBJECTIVES, Losses, Objective, losses_of
+from stepdistill.training.samples import Samples
+from tests.unit.test_gradients import BATCH, MSE, forward, make_batch, make_discriminator, make_pair
+
+
+def student_sample(pair, batch):
+    return Samples(batch, student=pair.student, teacher=pair.teacher).student_sample.detach()
+
+
+def test_with_pure_noise_the_network_gets_the_start_timestep_and_nowhere_else(noise_path):
+    """x_s = a_s x_0 + s_s e with x_0 = (z - s_499 e) / a_499, e of the U-Net at 499; other rows as ever."""
+    plain = make_pair(noise_path)
+    pair = plain._replace(student=dataclasses.replace(plain.student, start_timestep=499))
+    batch = dataclasses.replace(make_batch(noise_path), prev_timesteps=torch.tensor([CLEAN, 249, CLEAN]))
+    moved = student_sample(pair, batch)
+    assert torch.equal(moved[1:], student_sample(plain, batch)[1:])
+    with torch.no_grad(), pair.network.using(STUDENT):
+        epsilon = pair.network.ask(batch.noise, torch.tensor([499] * BATCH), batch.conditioning)
+    alpha, sigma = noise_path.alpha_sigma(torch.tensor([499]), ndim=4, dtype=torch.float32)
+    assert torch.allclose(moved[:1], ((batch.noise - sigma * epsilon) / alpha)[:1], atol=1e-5)
+
+
+def test_each_sample_is_computed_once(noise_path, monkeypatch):
+    pair, batch = make_pair(noise_path), make_batch(noise_path)
+    asked = []
+    ask = pair.network.ask
+    monkeypatch.setattr(pair.network, "ask", lambda *a: asked.append(pair.network.state.adapter) or ask(*a))
+    samples = Samples(batch, student=pair.student, teacher=pair.teacher)
+    assert asked == []
+    for _ in range(2):
+        losses_of(samples, MSE)
+    assert asked == ["teacher"] * len(batch.teacher_moves) + ["student"]
+
+
+def test_kept_teacher_samples_are_used_again(noise_path):
+    pair, batch, kept = make_pair(noise_path), make_batch(noise_path), {}
+    first = pair.losses(batch, MSE, teacher_samples=kept, number=7).by_role["student"]
+    assert set(kept) == {7}
+    unasked = dataclasses.replace(batch, teacher_moves=None)  # a roll-out would fail on it
+    again = pair.losses(unasked, MSE, teacher_samples=kept, number=7).by_role["student"]
+    assert torch.equal(again, first)
+
+
+@pytest.mark.parametrize("count", [1000, 512])
+def test_the_teacher_moves_as_ddim_does_on_a_path_of_any_length(count):
+    """Two moves of a teacher of 8 steps within one of 4, against diffusers' sampler of so many training timesteps."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    noise_path = VariancePreserving.from_betas(make_betas(**betas, num_train_timesteps=count))
+    pair = make_pair(noise_path)
+    nodes = noise_path.nodes(4)[:BATCH].tolist()
+    batch = make_batch(noise_path, timesteps=nodes, ends=noise_path.jump(nodes, 4))
+    bare = dataclasses.replace(pair.teacher, adapter=None)
+    moved = Samples(batch, student=pair.student, teacher=bare).teacher_sample
+    scheduler = DDIMScheduler(
+        **betas, num_train_timesteps=count, timestep_spacing="trailing", clip_sample=False
+    )
+    scheduler.set_timesteps(8)
+    state = batch.noise[:1]
+    with torch.no_grad():
+        for t in scheduler.timesteps[:2]:
+            row = batch.conditioning.rows(torch.tensor([0]))
+            state = scheduler.step(forward(pair.network.model, state, t[None], row), t, state).prev_sample
+    assert torch.allclose(moved[:1], state, atol=1e-4)
+
+
+def test_d_sees_clean_samples_at_timesteps_that_a_short_path_has():
+    betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=500)
+    noise_path = VariancePreserving.from_betas(betas)
+    pair = make_pair(noise_path)
+    nodes = noise_path.nodes(4)[1:].tolist()
+    ends = noise_path.jump(nodes, 4)
+    assert ends[-1] == CLEAN
+    batch = make_batch(noise_path, timesteps=nodes, ends=ends)
+    seen_at = torch.tensor([*ends[:-1], perturbation_timesteps(500)[-1]])
+    batch = dataclasses.replace(
+        batch, perturbation=dataclasses.replace(batch.perturbation, timesteps=seen_at)
+    )
+    losses = pair.losses(batch, Phase(objective="paired"), make_discriminator(pair.network)).by_role
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_an_automatic_loss_space_is_what_the_student_predicts(noise_path, kind):
+    pair, batch = make_pair(noise_path), make_batch(noise_path)
+    pair = pair._replace(student=dataclasses.replace(pair.student, prediction_type=kind))
+    automatic, named, other = (
+        pair.losses(batch, Phase(objective="mse", loss_space=space)).by_role["student"]
+        for space in ("auto", kind, "prev_sample")
+    )
+    assert torch.equal(automatic, named)
+    assert automatic != other
+
+
+def test_an_objective_is_a_function_of_samples_and_one_line(noise_path, monkeypatch):
+    """A toy from outside: the student's sample is to be small."""
+    toy = Objective(
+        lambda samples, _phase: Losses({"student": samples.student_sample.square().mean()}),
+        needs_teacher_moves=lambda _phase: False,
+    )
+    monkeypatch.setitem(OBJECTIVES, "small", toy)
+    pair, batch = make_pair(noise_path), make_batch(noise_path)
+    loss = pair.losses(batch, Phase.model_construct(objective="small")).by_role["student"]
+    assert torch.allclose(loss, student_sample(pair, batch).square().mean())
+    loss.backward()
+    assert all(p.grad is not None for p in pair.student_parameters)
