@@ -99,7 +99,7 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
     whole = timed(iteration, iterations)
     return {
         "rung": f"{rung.teacher_steps} -> {rung.student_steps}",
-        "objective": phase.objective,
+        "objective": phase.title,
         "batch": len(batch.noise),
         "planned_forwards": round(phase_forwards(config, rung, phase), 2),
         "iteration_seconds": round(whole, 4),

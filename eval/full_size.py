@@ -152,8 +152,8 @@ def estimate(config: RunConfig, family: str) -> dict[str, Any]:
     parts = {"base": base, "student": student * _MASTER, "teacher": student * 4}
     side, batch = options["sample_size"], training.train_batch_size
     phases: dict[str, Any] = {}
-    for phase in {(p.objective, p.discriminator): p for rung in config.ladder for p in rung.phases}.values():
-        phases[phase.objective] = _phase(network, phase, config, side=side, batch=batch, dtype=dtype)
+    for phase in {(p.title, p.discriminator): p for rung in config.ladder for p in rung.phases}.values():
+        phases[phase.title] = _phase(network, phase, config, side=side, batch=batch, dtype=dtype)
     discriminator = max(phase.get("discriminator", 0) for phase in phases.values())
     phases["preview"] = {"discriminator": discriminator, **_preview(family, side)}
     return {"parts": parts, "phases": phases}
@@ -184,7 +184,7 @@ def _phase(
     found = {"student's activations": saved_bytes(student)}
     if config.training.gradient_checkpointing:
         found["recomputed at once"] = largest_piece(network, student)
-    if phase.objective in ("paired", "single"):
+    if phase.adversary is not None:
         found |= _discriminator(network, phase, config, conditioning, side=side, context=context)
     return found
 
@@ -205,7 +205,7 @@ def _discriminator(
             network,
             trunk=options.trunk,
             heads=options.heads,
-            paired=phase.objective == "paired",
+            paired=phase.adversary == "paired",
             rank=config.lora.rank,
             seed=0,
             sample_size=side,

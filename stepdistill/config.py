@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 from stepdistill.config_data import Data as Data
 from stepdistill.config_evaluation import Evaluation as Evaluation
 from stepdistill.config_evaluation import LoraRow as LoraRow
-from stepdistill.config_ladder import ADVERSARIAL as ADVERSARIAL
 from stepdistill.config_ladder import DiscriminatorOptions as DiscriminatorOptions
 from stepdistill.config_ladder import Phase as Phase
 from stepdistill.config_ladder import Rung as Rung

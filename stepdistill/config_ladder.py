@@ -1,6 +1,6 @@
 """What a config says of the ladder: rungs, their phases, the adversary; and how they must fit together. No torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -31,12 +31,27 @@ class DiscriminatorOptions(Section):
     """How often a clean sample is re-noised to t* = 10, 250, 500, 750 before D sees it; later 5:1:1:1."""
 
 
-class Phase(Section):
-    """One objective inside a rung."""
+ObjectiveKind = Literal["mse", "convert", "paired", "single"]
 
-    objective: Literal["mse", "convert", "paired", "single"]
+
+class WeightedObjective(Section):
+    """One of the objectives of a phase."""
+
+    kind: ObjectiveKind
+    """As `objective`."""
+    weight: PositiveFloat = 1.0
+    """What the student's loss is multiplied by; the discriminator's own loss is not."""
+
+
+class Phase(Section):
+    """What a number of updates minimise."""
+
+    objective: ObjectiveKind | None = None
     """mse to the teacher; convert the output to the rung's prediction_type, as its first phase; adversarial with D told x_t
     (paired) or not (single)."""
+    objectives: Annotated[tuple[WeightedObjective, ...], Field(max_length=8)] = ()
+    """Several at once in place of `objective`, such as [{kind: mse}, {kind: single, weight: 0.1}]: their losses on the same
+    samples are added."""
     max_train_steps: PositiveInt = 100
     """Updates."""
     learning_rate: PositiveFloat = 1e-3
@@ -51,6 +66,27 @@ class Phase(Section):
     """Of mse: the batches and teacher's samples of so many updates are kept and used again in turn; all new if not given."""
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
     """Of paired and single phases."""
+
+    @property
+    def weighted(self) -> tuple[WeightedObjective, ...]:
+        """Its objectives; `objective` is the short form of one of weight 1."""
+        short = () if self.objective is None else (WeightedObjective(kind=self.objective),)
+        return self.objectives or short
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of its objectives, in order."""
+        return tuple(objective.kind for objective in self.weighted)
+
+    @property
+    def title(self) -> str:
+        """Such as "mse", or "mse+single"; it also names the phase's randomness and files."""
+        return "+".join(self.kinds)
+
+    @property
+    def adversary(self) -> str | None:
+        """The objective that has a discriminator, where there is one."""
+        return next((kind for kind in self.kinds if kind in ADVERSARIAL), None)
 
 
 class Rung(Section):
@@ -78,6 +114,7 @@ def check_ladder(ladder: tuple[Rung, ...]) -> None:
         _check_rung(index, ladder)
         for number, phase in enumerate(rung.phases):
             key = f"ladder.{index}.phases.{number}"
+            _check_objectives(key, phase)
             _check_phase(key, phase, rung, ladder[:index])
             _check_convert(f"{key}.objective", phase, rung, number)
             _check_start(f"{key}.discriminator.start", phase, rung.phases[:number])
@@ -120,14 +157,39 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
             f"{key}.teacher_steps: got {phase.teacher_steps}; allowed: {', '.join(map(str, known))}, "
             f"the students of earlier rungs"
         )
-    if phase.objective != "mse" and phase.cached_updates is not None:
+    if phase.kinds != ("mse",) and phase.cached_updates is not None:
         raise ConfigError(
-            f"{key}.cached_updates: got {phase.cached_updates}; allowed: on an mse phase, this is {phase.objective}"
+            f"{key}.cached_updates: got {phase.cached_updates}; allowed: on an mse phase, this is {phase.title}"
+        )
+
+
+def _check_objectives(key: str, phase: Phase) -> None:
+    """ConfigError where a phase names no objective, both forms, or objectives that do not go together."""
+    if not phase.weighted:
+        raise ConfigError(f"{key}.objective: got nothing; allowed: {', '.join(get_args(ObjectiveKind))}")
+    if not phase.objectives:
+        return
+    key = f"{key}.objectives"
+    if phase.objective is not None:
+        raise ConfigError(
+            f"{key}: got a list beside objective: {phase.objective}; allowed: one of the two keys"
+        )
+    twice = next((kind for kind in phase.kinds if phase.kinds.count(kind) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{key}: got {twice} twice; allowed: each kind once, with its weight")
+    if len(set(phase.kinds) & set(ADVERSARIAL)) > 1:
+        raise ConfigError(
+            f"{key}: got paired and single; allowed: one of them, as a phase has one discriminator"
+        )
+    if "convert" in phase.kinds and len(phase.kinds) > 1:
+        raise ConfigError(
+            f"{key}: got convert beside {', '.join(k for k in phase.kinds if k != 'convert')}; allowed: convert alone, "
+            f"as it learns another kind of output first"
         )
 
 
 def _check_convert(key: str, phase: Phase, rung: Rung, number: int) -> None:
-    if phase.objective != "convert":
+    if "convert" not in phase.kinds:
         return
     if rung.prediction_type is None:
         raise ConfigError(
@@ -136,7 +198,7 @@ def _check_convert(key: str, phase: Phase, rung: Rung, number: int) -> None:
         )
     if number:
         raise ConfigError(
-            f'{key}: got "convert" after "{rung.phases[number - 1].objective}", whose work it would undo, as it learns from '
+            f'{key}: got "convert" after "{rung.phases[number - 1].title}", whose work it would undo, as it learns from '
             f"the rung before; allowed: as the first phase of its rung"
         )
 
@@ -145,11 +207,9 @@ def _check_start(key: str, phase: Phase, before: tuple[Phase, ...]) -> None:
     options = phase.discriminator
     if options.start == "fresh":
         return
-    if phase.objective not in ADVERSARIAL:
-        raise ConfigError(
-            f"{key}: got carried; allowed: on a paired or single phase, this is {phase.objective}"
-        )
-    previous = next((p for p in reversed(before) if p.objective in ADVERSARIAL), None)
+    if phase.adversary is None:
+        raise ConfigError(f"{key}: got carried; allowed: on a paired or single phase, this is {phase.title}")
+    previous = next((p for p in reversed(before) if p.adversary is not None), None)
     if previous is None:
         raise ConfigError(
             f"{key}: got carried; allowed: fresh, as this is the first adversarial phase of its rung"
@@ -159,9 +219,9 @@ def _check_start(key: str, phase: Phase, before: tuple[Phase, ...]) -> None:
             f"{key}: got carried; allowed: with the trunk of the adversarial phase before, "
             f"{previous.discriminator.trunk}, this has {options.trunk}"
         )
-    same_heads = (previous.objective, previous.discriminator.heads) == (phase.objective, options.heads)
+    same_heads = (previous.adversary, previous.discriminator.heads) == (phase.adversary, options.heads)
     if options.trunk == "frozen" and not same_heads:
         raise ConfigError(
             f"{key}: got carried; allowed: fresh, as a frozen trunk learns nothing and the heads of the phase before "
-            f"({previous.objective}, {previous.discriminator.heads}) do not fit ({phase.objective}, {options.heads})"
+            f"({previous.adversary}, {previous.discriminator.heads}) do not fit ({phase.adversary}, {options.heads})"
         )

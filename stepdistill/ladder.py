@@ -224,7 +224,7 @@ class _RungTraining:
         setup = self._setup(number, phase, learned)
         run_phase(setup, runtime=shared.runtime, log=self.log)
         if shared.runtime.is_main:
-            path = self.preview.folder / f"phase{number}-{phase.objective}-end.json"
+            path = self.preview.folder / f"phase{number}-{phase.title}-end.json"
             shared.looks.write(path, setup.student, steps=rung.student_steps)
         if setup.discriminator is None:
             return None

@@ -54,7 +54,7 @@ def unfit_settings(config: RunConfig, folder: Path) -> Iterator[tuple[str, str]]
             )
         for number, phase in enumerate(rung.phases):
             key = f"ladder.{index}.phases.{number}.loss_space"
-            if phase.objective == "mse" and phase.loss_space == "epsilon":
+            if "mse" in phase.kinds and phase.loss_space == "epsilon":
                 yield (
                     f"{key}: epsilon hardly weighs the noisiest steps of a student that predicts {name}",
                     f"{key}=auto",
@@ -88,7 +88,7 @@ def _step_counts(config: RunConfig) -> Iterator[tuple[str, int]]:
 
 
 def _check_conversion(config: RunConfig, index: int, before: str, kind: str) -> None:
-    first = config.ladder[index].phases[0].objective
+    first = config.ladder[index].phases[0].title
     if kind != before and first != "convert":
         raise ConfigError(
             f"ladder.{index}.prediction_type: got {kind}, but what its student begins with predicts {before}, and the first "

@@ -24,13 +24,13 @@ COST_REPEATS = 2
 
 def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     """Forwards of the bare U-Net per sample and update of one phase; each of a U-Net with a LoRA counts 1.083."""
-    if phase.objective == "convert":
+    if "convert" in phase.kinds:
         return (1.0 if _is_base(config, rung, phase) else _LORA_FORWARD) + _STUDENT
     return _teacher_forwards(config, rung, phase) + _STUDENT + _discriminator_forwards(rung, phase)
 
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
-    if phase.objective in _DISCRIMINATOR and phase.discriminator.real == "data":
+    if "mse" not in phase.kinds and phase.discriminator.real == "data":
         return 0.0
     each = _LORA_FORWARD
     if _is_base(config, rung, phase):
@@ -47,12 +47,10 @@ def _is_base(config: RunConfig, rung: Rung, phase: Phase) -> bool:
 
 
 def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
-    if phase.objective not in _DISCRIMINATOR:
+    if phase.adversary is None:
         return 0.0
-    options, found = phase.discriminator, _DISCRIMINATOR[phase.objective]
-    if options.trunk == "frozen":
-        found += _FROZEN_TRUNK
-    return found
+    frozen = phase.discriminator.trunk == "frozen"
+    return _DISCRIMINATOR[phase.adversary] + (_FROZEN_TRUNK if frozen else 0.0)
 
 
 def _teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:
@@ -169,7 +167,7 @@ def _describe_distill(config: RunConfig, only: tuple[int, int] | None, finished:
             cost = phase.max_train_steps * batch * each
             passes += cost
             lines.append(
-                f"{title}  {phase.objective}: {phase.max_train_steps:,} updates of {batch} samples of {each:.1f} passes: "
+                f"{title}  {phase.title}: {phase.max_train_steps:,} updates of {batch} samples of {each:.1f} passes: "
                 f"{cost:,.0f} passes"
             )
     if not lines and only is not None:

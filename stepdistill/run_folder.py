@@ -105,9 +105,9 @@ def read_run_config(run_dir: Path) -> RunConfig:
 def config_hash(config: RunConfig) -> str:
     """Of all that a run's weights depend on: equal wherever it lies and whatever is exported or measured of it."""
     settings = {k: v for k, v in _flat(resolved(config)).items() if not _is_free(k)}
-    if config.start_from is None:  # a run of its own, as those of versions without this key
-        del settings["start_from"]
-    return sha256_json(settings)
+    # keys that earlier versions did not have count where they say something
+    added = [k for k in settings if k == "start_from" or k.endswith(".objectives")]
+    return sha256_json({k: v for k, v in settings.items() if k not in added or v})
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepdistill.config import ADVERSARIAL, Phase
+from stepdistill.config import Phase
 from stepdistill.models.adapters import adapter_state, load_adapter_state
 from stepdistill.models.loading import load_unet
 from stepdistill.models.network.conditioning import Conditioning
@@ -184,25 +184,25 @@ def build_discriminator(
     sample_size: int,
     carried: DiscriminatorState | None = None,
 ) -> Discriminator | None:
-    """The discriminator that a phase asks for; None for mse and convert.
+    """The discriminator that a phase asks for; None where no objective has one.
 
     Args:
         network: the shared base.
-        phase: its objective and discriminator options.
+        phase: its objectives and discriminator options.
         base: the pipeline's folder.
         rank: of the trunk's LoRA.
         seed: of heads and LoRA that are new.
         sample_size: height or width of the latents, the smaller one.
         carried: what the adversarial phase before left; taken over where the phase's `start` is "carried".
     """
-    if phase.objective not in ADVERSARIAL:
+    if phase.adversary is None:
         return None
     options = phase.discriminator
     discriminator = Discriminator(
         network,
         trunk=options.trunk,
         heads=options.heads,
-        paired=phase.objective == "paired",
+        paired=phase.adversary == "paired",
         rank=rank,
         seed=seed,
         sample_size=sample_size,

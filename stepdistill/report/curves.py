@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from stepdistill.report.entries import Entry
 from stepdistill.report.plots import Boundary, Curve, Series, curve_plot, scatter_plot
 from stepdistill.report.quantities import number
-from stepdistill.report.read import ADVERSARIAL, PhaseLog, Run, RungLog
+from stepdistill.report.read import PhaseLog, Run, RungLog
 
 _DISTANCES = ("fid_to_teacher", "fid_to_real")
 _NEGLIGIBLE = 1e-6  # the reference against itself
@@ -92,8 +92,8 @@ def _losses(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
     """MSE of every phase: what mse and convert phases minimise, and what adversarial ones log beside their loss."""
 
     def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
-        name = "mse" if phase.objective in ADVERSARIAL else "student_loss"
-        return [(name, "MSE", phase.objective in ADVERSARIAL)]
+        name = "mse" if phase.is_adversarial else "student_loss"
+        return [(name, "MSE", phase.is_adversarial)]
 
     return _plot(rungs, lines, title="MSE to the teacher's move", y_label="MSE", log=True)
 
@@ -101,14 +101,14 @@ def _losses(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
 def _adversarial(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
     def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
         names = [("student_loss", "student", False), ("discriminator_loss", "discriminator", True)]
-        return names if phase.objective in ADVERSARIAL else []
+        return names if phase.is_adversarial else []
 
     return _plot(rungs, lines, title="Adversarial losses", y_label="loss", log=False)
 
 
 def _accuracy(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
     def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
-        if phase.objective not in ADVERSARIAL:
+        if not phase.is_adversarial:
             return []
         teacher, student = (f"discriminator_accuracy_{of}" for of in ("teacher", "student"))
         if phase.values(teacher) == phase.values(student):  # a relativistic loss judges pairs

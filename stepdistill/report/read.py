@@ -41,6 +41,11 @@ class PhaseLog:
     """Sharpness, contrast and colour of a few pictures at its end (training/phase_looks.py)."""
 
     @property
+    def is_adversarial(self) -> bool:
+        """Whether it has a discriminator."""
+        return not set(self.objective.split("+")).isdisjoint(ADVERSARIAL)
+
+    @property
     def updates(self) -> int:
         """Updates done so far."""
         return max((int(record.get("step", -1)) + 1 for record in self.records), default=0)
@@ -198,6 +203,12 @@ def _paired_renamed(results: dict[str, Any] | None) -> dict[str, Any] | None:
     return results | {"rows": rows, "metrics": metrics, "floor": floor, "warnings": warnings}
 
 
+def _objectives(phase: dict[str, Any]) -> str:
+    """Such as "mse", or "mse+single" of a list, as Phase.title has it."""
+    several = phase.get("objectives")
+    return str(phase.get("objective") or "") if not several else "+".join(str(one["kind"]) for one in several)
+
+
 def _environment(path: Path) -> dict[str, Any]:
     environment = read_sealed(path)
     if environment is None or any(isinstance(value, dict | list) for value in environment.values()):
@@ -278,10 +289,10 @@ def _rungs(run_dir: Path, config: dict[str, Any]) -> Iterator[RungLog]:
         phases = tuple(
             PhaseLog(
                 f"{key}.phases.{place}",
-                str(phase.get("objective", "")),
+                _objectives(phase),
                 int(phase.get("max_train_steps") or 0),
                 tuple(records.get((steps, place), ())),
-                _looks(folder / "previews" / f"phase{place}-{phase.get('objective')}-end.json"),
+                _looks(folder / "previews" / f"phase{place}-{_objectives(phase)}-end.json"),
             )
             for place, phase in enumerate(rung.get("phases") or [])
         )

@@ -19,7 +19,7 @@ from stepdistill.report.phase_looks import (
 )
 from stepdistill.report.proposals import Advice, Proposal, scaled, setting
 from stepdistill.report.quantities import format_number, number, percent
-from stepdistill.report.read import ADVERSARIAL, PhaseLog, Run, RungLog
+from stepdistill.report.read import PhaseLog, Run, RungLog
 from stepdistill.report.signs import adversary, still_falling
 
 _BLUR, _HARSH, _CONTRAST = -0.1, 0.25, 0.15
@@ -55,7 +55,7 @@ def looks(student: Entry, rung: RungLog, run: Run) -> Iterator[Advice]:
 def _against(moved: Change, rung: RungLog, run: Run) -> Iterator[Proposal]:
     """What the numbers at hand support against the change that a phase made; nothing where they support nothing."""
     phase = moved.phase
-    if phase.objective in ADVERSARIAL:
+    if phase.is_adversarial:
         yield Proposal(_why(moved, run), _gentler(run, [phase]))
     elif still_falling(phase):
         updates = scaled(run.config, MORE, f"{phase.key}.max_train_steps")
@@ -77,13 +77,13 @@ def _why(moved: Change, run: Run) -> str:
 def _won_back(rung: RungLog, run: Run) -> Iterator[Proposal]:
     """More of the adversarial phases that won sharpness in this run: on this rung, or, where it has none, as on another."""
     moves = changes(run, run.rungs[-1], SHARPNESS) or changes(run, rung, SHARPNESS)
-    won = [c for c in moves if c.phase.objective in ADVERSARIAL and c.by > 0 and c.is_certain]
+    won = [c for c in moves if c.phase.is_adversarial and c.by > 0 and c.is_certain]
     here = [c.phase for c in won if c.rung is rung]
     if here:
         keys = [f"{phase.key}.max_train_steps" for phase in here]
         text = "The adversarial phase of this rung won sharpness back: give it more updates."
         yield Proposal(text, scaled(run.config, MORE, *keys))
-    elif won and not any(phase.objective in ADVERSARIAL for phase in rung.phases):
+    elif won and not any(phase.is_adversarial for phase in rung.phases):
         most = max(won, key=lambda change: change.by)
         another = setting(run.config, most.phase.key)
         another = another | {
@@ -128,7 +128,7 @@ def diversity(students: Mapping[int, Entry], rung: RungLog, run: Run) -> Iterato
         return
     finding = f"{rung.title}: its seeds differ {share:.2f} times as much as the teacher's."
     begins = _first_below(students, run, "diversity", _DIVERSITY) or rung
-    adversarial = [phase for phase in begins.phases if phase.objective in ADVERSARIAL]
+    adversarial = [phase for phase in begins.phases if phase.is_adversarial]
     text = f"It begins at {begins.title}: compare the seeds below"
     if adversarial:
         text += ", and lower the learning rate or the updates of that rung's adversarial phases"
@@ -192,7 +192,7 @@ def scales(run: Run) -> Iterator[Advice]:
                 changes = scaled(run.config, LESS, f"{rung.phases[-1].key}.learning_rate")
                 yield Advice(finding, (Proposal("It overshoots: lower the learning rate.", changes),))
             else:
-                towards = [phase for phase in rung.phases if phase.objective not in ADVERSARIAL]
+                towards = [phase for phase in rung.phases if not phase.is_adversarial]
                 changes = scaled(run.config, MORE, f"{(towards or rung.phases)[-1].key}.max_train_steps")
                 yield Advice(finding, (Proposal("It has not got there yet: give it more updates.", changes),))
 

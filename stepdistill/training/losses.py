@@ -86,5 +86,19 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def losses_of(samples: Samples, phase: Phase) -> Losses:
-    """The losses of the objective that a phase names."""
-    return OBJECTIVES[phase.objective].losses(samples, phase)
+    """The losses of a phase's objectives, added by role; the student's are weighted.
+
+    Of several objectives the metrics have each one's own student loss, such as "mse_loss".
+    """
+    by_role: dict[str, torch.Tensor] = {}
+    metrics: dict[str, torch.Tensor] = {}
+    for objective in phase.weighted:
+        losses = OBJECTIVES[objective.kind].losses(samples, phase)
+        metrics |= losses.metrics
+        if len(phase.weighted) > 1:
+            metrics[f"{objective.kind}_loss"] = losses.by_role["student"].detach()
+        for role, loss in losses.by_role.items():
+            if role == "student" and objective.weight != 1.0:
+                loss = objective.weight * loss
+            by_role[role] = by_role[role] + loss if role in by_role else loss
+    return Losses(by_role, metrics)

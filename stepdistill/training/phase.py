@@ -42,12 +42,12 @@ class PhaseSetup:
     @property
     def keys(self) -> tuple[rng.Key, ...]:
         """What names this phase's randomness."""
-        return (self.rung.student_steps, self.number, self.phase.objective)
+        return (self.rung.student_steps, self.number, self.phase.title)
 
     @property
     def title(self) -> str:
         """Such as "32 -> 8 mse"."""
-        return f"{self.rung.teacher_steps} -> {self.rung.student_steps} {self.phase.objective}"
+        return f"{self.rung.teacher_steps} -> {self.rung.student_steps} {self.phase.title}"
 
     @property
     def teacher_steps(self) -> int:
@@ -130,16 +130,16 @@ def run_phase(setup: PhaseSetup, *, runtime: Runtime, log: TrainingLog | None) -
                 place = {
                     "rung": setup.rung.student_steps,
                     "phase": setup.number,
-                    "objective": phase.objective,
+                    "objective": phase.title,
                 }
                 log.write({**place, "step": state.step - 1, **numbers})
             progress.update(state.step, _for_console(numbers))
             if training.preview_steps and state.step % training.preview_steps == 0:
-                setup.preview(f"phase{setup.number}-{phase.objective}-step{state.step:06d}")
+                setup.preview(f"phase{setup.number}-{phase.title}-step{state.step:06d}")
     batches.close()
     if state.average is not None:
         state.average.copy_to_parameters()
-    setup.preview(f"phase{setup.number}-{phase.objective}-end")
+    setup.preview(f"phase{setup.number}-{phase.title}-end")
 
 
 def update(
@@ -198,17 +198,17 @@ def first_samples(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -
 def _draw(setup: PhaseSetup, runtime: Runtime, first: int) -> Batch:
     """The micro-batch that begins at global sample `first`."""
     phase, training, rung = setup.phase, setup.training, setup.rung
-    objective = OBJECTIVES[phase.objective]
+    objectives = [OBJECTIVES[kind] for kind in phase.kinds]
+    needs_teacher = any(objective.needs_teacher_moves(phase) for objective in objectives)
+    needs_perturbation = any(objective.needs_perturbation for objective in objectives)
     return draw_batch(
         setup.cache,
         list(range(first, first + training.train_batch_size)),
         noise_path=setup.student.noise_path,
         student_steps=rung.student_steps,
         node_steps=rung.node_steps or rung.student_steps,
-        teacher_steps=setup.teacher_steps if objective.needs_teacher_moves(phase) else None,
-        perturbation_weights=phase.discriminator.perturbation_weights
-        if objective.needs_perturbation
-        else None,
+        teacher_steps=setup.teacher_steps if needs_teacher else None,
+        perturbation_weights=phase.discriminator.perturbation_weights if needs_perturbation else None,
         seed=setup.seed,
         keys=setup.keys,
         group=training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes,

@@ -17,6 +17,9 @@ PHASES = {
     "mse": Phase(objective="mse", max_train_steps=UPDATES),
     "cached": Phase(objective="mse", max_train_steps=UPDATES, cached_updates=2),
     "single": Phase(objective="single", max_train_steps=UPDATES),
+    "several": Phase(
+        objectives=({"kind": "mse"}, {"kind": "single", "weight": 0.1}), max_train_steps=UPDATES
+    ),
     "full trunk": Phase(
         objective="paired", max_train_steps=UPDATES, discriminator=DiscriminatorOptions(trunk="full")
     ),

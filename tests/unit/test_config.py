@@ -11,6 +11,11 @@ from stepdistill.run_folder import check_run, open_run, read_run_config, resolve
 CONFIG = "configs/letters.yaml"
 
 
+def several(objectives):
+    """An override: the demo's second rung with one phase of these objectives."""
+    return f"ladder.1.phases=[{{objectives: {objectives}}}]"
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
@@ -52,6 +57,25 @@ CONFIG = "configs/letters.yaml"
         ("ladder.4.node_steps=4", ["ladder.4.start_timestep", "got 499", "without node_steps"]),
         ("ladder.4.start_timestep=1000", ["ladder.4.start_timestep", "got 1000", "less than 1000"]),
         ("ladder.0.phases.0.objective=gan", ["ladder.0.phases.0.objective", "'gan'", "'mse'"]),
+        (
+            "ladder.0.phases.0.objective=null",
+            ["ladder.0.phases.0.objective", "got nothing", "allowed: mse, convert"],
+        ),
+        (
+            "ladder.0.phases.0.objectives=[{kind: single}]",
+            ["ladder.0.phases.0.objectives", "beside objective: mse"],
+        ),
+        (several("[{kind: mse}, {kind: mse}]"), ["ladder.1.phases.0.objectives", "got mse twice"]),
+        (several("[{kind: paired}, {kind: single}]"), ["ladder.1.phases.0.objectives", "one discriminator"]),
+        (
+            several("[{kind: convert}, {kind: mse}]"),
+            ["ladder.1.phases.0.objectives", "allowed: convert alone"],
+        ),
+        (several("[{kind: mse, weight: 0}]"), ["ladder.1.phases.0.objectives.0.weight", "greater than 0"]),
+        (
+            several("[{kind: mse}, {kind: single}], cached_updates: 2"),
+            ["cached_updates", "this is mse+single"],
+        ),
         (
             "ladder.0.phases.0.discriminator.start=carried",
             ["ladder.0.phases.0.discriminator.start", "got carried", "paired or single phase", "this is mse"],
@@ -212,3 +236,19 @@ def test_a_first_rung_of_equal_steps_learns_guidance_at_two_forwards():
     assert phase_forwards(config, first, first.phases[0]) == pytest.approx(2 + 2.351, abs=0.01)
     with pytest.raises(ConfigError, match=r"ladder\.1\.student_steps: got 32"):
         load_config(CONFIG, ["ladder.1.student_steps=32"])
+
+
+def test_several_objectives_have_the_short_form_of_one():
+    short, listed = (
+        load_config(CONFIG, [f"ladder.1.phases=[{{{form}, max_train_steps: 5}}]"]).ladder[1].phases[0]
+        for form in ("objective: single", "objectives: [{kind: single}]")
+    )
+    assert short.weighted == listed.weighted
+    assert (short.title, short.adversary) == (listed.title, listed.adversary) == ("single", "single")
+    both = (
+        load_config(CONFIG, [several("[{kind: mse, weight: 2}, {kind: paired, weight: 0.1}]")])
+        .ladder[1]
+        .phases[0]
+    )
+    assert (both.title, both.adversary) == ("mse+paired", "paired")
+    assert [objective.weight for objective in both.weighted] == [2.0, 0.1]

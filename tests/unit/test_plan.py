@@ -10,6 +10,7 @@ import torch
 
 from stepdistill.config import ConfigError
 from stepdistill.config_file import load_config
+from stepdistill.config_ladder import WeightedObjective
 from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.models.folder import embedded_folder
 from stepdistill.pace import measured_seconds_per_pass
@@ -95,6 +96,20 @@ def test_lightnings_rungs_above_one_step_have_the_whole_budget():
     assert training_forwards(ladder) == pytest.approx(budget, rel=0.01)
     assert [row.name for row in method.rows(ladder)] == ["lightning-8", "lightning-4", "lightning-2"]
     assert "no row at 1 step" in method.note
+
+
+def test_objectives_together_share_the_students_pass_and_the_teachers():
+    """mse beside an adversary on the data costs what mse costs, and the discriminator."""
+    config = load_config(CONFIGS[0])
+    rung = config.ladder[1]
+    mse, single = rung.phases
+    both = single.model_copy(
+        update={
+            "objective": None,
+            "objectives": (WeightedObjective(kind="mse"), WeightedObjective(kind="single")),
+        }
+    )
+    assert phase_forwards(config, rung, both) == pytest.approx(phase_forwards(config, rung, mse) + 3.55)
 
 
 def test_half_of_the_targets_kept_costs_half_of_the_teacher():

@@ -7,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from stepdistill.config import Phase
+from stepdistill.config_ladder import WeightedObjective
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
-from stepdistill.models.shared_network import STUDENT
+from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.objectives.adversarial import perturbation_timesteps
 from stepdistill.training.losses import OBJECTIVES, Losses, Objective, losses_of
 from stepdistill.training.samples import Samples
@@ -103,6 +104,44 @@ def test_an_automatic_loss_space_is_what_the_student_predicts(noise_path, kind):
     assert automatic != other
 
 
+def phase_of(kind):
+    """A phase of one objective that no config knows."""
+    return Phase.model_construct(objectives=(WeightedObjective.model_construct(kind=kind),))
+
+
+def test_several_objectives_are_added_on_the_same_samples(noise_path):
+    """Gradients are the weighted sum of each one's own; the discriminator's loss takes no weight; the student moves once."""
+    weighted = ({"kind": "mse", "weight": 2.0}, {"kind": "single", "weight": 0.25})
+    phases = {"both": Phase(objectives=weighted), "mse": MSE, "single": Phase(objective="single")}
+    losses, gradients = {}, {}
+    for name, phase in phases.items():
+        pair = make_pair(noise_path)
+        discriminator = make_discriminator(pair.network, paired=False) if phase.adversary else None
+        losses[name] = pair.losses(make_batch(noise_path), phase, discriminator)
+        for role, loss in losses[name].by_role.items():
+            gradients[name, role] = torch.autograd.grad(
+                loss, list(pair.network.group(role).values()), retain_graph=True
+            )
+    ours, by_mse, by_single = (gradients[name, STUDENT] for name in phases)
+    for total, first, second in zip(ours, by_mse, by_single, strict=True):
+        assert torch.allclose(total, 2.0 * first + 0.25 * second, rtol=1e-4, atol=1e-7)
+    metrics = losses["both"].metrics
+    for name in ("mse", "single"):
+        assert torch.allclose(metrics[f"{name}_loss"], losses[name].by_role[STUDENT].detach(), rtol=1e-5)
+        assert f"{name}_loss" not in losses[name].metrics
+    of_both, of_single = (gradients[name, DISCRIMINATOR] for name in ("both", "single"))
+    assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-8) for x, y in zip(of_both, of_single, strict=True))
+
+
+def test_the_student_moves_once_for_all_objectives(noise_path, monkeypatch):
+    pair, batch = make_pair(noise_path), make_batch(noise_path)
+    discriminator = make_discriminator(pair.network, paired=False)
+    asked, ask = [], pair.network.ask
+    monkeypatch.setattr(pair.network, "ask", lambda *a: asked.append(pair.network.state.adapter) or ask(*a))
+    pair.losses(batch, Phase(objectives=({"kind": "mse"}, {"kind": "single"})), discriminator)
+    assert asked == [*["teacher"] * len(batch.teacher_moves), "student"]
+
+
 def test_an_objective_is_a_function_of_samples_and_one_line(noise_path, monkeypatch):
     """A toy from outside: the student's sample is to be small."""
     toy = Objective(
@@ -111,7 +150,7 @@ def test_an_objective_is_a_function_of_samples_and_one_line(noise_path, monkeypa
     )
     monkeypatch.setitem(OBJECTIVES, "small", toy)
     pair, batch = make_pair(noise_path), make_batch(noise_path)
-    loss = pair.losses(batch, Phase.model_construct(objective="small")).by_role["student"]
+    loss = pair.losses(batch, phase_of("small")).by_role["student"]
     assert torch.allclose(loss, student_sample(pair, batch).square().mean())
     loss.backward()
     assert all(p.grad is not None for p in pair.student_parameters)
