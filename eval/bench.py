@@ -23,7 +23,7 @@ from PIL import Image
 from random_teacher import build, build_vae
 
 from stepdistill.config import Data, Phase, RunConfig, Rung
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.data.batches import Batch, draw_batch
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.cache import LatentCache, load_cache
@@ -38,11 +38,11 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator, build_discriminator
 from stepdistill.models.loading import load_encoders, load_noise_path, load_unet, read_scheduler_config
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
+from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.plan import phase_forwards
-from stepdistill.run_folder import open_run
+from stepdistill.run.folder import open_run
+from stepdistill.run.log import read_log
 from stepdistill.runtime import environment
-from stepdistill.teacher_source import teacher_folder
-from stepdistill.training.log import read_log
 from stepdistill.training.losses import losses_of
 from stepdistill.training.samples import Samples
 

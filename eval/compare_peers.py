@@ -47,9 +47,9 @@ from side_by_side import (
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json, write_json
 from stepdistill.evaluation.check import check_evaluation
 from stepdistill.evaluation.subject import subject_of
+from stepdistill.run.durable import read_json, write_json
 from stepdistill.runtime import source_commit
 from stepdistill.training.optim import NonFiniteError
 

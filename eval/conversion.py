@@ -24,9 +24,9 @@ from side_by_side import MEASURES, measure, summary, write
 
 from stepdistill import plan, stages
 from stepdistill.config import LoraRow, RunConfig
-from stepdistill.config_file import load_config, parse_config
-from stepdistill.run_folder import open_run, resolved
-from stepdistill.rungs import require_rung, rung_folder
+from stepdistill.config.load import load_config, parse_config
+from stepdistill.run.folder import open_run, resolved
+from stepdistill.run.rungs import require_rung, rung_folder
 from stepdistill.runtime import source_commit
 
 START = 2

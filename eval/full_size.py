@@ -30,13 +30,13 @@ from torch.utils._pytree import tree_leaves
 
 from stepdistill import stages
 from stepdistill.config import Phase, RunConfig
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
-from stepdistill.run_folder import resolved
+from stepdistill.run.folder import resolved
+from stepdistill.run.log import read_log
 from stepdistill.runtime import WEIGHT_DTYPES, environment
-from stepdistill.training.log import read_log
 
 GIB = 2**30
 CONFIGS = {"sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", "sdxl_24gb": "sdxl"}

@@ -23,7 +23,6 @@ from stepdistill.config import RunConfig
 from stepdistill.demo.letters import TYPEFACES, WORLD, Style, Triple
 from stepdistill.demo.reader import Reader, load_reader, save_reader
 from stepdistill.demo.teacher import rendered_batch, train_reader
-from stepdistill.durable import sha256_file
 from stepdistill.evaluation.distances import fid, fid_without_each_group
 from stepdistill.evaluation.features import ReaderFeatures
 from stepdistill.evaluation.measure import ImageSet, View
@@ -31,6 +30,7 @@ from stepdistill.evaluation.metrics import prompt_accuracy
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.subject import RealImages, subject_of
 from stepdistill.models.folder import embedded_folder
+from stepdistill.run.durable import sha256_file
 from stepdistill.runtime import environment, source_commit
 
 ASSET = Path(__file__).parent / "assets" / "second_reader"

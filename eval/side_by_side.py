@@ -14,11 +14,11 @@ from second_reader import measured_again
 
 from stepdistill import stages
 from stepdistill.config import LoraRow, RunConfig
-from stepdistill.config_file import load_config
-from stepdistill.durable import read_json
+from stepdistill.config.load import load_config
 from stepdistill.report.grid import image_grid
-from stepdistill.run_folder import open_run
-from stepdistill.rungs import rung_folder
+from stepdistill.run.durable import read_json
+from stepdistill.run.folder import open_run
+from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import environment
 
 STEPS = (8, 4, 2, 1)

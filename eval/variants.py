@@ -11,8 +11,8 @@ from typing import Any
 from peers.methods import Method, ladder_method
 
 from stepdistill.config import RunConfig
-from stepdistill.config_file import parse_config
-from stepdistill.run_folder import resolved
+from stepdistill.config.load import parse_config
+from stepdistill.run.folder import resolved
 
 Raw = dict[str, Any]
 Change = Callable[[Raw], None]

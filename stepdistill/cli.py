@@ -17,12 +17,12 @@ import yaml
 
 from stepdistill import plan, stages
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.messages import printable, short
 from stepdistill.pace import measured_seconds_per_pass
-from stepdistill.places import is_folder
-from stepdistill.run_folder import check_run, resolved
-from stepdistill.rungs import finished_rungs
+from stepdistill.run.folder import check_run, resolved
+from stepdistill.run.places import is_folder
+from stepdistill.run.rungs import finished_rungs
 
 app = typer.Typer(
     add_completion=False,

@@ -1,6 +1,7 @@
 """How many bytes a run writes, counted from its config and its teacher's shapes before any of it is written."""
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from stepdistill.data.prepare import PROMPTS_A_SHARD, SHARD
 from stepdistill.data.records import is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import LETTERS_IMAGES, training_records
-from stepdistill.durable import read_json
 from stepdistill.evaluation.pictures import LATENTS_KEPT
 from stepdistill.models.adapters import lora_parameters
-from stepdistill.models.folder import teacher_kind
+from stepdistill.models.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
+from stepdistill.models.folder_files import read_headers, weight_files
 from stepdistill.models.loading import image_size, latent_shape, size_multiple
 from stepdistill.models.sketch import layer_shapes
+from stepdistill.run.durable import read_json
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCK = 4096  # what a small file takes on the disk
@@ -56,13 +58,14 @@ def disk_need(config: RunConfig, folder: Path) -> DiskNeed:
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
     cache, is_whole = _cache(config.data, folder)
+    teacher = _teacher(config, folder)
     return DiskNeed(
-        teacher=_teacher(config, folder),
+        teacher=teacher or 0,
         cache=cache,
         rungs=_rungs(config, unet, size),
         evaluation=_evaluation(config, folder, size),
         report=_report(config, size),
-        is_whole=is_whole,
+        is_whole=is_whole and teacher is not None,
     )
 
 
@@ -71,16 +74,21 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
 
 
-def _teacher(config: RunConfig, folder: Path) -> int:
-    """Of the pipeline that `prepare` writes into the run's folder, in the dtype of what it is made of."""
-    kind = teacher_kind(config.teacher.path)
-    if kind == "file":
+def _teacher(config: RunConfig, folder: Path) -> int | None:
+    """Bytes of the pipeline that `prepare` writes into the run's folder; None where its weights are not on this disk yet.
+
+    A file's is in the file's dtype. A folder's or a repository's is written where LoRAs go into it, in float32.
+    """
+    if teacher_kind(config.teacher.path) == "file":
         return Path(config.teacher.path).expanduser().stat().st_size
-    return _weights(folder) if config.teacher.loras else 0
-
-
-def _weights(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    if not config.teacher.loras:
+        return 0
+    if missing_parts(folder):
+        return None
+    variant = weights_variant(folder)
+    parts = [(folder / part, stem) for part, stem in WEIGHTS.items() if (folder / part).is_dir()]
+    shapes = [shape for part in parts for _, shape in read_headers(weight_files(*part, variant)).values()]
+    return 4 * sum(map(math.prod, shapes))
 
 
 def _cache(data: Data, folder: Path) -> tuple[int, bool]:

@@ -13,7 +13,8 @@ import torch
 from packaging.requirements import Requirement
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config_data import Kind
+from stepdistill.config.data import Kind
+from stepdistill.config.ladder_checks import check_ladder, unfit_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.held_out import LETTERS, held_out_share
 from stepdistill.data.records import is_cache, is_prompts_only, records
@@ -23,11 +24,10 @@ from stepdistill.data.tallies import bucket_notes
 from stepdistill.disk_need import disk_need, folder_bytes
 from stepdistill.doctor_teacher import teacher_findings
 from stepdistill.finding import Finding
-from stepdistill.ladder_checks import check_ladder, unfit_settings
 from stepdistill.models.loading import image_size, size_multiple
-from stepdistill.places import check_writable
-from stepdistill.run_folder import check_run
-from stepdistill.teacher_source import configs_folder
+from stepdistill.models.teacher_source import configs_folder
+from stepdistill.run.folder import check_run
+from stepdistill.run.places import check_writable
 
 LOOKED_AT = 64
 """Samples of the data that are read in full."""
@@ -196,7 +196,7 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
 
     if _configs(config) is None:
         about = "evaluation: prompts, pictures and extractors are looked at once the teacher's configs are on this disk"
-        yield Finding("note", about, _EXTRACTORS)
+        yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     choice = check_evaluation(config)
     yield Finding("ok", "evaluation: prompts, pictures and extractors are there")

@@ -9,7 +9,7 @@ from stepdistill.models.examine import examine_pipeline, not_finite
 from stepdistill.models.folder import is_zero_snr, missing_parts, prediction_type, teacher_kind
 from stepdistill.models.loading import image_size
 from stepdistill.models.lora_trial import check_lora_goes_on
-from stepdistill.teacher_source import (
+from stepdistill.models.teacher_source import (
     cached_repository,
     check_teacher,
     check_teacher_folder,

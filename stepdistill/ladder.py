@@ -10,11 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.config.ladder_checks import prediction_types
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import VariancePreserving
-from stepdistill.durable import sha256_file, writing
-from stepdistill.fork import take_rungs
-from stepdistill.ladder_checks import prediction_types
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
@@ -28,11 +26,13 @@ from stepdistill.models.loading import (
 )
 from stepdistill.models.lora_file import write_lora
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
+from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.rng import derive_seed
-from stepdistill.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
+from stepdistill.run.durable import sha256_file, writing
+from stepdistill.run.fork import take_rungs
+from stepdistill.run.log import TrainingLog
+from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 from stepdistill.runtime import Runtime, release_memory
-from stepdistill.teacher_source import teacher_folder
-from stepdistill.training.log import TrainingLog
 from stepdistill.training.phase import PhaseSetup, run_phase
 from stepdistill.training.phase_looks import PhaseLooks
 from stepdistill.training.pictures import Painter
@@ -235,7 +235,8 @@ class _RungTraining:
 
     def _setup(self, number: int, phase: Phase, learned: DiscriminatorState | None) -> PhaseSetup:
         shared, rung, config = self.shared, self.rung, self.shared.config
-        student, teacher = self._student(), self._teacher(phase.teacher_steps or rung.teacher_steps)
+        teacher_steps = phase.teacher_steps or rung.teacher_steps
+        student, teacher = self._student(), self._teacher(teacher_steps)
         discriminator = build_discriminator(
             shared.network,
             phase,
@@ -248,8 +249,8 @@ class _RungTraining:
 
         def draw(name: str) -> None:
             if shared.runtime.is_main:
-                steps = (rung.student_steps, phase.teacher_steps or rung.teacher_steps)
-                self.preview.draw(name, student, teacher, student_steps=steps[0], teacher_steps=steps[1])
+                steps = {"student_steps": rung.student_steps, "teacher_steps": teacher_steps}
+                self.preview.draw(name, student, teacher, **steps)
 
         return PhaseSetup(
             rung=rung,

@@ -4,7 +4,7 @@ import statistics
 
 from stepdistill.config import RunConfig
 from stepdistill.plan import phase_forwards
-from stepdistill.training.log import read_log
+from stepdistill.run.log import read_log
 
 
 def measured_seconds_per_pass(config: RunConfig) -> float | None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 from stepdistill.diffusion.grid import next_node, substeps, trailing_nodes
-from stepdistill.start_from import taken_steps
-from stepdistill.teacher_source import teacher_timesteps
+from stepdistill.models.teacher_source import teacher_timesteps
+from stepdistill.run.start_from import taken_steps
 
 # In units of one forward of the bare U-Net per sample (computed on SDXL): forward and backward of the U-Net with a LoRA,
 # then what the discriminator adds. The base as teacher is the bare U-Net; the student of a rung as teacher has a LoRA.

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
-from stepdistill.ladder_checks import unfit_settings
+from stepdistill.config.ladder_checks import check_ladder, unfit_settings
+from stepdistill.models.teacher_source import is_ready_made, teacher_folder
 from stepdistill.pace import measured_seconds_per_pass
-from stepdistill.places import clear_half_written
-from stepdistill.run_folder import check_run, open_run
-from stepdistill.rungs import finished_rungs, rung_folder
-from stepdistill.teacher_source import is_ready_made, teacher_folder
+from stepdistill.run.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
+from stepdistill.run.folder import check_run, open_run
+from stepdistill.run.places import clear_half_written
+from stepdistill.run.rungs import finished_rungs, rung_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,14 @@ def prepare(config: RunConfig) -> None:
     _quiet_libraries()
     from stepdistill.data.cache import is_whole
     from stepdistill.data.prepare import prepare as fill_cache
-    from stepdistill.runtime import environment
+    from stepdistill.runtime import Processes, environment
 
     write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
-    for about, remedy in unfit_settings(config, teacher_folder(config)):
-        logger.warning("prepare: %s; mend: %s", about, remedy)
+    check_ladder(config, teacher_folder(config))
+    if Processes().is_main:
+        for about, remedy in unfit_settings(config, teacher_folder(config)):
+            logger.warning("prepare: %s; mend: %s", about, remedy)
     manifest = run_dir / "cache" / "manifest.json"
     before = read_sealed(manifest)
     is_damaged = manifest.exists() and (before is None or not is_whole(before))
@@ -66,6 +68,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     _quiet_libraries()
     from stepdistill.ladder import distill as climb
 
+    check_ladder(config, teacher_folder(config))
     before = finished_rungs(config.run_dir)
     trained = climb(config, only=only)
     clear_half_written(config.run_dir / "rungs")
@@ -177,7 +180,7 @@ def run_all(config: RunConfig) -> None:
     check_run(config)
     _quiet_libraries()
     from stepdistill.evaluation.check import check_evaluation
-    from stepdistill.fork import check_base
+    from stepdistill.run.fork import check_base
 
     if not is_ready_made(config):
         open_run(config)
@@ -208,8 +211,8 @@ def refresh_cards(config: RunConfig) -> None:
 
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
     """One picture by the `steps`-step student of a run, as PNG."""
-    from stepdistill.run_folder import read_run_config
-    from stepdistill.rungs import require_rung
+    from stepdistill.run.folder import read_run_config
+    from stepdistill.run.rungs import require_rung
 
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
@@ -218,9 +221,9 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     from stepdistill.export.exported import is_exported
     from stepdistill.export.rung import export_rung
     from stepdistill.models.loading import load_pipeline
+    from stepdistill.models.teacher_source import teacher_folder
     from stepdistill.runtime import default_device
     from stepdistill.sampling import load_few_step
-    from stepdistill.teacher_source import teacher_folder
 
     _check_picture(output)
     if not is_exported(rung_folder(run_dir, steps)):

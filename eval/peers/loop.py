@@ -8,12 +8,12 @@ import torch
 from stepdistill import rng
 from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch, draw_batch
-from stepdistill.durable import read_json, write_json
 from stepdistill.ladder import load_shared, save_lora
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.shared_network import STUDENT
+from stepdistill.run.durable import read_json, write_json
+from stepdistill.run.log import PhaseProgress
 from stepdistill.runtime import Runtime
-from stepdistill.training.log import PhaseProgress
 from stepdistill.training.optim import RoleOptimizer
 
 TIMESTEPS = 1000

@@ -10,10 +10,10 @@ from side_by_side import STEPS
 
 from stepdistill import plan, stages
 from stepdistill.config import LoraRow, RunConfig
-from stepdistill.config_file import parse_config
-from stepdistill.durable import read_json
-from stepdistill.run_folder import resolved
-from stepdistill.rungs import WEIGHT_NAME, read_rung, rung_folder
+from stepdistill.config.load import parse_config
+from stepdistill.run.durable import read_json
+from stepdistill.run.folder import resolved
+from stepdistill.run.rungs import WEIGHT_NAME, read_rung, rung_folder
 
 from . import dmd2, lcm
 from .train import train_dmd2, train_lcm

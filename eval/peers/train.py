@@ -7,7 +7,6 @@ import torch
 
 from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch
-from stepdistill.durable import sha256_file
 from stepdistill.ladder import read_lora_file
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
@@ -15,6 +14,7 @@ from stepdistill.models.discriminator import Head
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.rng import derive_seed
+from stepdistill.run.durable import sha256_file
 
 from . import dmd2, lcm
 from .loop import Loop, is_finished

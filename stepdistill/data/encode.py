@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepdistill.config import Data
-from stepdistill.config_data import Kind
+from stepdistill.config.data import Kind
 from stepdistill.data.buckets import Size, Sizes
 from stepdistill.data.records import Record
 from stepdistill.data.samples import BadSample, cover, read_caption

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from stepdistill.config import Data, RunConfig
 from stepdistill.data.records import Record, is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
-from stepdistill.durable import read_sealed
-from stepdistill.run_folder import saved_held_out
+from stepdistill.run.durable import read_sealed
+from stepdistill.run.folder import saved_held_out
 
 LETTERS = "letters"
 AUTO_SHARE = 0.05

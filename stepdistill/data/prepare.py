@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config_data import KINDS
+from stepdistill.config.data import KINDS
 from stepdistill.data.buckets import least_per_bucket
 from stepdistill.data.cache import TEXT, is_whole, pack
 from stepdistill.data.encode import Bad, Encoder, stopping
@@ -30,16 +30,6 @@ from stepdistill.data.shards import FORMAT, Shard, is_intact, read_about, size_n
 from stepdistill.data.source import not_empty, training_records
 from stepdistill.data.synthesis import Synthesis
 from stepdistill.data.tallies import UsedSizes, data_seed, used_sizes
-from stepdistill.durable import (
-    canonical,
-    read_sealed,
-    sha256_file,
-    sha256_json,
-    warn_of_damage,
-    write_bytes,
-    write_sealed,
-    writing,
-)
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.loading import (
     encoder_fingerprint,
@@ -52,9 +42,19 @@ from stepdistill.models.loading import (
 )
 from stepdistill.models.network.conditioning import encode_prompts, encode_unconditional
 from stepdistill.models.shared_network import SharedNetwork
-from stepdistill.places import clear_half_written
+from stepdistill.models.teacher_source import teacher_folder
+from stepdistill.run.durable import (
+    canonical,
+    read_sealed,
+    sha256_file,
+    sha256_json,
+    warn_of_damage,
+    write_bytes,
+    write_sealed,
+    writing,
+)
+from stepdistill.run.places import clear_half_written
 from stepdistill.runtime import WEIGHT_DTYPES, Processes
-from stepdistill.teacher_source import teacher_folder
 
 logger = logging.getLogger(__name__)
 SHARD = 1024

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from stepdistill.config import ConfigError
-from stepdistill.config_data import Kind
+from stepdistill.config.data import Kind
 from stepdistill.data.marks import mark_of_bytes, mark_of_file, mark_of_part
 from stepdistill.data.samples import MOST_BYTES, MOST_CAPTION_BYTES, BadSample
 from stepdistill.data.shards import Shard

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from stepdistill.config_data import Kind
+from stepdistill.config.data import Kind
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _ANIMATED = ("PNG", "WEBP")

@@ -1,6 +1,8 @@
 """What a run is distilled on and measured with: captioned samples, those held out (held_out.py) kept apart."""
 
+import contextlib
 import hashlib
+import heapq
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -105,18 +107,19 @@ def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
     return found
 
 
-def training_pictures(data: Data, *, count: int) -> Iterator[CaptionedPicture]:
-    """The first `count` pictures of one's own that are trained on and whose captions can be read."""
-    found = 0
-    for record in training_records(data, seed=0):
-        if found == count:
-            return
-        try:
-            caption = read_caption(record.read_caption())
-        except BadSample:
-            continue
-        found += 1
-        yield CaptionedPicture(record, caption, data)
+def training_pictures(data: Data, *, count: int) -> list[CaptionedPicture]:
+    """`count` of one's own pictures that are trained on, or all where there are fewer. A hash of the names chooses them, as
+    neighbours in the source's order may show the same things; those whose caption cannot be read are left out."""
+    chosen = heapq.nsmallest(count, training_records(data, seed=0), key=_by_name)
+    found = []
+    for record in chosen:
+        with contextlib.suppress(BadSample):
+            found.append(CaptionedPicture(record, read_caption(record.read_caption()), data))
+    return found
+
+
+def _by_name(record: Record) -> bytes:
+    return hashlib.sha256(record.name.encode()).digest()
 
 
 def evaluation_triples(data: Data) -> list[letters.Triple]:

@@ -21,12 +21,12 @@ from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, picture_size, read_caption
 from stepdistill.data.shards import size_name
 from stepdistill.data.source import training_records
-from stepdistill.durable import read_sealed, write_sealed
 from stepdistill.messages import sizes_text
 from stepdistill.models.loading import image_size, size_multiple
+from stepdistill.models.teacher_source import configs_folder
 from stepdistill.rng import derive_seed
+from stepdistill.run.durable import read_sealed, write_sealed
 from stepdistill.runtime import Processes
-from stepdistill.teacher_source import configs_folder
 
 TALLIES = "tallies.json"
 COUNTED = 2000

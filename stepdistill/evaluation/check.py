@@ -11,7 +11,7 @@ from stepdistill.evaluation.rows import lora_file, rows_of
 from stepdistill.evaluation.subject import subject_of
 from stepdistill.models.loading import image_size
 from stepdistill.models.lora_trial import check_lora_goes_on
-from stepdistill.teacher_source import configs_folder
+from stepdistill.models.teacher_source import configs_folder
 
 
 def check_evaluation(config: RunConfig) -> Choice:
@@ -25,7 +25,7 @@ def check_evaluation(config: RunConfig) -> Choice:
     choice = choose_features(config, subject)
     distances = Distances(choice.options(config), device="cpu")
     distances.check_size(image_size(folder))
-    return replace(choice, warnings=(*choice.warnings, *real_warnings(subject, distances)))
+    return replace(choice, warnings=(*choice.warnings, *real_warnings(config.evaluation, subject, distances)))
 
 
 def _check_lora(lora: LoraRow, folder: Path) -> None:

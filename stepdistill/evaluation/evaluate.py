@@ -7,7 +7,6 @@ from typing import Any
 
 from stepdistill.config import RunConfig
 from stepdistill.demo.reader import load_reader
-from stepdistill.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
 from stepdistill.evaluation.choice import Choice, choose_features
 from stepdistill.evaluation.cost import measure_cost
 from stepdistill.evaluation.drift import image_drift
@@ -24,9 +23,10 @@ from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subj
 from stepdistill.export.exported import read_scheduler
 from stepdistill.jackknife import standard_error
 from stepdistill.models.folder import embedded_folder
-from stepdistill.places import clear_half_written
 from stepdistill.rng import derive_seed
-from stepdistill.rungs import require_rung, rung_folder
+from stepdistill.run.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
+from stepdistill.run.places import clear_half_written
+from stepdistill.run.rungs import require_rung, rung_folder
 from stepdistill.runtime import Processes
 
 logger = logging.getLogger(__name__)
@@ -194,6 +194,8 @@ class _Work:
         other = self._real_set("other real", self._subject.other_real)
         if other is not None and real is not None:
             floor |= distances.to_real(other, real)
+        if self._options.reference_stats is not None:
+            floor.pop("fid_to_real", None)  # of these moments there is no second set
         return floor | self._to_teacher(distances, self._drawn_set(self._teacher_pictures))
 
     def _measure_other_noise(self, distances: Distances) -> dict[str, float]:

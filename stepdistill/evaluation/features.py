@@ -14,7 +14,6 @@ from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 
 from stepdistill.demo.reader import load_reader
-from stepdistill.durable import sha256_file
 from stepdistill.evaluation.distances import ALONE
 from stepdistill.evaluation.feature_files import (
     LOCAL,
@@ -30,6 +29,7 @@ from stepdistill.evaluation.resize import center_crop, resize
 from stepdistill.evaluation.small_net import NUM_FEATURES, read_small_net
 from stepdistill.messages import first_line
 from stepdistill.models.folder import embedded_folder
+from stepdistill.run.durable import sha256_file
 
 _NORMAL = ("mean", "std")
 _ALLOWED = (

@@ -13,7 +13,6 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from stepdistill.config import RunConfig
-from stepdistill.durable import read_json, sha256_file, sha256_json
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, lora_file, lora_scheduler
 from stepdistill.export.scheduler import student_scheduler
@@ -25,12 +24,13 @@ from stepdistill.models.loading import (
     read_scheduler_config,
 )
 from stepdistill.models.network.conditioning import unconditional_is_zeros
+from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.rng import generator
-from stepdistill.rungs import rung_folder
+from stepdistill.run.durable import read_json, sha256_file, sha256_json
+from stepdistill.run.log import PhaseProgress
+from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Processes
 from stepdistill.sampling import load_rung
-from stepdistill.teacher_source import teacher_folder
-from stepdistill.training.log import PhaseProgress
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from stepdistill.config import ConfigError, Evaluation
-from stepdistill.durable import sha256_json
 from stepdistill.evaluation.distances import (
     Moments,
     cmmd,
@@ -20,6 +19,7 @@ from stepdistill.evaluation.distances import (
 from stepdistill.evaluation.features import FeatureExtractor, build_extractor, extract
 from stepdistill.evaluation.kept_features import read_features, write_features
 from stepdistill.messages import first_line
+from stepdistill.run.durable import sha256_json
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A folder of pictures drawn for one row: written chunk by chunk, resumed where it stopped, read without loading it all.
 
-images/, latents/, chunks/   pictures, final latents and the markers of whole chunks (stepdistill/drawn.py)
+images/, latents/, chunks/   pictures, final latents and the markers of whole chunks (run/drawn_pictures.py)
 manifest.json                the key of all they depend on; "finished" is set last
 
 A chunk with a file that is not as it was drawn is drawn again.
@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from stepdistill.drawn import (
+from stepdistill.run.drawn_pictures import (
     Chunk,
     chunks_of,
     latents_file,
@@ -28,7 +28,7 @@ from stepdistill.drawn import (
     picture_file,
     read_chunk,
 )
-from stepdistill.durable import (
+from stepdistill.run.durable import (
     picture_bytes,
     read_sealed,
     sha256_file,

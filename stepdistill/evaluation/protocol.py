@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stepdistill.config import RunConfig
-from stepdistill.durable import sha256_json
+from stepdistill.config import Evaluation, RunConfig
 from stepdistill.evaluation.choice import Choice
 from stepdistill.evaluation.measure import Distances
 from stepdistill.evaluation.subject import Subject
+from stepdistill.run.durable import sha256_json
 from stepdistill.runtime import source_commit
 
 FEW_IMAGES = 5000
@@ -51,24 +51,27 @@ def protocol_of(
 def warnings_of(config: RunConfig, subject: Subject, choice: Choice, distances: Distances) -> list[str]:
     """What stands above the table."""
     count = config.evaluation.num_images
-    with_floor = "the floor and with " if config.evaluation.floor else ""
+    floors = [
+        name for name, there in (("real", subject.other_real), ("teacher", config.evaluation.floor)) if there
+    ]
+    with_floor = f"its floor (to {' and '.join(floors)}) and with " if floors else ""
     few = (
         f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with {with_floor}other rows of "
         f"this table, not with published numbers"
     )
     found = [*choice.warnings, *subject.warnings, *([few] if count < FEW_IMAGES and choice.spec else [])]
-    return [*found, *real_warnings(subject, distances)]
+    return [*found, *real_warnings(config.evaluation, subject, distances)]
 
 
-def real_warnings(subject: Subject, distances: Distances) -> list[str]:
+def real_warnings(options: Evaluation, subject: Subject, distances: Distances) -> list[str]:
     """Where FID to real says less than it seems to: too few real images, or no second set of them to give its floor."""
     if subject.real is None or distances.main is None:
         return []
     found, dimension = [], distances.main.extractor.num_features
-    if len(subject.real) <= dimension:
+    if len(subject.real) <= dimension and options.reference_stats is None:
         found.append(
-            f"{len(subject.real):,} real images for {dimension:,} features: FID to real rests on a covariance that so few "
-            f"cannot tell, and only large differences between rows mean something; KID to real is unbiased"
+            f"{len(subject.real):,} real images for {dimension:,} features: so few images do not determine the covariance "
+            f"that FID uses; trust only large differences between rows, or KID to real, which is unbiased"
         )
     if subject.other_real is None:
         found.append("FID and KID to real have no floor: there is no second set of real images")

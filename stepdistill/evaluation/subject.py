@@ -29,11 +29,11 @@ from stepdistill.data.source import (
     training_pictures,
 )
 from stepdistill.demo import letters
-from stepdistill.durable import sha256_json
 from stepdistill.models.folder_files import require_file
 from stepdistill.models.loading import image_size
+from stepdistill.models.teacher_source import configs_folder
 from stepdistill.rng import derive_seed
-from stepdistill.teacher_source import configs_folder
+from stepdistill.run.durable import sha256_json
 
 FEWEST_PICTURES = 8  # as many as evaluation.num_images at least; coverage looks at 5 neighbours
 
@@ -187,9 +187,7 @@ def subject_of(config: RunConfig) -> Subject:
         real = DataPictures(pictures, size, _seen(data, len(pictures)))
         if not data.held_out:
             return Subject(prompts, wanted, real, None, about, (_TRAINED_ON,))
-        seen = tuple(training_pictures(data, count=len(pictures)))
-        other = DataPictures(seen, size, "that were trained on")
-        return Subject(prompts, wanted, real, other, about)
+        return Subject(prompts, wanted, real, _trained_on(data, count, size), about)
     if wanted is None:
         return Subject(prompts, None, None, None, about)
     first, second = (Renderings(wanted, derive_seed(seed, name) % 2**32) for name in ("real", "other real"))
@@ -200,6 +198,12 @@ _TRAINED_ON = (
     "the real images are pictures that were trained on, and the prompts are their captions: *_to_real, precision and "
     "coverage say nothing of others; data.held_out, or evaluation.prompts and evaluation.real_images, keep some apart"
 )
+
+
+def _trained_on(data: Data, count: int, size: tuple[int, int]) -> DataPictures | None:
+    """As many pictures that were trained on as a row has images; None where there are too few."""
+    seen = tuple(training_pictures(data, count=count))
+    return DataPictures(seen, size, "that were trained on") if len(seen) >= FEWEST_PICTURES else None
 
 
 def _own_pictures(config: RunConfig, data: Data) -> tuple[CaptionedPicture, ...]:

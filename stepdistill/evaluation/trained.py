@@ -22,7 +22,6 @@ from stepdistill.data.marks import mark_of_file
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, cover
 from stepdistill.data.source import picture_of, training_records
-from stepdistill.durable import read_sealed, sha256_json, warn_of_damage
 from stepdistill.evaluation.resize import resize
 from stepdistill.evaluation.small_net import (
     RECORD,
@@ -35,9 +34,10 @@ from stepdistill.evaluation.small_net import (
 )
 from stepdistill.evaluation.subject import ImageFolder, read_picture
 from stepdistill.models.loading import image_size
+from stepdistill.models.teacher_source import configs_folder
 from stepdistill.rng import derive_seed
-from stepdistill.teacher_source import configs_folder
-from stepdistill.training.log import PhaseProgress
+from stepdistill.run.durable import read_sealed, sha256_json, warn_of_damage
+from stepdistill.run.log import PhaseProgress
 
 logger = logging.getLogger(__name__)
 FEWEST_PICTURES = 200

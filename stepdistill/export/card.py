@@ -12,10 +12,10 @@ from diffusers import DDIMScheduler
 from stepdistill.config import RunConfig
 from stepdistill.export.scheduler import trained_timesteps
 from stepdistill.models.folder import EMBEDDED_TEACHER, teacher_kind
+from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.report.markdown import markdown_table, table_notes
 from stepdistill.report.results import read_results
-from stepdistill.rungs import RungRecord
-from stepdistill.teacher_source import teacher_folder
+from stepdistill.run.rungs import RungRecord
 
 logger = logging.getLogger(__name__)
 GRID = "grid.png"

@@ -8,7 +8,7 @@ import jinja2
 
 from stepdistill.config import RunConfig
 from stepdistill.export import comfy
-from stepdistill.rungs import RungRecord
+from stepdistill.run.rungs import RungRecord
 
 _WIDTHS = {(320, 768), (320, 1024), (320, 2048)}
 """First block and text of SD1.5, SD2.x and SDXL, by which the tools tell models apart."""

@@ -23,7 +23,7 @@ import torch
 
 from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.models.loading import load_noise_path
-from stepdistill.rungs import RungRecord
+from stepdistill.run.rungs import RungRecord
 
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 """prediction_type by ModelSamplingDiscrete's names."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from diffusers import DDIMScheduler
 
-from stepdistill.durable import read_json, read_sealed, sha256_json, write_sealed, write_text
 from stepdistill.models.sketch import Sketch
+from stepdistill.run.durable import read_json, read_sealed, sha256_json, write_sealed, write_text
 
 logger = logging.getLogger(__name__)
 BASE = "base.json"

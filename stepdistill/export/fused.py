@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from stepdistill.durable import read_json, whole_folder, write_json
 from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import Lora, check_fits
 from stepdistill.models.sketch import layer_shapes
+from stepdistill.run.durable import read_json, whole_folder, write_json
 
 
 def fused_unet(base: Path, lora: Lora) -> UNet2DConditionModel:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from stepdistill.durable import canonical_safetensors, writing
 from stepdistill.models.lora_file import Lora, LoraLayer
+from stepdistill.run.durable import canonical_safetensors, writing
 
 HASH = "sshs_model_hash"
 _RESNET = {

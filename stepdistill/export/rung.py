@@ -20,16 +20,6 @@ import torch
 from diffusers import DDIMScheduler
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import (
-    read_json,
-    read_sealed,
-    sealed,
-    sha256_file,
-    write_bytes,
-    write_json,
-    write_sealed,
-    write_text,
-)
 from stepdistill.export import comfy, kohya
 from stepdistill.export.card import GRID, model_card
 from stepdistill.export.card_tools import tools_section
@@ -41,9 +31,19 @@ from stepdistill.export.scheduler import student_scheduler, trained_timesteps
 from stepdistill.models.loading import image_size, read_scheduler_config
 from stepdistill.models.lora_file import Lora, read_lora, write_lora
 from stepdistill.models.sketch import sketch_of_folder
-from stepdistill.run_folder import config_hash
-from stepdistill.rungs import WEIGHT_NAME, RungRecord, require_rung, rung_folder
-from stepdistill.teacher_source import teacher_folder
+from stepdistill.models.teacher_source import teacher_folder
+from stepdistill.run.durable import (
+    read_json,
+    read_sealed,
+    sealed,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_sealed,
+    write_text,
+)
+from stepdistill.run.folder import config_hash
+from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, require_rung, rung_folder
 
 logger = logging.getLogger(__name__)
 KEPT = "kept.json"

@@ -16,7 +16,7 @@ from stepdistill.models.folder_files import (
     weight_files,
 )
 from stepdistill.models.folder_scheduler import scheduler_problems
-from stepdistill.places import is_folder
+from stepdistill.run.places import is_folder
 
 EMBEDDED_TEACHER = "letters"
 DEFAULT_TIMESTEPS = 1000

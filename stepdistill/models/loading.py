@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, TorchAoConfig, UNet2DConditionModel
 
-from stepdistill.config_section import ConfigError
+from stepdistill.config.section import ConfigError
 from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
-from stepdistill.durable import read_json
 from stepdistill.messages import first_line
 from stepdistill.models.folder import DEFAULT_TIMESTEPS, weights_variant
+from stepdistill.run.durable import read_json
 
 _LOOK = "`stepdistill doctor` looks at all of its files"
 

@@ -18,8 +18,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from stepdistill.durable import canonical_safetensors, writing
-from stepdistill.rungs import WEIGHT_NAME
+from stepdistill.run.durable import canonical_safetensors, writing
+from stepdistill.run.rungs import WEIGHT_NAME
 
 _METADATA = "lora_adapter_metadata"
 _PREFIX = "unet."

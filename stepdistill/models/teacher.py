@@ -14,13 +14,12 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from safetensors import SafetensorError, safe_open
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_json, read_sealed, warn_of_damage, whole_folder, write_sealed
 from stepdistill.messages import first_line
 from stepdistill.models.examine import examine_pipeline
 from stepdistill.models.folder import teacher_kind
 from stepdistill.models.loading import loading, local_options
 from stepdistill.models.lora_trial import check_lora_numbers
-from stepdistill.teacher_source import (
+from stepdistill.models.teacher_source import (
     TEACHER_RECORD,
     UNET_PREFIX,
     check_teacher_folder,
@@ -30,6 +29,7 @@ from stepdistill.teacher_source import (
     teacher_lora_file,
     teacher_source,
 )
+from stepdistill.run.durable import read_json, read_sealed, warn_of_damage, whole_folder, write_sealed
 
 logger = logging.getLogger(__name__)
 _SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"

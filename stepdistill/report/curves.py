@@ -27,10 +27,9 @@ def distance_plots(entries: Sequence[Entry]) -> list[Plot]:
     plots = []
     for key in _DISTANCES:
         title = "FID to the teacher" if key == "fid_to_teacher" else "FID to real images"
-        floors = {floor for e in entries if (floor := e.run.floor.get(key))}
-        floor = (
-            floors.pop() if len(floors) == 1 else None
-        )  # of several runs each has its own: the table has them
+        # runs with floors of their own have them in the table
+        floors = {entry.run.floor.get(key) for entry in entries}
+        floor = floors.pop() if len(floors) == 1 else None
         for x_key, x_label, over in (
             ("steps", "steps", "steps"),
             ("seconds_per_image", "seconds per image", "cost"),

@@ -49,10 +49,14 @@ def table_notes(results: Mapping[str, Any]) -> str:
     apart, and whose the prompts and the real images are."""
     floor, noise, protocol = (results.get(key) or {} for key in ("floor", "other_noise", "protocol"))
     reference = results.get("reference", "the teacher")
-    notes = [
-        f"{results.get('num_images', 'Some')} images a row, equal prompts and noise. FID to teacher: against images of "
-        f"{reference} from other seeds; paired FID and latent MSE: against its images of the same noise, 0 for itself."
-    ]
+    notes = [f"{results.get('num_images', 'Some')} images a row, equal prompts and noise."]
+    measured = {key for row in results.get("rows") or [] for key in row}
+    if "fid_to_teacher" in measured:
+        notes.append(f"FID to teacher: against images of {reference} from other seeds.")
+    if measured & {"paired_fid_to_teacher", "latent_mse_to_teacher"}:
+        notes.append(
+            f"Paired FID and latent MSE: against images of {reference} of the same noise, 0 for itself."
+        )
     if "prompts" in protocol:
         notes.append(f"Prompts: {protocol['prompts']}. Real images: {protocol.get('real_images')}.")
     if results.get("unmeasured"):
@@ -70,7 +74,7 @@ def table_notes(results: Mapping[str, Any]) -> str:
         if isinstance(noise.get(key), int | float)
     ]
     if paired:
-        notes.append(f"{reference} with other noise, image by image against itself: {', '.join(paired)}.")
+        notes.append(f"{reference} with other noise against itself: {', '.join(paired)}.")
     return " ".join(notes)
 
 

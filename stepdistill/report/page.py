@@ -22,7 +22,7 @@ from stepdistill.report.quantities import format_number, number
 from stepdistill.report.read import Run, RungLog
 from stepdistill.report.summary import joined_names, sentences, warnings_of
 from stepdistill.report.table import cost_table, metrics_of, quality_table
-from stepdistill.start_from import taken_from
+from stepdistill.run.start_from import taken_from
 
 _LARGEST = 20 * 2**20
 # Tried in this order until the page is small enough.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stepdistill.config import ConfigError
-from stepdistill.config_file import changed, setting_at, setting_text
-from stepdistill.ladder_checks import check_ladder
+from stepdistill.config.ladder_checks import check_ladder
+from stepdistill.config.load import changed, setting_at, setting_text
+from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.report.quantities import number
-from stepdistill.teacher_source import teacher_folder
 
 _MOST_SETTINGS = 6
 

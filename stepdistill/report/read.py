@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stepdistill.durable import read_sealed, warn_of_damage
 from stepdistill.messages import sizes_text
 from stepdistill.report.quantities import number, steps_text
 from stepdistill.report.results import read_results
-from stepdistill.run_folder import saved_config
-from stepdistill.rungs import RECORD_NAME, rung_folder
-from stepdistill.training.log import read_log
+from stepdistill.run.durable import read_sealed, warn_of_damage
+from stepdistill.run.folder import saved_config
+from stepdistill.run.log import read_log
+from stepdistill.run.rungs import RECORD_NAME, rung_folder
 
 ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
 _LOOKS = ("sharpness", "contrast", "colour")

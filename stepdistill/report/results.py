@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepdistill.durable import read_sealed
 from stepdistill.report.quantities import number
+from stepdistill.run.durable import read_sealed
 
 _STUDIES = ("diversity_grid", "scale_sweep", "matrix")
 _OBJECTS = ("floor", "other_noise", "metrics", "protocol", "replicates", *_STUDIES)

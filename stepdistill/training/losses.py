@@ -1,6 +1,7 @@
 """The losses of one update: each objective is a function of samples. No backward, no optimiser.
 
-A new objective is such a function and one line in `OBJECTIVES`, which also says what a batch must be drawn with.
+A new objective is such a function, one line in `OBJECTIVES`, which also says what a batch must be drawn with, its name in
+`config.ladder.ObjectiveKind`, and its passes in `plan.phase_forwards`.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from stepdistill.config import Phase
-from stepdistill.ladder_checks import loss_space_of
+from stepdistill.config.ladder_checks import loss_space_of
 from stepdistill.objectives import adversarial
 from stepdistill.objectives.mse import convert_loss, mse_loss
 from stepdistill.training.samples import Samples

@@ -77,7 +77,7 @@ class RoleOptimizer:
             check_names("the optimiser's state", dict(zip(self._names, self.parameters, strict=True)), shapes)
         whole = self.optimizer.state_dict()
         places = {name: k for k, name in enumerate(self._names)}
-        whole["state"] = {places[name]: moments for name, moments in state["parameters"].items()}
+        whole["state"] = {places[name]: of_parameter for name, of_parameter in moments.items()}
         self.schedule.load_state_dict(dict(state["schedule"]))
         for group, rate in zip(whole["param_groups"], self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -15,8 +15,8 @@ from stepdistill.models.adapters import adapter_state, load_adapter_state
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator, DiscriminatorState
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
+from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime
-from stepdistill.training.log import PhaseProgress, TrainingLog
 from stepdistill.training.losses import OBJECTIVES, Losses, losses_of
 from stepdistill.training.optim import MovingAverage, NonFiniteError, RoleOptimizer
 from stepdistill.training.samples import Samples
@@ -94,7 +94,9 @@ class PhaseState:
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, in a phase of the same setup; ValueError where shapes or names differ."""
+        """Goes on where `state_dict` was taken, in a phase of the same setup; ValueError where parts, names or shapes
+        differ."""
+        _check_parts(state, self.state_dict())
         device = self._runtime.device
         load_adapter_state(self._setup.student.network.model, STUDENT, state["student"])
         if self._setup.discriminator is not None:
@@ -116,7 +118,7 @@ def run_phase(setup: PhaseSetup, *, runtime: Runtime, log: TrainingLog | None) -
     phase, training = setup.phase, setup.training
     state = PhaseState(setup, runtime)
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
-    batches = batches_of(setup, runtime)
+    batches = batches_of(setup, runtime, first_step=state.step)
     with PhaseProgress(
         setup.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
     ) as progress:
@@ -276,6 +278,19 @@ def _read(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The values of scalars on the device: the one time in an update that the CPU waits for it."""
     values = torch.stack([value.detach().double() for value in scalars.values()]).tolist()
     return dict(zip(scalars, values, strict=True))
+
+
+def _check_parts(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """ValueError where a state has other parts than a phase of this setup: optimisers, discriminator, average, samples."""
+    for name, part in own.items():
+        if name not in state or (part is None) != (state[name] is None):
+            has = "lacks" if state.get(name) is None else "has"
+            raise ValueError(f"the phase's state {has} {name}: it is of a phase with other settings")
+    roles, others = own["optimizers"].keys(), state["optimizers"].keys()
+    if roles != others:
+        raise ValueError(
+            f"the phase's state has optimisers of {', '.join(others)}, this phase of {', '.join(roles)}"
+        )
 
 
 def _copied(value: Any) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from stepdistill.config_file import load_config
-from stepdistill.durable import write_sealed
+from stepdistill.config.load import load_config
+from stepdistill.run.durable import write_sealed
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from stepdistill import stages
 from stepdistill.cli import guarded
-from stepdistill.config_file import load_config
-from stepdistill.durable import warn_of_damage
-from stepdistill.run_folder import open_run
+from stepdistill.config.load import load_config
+from stepdistill.run.durable import warn_of_damage
+from stepdistill.run.folder import open_run
 from tests.faults.bounds import bounded
 
 SECONDS, BYTES = (

@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepdistill import stages
-from stepdistill.durable import read_json, read_sealed, write_json, write_sealed
 from stepdistill.ladder import save_lora
 from stepdistill.models.folder import embedded_folder
 from stepdistill.models.teacher import make_teacher
-from stepdistill.run_folder import open_run
-from stepdistill.rungs import WEIGHT_NAME
+from stepdistill.run.durable import read_json, read_sealed, write_json, write_sealed
+from stepdistill.run.folder import open_run
+from stepdistill.run.rungs import WEIGHT_NAME
+from stepdistill.run.start_from import TAKEN
 from stepdistill.sampling import load_few_step
-from stepdistill.start_from import TAKEN
 from tests.faults.small_run import copy_of, small_config, tree
 from tests.integration.exported import random_student
 
@@ -489,7 +489,7 @@ def test_a_damaged_config_yaml_is_one_line_for_every_command(copy, asked, damage
     path = copy.run_dir / "config.yaml"
     before = tree(copy.run_dir)
     damage(path)
-    from stepdistill.config_file import load_config
+    from stepdistill.config.load import load_config
 
     for command in (
         lambda: stages.evaluate(load_config(copy.run_dir)),

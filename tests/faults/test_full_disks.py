@@ -12,7 +12,7 @@ from stepdistill.ladder import save_lora
 from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import load_unet
 from stepdistill.models.teacher import make_teacher
-from stepdistill.rungs import WEIGHT_NAME
+from stepdistill.run.rungs import WEIGHT_NAME
 from tests.faults.small_run import read_only, room_for, small_config, tree
 from tests.integration.exported import random_student
 

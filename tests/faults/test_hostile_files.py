@@ -15,9 +15,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from stepdistill.cli import _raised_here
-from stepdistill.config_file import load_config
-from stepdistill.durable import sha256_file
+from stepdistill.config.load import load_config
 from stepdistill.evaluation.check import check_evaluation
+from stepdistill.run.durable import sha256_file
 from tests.extractors import build_clip, build_dinov2
 from tests.faults.bounds import bounded, command, one_line, problems
 from tests.faults.hostile_folders import edited, in_place_of, removed, replaced, retyped, with_number, without

@@ -35,7 +35,7 @@ def is_at_hand(commit: str) -> bool:
 
 
 def run_cases(tree: Path, work: Path, output: Path, only: list[str] | None) -> dict[str, dict[str, str]]:
-    """The digests that the package in `tree` gives; the cases and inputs are this file's own tree's."""
+    """The digests that the package in `tree` gives on the cases of this tree."""
     command = [sys.executable, str(CASES), str(work), "--output", str(output)]
     command += ["--only", *only] if only else []
     environment = os.environ | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -52,6 +52,7 @@ def compare(commit: str, work: Path, only: list[str] | None = None) -> list[str]
         git = ["git", "-C", str(REPOSITORY), "worktree"]
         subprocess.run([*git, "add", "--detach", str(other), commit], check=True, capture_output=True)
         try:
+            # this tree first: it makes the inputs of both
             after = run_cases(REPOSITORY, work, Path(scratch) / "after.json", only)
             before = run_cases(other, work, Path(scratch) / "before.json", only)
         finally:

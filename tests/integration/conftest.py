@@ -4,7 +4,7 @@ import json
 import pytest
 
 from stepdistill import stages
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.export.rung import export_rung
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.shared_network import STUDENT

@@ -6,13 +6,13 @@ import json
 import torch
 
 from eval.random_teacher import build
-from stepdistill.config_file import parse_config
-from stepdistill.durable import sha256_file
+from stepdistill.config.load import parse_config
 from stepdistill.ladder import save_lora
 from stepdistill.models.loading import fingerprint, load_unet
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
-from stepdistill.run_folder import open_run, resolved
-from stepdistill.rungs import WEIGHT_NAME, RungRecord, rung_folder
+from stepdistill.run.durable import sha256_file
+from stepdistill.run.folder import open_run, resolved
+from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, rung_folder
 from tests.integration.conftest import tiny_config
 
 RANK = 4

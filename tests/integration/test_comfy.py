@@ -10,7 +10,7 @@ from eval.random_teacher import build
 from stepdistill.export import comfy
 from stepdistill.export.rung import export_rung
 from stepdistill.models.loading import read_scheduler_config
-from stepdistill.rungs import RungRecord
+from stepdistill.run.rungs import RungRecord
 from stepdistill.sampling import load_few_step
 from tests.integration.comfy_nodes import check_structure, run
 from tests.integration.exported import rung_of, with_export

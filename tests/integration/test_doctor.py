@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from eval.random_teacher import build
 from stepdistill import stages
 from stepdistill.cli import app, guarded
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.data.prepare import prepare
 from stepdistill.disk_need import disk_need
 from stepdistill.doctor import examine
-from stepdistill.teacher_source import teacher_folder
+from stepdistill.models.teacher import make_teacher
+from stepdistill.models.teacher_source import configs_folder, teacher_folder
+from stepdistill.run.folder import open_run
 from tests.integration.conftest import tiny_config
 from tests.integration.test_teachers import configs_alone, style_lora
 from tests.original_layout import original_state
@@ -216,6 +218,30 @@ def test_a_teacher_that_is_no_folder_yet_is_looked_at_as_its_folder_would_be(tmp
     assert [f for f in as_kind[0] if "pictures are cut to" in f.about]
     assert [f for f in as_kind[0] if f.about.startswith("evaluation: no FID")]
     assert [f for f in as_kind[0] if re.search(r"disk: .*\(teacher [\d.,]+ .iB", f.about)]
+
+
+@pytest.mark.parametrize("kind", ["file", "lora"])
+def test_a_made_teacher_takes_the_room_that_was_said(tmp_path, kind):
+    """A folder in float16 with a LoRA is written in float32."""
+    (tmp_path / "prompts.txt").write_text("a wall\na door\n")
+    options = [
+        f"data.source={tmp_path / 'prompts.txt'}",
+        "data.num_images=2",
+        *sd21_v_as(kind, tmp_path / kind),
+    ]
+    folder = tmp_path / kind / "sd21_v"
+    DiffusionPipeline.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    config = tiny_config(tmp_path, *options)
+    said = disk_need(config, configs_folder(config)).teacher
+    open_run(config)
+    made = make_teacher(config)
+    weights = sum(path.stat().st_size for path in made.rglob("*.safetensors"))
+    assert said == pytest.approx(weights, rel=0.05)
+
+
+def test_what_is_no_repositorys_name_is_a_problem(tmp_path, pictures):
+    config = tiny_config(tmp_path, "teacher.path=models/my--model", f"data.source={pictures}")
+    assert [f for f in problems(config) if "'models/my--model', which is no repository" in f.about]
 
 
 def test_a_teacher_whose_configs_are_nowhere_is_said_to_be_unknown(tmp_path, pictures):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from eval.random_teacher import unet_config
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.export.card_tools import tools_section
 from stepdistill.export.fused import fused_unet
 from stepdistill.export.kohya import sgm_name
@@ -23,7 +23,7 @@ from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import load_unet, read_scheduler_config
 from stepdistill.models.lora_file import read_lora
 from stepdistill.models.shared_network import STUDENT
-from stepdistill.rungs import RungRecord, require_rung, rung_folder
+from stepdistill.run.rungs import RungRecord, require_rung, rung_folder
 from tests.integration.exported import (
     RANK,
     answer,

@@ -11,7 +11,7 @@ from stepdistill.config import ConfigError, LoraRow
 from stepdistill.evaluation.generate import Sampler, draw
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row, lora_row, lora_scheduler, rows_of
-from stepdistill.rungs import WEIGHT_NAME, rung_folder
+from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.runtime import Processes
 from tests.integration.conftest import tiny_config
 
@@ -104,7 +104,7 @@ def test_two_processes_draw_the_same_images(trained_run, tmp_path):
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from stepdistill.run_folder import read_run_config
+from stepdistill.run.folder import read_run_config
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.rows import rows_of
 from stepdistill.runtime import Processes

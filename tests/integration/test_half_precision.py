@@ -7,7 +7,7 @@ import torch
 
 from stepdistill.data.prepare import prepare
 from stepdistill.ladder import distill, read_lora
-from stepdistill.training.log import read_log
+from stepdistill.run.log import read_log
 from tests.integration.conftest import tiny_config
 
 PHASES = "[{objective: mse, max_train_steps: 8}, {objective: single, max_train_steps: 3}]"

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from stepdistill.data.prepare import prepare
-from stepdistill.run_folder import open_run, resolved
-from stepdistill.rungs import WEIGHT_NAME, finished_rungs, rung_folder
+from stepdistill.run.folder import open_run, resolved
+from stepdistill.run.rungs import WEIGHT_NAME, finished_rungs, rung_folder
 from tests.integration.conftest import tiny_config
 
 

@@ -17,7 +17,6 @@ from stepdistill.config import Export, LoraRow
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from stepdistill.data.shards import read_about, write_shard
-from stepdistill.durable import read_sealed, write_sealed
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.rows import Row, lora_row
 from stepdistill.export.card import model_card
@@ -29,9 +28,10 @@ from stepdistill.models.folder import embedded_folder
 from stepdistill.models.loading import load_noise_path, load_pipeline, load_unet
 from stepdistill.models.network.conditioning import encode_prompts
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
-from stepdistill.rungs import WEIGHT_NAME, finished_rungs, read_rung, rung_folder
+from stepdistill.run.durable import read_sealed, write_sealed
+from stepdistill.run.log import read_log
+from stepdistill.run.rungs import WEIGHT_NAME, finished_rungs, read_rung, rung_folder
 from stepdistill.sampling import load_rung
-from stepdistill.training.log import read_log
 from stepdistill.training.optim import NonFiniteError
 from tests.integration.conftest import tiny_config
 

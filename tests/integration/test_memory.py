@@ -25,7 +25,7 @@ from stepdistill.evaluation.features import build_extractor, extract
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.rows import Row
-from stepdistill.run_folder import read_run_config
+from stepdistill.run.folder import read_run_config
 from stepdistill.runtime import Processes
 
 sampler, extractor = Sampler(read_run_config(Path(sys.argv[1]))), build_extractor("reader")

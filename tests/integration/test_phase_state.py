@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepdistill.config import DiscriminatorOptions, Phase, Rung
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.ladder import load_shared
 from stepdistill.models.discriminator import build_discriminator
 from stepdistill.models.shared_network import STUDENT
@@ -56,6 +56,36 @@ def go_on(setup, state, runtime, last):
     while state.step < last:
         update(setup, state, batches, runtime)
     batches.close()
+
+
+def test_float16_goes_on_at_the_scale_that_its_loss_had(trained_run):
+    config, phase = load_config(trained_run.run_dir), PHASES["mse"]
+    first, second = Runtime(mixed_precision="fp16"), Runtime(mixed_precision="fp16")
+    state = PhaseState(setup_of(config, phase), first)
+    scaler = first.loss_scale_state()
+    first.load_loss_scale_state(scaler | {"scale": 64.0, "_growth_tracker": 7})
+    other = PhaseState(setup_of(config, phase), second)
+    assert second.loss_scale_state() != first.loss_scale_state()
+    other.load_state_dict(state.state_dict())
+    assert second.loss_scale_state() == first.loss_scale_state()
+
+
+def test_a_state_of_another_phase_is_refused_before_anything_is_loaded(trained_run):
+    config, runtime = load_config(trained_run.run_dir), Runtime()
+    states = {
+        name: PhaseState(setup_of(config, PHASES[name]), runtime) for name in ("mse", "cached", "single")
+    }
+    before = states["mse"].state_dict()
+    for name, said in (("single", "has discriminator"), ("cached", "has teacher_samples")):
+        with pytest.raises(
+            ValueError, match=f"the phase's state {said}: it is of a phase with other settings"
+        ):
+            states["mse"].load_state_dict(states[name].state_dict())
+    assert_equal(states["mse"].state_dict(), before)
+    lacking = states["single"].state_dict()
+    del lacking["optimizers"]["discriminator"]
+    with pytest.raises(ValueError, match=r"optimisers of student, this phase of student, discriminator"):
+        states["single"].load_state_dict(lacking)
 
 
 def assert_equal(ours, theirs, place="state"):

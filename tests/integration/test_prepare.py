@@ -14,7 +14,7 @@ from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from stepdistill.doctor import examine
 from stepdistill.ladder import distill
-from stepdistill.training.log import read_log
+from stepdistill.run.log import read_log
 from tests.integration.conftest import tiny_config
 
 GOOD = 40

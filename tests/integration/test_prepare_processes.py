@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from stepdistill.data.cache import load_cache
-from stepdistill.run_folder import resolved
+from stepdistill.run.folder import resolved
 from tests.integration.conftest import tiny_config
 from tests.integration.test_prepare import bad, good, manifest, of, shard_bytes, stamps
 
 WORK = """
 import sys
 from pathlib import Path
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.data import prepare
 prepare.SHARD = int(sys.argv[2])
 prepare.prepare(load_config(sys.argv[1], []))

@@ -14,9 +14,9 @@ from stepdistill import stages
 from stepdistill.config import ConfigError
 from stepdistill.models import adapters
 from stepdistill.models.teacher import make_teacher
-from stepdistill.run_folder import open_run
+from stepdistill.models.teacher_source import teacher_folder
+from stepdistill.run.folder import open_run
 from stepdistill.sampling import load_few_step
-from stepdistill.teacher_source import teacher_folder
 from tests.integration.conftest import tiny_config
 from tests.original_layout import original_state
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from stepdistill.config import Phase, Rung, Training
-from stepdistill.data.batches import ahead
-from stepdistill.diffusion.noise_path import VariancePreserving
+from stepdistill.data.batches import ahead, draw_batch
+from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.training.phase import PhaseSetup, batches_of, first_samples
 from tests.unit.test_cache import cache, shard
@@ -103,3 +103,26 @@ def test_a_draw_that_fails_is_raised_where_it_is_used():
     assert [next(found), next(found)] == [(0, 0), (1, 1)]
     with pytest.raises(ValueError, match="a broken shard"):
         next(found)
+
+
+def test_d_sees_clean_samples_at_timesteps_that_a_short_path_has(tmp_path):
+    """The largest t* of 500 timesteps is 374, three quarters of them."""
+    path = VariancePreserving(torch.linspace(1, 0, 500, dtype=torch.float64))
+    batch = draw_batch(
+        two_sizes(tmp_path / "a"),
+        list(range(64)),
+        noise_path=path,
+        student_steps=4,
+        node_steps=4,
+        perturbation_weights=(0.0, 0.0, 0.0, 1.0),
+        seed=1,
+        keys=("short",),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    clean = batch.prev_timesteps == CLEAN
+    assert 0 < clean.sum() < 64
+    seen_at = batch.perturbation.timesteps
+    assert seen_at[clean].unique().tolist() == [374]
+    assert torch.equal(seen_at[~clean], batch.prev_timesteps[~clean])
+    assert batch.timesteps.unique().tolist() == [124, 249, 374, 499]

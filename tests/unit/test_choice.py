@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stepdistill.config import ConfigError
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.evaluation.choice import choose_features
 from stepdistill.evaluation.measure import Distances
 from stepdistill.evaluation.protocol import absent_columns, warnings_of

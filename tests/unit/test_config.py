@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from stepdistill.config import ConfigError
-from stepdistill.config_file import load_config, parse_config
+from stepdistill.config.load import load_config, parse_config
 from stepdistill.plan import describe, evaluation_forwards, phase_forwards
-from stepdistill.run_folder import check_run, open_run, read_run_config, resolved
+from stepdistill.run.folder import check_run, open_run, read_run_config, resolved
 
 CONFIG = "configs/letters.yaml"
 

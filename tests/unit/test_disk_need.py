@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.disk_need import disk_need, folder_bytes
 from stepdistill.models.adapters import add_adapter, lora_parameters
 from stepdistill.models.folder import embedded_folder

@@ -15,9 +15,9 @@ from transformers import (
     Dinov2Model,
 )
 
-from stepdistill.durable import sha256_file
 from stepdistill.evaluation.feature_files import INCEPTION_VARIABLE
 from stepdistill.evaluation.features import build_extractor, clip_score, extract
+from stepdistill.run.durable import sha256_file
 from tests.conftest import randn
 from tests.extractors import build_clip, build_dinov2
 

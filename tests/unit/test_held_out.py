@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stepdistill.config import Data
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.data.held_out import (
     AUTO_SHARE,
     MOST_LOOKED_AT,
@@ -21,7 +21,7 @@ from stepdistill.data.records import Record
 from stepdistill.data.source import evaluation_pictures, training_records
 from stepdistill.evaluation.subject import subject_of
 from stepdistill.report.markdown import markdown
-from stepdistill.run_folder import check_run, open_run
+from stepdistill.run.folder import check_run, open_run
 
 
 def pictures(folder, captions, *, first=0):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.training.optim import RoleOptimizer
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))

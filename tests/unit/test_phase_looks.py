@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from stepdistill.config_file import load_config
-from stepdistill.durable import read_sealed, write_sealed
+from stepdistill.config.load import load_config
 from stepdistill.report.advice import advice_for
 from stepdistill.report.page import render
 from stepdistill.report.phase_looks import changes, looks_table
 from stepdistill.report.read import read_run
-from stepdistill.run_folder import resolved
+from stepdistill.run.durable import read_sealed, write_sealed
+from stepdistill.run.folder import resolved
 from tests.browser.synthetic_run import results_of, save, write_looks, write_training
 
 ADVERSARIAL = "tests/assets/letters_adversarial.yaml"

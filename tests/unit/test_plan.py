@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stepdistill.config import ConfigError
-from stepdistill.config_file import load_config
-from stepdistill.config_ladder import WeightedObjective
+from stepdistill.config.ladder import WeightedObjective
+from stepdistill.config.load import load_config
 from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.models.folder import embedded_folder
 from stepdistill.pace import measured_seconds_per_pass

@@ -284,6 +284,18 @@ def test_several_runs_are_compared_rung_by_rung(run, tmp_path):
     assert spoken["FID to real images"].endswith("The floor is 5.8.")
 
 
+def test_a_floor_is_drawn_where_all_runs_have_it(run, tmp_path):
+    def without(results):
+        del results["floor"]["fid_to_real"]
+
+    page = page_of([run, changed(run, tmp_path, without)], output=tmp_path / "comparison", grid_columns=4)
+    spoken = [
+        picture["alt"] for picture in page.all("img") if picture["alt"].startswith("FID to real images over")
+    ]
+    assert spoken
+    assert not [alt for alt in spoken if "floor" in alt]
+
+
 def test_a_comparisons_folder_is_beside_the_runs(run, tmp_path):
     for name in ("one", "two"):
         write_training(tmp_path / name, updates=10, finished=())
@@ -341,11 +353,12 @@ def test_the_tables_notes_say_what_each_number_is_compared_with(run):
     results["protocol"]["other_real_images"] = "80 pictures that were trained on"
     notes = table_notes(results)
     for said in (
-        "FID to teacher: against images of teacher-32 from other seeds; paired FID and latent MSE: against its images of",
+        "FID to teacher: against images of teacher-32 from other seeds.",
+        "Paired FID and latent MSE: against images of teacher-32 of the same noise, 0 for itself.",
         "Real images: 80 pictures held out from training.",
         "Floor of FID to real, two sets of real images (the other: 80 pictures that were trained on): 5.8.",
         "Floor of FID to teacher, teacher-32 against its own images of other seeds: 2.60.",
-        "teacher-32 with other noise, image by image against itself: paired FID 2.60, latent MSE to teacher 0.9000.",
+        "teacher-32 with other noise against itself: paired FID 2.60, latent MSE to teacher 0.9000.",
     ):
         assert said in notes
     del results["floor"], results["other_noise"]

@@ -9,13 +9,13 @@ import second_reader
 import torch
 from PIL import Image
 
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.demo import letters
 from stepdistill.demo.reader import load_reader
-from stepdistill.durable import sha256_file
 from stepdistill.evaluation.pictures import PictureFolder
 from stepdistill.evaluation.subject import subject_of
 from stepdistill.models.folder import embedded_folder
+from stepdistill.run.durable import sha256_file
 
 NUM_IMAGES = 64
 

@@ -6,12 +6,12 @@ import json
 import pytest
 
 from stepdistill.config import ConfigError
-from stepdistill.config_file import load_config
-from stepdistill.durable import sha256_file, write_json
+from stepdistill.config.load import load_config
 from stepdistill.plan import describe, training_forwards
-from stepdistill.run_folder import check_run, config_hash, open_run
-from stepdistill.rungs import WEIGHT_NAME, RungRecord, rung_folder
-from stepdistill.start_from import TAKEN, rungs_to_take, taken_from, taken_steps
+from stepdistill.run.durable import sha256_file, write_json
+from stepdistill.run.folder import check_run, config_hash, open_run
+from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, rung_folder
+from stepdistill.run.start_from import TAKEN, rungs_to_take, taken_from, taken_steps
 
 
 def rung_of(run_dir, student, teacher, **changed):

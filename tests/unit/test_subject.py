@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError
-from stepdistill.config_file import load_config
+from stepdistill.config.load import load_config
 from stepdistill.evaluation.measure import Distances
 from stepdistill.evaluation.protocol import real_warnings
 from stepdistill.evaluation.subject import ImageFolder, Renderings, subject_of
@@ -91,14 +91,16 @@ def test_a_folder_of_captioned_pictures_is_its_own_subject(tmp_path):
     pictures = torch.cat(list(subject.real.batches()))
     assert pictures.shape == (len(captions), 3, 32, 32)
     assert pictures[:, 0, 0, 0].tolist() == [3 * int(caption.split()[1]) for caption in captions]
-    second = torch.cat(
-        list(subject.other_real.batches())
-    )  # as many that were trained on: the floor of FID to real
-    assert second.shape == pictures.shape
+    # as many that were trained on as a row has images: the floor of FID to real
+    second = torch.cat(list(subject.other_real.batches()))
+    assert second.shape == (50, 3, 32, 32)
     shades = [set(some[:, 0, 0, 0].tolist()) for some in (second, pictures)]
-    assert len(shades[0]) == len(captions)
+    assert len(shades[0]) == 50
     assert not shades[0] & shades[1]
-    assert subject.other_real.about == f"{len(captions)} pictures that were trained on, 32 x 32"
+    assert max(shades[0]) - min(shades[0]) > 3 * 60  # from all over the source, not its first
+    assert subject.other_real.about == "50 pictures that were trained on, 32 x 32"
+    few = subject_of(load_config("configs/letters.yaml", [*options, "data.num_images=7"]))
+    assert few.other_real is None
     before = subject.real.key
     Image.new("RGB", (50, 40), (9, 9, 9)).save(tmp_path / f"{int(captions[0].split()[1]):02d}.png")
     assert subject.real.key != before
@@ -113,10 +115,10 @@ def test_few_real_images_and_a_missing_floor_are_warned_of(tmp_path):
     for share in (0, 0.25):
         config = load_config("configs/letters.yaml", [*options, f"data.held_out={share}"])
         distances = Distances(config.evaluation)
-        said[share] = real_warnings(subject_of(config), distances)
+        said[share] = real_warnings(config.evaluation, subject_of(config), distances)
         dimension = distances.main.extractor.num_features
     of_few = (
-        f"real images for {dimension} features: FID to real rests on a covariance that so few cannot tell"
+        f"real images for {dimension} features: so few images do not determine the covariance that FID uses"
     )
     assert len(said[0]) == 2
     assert f"80 {of_few}" in said[0][0]
@@ -124,7 +126,7 @@ def test_few_real_images_and_a_missing_floor_are_warned_of(tmp_path):
     assert len(said[0.25]) == 1
     assert of_few in said[0.25][0]
     letters = config_with("evaluation.num_images=300", "evaluation.features=reader")
-    assert real_warnings(subject_of(letters), distances) == []
+    assert real_warnings(letters.evaluation, subject_of(letters), distances) == []
 
 
 def test_too_few_held_out_pictures_are_refused(tmp_path):

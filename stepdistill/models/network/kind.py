@@ -1,6 +1,7 @@
 """What the package asks of a network, whatever its architecture; `KINDS` says which class answers for which model.
 
-A new architecture is one file beside unet.py with a class that answers, and one line in `KINDS`.
+A new architecture is one file beside unet.py with a class that answers, and one line in `KINDS`. Loading a U-Net
+(models/loading.py) and exporting one (export/) know the architecture too.
 """
 
 from collections.abc import Sequence

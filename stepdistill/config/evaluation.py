@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stepdistill.config_section import MOST_STEPS, BatchSize, ConfigError, FilePath, Name, Section, Steps
+from stepdistill.config.section import MOST_STEPS, BatchSize, ConfigError, FilePath, Name, Section, Steps
 
 FewImages = Annotated[int, Field(gt=0, le=10_000)]
 Timestep = Annotated[int, Field(ge=0, lt=1000)]
@@ -46,8 +46,8 @@ class Evaluation(Section):
     reference_stats: FilePath | None = None
     """An .npz with mu and sigma of real images under the same extractor and resize, for `fid_to_real` without pictures."""
     teacher_steps: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=64)] = (32, 8, 4, 2, 1)
-    """Rows of the undistilled teacher. The first is the reference: paired distances compare with its images, the others to
-    teacher with its images of other seeds."""
+    """Rows of the undistilled teacher. The first is the reference: paired distances compare with its images; FID and KID to
+    teacher with images that it draws from other seeds."""
     unguided_steps: Annotated[tuple[Steps, ...], Field(max_length=64)] = ()
     """Rows of the undistilled teacher without guidance: as many passes as a student, often nearer to real images."""
     loras: Annotated[tuple[LoraRow, ...], Field(max_length=256)] = ()

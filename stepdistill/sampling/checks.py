@@ -17,7 +17,7 @@ from stepdistill.export.scheduler import trained_timesteps
 from stepdistill.models.adapters import lora_layers
 from stepdistill.models.lora_file import Lora, check_fits
 from stepdistill.models.sketch import Sketch, layer_shapes, sketch_of
-from stepdistill.rungs import RungRecord
+from stepdistill.run.rungs import RungRecord
 
 ADAPTER = "few_step"
 """The adapter's name in the pipeline: for set_adapters beside a style's."""
@@ -202,7 +202,7 @@ def _of_adapter(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
 
 def _warn(message: str) -> None:
     """At the user's own line, so that another call warns again: Python shows a line's warning once."""
-    here, frame, depth = str(Path(__file__).parent), inspect.currentframe(), 1
+    here, frame, depth = str(Path(__file__).parents[1]), inspect.currentframe(), 1
     while frame is not None and frame.f_code.co_filename.startswith(here):
         frame, depth = frame.f_back, depth + 1
     warnings.warn(message, FewStepWarning, stacklevel=depth)

@@ -8,10 +8,10 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import sha256_json, write_text
-from stepdistill.places import clear_half_written, half_written
-from stepdistill.start_from import TAKEN, check_start
-from stepdistill.teacher_source import TEACHER_RECORD, check_teacher
+from stepdistill.models.teacher_source import TEACHER_RECORD, check_teacher
+from stepdistill.run.durable import sha256_json, write_text
+from stepdistill.run.places import clear_half_written, half_written
+from stepdistill.run.start_from import TAKEN, check_start
 
 # What may differ when a run goes on: it changes no weight.
 _FREE = (

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.config import ConfigError, RunConfig, Rung
-from stepdistill.durable import read_sealed, warn_of_damage
-from stepdistill.ladder_checks import prediction_types
+from stepdistill.config.ladder_checks import prediction_types
 from stepdistill.models.folder import prediction_type
-from stepdistill.rungs import RungRecord, rung_folder
-from stepdistill.teacher_source import teacher_folder
+from stepdistill.models.teacher_source import teacher_folder
+from stepdistill.run.durable import read_sealed, warn_of_damage
+from stepdistill.run.rungs import RungRecord, rung_folder
 
 TAKEN = "taken_rungs.json"
 """At the top of a run's folder: of every rung that was taken over, from where and how it was made there."""

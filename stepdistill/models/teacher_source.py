@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import read_sealed
-from stepdistill.ladder_checks import check_ladder
+from stepdistill.config.ladder_checks import check_ladder
 from stepdistill.models.folder import (
     DEFAULT_TIMESTEPS,
     EMBEDDED_TEACHER,
@@ -17,7 +16,8 @@ from stepdistill.models.folder import (
     unsupported,
 )
 from stepdistill.models.folder_files import read_header
-from stepdistill.places import is_folder
+from stepdistill.run.durable import read_sealed
+from stepdistill.run.places import is_folder
 
 TEACHER_RECORD = "teacher.json"
 UNET_PREFIX = "model.diffusion_model."
@@ -172,14 +172,14 @@ def configs_folder(config: RunConfig) -> Path:
 
 
 def cached_repository(path: str, revision: str | None) -> Path | None:
-    """A repository's copy in the Hub's cache; None where it is not there."""
+    """A repository's copy in the Hub's cache; None where it is not there, ConfigError for what is no repository's name."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         index = try_to_load_from_cache(path, "model_index.json", revision=revision)
-    except HFValidationError:
-        return None
+    except HFValidationError as error:
+        raise ConfigError(f"teacher.path: got {path!r}, which is no repository of the Hub: {error}") from None
     return Path(index).parent if isinstance(index, str) else None
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stepdistill.config_section import ConfigError, FilePath, PositiveInt, Section, Steps
+from stepdistill.config.section import ConfigError, FilePath, PositiveInt, Section, Steps
 
 Kind = Literal[
     "image_missing",

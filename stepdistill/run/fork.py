@@ -4,13 +4,13 @@ import logging
 import shutil
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.durable import sha256_file, whole_folder, write_sealed
 from stepdistill.models.loading import fingerprint
-from stepdistill.run_folder import saved_config
-from stepdistill.rungs import WEIGHT_NAME, read_rung, rung_folder
+from stepdistill.models.teacher_source import teacher_folder
+from stepdistill.run.durable import sha256_file, whole_folder, write_sealed
+from stepdistill.run.folder import saved_config
+from stepdistill.run.rungs import WEIGHT_NAME, read_rung, rung_folder
+from stepdistill.run.start_from import TAKEN, TakenRung, read_taken, rungs_to_take, taken_steps
 from stepdistill.runtime import Processes
-from stepdistill.start_from import TAKEN, TakenRung, read_taken, rungs_to_take, taken_steps
-from stepdistill.teacher_source import teacher_folder
 
 logger = logging.getLogger(__name__)
 

@@ -5,14 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stepdistill.config_data import Data as Data
-from stepdistill.config_evaluation import Evaluation as Evaluation
-from stepdistill.config_evaluation import LoraRow as LoraRow
-from stepdistill.config_ladder import DiscriminatorOptions as DiscriminatorOptions
-from stepdistill.config_ladder import Phase as Phase
-from stepdistill.config_ladder import Rung as Rung
-from stepdistill.config_ladder import check_ladder
-from stepdistill.config_section import (
+from stepdistill.config.data import Data
+from stepdistill.config.evaluation import Evaluation
+from stepdistill.config.ladder import Rung, check_ladder
+from stepdistill.config.section import (
     BatchSize,
     FilePath,
     Name,
@@ -21,7 +17,6 @@ from stepdistill.config_section import (
     Rank,
     Section,
 )
-from stepdistill.config_section import ConfigError as ConfigError
 
 
 class TeacherLora(Section):

@@ -5,7 +5,7 @@
     image = pipeline("a purple letter m on pink").images[0]
 
 LoRA, scheduler, steps and guidance are set; what does not fit, then or at a later call, is refused or warned of
-(sampling_checks.py).
+(checks.py).
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from typing import Any
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from stepdistill.durable import sha256_file, unsealed
 from stepdistill.export.exported import read_base, read_scheduler
 from stepdistill.export.kohya import HASH, hash_of_file, read_kohya
 from stepdistill.export.rung import HEADER
 from stepdistill.models.adapters import lora_layers
 from stepdistill.models.lora_file import Lora, lora_path, read_lora
 from stepdistill.models.sketch import Sketch, layer_shapes
-from stepdistill.rungs import RECORD_NAME, RungRecord
-from stepdistill.sampling_checks import (
+from stepdistill.run.durable import sha256_file, unsealed
+from stepdistill.run.rungs import RECORD_NAME, RungRecord
+from stepdistill.sampling.checks import (
     ADAPTER,
     LOADED,
     FewStepWarning,

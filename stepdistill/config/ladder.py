@@ -4,7 +4,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from stepdistill.config_section import ConfigError, PositiveFloat, PositiveInt, Section, Steps
+from stepdistill.config.section import ConfigError, PositiveFloat, PositiveInt, Section, Steps
 
 ADVERSARIAL = ("paired", "single")
 """The objectives that have a discriminator."""

@@ -1,0 +1,6 @@
+"""A rung into a vanilla diffusers pipeline, with all that it was trained for."""
+
+from stepdistill.sampling.few_step import ADAPTER as ADAPTER
+from stepdistill.sampling.few_step import FewStepWarning as FewStepWarning
+from stepdistill.sampling.few_step import load_few_step as load_few_step
+from stepdistill.sampling.few_step import load_rung as load_rung
