@@ -23,11 +23,11 @@ from stepdistill.config import RunConfig
 from stepdistill.demo.letters import TYPEFACES, WORLD, Style, Triple
 from stepdistill.demo.reader import Reader, load_reader, save_reader
 from stepdistill.demo.teacher import rendered_batch, train_reader
-from stepdistill.evaluation.distances import fid, fid_without_each_group
-from stepdistill.evaluation.features import ReaderFeatures
-from stepdistill.evaluation.measure import ImageSet, View
-from stepdistill.evaluation.metrics import prompt_accuracy
-from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.measure.distances import fid, fid_without_each_group
+from stepdistill.evaluation.measure.features import ReaderFeatures
+from stepdistill.evaluation.measure.image_sets import ImageSet, View
+from stepdistill.evaluation.measure.metrics import prompt_accuracy
 from stepdistill.evaluation.subject import RealImages, subject_of
 from stepdistill.models.folder import embedded_folder
 from stepdistill.run.durable import sha256_file

@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, 
 from stepdistill import stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config.load import load_config
-from stepdistill.evaluation.metrics import METRICS
+from stepdistill.evaluation.measure.metrics import METRICS
 from stepdistill.models.loading import load_pipeline
 from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.run.durable import read_json

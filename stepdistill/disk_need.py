@@ -16,7 +16,7 @@ from stepdistill.data.prepare import PROMPTS_A_SHARD, SHARD
 from stepdistill.data.records import is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import LETTERS_IMAGES, training_records
-from stepdistill.evaluation.pictures import LATENTS_KEPT
+from stepdistill.evaluation.draw.picture_folder import LATENTS_KEPT
 from stepdistill.models.adapters import lora_parameters
 from stepdistill.models.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
 from stepdistill.models.folder_files import read_headers, weight_files

@@ -217,7 +217,7 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
     _quiet_libraries()
-    from stepdistill.evaluation.generate import draw
+    from stepdistill.evaluation.draw.sampler import draw
     from stepdistill.export.exported import is_exported
     from stepdistill.export.rung import export_rung
     from stepdistill.models.loading import load_pipeline

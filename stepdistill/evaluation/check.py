@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
-from stepdistill.evaluation.choice import Choice, choose_features
-from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.draw.rows import lora_file, rows_of
+from stepdistill.evaluation.measure.choice import Choice, choose_features
+from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.evaluation.protocol import real_warnings
-from stepdistill.evaluation.rows import lora_file, rows_of
 from stepdistill.evaluation.subject import subject_of
 from stepdistill.models.loading import image_size
 from stepdistill.models.lora_trial import check_lora_goes_on

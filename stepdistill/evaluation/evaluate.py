@@ -7,18 +7,18 @@ from typing import Any
 
 from stepdistill.config import RunConfig
 from stepdistill.demo.reader import load_reader
-from stepdistill.evaluation.choice import Choice, choose_features
-from stepdistill.evaluation.cost import measure_cost
-from stepdistill.evaluation.drift import image_drift
-from stepdistill.evaluation.features import clip_score
-from stepdistill.evaluation.generate import Sampler
-from stepdistill.evaluation.measure import Distances, ImageSet, View
-from stepdistill.evaluation.metrics import described, latent_mse, prompt_accuracy
-from stepdistill.evaluation.outside import run_score_cmd
-from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.draw.cost import measure_cost
+from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.rows import Row, rows_of
+from stepdistill.evaluation.draw.sampler import Sampler
+from stepdistill.evaluation.draw.studies import Studies
+from stepdistill.evaluation.measure.choice import Choice, choose_features
+from stepdistill.evaluation.measure.drift import image_drift
+from stepdistill.evaluation.measure.features import clip_score
+from stepdistill.evaluation.measure.image_sets import Distances, ImageSet, View
+from stepdistill.evaluation.measure.metrics import described, latent_mse, prompt_accuracy
+from stepdistill.evaluation.measure.outside_scorer import run_score_cmd
 from stepdistill.evaluation.protocol import absent_columns, protocol_of, warnings_of
-from stepdistill.evaluation.rows import Row, rows_of
-from stepdistill.evaluation.studies import Studies
 from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subject_of
 from stepdistill.export.exported import read_scheduler
 from stepdistill.jackknife import standard_error

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepdistill.config import Evaluation, RunConfig
-from stepdistill.evaluation.choice import Choice
-from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.measure.choice import Choice
+from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.evaluation.subject import Subject
 from stepdistill.run.durable import sha256_json
 from stepdistill.runtime import source_commit

@@ -13,7 +13,7 @@ import torch
 from stepdistill import stages
 from stepdistill.config import ConfigError
 from stepdistill.evaluation.evaluate import evaluate
-from stepdistill.evaluation.small_net import Schooling, train_small_net, write_small_net
+from stepdistill.evaluation.measure.small_net import Schooling, train_small_net, write_small_net
 from stepdistill.report.build import build_report
 from stepdistill.run.durable import read_sealed
 from stepdistill.run.folder import open_run

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stepdistill.config import ConfigError, LoraRow
-from stepdistill.evaluation.generate import Sampler, draw
-from stepdistill.evaluation.pictures import PictureFolder
-from stepdistill.evaluation.rows import Row, lora_row, lora_scheduler, rows_of
+from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.rows import Row, lora_row, lora_scheduler, rows_of
+from stepdistill.evaluation.draw.sampler import Sampler, draw
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.runtime import Processes
 from tests.integration.conftest import tiny_config
@@ -105,8 +105,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from stepdistill.run.folder import read_run_config
-from stepdistill.evaluation.generate import Sampler
-from stepdistill.evaluation.rows import rows_of
+from stepdistill.evaluation.draw.sampler import Sampler
+from stepdistill.evaluation.draw.rows import rows_of
 from stepdistill.runtime import Processes
 config = read_run_config(Path({str(config.run_dir)!r}))
 config = config.model_copy(update={{"evaluation": config.evaluation.model_copy(update={{"batch_size": 4}})}})

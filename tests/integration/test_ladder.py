@@ -17,8 +17,8 @@ from stepdistill.config import Export, LoraRow
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from stepdistill.data.shards import read_about, write_shard
-from stepdistill.evaluation.generate import Sampler
-from stepdistill.evaluation.rows import Row, lora_row
+from stepdistill.evaluation.draw.rows import Row, lora_row
+from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.export.card import model_card
 from stepdistill.export.rung import export_rung
 from stepdistill.ladder import distill, read_lora

@@ -20,11 +20,11 @@ GIVE_BACK_AT_ONCE = {
 WORK = """
 import sys, psutil
 from pathlib import Path
-from stepdistill.evaluation.drift import image_drift
-from stepdistill.evaluation.features import build_extractor, extract
-from stepdistill.evaluation.generate import Sampler
-from stepdistill.evaluation.pictures import PictureFolder
-from stepdistill.evaluation.rows import Row
+from stepdistill.evaluation.measure.drift import image_drift
+from stepdistill.evaluation.measure.features import build_extractor, extract
+from stepdistill.evaluation.draw.sampler import Sampler
+from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.rows import Row
 from stepdistill.run.folder import read_run_config
 from stepdistill.runtime import Processes
 

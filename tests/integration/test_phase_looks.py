@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepdistill.config.load import load_config
-from stepdistill.evaluation.drift import image_drift
+from stepdistill.evaluation.measure.drift import image_drift
 from stepdistill.ladder import load_shared
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.report.phase_looks import changes

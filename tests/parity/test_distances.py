@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from stepdistill.evaluation.distances import (
+from stepdistill.evaluation.measure.distances import (
     Moments,
     cmmd,
     density_coverage,
@@ -154,7 +154,7 @@ def test_the_edge_of_a_ball_is_inside_for_precision_and_outside_for_density():
 def test_chunks_do_not_change_a_distance(monkeypatch):
     x, y = two_sets()
     whole = [f(x, y) for f in (precision_recall, density_coverage, cmmd)]
-    monkeypatch.setattr("stepdistill.evaluation.distances._CHUNK", 7)
+    monkeypatch.setattr("stepdistill.evaluation.measure.distances._CHUNK", 7)
     for before, now in zip(whole, [f(x, y) for f in (precision_recall, density_coverage, cmmd)], strict=True):
         assert now == pytest.approx(before, rel=1e-12)
 

@@ -8,11 +8,11 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
-from stepdistill.evaluation.choice import choose_features
-from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.measure.choice import choose_features
+from stepdistill.evaluation.measure.image_sets import Distances
+from stepdistill.evaluation.measure.trained import FEWEST_PICTURES, trained_extractor, trained_facts
 from stepdistill.evaluation.protocol import absent_columns, warnings_of
 from stepdistill.evaluation.subject import subject_of
-from stepdistill.evaluation.trained import FEWEST_PICTURES, trained_extractor, trained_facts
 from tests.unit.test_held_out import numbered, pictures
 
 

@@ -15,8 +15,8 @@ from transformers import (
     Dinov2Model,
 )
 
-from stepdistill.evaluation.feature_files import INCEPTION_VARIABLE
-from stepdistill.evaluation.features import build_extractor, clip_score, extract
+from stepdistill.evaluation.measure.feature_files import INCEPTION_VARIABLE
+from stepdistill.evaluation.measure.features import build_extractor, clip_score, extract
 from stepdistill.run.durable import sha256_file
 from tests.conftest import randn
 from tests.extractors import build_clip, build_dinov2
@@ -130,7 +130,7 @@ def test_inceptions_file_is_checked_and_called_on_its_own_range(scripted, monkey
     extractor = build_extractor(spec)
     found = extract([images()], extractor, resize="torchmetrics")
     assert found.shape == (5, 2048)
-    from stepdistill.evaluation.resize import resize
+    from stepdistill.evaluation.measure.resize import resize
 
     sized = resize(images(), "torchmetrics", size=299)
     assert torch.allclose(found, Scripted()(sized).detach(), atol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stepdistill.evaluation.distances import fid, fid_without_each_group
+from stepdistill.evaluation.measure.distances import fid, fid_without_each_group
 from stepdistill.jackknife import difference_error, standard_error
 
 

@@ -14,7 +14,7 @@ FLOORS = [
         "objectives",
         "demo.letters",
         "demo.reader",
-        "evaluation.drift",
+        "evaluation.measure.drift",
         "models.folder",
         "models.folder_files",
         "models.folder_scheduler",
@@ -31,8 +31,8 @@ FLOORS = [
 OWNERS = {
     "peft": {"models/adapters.py"},
     "accelerate": {"runtime.py"},
-    "torchmetrics": {"evaluation/distances.py", "evaluation/features.py"},
-    "psutil": {"evaluation/cost.py"},
+    "torchmetrics": {"evaluation/measure/distances.py", "evaluation/measure/features.py"},
+    "psutil": {"evaluation/draw/cost.py"},
     "matplotlib": {"report/plots.py", "demo/letters.py"},
 }
 TORCH_ONLY = ("diffusion", "objectives")

@@ -5,7 +5,7 @@ import torch
 from stepdistill.demo import letters
 from stepdistill.demo.reader import load_reader
 from stepdistill.demo.teacher import build_tokenizer, rendered_batch
-from stepdistill.evaluation.metrics import prompt_accuracy
+from stepdistill.evaluation.measure.metrics import prompt_accuracy
 from stepdistill.models.folder import embedded_folder, missing_parts
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from stepdistill.config import ConfigError, Evaluation
-from stepdistill.evaluation.distances import Moments, fid
-from stepdistill.evaluation.measure import Distances, ImageSet
+from stepdistill.evaluation.measure.distances import Moments, fid
+from stepdistill.evaluation.measure.image_sets import Distances, ImageSet
 
 
 def image_set(folder, name, seed, *, n=40, by_prompt=True):

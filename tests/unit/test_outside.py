@@ -4,7 +4,7 @@ import time
 import psutil
 import pytest
 
-from stepdistill.evaluation.outside import run_score_cmd
+from stepdistill.evaluation.measure.outside_scorer import run_score_cmd
 
 
 def score(tmp_path, code, *, timeout=20.0, command=None):

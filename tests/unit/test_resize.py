@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stepdistill.evaluation.resize import RESIZES, center_crop, resize
+from stepdistill.evaluation.measure.resize import RESIZES, center_crop, resize
 
 PROTOCOL = Path(__file__).parents[2] / "eval" / "protocol.md"
 

@@ -12,7 +12,7 @@ from PIL import Image
 from stepdistill.config.load import load_config
 from stepdistill.demo import letters
 from stepdistill.demo.reader import load_reader
-from stepdistill.evaluation.pictures import PictureFolder
+from stepdistill.evaluation.draw.picture_folder import PictureFolder
 from stepdistill.evaluation.subject import subject_of
 from stepdistill.models.folder import embedded_folder
 from stepdistill.run.durable import sha256_file

@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from stepdistill.demo import letters
-from stepdistill.evaluation.distances import density_coverage, diversity, fid, kid, precision_recall
-from stepdistill.evaluation.drift import image_drift
-from stepdistill.evaluation.features import build_extractor, extract
+from stepdistill.evaluation.measure.distances import density_coverage, diversity, fid, kid, precision_recall
+from stepdistill.evaluation.measure.drift import image_drift
+from stepdistill.evaluation.measure.features import build_extractor, extract
 
 N = 400
 

@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from stepdistill.demo import letters
-from stepdistill.evaluation.distances import fid
-from stepdistill.evaluation.features import build_extractor, extract
-from stepdistill.evaluation.small_net import (
+from stepdistill.evaluation.measure.distances import fid
+from stepdistill.evaluation.measure.features import build_extractor, extract
+from stepdistill.evaluation.measure.small_net import (
     DAMAGES,
     SIDES,
     Schooling,

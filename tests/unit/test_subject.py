@@ -5,7 +5,7 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
-from stepdistill.evaluation.measure import Distances
+from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.evaluation.protocol import real_warnings
 from stepdistill.evaluation.subject import ImageFolder, Renderings, subject_of
 

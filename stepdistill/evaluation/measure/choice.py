@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from stepdistill.config import ConfigError, Evaluation, RunConfig
 from stepdistill.data.held_out import LETTERS
-from stepdistill.evaluation.feature_files import inception_file
-from stepdistill.evaluation.subject import Subject
-from stepdistill.evaluation.trained import (
+from stepdistill.evaluation.measure.feature_files import inception_file
+from stepdistill.evaluation.measure.trained import (
     FEWEST_PICTURES,
     pictures_at_hand,
     trained_extractor,
     trained_facts,
     trained_side,
 )
+from stepdistill.evaluation.subject import Subject
 
 TRAINED = "trained"
 _OF_LETTERS = (

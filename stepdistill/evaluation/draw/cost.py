@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from stepdistill.evaluation.generate import Sampler
-from stepdistill.evaluation.rows import Row
+from stepdistill.evaluation.draw.rows import Row
+from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.plan import COST_REPEATS
 
 _MIB = 2**20

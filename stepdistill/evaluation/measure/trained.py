@@ -22,8 +22,8 @@ from stepdistill.data.marks import mark_of_file
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, cover
 from stepdistill.data.source import picture_of, training_records
-from stepdistill.evaluation.resize import resize
-from stepdistill.evaluation.small_net import (
+from stepdistill.evaluation.measure.resize import resize
+from stepdistill.evaluation.measure.small_net import (
     RECORD,
     WEIGHTS,
     Schooling,

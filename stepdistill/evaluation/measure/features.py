@@ -14,8 +14,8 @@ from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 
 from stepdistill.demo.reader import load_reader
-from stepdistill.evaluation.distances import ALONE
-from stepdistill.evaluation.feature_files import (
+from stepdistill.evaluation.measure.distances import ALONE
+from stepdistill.evaluation.measure.feature_files import (
     LOCAL,
     check_files,
     check_hash,
@@ -25,8 +25,8 @@ from stepdistill.evaluation.feature_files import (
     read_script,
     where_to_get_it,
 )
-from stepdistill.evaluation.resize import center_crop, resize
-from stepdistill.evaluation.small_net import NUM_FEATURES, read_small_net
+from stepdistill.evaluation.measure.resize import center_crop, resize
+from stepdistill.evaluation.measure.small_net import NUM_FEATURES, read_small_net
 from stepdistill.messages import first_line
 from stepdistill.models.folder import embedded_folder
 from stepdistill.run.durable import sha256_file

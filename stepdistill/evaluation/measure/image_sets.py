@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from stepdistill.config import ConfigError, Evaluation
-from stepdistill.evaluation.distances import (
+from stepdistill.evaluation.measure.distances import (
     Moments,
     cmmd,
     density_coverage,
@@ -16,8 +16,8 @@ from stepdistill.evaluation.distances import (
     kid,
     precision_recall,
 )
-from stepdistill.evaluation.features import FeatureExtractor, build_extractor, extract
-from stepdistill.evaluation.kept_features import read_features, write_features
+from stepdistill.evaluation.measure.features import FeatureExtractor, build_extractor, extract
+from stepdistill.evaluation.measure.kept_features import read_features, write_features
 from stepdistill.messages import first_line
 from stepdistill.run.durable import sha256_json
 

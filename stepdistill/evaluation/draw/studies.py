@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from stepdistill.config import RunConfig
-from stepdistill.evaluation.distances import diversity
-from stepdistill.evaluation.features import FeatureExtractor, extract
-from stepdistill.evaluation.generate import Sampler
-from stepdistill.evaluation.metrics import latent_mse
-from stepdistill.evaluation.pictures import PictureFolder
-from stepdistill.evaluation.rows import Row
+from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.rows import Row
+from stepdistill.evaluation.draw.sampler import Sampler
+from stepdistill.evaluation.measure.distances import diversity
+from stepdistill.evaluation.measure.features import FeatureExtractor, extract
+from stepdistill.evaluation.measure.metrics import latent_mse
 from stepdistill.rng import derive_seed
 from stepdistill.runtime import Processes
 

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from stepdistill.config import RunConfig
-from stepdistill.evaluation.pictures import PictureFolder
-from stepdistill.evaluation.rows import Row, lora_file, lora_scheduler
+from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.rows import Row, lora_file, lora_scheduler
 from stepdistill.export.scheduler import student_scheduler
 from stepdistill.models.loading import (
     encoder_fingerprint,

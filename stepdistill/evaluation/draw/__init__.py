@@ -1,0 +1,1 @@
+"""The pictures of the table: which rows there are, and who draws them."""
