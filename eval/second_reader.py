@@ -20,16 +20,14 @@ from pathlib import Path
 import torch
 
 from stepdistill.config import RunConfig
-from stepdistill.demo.letters import TYPEFACES, WORLD, Style, Triple
-from stepdistill.demo.reader import Reader, load_reader, save_reader
+from stepdistill.demo.letters import TYPEFACES, WORLD, Style, Triple, parse_caption
+from stepdistill.demo.reader import Reader, load_reader, prompt_accuracy, save_reader, shipped_reader
 from stepdistill.demo.teacher import rendered_batch, train_reader
 from stepdistill.evaluation.draw.picture_folder import PictureFolder
 from stepdistill.evaluation.measure.distances import fid, fid_without_each_group
 from stepdistill.evaluation.measure.features import ReaderFeatures
 from stepdistill.evaluation.measure.image_sets import ImageSet, View
-from stepdistill.evaluation.measure.metrics import prompt_accuracy
 from stepdistill.evaluation.subject import RealImages, subject_of
-from stepdistill.models.folder import embedded_folder
 from stepdistill.run.durable import sha256_file
 from stepdistill.runtime import environment, source_commit
 
@@ -73,10 +71,11 @@ def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSE
         asset: where the reader is, without suffix.
     """
     subject, folder = subject_of(config), config.run_dir / "evaluation"
-    if subject.wanted is None:
+    if subject.world is None:
         return Again({}, {}, {})
     extractor = ReaderFeatures(weights_of(asset)).eval().requires_grad_(False)
-    shipped = load_reader(embedded_folder("reader") / "model.fp16.safetensors")
+    shipped = shipped_reader()
+    asked = [parse_caption(prompt) for prompt in subject.prompts]
     view = View("second", extractor, config.evaluation.resize or extractor.default_resize)
 
     def drawn(row: str) -> ImageSet:
@@ -98,7 +97,7 @@ def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSE
         images = drawn(row)
         seen = view.features(images)
         right = {
-            f"{prefix}prompt_accuracy": _right(images, reader, subject.wanted)
+            f"{prefix}prompt_accuracy": _right(images, reader, asked)
             for prefix, reader in (("", shipped), (PREFIX, extractor.reader))
         }
         measures[row] = {key: fid(reference, seen) for key, reference in references.items()}
@@ -143,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     images, labels = rendered_batch(args.num_images, seed=args.seed, style=SEEN)
     save_reader(train_reader(images, labels, steps=args.steps, seed=args.seed), weights_of(args.output))
     reader = load_reader(weights_of(args.output))  # as it is kept, in float16
-    shipped = load_reader(embedded_folder("reader") / "model.fp16.safetensors")
+    shipped = shipped_reader()
     record = {
         "command": f"python eval/second_reader.py --steps {args.steps} --num-images {args.num_images} --seed {args.seed}",
         "commit": made_at,

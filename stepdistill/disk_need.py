@@ -11,11 +11,12 @@ from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Data, RunConfig
 from stepdistill.data.buckets import Sizes
-from stepdistill.data.held_out import LETTERS, settled
+from stepdistill.data.held_out import settled
 from stepdistill.data.prepare import PROMPTS_A_SHARD, SHARD
 from stepdistill.data.records import is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, read_caption
-from stepdistill.data.source import LETTERS_IMAGES, training_records
+from stepdistill.data.source import training_records
+from stepdistill.demo.world import world_of
 from stepdistill.evaluation.draw.picture_folder import LATENTS_KEPT
 from stepdistill.models.adapters import lora_parameters
 from stepdistill.models.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
@@ -108,9 +109,11 @@ def _cache(data: Data, folder: Path) -> tuple[int, bool]:
 def _count(data: Data) -> tuple[int, int, bool]:
     """Samples, distinct captions summed over the shards, and whether that is all of them."""
     a_shard = PROMPTS_A_SHARD if is_prompts_only(data.source) else SHARD
-    endless = data.source == LETTERS or (is_prompts_only(data.source) and data.num_images is not None)
-    if endless:  # one shard is as the others
-        total = data.num_images or LETTERS_IMAGES
+    world = world_of(data.source)
+    total = data.num_images if world is None else data.num_images or world.num_images
+    if total is not None and (
+        world is not None or is_prompts_only(data.source)
+    ):  # one shard is as the others
         looked_at = data.model_copy(update={"num_images": min(total, a_shard)})
         samples, captions, _ = _walk(looked_at, a_shard)
         return total, round(captions * total / max(samples, 1)), True

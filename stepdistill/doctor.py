@@ -16,14 +16,16 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import Kind
 from stepdistill.config.ladder_checks import check_ladder, unfit_settings
 from stepdistill.data.buckets import Sizes
-from stepdistill.data.held_out import LETTERS, held_out_share
+from stepdistill.data.held_out import held_out_share
 from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import picture_of
 from stepdistill.data.tallies import bucket_notes
+from stepdistill.demo.world import world_of
 from stepdistill.disk_need import disk_need, folder_bytes
 from stepdistill.doctor_teacher import teacher_findings
 from stepdistill.finding import Finding
+from stepdistill.models.folder import EMBEDDED_TEACHER
 from stepdistill.models.loading import image_size, size_multiple
 from stepdistill.models.teacher_source import configs_folder
 from stepdistill.run.folder import check_run
@@ -93,7 +95,7 @@ def _device(config: RunConfig) -> Iterator[Finding]:
         if precision == "fp16":
             remedy = "training.mixed_precision=no"
             yield Finding("note", "device: float16 is several times slower than float32 on a CPU", remedy)
-        if config.teacher.path != LETTERS:
+        if config.teacher.path != EMBEDDED_TEACHER:
             yield Finding(
                 "note", "device: no CUDA GPU is seen; a teacher of Stable Diffusion's size takes days a rung"
             )
@@ -104,7 +106,7 @@ def _device(config: RunConfig) -> Iterator[Finding]:
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         remedy = "training.mixed_precision=fp16"
         yield Finding("problem", f"device: {properties.name} has no bfloat16", remedy)
-    if precision == "no" and config.teacher.path != LETTERS:
+    if precision == "no" and config.teacher.path != EMBEDDED_TEACHER:
         remedy = "training.mixed_precision=bf16, or fp16 on cards before Ampere"
         yield Finding("note", "device: float32 takes twice the memory and several times as long", remedy)
 
@@ -142,7 +144,7 @@ def _configs(config: RunConfig) -> Path | None:
 
 def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
     data = config.data
-    if data.source == LETTERS:
+    if world_of(data.source) is not None:
         yield Finding("ok", "data: the letters world")
         return
     bad: Counter[Kind] = Counter()

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from stepdistill.config import Data, RunConfig
 from stepdistill.data.records import Record, is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
+from stepdistill.demo.world import world_of
 from stepdistill.run.durable import read_sealed
 from stepdistill.run.folder import saved_held_out
 
-LETTERS = "letters"
 AUTO_SHARE = 0.05
 FEWEST_HELD_OUT = 64
 """Distinct captions that the share of its own must hold out: of about 1,280."""
@@ -45,7 +45,7 @@ def held_out_share(data: Data) -> float:
     enough pictures of one's own, 0 of the letters world, of prompts alone and of fewer."""
     if data.held_out is not None:
         return data.held_out
-    if data.source == LETTERS or is_prompts_only(data.source):
+    if world_of(data.source) is not None or is_prompts_only(data.source):
         return 0.0
     if is_cache(data.source):
         return _prepared_with(Path(data.source).expanduser()) or 0.0
@@ -91,7 +91,7 @@ def _lender_of(data: Data) -> Data | None:
         return None
     lender = (read_sealed(Path(data.source).expanduser() / "manifest.json") or {}).get("data")
     source = str(lender.get("source") or "") if isinstance(lender, dict) else ""
-    if source != LETTERS and not (source and Path(source).expanduser().exists()):
+    if world_of(source) is None and not (source and Path(source).expanduser().exists()):
         return None
     try:
         return Data.model_validate(lender)

@@ -12,15 +12,13 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, Data
-from stepdistill.data.held_out import LETTERS, held_out_share, is_held_out, is_record_held_out
+from stepdistill.data.held_out import held_out_share, is_held_out, is_record_held_out
 from stepdistill.data.records import Record, is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, cover, decode_image, read_caption
-from stepdistill.demo import letters
+from stepdistill.demo.world import World, world_of
 
 MOST_PICTURES = 50_000
 """Of one's own data that the table compares with."""
-LETTERS_IMAGES = 4096
-"""Renderings, where the config names no number."""
 
 
 def picture_of(record: Record, data: Data) -> Image.Image:
@@ -38,21 +36,22 @@ def training_records(data: Data, *, seed: int) -> Iterator[Record]:
     A record whose caption cannot be read is among them: it is counted as bad where it is looked at.
     """
     share = held_out_share(data)
-    if data.source == LETTERS:
-        seen = [t for t in letters.all_triples() if not is_held_out(t.caption, share)]
+    world = world_of(data.source)
+    if world is not None:
+        seen = [caption for caption in world.captions() if not is_held_out(caption, share)]
         not_empty(data, len(seen))
-        triples = letters.sample_triples(data.num_images or LETTERS_IMAGES, seed=seed, among=seen)
-        return (_rendering(triple, seed=seed, index=index) for index, triple in enumerate(triples))
+        captions = world.sample(data.num_images or world.num_images, seed=seed, among=seen)
+        return (_of_world(world, caption, seed=seed, index=k) for k, caption in enumerate(captions))
     found = _going_round(data) if is_prompts_only(data.source) else records(data.source)
     kept = (r for r in found if share == 0 or not is_record_held_out(r, share))
     return itertools.islice(kept, data.num_images)
 
 
-def _rendering(triple: letters.Triple, *, seed: int, index: int) -> Record:
+def _of_world(world: World, caption: str, *, seed: int, index: int) -> Record:
     def draw() -> Image.Image:
-        return letters.render_at(triple, seed=seed, index=index)
+        return world.picture(caption, seed=seed, index=index)
 
-    return Record(f"letters:{index}", lambda: triple.caption, draw)
+    return Record(f"{world.name}:{index}", lambda: caption, draw)
 
 
 def _going_round(data: Data) -> Iterator[Record]:
@@ -122,13 +121,12 @@ def _by_name(record: Record) -> bytes:
     return hashlib.sha256(record.name.encode()).digest()
 
 
-def evaluation_triples(data: Data) -> list[letters.Triple]:
-    """The triples of the letters world that the table is about: all, or those held out."""
-    triples, share = letters.all_triples(), held_out_share(data)
-    if share > 0:
-        triples = [t for t in triples if is_held_out(t.caption, share)]
-    not_empty(data, len(triples))
-    return triples
+def measured_captions(world: World, data: Data) -> list[str]:
+    """The captions of a world that the table is about: all, or those held out."""
+    share = held_out_share(data)
+    captions = [caption for caption in world.captions() if share == 0 or is_held_out(caption, share)]
+    not_empty(data, len(captions))
+    return captions
 
 
 def not_empty(data: Data, count: int) -> None:

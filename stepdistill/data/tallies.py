@@ -16,11 +16,12 @@ from PIL import Image
 
 from stepdistill.config import ConfigError, Data, RunConfig
 from stepdistill.data.buckets import Size, Sizes, least_per_bucket
-from stepdistill.data.held_out import LETTERS, settled
+from stepdistill.data.held_out import settled
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, picture_size, read_caption
 from stepdistill.data.shards import size_name
 from stepdistill.data.source import training_records
+from stepdistill.demo.world import world_of
 from stepdistill.messages import sizes_text
 from stepdistill.models.loading import image_size, size_multiple
 from stepdistill.models.teacher_source import configs_folder
@@ -52,7 +53,9 @@ def all_sizes(config: RunConfig) -> Sizes:
 def has_ratios(config: RunConfig) -> bool:
     """Whether the source has pictures of its own ratios that are cut to several sizes."""
     source = config.data.source
-    return config.data.buckets and not (source == LETTERS or is_prompts_only(source) or is_cache(source))
+    return config.data.buckets and not (
+        world_of(source) is not None or is_prompts_only(source) or is_cache(source)
+    )
 
 
 def used_sizes(config: RunConfig, processes: Processes) -> UsedSizes:

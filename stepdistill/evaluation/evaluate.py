@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.config import RunConfig
-from stepdistill.demo.reader import load_reader
 from stepdistill.evaluation.draw.cost import measure_cost
 from stepdistill.evaluation.draw.picture_folder import PictureFolder
 from stepdistill.evaluation.draw.rows import Row, rows_of
@@ -16,13 +15,12 @@ from stepdistill.evaluation.measure.choice import Choice, choose_features
 from stepdistill.evaluation.measure.drift import image_drift
 from stepdistill.evaluation.measure.features import clip_score
 from stepdistill.evaluation.measure.image_sets import Distances, ImageSet, View
-from stepdistill.evaluation.measure.metrics import described, latent_mse, prompt_accuracy
+from stepdistill.evaluation.measure.metrics import described, latent_mse
 from stepdistill.evaluation.measure.outside_scorer import run_score_cmd
 from stepdistill.evaluation.protocol import absent_columns, protocol_of, warnings_of
 from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subject_of
 from stepdistill.export.exported import read_scheduler
 from stepdistill.jackknife import standard_error
-from stepdistill.models.folder import embedded_folder
 from stepdistill.rng import derive_seed
 from stepdistill.run.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
 from stepdistill.run.places import clear_half_written
@@ -166,11 +164,9 @@ class _Work:
             "replicates": self._replicates(distances, images, real),
             "seconds_per_image": self._manifests[row.name]["seconds_per_image"],
         }
-        if self._subject.wanted is not None:
-            reader = load_reader(embedded_folder("reader") / "model.fp16.safetensors")
-            found["prompt_accuracy"] = prompt_accuracy(
-                pictures.batches(count), self._subject.wanted, reader=reader
-            )
+        if self._subject.world is not None:
+            accuracy = self._subject.world.accuracy(pictures.batches(count), self._subject.prompts)
+            found["prompt_accuracy"] = accuracy
         if distances.clip is not None:
             found["clip_score"] = clip_score(
                 distances.clip.extractor, pictures.batches(count), self._subject.prompts

@@ -103,7 +103,7 @@ def _absent(config: RunConfig, subject: Subject, choice: Choice) -> Iterator[tup
         yield "CLIP score, CMMD", "evaluation.clip names no folder of CLIP's"
     if options.dinov2 is None:
         yield "FD-DINOv2", "evaluation.dinov2 names no folder of DINOv2's"
-    if subject.wanted is None:
+    if subject.world is None:
         yield "prompt accuracy", "only pictures of the letters world can be read"
     if choice.spec is not None and not options.diversity_prompts:
         yield "diversity", "evaluation.diversity_prompts is 0"

@@ -7,7 +7,7 @@ folder's, for captions of the letters world fresh renderings of them, else the d
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, Data, RunConfig
-from stepdistill.data.held_out import LETTERS, measured_data
+from stepdistill.data.held_out import measured_data
 from stepdistill.data.records import PICTURE_SUFFIXES, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample
 from stepdistill.data.source import (
     CaptionedPicture,
     evaluation_captions,
     evaluation_pictures,
-    evaluation_triples,
+    measured_captions,
     not_empty,
     stacked,
     training_pictures,
 )
-from stepdistill.demo import letters
+from stepdistill.demo.world import World, world_of, world_of_captions
 from stepdistill.models.folder_files import require_file
 from stepdistill.models.loading import image_size
 from stepdistill.models.teacher_source import configs_folder
@@ -40,31 +40,32 @@ FEWEST_PICTURES = 8  # as many as evaluation.num_images at least; coverage looks
 
 @dataclass(frozen=True)
 class Renderings:
-    """Letters rendered afresh: real images without a file."""
+    """Pictures of a world, drawn afresh: real images without a file."""
 
-    wanted: Sequence[letters.Triple]
+    world: World
+    captions: tuple[str, ...]
     seed: int
 
     def __len__(self) -> int:
-        return len(self.wanted)
+        return len(self.captions)
 
     @property
     def about(self) -> str:
         """For the protocol."""
-        return f"{len(self.wanted)} renderings of the prompts"
+        return f"{len(self.captions)} renderings of the prompts"
 
     @property
     def key(self) -> str:
         """Equal key, equal pictures."""
-        return sha256_json(["renderings", [t.caption for t in self.wanted], self.seed])
+        return sha256_json(["renderings", self.captions, self.seed])
 
     def batches(self, batch_size: int = 256) -> Iterator[torch.Tensor]:
-        """uint8 (B, 3, 32, 32)."""
-        for start in range(0, len(self.wanted), batch_size):
-            chunk = enumerate(self.wanted[start : start + batch_size], start)
-            yield from stacked(
-                (np.asarray(letters.render_at(t, seed=self.seed, index=i)) for i, t in chunk), batch_size
-            )
+        """uint8 (B, 3, H, W)."""
+        pictures = (
+            np.asarray(self.world.picture(caption, seed=self.seed, index=k))
+            for k, caption in enumerate(self.captions)
+        )
+        return stacked(pictures, batch_size)
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,10 @@ RealImages = Renderings | ImageFolder | DataPictures
 
 @dataclass(frozen=True)
 class Subject:
-    """Prompts of the images 0 .. N - 1, what they show where that is known, and real images where there are some."""
+    """Prompts of the images 0 .. N - 1, the world that all of them are captions of, and real images where there are some."""
 
     prompts: tuple[str, ...]
-    wanted: tuple[letters.Triple, ...] | None
+    world: World | None
     real: RealImages | None
     other_real: RealImages | None
     """A second set of real images: how far two of them are apart at this number of images."""
@@ -166,32 +167,31 @@ def subject_of(config: RunConfig) -> Subject:
     pictures: tuple[CaptionedPicture, ...] = ()
     if config.evaluation.prompts is not None:
         lines = _read_prompts(Path(config.evaluation.prompts))
-    elif data.source != LETTERS:
+    elif (world := world_of(data.source)) is not None:
+        among = measured_captions(world, data)
+        lines = world.sample(count, seed=derive_seed(seed, "evaluation prompts") % 2**32, among=among)
+    else:
         pictures = _own_pictures(config, data)
         captions = (caption for _, caption in evaluation_captions(data))
         lines = list(itertools.islice(captions, count))
         not_empty(data, len(lines))
-    else:
-        among = evaluation_triples(data)
-        triples = letters.sample_triples(
-            count, seed=derive_seed(seed, "evaluation prompts") % 2**32, among=among
-        )
-        lines = [triple.caption for triple in triples]
     about = f"captions {_seen(data, len(lines))}" if config.evaluation.prompts is None else "a file's"
     prompts = tuple(lines[k % len(lines)] for k in range(count))
-    wanted = _triples(prompts)
+    world = world_of_captions(prompts)
     if config.evaluation.real_images is not None:
-        return Subject(prompts, wanted, ImageFolder.open(config.evaluation.real_images), None, about)
+        return Subject(prompts, world, ImageFolder.open(config.evaluation.real_images), None, about)
     if pictures:
         size = image_size(configs_folder(config))
         real = DataPictures(pictures, size, _seen(data, len(pictures)))
         if not data.held_out:
-            return Subject(prompts, wanted, real, None, about, (_TRAINED_ON,))
-        return Subject(prompts, wanted, real, _trained_on(data, count, size), about)
-    if wanted is None:
+            return Subject(prompts, world, real, None, about, (_TRAINED_ON,))
+        return Subject(prompts, world, real, _trained_on(data, count, size), about)
+    if world is None:
         return Subject(prompts, None, None, None, about)
-    first, second = (Renderings(wanted, derive_seed(seed, name) % 2**32) for name in ("real", "other real"))
-    return Subject(prompts, wanted, first, second, about)
+    first, second = (
+        Renderings(world, prompts, derive_seed(seed, name) % 2**32) for name in ("real", "other real")
+    )
+    return Subject(prompts, world, first, second, about)
 
 
 _TRAINED_ON = (
@@ -222,18 +222,10 @@ def _seen(data: Data, count: int) -> str:
     """What training has seen of the `count` pictures or captions that the table is about."""
     if data.held_out:
         return "held out from training"
-    whole = data.source == LETTERS or is_cache(data.source)
+    whole = world_of(data.source) is not None or is_cache(data.source)
     if whole or data.num_images is None or data.num_images >= count:
         return "that were trained on"
     return f"of which the first {data.num_images:,} were trained on"
-
-
-def _triples(prompts: Sequence[str]) -> tuple[letters.Triple, ...] | None:
-    """What the prompts show, where all are captions of the letters world."""
-    try:
-        return tuple(letters.parse_caption(prompt) for prompt in prompts)
-    except ValueError:
-        return None
 
 
 def _read_prompts(path: Path) -> list[str]:

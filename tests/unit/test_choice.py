@@ -40,7 +40,9 @@ def test_other_pictures_are_measured_by_the_reader_only_where_it_is_named(tmp_pa
     source = pictures(tmp_path / "walls", numbered(30))
     config, subject, choice = chosen(tmp_path, source, "evaluation.features=reader")
     assert choice.spec == "reader"
-    assert "overlooks most damage" in warnings_of(config, subject, choice)[0]
+    assert (
+        "overlooks most damage" in warnings_of(config, subject, choice, Distances(choice.options(config)))[0]
+    )
     config, subject, choice = chosen(tmp_path, source)
     assert choice.spec is None
     assert f"30 pictures to learn from, of {FEWEST_PICTURES}" in choice.why

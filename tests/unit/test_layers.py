@@ -10,15 +10,8 @@ PACKAGE = Path("stepdistill")
 # Floors from the ground: a file may import from its own floor and from those below it.
 FLOORS = [
     {"messages", "rng", "jackknife", "diffusion", "run.durable", "run.places"},
-    {
-        "objectives",
-        "demo.letters",
-        "demo.reader",
-        "evaluation.measure.drift",
-        "models.folder",
-        "models.folder_files",
-        "models.folder_scheduler",
-    },
+    {"objectives", "demo.letters", "demo.reader", "demo.world", "evaluation.measure.drift"}
+    | {"models.folder", "models.folder_files", "models.folder_scheduler"},
     {"run", "config", "run.rungs", "run.drawn_pictures", "report.grid"},
     {"models.teacher_source", "run.start_from", "run.folder", "config.load", "plan", "runtime"},
     {"models"},
@@ -156,3 +149,10 @@ def test_functions_fit_on_a_screen():
 def test_stage_scripts_are_thin():
     for path in Path("pipelines").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 100, path
+
+
+def test_only_the_demo_knows_letters():
+    """Elsewhere a world is asked (demo/world.py): its name alone stands in defaults."""
+    for path in modules():
+        if path.parts[1] != "demo":
+            assert "stepdistill.demo.letters" not in set(imports(path)), path

@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from stepdistill.demo import letters
-from stepdistill.demo.reader import load_reader
+from stepdistill.demo.reader import load_reader, prompt_accuracy
 from stepdistill.demo.teacher import build_tokenizer, rendered_batch
-from stepdistill.evaluation.measure.metrics import prompt_accuracy
 from stepdistill.models.folder import embedded_folder, missing_parts
 
 

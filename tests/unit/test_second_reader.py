@@ -55,7 +55,8 @@ def test_a_table_is_measured_again(tmp_path):
     config = load_config(
         "configs/letters.yaml", [f"output_dir={tmp_path}", f"evaluation.num_images={NUM_IMAGES}"]
     )
-    triples, folder = subject_of(config).wanted, config.run_dir / "evaluation"
+    triples = [letters.parse_caption(prompt) for prompt in subject_of(config).prompts]
+    folder = config.run_dir / "evaluation"
     renderings = [letters.render_at(t, seed=99, index=i) for i, t in enumerate(triples)]
     draw(folder / "right", renderings)
     draw(folder / "floor", [letters.render_at(t, seed=98, index=i) for i, t in enumerate(triples)])

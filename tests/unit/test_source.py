@@ -8,10 +8,11 @@ from stepdistill.config import ConfigError, Data
 from stepdistill.data.samples import read_caption
 from stepdistill.data.source import (
     evaluation_pictures,
-    evaluation_triples,
     is_held_out,
+    measured_captions,
     training_records,
 )
+from stepdistill.demo.world import world_of
 
 SHARE = 0.25
 
@@ -37,7 +38,7 @@ def test_the_held_out_share_is_about_as_asked_and_nested():
 def test_letters_training_never_shows_what_the_table_is_about():
     data = Data(num_images=1200, held_out=0.1)
     captions = captions_of(data)
-    asked = {t.caption for t in evaluation_triples(data)}
+    asked = set(measured_captions(world_of("letters"), data))
     assert len(captions) == 1200
     assert asked
     assert not asked & set(captions)
@@ -46,7 +47,7 @@ def test_letters_training_never_shows_what_the_table_is_about():
 
 def test_a_share_that_leaves_nothing_to_measure_is_refused():
     with pytest.raises(ConfigError, match=r"data\.held_out: got 1e-09"):
-        evaluation_triples(Data(held_out=1e-9))
+        measured_captions(world_of("letters"), Data(held_out=1e-9))
 
 
 def test_training_and_table_share_no_caption_of_a_folder(tmp_path):

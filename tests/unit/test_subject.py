@@ -17,7 +17,7 @@ def config_with(*overrides):
 def test_the_letters_world_is_its_own_subject():
     subject = subject_of(config_with())
     assert len(subject.prompts) == 9
-    assert [t.caption for t in subject.wanted] == list(subject.prompts)
+    assert subject.world.name == "letters"
     real, other = (torch.cat(list(s.batches(4))) for s in (subject.real, subject.other_real))
     assert real.shape == (9, 3, 32, 32)
     assert real.dtype == torch.uint8
@@ -32,14 +32,14 @@ def test_prompts_of_a_file_are_used_in_order_and_again(tmp_path):
     subject = subject_of(config_with(f"evaluation.prompts={file}"))
     assert subject.prompts[:4] == ("a cat", "<b>&amp;</b> ../../x", "\u202eright to left", "a cat")
     assert len(subject.prompts) == 9
-    assert subject.wanted is None
+    assert subject.world is None
     assert subject.real is None
 
 
 def test_captions_of_the_letters_world_in_a_file_keep_what_they_show(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red letter a on white\na purple letter m on pink\n")
     subject = subject_of(config_with(f"evaluation.prompts={tmp_path / 'prompts.txt'}"))
-    assert subject.wanted[1].caption == "a purple letter m on pink"
+    assert subject.real.captions[1] == "a purple letter m on pink"
     assert isinstance(subject.real, Renderings)
 
 
@@ -87,7 +87,7 @@ def test_a_folder_of_captioned_pictures_is_its_own_subject(tmp_path):
     captions = list(dict.fromkeys(subject.prompts))
     assert 8 <= len(captions) < 40
     assert subject.prompts == tuple(captions[k % len(captions)] for k in range(50))
-    assert subject.wanted is None
+    assert subject.world is None
     pictures = torch.cat(list(subject.real.batches()))
     assert pictures.shape == (len(captions), 3, 32, 32)
     assert pictures[:, 0, 0, 0].tolist() == [3 * int(caption.split()[1]) for caption in captions]

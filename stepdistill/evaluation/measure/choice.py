@@ -8,7 +8,7 @@ pictures are measured by it only where it is named.
 from dataclasses import dataclass
 
 from stepdistill.config import ConfigError, Evaluation, RunConfig
-from stepdistill.data.held_out import LETTERS
+from stepdistill.demo.world import world_of
 from stepdistill.evaluation.measure.feature_files import inception_file
 from stepdistill.evaluation.measure.trained import (
     FEWEST_PICTURES,
@@ -55,11 +55,11 @@ class Choice:
 def choose_features(config: RunConfig, subject: Subject) -> Choice:
     """ConfigError where the net that learns is named or comes next, and cannot: too few pictures, another side or resize."""
     spec = config.evaluation.features
-    is_letters = config.data.source == LETTERS or subject.wanted is not None
-    if spec is None and is_letters:
-        return Choice("reader", is_named=False)
+    world = world_of(config.data.source) or subject.world
+    if spec is None and world is not None:
+        return Choice(world.extractor, is_named=False)
     if spec is not None and spec != TRAINED:
-        return Choice(spec, warnings=(_OF_LETTERS,) if spec == "reader" and not is_letters else ())
+        return Choice(spec, warnings=(_OF_LETTERS,) if spec == "reader" and world is None else ())
     if spec is None and inception_file().is_file():
         return Choice("inception", is_named=False)
     count = pictures_at_hand(config)

@@ -1,11 +1,8 @@
 """What the table's metrics are called, how they are shown, and those that are one line of their own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-
-from stepdistill.demo.letters import Triple
-from stepdistill.demo.reader import Reader
 
 # In table order: title, format, which way is better, one sentence.
 _TABLE = (
@@ -82,20 +79,12 @@ METRICS = {
 
 def described(keys: Iterable[str]) -> dict[str, dict[str, str]]:
     """METRICS of the keys that occur, in table order; an outside scorer's follow under their own names."""
-    wanted = set(keys)
-    known = {key: about for key, about in METRICS.items() if key in wanted}
-    outside = sorted(key for key in wanted if key.startswith("score_"))
-    return known | {
+    occurring = set(keys)
+    outside = sorted(key for key in occurring if key.startswith("score_"))
+    return {key: about for key, about in METRICS.items() if key in occurring} | {
         key: {"title": key.removeprefix("score_"), "format": ".3f", "better": "", "about": "By score_cmd."}
         for key in outside
     }
-
-
-@torch.no_grad()
-def prompt_accuracy(batches: Iterable[torch.Tensor], wanted: Sequence[Triple], *, reader: Reader) -> float:
-    """Share of uint8 images, in batches (B, 3, 32, 32), whose letter, ink and paper are all as the prompt says."""
-    seen = [triple for batch in batches for triple in reader.read(batch)]
-    return sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(seen)
 
 
 def latent_mse(latents: torch.Tensor, reference: torch.Tensor) -> float:

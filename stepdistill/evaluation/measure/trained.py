@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 
 from stepdistill.config import Data, RunConfig
-from stepdistill.data.held_out import LETTERS, pictured_data
+from stepdistill.data.held_out import pictured_data
 from stepdistill.data.marks import mark_of_file
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, cover
 from stepdistill.data.source import picture_of, training_records
+from stepdistill.demo.world import world_of
 from stepdistill.evaluation.measure.resize import resize
 from stepdistill.evaluation.measure.small_net import (
     RECORD,
@@ -77,7 +78,7 @@ def trained_extractor(config: RunConfig) -> Path:
     size, schooling = image_size(configs_folder(config)), Schooling()
     how, side = config.evaluation.resize or RESIZE, trained_side(config)
     marks = [[picture.name, picture.mark()] for picture in chosen]
-    drawn_by = [config.seed, config.data.num_images] if config.data.source == LETTERS else None
+    drawn_by = [config.seed, config.data.num_images] if world_of(config.data.source) is not None else None
     key = sha256_json([_FORM, marks, drawn_by, size, how, dataclasses.asdict(schooling)])
     record = read_sealed(folder / RECORD)
     if record is not None and record.get("key") == key:
