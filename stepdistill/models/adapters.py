@@ -6,7 +6,7 @@ forward and its backward. Here the active adapter is one field of every LoRA lay
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -84,9 +84,19 @@ def activate(
     """
     device = unet.device.type
     casts = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
-    for layer in layers if layers is not None else lora_layers(unet):
-        layer._active_adapter = [] if name is None else [name]
+    layers = lora_layers(unet) if layers is None else layers
+    set_active(layers, [] if name is None else [name])
+    for layer in layers:
         layer.cast_input_dtype_enabled = casts
+
+
+def set_active(layers: Iterable[BaseTunerLayer], names: Sequence[str]) -> None:
+    """Makes these adapters the active ones; a layer passes over names that it has not.
+
+    peft's own set_adapter also sets requires_grad of every adapter, so this writes its private `_active_adapter`.
+    """
+    for layer in layers:
+        layer._active_adapter = list(names)
 
 
 def adapter_parameters(unet: UNet2DConditionModel, name: str) -> dict[str, torch.nn.Parameter]:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from stepdistill.export.exported import read_base, read_scheduler
 from stepdistill.export.kohya import HASH, hash_of_file, read_kohya
 from stepdistill.export.rung import HEADER
-from stepdistill.models.adapters import lora_layers
+from stepdistill.models.adapters import lora_layers, set_active
 from stepdistill.models.lora_file import Lora, lora_path, read_lora
 from stepdistill.models.sketch import Sketch, layer_shapes
 from stepdistill.run.durable import sha256_file, unsealed
@@ -148,11 +148,8 @@ def _add_adapter(pipeline: DiffusionPipeline, weights: Path, *, hotswap: bool) -
         pipeline.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name=ADAPTER, **more)
     if any(layer.disable_adapters for layer in lora_layers(unet)):
         pipeline.enable_lora()
-    both = list(dict.fromkeys([*active, ADAPTER]))
-    for layer in lora_layers(
-        unet
-    ):  # loading makes the newest the only one; a layer passes over names it has not
-        layer._active_adapter = list(both)
+    # loading made the newest the only active one
+    set_active(lora_layers(unet), list(dict.fromkeys([*active, ADAPTER])))
 
 
 @contextlib.contextmanager

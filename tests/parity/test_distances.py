@@ -1,15 +1,19 @@
 """Every distance against an independent reference on the same features, to 1e-6."""
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from stepdistill.evaluation.measure.distances import (
     Moments,
+    _filled,
+    _Identity,
     cmmd,
     density_coverage,
     diversity,
@@ -33,6 +37,21 @@ def test_fid_equals_scipys_matrix_square_root():
     wanted = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
     assert fid(x, y) == pytest.approx(wanted, rel=1e-6)
     assert fid(x.float(), y.float()) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_fid_of_moments_is_what_torchmetrics_makes_of_the_samples():
+    """Its state is filled by hand (distances._filled): fails where torchmetrics keeps other sums, and where it warns."""
+    x, y = two_sets()
+    theirs = FrechetInceptionDistance(feature=_Identity(12), normalize=True).set_dtype(torch.float64)
+    for features, real in ((x, True), (y, False)):
+        theirs.update(features, real=real)
+    ours = _filled([Moments.from_features(x), Moments.from_features(y)], 12)
+    assert ours.metric_state.keys() == theirs.metric_state.keys()
+    for name, value in theirs.metric_state.items():
+        assert torch.allclose(ours.metric_state[name].double(), value.double(), rtol=1e-9), name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert float(ours.compute()) == pytest.approx(float(theirs.compute()), rel=1e-9)
 
 
 def test_fid_equals_the_closed_form_of_two_diagonal_gaussians():

@@ -356,3 +356,24 @@ def test_options_of_config_and_code_are_the_same():
     fields = DiscriminatorOptions.model_fields
     assert fields["trunk"].annotation.__args__ == TRUNKS
     assert fields["heads"].annotation.__args__ == HEADS
+
+
+def test_pefts_layers_answer_with_the_adapters_that_are_set_active_and_keep_their_gradients():
+    """Fails where peft no longer reads `_active_adapter`, and where its set_adapter would do: it changes requires_grad."""
+    network = make_network()
+    fill(network.model, STUDENT, 100)
+    fill(network.model, TEACHER, 200)
+    layers, batch = adapters.lora_layers(network.model), randn(1, 4, 8, 8)
+    asked = (batch, torch.tensor([500]), make_conditioning(1))
+    before = {name: p.requires_grad for name, p in network.model.named_parameters()}
+    outputs = {}
+    for names in ((), (STUDENT,), (TEACHER,), (STUDENT, TEACHER)):
+        adapters.set_active(layers, names)
+        assert all(tuple(layer.active_adapters) == names for layer in layers)
+        with torch.no_grad():
+            outputs[names] = network.ask(*asked)
+    assert {name: p.requires_grad for name, p in network.model.named_parameters()} == before
+    different = list(outputs.values())
+    assert not any(torch.allclose(a, b, atol=1e-4) for k, a in enumerate(different) for b in different[:k])
+    network.model.set_adapter(TEACHER)
+    assert {name: p.requires_grad for name, p in network.model.named_parameters()} != before

@@ -2,6 +2,7 @@
 
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def fid(first: torch.Tensor | Moments, second: torch.Tensor | Moments) -> float:
     size = len(moments[0].mean)
     if len(moments[1].mean) != size:
         raise ValueError(f"FID of {size} and {len(moments[1].mean)} features: the extractors differ")
+    return max(0.0, float(_filled(moments, size).compute()))
+
+
+def _filled(moments: Sequence[Moments], size: int) -> FrechetInceptionDistance:
+    """torchmetrics' FID with its sums filled from moments of real and fake: its own update takes samples alone.
+
+    The one place that writes torchmetrics' state: the sums, the dtype to answer in, and the count without which compute()
+    warns that nothing was given. tests/parity/test_distances.py compares it with torchmetrics' own update.
+    """
     metric = FrechetInceptionDistance(feature=_Identity(size), **ALONE).set_dtype(torch.float64)
     for name, m in zip(("real", "fake"), moments, strict=True):
         outer = (m.num_samples - 1) * m.covariance + m.num_samples * torch.outer(m.mean, m.mean)
@@ -86,8 +96,8 @@ def fid(first: torch.Tensor | Moments, second: torch.Tensor | Moments) -> float:
         setattr(metric, f"{name}_features_cov_sum", outer)
         setattr(metric, f"{name}_features_num_samples", torch.tensor(m.num_samples))
     metric.orig_dtype = torch.float64
-    metric._update_count = 1  # the state was filled, not updated: without this compute() warns
-    return max(0.0, float(metric.compute()))
+    metric._update_count = 1
+    return metric
 
 
 def fid_without_each_group(images: torch.Tensor, reference: torch.Tensor, *, groups: int = 8) -> list[float]:
