@@ -47,12 +47,12 @@ def against_default(
     for name in names:
         cells = []
         for n in STEPS:
-            found = [
+            pairs = [
                 (t.rows.get(f"{name}-{n}", {}).get(measure_name), t.rows[f"default-{n}"]) for t in tables
             ]
-            own = name == "default"
-            values = [v - (0 if own else d[measure_name]) for v, d in found if v is not None]
-            cells.append(mean_and_spread(values, spec if own else f"+{spec.lstrip('+')}"))
+            is_default = name == "default"
+            values = [v - (0 if is_default else d[measure_name]) for v, d in pairs if v is not None]
+            cells.append(mean_and_spread(values, spec if is_default else f"+{spec.lstrip('+')}"))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {forwards[name]:.0f} |")
     return "\n".join(lines)
 

@@ -191,10 +191,10 @@ def bench_preparing(scratch: Path, *, pictures: int = 8, side: int = 192) -> dic
         (scratch / "pictures" / f"{k:02d}.txt").write_text(f"picture {k}")
     data = Data(source=str(scratch / "pictures"))
     encoder = Encoder(pipeline, data, Sizes(data, teacher_size=(side, side), multiple=64))
-    found = list(records(data.source))
-    pixels = np.stack([cover(picture_of(record, data), (side, side))[0] for record in found])
+    picture_records = list(records(data.source))
+    pixels = np.stack([cover(picture_of(record, data), (side, side))[0] for record in picture_records])
     bare = timed(lambda: encode_pictures(pipeline, pixels), 3)
-    whole = timed(lambda: encoder.encode(found, first=0), 3)
+    whole = timed(lambda: encoder.encode(picture_records, first=0), 3)
     return {"pictures": pictures, "side": side, "seconds": round(whole, 3), "ratio": round(whole / bare, 3)}
 
 
@@ -223,9 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"an update of the whole loop: {waiting['loop_ratio']:.2f} times its iteration alone")
     print(f"preparing: {preparing['ratio']:.2f} times the bare encoding of {preparing['pictures']} pictures")
     if args.output:
-        found = {"environment": environment(), "rows": rows, "waiting": waiting, "preparing": preparing}
+        results = {"environment": environment(), "rows": rows, "waiting": waiting, "preparing": preparing}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
     return 0
 
 

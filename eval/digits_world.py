@@ -61,12 +61,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_pictures(args.output / "pictures", seed=args.seed)
-    found = evaluation_pictures(Data(source=str(args.output / "pictures")))
-    images = torch.from_numpy(np.stack([picture.pixels((32, 32)) for picture in found])).permute(0, 3, 1, 2)
+    pictures = evaluation_pictures(Data(source=str(args.output / "pictures")))
+    images = torch.from_numpy(np.stack([picture.pixels((32, 32)) for picture in pictures])).permute(
+        0, 3, 1, 2
+    )
     vae = load_vae(embedded_folder("teacher"))
     latents = recipe.encode_images(vae, images, scaling_factor=vae.config.scaling_factor)
     tokenizer = recipe.build_tokenizer()
-    captions = [picture.caption for picture in found]
+    captions = [picture.caption for picture in pictures]
     unet, text_encoder = recipe.train_unet(
         latents, captions, tokenizer, steps=args.unet_steps, seed=args.seed
     )

@@ -46,19 +46,19 @@ _MASTER = 4 * 4  # bytes of a parameter that trains: itself, its gradient, Adam'
 
 def saved_bytes(run: Any) -> int:
     """Bytes of all tensors that autograd keeps for the backward of `run()`, each storage once, parameters left out."""
-    found: dict[int, int] = {}
+    bytes_by_storage: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-            kept.append(tensor)
+            bytes_by_storage[storage._cdata] = storage.nbytes()
+            saved.append(tensor)
         return tensor
 
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return sum(found.values())
+    return sum(bytes_by_storage.values())
 
 
 class _Live(TorchDispatchMode):
@@ -131,11 +131,11 @@ def largest_piece(network: SharedNetwork, run: Any) -> int:
 
 def base_bytes(unet: UNet2DConditionModel, dtype: torch.dtype, quantization: str) -> int:
     """Of the frozen base; int8 leaves the linear layers' weights a byte each, and a scale per row."""
-    found = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
+    total = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
     if quantization == "int8":
         for linear in (m for m in unet.modules() if isinstance(m, torch.nn.Linear)):
-            found -= (linear.weight.numel() - linear.out_features) * dtype.itemsize - linear.weight.numel()
-    return found
+            total -= (linear.weight.numel() - linear.out_features) * dtype.itemsize - linear.weight.numel()
+    return total
 
 
 def estimate(config: RunConfig, family: str) -> dict[str, Any]:
@@ -181,12 +181,12 @@ def _phase(
         with context, network.using(STUDENT):
             network.ask(sample, timesteps, conditioning).float().square().mean()
 
-    found = {"student's activations": saved_bytes(student)}
+    parts = {"student's activations": saved_bytes(student)}
     if config.training.gradient_checkpointing:
-        found["recomputed at once"] = largest_piece(network, student)
+        parts["recomputed at once"] = largest_piece(network, student)
     if phase.adversary is not None:
-        found |= _discriminator(network, phase, config, conditioning, side=side, context=context)
-    return found
+        parts |= _discriminator(network, phase, config, conditioning, side=side, context=context)
+    return parts
 
 
 def _discriminator(
@@ -270,18 +270,18 @@ def measured(config_path: str, family: str, place: Path, overrides: list[str]) -
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Parts and phases of every config, and beside the estimates the measured peaks where there are some, as Markdown."""
     lines = []
-    for name, own in found.items():
-        parts = own["estimate"]["parts"]
+    for name, result in results.items():
+        parts = result["estimate"]["parts"]
         lines += ["", f"| {name} | GiB |", "| --- | ---: |"]
         lines += [f"| {part} | {count / GIB:.2f} |" for part, count in parts.items()]
-        for objective, more in own["estimate"]["phases"].items():
+        for objective, more in result["estimate"]["phases"].items():
             lines += [f"| {objective}: {part} | {count / GIB:.2f} |" for part, count in more.items()]
             together = sum(parts.values()) + sum(more.values())
             lines.append(f"| **{objective}: together** | **{together / GIB:.2f}** |")
-        for phase, peak in own.get("measured", {}).items():
+        for phase, peak in result.get("measured", {}).items():
             lines.append(
                 f"| measured: {phase}, {peak['seconds']:.1f} s an update | {peak['peak_bytes'] / GIB:.2f} |"
             )
@@ -294,19 +294,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("eval/results/full_size"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in args.configs:
         path, family = f"configs/{name}.yaml", CONFIGS[name]
         with fused_attention():
-            found[name] = {"estimate": estimate(load_config(path, args.overrides), family)}
+            results[name] = {"estimate": estimate(load_config(path, args.overrides), family)}
         if torch.cuda.is_available():
             with tempfile.TemporaryDirectory() as place:
-                found[name]["measured"] = measured(path, family, Path(place), args.overrides)
+                results[name]["measured"] = measured(path, family, Path(place), args.overrides)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     about = {"environment": environment(), "overrides": args.overrides}
-    args.output.with_suffix(".json").write_text(json.dumps(about | found, indent=2) + "\n")
-    args.output.with_suffix(".md").write_text(table(found) + "\n")
-    print(table(found))
+    args.output.with_suffix(".json").write_text(json.dumps(about | results, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(table(results) + "\n")
+    print(table(results))
     return 0
 
 

@@ -116,9 +116,9 @@ def cached_twice(raw: Raw) -> None:
 
 def even_updates(raw: Raw) -> None:
     """As many mse updates on every rung below the first."""
-    found = phases({"ladder": raw["ladder"][1:]}, ("mse",))
-    mean = round(sum(phase["max_train_steps"] for phase in found) / len(found))
-    for phase in found:
+    mse_phases = phases({"ladder": raw["ladder"][1:]}, ("mse",))
+    mean = round(sum(phase["max_train_steps"] for phase in mse_phases) / len(mse_phases))
+    for phase in mse_phases:
         phase["max_train_steps"] = mean
 
 
@@ -126,10 +126,10 @@ def without_rung(steps: int) -> Change:
     """The ladder without the rung of so many steps; the one below learns from the one above."""
 
     def change(raw: Raw) -> None:
-        kept = [rung for rung in raw["ladder"] if rung["student_steps"] != steps]
-        for before, rung in itertools.pairwise(kept):
+        rungs = [rung for rung in raw["ladder"] if rung["student_steps"] != steps]
+        for before, rung in itertools.pairwise(rungs):
             rung["teacher_steps"] = before["student_steps"]
-        raw["ladder"] = kept
+        raw["ladder"] = rungs
 
     return change
 
@@ -139,8 +139,8 @@ def straight_to(steps: int) -> Change:
 
     def change(raw: Raw) -> None:
         first, last = raw["ladder"][0], raw["ladder"][-1]
-        kept = next(rung for rung in raw["ladder"] if rung["student_steps"] == steps)
-        raw["ladder"] = [first, (last if steps == 1 else kept) | {"teacher_steps": first["student_steps"]}]
+        target = next(rung for rung in raw["ladder"] if rung["student_steps"] == steps)
+        raw["ladder"] = [first, (last if steps == 1 else target) | {"teacher_steps": first["student_steps"]}]
 
     return change
 

@@ -121,9 +121,9 @@ def export(
     """Scheduler, card and the LoRA in other tools' formats, in every rung's folder."""
     asked = [] if formats is None else [f"export.formats=[{formats}]"]
     asked += [] if rank is None else [f"export.rank={rank}"]
-    found = load_config(config, [*(overrides or []), *asked])
-    check_run(found)
-    stages.export(found, steps=steps, push_to=push, dry_run=dry_run)
+    run_config = load_config(config, [*(overrides or []), *asked])
+    check_run(run_config)
+    stages.export(run_config, steps=steps, push_to=push, dry_run=dry_run)
 
 
 @app.command()

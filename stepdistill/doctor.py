@@ -46,15 +46,15 @@ def examine(config: RunConfig) -> list[Finding]:
 
     What can be told only with a teacher that is whole is left out where it is not.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for part in (_packages, _device, _run):
-        found += _findings(part, config)
+        findings += _findings(part, config)
     teacher = _findings(teacher_findings, config)
     is_whole = not any(finding.state == "problem" for finding in teacher)
-    found += teacher + _findings(functools.partial(_data, teacher_is_whole=is_whole), config)
+    findings += teacher + _findings(functools.partial(_data, teacher_is_whole=is_whole), config)
     for part in (_ladder, _buckets, _evaluation, _disk) if is_whole else ():
-        found += _findings(part, config)
-    return list(dict.fromkeys(found))
+        findings += _findings(part, config)
+    return list(dict.fromkeys(findings))
 
 
 def _findings(part: Callable[[RunConfig], Iterator[Finding]], config: RunConfig) -> list[Finding]:
@@ -238,8 +238,8 @@ def _bytes(count: int) -> str:
     return f"{count / _GIB:,.1f} GiB" if count >= _GIB else f"{count / 2**20:,.0f} MiB"
 
 
-def raise_for(found: list[Finding]) -> None:
+def raise_for(findings: list[Finding]) -> None:
     """ConfigError where something would stop the run."""
-    count = sum(finding.state == "problem" for finding in found)
+    count = sum(finding.state == "problem" for finding in findings)
     if count:
         raise ConfigError(f"{count} problem{'s' * (count > 1)} to mend before this runs")

@@ -75,9 +75,9 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
     """
     todo = [r for r in config.ladder if only is None or (r.teacher_steps, r.student_steps) == only]
     if not todo:
-        known = ", ".join(f"{r.teacher_steps}:{r.student_steps}" for r in config.ladder)
+        allowed = ", ".join(f"{r.teacher_steps}:{r.student_steps}" for r in config.ladder)
         raise ValueError(
-            f"--rung: got {only[0]}:{only[1]}; allowed: {known}" if only else "the ladder is empty"
+            f"--rung: got {only[0]}:{only[1]}; allowed: {allowed}" if only else "the ladder is empty"
         )
     take_rungs(config)
     if only is None:

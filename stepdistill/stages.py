@@ -26,10 +26,10 @@ def doctor(config: RunConfig) -> None:
     _quiet_libraries()
     from stepdistill.doctor import examine, raise_for
 
-    found = examine(config)
-    for finding in found:
+    findings = examine(config)
+    for finding in findings:
         print(finding)
-    raise_for(found)
+    raise_for(findings)
 
 
 def prepare(config: RunConfig) -> None:
@@ -94,11 +94,11 @@ def export(
 ) -> None:
     """What config.export asks for in every finished rung's folder, or in those of some steps; to the Hub only where it is
     named. dry_run: says what it would do."""
-    known = [rung.student_steps for rung in config.ladder]
-    chosen = list(steps or [n for n in known if n in finished_rungs(config.run_dir)] or known)
-    if not set(chosen) <= set(known):
+    ladder_steps = [rung.student_steps for rung in config.ladder]
+    chosen = list(steps or [n for n in ladder_steps if n in finished_rungs(config.run_dir)] or ladder_steps)
+    if not set(chosen) <= set(ladder_steps):
         raise ConfigError(
-            f"--steps: got {', '.join(map(str, chosen))}; allowed: {', '.join(map(str, known))}"
+            f"--steps: got {', '.join(map(str, chosen))}; allowed: {', '.join(map(str, ladder_steps))}"
         )
     if push_to is not None and len(steps or ()) != 1:
         raise ConfigError("--push: a repository holds one LoRA; allowed: with one --steps, such as --steps 4")

@@ -89,8 +89,8 @@ def distribution_matching_loss(
         direction = (fake_original - real_original) / scale.clamp(min=1e-6).view(
             (-1,) + (1,) * (original.ndim - 1)
         )
-        wanted = original - direction
-    return 0.5 * (original - wanted).square().mean()
+        target = original - direction
+    return 0.5 * (original - target).square().mean()
 
 
 def fake_score_loss(
@@ -103,7 +103,7 @@ def fake_score_loss(
     prediction_type: str,
 ) -> torch.Tensor:
     """MSE of the fake score's epsilon (B, ...) against the noise in it, a scalar."""
-    found = convert(
+    epsilon = convert(
         output,
         noisy,
         timesteps,
@@ -111,7 +111,7 @@ def fake_score_loss(
         prediction_type=prediction_type,
         target="epsilon",
     )
-    return (found - noise).square().mean()
+    return (epsilon - noise).square().mean()
 
 
 def critic_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:

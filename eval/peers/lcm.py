@@ -57,9 +57,9 @@ def consistency_loss(
         )
         alpha, sigma = noise_path.alpha_sigma(prev_timesteps, ndim=sample.ndim, dtype=sample.dtype)
         prev_sample = alpha * original + sigma * noise
-        wanted = consistency(target, prev_sample, prev_timesteps, noise_path, prediction_type)
-    found = consistency(student, sample, timesteps, noise_path, prediction_type)
-    return (((found - wanted) ** 2 + HUBER_C**2).sqrt() - HUBER_C).mean()
+        target_prediction = consistency(target, prev_sample, prev_timesteps, noise_path, prediction_type)
+    prediction = consistency(student, sample, timesteps, noise_path, prediction_type)
+    return (((prediction - target_prediction) ** 2 + HUBER_C**2).sqrt() - HUBER_C).mean()
 
 
 def consistency(

@@ -19,10 +19,10 @@ from stepdistill.training.optim import RoleOptimizer
 TIMESTEPS = 1000
 
 
-def is_finished(folder: Path, **wanted: object) -> bool:
+def is_finished(folder: Path, **expected: object) -> bool:
     """Whether the LoRA in `folder` was trained with exactly these updates, rate and start."""
     record = read_json(folder / "peer.json")
-    return isinstance(record, dict) and all(record.get(key) == value for key, value in wanted.items())
+    return isinstance(record, dict) and all(record.get(key) == value for key, value in expected.items())
 
 
 class Loop:

@@ -46,8 +46,8 @@ class Method:
 def scaled(config: RunConfig, *, budget: float, keep: int = 0, factor: float = 1.0) -> RunConfig:
     """The config with the updates of all rungs but the first `keep` scaled so that training takes `budget` forwards, and
     every learning rate by `factor`."""
-    kept = [rung.student_steps for rung in config.ladder[keep:]]
-    fixed = plan.training_forwards(config, finished=kept) if keep else 0.0
+    scaled_steps = [rung.student_steps for rung in config.ladder[keep:]]
+    fixed = plan.training_forwards(config, finished=scaled_steps) if keep else 0.0
     share = (budget - fixed) / (plan.training_forwards(config) - fixed)
     raw = resolved(config)
     for rung in raw["ladder"][keep:]:
@@ -74,12 +74,12 @@ def ladder_method(name: str, change: Callable[[RunConfig], RunConfig], *, note: 
     """A ladder of this package, `change`d from the config's own."""
 
     def configure(config: RunConfig, budget: float, factor: float) -> RunConfig:
-        own = scaled(config, budget=budget)
-        changed = change(own)
-        pairs = zip(changed.ladder, own.ladder, strict=False)
+        base = scaled(config, budget=budget)
+        changed = change(base)
+        pairs = zip(changed.ladder, base.ladder, strict=False)
         keep = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         if keep == len(changed.ladder):
-            return _named(scaled(changed, budget=plan.training_forwards(own), factor=factor), name)
+            return _named(scaled(changed, budget=plan.training_forwards(base), factor=factor), name)
         return _named(scaled(changed, budget=budget, keep=keep, factor=factor), name)
 
     def train(config: RunConfig, _budget: float, _factor: float) -> None:
@@ -174,14 +174,14 @@ def without_adversary(config: RunConfig) -> RunConfig:
     """The config's ladder with its mse and convert phases alone."""
     raw = resolved(config)
     for rung in raw["ladder"]:
-        kept = [phase for phase in rung["phases"] if phase["objective"] in ("mse", "convert")]
-        rung["phases"] = kept or rung["phases"]
+        non_adversarial = [phase for phase in rung["phases"] if phase["objective"] in ("mse", "convert")]
+        rung["phases"] = non_adversarial or rung["phases"]
     return parse_config(raw)
 
 
 def methods() -> dict[str, Method]:
     """Ours first."""
-    found = (
+    all_methods = (
         ladder_method("stepdistill", lambda config: config),
         ladder_method("stepdistill-mse", without_adversary),
         ladder_method("progressive", ladder_of(HERE / "progressive.yaml")),
@@ -189,7 +189,7 @@ def methods() -> dict[str, Method]:
         dmd2_method(),
         ladder_method("lightning", lightning, note=LIGHTNING_NOTE),
     )
-    return {method.name: method for method in found}
+    return {method.name: method for method in all_methods}
 
 
 def _cost_of(folders: list[str]) -> Callable[[RunConfig], dict[str, float]]:

@@ -90,8 +90,8 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluation":
-        names, kept = [lora.name for lora in self.loras], ("teacher-", "student-", "unguided-")
-        taken = sorted({n for n in names if names.count(n) > 1 or n.startswith(kept)})
+        names, reserved = [lora.name for lora in self.loras], ("teacher-", "student-", "unguided-")
+        taken = sorted({n for n in names if names.count(n) > 1 or n.startswith(reserved)})
         if taken:
             raise ConfigError(
                 f"evaluation.loras: got the name {taken[0]!r}; allowed: names of their own, "

@@ -149,12 +149,12 @@ def _check_rung(index: int, ladder: tuple[Rung, ...]) -> None:
 
 
 def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) -> None:
-    known = [r.student_steps for r in earlier if r.student_steps % rung.student_steps == 0] or [
+    allowed = [r.student_steps for r in earlier if r.student_steps % rung.student_steps == 0] or [
         rung.teacher_steps
     ]
-    if phase.teacher_steps is not None and phase.teacher_steps not in known:
+    if phase.teacher_steps is not None and phase.teacher_steps not in allowed:
         raise ConfigError(
-            f"{key}.teacher_steps: got {phase.teacher_steps}; allowed: {', '.join(map(str, known))}, "
+            f"{key}.teacher_steps: got {phase.teacher_steps}; allowed: {', '.join(map(str, allowed))}, "
             f"the students of earlier rungs"
         )
     if phase.kinds != ("mse",) and phase.cached_updates is not None:

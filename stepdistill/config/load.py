@@ -143,10 +143,10 @@ def _explain(error: ValidationError) -> str:
     if isinstance(first.get("ctx", {}).get("error"), ConfigError):
         return str(first["ctx"]["error"])
     if kind == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        allowed_keys = _known_keys(first["loc"][:-1])
+        nearest = difflib.get_close_matches(str(first["loc"][-1]), allowed_keys, n=1, cutoff=0.0)
         hint = f"nearest: {nearest[0]}; " if nearest else ""
-        return f"{location}: got an unknown key with value {short(got)}; {hint}allowed: {', '.join(known)}"
+        return f"{location}: got an unknown key with value {short(got)}; {hint}allowed: {', '.join(allowed_keys)}"
     if kind == "missing":
         return f"{location}: got nothing; a value is required"
     if kind == "value_error":

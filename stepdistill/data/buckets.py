@@ -40,8 +40,8 @@ class Sizes:
         self.all: tuple[Size, ...] = (target,)
         if data.buckets:
             side = round((target[0] * target[1]) ** 0.5)
-            found = generate_aspect_ratio_buckets(side, divisibility=multiple)
-            self.all = tuple(dict.fromkeys([target, *found]))
+            buckets = generate_aspect_ratio_buckets(side, divisibility=multiple)
+            self.all = tuple(dict.fromkeys([target, *buckets]))
 
     def of(self, picture: Size) -> Size:
         """The size that a picture (height, width) is cut to."""
@@ -59,10 +59,10 @@ class Sizes:
     def without_small(self, pictures: Mapping[Size, int], *, least: int) -> "Sizes":
         """These sizes but for those that fewer than `least` of the pictures fall into, the smallest taken out first, as each
         leaves its pictures to others; one stays in any case. Sizes without any picture stay too."""
-        found = copy.copy(self)
+        sizes = copy.copy(self)
         while True:
-            counts = found.tally(pictures)
+            counts = sizes.tally(pictures)
             smallest = min(counts, key=lambda size: (counts[size], size), default=None)
             if smallest is None or len(counts) == 1 or counts[smallest] >= least:
-                return found
-            found.all = tuple(size for size in found.all if size != smallest)
+                return sizes
+            sizes.all = tuple(size for size in sizes.all if size != smallest)

@@ -85,13 +85,13 @@ class LatentCache:
         """Samples by their number among all of that size, in the order asked for."""
         shards, index = self._places[size].find(torch.tensor(numbers))
         order = torch.argsort(shards, stable=True)
-        latents, told = [], []
+        latents, conditionings = [], []
         for shard in shards.unique().tolist():
             here = index[order][shards[order] == shard]
             latents.append(self._shards[shard].latents(size, here))
-            told.append(self._shards[shard].conditioning(size, here))
+            conditionings.append(self._shards[shard].conditioning(size, here))
         back = torch.argsort(order)
-        conditioning = functools.reduce(Conditioning.concat, told).rows(back)
+        conditioning = functools.reduce(Conditioning.concat, conditionings).rows(back)
         return Samples(torch.cat(latents)[back].float(), conditioning)
 
     def draw(self, indices: list[int], *, seed: int, group: int) -> Samples:
@@ -167,5 +167,5 @@ def pack(prefix: str, conditioning: Conditioning) -> dict[str, torch.Tensor]:
 
 
 def _unpack(prefix: str, tensors: dict[str, torch.Tensor]) -> Conditioning:
-    own = {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
-    return Conditioning(own.pop("encoder_hidden_states"), own)
+    inputs = {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+    return Conditioning(inputs.pop("encoder_hidden_states"), inputs)

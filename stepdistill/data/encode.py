@@ -48,8 +48,8 @@ class Bad:
         """Adds another shard's."""
         for kind, count in counts.items():
             self.counts[kind] = self.counts.get(kind, 0) + count
-            kept = self.examples.setdefault(kind, [])
-            kept += examples.get(kind, [])[: _EXAMPLES - len(kept)]
+            first_examples = self.examples.setdefault(kind, [])
+            first_examples += examples.get(kind, [])[: _EXAMPLES - len(first_examples)]
 
     @property
     def total(self) -> int:
@@ -114,12 +114,12 @@ class Encoder:
                         BadSample("latent_not_finite", "the VAE gives no finite latent"), place.name, bad
                     )
 
-        for found in self._cut(records):
-            if isinstance(found[1], BadSample):
-                self._refuse(found[1], found[0], bad)
+        for outcome in self._cut(records):
+            if isinstance(outcome[1], BadSample):
+                self._refuse(outcome[1], outcome[0], bad)
                 continue
-            size = (found[1].shape[0], found[1].shape[1])
-            waiting[size].append(found)
+            size = (outcome[1].shape[0], outcome[1].shape[1])
+            waiting[size].append(outcome)
             if len(waiting[size]) == min(_MOST_AT_ONCE, max(1, _PIXELS_AT_ONCE // (size[0] * size[1]))):
                 flush(size)
         for size in sorted(waiting):
@@ -146,9 +146,9 @@ class Encoder:
             rest = iter(records)
             ahead = collections.deque(pool.submit(read, r) for r in itertools.islice(rest, _AHEAD))
             while ahead:
-                found = ahead.popleft().result()
+                outcome = ahead.popleft().result()
                 ahead.extend(pool.submit(read, r) for r in itertools.islice(rest, 1))
-                yield found
+                yield outcome
 
     def _refuse(self, error: BadSample, name: str, bad: Bad) -> None:
         if self._data.policy(error.kind) == "error":
@@ -168,14 +168,14 @@ class Encoder:
                 self._refuse(error, record.name, bad)
         if not places:
             return {"captions": caption_bytes([])}, bad
-        captions, told = self._texts(places)
+        captions, conditioning = self._texts(places)
         rows = torch.tensor([captions.index(place.caption) for place in places])
-        found = synthesis.latents(told.rows(rows), numbers)
-        for place, latent in zip(places, found, strict=True):
+        latents = synthesis.latents(conditioning.rows(rows), numbers)
+        for place, latent in zip(places, latents, strict=True):
             if not bool(latent.isfinite().all()):
                 raise BadSample("latent_not_finite", f"{place.name}: the teacher makes no finite latent")
-        done = {size: list(zip(places, found.to(self._dtype), strict=True))}
-        return self._tensors(done, captions, told), bad
+        done = {size: list(zip(places, latents.to(self._dtype), strict=True))}
+        return self._tensors(done, captions, conditioning), bad
 
     def _texts(self, places: Sequence[_Place]) -> tuple[list[str], Conditioning]:
         """The distinct captions in order, and a row of conditioning for each."""
@@ -186,10 +186,10 @@ class Encoder:
         self,
         done: dict[Size, list[tuple[_Place, torch.Tensor]]],
         captions: list[str],
-        told: Conditioning,
+        conditioning: Conditioning,
     ) -> dict[str, torch.Tensor]:
         row = {caption: number for number, caption in enumerate(captions)}
-        tensors = {"captions": caption_bytes(captions), **text_tensors(told, self._dtype)}
+        tensors = {"captions": caption_bytes(captions), **text_tensors(conditioning, self._dtype)}
         for size, group in done.items():
             rows = [[row[place.caption], *place.whole, *place.corner] for place, _ in group]
             tensors[f"rows/{size_name(size)}"] = torch.tensor(rows, dtype=torch.int32)

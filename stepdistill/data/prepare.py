@@ -127,8 +127,8 @@ class _Work:
     def _shard(self, number: int, records: Sequence[Record], processes: Processes) -> bool:
         path = self._path(number)
         about = {"key": self._key, "index": str(number), "records": _digest(records)}
-        found = read_about(path)
-        fits = found is not None and about.items() <= found.items()
+        stored = read_about(path)
+        fits = stored is not None and about.items() <= stored.items()
         there = fits and is_intact(path)
         if fits and not there:
             warn_of_damage(path, "it is made again")
@@ -138,10 +138,10 @@ class _Work:
             tensors, bad = self._encoder.encode(records, first=number * self._per_shard)
             facts = {"bad": json.dumps([bad.counts, bad.examples], sort_keys=True), "seen": str(len(records))}
             write_shard(path, tensors, {**about, **facts, "dtype": self._config.data.dtype})
-            found = read_about(path)
-        assert found is not None
-        self._bad.extend(*json.loads(found["bad"]))
-        self._seen += int(found["seen"])
+            stored = read_about(path)
+        assert stored is not None
+        self._bad.extend(*json.loads(stored["bad"]))
+        self._seen += int(stored["seen"])
         self._stop_if_too_bad(final=False)
         if not there:
             logger.info("prepare: shard %d, %d samples", number, self._seen)
@@ -199,11 +199,11 @@ class _Work:
         manifest |= {"samples": self._seen - self._bad.total, "bad": self._bad.counts}
         manifest |= {"bad_examples": self._bad.examples, "unconditional": self._config.teacher.unconditional}
         manifest |= self._falls_into(shards)
-        kept = read_sealed(self._folder / "manifest.json") or {}
+        stored = read_sealed(self._folder / "manifest.json") or {}
         text = self._folder / TEXT
         clear_half_written(self._folder)
-        same = {**kept, "text_sha256": None} == {**manifest, "text_sha256": None}
-        if same and text.is_file() and sha256_file(text) == kept.get("text_sha256"):
+        same = {**stored, "text_sha256": None} == {**manifest, "text_sha256": None}
+        if same and text.is_file() and sha256_file(text) == stored.get("text_sha256"):
             return False
         self._write_text(text, prompts)
         write_sealed(self._folder / "manifest.json", {**manifest, "text_sha256": sha256_file(text)})

@@ -50,11 +50,11 @@ class Record:
 def records(source: str) -> Iterator[Record]:
     """The records of a source that is not the letters world; ConfigError where it is none."""
     path = Path(source).expanduser()
-    found = _reader(path)
-    first = next(found, None)
+    reader = _reader(path)
+    first = next(reader, None)
     if first is None:
         raise ConfigError(f"data.source: got {source!r}, {_nothing(path)}; allowed: {_ALLOWED}")
-    return itertools.chain([first], found)
+    return itertools.chain([first], reader)
 
 
 def is_prompts_only(source: str) -> bool:
@@ -147,11 +147,11 @@ def _listed(folder: Path, table: Path) -> Iterator[Record]:
     for number, row in enumerate(_rows(table), 1):
         name = row.get("file_name")
         caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), None)
-        told = f"{table.name}:{number}"
+        row_name = f"{table.name}:{number}"
         if not isinstance(name, str):
-            yield _bad(told, "image_missing", "the row names no file_name")
+            yield _bad(row_name, "image_missing", "the row names no file_name")
         elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-            yield _bad(told, "unsafe_member", f"{name!r} leaves the folder")
+            yield _bad(row_name, "unsafe_member", f"{name!r} leaves the folder")
         else:
             yield _of_file(folder, folder / name, _value(caption))
 

@@ -82,14 +82,14 @@ class Shard:
         storage = torch.UntypedStorage.from_file(
             str(self.path), shared=False, nbytes=self.path.stat().st_size
         )
-        found = {}
+        tensors = {}
         for name, part in header.items():
             if name == "__metadata__":
                 continue
             dtype = _DTYPES[part["dtype"]]
             offset = (start + part["data_offsets"][0]) // dtype.itemsize
-            found[name] = torch.empty(0, dtype=dtype).set_(storage, offset, part["shape"])  # type: ignore[call-overload]
-        return found
+            tensors[name] = torch.empty(0, dtype=dtype).set_(storage, offset, part["shape"])  # type: ignore[call-overload]
+        return tensors
 
     @cached_property
     def counts(self) -> dict[Size, int]:

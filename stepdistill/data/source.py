@@ -42,9 +42,9 @@ def training_records(data: Data, *, seed: int) -> Iterator[Record]:
         not_empty(data, len(seen))
         captions = world.sample(data.num_images or world.num_images, seed=seed, among=seen)
         return (_of_world(world, caption, seed=seed, index=k) for k, caption in enumerate(captions))
-    found = _going_round(data) if is_prompts_only(data.source) else records(data.source)
-    kept = (r for r in found if share == 0 or not is_record_held_out(r, share))
-    return itertools.islice(kept, data.num_images)
+    all_records = _going_round(data) if is_prompts_only(data.source) else records(data.source)
+    not_held_out = (r for r in all_records if share == 0 or not is_record_held_out(r, share))
+    return itertools.islice(not_held_out, data.num_images)
 
 
 def _of_world(world: World, caption: str, *, seed: int, index: int) -> Record:
@@ -100,21 +100,21 @@ def evaluation_captions(data: Data) -> Iterator[tuple[Record, str]]:
 def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
     """The pictures that the table is about, the first MOST_PICTURES; none where there are prompts or latents alone."""
     with_pictures = ((r, caption) for r, caption in evaluation_captions(data) if r.read_image is not None)
-    found = [CaptionedPicture(r, c, data) for r, c in itertools.islice(with_pictures, MOST_PICTURES)]
+    pictures = [CaptionedPicture(r, c, data) for r, c in itertools.islice(with_pictures, MOST_PICTURES)]
     if not (is_prompts_only(data.source) or is_cache(data.source)):
-        not_empty(data, len(found))
-    return found
+        not_empty(data, len(pictures))
+    return pictures
 
 
 def training_pictures(data: Data, *, count: int) -> list[CaptionedPicture]:
     """`count` of one's own pictures that are trained on, or all where there are fewer. A hash of the names chooses them, as
     neighbours in the source's order may show the same things; those whose caption cannot be read are left out."""
     chosen = heapq.nsmallest(count, training_records(data, seed=0), key=_by_name)
-    found = []
+    pictures = []
     for record in chosen:
         with contextlib.suppress(BadSample):
-            found.append(CaptionedPicture(record, read_caption(record.read_caption()), data))
-    return found
+            pictures.append(CaptionedPicture(record, read_caption(record.read_caption()), data))
+    return pictures
 
 
 def _by_name(record: Record) -> bytes:

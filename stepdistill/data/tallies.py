@@ -109,11 +109,11 @@ def bucket_notes(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def tally_pictures(records: Iterable[Record], data: Data) -> Counter[Size]:
     """Pictures by (height, width); those that their header or caption shows to be bad are left out."""
-    found: Counter[Size] = Counter()
+    tally: Counter[Size] = Counter()
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         for some in _batches(records):
-            found.update(size for size in pool.map(lambda record: _size(record, data), some) if size)
-    return found
+            tally.update(size for size in pool.map(lambda record: _size(record, data), some) if size)
+    return tally
 
 
 def training_tally(folder: Path, data: Data, *, seed: int) -> Counter[Size]:
@@ -122,14 +122,14 @@ def training_tally(folder: Path, data: Data, *, seed: int) -> Counter[Size]:
     for record in training_records(data, seed=seed):
         digest.update(json.dumps([record.name, record.mark()]).encode() + b"\n")
     asked = {"records": digest.hexdigest(), "min_side": data.min_side, "max_pixels": data.max_pixels}
-    known = read_sealed(folder / TALLIES) or {}
-    pictures = known.get("pictures")
-    if asked.items() <= known.items() and isinstance(pictures, list):
+    stored = read_sealed(folder / TALLIES) or {}
+    pictures = stored.get("pictures")
+    if asked.items() <= stored.items() and isinstance(pictures, list):
         return Counter({(height, width): count for height, width, count in pictures})
-    found = tally_pictures(training_records(data, seed=seed), data)
-    pictures = [[*size, count] for size, count in sorted(found.items())]
+    tally = tally_pictures(training_records(data, seed=seed), data)
+    pictures = [[*size, count] for size, count in sorted(tally.items())]
     write_sealed(folder / TALLIES, {**asked, "pictures": pictures})
-    return found
+    return tally
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:

@@ -37,7 +37,7 @@ def members(path: Path) -> Iterator[Member]:
     """The members of an uncompressed tar, in order; BrokenArchive, which names the file, where it ends early."""
     with path.open("rb") as file:
         total = path.stat().st_size
-        told: dict[str, str] = {}
+        overrides: dict[str, str] = {}
         while True:
             block = file.read(_BLOCK)
             if not block.strip(b"\0"):
@@ -57,13 +57,13 @@ def members(path: Path) -> Iterator[Member]:
                     f"{path}: cut off within {info.name!r}: {info.size:,} bytes from {offset:,} on, of {total:,}"
                 )
             if info.type in (_LONG_NAME, _PAX):
-                told |= _told(path, file, info)
+                overrides |= _told(path, file, info)
             elif info.type not in _SKIPPED:
-                name = told.get("path", info.name)
-                yield Member(name, offset, info.size, _unsafe(info, name, told))
-                told = {}
+                name = overrides.get("path", info.name)
+                yield Member(name, offset, info.size, _unsafe(info, name, overrides))
+                overrides = {}
             elif info.type == tarfile.DIRTYPE:
-                told = {}
+                overrides = {}
             file.seek(offset + -(-info.size // _BLOCK) * _BLOCK)
 
 
@@ -94,22 +94,22 @@ def _told(path: Path, file: BinaryIO, info: tarfile.TarInfo) -> dict[str, str]:
     data = file.read(info.size)
     if info.type == _LONG_NAME:
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    found, place = {}, 0
+    fields, place = {}, 0
     while place < len(data):
         digits, space, _ = data[place : place + 20].partition(b" ")
         length = int(digits) if space and digits.isdigit() else 0
         key, equals, value = data[place + len(digits) + 1 : place + length - 1].partition(b"=")
         if not length or not equals:
             raise BrokenArchive(f"{path}: a pax record that cannot be read")
-        found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         place += length
-    return found
+    return fields
 
 
-def _unsafe(info: tarfile.TarInfo, name: str, told: dict[str, str]) -> str | None:
-    if any(key.startswith("GNU.sparse") for key in told) or info.type == tarfile.GNUTYPE_SPARSE:
+def _unsafe(info: tarfile.TarInfo, name: str, overrides: dict[str, str]) -> str | None:
+    if any(key.startswith("GNU.sparse") for key in overrides) or info.type == tarfile.GNUTYPE_SPARSE:
         return "a sparse file"
-    if "size" in told:
+    if "size" in overrides:
         return "a length outside its header"
     if info.type not in tarfile.REGULAR_TYPES:
         return "no regular file"

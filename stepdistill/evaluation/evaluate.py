@@ -118,11 +118,11 @@ class _Work:
         """Whether results.json holds every row of these pictures, measured in this way: a part of them would say less."""
         there = read_sealed(self._folder / "results.json") or {}
 
-        def told(results: Mapping[str, Any]) -> str:
+        def digest(results: Mapping[str, Any]) -> str:
             protocol = {k: v for k, v in results["protocol"].items() if k != "evaluated_at_commit"}
             return sha256_json([protocol, results["pictures"]])
 
-        return there.get("unmeasured") == [] and "pictures" in there and told(there) == told(facts)
+        return there.get("unmeasured") == [] and "pictures" in there and digest(there) == digest(facts)
 
     def _write(
         self, facts: dict[str, Any], measured: Sequence[dict[str, Any]], *, unmeasured: list[str]
@@ -149,7 +149,7 @@ class _Work:
         count, teachers = self._options.num_images, self._teacher_pictures
         pictures = PictureFolder(self._folder / row.name)
         images, teacher = self._drawn_set(pictures), self._drawn_set(teachers)
-        found: dict[str, Any] = {
+        measures: dict[str, Any] = {
             "row": row.name,
             "kind": row.kind,
             "steps": row.steps,
@@ -166,23 +166,23 @@ class _Work:
         }
         if self._subject.world is not None:
             accuracy = self._subject.world.accuracy(pictures.batches(count), self._subject.prompts)
-            found["prompt_accuracy"] = accuracy
+            measures["prompt_accuracy"] = accuracy
         if distances.clip is not None:
-            found["clip_score"] = clip_score(
+            measures["clip_score"] = clip_score(
                 distances.clip.extractor, pictures.batches(count), self._subject.prompts
             )
         if self._options.score_cmd is not None:
-            found |= self._outside(row)
+            measures |= self._outside(row)
         if self._options.cost_batch_sizes:
-            found["cost"] = self._cost(row)
+            measures["cost"] = self._cost(row)
             # one after another at rest, where the drawing may have gone on for hours beside anything
-            found["seconds_per_image"] = 1 / found["cost"].get(
-                "images_per_second", 1 / found["seconds_per_image"]
+            measures["seconds_per_image"] = 1 / measures["cost"].get(
+                "images_per_second", 1 / measures["seconds_per_image"]
             )
-        for key, values in found["replicates"].items():
-            found[f"{key}_std"] = standard_error(values)
+        for key, values in measures["replicates"].items():
+            measures[f"{key}_std"] = standard_error(values)
         logger.info("measured %s", row.name)
-        return found
+        return measures
 
     def _measure_floor(self, distances: Distances, real: ImageSet | None) -> dict[str, float]:
         """Two sets of real images against each other, and the teacher against itself with other seeds."""
@@ -238,16 +238,16 @@ class _Work:
     def _cost(self, row: Row) -> dict[str, Any]:
         path, sizes = self._folder / row.name / "cost.json", list(self._options.cost_batch_sizes)
         key = sha256_json([self._manifests[row.name]["key"], sizes, str(self._processes.device)])
-        kept = read_sealed(path)
-        if kept is None and path.exists():
+        stored = read_sealed(path)
+        if stored is None and path.exists():
             warn_of_damage(path, "the cost is measured again")
-        if kept is None or kept.get("key") != key or not isinstance(kept.get("cost"), dict):
+        if stored is None or stored.get("key") != key or not isinstance(stored.get("cost"), dict):
             cost = measure_cost(
                 self._sampler, row, self._subject.prompts, batch_sizes=sizes, device=self._processes.device
             )
-            kept = {"key": key, "cost": cost}
-            write_sealed(path, kept)
-        return kept["cost"]
+            stored = {"key": key, "cost": cost}
+            write_sealed(path, stored)
+        return stored["cost"]
 
     def _outside(self, row: Row) -> dict[str, float]:
         prompts = self._folder / row.name / "prompts.txt"

@@ -59,23 +59,23 @@ def warnings_of(config: RunConfig, subject: Subject, choice: Choice, distances: 
         f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with {with_floor}other rows of "
         f"this table, not with published numbers"
     )
-    found = [*choice.warnings, *subject.warnings, *([few] if count < FEW_IMAGES and choice.spec else [])]
-    return [*found, *real_warnings(config.evaluation, subject, distances)]
+    warnings = [*choice.warnings, *subject.warnings, *([few] if count < FEW_IMAGES and choice.spec else [])]
+    return [*warnings, *real_warnings(config.evaluation, subject, distances)]
 
 
 def real_warnings(options: Evaluation, subject: Subject, distances: Distances) -> list[str]:
     """Where FID to real says less than it seems to: too few real images, or no second set of them to give its floor."""
     if subject.real is None or distances.main is None:
         return []
-    found, dimension = [], distances.main.extractor.num_features
+    warnings, dimension = [], distances.main.extractor.num_features
     if len(subject.real) <= dimension and options.reference_stats is None:
-        found.append(
+        warnings.append(
             f"{len(subject.real):,} real images for {dimension:,} features: so few images do not determine the covariance "
             f"that FID uses; trust only large differences between rows, or KID to real, which is unbiased"
         )
     if subject.other_real is None:
-        found.append("FID and KID to real have no floor: there is no second set of real images")
-    return found
+        warnings.append("FID and KID to real have no floor: there is no second set of real images")
+    return warnings
 
 
 def absent_columns(config: RunConfig, subject: Subject, choice: Choice) -> list[dict[str, str]]:

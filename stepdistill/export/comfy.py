@@ -95,8 +95,8 @@ def setting_of(record: RungRecord, base: Mapping[str, Any]) -> Setting | None:
         return None
     plain = record.prediction_type == base_prediction == "epsilon"
     sampling = None if plain else SAMPLING[record.prediction_type]
-    told = noise_path.last_timestep if record.start_timestep is None else record.start_timestep
-    start = None if told == noise_path.last_timestep else _start(told, noise_path)
+    first_timestep = noise_path.last_timestep if record.start_timestep is None else record.start_timestep
+    start = None if first_timestep == noise_path.last_timestep else _start(first_timestep, noise_path)
     return Setting(record.student_steps, sampling, zero_snr, start)
 
 

@@ -99,19 +99,19 @@ def read_kohya(path: Path, modules: Iterable[str], unet_config: Mapping[str, Any
         modules: of the U-Net that it is to be loaded onto.
         unet_config: of that U-Net.
     """
-    known = {}
+    diffusers_names = {}
     for module in modules:
         if module.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
-            known[_flat(module)] = module
+            diffusers_names[_flat(module)] = module
             with contextlib.suppress(KeyError):  # norms, which no LoRA is of
-                known[_flat(sgm_name(module, unet_config))] = module
+                diffusers_names[_flat(sgm_name(module, unet_config))] = module
     state = load_file(path)
     layers = {}
     for name in sorted({key.partition(".")[0] for key in state}):
-        if name not in known:
+        if name not in diffusers_names:
             raise ValueError(f"{path} is a LoRA of another U-Net: {name} is not there in this one")
         down, up = (state[f"{name}.lora_{side}.weight"] for side in ("down", "up"))
-        layers[known[name]] = LoraLayer(down, up, float(state[f"{name}.alpha"]) / down.shape[0])
+        layers[diffusers_names[name]] = LoraLayer(down, up, float(state[f"{name}.alpha"]) / down.shape[0])
     return Lora(layers, {})
 
 
@@ -120,10 +120,10 @@ def _flat(name: str) -> str:
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype, module: str) -> torch.Tensor:
-    found = tensor.to(dtype).contiguous()
-    if not bool(found.isfinite().all()):
+    converted = tensor.to(dtype).contiguous()
+    if not bool(converted.isfinite().all()):
         raise ValueError(f"{module} does not fit into {dtype}; allowed: export.dtype=float32 or bfloat16")
-    return found
+    return converted
 
 
 def kohya_header(

@@ -57,15 +57,15 @@ def inputs_of(
 
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    found = {
+    inputs = {
         "sample": noise(batch, config.in_channels, height, width),
         "timestep": torch.full((batch,), 499, dtype=torch.int64),
         "encoder_hidden_states": noise(batch, tokens, config.cross_attention_dim),
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        found |= {"text_embeds": noise(batch, pooled), "time_ids": 100 * noise(batch, 6).abs()}
-    return found
+        inputs |= {"text_embeds": noise(batch, pooled), "time_ids": 100 * noise(batch, 6).abs()}
+    return inputs
 
 
 @torch.no_grad()
@@ -116,6 +116,6 @@ def difference(path: Path, module: torch.nn.Module, inputs: dict[str, torch.Tens
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    (output,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     expected = module(*inputs.values())
-    return float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
+    return float((torch.from_numpy(output) - expected).abs().max() / expected.abs().max())

@@ -42,8 +42,8 @@ def reduce_rank(lora: Lora, rank: int) -> Reduced:
     """The LoRA with every layer's product cut down to `rank`; ValueError where it has no more than that."""
     if rank >= lora.rank:
         raise ValueError(f"export.rank: got {rank}; allowed: below {lora.rank}, the LoRA's own")
-    found = ((name, _of_product(layer), layer.weight_shape) for name, layer in lora.layers.items())
-    return _cut(found, rank, lora.config)
+    factors = ((name, _of_product(layer), layer.weight_shape) for name, layer in lora.layers.items())
+    return _cut(factors, rank, lora.config)
 
 
 def extract(
@@ -62,13 +62,13 @@ def extract(
         config: peft's, of a LoRA on these modules.
     """
     layers = list(modules)
-    found = (
+    factors = (
         (name, _of_matrix(delta.flatten(1)), tuple(delta.shape))
         for name, delta in ((name, _difference(base, tuned, f"{name}.weight")) for name in layers)
     )
     others = base.keys() - {f"{name}.weight" for name in layers}
     lost = sum(float(_difference(base, tuned, name).square().sum()) for name in others)
-    return _cut(found, rank, config, lost=lost)
+    return _cut(factors, rank, config, lost=lost)
 
 
 def _difference(
@@ -154,14 +154,14 @@ def _of_product(layer: LoraLayer) -> _Factors:
 
 
 def _cut(
-    found: Iterable[tuple[str, _Factors, tuple[int, ...]]],
+    factors: Iterable[tuple[str, _Factors, tuple[int, ...]]],
     rank: int,
     config: Mapping[str, Any],
     *,
     lost: float = 0.0,
 ) -> Reduced:
     layers, kept, part, whole = {}, {}, 0.0, lost
-    for name, (u, s, vh), shape in found:
+    for name, (u, s, vh), shape in factors:
         root = s[:rank].sqrt()
         up, down = torch.zeros(shape[0], rank), torch.zeros(rank, vh.shape[1])
         up[:, : len(root)] = (u[:, :rank] * root).float()
@@ -170,8 +170,8 @@ def _cut(
         layers[name] = LoraLayer(
             down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *places), scale=1.0
         )
-        own, all_of_it = float(s[:rank].square().sum()), float(s.square().sum())
-        kept[name] = own / all_of_it if all_of_it else 1.0
-        part, whole = part + own, whole + all_of_it
+        kept_energy, all_of_it = float(s[:rank].square().sum()), float(s.square().sum())
+        kept[name] = kept_energy / all_of_it if all_of_it else 1.0
+        part, whole = part + kept_energy, whole + all_of_it
     energy = part / whole if whole else 1.0
     return Reduced(Lora({}, dict(config)).plain(layers), kept, energy, lost / whole if whole else 0.0)

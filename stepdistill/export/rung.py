@@ -127,8 +127,8 @@ def write_card(
 ) -> None:
     """README.md, and beside it the run's picture where there is one; for the Hub, with the repository in the snippets."""
     grid = config.run_dir / "report" / GRID
-    kept = _energy_kept(folder)
-    if grid.is_file() and kept is None:
+    energy_kept = _energy_kept(folder)
+    if grid.is_file() and energy_kept is None:
         write_bytes(folder / GRID, grid.read_bytes())
     files, base = sorted((folder / "kohya").glob("*.safetensors")), teacher_folder(config)
     card = model_card(
@@ -139,7 +139,7 @@ def write_card(
         tools=tools_section(config, record, files[0], read_scheduler_config(base), _unet_config(base))
         if files
         else None,
-        energy_kept=kept,
+        energy_kept=energy_kept,
         repository=repository,
     )
     write_text(folder / "README.md", card)
@@ -149,12 +149,12 @@ def _energy_kept(folder: Path) -> float | None:
     """Of a lower rank, as kept.json says; None for the trained one. ValueError where that file is damaged."""
     if not (folder / KEPT).exists():
         return None
-    kept = read_sealed(folder / KEPT) or {}
-    if not isinstance(kept.get("energy_kept"), float):
+    stored = read_sealed(folder / KEPT) or {}
+    if not isinstance(stored.get("energy_kept"), float):
         raise ValueError(
             f"{folder / KEPT} is not as it was exported; mend: `stepdistill export` with --rank again"
         )
-    return kept["energy_kept"]
+    return stored["energy_kept"]
 
 
 def refresh_cards(config: RunConfig) -> None:
@@ -210,7 +210,7 @@ def _write_workflow(config: RunConfig, record: RungRecord, folder: Path, lora: s
     setting = comfy.setting_of(record, read_scheduler_config(base))
     if setting is None:
         return
-    found = comfy.workflow(
+    workflow = comfy.workflow(
         setting,
         checkpoint=comfy.file_name(config.teacher.path),
         lora=lora,
@@ -219,7 +219,7 @@ def _write_workflow(config: RunConfig, record: RungRecord, folder: Path, lora: s
         prompt=config.preview.prompts[0],
         title=lora.removesuffix("_lora.safetensors"),
     )
-    write_json(folder / comfy.workflow_name(lora), found)
+    write_json(folder / comfy.workflow_name(lora), workflow)
 
 
 def _dtype(config: RunConfig) -> torch.dtype:

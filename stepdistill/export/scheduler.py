@@ -15,7 +15,7 @@ def student_scheduler(
     there, so that one trailing step is told it with the pure noise.
     """
     betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    kept = {
+    noise_schedule = {
         key: teacher_scheduler_config[key]
         for key in (*betas, "num_train_timesteps")
         if key in teacher_scheduler_config
@@ -24,10 +24,13 @@ def student_scheduler(
         noise_path, _ = load_noise_path(teacher_scheduler_config)
         alphas_cumprod = noise_path.alphas_cumprod[: start_timestep + 1]
         before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        kept |= {"trained_betas": (1 - alphas_cumprod / before).tolist(), "rescale_betas_zero_snr": False}
-        kept["num_train_timesteps"] = len(alphas_cumprod)
+        noise_schedule |= {
+            "trained_betas": (1 - alphas_cumprod / before).tolist(),
+            "rescale_betas_zero_snr": False,
+        }
+        noise_schedule["num_train_timesteps"] = len(alphas_cumprod)
     return DDIMScheduler(
-        **kept,
+        **noise_schedule,
         prediction_type=prediction_type,
         timestep_spacing="trailing",
         clip_sample=False,
@@ -38,6 +41,6 @@ def student_scheduler(
 
 def trained_timesteps(scheduler: DDIMScheduler, steps: int) -> list[int]:
     """What the U-Net is told over so many steps, noisiest first."""
-    own = DDIMScheduler.from_config(scheduler.config)
-    own.set_timesteps(steps)
-    return [int(t) for t in own.timesteps]
+    scheduler_copy = DDIMScheduler.from_config(scheduler.config)
+    scheduler_copy.set_timesteps(steps)
+    return [int(t) for t in scheduler_copy.timesteps]

@@ -105,13 +105,13 @@ def lora_path(path: Path) -> Path:
     """The LoRA that a path names, a file or the only one of a folder; ValueError where there is none, or several."""
     if path.is_file():
         return path
-    found = sorted(p for p in path.glob("*.safetensors") if p.is_file())
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
+    files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
+    if len(files) != 1:
+        names = ", ".join(p.name for p in files) or "none"
         raise ValueError(
-            f"{path} holds {len(found)} LoRA files ({names}); allowed: one file, or a folder with one"
+            f"{path} holds {len(files)} LoRA files ({names}); allowed: one file, or a folder with one"
         )
-    return found[0]
+    return files[0]
 
 
 def read_lora(path: Path) -> Lora:
@@ -148,19 +148,19 @@ def _config(text: str | None) -> dict[str, Any]:
         raw = json.loads(text) if text else {}
     except ValueError:
         raw = {}
-    own = raw if isinstance(raw, dict) else {}
-    return {key.removeprefix(_PREFIX): value for key, value in own.items() if key.startswith(_PREFIX)}
+    entries = raw if isinstance(raw, dict) else {}
+    return {key.removeprefix(_PREFIX): value for key, value in entries.items() if key.startswith(_PREFIX)}
 
 
 def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, LoraLayer]:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     foreign = []
     for key, tensor in state.items():
-        found = re.fullmatch(r"(?:unet\.)?(.+)\.lora_([AB])\.weight", key)
-        if found is None or key.startswith("text_encoder"):
+        match = re.fullmatch(r"(?:unet\.)?(.+)\.lora_([AB])\.weight", key)
+        if match is None or key.startswith("text_encoder"):
             foreign.append(key)
         else:
-            pairs.setdefault(found[1], {})[found[2]] = tensor
+            pairs.setdefault(match[1], {})[match[2]] = tensor
     if foreign:
         raise ValueError(
             f"{path} holds {len(foreign)} tensors that are no U-Net LoRA of diffusers, first {foreign[0]}; "
@@ -184,9 +184,9 @@ def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, 
 def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r as peft finds it: a pattern fits a name's end."""
     alpha = config.get("lora_alpha", rank)
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
+    for pattern, pattern_alpha in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = own
+            alpha = pattern_alpha
             break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -75,18 +75,18 @@ def sketch_of(unet: torch.nn.Module) -> Sketch:
 def layer_shapes(unet: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Module name -> shape of its weight, (out, in) or (out, in, k, k), of linear and convolution layers; by what the layer
     says of itself, since quantised weights are stored in other shapes."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, module in unet.named_modules():
         layer = getattr(module, "base_layer", module)
         if isinstance(layer, torch.nn.Linear):
-            found[_plain_name(name)] = (layer.out_features, layer.in_features)
+            shapes[_plain_name(name)] = (layer.out_features, layer.in_features)
         elif isinstance(layer, torch.nn.Conv2d):
-            found[_plain_name(name)] = (
+            shapes[_plain_name(name)] = (
                 layer.out_channels,
                 layer.in_channels // layer.groups,
                 *layer.kernel_size,
             )
-    return found
+    return shapes
 
 
 def _plain_name(name: str) -> str:
@@ -103,8 +103,8 @@ def _some(matrices: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[
 
 def _is_whole(tensor: torch.Tensor) -> bool:
     """False for what holds quantised numbers, 8-bit floats, or none."""
-    kept = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
-    return kept and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    return is_plain and tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def _middle(tensor: torch.Tensor) -> float:

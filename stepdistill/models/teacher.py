@@ -76,7 +76,7 @@ def _examined(folder: Path) -> Path:
 def _downloaded(config: RunConfig) -> Path:
     teacher = config.teacher
     try:
-        found = DiffusionPipeline.download(
+        folder = DiffusionPipeline.download(
             teacher.path,
             revision=teacher.revision,
             variant=teacher.variant,
@@ -88,7 +88,7 @@ def _downloaded(config: RunConfig) -> Path:
             f"teacher.path: cannot get {teacher.path!r} from the Hub: {first_line(error)}; "
             f"allowed: a repository that is in its cache or can be reached, or a folder on this disk"
         ) from None
-    return Path(found)
+    return Path(folder)
 
 
 def _of_folder(config: RunConfig) -> DiffusionPipeline:

@@ -25,25 +25,25 @@ def advice_for(run: Run) -> list[Advice]:
     """The rules that the run's numbers set off, those about distances first."""
     students = {e.steps: e for e in entries_of([run]) if e.kind == "student"}
     reference = next((e for e in entries_of([run]) if e.is_reference), None)
-    found = [*_worse_than_undistilled(run, students), *_far_from_teacher(run, students)]
-    found += _told_apart(run, students)
+    all_advice = [*_worse_than_undistilled(run, students), *_far_from_teacher(run, students)]
+    all_advice += _told_apart(run, students)
     for rung in run.rungs:
         student = students.get(rung.student_steps)
         if student is not None:
-            found += [
+            all_advice += [
                 *rules.looks(student, rung, run),
                 *rules.prompts(students, rung, reference, run),
                 *rules.diversity(students, rung, run),
             ]
         for phase in rung.phases:
-            found += rules.discriminator(phase, rung, run)
-    return list(_merged(accepted(advice, run.config) for advice in [*found, *rules.scales(run)]))
+            all_advice += rules.discriminator(phase, rung, run)
+    return list(_merged(accepted(advice, run.config) for advice in [*all_advice, *rules.scales(run)]))
 
 
-def _merged(found: Iterable[Advice]) -> Iterator[Advice]:
+def _merged(all_advice: Iterable[Advice]) -> Iterator[Advice]:
     """One entry for each remedy, with the findings and settings of all rungs that call for it."""
     alike: dict[tuple[str, ...], list[Advice]] = {}
-    for advice in found:
+    for advice in all_advice:
         texts = tuple(proposal.text for proposal in advice.proposals)
         alike.setdefault(texts or (advice.finding,), []).append(advice)
     for group in alike.values():
@@ -62,10 +62,10 @@ def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Ad
         teacher = equal_passes(student, entries_of([run])) if student is not None else None
         if student is None or teacher is None:
             continue
-        own, bare = student.value("fid_to_teacher"), teacher.value("fid_to_teacher")
-        if own is not None and bare is not None and own > bare:
+        student_fid, bare = student.value("fid_to_teacher"), teacher.value("fid_to_teacher")
+        if student_fid is not None and bare is not None and student_fid > bare:
             yield Advice(
-                f"{rung.title}: FID to teacher {own:.2f}, worse than {teacher.name}'s {bare:.2f} without any LoRA.",
+                f"{rung.title}: FID to teacher {student_fid:.2f}, worse than {teacher.name}'s {bare:.2f} without any LoRA.",
                 (
                     Proposal(
                         f"It was hardly trained, or harmed: give its {rung.main_phase.objective} phase many more updates "
@@ -124,8 +124,8 @@ def _more_training(run: Run, rung: RungLog) -> Proposal:
 
 def _other_nodes(run: Run, rung: RungLog) -> Iterator[Proposal]:
     """Where a few-step rung is trained: one step of epsilon told an earlier timestep, else the nodes of 4 steps."""
-    told = setting(run.config, f"{rung.key}.start_timestep")
-    if rung.student_steps > 2 or rung.node_steps is not None or told is not None:
+    start_timestep = setting(run.config, f"{rung.key}.start_timestep")
+    if rung.student_steps > 2 or rung.node_steps is not None or start_timestep is not None:
         return
     if rung.student_steps == 1 and (rung.record or {}).get("prediction_type") == "epsilon":
         yield Proposal(

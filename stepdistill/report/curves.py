@@ -48,14 +48,14 @@ def distance_plots(entries: Sequence[Entry]) -> list[Plot]:
 def training_plots(runs: Sequence[Run]) -> list[tuple[str, list[Plot]]]:
     """Per rung, most steps first: its loss, and where there are adversarial phases their losses and D's accuracy."""
     steps = sorted({rung.student_steps for run in runs for rung in run.rungs}, reverse=True)
-    found = []
+    sections = []
     for n in steps:
         rungs = [(run.name, rung) for run in runs for rung in run.rungs if rung.student_steps == n]
         plots = [plot for plot in (_losses(rungs), _adversarial(rungs), _accuracy(rungs)) if plot is not None]
         if plots:
             teachers = "/".join(str(t) for t in dict.fromkeys(rung.teacher_steps for _, rung in rungs))
-            found.append((f"{teachers} → {n} steps", plots))
-    return found
+            sections.append((f"{teachers} → {n} steps", plots))
+    return sections
 
 
 def svg_uri(svg: bytes) -> str:
@@ -135,24 +135,24 @@ def _plot(
     for place, (run_name, rung) in enumerate(rungs):
         first = 0
         for phase in rung.phases:
-            wanted = [(label, dashed, phase.values(key)) for key, label, dashed in lines(phase)]
+            series = [(label, dashed, phase.values(key)) for key, label, dashed in lines(phase)]
             if log:
-                wanted = [(label, dashed, [v for v in values if v > 0]) for label, dashed, values in wanted]
-            wanted = [(label, dashed, values) for label, dashed, values in wanted if values]
-            if not wanted:
+                series = [(label, dashed, [v for v in values if v > 0]) for label, dashed, values in series]
+            series = [(label, dashed, values) for label, dashed, values in series if values]
+            if not series:
                 continue
             if len(rungs) == 1:
                 boundaries.append(Boundary(first, phase.objective))
-            for order, (label, dashed, values) in enumerate(wanted):
+            for order, (label, dashed, values) in enumerate(series):
                 name = label if len(rungs) == 1 else run_name if log else f"{run_name}, {label}"
-                known = {curve.label for curve in curves}
+                used_labels = {curve.label for curve in curves}
                 colour = place if len(rungs) > 1 else order
                 curves.append(
-                    Curve("_" + name if name in known else name, first, tuple(values), colour, dashed)
+                    Curve("_" + name if name in used_labels else name, first, tuple(values), colour, dashed)
                 )
                 where = f"{run_name}, " if len(rungs) > 1 else ""
                 spoken.append(f"{where}{phase.objective}, {label}: {values[0]:.3g} to {values[-1]:.3g}")
-            first += max(len(values) for _, _, values in wanted)
+            first += max(len(values) for _, _, values in series)
     if not curves:
         return None
     if log and any(curve.dashed for curve in curves):

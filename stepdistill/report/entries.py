@@ -74,9 +74,9 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
 def equal_passes(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     """The undistilled guided teacher with as many U-Net passes as this row, else with as many steps; None where there is
     none."""
-    own = [e for e in entries if e.kind == "teacher" and not e.is_reference and not e.is_unguided]
+    teachers = [e for e in entries if e.kind == "teacher" and not e.is_reference and not e.is_unguided]
     for key in ("nfe", "steps"):
-        for teacher in own:
+        for teacher in teachers:
             if teacher.row[key] == entry.row[key]:
                 return teacher
     return None

@@ -68,8 +68,8 @@ def same_noise(entries: Sequence[Entry], *, columns: int, sizes: Sizes) -> Galle
             f"{entry.label}: {prompts[k] if k < len(prompts) else f'picture {k + 1}'}" for k in range(columns)
         ]
         tiles = tuple(
-            Tile(embedded(found[0], alt, shown=_SHOWN) if found else None)
-            for found, alt in zip(images, alts, strict=True)
+            Tile(embedded(opened[0], alt, shown=_SHOWN) if opened else None)
+            for opened, alt in zip(images, alts, strict=True)
         )
         if any(tile.picture for tile in tiles):
             strips.append(Strip(entry.label, entry.kind, tiles))

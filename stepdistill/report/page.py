@@ -97,7 +97,7 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
         "leads": _leads(runs),
         "warnings": warnings_of(runs),
         "sentences": sentences(entries),
-        "advice": [(run.name, found) for run in runs if (found := advice_for(run))],
+        "advice": [(run.name, advice) for run in runs if (advice := advice_for(run))],
         "quality": quality,
         "meanings": [column for column in quality.columns if column.about] if quality else [],
         "absent": _absent(runs),
@@ -121,7 +121,7 @@ def _pictures(runs: Sequence[Run], *, columns: int, sizes: Sizes) -> dict[str, A
         "scale_sweep": [(run.name, gallery.scale_sweep(run, sizes=sizes)) for run in runs],
         "matrix": [(run.name, gallery.matrix(run, sizes=sizes)) for run in runs],
     }
-    drawn = {key: [(name, g) for name, g in found if g is not None] for key, found in studies.items()}
+    drawn = {key: [(name, g) for name, g in galleries if g is not None] for key, galleries in studies.items()}
     return {"same_noise": gallery.same_noise(entries, columns=columns, sizes=sizes), **drawn}
 
 

@@ -35,15 +35,15 @@ def open_pictures(folder: Path, indices: Sequence[int], *, longest: int) -> list
 
     Others are left out, with a warning where the folder says that they were drawn.
     """
-    found = []
+    images = []
     for index in indices:
         picture = _as_drawn(folder, index)
         if picture is None:
             continue
         if max(picture.size) > longest:
             picture = picture.resize(fitting(picture.size, longest), Image.Resampling.LANCZOS)
-        found.append(picture)
-    return found
+        images.append(picture)
+    return images
 
 
 def _as_drawn(folder: Path, index: int) -> Image.Image | None:

@@ -15,13 +15,13 @@ def number(value: Any) -> Number | None:
 
 def format_number(value: Any, spec: str) -> str:
     """The number in its format; a dash where there is none."""
-    found = number(value)
-    if found is None:
+    numeric = number(value)
+    if numeric is None:
         return MISSING
     try:
-        return format(found, spec)
+        return format(numeric, spec)
     except ValueError:
-        return f"{found:g}"
+        return f"{numeric:g}"
 
 
 def steps_text(steps: int) -> str:

@@ -52,8 +52,8 @@ class PhaseLog:
 
     def values(self, name: str) -> list[float]:
         """What the log says under `name`, in order; what is no finite number is left out."""
-        found = (number(record.get(name)) for record in self.records)
-        return [float(value) for value in found if value is not None]
+        numbers = (number(record.get(name)) for record in self.records)
+        return [float(value) for value in numbers if value is not None]
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _data(path: Path) -> DataCounts | None:
         return None  # of an earlier version
     samples, bad, examples = ((manifest or {}).get(key) for key in ("samples", "bad", "bad_examples"))
     if type(samples) is int and isinstance(bad, dict) and isinstance(examples or {}, dict):
-        lists = all(isinstance(found, list) for found in (examples or {}).values())
+        lists = all(isinstance(names, list) for names in (examples or {}).values())
         if lists and all(type(count) is int for count in bad.values()):
             return _with_sizes(DataCounts(samples, bad, examples or {}), manifest or {})
     if path.exists():

@@ -106,9 +106,9 @@ def prompts(
         ("clip_score", _CLIP_LOST, "CLIP score"),
     ):
         said = percent if key == "prompt_accuracy" else _two_digits
-        own = students[rung.student_steps].value(key)
+        student_value = students[rung.student_steps].value(key)
         teachers = reference.value(key) if reference is not None else None
-        if own is None or teachers is None or own >= teachers - lost:
+        if student_value is None or teachers is None or student_value >= teachers - lost:
             continue
         begins = _first_below(students, run, key, teachers - lost) or rung
         changes = scaled(run.config, MORE, f"{begins.main_phase.key}.max_train_steps")
@@ -117,7 +117,8 @@ def prompts(
             text = f"It begins at {begins.title}: give that rung more updates, or raise the guidance that it learns."
             changes |= scaled(run.config, _MORE_GUIDANCE, "teacher.guidance_scale")
         yield Advice(
-            f"{rung.title}: {title} {said(own)}, the teacher's {said(teachers)}.", (Proposal(text, changes),)
+            f"{rung.title}: {title} {said(student_value)}, the teacher's {said(teachers)}.",
+            (Proposal(text, changes),),
         )
 
 

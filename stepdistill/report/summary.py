@@ -38,11 +38,11 @@ def sentences(entries: Sequence[Entry]) -> list[Sentence]:
     if len({entry.run.name for entry in entries}) > 1:
         steps = dict.fromkeys(entry.steps for entry in distilled)
         groups = [[e for e in distilled if e.steps == n] for n in steps]
-        found = [(group[0].steps, "", _compared(group, entries)) for group in groups]
+        parts = [(group[0].steps, "", _compared(group, entries)) for group in groups]
     else:
-        found = [(e.steps, e.label if e.kind == "lora" else "", _measured(e, entries)) for e in distilled]
+        parts = [(e.steps, e.label if e.kind == "lora" else "", _measured(e, entries)) for e in distilled]
     return [
-        Sentence(steps_text(steps), whose, text[0].upper() + text[1:]) for steps, whose, text in found if text
+        Sentence(steps_text(steps), whose, text[0].upper() + text[1:]) for steps, whose, text in parts if text
     ]
 
 
@@ -54,24 +54,24 @@ def joined_names(runs: Sequence[Run]) -> str:
 
 def warnings_of(runs: Sequence[Run]) -> list[str]:
     """The runs' own warnings, and what was measured differently among several."""
-    found = list(dict.fromkeys(str(text) for run in runs for text in run.part("warnings") or ()))
+    warnings = list(dict.fromkeys(str(text) for run in runs for text in run.part("warnings") or ()))
     evaluated = [run for run in runs if run.results is not None]
     for key in _SHARED:
         values = {run.name: (run.part("protocol") or {}).get(key, run.part(key)) for run in evaluated}
         if len({str(value) for value in values.values()}) > 1:
             each = ", ".join(f"{name}: {value}" for name, value in values.items())
-            found.append(
+            warnings.append(
                 f"the runs were measured differently, so their numbers do not compare: {key} is {each}"
             )
-    found += [
+    warnings += [
         f"{run.name} is not measured to the end, `stepdistill evaluate` goes on: not yet {', '.join(map(str, missing))}"
         for run in evaluated
         if (missing := run.part("unmeasured"))
     ]
-    found += [
+    warnings += [
         f"{run.name} has no numbers yet: run `stepdistill evaluate`" for run in runs if run.results is None
     ]
-    return found
+    return warnings
 
 
 def _measured(entry: Entry, entries: Sequence[Entry]) -> str:
@@ -92,10 +92,10 @@ def _compared(group: Sequence[Entry], entries: Sequence[Entry]) -> str:
     """The rows of one step count, nearest to the teacher first."""
     parts: list[str] = []
     for key, title in (*_DISTANCES, ("prompt_accuracy", "prompts read right")):
-        known = [(value, entry) for entry in group if (value := entry.value(key)) is not None]
-        if not known or (key == "fid_to_real" and parts):
+        measured = [(value, entry) for entry in group if (value := entry.value(key)) is not None]
+        if not measured or (key == "fid_to_real" and parts):
             continue
-        order = sorted(known, key=lambda pair: pair[0], reverse=key == "prompt_accuracy")
+        order = sorted(measured, key=lambda pair: pair[0], reverse=key == "prompt_accuracy")
         each = ", ".join(
             f"{e.name if e.kind == 'lora' else e.run.name} {percent(v) if key == 'prompt_accuracy' else _said(e, key)}"
             for v, e in order
@@ -123,18 +123,18 @@ def _beside(key: str, entry: Entry, entries: Sequence[Entry]) -> str:
 
 
 def _others(entry: Entry, entries: Sequence[Entry]) -> list[str]:
-    found = []
+    phrases = []
     reference = next((e for e in entries if e.is_reference), None)
     accuracy, clip, diversity = (entry.value(k) for k in ("prompt_accuracy", "clip_score", "diversity"))
     if accuracy is not None:
-        found.append(f"prompts read right {percent(accuracy)}")
+        phrases.append(f"prompts read right {percent(accuracy)}")
     if clip is not None:
         beside = None if reference is None else reference.value("clip_score")
-        found.append(f"CLIP score {clip:.2f}" + (f" (teacher {beside:.2f})" if beside is not None else ""))
+        phrases.append(f"CLIP score {clip:.2f}" + (f" (teacher {beside:.2f})" if beside is not None else ""))
     if diversity is not None:
-        found.append(f"{diversity:.2f} of the teacher's diversity")
+        phrases.append(f"{diversity:.2f} of the teacher's diversity")
     speed_up = entry.value("speed_up")
     if speed_up is not None:
         compared = f"{speed_up:.1f} x faster" if speed_up >= 1 else f"{1 / max(speed_up, 1e-9):.1f} x slower"
-        found.append(f"{compared} than {reference.name}" if reference is not None else compared)
-    return found
+        phrases.append(f"{compared} than {reference.name}" if reference is not None else compared)
+    return phrases

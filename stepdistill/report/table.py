@@ -67,11 +67,13 @@ class Table:
 
 def metrics_of(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
     """The metrics of all runs that any row has, in table order."""
-    known = list(entries)
+    all_entries = list(entries)
     metrics: dict[str, dict[str, str]] = {}
-    for entry in known:
+    for entry in all_entries:
         metrics |= {key: about for key, about in entry.run.metrics.items() if key not in metrics}
-    return {key: about for key, about in metrics.items() if any(e.value(key) is not None for e in known)}
+    return {
+        key: about for key, about in metrics.items() if any(e.value(key) is not None for e in all_entries)
+    }
 
 
 def quality_table(entries: Sequence[Entry], floors: Mapping[str, Mapping[str, float]]) -> Table:
@@ -117,16 +119,16 @@ def cost_table(entries: Sequence[Entry]) -> Table | None:
         ("peak memory there, MiB", "peak_memory_mib", ",.0f"),
     ):
         columns.append((Column(title), [format_number(cost.get(key), spec) for cost in costs]))
-    kept = [(column, texts) for column, texts in columns if any(text != MISSING for text in texts)]
-    if not kept:
+    shown_columns = [(column, texts) for column, texts in columns if any(text != MISSING for text in texts)]
+    if not shown_columns:
         return None
     passes = (Column("U-Net passes"), [f"{entry.row['nfe']:g}" for entry in entries])
     lines = tuple(
-        Line(entry.label, entry.kind, tuple(Cell(texts[place]) for _, texts in [passes, *kept]))
+        Line(entry.label, entry.kind, tuple(Cell(texts[place]) for _, texts in [passes, *shown_columns]))
         for place, entry in enumerate(entries)
     )
     caption = "A step is one U-Net pass, or two with guidance on. Seconds per image: at the best batch, row after row."
-    return Table(caption, tuple(column for column, _ in [passes, *kept]), lines)
+    return Table(caption, tuple(column for column, _ in [passes, *shown_columns]), lines)
 
 
 def best_entries(entries: Sequence[Entry], key: str, about: Mapping[str, str]) -> set[str]:
@@ -134,14 +136,14 @@ def best_entries(entries: Sequence[Entry], key: str, about: Mapping[str, str]) -
     badness = _BADNESS.get(about.get("better", ""))
     if badness is None:
         return set()
-    found: set[str] = set()
+    winners: set[str] = set()
     for group in _groups(entries):
         values = {e.label: value for e in group if (value := e.value(key)) is not None}
         texts = {label: format_number(value, about.get("format", "g")) for label, value in values.items()}
         if len(set(texts.values())) > 1:
             first = min(values.items(), key=lambda item: badness(item[1]))[0]
-            found |= {label for label, text in texts.items() if text == texts[first]}
-    return found
+            winners |= {label for label, text in texts.items() if text == texts[first]}
+    return winners
 
 
 def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -160,7 +162,7 @@ def _caption(entries: Sequence[Entry], floors: Iterable[str]) -> str:
         if shared
         else f"of the distilled rows with {FEW_STEPS} steps or fewer"
     )
-    known = set(floors)
+    with_floor = set(floors)
     sets = {
         "_to_real": "real images are from other real ones",
         "_to_teacher": "the teacher is from its own images of other seeds",
@@ -168,10 +170,10 @@ def _caption(entries: Sequence[Entry], floors: Iterable[str]) -> str:
     apart = [
         text
         for ending, text in sets.items()
-        if any(key.endswith(ending) and key not in PAIRED for key in known)
+        if any(key.endswith(ending) and key not in PAIRED for key in with_floor)
     ]
     floor = f" Floor: at this number of images, how far {' and '.join(apart)}." if apart else ""
-    if known & PAIRED:
+    if with_floor & PAIRED:
         floor += (
             " Other noise: the teacher with other seeds, image by image against itself; so large are paired measures where "
             "nothing of the map from noise to image is kept."

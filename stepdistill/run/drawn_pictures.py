@@ -97,8 +97,8 @@ def picture_digest(folder: Path, index: int) -> str | None:
     """sha256 of a picture's file as it was drawn; None where nothing is said of it."""
     before = [marker for marker in markers(folder) if int(marker.stem) <= index]
     chunk = read_chunk(before[-1]) if before else None
-    told = chunk is not None and index in chunk.indices and chunk.pictures
-    return chunk.pictures[index - chunk.first] if chunk is not None and told else None
+    is_recorded = chunk is not None and index in chunk.indices and chunk.pictures
+    return chunk.pictures[index - chunk.first] if chunk is not None and is_recorded else None
 
 
 def is_as_written(file: Path, digest: Any) -> bool:

@@ -96,17 +96,17 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, CHECKSUM: sha256_json(plain)}
 
 
-def unsealed(found: Any) -> dict[str, Any] | None:
+def unsealed(stored: Any) -> dict[str, Any] | None:
     """What was sealed, without its checksum; None for what is no object or was changed since. An object without a checksum,
     which earlier versions wrote, is taken as it is."""
-    if not isinstance(found, dict):
+    if not isinstance(stored, dict):
         return None
-    name = CHECKSUM if CHECKSUM in found else next(reversed(found), None)
-    rest = {key: value for key, value in found.items() if key != name}
-    fits = found.get(name) == sha256_json(rest)
+    name = CHECKSUM if CHECKSUM in stored else next(reversed(stored), None)
+    rest = {key: value for key, value in stored.items() if key != name}
+    fits = stored.get(name) == sha256_json(rest)
     if name == CHECKSUM:
         return rest if fits else None
-    return None if fits else dict(found)  # a checksum under another name was sealed, and its name is damaged
+    return None if fits else dict(stored)  # a checksum under another name was sealed, and its name is damaged
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
@@ -148,8 +148,8 @@ def _os_error(error: Exception) -> int | None:
     """The operating system's number of an error, also of libraries that say it in words: "File too large (os error 27)"."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\((?:os error |.*?\[Errno )(\d+)[)\]]", str(error))
-    return int(found[1]) if found else None
+    match = re.search(r"\((?:os error |.*?\[Errno )(\d+)[)\]]", str(error))
+    return int(match[1]) if match else None
 
 
 def _in_the_way(path: Path) -> str | None:

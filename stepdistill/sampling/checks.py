@@ -62,12 +62,12 @@ def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> Non
             "the pipeline has a LoRA merged into its weights, and another would be added to it; mend: "
             "pipeline.unfuse_lora() and unload_lora_weights() first, or a fresh pipeline"
         )
-    found = sketch_of(unet)
-    if rung.base is not None and rung.base.tensors != found.tensors:
+    sketch = sketch_of(unet)
+    if rung.base is not None and rung.base.tensors != sketch.tensors:
         raise ValueError(
-            f"{rung.weights} is a LoRA of another U-Net: that one has {rung.base.tensors} tensors, this one {found.tensors}"
+            f"{rung.weights} is a LoRA of another U-Net: that one has {rung.base.tensors} tensors, this one {sketch.tensors}"
         )
-    same = None if rung.base is None else rung.base.same_weights(found)
+    same = None if rung.base is None else rung.base.same_weights(sketch)
     if same is None:
         _warn(
             f"whether {rung.weights} was trained on this base could not be checked: its weights are quantised or "
@@ -158,12 +158,12 @@ def _of_scheduler(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
 
 
 def _timesteps(scheduler: Any, steps: int) -> list[int] | str:
-    own = copy.deepcopy(scheduler)
+    scheduler_copy = copy.deepcopy(scheduler)
     try:
-        own.set_timesteps(steps)
+        scheduler_copy.set_timesteps(steps)
     except ValueError as error:
         return str(error)
-    return [round(float(t)) for t in own.timesteps]
+    return [round(float(t)) for t in scheduler_copy.timesteps]
 
 
 def _noise_share(scheduler: Any, steps: int) -> float:

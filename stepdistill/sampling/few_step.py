@@ -111,7 +111,7 @@ def _of_file(path: Path) -> LoadedRung:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-        found = hash_of_file(path)
+        digest = hash_of_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}; mend: copy or export it again") from None
     if HEADER not in header:
@@ -129,7 +129,7 @@ def _of_file(path: Path) -> LoadedRung:
         raise ValueError(
             f"{path} has a header that cannot be read ({error}); mend: export it again"
         ) from None
-    if found != header.get(HASH):
+    if digest != header.get(HASH):
         raise ValueError(
             f"{path} is not as it was written: its tensors were changed or damaged; mend: copy or export it again"
         )

@@ -280,13 +280,13 @@ def _read(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(scalars, values, strict=True))
 
 
-def _check_parts(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_parts(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """ValueError where a state has other parts than a phase of this setup: optimisers, discriminator, average, samples."""
-    for name, part in own.items():
+    for name, part in expected.items():
         if name not in state or (part is None) != (state[name] is None):
             has = "lacks" if state.get(name) is None else "has"
             raise ValueError(f"the phase's state {has} {name}: it is of a phase with other settings")
-    roles, others = own["optimizers"].keys(), state["optimizers"].keys()
+    roles, others = expected["optimizers"].keys(), state["optimizers"].keys()
     if roles != others:
         raise ValueError(
             f"the phase's state has optimisers of {', '.join(others)}, this phase of {', '.join(roles)}"

@@ -110,11 +110,11 @@ class PictureFolder:
             _written(picture_file(self.path, first + k), picture_bytes(image, compress_level=1))
             for k, image in enumerate(images)
         )
-        kept = None
+        latents_sha256 = None
         if first < LATENTS_KEPT:
             content = save({"latents": latents.contiguous()})
-            kept = _written(latents_file(self.path, first), content)
-        Chunk(first, len(images), seconds, self.key, pictures, kept).write(self.path)
+            latents_sha256 = _written(latents_file(self.path, first), content)
+        Chunk(first, len(images), seconds, self.key, pictures, latents_sha256).write(self.path)
 
     def finish(self) -> dict[str, Any]:
         """Notes that all is there; returns the manifest, with the median of the chunks' seconds_per_image."""

@@ -141,10 +141,10 @@ def _require_own_timesteps(scheduler: SchedulerMixin) -> None:
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
     """The diffusers scheduler of that name; ConfigError for another."""
-    found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+    scheduler_type = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not (isinstance(scheduler_type, type) and issubclass(scheduler_type, SchedulerMixin)):
         raise ConfigError(
             f"evaluation.loras: got scheduler {name!r}; allowed: a class of diffusers, such as LCMScheduler, "
             f"EulerDiscreteScheduler, DDIMScheduler, TCDScheduler"
         )
-    return found
+    return scheduler_type

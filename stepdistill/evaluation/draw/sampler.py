@@ -154,8 +154,8 @@ class Sampler:
             done = 0
             for chunk in mine:
                 began = time.monotonic()
-                wanted = prompts[chunk.start : chunk.stop]
-                images, latents = self.draw(row, wanted, seed=seed, first=chunk.start)
+                chunk_prompts = prompts[chunk.start : chunk.stop]
+                images, latents = self.draw(row, chunk_prompts, seed=seed, first=chunk.start)
                 seconds = (time.monotonic() - began) / len(chunk)
                 pictures.add(chunk.start, images, latents, seconds=seconds)
                 done += len(chunk)

@@ -77,9 +77,9 @@ class InceptionFeatures(FeatureExtractor):
     def __init__(self, path: Path, *, sha256: str | None = None) -> None:
         if not path.is_file():
             raise ValueError(f"evaluation.features: no Inception weights at {path}; {where_to_get_it()}")
-        found = sha256_file(path)
-        check_hash(path, found, sha256)
-        super().__init__("inception", 2048, found, 299)
+        digest = sha256_file(path)
+        check_hash(path, digest, sha256)
+        super().__init__("inception", 2048, digest, 299)
         self._scripted = path.suffix == ".pt"
         if self._scripted:
             self.net: Any = read_script(path)
@@ -117,8 +117,8 @@ class TransformersFeatures(FeatureExtractor):
         loader = {"clip": CLIPModel, "dinov2": Dinov2Model}[kind]
         try:
             check_files(folder)
-            if (found := AutoConfig.from_pretrained(folder, **LOCAL).model_type) != kind:
-                raise ValueError(f"it holds {found}")
+            if (model_type := AutoConfig.from_pretrained(folder, **LOCAL).model_type) != kind:
+                raise ValueError(f"it holds {model_type}")
             options = LOCAL | {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
             net, loaded = loader.from_pretrained(folder, **options)
             if loaded["missing_keys"]:  # transformers would leave them random
@@ -195,12 +195,12 @@ def extract(
     batch_size: int = 64,
 ) -> torch.Tensor:
     """Features (N, D), float32 on the CPU, of uint8 batches (B, 3, H, W), cropped and resized, batch_size at a time."""
-    found = [
+    features = [
         _features(part, extractor, protocol=resize, crop=crop)
         for batch in batches
         for part in batch.split(batch_size)
     ]
-    return torch.cat(found)
+    return torch.cat(features)
 
 
 @torch.no_grad()

@@ -124,31 +124,31 @@ class Distances:
 
     def to_real(self, images: ImageSet, real: ImageSet | None) -> dict[str, float]:
         """`*_to_real`, precision, recall, density and coverage; nothing where there is nothing real."""
-        found: dict[str, float] = {}
+        measures: dict[str, float] = {}
         if real is not None:
-            found = self._pairwise(images, real, "real")
+            measures = self._pairwise(images, real, "real")
         if real is not None and self.main is not None:
             mine, theirs = self.main.features(images), self.main.features(real)
-            found["precision"], found["recall"] = precision_recall(theirs, mine)
-            found["density"], found["coverage"] = density_coverage(theirs, mine)
+            measures["precision"], measures["recall"] = precision_recall(theirs, mine)
+            measures["density"], measures["coverage"] = density_coverage(theirs, mine)
         if self._stats is not None and self.main is not None:
-            found["fid_to_real"] = fid(self._stats, self.main.features(images))
-        return found
+            measures["fid_to_real"] = fid(self._stats, self.main.features(images))
+        return measures
 
     def _pairwise(self, images: ImageSet, reference: ImageSet, whom: str) -> dict[str, float]:
-        found: dict[str, float] = {}
+        measures: dict[str, float] = {}
         for view in self._views:
             mine, theirs = view.features(images), view.features(reference)
             if view.name == "clip":
-                found[f"cmmd_to_{whom}"] = cmmd(theirs, mine)
+                measures[f"cmmd_to_{whom}"] = cmmd(theirs, mine)
                 continue
             prefix = {"main": "fid", "patch": "patch_fid", "dinov2": "fd_dinov2"}[view.name]
-            found[f"{prefix}_to_{whom}"] = fid(theirs, mine)
+            measures[f"{prefix}_to_{whom}"] = fid(theirs, mine)
             if view.name == "main":
                 paired = images.by_prompt and reference.by_prompt
                 mean, deviation = kid(theirs, mine, paired=paired, gamma=view.extractor.kid_gamma)
-                found |= {f"kid_to_{whom}": mean, f"kid_to_{whom}_std": deviation}
-        return found
+                measures |= {f"kid_to_{whom}": mean, f"kid_to_{whom}_std": deviation}
+        return measures
 
 
 def _main_view(options: Evaluation, extractor: FeatureExtractor) -> View:

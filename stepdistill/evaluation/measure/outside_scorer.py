@@ -30,16 +30,16 @@ def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) 
         )
     lines = printed.strip().splitlines()
     try:
-        found = {str(name): _number(value) for name, value in json.loads(lines[-1] if lines else "").items()}
+        scores = {str(name): _number(value) for name, value in json.loads(lines[-1] if lines else "").items()}
     except (ValueError, AttributeError, TypeError, OverflowError):
         raise ValueError(
             f"evaluation.score_cmd: the last line of {words[0]} is {lines[-1][:80] if lines else ''!r}; "
             f"allowed: a JSON object of numbers"
         ) from None
-    bad = [name for name, value in found.items() if not math.isfinite(value)]
+    bad = [name for name, value in scores.items() if not math.isfinite(value)]
     if bad:
-        raise ValueError(f"evaluation.score_cmd: {bad[0]} is {found[bad[0]]}; allowed: finite numbers")
-    return found
+        raise ValueError(f"evaluation.score_cmd: {bad[0]} is {scores[bad[0]]}; allowed: finite numbers")
+    return scores
 
 
 def _run(words: list[str], timeout: float) -> tuple[int, str, str]:
