@@ -23,7 +23,7 @@ def test_killed_and_started_again_gives_the_same_weights_to_the_bit(finished_run
     path.write_text(yaml.safe_dump(resolved(config)))
     command = [sys.executable, "-m", "stepdistill", "distill", str(path)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # a busy machine is slow to import torch
     while not (config.run_dir / "rungs" / "8" / "rung.json").is_file():
         assert time.monotonic() < deadline
         assert first.poll() is None, "it ended before it could be killed"
