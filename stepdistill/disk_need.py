@@ -111,9 +111,8 @@ def _count(data: Data) -> tuple[int, int, bool]:
     a_shard = PROMPTS_A_SHARD if is_prompts_only(data.source) else SHARD
     world = world_of(data.source)
     total = data.num_images if world is None else data.num_images or world.num_images
-    if total is not None and (
-        world is not None or is_prompts_only(data.source)
-    ):  # one shard is as the others
+    repeats = world is not None or is_prompts_only(data.source)  # one shard is as the others
+    if repeats and total is not None:
         looked_at = data.model_copy(update={"num_images": min(total, a_shard)})
         samples, captions, _ = _walk(looked_at, a_shard)
         return total, round(captions * total / max(samples, 1)), True

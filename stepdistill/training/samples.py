@@ -108,10 +108,10 @@ class Samples:
         D's loss and the student's use the same D, so an update does not depend on how a batch is split.
         """
         if real not in self._logits:
-            self._logits[real] = self._asked(real)
+            self._logits[real] = self._logits_against(real)
         return self._logits[real]
 
-    def _asked(self, real: str) -> Logits:
+    def _logits_against(self, real: str) -> Logits:
         """The features of x_t are computed once for both losses."""
         discriminator, batch = self._discriminator, self.batch
         assert discriminator is not None, "an adversarial objective has a discriminator"
