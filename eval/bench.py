@@ -36,13 +36,15 @@ from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.ladder import distill
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator, build_discriminator
-from stepdistill.models.loading import load_encoders, load_noise_path, load_unet, read_scheduler_config
+from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
-from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.plan import phase_forwards
-from stepdistill.run.folder import open_run
 from stepdistill.run.log import read_log
 from stepdistill.runtime import environment
+from stepdistill.stages import open_run
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.loading import load_encoders, load_noise_path
+from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.losses import losses_of
 from stepdistill.training.samples import Samples
 
@@ -63,9 +65,9 @@ def timed(action: Callable[[], object], iterations: int) -> float:
 def denoisers(config: RunConfig, rung_index: int, device: torch.device) -> tuple[Denoiser, Denoiser]:
     """Student and teacher of a rung, untrained: on the first rung the teacher is the base with guidance."""
     base = teacher_folder(config)
-    unet = load_unet(base).to(device)
+    unet = load_network(base).to(device)
     network = SharedNetwork.with_student_and_teacher(unet, rank=config.lora.rank, seed=0)
-    noise_path, kind = load_noise_path(read_scheduler_config(base))
+    noise_path, kind = load_noise_path(TeacherFacts.of_folder(base).scheduler)
     student = Denoiser(network, STUDENT, noise_path.to(device), kind, trains=True)
     if rung_index:
         return student, dataclasses.replace(student, adapter=TEACHER, trains=False)

@@ -47,9 +47,9 @@ from side_by_side import (
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.disk.durable import read_json, write_json
 from stepdistill.evaluation.check import check_evaluation
-from stepdistill.evaluation.subject import subject_of
-from stepdistill.run.durable import read_json, write_json
+from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.runtime import source_commit
 from stepdistill.training.optim import NonFiniteError
 
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     run_dir = next((t.run_dir for t in tables if t.run_dir is not None), None)
     if run_dir is not None:
         labels = {names[0]: names[0].replace("-", " ")} | PICTURE
-        picture(run_dir, labels, subject_of(base).prompts).save(args.output.with_suffix(".png"))
+        picture(run_dir, labels, evaluation_set_of(base).prompts).save(args.output.with_suffix(".png"))
     print(text)
     return 0
 

@@ -25,9 +25,10 @@ from side_by_side import MEASURES, measure, summary, write
 from stepdistill import plan, stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config.load import load_config, parse_config
-from stepdistill.run.folder import open_run, resolved
+from stepdistill.config.saved import resolved
 from stepdistill.run.rungs import require_rung, rung_folder
 from stepdistill.runtime import source_commit
+from stepdistill.stages import open_run
 
 START = 2
 TABLE = {"teacher_steps": [32], "unguided_steps": [], "diversity_prompts": 0, "num_images": 256}

@@ -24,8 +24,8 @@ from stepdistill.config import Data
 from stepdistill.data.source import evaluation_pictures
 from stepdistill.demo import teacher as recipe
 from stepdistill.demo.letters import INKS, PAPERS
-from stepdistill.models.folder import embedded_folder
-from stepdistill.models.loading import load_pipeline, load_vae
+from stepdistill.teacher.folder import embedded_folder
+from stepdistill.teacher.loading import load_pipeline, load_vae
 
 COPIES = 4
 

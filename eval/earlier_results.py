@@ -12,7 +12,7 @@ from typing import Any
 from side_by_side import STEPS, Table
 
 from stepdistill.config import ConfigError
-from stepdistill.run.durable import read_json
+from stepdistill.disk.durable import read_json
 
 SETTINGS = ("config", "size", "budget", "num_images", "overrides")
 

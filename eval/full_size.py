@@ -31,10 +31,10 @@ from torch.utils._pytree import tree_leaves
 from stepdistill import stages
 from stepdistill.config import Phase, RunConfig
 from stepdistill.config.load import load_config
+from stepdistill.config.saved import resolved
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
-from stepdistill.run.folder import resolved
 from stepdistill.run.log import read_log
 from stepdistill.runtime import WEIGHT_DTYPES, environment
 

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from stepdistill.models.folder import embedded_folder
+from stepdistill.teacher.folder import embedded_folder
 
 _TOKENS = 77
 _SD_BLOCKS = {

@@ -23,12 +23,12 @@ from stepdistill.config import RunConfig
 from stepdistill.demo.letters import TYPEFACES, WORLD, Style, Triple, parse_caption
 from stepdistill.demo.reader import Reader, load_reader, prompt_accuracy, save_reader, shipped_reader
 from stepdistill.demo.teacher import rendered_batch, train_reader
+from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.evaluation_set import RealImages, evaluation_set_of
 from stepdistill.evaluation.measure.distances import fid, fid_without_each_group
 from stepdistill.evaluation.measure.features import ReaderFeatures
 from stepdistill.evaluation.measure.image_sets import ImageSet, View
-from stepdistill.evaluation.subject import RealImages, subject_of
-from stepdistill.run.durable import sha256_file
 from stepdistill.runtime import environment, source_commit
 
 ASSET = Path(__file__).parent / "assets" / "second_reader"
@@ -70,12 +70,12 @@ def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSE
         rows: their names.
         asset: where the reader is, without suffix.
     """
-    subject, folder = subject_of(config), config.run_dir / "evaluation"
-    if subject.world is None:
+    evaluation_set, folder = evaluation_set_of(config), config.run_dir / "evaluation"
+    if evaluation_set.world is None:
         return Again({}, {}, {})
     extractor = ReaderFeatures(weights_of(asset)).eval().requires_grad_(False)
     shipped = shipped_reader()
-    asked = [parse_caption(prompt) for prompt in subject.prompts]
+    asked = [parse_caption(prompt) for prompt in evaluation_set.prompts]
     view = View("second", extractor, config.evaluation.resize or extractor.default_resize)
 
     def drawn(row: str) -> ImageSet:
@@ -85,7 +85,10 @@ def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSE
     def features(images: RealImages | None, name: str) -> torch.Tensor | None:
         return images and view.features(ImageSet(images.key, folder / "features" / name, images.batches))
 
-    real, other_real = features(subject.real, "real"), features(subject.other_real, "other-real")
+    real, other_real = (
+        features(evaluation_set.real, "real"),
+        features(evaluation_set.other_real, "other-real"),
+    )
     references = {} if real is None else {f"{PREFIX}fid_to_real": real}
     floor = {
         key: fid(reference, other_real) for key, reference in references.items() if other_real is not None

@@ -15,11 +15,11 @@ from second_reader import measured_again
 from stepdistill import stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config.load import load_config
-from stepdistill.report.grid import image_grid
-from stepdistill.run.durable import read_json
-from stepdistill.run.folder import open_run
+from stepdistill.disk.durable import read_json
+from stepdistill.images.image_grid import image_grid
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import environment
+from stepdistill.stages import open_run
 
 STEPS = (8, 4, 2, 1)
 SIZES = {"cpu": ["training.train_batch_size=32"], "gpu": ["training.train_batch_size=256"]}

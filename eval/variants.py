@@ -12,7 +12,7 @@ from peers.methods import Method, ladder_method
 
 from stepdistill.config import RunConfig
 from stepdistill.config.load import parse_config
-from stepdistill.run.folder import resolved
+from stepdistill.config.saved import resolved
 
 Raw = dict[str, Any]
 Change = Callable[[Raw], None]

@@ -22,13 +22,13 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, 
 from stepdistill import stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config.load import load_config
+from stepdistill.disk.durable import read_json
 from stepdistill.evaluation.measure.metrics import METRICS
-from stepdistill.models.loading import load_pipeline
-from stepdistill.models.teacher_source import teacher_folder
-from stepdistill.run.durable import read_json
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import environment
 from stepdistill.sampling import FewStepWarning, load_few_step
+from stepdistill.teacher.loading import load_pipeline
+from stepdistill.teacher.source import teacher_folder
 
 Change = Callable[[DiffusionPipeline], None]
 MEASURED = ("prompt_accuracy", "fid_to_teacher", "paired_fid_to_teacher", "fid_to_real")

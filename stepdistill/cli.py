@@ -18,10 +18,9 @@ import yaml
 from stepdistill import plan, stages
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.load import load_config
+from stepdistill.config.saved import resolved
+from stepdistill.disk.places import is_folder
 from stepdistill.messages import printable, short
-from stepdistill.pace import measured_seconds_per_pass
-from stepdistill.run.folder import check_run, resolved
-from stepdistill.run.places import is_folder
 from stepdistill.run.rungs import finished_rungs
 
 app = typer.Typer(
@@ -59,7 +58,7 @@ def _stage(
 ) -> None:
     """Runs a stage, or prints the config and what `planned` stages would do."""
     config = load_config(config_path, overrides)
-    check_run(config)
+    stages.check_run(config)
     if not dry_run:
         stage(config)
         return
@@ -68,7 +67,7 @@ def _stage(
         stages=planned,
         only=only,
         finished=finished_rungs(config.run_dir),
-        seconds_per_pass=measured_seconds_per_pass(config),
+        seconds_per_pass=plan.measured_seconds_per_pass(config),
     )
     typer.echo(yaml.safe_dump(resolved(config), sort_keys=False) + "\n" + described)
 
@@ -122,7 +121,7 @@ def export(
     asked = [] if formats is None else [f"export.formats=[{formats}]"]
     asked += [] if rank is None else [f"export.rank={rank}"]
     run_config = load_config(config, [*(overrides or []), *asked])
-    check_run(run_config)
+    stages.check_run(run_config)
     stages.export(run_config, steps=steps, push_to=push, dry_run=dry_run)
 
 

@@ -10,32 +10,31 @@ import torch
 from safetensors.torch import load_file
 
 from stepdistill.config import Phase, RunConfig, Rung
-from stepdistill.config.ladder_checks import prediction_types
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import VariancePreserving
+from stepdistill.disk.durable import sha256_file, writing
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
-from stepdistill.models.loading import (
-    fingerprint,
-    load_noise_path,
-    load_unet,
-    load_vae,
-    read_scheduler_config,
-    vae_dtype,
-)
 from stepdistill.models.lora_file import write_lora
+from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
-from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.rng import derive_seed
-from stepdistill.run.durable import sha256_file, writing
-from stepdistill.run.fork import take_rungs
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
-from stepdistill.runtime import Runtime, release_memory
+from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, take_rungs
+from stepdistill.runtime import Processes, Runtime, release_memory
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.loading import (
+    fingerprint,
+    load_noise_path,
+    load_vae,
+    vae_dtype,
+)
+from stepdistill.teacher.source import teacher_folder
+from stepdistill.training.measure_looks import PhaseLooks
+from stepdistill.training.painter import Painter
 from stepdistill.training.phase import PhaseSetup, run_phase
-from stepdistill.training.phase_looks import PhaseLooks
-from stepdistill.training.pictures import Painter
 from stepdistill.training.preview import MOST_TEACHER_STEPS, Preview
 
 logger = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         raise ValueError(
             f"--rung: got {only[0]}:{only[1]}; allowed: {allowed}" if only else "the ladder is empty"
         )
-    take_rungs(config)
+    _take_rungs(config)
     if only is None:
         todo = _unfinished(config)
     if not todo:
@@ -97,6 +96,26 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
     return [rung.student_steps for rung in todo]
 
 
+def rungs_to_copy(config: RunConfig) -> list[TakenRung]:
+    """The rungs of another run that `start_from` leads to and that are not in this run's folder; ConfigError where one does
+    not fit, or belongs to another base than the teacher."""
+    if config.start_from is None:
+        return []
+    base = teacher_folder(config)
+    rungs = missing_rungs(config, base_prediction_type=TeacherFacts.of_folder(base).prediction_type)
+    if rungs:
+        check_base(config, rungs, base_fingerprint=fingerprint(base))
+    return rungs
+
+
+def _take_rungs(config: RunConfig) -> None:
+    """Copies them, by one process."""
+    processes = Processes()
+    if processes.is_main:
+        take_rungs(config, rungs_to_copy(config))
+    processes.wait()
+
+
 def _unfinished(config: RunConfig) -> list[Rung]:
     for index, rung in enumerate(config.ladder):
         if read_rung(config.run_dir, rung.student_steps) is None:
@@ -108,7 +127,7 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     """The shared network, the cache and what else all rungs need; models of earlier stages are freed first."""
     release_memory()
     base = teacher_folder(config)
-    unet = load_unet(base, dtype=runtime.weight_dtype, quantization=config.training.base_quantization).to(
+    unet = load_network(base, dtype=runtime.weight_dtype, quantization=config.training.base_quantization).to(
         runtime.device
     )
     network = SharedNetwork.with_student_and_teacher(
@@ -117,7 +136,8 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         seed=derive_seed(config.seed, "lora"),
         gradient_checkpointing=config.training.gradient_checkpointing,
     )
-    noise_path, prediction_type = load_noise_path(read_scheduler_config(base))
+    facts = TeacherFacts.of_folder(base)
+    noise_path, prediction_type = load_noise_path(facts.scheduler)
     cache = load_cache(config)
     undistilled = Denoiser(
         network,
@@ -128,7 +148,7 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         unconditional=cache.unconditional.to(runtime.device, runtime.weight_dtype),
     )
     painter = Painter(
-        load_vae(base, dtype=vae_dtype(base, runtime.weight_dtype)),
+        load_vae(base, dtype=vae_dtype(facts, runtime.weight_dtype)),
         batch_size=config.training.train_batch_size,
         autocast=runtime.autocast,
     )
@@ -173,7 +193,7 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
     shared.runtime.wait()
     prompts, folder = list(config.preview.prompts), partial / "previews"
     preview = Preview(shared.painter, shared.cache, prompts, seed=config.seed, folder=folder)
-    predicted = prediction_types(config, shared.undistilled.prediction_type)
+    predicted = config.prediction_types(shared.undistilled.prediction_type)
     training = _RungTraining(shared, rung, predicted, preview, log)
     learned: DiscriminatorState | None = None
     for number, phase in enumerate(rung.phases):
@@ -312,7 +332,7 @@ def read_lora_file(path: Path) -> dict:
 def seconds_per_forward(config: RunConfig) -> float:
     """Seconds of one U-Net forward with a LoRA per sample, here, at the training batch size: the faster of three."""
     runtime = Runtime(mixed_precision=config.training.mixed_precision)
-    unet = load_unet(
+    unet = load_network(
         teacher_folder(config),
         dtype=runtime.weight_dtype,
         quantization=config.training.base_quantization,

@@ -1,12 +1,14 @@
 """What a run will do, and what it costs in U-Net forwards (passes of one sample), before it starts. No torch."""
 
+import statistics
 from collections.abc import Collection
 from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 from stepdistill.diffusion.grid import next_node, substeps, trailing_nodes
-from stepdistill.models.teacher_source import teacher_timesteps
+from stepdistill.run.log import read_log
 from stepdistill.run.start_from import taken_steps
+from stepdistill.teacher.source import teacher_timesteps
 
 # In units of one forward of the bare U-Net per sample (computed on SDXL): forward and backward of the U-Net with a LoRA,
 # then what the discriminator adds. The base as teacher is the bare U-Net; the student of a rung as teacher has a LoRA.
@@ -204,3 +206,20 @@ _PARTS = {
 
 def _time(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+
+
+def measured_seconds_per_pass(config: RunConfig) -> float | None:
+    """Seconds of one U-Net pass of one sample: the median over the updates that log.jsonl holds of this ladder; None where
+    there are none."""
+    passes = {
+        (rung.student_steps, number): phase_forwards(config, rung, phase)
+        for rung in config.ladder
+        for number, phase in enumerate(rung.phases)
+    }
+    seconds = []
+    for record in read_log(config.run_dir / "log.jsonl"):
+        each = passes.get((record.get("rung", 0), record.get("phase", 0)))
+        rate = record.get("images_per_second")
+        if each and isinstance(rate, int | float) and rate > 0:
+            seconds.append(1 / (rate * each))
+    return statistics.median(seconds) if seconds else None

@@ -10,21 +10,39 @@ from pathlib import Path
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config.ladder_checks import check_ladder, unfit_settings
-from stepdistill.models.teacher_source import is_ready_made, teacher_folder
-from stepdistill.pace import measured_seconds_per_pass
-from stepdistill.run.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
-from stepdistill.run.folder import check_run, open_run
-from stepdistill.run.places import clear_half_written
+from stepdistill.disk.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
+from stepdistill.disk.places import clear_half_written
+from stepdistill.run.folder import check_folder, open_folder
 from stepdistill.run.rungs import finished_rungs, rung_folder
+from stepdistill.run.start_from import check_start
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
+from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
 
 logger = logging.getLogger(__name__)
+
+
+def check_run(config: RunConfig) -> None:
+    """ConfigError where the teacher, the rungs to start from or the run's folder cannot be used; writes nothing."""
+    check_teacher(config)
+    try:
+        base_prediction_type = teacher_facts(config).prediction_type
+    except ConfigError:  # its configs are not on this disk yet
+        base_prediction_type = None
+    check_start(config, base_prediction_type=base_prediction_type)
+    check_folder(config)
+
+
+def open_run(config: RunConfig) -> Path:
+    """check_run, then the run's folder with config.yaml in it."""
+    check_run(config)
+    return open_folder(config)
 
 
 def doctor(config: RunConfig) -> None:
     """Prints what was found about a run to come; ConfigError where something would stop it."""
     _quiet_libraries()
-    from stepdistill.doctor import examine, raise_for
+    from stepdistill.doctor.findings import examine, raise_for
 
     findings = examine(config)
     for finding in findings:
@@ -42,9 +60,9 @@ def prepare(config: RunConfig) -> None:
 
     write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
-    check_ladder(config, teacher_folder(config))
+    check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     if Processes().is_main:
-        for about, remedy in unfit_settings(config, teacher_folder(config)):
+        for about, remedy in unfit_settings(config, TeacherFacts.of_folder(teacher_folder(config))):
             logger.warning("prepare: %s; mend: %s", about, remedy)
     manifest = run_dir / "cache" / "manifest.json"
     before = read_sealed(manifest)
@@ -68,7 +86,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     _quiet_libraries()
     from stepdistill.ladder import distill as climb
 
-    check_ladder(config, teacher_folder(config))
+    check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     before = finished_rungs(config.run_dir)
     trained = climb(config, only=only)
     clear_half_written(config.run_dir / "rungs")
@@ -180,17 +198,18 @@ def run_all(config: RunConfig) -> None:
     check_run(config)
     _quiet_libraries()
     from stepdistill.evaluation.check import check_evaluation
-    from stepdistill.run.fork import check_base
+    from stepdistill.ladder import rungs_to_copy
 
     if not is_ready_made(config):
         open_run(config)
         _make_teacher(config)
-    check_base(config)
+    rungs_to_copy(config)
     check_evaluation(config)
     open_run(config)
     finished = finished_rungs(config.run_dir)
     logger.info(
-        "%s", plan.describe(config, finished=finished, seconds_per_pass=measured_seconds_per_pass(config))
+        "%s",
+        plan.describe(config, finished=finished, seconds_per_pass=plan.measured_seconds_per_pass(config)),
     )
     prepare(config)
     logger.info("%s", _estimate(config))
@@ -211,7 +230,7 @@ def refresh_cards(config: RunConfig) -> None:
 
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
     """One picture by the `steps`-step student of a run, as PNG."""
-    from stepdistill.run.folder import read_run_config
+    from stepdistill.config.saved import read_run_config
     from stepdistill.run.rungs import require_rung
 
     config = read_run_config(run_dir)
@@ -220,10 +239,9 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     from stepdistill.evaluation.draw.sampler import draw
     from stepdistill.export.exported import is_exported
     from stepdistill.export.rung import export_rung
-    from stepdistill.models.loading import load_pipeline
-    from stepdistill.models.teacher_source import teacher_folder
     from stepdistill.runtime import default_device
     from stepdistill.sampling import load_few_step
+    from stepdistill.teacher.loading import load_pipeline
 
     _check_picture(output)
     if not is_exported(rung_folder(run_dir, steps)):
@@ -258,8 +276,8 @@ def _estimate(config: RunConfig) -> str:
 
 def _make_teacher(config: RunConfig) -> None:
     """A folder of the teacher where it is none yet, by one process."""
-    from stepdistill.models.teacher import make_teacher
     from stepdistill.runtime import Processes
+    from stepdistill.teacher.make import make_teacher
 
     processes = Processes()
     if processes.is_main:

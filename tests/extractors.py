@@ -12,7 +12,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from stepdistill.models.folder import embedded_folder
+from stepdistill.teacher.folder import embedded_folder
 
 
 def build_clip(folder):

@@ -11,8 +11,8 @@ from side_by_side import STEPS
 from stepdistill import plan, stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config.load import parse_config
-from stepdistill.run.durable import read_json
-from stepdistill.run.folder import resolved
+from stepdistill.config.saved import resolved
+from stepdistill.disk.durable import read_json
 from stepdistill.run.rungs import WEIGHT_NAME, read_rung, rung_folder
 
 from . import dmd2, lcm

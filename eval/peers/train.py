@@ -7,6 +7,7 @@ import torch
 
 from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch
+from stepdistill.disk.durable import sha256_file
 from stepdistill.ladder import read_lora_file
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
@@ -14,7 +15,6 @@ from stepdistill.models.discriminator import Head
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.rng import derive_seed
-from stepdistill.run.durable import sha256_file
 
 from . import dmd2, lcm
 from .loop import Loop, is_finished

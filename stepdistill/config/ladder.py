@@ -88,6 +88,10 @@ class Phase(Section):
         """The objective that has a discriminator, where there is one."""
         return next((kind for kind in self.kinds if kind in ADVERSARIAL), None)
 
+    def loss_space_for(self, student_prediction_type: str) -> str:
+        """Where mse is measured: `auto` is what the student predicts."""
+        return student_prediction_type if self.loss_space == "auto" else self.loss_space
+
 
 class Rung(Section):
     """One step reduction."""

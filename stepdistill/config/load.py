@@ -11,9 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig, Section
+from stepdistill.config.saved import plain_yaml, read_run_config, resolved
+from stepdistill.disk.places import is_folder
 from stepdistill.messages import first_line, short
-from stepdistill.run.folder import plain_yaml, read_run_config, resolved
-from stepdistill.run.places import is_folder
 
 _MOST_BYTES = 2**22
 # What PyYAML raises at dates that do not exist, numbers too long for Python, and lists in lists in lists.

@@ -148,6 +148,14 @@ class RunConfig(Section):
         """output_dir/name."""
         return Path(self.output_dir) / self.name
 
+    def prediction_types(self, base: str) -> list[str]:
+        """What each rung's student predicts: its own setting, or as the rung before; `base` is what the teacher predicts."""
+        kinds, kind = [], base
+        for rung in self.ladder:
+            kind = rung.prediction_type or kind
+            kinds.append(kind)
+        return kinds
+
     @model_validator(mode="after")
     def _check_ladder(self) -> "RunConfig":
         check_ladder(self.ladder)

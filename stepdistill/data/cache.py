@@ -17,8 +17,8 @@ from stepdistill import rng
 from stepdistill.config import RunConfig
 from stepdistill.data.order import samples_of_update
 from stepdistill.data.shards import Places, Shard, Size, is_intact, read_about
+from stepdistill.disk.durable import read_sealed, sha256_file
 from stepdistill.models.network.conditioning import Conditioning
-from stepdistill.run.durable import read_sealed, sha256_file
 
 TEXT = "text.safetensors"
 

@@ -23,7 +23,8 @@ from stepdistill.data.samples import BadSample, cover, read_caption
 from stepdistill.data.shards import caption_bytes, size_name
 from stepdistill.data.source import picture_of
 from stepdistill.data.synthesis import Synthesis
-from stepdistill.models.network.conditioning import Conditioning, encode_prompts
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.network.encode import encode_prompts
 
 _WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 32

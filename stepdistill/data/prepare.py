@@ -27,23 +27,10 @@ from stepdistill.data.held_out import settled
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.shards import FORMAT, Shard, is_intact, read_about, size_name, write_shard
+from stepdistill.data.size_counts import UsedSizes, data_seed, used_sizes
 from stepdistill.data.source import not_empty, training_records
 from stepdistill.data.synthesis import Synthesis
-from stepdistill.data.tallies import UsedSizes, data_seed, used_sizes
-from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.loading import (
-    encoder_fingerprint,
-    fingerprint,
-    latent_shape,
-    load_encoders,
-    load_noise_path,
-    load_unet,
-    read_scheduler_config,
-)
-from stepdistill.models.network.conditioning import encode_prompts, encode_unconditional
-from stepdistill.models.shared_network import SharedNetwork
-from stepdistill.models.teacher_source import teacher_folder
-from stepdistill.run.durable import (
+from stepdistill.disk.durable import (
     canonical,
     read_sealed,
     sha256_file,
@@ -53,8 +40,20 @@ from stepdistill.run.durable import (
     write_sealed,
     writing,
 )
-from stepdistill.run.places import clear_half_written
+from stepdistill.disk.places import clear_half_written
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.network.encode import encode_prompts, encode_unconditional
+from stepdistill.models.network.kind import load_network
+from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.runtime import WEIGHT_DTYPES, Processes
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.loading import (
+    encoder_fingerprint,
+    fingerprint,
+    load_encoders,
+    load_noise_path,
+)
+from stepdistill.teacher.source import teacher_folder
 
 logger = logging.getLogger(__name__)
 SHARD = 1024
@@ -153,14 +152,14 @@ class _Work:
 
     def _make_encoder(self, device: torch.device) -> Encoder:
         config = self._config
-        pipeline = self._pipeline.to(device)
+        pipeline, facts = self._pipeline.to(device), TeacherFacts.of_folder(self._base)
         if not is_prompts_only(config.data.source):
             return Encoder(pipeline, config.data, self._sizes)
         size, kind = self._sizes.target, config.teacher.unconditional
         dtype = WEIGHT_DTYPES[config.training.mixed_precision]
-        noise_path, prediction_type = load_noise_path(read_scheduler_config(self._base))
+        noise_path, prediction_type = load_noise_path(facts.scheduler)
         unconditional = encode_unconditional(pipeline, image_size=size, kind=kind)
-        unet = load_unet(self._base, dtype=dtype).to(device)
+        unet = load_network(self._base, dtype=dtype).to(device)
         teacher = Denoiser(
             SharedNetwork(unet),
             None,
@@ -172,7 +171,7 @@ class _Work:
         synthesis = Synthesis(
             teacher=teacher,
             steps=config.data.teacher_steps,
-            shape=latent_shape(self._base, size),
+            shape=facts.latent_shape(size),
             seed=config.seed,
             batch_size=config.training.train_batch_size,
         )
@@ -292,12 +291,12 @@ def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -
 
 
 def _digest(records: Sequence[Record]) -> str:
-    """sha256 over names, captions and marks: which records a shard was made of."""
+    """sha256 over names, captions and versions: which records a shard was made of."""
     digest = hashlib.sha256()
     for record in records:
         try:
             caption = read_caption(record.read_caption())
         except BadSample as error:
             caption = f"\0{error.kind}"
-        digest.update(json.dumps([record.name, caption, record.mark()]).encode() + b"\n")
+        digest.update(json.dumps([record.name, caption, record.version()]).encode() + b"\n")
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config.data import Kind
-from stepdistill.data.marks import mark_of_bytes, mark_of_file, mark_of_part
+from stepdistill.data.file_version import version_of_bytes, version_of_file, version_of_part
 from stepdistill.data.samples import MOST_BYTES, MOST_CAPTION_BYTES, BadSample
 from stepdistill.data.shards import Shard
 from stepdistill.data.tar import BrokenArchive, Member, members, read_member
@@ -37,14 +37,18 @@ _MOST_MEMBERS_OF_ONE = 16
 
 @dataclass(frozen=True)
 class Record:
-    """name: how messages call it; read_caption, read_image: its bytes, or text, or BadSample; mark: what tells its picture
-    from another of that name (marks.py). read_image is None where there is no picture: prompts alone, latents
-    of another run."""
+    """One sample, unread.
+
+    name          how messages call it
+    read_caption  its bytes, or text, or BadSample
+    read_image    the same of its picture; None where there is none: prompts alone, latents of another run
+    version       of its picture, which changes when another takes that name (file_version.py)
+    """
 
     name: str
     read_caption: Callable[[], bytes | str | None]
     read_image: Callable[[], bytes | Image.Image] | None
-    mark: Callable[[], str] = str
+    version: Callable[[], str] = str
 
 
 def records(source: str) -> Iterator[Record]:
@@ -138,7 +142,7 @@ def _text_beside(file: Path) -> Callable[[], bytes]:
 def _of_file(folder: Path, file: Path, caption: Callable[[], bytes | str | None]) -> Record:
     name = file.relative_to(folder).as_posix()
     return Record(
-        name, caption, lambda: read_file(file, most=MOST_BYTES), functools.partial(mark_of_file, file)
+        name, caption, lambda: read_file(file, most=MOST_BYTES), functools.partial(version_of_file, file)
     )
 
 
@@ -219,7 +223,7 @@ def _grouped(path: Path, group: Iterable[Member]) -> Iterator[Record]:
             f"{path.name}:{image.name}",
             _caption_of(path, parts),
             _bytes_of(path, image),
-            functools.partial(mark_of_part, path, image.offset, image.size),
+            functools.partial(version_of_part, path, image.offset, image.size),
         )
 
 
@@ -274,7 +278,9 @@ def _parquet(paths: list[Path]) -> Iterator[Record]:
         if content is None:
             yield _bad(name, "image_missing", "the row holds no image")
         else:
-            yield Record(name, _value(text), _value_bytes(content), functools.partial(mark_of_bytes, content))
+            yield Record(
+                name, _value(text), _value_bytes(content), functools.partial(version_of_bytes, content)
+            )
 
 
 def _value_bytes(content: bytes) -> Callable[[], bytes]:

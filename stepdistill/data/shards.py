@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from stepdistill.disk.durable import write_bytes
 from stepdistill.models.network.conditioning import Conditioning
-from stepdistill.run.durable import write_bytes
 
 FORMAT = "stepdistill cache 2"
 _DTYPES = {

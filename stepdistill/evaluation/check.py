@@ -5,13 +5,12 @@ from pathlib import Path
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
 from stepdistill.evaluation.draw.rows import lora_file, rows_of
+from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.evaluation.measure.choice import Choice, choose_features
 from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.evaluation.protocol import real_warnings
-from stepdistill.evaluation.subject import subject_of
-from stepdistill.models.loading import image_size
-from stepdistill.models.lora_trial import check_lora_goes_on
-from stepdistill.models.teacher_source import configs_folder
+from stepdistill.teacher.lora_trial import check_lora_goes_on
+from stepdistill.teacher.source import configs_folder, teacher_facts
 
 
 def check_evaluation(config: RunConfig) -> Choice:
@@ -21,11 +20,13 @@ def check_evaluation(config: RunConfig) -> Choice:
     for row in rows_of(config):
         if row.lora is not None:
             _check_lora(row.lora, folder)
-    subject = subject_of(config)
-    choice = choose_features(config, subject)
+    evaluation_set = evaluation_set_of(config)
+    choice = choose_features(config, evaluation_set)
     distances = Distances(choice.options(config), device="cpu")
-    distances.check_size(image_size(folder))
-    return replace(choice, warnings=(*choice.warnings, *real_warnings(config.evaluation, subject, distances)))
+    distances.check_size(teacher_facts(config).image_size)
+    return replace(
+        choice, warnings=(*choice.warnings, *real_warnings(config.evaluation, evaluation_set, distances))
+    )
 
 
 def _check_lora(lora: LoraRow, folder: Path) -> None:

@@ -1,29 +1,31 @@
 """Every row drawn and measured: evaluation/results.json, what the report is made of."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepdistill.config import RunConfig
+from stepdistill.disk.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
+from stepdistill.disk.places import clear_half_written
 from stepdistill.evaluation.draw.cost import measure_cost
 from stepdistill.evaluation.draw.picture_folder import PictureFolder
 from stepdistill.evaluation.draw.rows import Row, rows_of
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.evaluation.draw.studies import Studies
+from stepdistill.evaluation.evaluation_set import EvaluationSet, RealImages, Renderings, evaluation_set_of
 from stepdistill.evaluation.measure.choice import Choice, choose_features
-from stepdistill.evaluation.measure.drift import image_drift
 from stepdistill.evaluation.measure.features import clip_score
 from stepdistill.evaluation.measure.image_sets import Distances, ImageSet, View
 from stepdistill.evaluation.measure.metrics import described, latent_mse
 from stepdistill.evaluation.measure.outside_scorer import run_score_cmd
 from stepdistill.evaluation.protocol import absent_columns, protocol_of, warnings_of
-from stepdistill.evaluation.subject import RealImages, Renderings, Subject, subject_of
 from stepdistill.export.exported import read_scheduler
+from stepdistill.images.drift import image_drift
 from stepdistill.jackknife import standard_error
 from stepdistill.rng import derive_seed
-from stepdistill.run.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
-from stepdistill.run.places import clear_half_written
 from stepdistill.run.rungs import require_rung, rung_folder
 from stepdistill.runtime import Processes
 
@@ -43,72 +45,128 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         if row.student_steps is not None:
             require_rung(config.run_dir, row.student_steps)
             read_scheduler(rung_folder(config.run_dir, row.student_steps))
-    subject, processes = subject_of(config), Processes()
-    choice = choose_features(config, subject)
+    evaluation_set, processes = evaluation_set_of(config), Processes()
+    choice = choose_features(config, evaluation_set)
     distances = Distances(choice.options(config), device=processes.device)
-    work = _Work(config, rows, subject, Sampler(config, device=processes.device), processes)
-    work.draw()
+    drawing = _Drawing(config, rows, evaluation_set, Sampler(config, device=processes.device), processes)
+    drawn = drawing.draw()
     if not processes.is_main:
         return {}
     learned: dict[str, object] = {}
     if choice.learns:
         options, learned = choice.learned(config)
         distances = Distances(options, device=processes.device)
-    return work.measure(distances, choice, learned)
+    return _Measuring(drawing, drawn, distances).measure(choice, learned)
 
 
-class _Work:
-    """The drawing and the measuring of one run's table."""
+@dataclass(frozen=True)
+class _Drawn:
+    """What the drawing leaves for the measuring, beside the pictures on disk.
 
-    def __init__(
-        self, config: RunConfig, rows: Sequence[Row], subject: Subject, sampler: Sampler, processes: Processes
-    ) -> None:
-        self._config, self._options = config, config.evaluation
-        self._rows, self._subject, self._sampler, self._processes = rows, subject, sampler, processes
-        self._folder = config.run_dir / "evaluation"
-        self._studies = Studies(config, sampler, processes, subject.prompts, self._folder)
-        self._seed = derive_seed(config.seed, "evaluation")
+    manifests       by row: the key of its pictures, and seconds per image
+    diversity_grid  prompts, seeds and rows of the pictures of several seeds; None where none are asked for
+    scale_sweep     the LoRAs at other weights than 1; likewise
+    matrix          every LoRA at the steps of every other; likewise
+    """
 
-    def draw(self) -> None:
-        """All pictures, by all processes."""
-        self._manifests = {}
-        for row in self._rows:
-            self._manifests[row.name] = self._ensure(row, self._folder / row.name, self._seed)
-        if self._options.floor:
-            other = derive_seed(self._config.seed, "evaluation, other seeds")
-            self._ensure(self._rows[0], self._folder / "floor", other)
-        few = [row for row in self._rows if row.kind != "teacher"]
-        self._grid = self._studies.draw_seeds([self._rows[0], *few])
-        students = [row for row in self._rows if row.kind == "student"]
-        self._sweep = self._studies.scale_sweep(students, self._rows[0])
-        self._matrix = self._studies.matrix(students, self._rows[0])
+    manifests: Mapping[str, Mapping[str, Any]]
+    diversity_grid: dict[str, Any] | None
+    scale_sweep: dict[str, Any] | None
+    matrix: dict[str, Any] | None
 
-    def measure(self, distances: Distances, choice: Choice, learned: Mapping[str, Any]) -> dict[str, Any]:
-        """results.json, by the main process: written after each row, so that an interruption leaves what was measured."""
-        config, subject, device = self._config, self._subject, str(self._processes.device)
-        real = self._real_set("real", self._subject.real)
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Draws every row's pictures, shared by all processes."""
+
+    config: RunConfig
+    rows: Sequence[Row]
+    evaluation_set: EvaluationSet
+    sampler: Sampler
+    processes: Processes
+
+    @property
+    def folder(self) -> Path:
+        """evaluation/."""
+        return self.config.run_dir / "evaluation"
+
+    @property
+    def seed(self) -> int:
+        """Of the rows' noise."""
+        return derive_seed(self.config.seed, "evaluation")
+
+    @functools.cached_property
+    def studies(self) -> Studies:
+        """The small studies beside the table."""
+        return Studies(self.config, self.sampler, self.processes, self.evaluation_set.prompts, self.folder)
+
+    def draw(self) -> _Drawn:
+        """All pictures that are not there yet."""
+        reference = self.rows[0]
+        manifests = {row.name: self._ensure(row, self.folder / row.name, self.seed) for row in self.rows}
+        if self.config.evaluation.floor:
+            other = derive_seed(self.config.seed, "evaluation, other seeds")
+            self._ensure(reference, self.folder / "floor", other)
+        few = [row for row in self.rows if row.kind != "teacher"]
+        students = [row for row in self.rows if row.kind == "student"]
+        return _Drawn(
+            manifests,
+            diversity_grid=self.studies.draw_seeds([reference, *few]),
+            scale_sweep=self.studies.scale_sweep(students, reference),
+            matrix=self.studies.matrix(students, reference),
+        )
+
+    def _ensure(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
+        prompts = self.evaluation_set.prompts
+        made = self.sampler.ensure(row, folder, prompts, seed=seed, processes=self.processes)
+        if self.processes.is_main:
+            logger.info("%d images of %s are in %s", len(prompts), row.name, folder)
+        return made
+
+
+class _Measuring:
+    """Measures what was drawn, in the main process."""
+
+    def __init__(self, drawing: _Drawing, drawn: _Drawn, distances: Distances) -> None:
+        self._drawing, self._drawn, self._distances = drawing, drawn, distances
+        self._config, self._options, self._evaluation_set = (
+            drawing.config,
+            drawing.config.evaluation,
+            drawing.evaluation_set,
+        )
+        self._rows, self._folder = drawing.rows, drawing.folder
+
+    def measure(self, choice: Choice, learned: Mapping[str, Any]) -> dict[str, Any]:
+        """results.json: written after each row, so that an interruption leaves what was measured.
+
+        choice: of the features that FID is measured on. learned: what a trained extractor learned from, for the protocol.
+        """
+        config, evaluation_set, distances = self._config, self._evaluation_set, self._distances
+        device = str(self._drawing.processes.device)
+        real = self._real_set("real", self._evaluation_set.real)
         facts = {
             "num_images": self._options.num_images,
             "reference": self._rows[0].name,
-            "prompts": list(self._subject.prompts[: self._options.grid_columns]),
+            "prompts": list(self._evaluation_set.prompts[: self._options.grid_columns]),
             "protocol": protocol_of(
-                config, subject, distances, seed=self._seed, device=device, learned=learned
+                config, evaluation_set, distances, seed=self._drawing.seed, device=device, learned=learned
             ),
-            "floor": self._measure_floor(distances, real),
-            "other_noise": self._measure_other_noise(distances),
-            "warnings": warnings_of(config, subject, choice, distances),
-            "absent": absent_columns(config, subject, choice),
-            "pictures": {row.name: self._manifests[row.name]["key"] for row in self._rows},
+            "floor": self._measure_floor(real),
+            "other_noise": self._measure_other_noise(),
+            "warnings": warnings_of(config, evaluation_set, choice, distances),
+            "absent": absent_columns(config, evaluation_set, choice),
+            "pictures": {row.name: self._drawn.manifests[row.name]["key"] for row in self._rows},
         }
         rows: list[dict[str, Any]] = []
         is_there = self._has_results(facts)
         for row in self._rows:
-            rows.append(self._measure_row(row, distances, real))
+            rows.append(self._measure_row(row, real))
             if not is_there:
                 left = [r.name for r in self._rows[len(rows) :]]
                 self._write(facts, rows, unmeasured=left or ["diversity"])
-        if self._grid is not None and distances.main is not None:
-            spread = {name: self._spread(name, distances.main) for name in self._grid["rows"]}
+        grid = self._drawn.diversity_grid
+        if grid is not None and distances.main is not None:
+            spread = {name: self._spread(name, distances.main) for name in grid["rows"]}
             for measured in rows:
                 if measured["row"] in spread:
                     measured["diversity"] = spread[measured["row"]] / max(spread[self._rows[0].name], 1e-12)
@@ -137,16 +195,16 @@ class _Work:
             "metrics": described(key for row in rows for key in row),
             "rows": rows,
             "replicates": replicates,
-            "diversity_grid": self._grid,
-            "scale_sweep": self._sweep,
-            "matrix": self._matrix,
+            "diversity_grid": self._drawn.diversity_grid,
+            "scale_sweep": self._drawn.scale_sweep,
+            "matrix": self._drawn.matrix,
         }
         write_sealed(self._folder / "results.json", results)
         clear_half_written(self._folder)
         return results
 
-    def _measure_row(self, row: Row, distances: Distances, real: ImageSet | None) -> dict[str, Any]:
-        count, teachers = self._options.num_images, self._teacher_pictures
+    def _measure_row(self, row: Row, real: ImageSet | None) -> dict[str, Any]:
+        count, teachers, distances = self._options.num_images, self._teacher_pictures, self._distances
         pictures = PictureFolder(self._folder / row.name)
         images, teacher = self._drawn_set(pictures), self._drawn_set(teachers)
         measures: dict[str, Any] = {
@@ -157,19 +215,21 @@ class _Work:
             "guidance_scale": row.guidance_scale,
             "distilled": row.kind != "teacher",
             **distances.to_real(images, real),
-            **self._to_teacher(distances, images),
+            **self._to_teacher(images),
             **distances.paired_to_teacher(images, teacher),
             "latent_mse_to_teacher": latent_mse(pictures.latents(), teachers.latents()),
             **image_drift(pictures.batches(count), teachers.batches(count)),
-            "replicates": self._replicates(distances, images, real),
-            "seconds_per_image": self._manifests[row.name]["seconds_per_image"],
+            "replicates": self._replicates(images, real),
+            "seconds_per_image": self._drawn.manifests[row.name]["seconds_per_image"],
         }
-        if self._subject.world is not None:
-            accuracy = self._subject.world.accuracy(pictures.batches(count), self._subject.prompts)
+        if self._evaluation_set.world is not None:
+            accuracy = self._evaluation_set.world.accuracy(
+                pictures.batches(count), self._evaluation_set.prompts
+            )
             measures["prompt_accuracy"] = accuracy
         if distances.clip is not None:
             measures["clip_score"] = clip_score(
-                distances.clip.extractor, pictures.batches(count), self._subject.prompts
+                distances.clip.extractor, pictures.batches(count), self._evaluation_set.prompts
             )
         if self._options.score_cmd is not None:
             measures |= self._outside(row)
@@ -184,17 +244,17 @@ class _Work:
         logger.info("measured %s", row.name)
         return measures
 
-    def _measure_floor(self, distances: Distances, real: ImageSet | None) -> dict[str, float]:
+    def _measure_floor(self, real: ImageSet | None) -> dict[str, float]:
         """Two sets of real images against each other, and the teacher against itself with other seeds."""
         floor: dict[str, float] = {}
-        other = self._real_set("other real", self._subject.other_real)
+        other = self._real_set("other real", self._evaluation_set.other_real)
         if other is not None and real is not None:
-            floor |= distances.to_real(other, real)
+            floor |= self._distances.to_real(other, real)
         if self._options.reference_stats is not None:
             floor.pop("fid_to_real", None)  # of these moments there is no second set
-        return floor | self._to_teacher(distances, self._drawn_set(self._teacher_pictures))
+        return floor | self._to_teacher(self._drawn_set(self._teacher_pictures))
 
-    def _measure_other_noise(self, distances: Distances) -> dict[str, float]:
+    def _measure_other_noise(self) -> dict[str, float]:
         """The teacher with other seeds against itself, image by image: how large the paired measures are where nothing of
         the map from noise to image is kept."""
         if not self._options.floor:
@@ -202,20 +262,18 @@ class _Work:
         count, again, teachers = self._options.num_images, self._floor_pictures, self._teacher_pictures
         drift = image_drift(again.batches(count), teachers.batches(count))
         return {
-            **distances.paired_to_teacher(self._drawn_set(again), self._drawn_set(teachers)),
+            **self._distances.paired_to_teacher(self._drawn_set(again), self._drawn_set(teachers)),
             "latent_mse_to_teacher": latent_mse(again.latents(), teachers.latents()),
             "colour_drift": drift["colour_drift"],
         }
 
-    def _to_teacher(self, distances: Distances, images: ImageSet) -> dict[str, float]:
+    def _to_teacher(self, images: ImageSet) -> dict[str, float]:
         """`*_to_teacher` against the teacher's images of other seeds; nothing where these are not drawn."""
         if not self._options.floor:
             return {}
-        return distances.to_teacher(images, self._drawn_set(self._floor_pictures))
+        return self._distances.to_teacher(images, self._drawn_set(self._floor_pictures))
 
-    def _replicates(
-        self, distances: Distances, images: ImageSet, real: ImageSet | None
-    ) -> dict[str, list[float]]:
+    def _replicates(self, images: ImageSet, real: ImageSet | None) -> dict[str, list[float]]:
         """FIDs with a group of images left out each, by metric."""
         references = {"fid_to_real": real}
         if self._options.floor:
@@ -224,7 +282,7 @@ class _Work:
             key: replicates
             for key, reference in references.items()
             if reference is not None
-            and (replicates := distances.fid_replicates(images, reference)) is not None
+            and (replicates := self._distances.fid_replicates(images, reference)) is not None
         }
 
     @property
@@ -237,13 +295,19 @@ class _Work:
 
     def _cost(self, row: Row) -> dict[str, Any]:
         path, sizes = self._folder / row.name / "cost.json", list(self._options.cost_batch_sizes)
-        key = sha256_json([self._manifests[row.name]["key"], sizes, str(self._processes.device)])
+        key = sha256_json(
+            [self._drawn.manifests[row.name]["key"], sizes, str(self._drawing.processes.device)]
+        )
         stored = read_sealed(path)
         if stored is None and path.exists():
             warn_of_damage(path, "the cost is measured again")
         if stored is None or stored.get("key") != key or not isinstance(stored.get("cost"), dict):
             cost = measure_cost(
-                self._sampler, row, self._subject.prompts, batch_sizes=sizes, device=self._processes.device
+                self._drawing.sampler,
+                row,
+                self._evaluation_set.prompts,
+                batch_sizes=sizes,
+                device=self._drawing.processes.device,
             )
             stored = {"key": key, "cost": cost}
             write_sealed(path, stored)
@@ -251,7 +315,7 @@ class _Work:
 
     def _outside(self, row: Row) -> dict[str, float]:
         prompts = self._folder / row.name / "prompts.txt"
-        write_text(prompts, "".join(f"{' '.join(p.split())}\n" for p in self._subject.prompts))
+        write_text(prompts, "".join(f"{' '.join(p.split())}\n" for p in self._evaluation_set.prompts))
         scores = run_score_cmd(
             self._options.score_cmd or "",
             images=self._folder / row.name / "images",
@@ -262,13 +326,9 @@ class _Work:
 
     def _spread(self, name: str, view: View) -> float:
         row = next(row for row in self._rows if row.name == name)
-        return self._studies.seed_diversity(row, self._grid or {}, view.extractor, resize=view.resize)
-
-    def _ensure(self, row: Row, folder: Path, seed: int) -> dict[str, Any]:
-        made = self._sampler.ensure(row, folder, self._subject.prompts, seed=seed, processes=self._processes)
-        if self._processes.is_main:
-            logger.info("%d images of %s are in %s", len(self._subject.prompts), row.name, folder)
-        return made
+        return self._drawing.studies.seed_diversity(
+            row, self._drawn.diversity_grid or {}, view.extractor, resize=view.resize
+        )
 
     def _drawn_set(self, pictures: PictureFolder) -> ImageSet:
         count = self._options.num_images

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepdistill.config import Evaluation, RunConfig
+from stepdistill.disk.durable import sha256_json
+from stepdistill.evaluation.evaluation_set import EvaluationSet
 from stepdistill.evaluation.measure.choice import Choice
 from stepdistill.evaluation.measure.image_sets import Distances
-from stepdistill.evaluation.subject import Subject
-from stepdistill.run.durable import sha256_json
 from stepdistill.runtime import source_commit
 
 FEW_IMAGES = 5000
@@ -16,7 +16,7 @@ _OF_PICTURES = "precision, recall, density, coverage"
 
 def protocol_of(
     config: RunConfig,
-    subject: Subject,
+    evaluation_set: EvaluationSet,
     distances: Distances,
     *,
     seed: int,
@@ -24,11 +24,11 @@ def protocol_of(
     learned: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What two tables must share to be compared; `learned` is of an extractor that learned from the run's pictures."""
-    options, main, real = config.evaluation, distances.main, subject.real
+    options, main, real = config.evaluation, distances.main, evaluation_set.real
     return {
         "teacher_images": "other seeds" if options.floor else "none",
-        "prompts": subject.prompts_about,
-        "prompts_sha256": sha256_json(list(subject.prompts)),
+        "prompts": evaluation_set.prompts_about,
+        "prompts_sha256": sha256_json(list(evaluation_set.prompts)),
         "num_images": options.num_images,
         "seed": seed,
         "feature_extractor": main.extractor.name if main is not None else "none",
@@ -39,7 +39,9 @@ def protocol_of(
         "patch_size": options.patch_size,
         "real_images": real.about if real is not None else options.reference_stats or "none",
         "real_images_key": real.key if real is not None else None,
-        "other_real_images": subject.other_real.about if subject.other_real is not None else None,
+        "other_real_images": evaluation_set.other_real.about
+        if evaluation_set.other_real is not None
+        else None,
         "dtype": options.dtype,
         "device": device,
         "batch_size": options.batch_size,
@@ -48,49 +50,57 @@ def protocol_of(
     }
 
 
-def warnings_of(config: RunConfig, subject: Subject, choice: Choice, distances: Distances) -> list[str]:
+def warnings_of(
+    config: RunConfig, evaluation_set: EvaluationSet, choice: Choice, distances: Distances
+) -> list[str]:
     """What stands above the table."""
     count = config.evaluation.num_images
     floors = [
-        name for name, there in (("real", subject.other_real), ("teacher", config.evaluation.floor)) if there
+        name
+        for name, there in (("real", evaluation_set.other_real), ("teacher", config.evaluation.floor))
+        if there
     ]
     with_floor = f"its floor (to {' and '.join(floors)}) and with " if floors else ""
     few = (
         f"{count} images: below {FEW_IMAGES:,} a Frechet distance is mostly bias; compare it with {with_floor}other rows of "
         f"this table, not with published numbers"
     )
-    warnings = [*choice.warnings, *subject.warnings, *([few] if count < FEW_IMAGES and choice.spec else [])]
-    return [*warnings, *real_warnings(config.evaluation, subject, distances)]
+    warnings = [
+        *choice.warnings,
+        *evaluation_set.warnings,
+        *([few] if count < FEW_IMAGES and choice.spec else []),
+    ]
+    return [*warnings, *real_warnings(config.evaluation, evaluation_set, distances)]
 
 
-def real_warnings(options: Evaluation, subject: Subject, distances: Distances) -> list[str]:
+def real_warnings(options: Evaluation, evaluation_set: EvaluationSet, distances: Distances) -> list[str]:
     """Where FID to real says less than it seems to: too few real images, or no second set of them to give its floor."""
-    if subject.real is None or distances.main is None:
+    if evaluation_set.real is None or distances.main is None:
         return []
     warnings, dimension = [], distances.main.extractor.num_features
-    if len(subject.real) <= dimension and options.reference_stats is None:
+    if len(evaluation_set.real) <= dimension and options.reference_stats is None:
         warnings.append(
-            f"{len(subject.real):,} real images for {dimension:,} features: so few images do not determine the covariance "
-            f"that FID uses; trust only large differences between rows, or KID to real, which is unbiased"
+            f"{len(evaluation_set.real):,} real images for {dimension:,} features: so few images do not determine the "
+            f"covariance that FID uses; trust only large differences between rows, or KID to real, which is unbiased"
         )
-    if subject.other_real is None:
+    if evaluation_set.other_real is None:
         warnings.append("FID and KID to real have no floor: there is no second set of real images")
     return warnings
 
 
-def absent_columns(config: RunConfig, subject: Subject, choice: Choice) -> list[dict[str, str]]:
+def absent_columns(config: RunConfig, evaluation_set: EvaluationSet, choice: Choice) -> list[dict[str, str]]:
     """Columns that the table lacks, each group with why."""
-    return [{"columns": columns, "why": why} for columns, why in _absent(config, subject, choice)]
+    return [{"columns": columns, "why": why} for columns, why in _absent(config, evaluation_set, choice)]
 
 
-def _absent(config: RunConfig, subject: Subject, choice: Choice) -> Iterator[tuple[str, str]]:
+def _absent(config: RunConfig, evaluation_set: EvaluationSet, choice: Choice) -> Iterator[tuple[str, str]]:
     options = config.evaluation
     if choice.spec is None:
         yield f"FID, KID, {_OF_PICTURES}, diversity", f"{choice.why}; evaluation.features names an extractor"
-    elif subject.real is None and options.reference_stats is None:
+    elif evaluation_set.real is None and options.reference_stats is None:
         why = "there are no real images of these prompts; evaluation.real_images names a folder of some"
         yield f"FID and KID to real, {_OF_PICTURES}", why
-    elif subject.real is None:
+    elif evaluation_set.real is None:
         yield (
             f"KID to real, {_OF_PICTURES}",
             "evaluation.reference_stats holds moments, and these need pictures",
@@ -103,7 +113,7 @@ def _absent(config: RunConfig, subject: Subject, choice: Choice) -> Iterator[tup
         yield "CLIP score, CMMD", "evaluation.clip names no folder of CLIP's"
     if options.dinov2 is None:
         yield "FD-DINOv2", "evaluation.dinov2 names no folder of DINOv2's"
-    if subject.world is None:
+    if evaluation_set.world is None:
         yield "prompt accuracy", "only pictures of the letters world can be read"
     if choice.spec is not None and not options.diversity_prompts:
         yield "diversity", "evaluation.diversity_prompts is 0"

@@ -11,11 +11,11 @@ from diffusers import DDIMScheduler
 
 from stepdistill.config import RunConfig
 from stepdistill.export.scheduler import trained_timesteps
-from stepdistill.models.folder import EMBEDDED_TEACHER, teacher_kind
-from stepdistill.models.teacher_source import teacher_folder
 from stepdistill.report.markdown import markdown_table, table_notes
 from stepdistill.report.results import read_results
 from stepdistill.run.rungs import RungRecord
+from stepdistill.teacher.folder import EMBEDDED_TEACHER, teacher_kind
+from stepdistill.teacher.source import teacher_folder
 
 logger = logging.getLogger(__name__)
 GRID = "grid.png"
@@ -47,7 +47,7 @@ Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on tha
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 {% if embedded %}
-from stepdistill.models.folder import embedded_folder
+from stepdistill.teacher.folder import embedded_folder
 {% endif %}
 
 pipeline = DiffusionPipeline.from_pretrained({{ teacher }}, dtype=torch.float32)

@@ -9,6 +9,7 @@ import jinja2
 from stepdistill.config import RunConfig
 from stepdistill.export import comfy
 from stepdistill.run.rungs import RungRecord
+from stepdistill.teacher.facts import TeacherFacts
 
 _WIDTHS = {(320, 768), (320, 1024), (320, 2048)}
 """First block and text of SD1.5, SD2.x and SDXL, by which the tools tell models apart."""
@@ -49,19 +50,16 @@ not open it as they are. One that does is told:
 """
 
 
-def tools_section(
-    config: RunConfig, record: RungRecord, file: Path, base: Mapping[str, Any], unet: Mapping[str, Any]
-) -> str:
+def tools_section(config: RunConfig, record: RungRecord, file: Path, teacher: TeacherFacts) -> str:
     """The section, in Markdown.
 
     Args:
         config: the run.
         record: the rung.
         file: kohya's; the workflow is named where it lies beside it.
-        base: the teacher's scheduler config.
-        unet: the config of its U-Net.
+        teacher: what its configs say.
     """
-    setting, workflow = comfy.setting_of(record, base), comfy.workflow_name(file.name)
+    setting, workflow = comfy.setting_of(record, teacher.scheduler), comfy.workflow_name(file.name)
     template = jinja2.Template(_SECTION, undefined=jinja2.StrictUndefined, trim_blocks=True)
     section = template.render(
         kohya=file.name,
@@ -69,12 +67,12 @@ def tools_section(
         workflow=workflow if (file.parent / workflow).is_file() else None,
         comfy=setting,
         steps=f"{record.student_steps} step{'s' if record.student_steps > 1 else ''}",
-        zero_snr="true" if base.get("rescale_betas_zero_snr") else "false",
+        zero_snr="true" if teacher.is_zero_snr else "false",
         teacher_loras=", ".join(
             f"{Path(part.path).name} at {part.weight:g}" for part in config.teacher.loras
         ),
-        odd_widths=_odd_widths(unet),
-        elsewhere=_not_elsewhere(setting, record, base, unet),
+        odd_widths=_odd_widths(teacher.unet),
+        elsewhere=_not_elsewhere(setting, record, teacher),
     )
     return section.strip()
 
@@ -87,17 +85,15 @@ def _odd_widths(unet: Mapping[str, Any]) -> str | None:
     return f"{first} channels in the first block, {texts} of the text"
 
 
-def _not_elsewhere(
-    setting: comfy.Setting | None, record: RungRecord, base: Mapping[str, Any], unet: Mapping[str, Any]
-) -> str | None:
+def _not_elsewhere(setting: comfy.Setting | None, record: RungRecord, teacher: TeacherFacts) -> str | None:
     """Why A1111 and Forge do not draw with the LoRA, in a sentence; None where they do."""
-    layers, predicted = unet.get("layers_per_block", 2), base.get("prediction_type", "epsilon")
+    layers = teacher.unet.get("layers_per_block", 2)
     if setting is None:
         return "They draw with Stable Diffusion's noise schedule, and this teacher has another."
     if layers != 2:
         return f"They name its layers as if every block of the U-Net had two, and this one's have {layers}."
     if setting.start is not None:
         return f"Their samplers cannot tell the U-Net timestep {record.start_timestep} with pure noise."
-    if record.prediction_type != predicted:
+    if record.prediction_type != teacher.prediction_type:
         return f"They take what the U-Net predicts from the base, and this one predicts `{record.prediction_type}`."
     return None

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
-from stepdistill.models.loading import load_noise_path
 from stepdistill.run.rungs import RungRecord
+from stepdistill.teacher.loading import load_noise_path
 
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 """prediction_type by ModelSamplingDiscrete's names."""
@@ -85,7 +85,7 @@ def setting_of(record: RungRecord, base: Mapping[str, Any]) -> Setting | None:
         record: the rung.
         base: the teacher's scheduler config.
     """
-    noise_path, base_prediction = load_noise_path(dict(base))
+    noise_path, base_prediction = load_noise_path(base)
     zero_snr = bool(base.get("rescale_betas_zero_snr"))
     theirs = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     comfys = VariancePreserving.from_betas(theirs, zero_terminal_snr=zero_snr).alphas_cumprod

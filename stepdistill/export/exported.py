@@ -1,7 +1,7 @@
 """What an exported folder says of itself beside its LoRA: the scheduler that samples it and the base that it belongs to.
 
 scheduler/scheduler_config.json   as diffusers reads it
-base.json                         a sketch of the base, the sha256 of the scheduler's config, a checksum
+base.json                         the identity of the base, the sha256 of the scheduler's config, a checksum
 """
 
 import logging
@@ -11,8 +11,8 @@ from typing import Any
 
 from diffusers import DDIMScheduler
 
-from stepdistill.models.sketch import Sketch
-from stepdistill.run.durable import read_json, read_sealed, sha256_json, write_sealed, write_text
+from stepdistill.disk.durable import read_json, read_sealed, sha256_json, write_sealed, write_text
+from stepdistill.models.identity import BaseIdentity
 
 logger = logging.getLogger(__name__)
 BASE = "base.json"
@@ -20,10 +20,12 @@ _SCHEDULER_SHA256 = "scheduler_sha256"
 _MEND = "mend: `stepdistill export` writes it again"
 
 
-def write_facts(folder: Path, scheduler: DDIMScheduler, sketch: Mapping[str, Any]) -> None:
+def write_facts(folder: Path, scheduler: DDIMScheduler, identity: Mapping[str, Any]) -> None:
     """Writes both files; ValueError where one cannot be written."""
     write_text(scheduler_file(folder), scheduler.to_json_string())
-    write_sealed(folder / BASE, {**sketch, _SCHEDULER_SHA256: sha256_json(read_json(scheduler_file(folder)))})
+    write_sealed(
+        folder / BASE, {**identity, _SCHEDULER_SHA256: sha256_json(read_json(scheduler_file(folder)))}
+    )
 
 
 def scheduler_file(folder: Path) -> Path:
@@ -57,9 +59,9 @@ def is_exported(folder: Path) -> bool:
         return False
 
 
-def read_base(folder: Path) -> Sketch | None:
+def read_base(folder: Path) -> BaseIdentity | None:
     """The base of an exported folder, None where an earlier version said nothing of it; ValueError where it is damaged."""
-    return Sketch.of_json(_read_about(folder))
+    return BaseIdentity.of_json(_read_about(folder))
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
@@ -67,6 +69,6 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not (folder / BASE).exists():
         return {}
     about = read_sealed(folder / BASE)
-    if about is None or Sketch.of_json(about) is None:
+    if about is None or BaseIdentity.of_json(about) is None:
         raise ValueError(f"{folder / BASE} is not as it was exported; {_MEND}")
     return about

@@ -5,20 +5,20 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from stepdistill.models.loading import load_unet
+from stepdistill.disk.durable import read_json, whole_folder, write_json
+from stepdistill.models.identity import layer_shapes
 from stepdistill.models.lora_file import Lora, check_fits
-from stepdistill.models.sketch import layer_shapes
-from stepdistill.run.durable import read_json, whole_folder, write_json
+from stepdistill.models.network.kind import load_network
 
 
 def fused_unet(base: Path, lora: Lora) -> UNet2DConditionModel:
     """W + delta W in float32 for every layer; ValueError where the LoRA is another U-Net's.
 
     Args:
-        base: the pipeline's folder, whose weights are no quantised ones (models/folder.py refuses these).
+        base: the pipeline's folder, whose weights are no quantised ones (teacher/folder.py refuses these).
         lora: of that base.
     """
-    unet = load_unet(base)
+    unet = load_network(base)
     weights = dict(unet.named_parameters())
     check_fits(lora, layer_shapes(unet), name="the rung's file")
     for name, layer in lora.layers.items():

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.disk.durable import writing
 from stepdistill.export.exported import read_scheduler
 from stepdistill.export.rung import write_card
-from stepdistill.run.durable import writing
 from stepdistill.run.rungs import require_rung
 
 _STAYS_HERE = ("previews", "rank*", ".*")

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from stepdistill.disk.durable import canonical_safetensors, writing
 from stepdistill.models.lora_file import Lora, LoraLayer
-from stepdistill.run.durable import canonical_safetensors, writing
+from stepdistill.teacher.facts import TeacherFacts
 
 HASH = "sshs_model_hash"
 _RESNET = {
@@ -40,13 +41,13 @@ _ARCHITECTURES = {
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the standard has no word for x0
 
 
-def family_of(unet_config: Mapping[str, Any], prediction_type: str) -> str:
+def family_of(teacher: TeacherFacts) -> str:
     """ "sd1", "sd2", "sd2_v" or "sdxl", by what tells them apart: added conditions, linear projections, prediction."""
-    if unet_config.get("addition_embed_type") == "text_time":
+    if teacher.unet.get("addition_embed_type") == "text_time":
         return "sdxl"
-    if not unet_config.get("use_linear_projection"):
+    if not teacher.unet.get("use_linear_projection"):
         return "sd1"
-    return "sd2_v" if prediction_type == "v_prediction" else "sd2"
+    return "sd2_v" if teacher.prediction_type == "v_prediction" else "sd2"
 
 
 def sgm_name(module: str, unet_config: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
-from stepdistill.run.durable import whole_folder
+from stepdistill.disk.durable import whole_folder
 
 FILE = "unet.onnx"
 TOLERANCE = 1e-4

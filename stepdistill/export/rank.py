@@ -16,12 +16,12 @@ from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
 from stepdistill.models.adapters import as_plain_data, lora_config
-from stepdistill.models.examine import not_finite
-from stepdistill.models.folder import WEIGHTS, weights_variant
-from stepdistill.models.folder_files import check_counts, read_headers, read_object, weight_files
-from stepdistill.models.loading import loading
 from stepdistill.models.lora_file import Lora, LoraLayer, write_lora
 from stepdistill.models.network.unet import LORA_TARGETS
+from stepdistill.teacher.examine import not_finite
+from stepdistill.teacher.files import check_counts, read_headers, read_object, weight_files
+from stepdistill.teacher.folder import WEIGHTS, weights_variant
+from stepdistill.teacher.loading import loading
 
 _Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # U (out, m), S (m,), V^T (m, in k k), float64
 

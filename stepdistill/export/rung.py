@@ -20,20 +20,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.export import comfy, kohya
-from stepdistill.export.card import GRID, model_card
-from stepdistill.export.card_tools import tools_section
-from stepdistill.export.exported import read_scheduler, write_facts
-from stepdistill.export.fused import fused_unet, write_fused
-from stepdistill.export.onnx_unet import check_installed, write_onnx
-from stepdistill.export.rank import reduce_rank
-from stepdistill.export.scheduler import student_scheduler, trained_timesteps
-from stepdistill.models.loading import image_size, read_scheduler_config
-from stepdistill.models.lora_file import Lora, read_lora, write_lora
-from stepdistill.models.sketch import sketch_of_folder
-from stepdistill.models.teacher_source import teacher_folder
-from stepdistill.run.durable import (
-    read_json,
+from stepdistill.disk.durable import (
     read_sealed,
     sealed,
     sha256_file,
@@ -42,8 +29,20 @@ from stepdistill.run.durable import (
     write_sealed,
     write_text,
 )
+from stepdistill.export import comfy, kohya
+from stepdistill.export.card import GRID, model_card
+from stepdistill.export.card_tools import tools_section
+from stepdistill.export.exported import read_scheduler, write_facts
+from stepdistill.export.fused import fused_unet, write_fused
+from stepdistill.export.onnx_unet import check_installed, write_onnx
+from stepdistill.export.rank import reduce_rank
+from stepdistill.export.scheduler import student_scheduler, trained_timesteps
+from stepdistill.models.identity import identity_of_folder
+from stepdistill.models.lora_file import Lora, read_lora, write_lora
 from stepdistill.run.folder import config_hash
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, require_rung, rung_folder
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.source import teacher_folder
 
 logger = logging.getLogger(__name__)
 KEPT = "kept.json"
@@ -78,38 +77,32 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
 
 def _check(config: RunConfig) -> None:
     """ConfigError for what cannot be made, before anything is."""
-    base, formats = teacher_folder(config), set(config.export.formats)
+    facts, formats = _facts(config), set(config.export.formats)
     if "onnx" in formats:
         check_installed()
-    if "kohya" in formats and config.export.kohya_names == "sgm" and _family(base) != "sdxl":
+    if "kohya" in formats and config.export.kohya_names == "sgm" and kohya.family_of(facts) != "sdxl":
         raise ConfigError(
             "export.kohya_names: got sgm for a base that is no SDXL; allowed: auto, diffusers, which kohya trains SD on"
         )
 
 
-def _family(base: Path) -> str:
-    return kohya.family_of(_unet_config(base), read_scheduler_config(base).get("prediction_type", "epsilon"))
-
-
-def _unet_config(base: Path) -> dict[str, Any]:
-    return read_json(base / "unet" / "config.json") or {}
+def _facts(config: RunConfig) -> TeacherFacts:
+    return TeacherFacts.of_folder(teacher_folder(config))
 
 
 def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -> None:
-    base, formats = teacher_folder(config), config.export.formats
+    base, facts, formats = teacher_folder(config), _facts(config), config.export.formats
     scheduler = student_scheduler(
-        read_scheduler_config(base), record.prediction_type, start_timestep=record.start_timestep
+        facts.scheduler, record.prediction_type, start_timestep=record.start_timestep
     )
-    sketch = sketch_of_folder(base).as_json()
-    write_facts(folder, scheduler, sketch)
+    identity = identity_of_folder(base).as_json()
+    write_facts(folder, scheduler, identity)
     if "kohya" in formats:
-        _write_kohya(config, record, lora, scheduler, folder, sketch)
+        _write_kohya(config, record, lora, scheduler, folder, identity)
     if {"fused", "onnx"} & set(formats):
         unet = fused_unet(base, lora)
         if "onnx" in formats:
-            tokens = (read_json(base / "text_encoder" / "config.json") or {}).get(
-                "max_position_embeddings", 77
-            )
+            tokens = facts.configs["text_encoder"].get("max_position_embeddings", 77)
             off = write_onnx(folder / "onnx", unet, tokens=int(tokens))
             logger.info("export: onnxruntime is %.1e from torch", off)
         if "fused" in formats:
@@ -130,15 +123,13 @@ def write_card(
     energy_kept = _energy_kept(folder)
     if grid.is_file() and energy_kept is None:
         write_bytes(folder / GRID, grid.read_bytes())
-    files, base = sorted((folder / "kohya").glob("*.safetensors")), teacher_folder(config)
+    files = sorted((folder / "kohya").glob("*.safetensors"))
     card = model_card(
         config,
         record,
         folder,
         scheduler,
-        tools=tools_section(config, record, files[0], read_scheduler_config(base), _unet_config(base))
-        if files
-        else None,
+        tools=tools_section(config, record, files[0], _facts(config)) if files else None,
         energy_kept=energy_kept,
         repository=repository,
     )
@@ -172,42 +163,41 @@ def _write_kohya(
     lora: Lora,
     scheduler: DDIMScheduler,
     folder: Path,
-    sketch: dict[str, Any],
+    identity: dict[str, Any],
 ) -> None:
-    base = teacher_folder(config)
-    unet_config = _unet_config(base)
-    family, names = _family(base), config.export.kohya_names
+    facts = _facts(config)
+    family, names = kohya.family_of(facts), config.export.kohya_names
     sgm = family == "sdxl" if names == "auto" else names == "sgm"
     name = kohya.file_name(config.name, record.student_steps, config.export.rank)
-    state = kohya.kohya_state(lora, unet_config, sgm=sgm, dtype=_dtype(config))
+    state = kohya.kohya_state(lora, facts.unet, sgm=sgm, dtype=_dtype(config))
     header = kohya.kohya_header(
         lora,
         family,
         title=name.removesuffix(".safetensors"),
         base_name=config.teacher.path,
-        resolution=image_size(base),
+        resolution=facts.image_size,
         prediction_type=record.prediction_type,
     )
     if config.export.license is not None:
         header["modelspec.license"] = config.export.license
-    facts = {
+    header_facts = {
         **{key: value for key, value in dataclasses.asdict(record).items() if key != "training_seconds"},
         "guidance_scale": 1.0,
         "timesteps": trained_timesteps(scheduler, record.student_steps),
         "config_hash": config_hash(config),
         "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
-        "base": sketch,
+        "base": identity,
     }
     kohya.write_kohya(
-        folder / "kohya" / name, state, header | {HEADER: json.dumps(sealed(facts), sort_keys=True)}
+        folder / "kohya" / name, state, header | {HEADER: json.dumps(sealed(header_facts), sort_keys=True)}
     )
     _write_workflow(config, record, folder / "kohya", name)
 
 
 def _write_workflow(config: RunConfig, record: RungRecord, folder: Path, lora: str) -> None:
     """ComfyUI's workflow beside kohya's file; none where ComfyUI has another noise schedule than the teacher."""
-    base = teacher_folder(config)
-    setting = comfy.setting_of(record, read_scheduler_config(base))
+    facts = _facts(config)
+    setting = comfy.setting_of(record, facts.scheduler)
     if setting is None:
         return
     workflow = comfy.workflow(
@@ -215,7 +205,7 @@ def _write_workflow(config: RunConfig, record: RungRecord, folder: Path, lora: s
         checkpoint=comfy.file_name(config.teacher.path),
         lora=lora,
         teacher_loras=[(comfy.file_name(part.path), part.weight) for part in config.teacher.loras],
-        size=image_size(base),
+        size=facts.image_size,
         prompt=config.preview.prompts[0],
         title=lora.removesuffix("_lora.safetensors"),
     )

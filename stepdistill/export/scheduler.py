@@ -1,13 +1,16 @@
 """The scheduler that samples a rung right: DDIM on the teacher's betas, at the timesteps that were trained."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler
 
-from stepdistill.models.loading import load_noise_path
+from stepdistill.teacher.loading import load_noise_path
 
 
 def student_scheduler(
-    teacher_scheduler_config: dict, prediction_type: str, *, start_timestep: int | None = None
+    teacher_scheduler_config: Mapping[str, Any], prediction_type: str, *, start_timestep: int | None = None
 ) -> DDIMScheduler:
     """DDIM on the teacher's betas with what few steps need: trailing spacing, alpha 1 at the end, no clipping.
 

@@ -24,8 +24,8 @@ def lora_config(rank: int, *, targets: Sequence[str] | str = LORA_TARGETS) -> Lo
 
 
 def lora_parameters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
-    """How many numbers `add_adapter` adds to a U-Net whose layers have these shapes (models/sketch.py): rank x in, times the
-    kernel of a convolution, and out x rank of each layer that is adapted."""
+    """How many numbers `add_adapter` adds to a U-Net whose layers have these shapes (models/identity.py): for each adapted
+    layer rank x in, times the kernel of a convolution, and out x rank."""
     adapted = [
         shape for name, shape in shapes.items() if any(f".{name}".endswith(f".{t}") for t in LORA_TARGETS)
     ]

@@ -19,8 +19,8 @@ from torch import nn
 
 from stepdistill.config import Phase
 from stepdistill.models.adapters import adapter_state, load_adapter_state
-from stepdistill.models.loading import load_unet
 from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import DISCRIMINATOR, SharedNetwork
 
 TRUNKS = ("lora", "full", "frozen")
@@ -206,7 +206,7 @@ def build_discriminator(
         rank=rank,
         seed=seed,
         sample_size=sample_size,
-        base=load_unet(base) if options.trunk == "full" else None,
+        base=load_network(base) if options.trunk == "full" else None,
     )
     if options.start == "carried":
         assert carried is not None, "the config refuses `carried` in the first adversarial phase of a rung"

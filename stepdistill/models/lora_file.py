@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from stepdistill.run.durable import canonical_safetensors, writing
+from stepdistill.disk.durable import canonical_safetensors, writing
 from stepdistill.run.rungs import WEIGHT_NAME
 
 _METADATA = "lora_adapter_metadata"
@@ -196,7 +196,7 @@ def check_fits(lora: Lora, shapes: Mapping[str, tuple[int, ...]], *, name: str) 
 
     Args:
         lora: to be loaded.
-        shapes: of the U-Net's layers by module (sketch.layer_shapes).
+        shapes: of the U-Net's layers by module (identity.layer_shapes).
         name: of the LoRA, for the message.
     """
     odd = [key for key, layer in lora.layers.items() if shapes.get(key) != layer.weight_shape]

@@ -8,11 +8,11 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from stepdistill.report import rules
+from stepdistill.report.diagnosis import difference_error, still_falling
 from stepdistill.report.entries import Entry, entries_of, equal_passes
 from stepdistill.report.proposals import Advice, Proposal, accepted, scaled, setting
 from stepdistill.report.read import Run, RungLog
 from stepdistill.report.rules import MORE
-from stepdistill.report.signs import difference_error, still_falling
 
 _FAR = 1.5  # times the floor: a distance that is worth updates
 _CERTAIN = 2.0  # standard errors that a difference must have not to be chance

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stepdistill.disk.durable import write_json, write_picture, write_text
+from stepdistill.disk.places import clear_half_written
 from stepdistill.report.entries import Entry, entries_of
 from stepdistill.report.gallery import comparison_sheet
 from stepdistill.report.markdown import markdown, markdown_table
 from stepdistill.report.page import render
 from stepdistill.report.read import Run, read_run
 from stepdistill.report.summary import joined_names
-from stepdistill.run.durable import write_json, write_picture, write_text
-from stepdistill.run.places import clear_half_written
 
 _FILES = ("index.html", "results.json", "results.md", "grid.png")
 __all__ = ["build_report", "markdown", "markdown_table"]

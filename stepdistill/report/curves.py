@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stepdistill.report.entries import Entry
+from stepdistill.report.number_format import number
 from stepdistill.report.plots import Boundary, Curve, Series, curve_plot, scatter_plot
-from stepdistill.report.quantities import number
 from stepdistill.report.read import PhaseLog, Run, RungLog
 
 _DISTANCES = ("fid_to_teacher", "fid_to_real")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepdistill.report.quantities import Number, number
+from stepdistill.report.number_format import Number, number
 from stepdistill.report.read import Run
 
 FEW_STEPS = 8

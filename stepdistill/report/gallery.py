@@ -6,10 +6,10 @@ from typing import Any
 
 from PIL import Image
 
+from stepdistill.images.image_grid import image_grid
 from stepdistill.report.entries import Entry, picture_order
-from stepdistill.report.grid import image_grid
+from stepdistill.report.number_format import number, steps_text
 from stepdistill.report.pictures import Picture, clipped, embedded, mosaic, open_pictures, row_folder
-from stepdistill.report.quantities import number, steps_text
 from stepdistill.report.read import Run
 
 _SHOWN, _TILE = 96, 64

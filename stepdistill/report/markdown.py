@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepdistill.report.quantities import format_number
+from stepdistill.report.number_format import format_number
 from stepdistill.report.read import DataCounts
 
 _FIRST = {"row": ("model", ""), "nfe": ("U-Net passes", "")}

@@ -16,9 +16,9 @@ from stepdistill.report.advice import advice_for
 from stepdistill.report.curves import distance_plots, training_plots
 from stepdistill.report.entries import entries_of
 from stepdistill.report.gallery import Sizes
-from stepdistill.report.phase_looks import looks_table
+from stepdistill.report.looks_by_phase import looks_table
+from stepdistill.report.number_format import format_number, number
 from stepdistill.report.pictures import Picture, sheet
-from stepdistill.report.quantities import format_number, number
 from stepdistill.report.read import Run, RungLog
 from stepdistill.report.summary import joined_names, sentences, warnings_of
 from stepdistill.report.table import cost_table, metrics_of, quality_table

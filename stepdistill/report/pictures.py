@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from stepdistill.report.grid import fitting
+from stepdistill.disk.durable import warn_of_damage
+from stepdistill.images.image_grid import fitting
 from stepdistill.run.drawn_pictures import is_as_written, picture_digest, picture_file
-from stepdistill.run.durable import warn_of_damage
 
 _SMALL = 64
 _UNREADABLE = (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError)

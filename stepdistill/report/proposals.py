@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stepdistill.config import ConfigError
-from stepdistill.config.ladder_checks import check_ladder
 from stepdistill.config.load import changed, setting_at, setting_text
-from stepdistill.models.teacher_source import teacher_folder
-from stepdistill.report.quantities import number
+from stepdistill.report.number_format import number
+from stepdistill.teacher.ladder_fit import check_ladder_fits
+from stepdistill.teacher.source import teacher_facts
 
 _MOST_SETTINGS = 6
 
@@ -89,13 +89,11 @@ def _parses(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
     except ConfigError:
         return False
     try:
-        folder = teacher_folder(then)
+        teacher = teacher_facts(then)
     except ConfigError:
         return True
-    if not folder.is_dir():
-        return True
     try:
-        check_ladder(then, folder)
+        check_ladder_fits(then, teacher)
     except ConfigError:
         return False
     return True

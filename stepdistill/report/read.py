@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stepdistill.config.saved import saved_config
+from stepdistill.disk.durable import read_sealed, warn_of_damage
 from stepdistill.messages import sizes_text
-from stepdistill.report.quantities import number, steps_text
+from stepdistill.report.number_format import number, steps_text
 from stepdistill.report.results import read_results
-from stepdistill.run.durable import read_sealed, warn_of_damage
-from stepdistill.run.folder import saved_config
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import RECORD_NAME, rung_folder
 
@@ -38,7 +38,7 @@ class PhaseLog:
     max_train_steps: int
     records: tuple[dict[str, Any], ...]
     looks: dict[str, Any] | None = None
-    """Sharpness, contrast and colour of a few pictures at its end (training/phase_looks.py)."""
+    """Sharpness, contrast and colour of a few pictures at its end (training/measure_looks.py)."""
 
     @property
     def is_adversarial(self) -> bool:
@@ -263,7 +263,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _looks(path: Path) -> dict[str, Any] | None:
-    """What training/phase_looks.py wrote, None where there is none or it is damaged."""
+    """What training/measure_looks.py wrote, None where there is none or it is damaged."""
     if not path.is_file():
         return None  # a version before, or preview.looks_images is 0
     looks: Any = read_sealed(path)

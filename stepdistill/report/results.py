@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepdistill.report.quantities import number
-from stepdistill.run.durable import read_sealed
+from stepdistill.disk.durable import read_sealed
+from stepdistill.report.number_format import number
 
 _STUDIES = ("diversity_grid", "scale_sweep", "matrix")
 _OBJECTS = ("floor", "other_noise", "metrics", "protocol", "replicates", *_STUDIES)

@@ -6,8 +6,9 @@ A rule looks at one thing and says what was found, what to do, and which setting
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stepdistill.report.diagnosis import adversary, still_falling
 from stepdistill.report.entries import Entry
-from stepdistill.report.phase_looks import (
+from stepdistill.report.looks_by_phase import (
     COLOUR,
     CONTRAST,
     SHARPNESS,
@@ -17,10 +18,9 @@ from stepdistill.report.phase_looks import (
     data_drift,
     mover,
 )
+from stepdistill.report.number_format import format_number, number, percent
 from stepdistill.report.proposals import Advice, Proposal, scaled, setting
-from stepdistill.report.quantities import format_number, number, percent
 from stepdistill.report.read import PhaseLog, Run, RungLog
-from stepdistill.report.signs import adversary, still_falling
 
 _BLUR, _HARSH, _CONTRAST = -0.1, 0.25, 0.15
 _COLOUR = 8.0  # grey levels

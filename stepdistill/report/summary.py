@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepdistill.report.entries import Entry, equal_passes
-from stepdistill.report.quantities import format_number, percent, steps_text
+from stepdistill.report.number_format import format_number, percent, steps_text
 from stepdistill.report.read import Run
 
 _DISTANCES = (("fid_to_teacher", "FID to teacher"), ("fid_to_real", "FID to real"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepdistill.report.entries import FEW_STEPS, Entry
-from stepdistill.report.quantities import MISSING, format_number
+from stepdistill.report.number_format import MISSING, format_number
 
 _DIRECTIONS = {
     "lower": ("↓", "lower is better"),

@@ -1,1 +1,1 @@
-"""What is on disk: a run's folder, its finished rungs, its log, and files that are whole or not there."""
+"""A run's folder: its config, its finished rungs, its log, its pictures."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.run.durable import read_sealed, sha256_file, write_sealed
+from stepdistill.disk.durable import read_sealed, sha256_file, write_sealed
 
 _BEFORE = {"images", "seconds_per_image"}
 """Keys of a marker that an earlier version wrote: it tells of no file's sha256."""

@@ -1,6 +1,5 @@
 """The folder of a run: opened before anything costs time, refused where it belongs to another run. No torch."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,10 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.models.teacher_source import TEACHER_RECORD, check_teacher
-from stepdistill.run.durable import sha256_json, write_text
-from stepdistill.run.places import clear_half_written, half_written
-from stepdistill.run.start_from import TAKEN, check_start
+from stepdistill.config.saved import resolved, saved_config
+from stepdistill.disk.durable import sha256_json, write_text
+from stepdistill.disk.places import clear_half_written, half_written
+from stepdistill.run.start_from import TAKEN
 
 # What may differ when a run goes on: it changes no weight.
 _FREE = (
@@ -24,14 +23,14 @@ _FREE = (
     "training.logging_steps",
     "training.preview_steps",
 )
+TEACHER_RECORD = "teacher.json"
+"""Says what the teacher's folder in a run's folder was made of."""
 # Files at the top of a run's folder, which every process of every stage may write.
 _WRITTEN_BY_ALL = ("config.yaml", "environment.json", TEACHER_RECORD, TAKEN, "log.jsonl")
 
 
-def check_run(config: RunConfig) -> None:
-    """ConfigError where the teacher's folder is incomplete or the run's folder is another run's; writes nothing."""
-    check_teacher(config)
-    check_start(config)
+def check_folder(config: RunConfig) -> None:
+    """ConfigError where the run's folder is another run's, or holds other files; writes nothing."""
     run_dir = config.run_dir
     saved = run_dir / "config.yaml"
     try:
@@ -68,9 +67,9 @@ def _is_half_a_config(path: Path) -> bool:
     return half_written(path) == "config.yaml"
 
 
-def open_run(config: RunConfig) -> Path:
-    """check_run, then the folder with config.yaml in it, without the halves of files that killed starts left beside it."""
-    check_run(config)
+def open_folder(config: RunConfig) -> Path:
+    """check_folder, then the folder with config.yaml in it; half-written files that killed starts left there are removed."""
+    check_folder(config)
     plain = resolved(config)
     if plain["data"]["held_out"] is None:
         plain["data"]["held_out"] = saved_held_out(config.run_dir)
@@ -88,70 +87,12 @@ def saved_held_out(run_dir: Path) -> float | None:
     return data.get("held_out") if isinstance(data, dict) else None
 
 
-def read_run_config(run_dir: Path) -> RunConfig:
-    """The config that a run's folder was made with; ConfigError where it is no run's."""
-    raw = saved_config(run_dir)
-    try:
-        config = RunConfig.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, why = ".".join(map(str, first["loc"])), " ".join(first["msg"].split())
-        raise ConfigError(
-            f"{run_dir / 'config.yaml'} is not the config of a run: {where}: {why}; {_MEND}"
-        ) from None
-    return config.model_copy(update={"name": run_dir.resolve().name, "output_dir": str(run_dir.parent)})
-
-
 def config_hash(config: RunConfig) -> str:
     """Of all that a run's weights depend on: equal wherever it lies and whatever is exported or measured of it."""
     settings = {k: v for k, v in _flat(resolved(config)).items() if not _is_free(k)}
     # keys that earlier versions did not have count where they say something
     added = [k for k in settings if k == "start_from" or k.endswith(".objectives")]
     return sha256_json({k: v for k, v in settings.items() if k not in added or v})
-
-
-def resolved(config: RunConfig) -> dict[str, Any]:
-    """The config with every default filled in, as plain data."""
-    return config.model_dump(mode="json")
-
-
-_MEND = "mend: put a copy back, or the YAML file that the run was made by in its place"
-_MOST_NODES = 100_000
-_DEEPEST = 1000
-"""Brackets that may be open at once: Python's parser of YAML takes time that grows as the square of them."""
-
-
-def saved_config(run_dir: Path) -> dict[str, Any]:
-    """config.yaml of a run as plain data, not checked; ConfigError in one line where it is missing or no mapping."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
-    try:
-        raw = plain_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}; {_MEND}") from None
-    if not isinstance(raw, dict) or not _is_small(raw):
-        raise ConfigError(f"{path} is not the config of a run; {_MEND}")
-    return raw
-
-
-def plain_yaml(text: str) -> Any:
-    """The plain data of a YAML text; YAMLError and what else yaml.safe_load raises, at once for brackets without end."""
-    depth = 0
-    for bracket in re.finditer(r"[\[{}\]]", text):
-        depth = depth + 1 if bracket[0] in "[{" else max(0, depth - 1)
-        if depth > _DEEPEST:
-            raise yaml.YAMLError(f"more than {_DEEPEST} brackets are open at once")
-    return yaml.safe_load(text)
-
-
-def _is_small(value: Any) -> bool:
-    """Whether plain data has few nodes, however often its YAML refers to one of them."""
-    waiting, seen = [value], 0
-    while waiting and seen <= _MOST_NODES:
-        node, seen = waiting.pop(), seen + 1
-        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return seen <= _MOST_NODES
 
 
 def _saved(run_dir: Path) -> dict[str, Any]:

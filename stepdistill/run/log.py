@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stepdistill.run.durable import warn_of_damage, write_text, writing
+from stepdistill.disk.durable import warn_of_damage, write_text, writing
 
 _PLACE = ("rung", "phase", "step")
 """Keys that say which update a line is of."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from stepdistill.run.durable import read_sealed, sha256_file, warn_of_damage, write_sealed
+from stepdistill.disk.durable import read_sealed, sha256_file, warn_of_damage, write_sealed
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 RECORD_NAME = "rung.json"

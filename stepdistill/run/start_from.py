@@ -1,16 +1,19 @@
-"""A run that begins at a finished rung of another: which rungs it takes over, and whether they fit. Files only, no torch."""
+"""A run that begins at a finished rung of another: which rungs it takes over, whether they fit, and their copies in this
+run's folder, which then needs the other no more. No torch.
+"""
 
+import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import ConfigError, RunConfig, Rung
-from stepdistill.config.ladder_checks import prediction_types
-from stepdistill.models.folder import prediction_type
-from stepdistill.models.teacher_source import teacher_folder
-from stepdistill.run.durable import read_sealed, warn_of_damage
-from stepdistill.run.rungs import RungRecord, rung_folder
+from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config.saved import saved_config
+from stepdistill.disk.durable import read_sealed, sha256_file, warn_of_damage, whole_folder, write_sealed
+from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 
+logger = logging.getLogger(__name__)
 TAKEN = "taken_rungs.json"
 """At the top of a run's folder: of every rung that was taken over, from where and how it was made there."""
 
@@ -34,16 +37,30 @@ def taken_steps(config: RunConfig) -> list[int]:
     return students[: students.index(first) + 1] if first in students else []
 
 
-def check_start(config: RunConfig) -> None:
-    """ConfigError where rungs that are not in the run's folder yet cannot be taken over."""
+def check_start(config: RunConfig, *, base_prediction_type: str | None) -> None:
+    """ConfigError where rungs that are not in the run's folder yet cannot be taken over.
+
+    base_prediction_type: what the teacher predicts; None where it is not known yet, and is looked at before training.
+    """
     if config.start_from is None:
         return
     steps = taken_steps(config)
     if not steps or any(RungRecord.read(rung_folder(config.run_dir, n)) is None for n in steps):
-        rungs_to_take(config)
+        rungs_to_take(config, base_prediction_type=base_prediction_type)
 
 
-def rungs_to_take(config: RunConfig) -> list[TakenRung]:
+def missing_rungs(config: RunConfig, *, base_prediction_type: str) -> list[TakenRung]:
+    """Those of the rungs to take over that are not in the run's folder, whole; ConfigError where one does not fit."""
+    if config.start_from is None:
+        return []
+    steps = taken_steps(config)
+    if steps and all(read_rung(config.run_dir, n) is not None for n in steps):
+        return []
+    rungs = rungs_to_take(config, base_prediction_type=base_prediction_type)
+    return [rung for rung in rungs if read_rung(config.run_dir, rung.record.student_steps) is None]
+
+
+def rungs_to_take(config: RunConfig, *, base_prediction_type: str | None) -> list[TakenRung]:
     """The rungs that `start_from` leads to, in the ladder's order; ConfigError where one is missing or does not fit."""
     folder = _start(config)
     record = RungRecord.read(folder)
@@ -58,45 +75,87 @@ def rungs_to_take(config: RunConfig) -> list[TakenRung]:
             f"start_from: got {config.start_from!r}, a rung of {record.student_steps} steps; allowed: one of this ladder's: "
             f"{', '.join(map(str, students))}"
         )
-    return [
-        _fitting(config, index, folder, record) for index in range(students.index(record.student_steps) + 1)
+    rungs = [
+        _rung(config, index, folder, record) for index in range(students.index(record.student_steps) + 1)
     ]
+    for index, rung in enumerate(rungs):
+        _check_settings(config, index, rung, base_prediction_type)
+    return rungs
 
 
-def _fitting(config: RunConfig, index: int, start: Path, started: RungRecord) -> TakenRung:
-    rung = config.ladder[index]
-    is_start = rung.student_steps == started.student_steps
-    folder = start if is_start else start.with_name(str(rung.student_steps))
-    record = started if is_start else RungRecord.read(folder)
+def _rung(config: RunConfig, index: int, start: Path, start_record: RungRecord) -> TakenRung:
+    """Rung number `index` of this run's ladder, beside or at the rung in `start`."""
+    steps = config.ladder[index].student_steps
+    is_start = steps == start_record.student_steps
+    folder = start if is_start else start.with_name(str(steps))
+    record = start_record if is_start else RungRecord.read(folder)
     if record is None:
         raise ConfigError(
             f"start_from: got {config.start_from!r}, but {folder}, which this ladder has before it, is no finished rung; "
-            f"allowed: a ladder that begins with {started.teacher_steps} -> {started.student_steps}"
+            f"allowed: a ladder that begins with {start_record.teacher_steps} -> {start_record.student_steps}"
         )
-    for key, value, there in _settings(config, index, rung, record):
-        if value != there:
-            raise ConfigError(
-                f"{key}: got {value}, but the rung in {folder} has {there}; allowed: the same value, or another start_from"
-            )
     return TakenRung(folder, record)
 
 
-def _settings(
-    config: RunConfig, index: int, rung: Rung, record: RungRecord
-) -> list[tuple[str, object, object]]:
-    """(key, its value in this run, the rung's own) of all that must be equal."""
-    key = f"ladder.{index}"
+def _check_settings(
+    config: RunConfig, index: int, taken: TakenRung, base_prediction_type: str | None
+) -> None:
+    """ConfigError where a rung was made with other settings than this run asks for."""
+    key, rung, record = f"ladder.{index}", config.ladder[index], taken.record
     settings: list[tuple[str, object, object]] = [
         ("lora.rank", config.lora.rank, record.lora_rank),
         (f"{key}.teacher_steps", rung.teacher_steps, record.teacher_steps),
         (f"{key}.start_timestep", rung.start_timestep, record.start_timestep),
     ]
+    if base_prediction_type is not None:
+        predicted = config.prediction_types(base_prediction_type)[index]
+        settings.append((f"{key}.prediction_type", predicted, record.prediction_type))
+    for name, asked, made_with in settings:
+        if asked != made_with:
+            raise ConfigError(
+                f"{name}: got {asked}, but the rung in {taken.folder} has {made_with}; allowed: the same value, or another "
+                f"start_from"
+            )
+
+
+def check_base(config: RunConfig, rungs: list[TakenRung], *, base_fingerprint: str) -> None:
+    """ConfigError where one of the rungs belongs to another base than this run's teacher."""
+    for rung in rungs:
+        if rung.record.base_fingerprint != base_fingerprint:
+            raise ConfigError(
+                f"start_from: the rung in {rung.folder} belongs to the base {rung.record.base_fingerprint}, and the "
+                f"teacher {config.teacher.path!r} is {base_fingerprint}; allowed: a rung of a run of the same teacher"
+            )
+
+
+def take_rungs(config: RunConfig, rungs: list[TakenRung]) -> None:
+    """Copies LoRA, record and previews of these rungs into the run's folder; ConfigError where one is damaged."""
+    for rung in rungs:
+        _take(config, rung)
+
+
+def _take(config: RunConfig, rung: TakenRung) -> None:
+    weights, steps = rung.folder / WEIGHT_NAME, rung.record.student_steps
+    if not weights.is_file() or sha256_file(weights) != rung.record.sha256:
+        raise ConfigError(
+            f"start_from: {weights} is missing or not as it was written; allowed: an intact rung"
+        )
+    with whole_folder(rung_folder(config.run_dir, steps)) as folder:
+        shutil.copyfile(weights, folder / WEIGHT_NAME)
+        if (rung.folder / "previews").is_dir():
+            shutil.copytree(rung.folder / "previews", folder / "previews")
+        rung.record.write(folder)
+    about = {"from": str(rung.folder), "sha256": rung.record.sha256, "config": _made_by(rung)}
+    write_sealed(config.run_dir / TAKEN, {**read_taken(config.run_dir), str(steps): about})
+    logger.info("distill: the %d-step rung is taken over from %s", steps, rung.folder)
+
+
+def _made_by(rung: TakenRung) -> dict[str, Any] | None:
+    """The config of the run that a rung is from, where it lies in one."""
     try:
-        base = prediction_type(teacher_folder(config))
-    except ConfigError:  # not made yet; it is looked at again before anything is trained
-        return settings
-    kind = prediction_types(config, base)[index]
-    return [*settings, (f"{key}.prediction_type", kind, record.prediction_type)]
+        return saved_config(rung.folder.parent.parent)
+    except ConfigError:
+        return None
 
 
 def _start(config: RunConfig) -> Path:

@@ -15,8 +15,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from stepdistill.export.scheduler import trained_timesteps
 from stepdistill.models.adapters import lora_layers
+from stepdistill.models.identity import BaseIdentity, identity_of, layer_shapes
 from stepdistill.models.lora_file import Lora, check_fits
-from stepdistill.models.sketch import Sketch, layer_shapes, sketch_of
 from stepdistill.run.rungs import RungRecord
 
 ADAPTER = "few_step"
@@ -40,7 +40,7 @@ class LoadedRung:
     record: RungRecord
     weights: Path
     scheduler: DDIMScheduler
-    base: Sketch | None
+    base: BaseIdentity | None
 
 
 def unet_of(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
@@ -62,12 +62,13 @@ def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> Non
             "the pipeline has a LoRA merged into its weights, and another would be added to it; mend: "
             "pipeline.unfuse_lora() and unload_lora_weights() first, or a fresh pipeline"
         )
-    sketch = sketch_of(unet)
-    if rung.base is not None and rung.base.tensors != sketch.tensors:
+    identity = identity_of(unet)
+    if rung.base is not None and rung.base.tensors != identity.tensors:
         raise ValueError(
-            f"{rung.weights} is a LoRA of another U-Net: that one has {rung.base.tensors} tensors, this one {sketch.tensors}"
+            f"{rung.weights} is a LoRA of another U-Net: that one has {rung.base.tensors} tensors, "
+            f"this one {identity.tensors}"
         )
-    same = None if rung.base is None else rung.base.same_weights(sketch)
+    same = None if rung.base is None else rung.base.same_weights(identity)
     if same is None:
         _warn(
             f"whether {rung.weights} was trained on this base could not be checked: its weights are quantised or "

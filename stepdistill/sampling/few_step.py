@@ -21,13 +21,13 @@ from typing import Any
 from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
+from stepdistill.disk.durable import sha256_file, unsealed
 from stepdistill.export.exported import read_base, read_scheduler
 from stepdistill.export.kohya import HASH, hash_of_file, read_kohya
 from stepdistill.export.rung import HEADER
 from stepdistill.models.adapters import lora_layers, set_active
+from stepdistill.models.identity import BaseIdentity, layer_shapes
 from stepdistill.models.lora_file import Lora, lora_path, read_lora
-from stepdistill.models.sketch import Sketch, layer_shapes
-from stepdistill.run.durable import sha256_file, unsealed
 from stepdistill.run.rungs import RECORD_NAME, RungRecord
 from stepdistill.sampling.checks import (
     ADAPTER,
@@ -124,7 +124,7 @@ def _of_file(path: Path) -> LoadedRung:
         record = RungRecord.of_json(facts)
         if facts is None or record is None:
             raise ValueError("it was changed or damaged")
-        scheduler, base = DDIMScheduler.from_config(facts["scheduler"]), Sketch.of_json(facts["base"])
+        scheduler, base = DDIMScheduler.from_config(facts["scheduler"]), BaseIdentity.of_json(facts["base"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} has a header that cannot be read ({error}); mend: export it again"

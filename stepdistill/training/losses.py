@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 
 from stepdistill.config import Phase
-from stepdistill.config.ladder_checks import loss_space_of
 from stepdistill.objectives import adversarial
 from stepdistill.objectives.mse import convert_loss, mse_loss
 from stepdistill.training.samples import Samples
@@ -49,7 +48,7 @@ def mse(samples: Samples, phase: Phase) -> Losses:
         student.network_timesteps(batch.timesteps),
         batch.prev_timesteps,
         noise_path=student.noise_path,
-        space=loss_space_of(phase, student.prediction_type),
+        space=phase.loss_space_for(student.prediction_type),
     )
     return Losses({"student": loss})
 

@@ -6,10 +6,10 @@ from PIL import Image
 
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
+from stepdistill.disk.durable import write_picture
+from stepdistill.images.image_grid import image_grid
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.report.grid import image_grid
-from stepdistill.run.durable import write_picture
-from stepdistill.training.pictures import Painter, to_images
+from stepdistill.training.painter import Painter, to_images
 
 MOST_TEACHER_STEPS = 32
 

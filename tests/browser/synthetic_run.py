@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from stepdistill.config.load import load_config
-from stepdistill.run.durable import write_sealed
+from stepdistill.disk.durable import write_sealed
 
 HOSTILE = (
     "<script>alert(1)</script>",

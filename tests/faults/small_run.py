@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from stepdistill import stages
 from stepdistill.cli import guarded
 from stepdistill.config.load import load_config
-from stepdistill.run.durable import warn_of_damage
-from stepdistill.run.folder import open_run
+from stepdistill.disk.durable import warn_of_damage
+from stepdistill.stages import open_run
 from tests.faults.bounds import bounded
 
 SECONDS, BYTES = (

@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stepdistill import stages
+from stepdistill.disk.durable import read_json, read_sealed, write_json, write_sealed
 from stepdistill.ladder import save_lora
-from stepdistill.models.folder import embedded_folder
-from stepdistill.models.teacher import make_teacher
-from stepdistill.run.durable import read_json, read_sealed, write_json, write_sealed
-from stepdistill.run.folder import open_run
 from stepdistill.run.rungs import WEIGHT_NAME
 from stepdistill.run.start_from import TAKEN
 from stepdistill.sampling import load_few_step
+from stepdistill.stages import open_run
+from stepdistill.teacher.folder import embedded_folder
+from stepdistill.teacher.make import make_teacher
 from tests.faults.small_run import copy_of, small_config, tree
 from tests.integration.exported import random_student
 

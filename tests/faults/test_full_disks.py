@@ -9,10 +9,10 @@ from PIL import Image
 from stepdistill import stages
 from stepdistill.export.hub import stage as stage_for_the_hub
 from stepdistill.ladder import save_lora
-from stepdistill.models.folder import embedded_folder
-from stepdistill.models.loading import load_unet
-from stepdistill.models.teacher import make_teacher
+from stepdistill.models.network.kind import load_network
 from stepdistill.run.rungs import WEIGHT_NAME
+from stepdistill.teacher.folder import embedded_folder
+from stepdistill.teacher.make import make_teacher
 from tests.faults.small_run import read_only, room_for, small_config, tree
 from tests.integration.exported import random_student
 
@@ -284,7 +284,7 @@ def test_a_teacher_that_cannot_be_written(tmp_path, asked):
 
 def test_an_extract_and_a_push_that_cannot_be_written(copy, asked, tmp_path):
     tuned = tmp_path / "tuned"
-    unet = load_unet(embedded_folder("teacher"))
+    unet = load_network(embedded_folder("teacher"))
     for parameter in unet.parameters():
         parameter.data *= 1.01
     unet.save_pretrained(tuned)

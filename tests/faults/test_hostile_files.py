@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from stepdistill.cli import _raised_here
 from stepdistill.config.load import load_config
+from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.check import check_evaluation
-from stepdistill.run.durable import sha256_file
 from tests.extractors import build_clip, build_dinov2
 from tests.faults.bounds import bounded, command, one_line, problems
 from tests.faults.hostile_folders import edited, in_place_of, removed, replaced, retyped, with_number, without

@@ -11,8 +11,8 @@ import pytest
 from stepdistill import stages
 from stepdistill.config import ConfigError, Evaluation
 from stepdistill.config.load import load_config
-from stepdistill.run.folder import open_run
-from stepdistill.run.places import clear_half_written, half_written
+from stepdistill.disk.places import clear_half_written, half_written
+from stepdistill.stages import open_run
 from tests.integration.conftest import tiny_config
 
 # A start that dies where the first file of the run is on the disk, but not yet in its place.
@@ -20,7 +20,7 @@ KILLED = """
 import os, sys
 os.fsync = lambda _: os._exit(9)
 from stepdistill.config.load import load_config
-from stepdistill.run.folder import open_run
+from stepdistill.stages import open_run
 open_run(load_config("configs/letters.yaml", sys.argv[1:]))
 """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.models.loading import load_unet
+from stepdistill.models.network.kind import load_network
 from tests.integration.kohya_reader import merged
 from tests.original_layout import unet_name
 
@@ -164,7 +164,7 @@ def random_noise(seed, latent):
 
 def with_lora(model, file):
     """A copy of the U-Net with kohya's file merged, by that file's own spelling."""
-    unet = load_unet(file.parents[3].parent / "teacher")
+    unet = load_network(file.parents[3].parent / "teacher")
     unet.load_state_dict(model.unet.state_dict())
     weights = {key: w.detach() for key, w in unet.named_parameters()}
     attended = {key.split(".")[1] for key in weights if key.startswith("up_blocks") and "attentions" in key}

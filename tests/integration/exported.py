@@ -7,12 +7,14 @@ import torch
 
 from eval.random_teacher import build
 from stepdistill.config.load import parse_config
+from stepdistill.config.saved import resolved
+from stepdistill.disk.durable import sha256_file
 from stepdistill.ladder import save_lora
-from stepdistill.models.loading import fingerprint, load_unet
+from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
-from stepdistill.run.durable import sha256_file
-from stepdistill.run.folder import open_run, resolved
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, rung_folder
+from stepdistill.stages import open_run
+from stepdistill.teacher.loading import fingerprint
 from tests.integration.conftest import tiny_config
 
 RANK = 4
@@ -20,7 +22,7 @@ RANK = 4
 
 def random_student(teacher, *, rank=RANK, seed=0):
     """The teacher's U-Net with a student that changes its output by a tenth or so."""
-    network = SharedNetwork(load_unet(teacher))
+    network = SharedNetwork(load_network(teacher))
     parameters = network.add_adapter(STUDENT, rank=rank, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters.values():

@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 from eval.random_teacher import build
 from stepdistill.export import comfy
 from stepdistill.export.rung import export_rung
-from stepdistill.models.loading import read_scheduler_config
 from stepdistill.run.rungs import RungRecord
 from stepdistill.sampling import load_few_step
+from stepdistill.teacher.facts import TeacherFacts
 from tests.integration.comfy_nodes import check_structure, run
 from tests.integration.exported import rung_of, with_export
 from tests.integration.few_step import without_warning
@@ -121,7 +121,7 @@ def test_without_model_sampling_it_is_far_off(folders, name, options):
     ],
 )
 def test_a_start_timestep_is_computed_from_the_schedule(folders, start, denoise, first_sigma, multiplier):
-    base = read_scheduler_config(folders("sd15")[0] / "teacher")
+    base = TeacherFacts.of_folder(folders("sd15")[0] / "teacher").scheduler
     setting = comfy.setting_of(record_of(start_timestep=start), base)
     assert setting.start == comfy.Start(denoise, first_sigma, multiplier)
     timesteps = [999 - 100 * k for k in range(10)]
@@ -134,13 +134,13 @@ def record_of(**options):
 
 
 def test_the_last_timestep_needs_no_nodes_of_its_own(folders):
-    base = read_scheduler_config(folders("sd15")[0] / "teacher")
+    base = TeacherFacts.of_folder(folders("sd15")[0] / "teacher").scheduler
     assert comfy.setting_of(record_of(start_timestep=999), base) == comfy.setting_of(record_of(), base)
 
 
 def test_it_names_files_and_size_and_no_place_of_this_machine(folders):
     found = comfy.workflow(
-        comfy.setting_of(record_of(), read_scheduler_config(folders("sd15")[0] / "teacher")),
+        comfy.setting_of(record_of(), TeacherFacts.of_folder(folders("sd15")[0] / "teacher").scheduler),
         checkpoint=comfy.file_name("/somewhere/my-model.safetensors"),
         lora="mine_1step_lora.safetensors",
         teacher_loras=[(comfy.file_name("/somewhere/style/"), 0.8)],

@@ -14,11 +14,11 @@ from stepdistill import stages
 from stepdistill.cli import app, guarded
 from stepdistill.config.load import load_config
 from stepdistill.data.prepare import prepare
-from stepdistill.disk_need import disk_need
-from stepdistill.doctor import examine
-from stepdistill.models.teacher import make_teacher
-from stepdistill.models.teacher_source import configs_folder, teacher_folder
-from stepdistill.run.folder import open_run
+from stepdistill.doctor.disk_need import disk_need
+from stepdistill.doctor.findings import examine
+from stepdistill.stages import open_run
+from stepdistill.teacher.make import make_teacher
+from stepdistill.teacher.source import teacher_facts
 from tests.integration.conftest import tiny_config
 from tests.integration.test_teachers import configs_alone, style_lora
 from tests.original_layout import original_state
@@ -92,7 +92,7 @@ def test_a_run_that_needs_more_than_the_disk_has_is_a_problem(tmp_path):
 @pytest.mark.slow
 def test_what_the_disk_is_said_to_need_is_what_a_run_takes(finished_run):
     """Of the tiny ladder, whose pictures take a block of the disk each."""
-    need = disk_need(finished_run, teacher_folder(finished_run))
+    need = disk_need(finished_run, teacher_facts(finished_run))
     run_dir = finished_run.run_dir
     for part, said in (("cache", need.cache), ("rungs", need.rungs), ("evaluation", need.evaluation)):
         blocks = sum(path.stat().st_blocks * 512 for path in (run_dir / part).rglob("*") if path.is_file())
@@ -232,7 +232,7 @@ def test_a_made_teacher_takes_the_room_that_was_said(tmp_path, kind):
     folder = tmp_path / kind / "sd21_v"
     DiffusionPipeline.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
     config = tiny_config(tmp_path, *options)
-    said = disk_need(config, configs_folder(config)).teacher
+    said = disk_need(config, teacher_facts(config)).teacher
     open_run(config)
     made = make_teacher(config)
     weights = sum(path.stat().st_size for path in made.rglob("*.safetensors"))

@@ -12,12 +12,12 @@ import torch
 
 from stepdistill import stages
 from stepdistill.config import ConfigError
+from stepdistill.disk.durable import read_sealed
 from stepdistill.evaluation.evaluate import evaluate
 from stepdistill.evaluation.measure.small_net import Schooling, train_small_net, write_small_net
 from stepdistill.report.build import build_report
-from stepdistill.run.durable import read_sealed
-from stepdistill.run.folder import open_run
 from stepdistill.run.rungs import rung_folder
+from stepdistill.stages import open_run
 from tests.integration.conftest import tiny_config
 
 HOSTILE = [

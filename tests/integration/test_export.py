@@ -19,11 +19,12 @@ from stepdistill.export.fused import fused_unet
 from stepdistill.export.kohya import sgm_name
 from stepdistill.export.rung import HEADER, export_rung
 from stepdistill.models.adapters import activate
-from stepdistill.models.folder import embedded_folder
-from stepdistill.models.loading import load_unet, read_scheduler_config
 from stepdistill.models.lora_file import read_lora
+from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.run.rungs import RungRecord, require_rung, rung_folder
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.folder import embedded_folder
 from tests.integration.exported import (
     RANK,
     answer,
@@ -114,7 +115,7 @@ def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
     found = load_file(tmp_path / "out.safetensors")
     with network.using(STUDENT):
         whole = answer(network.model, told)
-    half_unet = load_unet(teacher)
+    half_unet = load_network(teacher)
     for name, layer in read_lora(folder).layers.items():
         half_unet.get_submodule(name).weight.data += 0.5 * layer.delta()
     half = answer(half_unet, told)
@@ -133,9 +134,9 @@ def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
 @pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
 def test_kohyas_file_is_right_for_a_reader_of_its_documentation(family, spelling):
     _, teacher, _, folder = family
-    if spelling == "sgm" and not load_unet(teacher).config.addition_embed_type:
+    if spelling == "sgm" and not load_network(teacher).config.addition_embed_type:
         pytest.skip("SD has one spelling")
-    weights = {key: w.detach() for key, w in load_unet(teacher).named_parameters()}
+    weights = {key: w.detach() for key, w in load_network(teacher).named_parameters()}
     attended = {key.split(".")[1] for key in weights if key.startswith("up_blocks") and "attentions" in key}
     spelt = {key: unet_name(key, attended) if spelling == "sgm" else key for key in weights}
     found = merged(
@@ -151,7 +152,7 @@ def test_kohyas_file_is_right_for_a_reader_of_its_documentation(family, spelling
 
 def test_the_original_names_are_those_of_the_original_layout(family):
     _, teacher, _, folder = family
-    unet = load_unet(teacher)
+    unet = load_network(teacher)
     names = dict(unet.named_parameters())
     attended = {key.split(".")[1] for key in names if key.startswith("up_blocks") and "attentions" in key}
     for name in read_lora(folder).layers:
@@ -245,13 +246,13 @@ def test_alpha_that_is_not_the_rank_is_in_kohyas_file_and_in_the_fused_unet(tmp_
     _with_peft_config(path, changes)
     sign_again(folder)
     exported = export_rung(with_export(config, formats=["kohya", "fused"]), 4)
-    unet = load_unet(teacher)
+    unet = load_network(teacher)
     unet.load_lora_adapter(load_file(path), prefix="unet", metadata=_peft_config(path), adapter_name="x")
     told = inputs_for(unet)
     expected = answer(unet, told)
     (file,) = (exported / "kohya").glob("*.safetensors")
-    weights = {key: w.detach() for key, w in load_unet(teacher).named_parameters()}
-    by_kohya = load_unet(teacher)
+    weights = {key: w.detach() for key, w in load_network(teacher).named_parameters()}
+    by_kohya = load_network(teacher)
     by_kohya.load_state_dict(merged(file, weights))
     scale = expected.abs().max()
     assert (answer(by_kohya, told) - expected).abs().max() <= 3e-6 * scale
@@ -342,9 +343,10 @@ def test_the_card_says_what_each_tool_must_be_told(
 def card_of_tools(unet, **options):
     """The section for a rung on the letters' teacher with another U-Net."""
     record = RungRecord(1, 2, "epsilon", RANK, "", "", **options)
-    base = read_scheduler_config(embedded_folder("teacher"))
+    facts = TeacherFacts.of_folder(embedded_folder("teacher"))
+    teacher = dataclasses.replace(facts, configs={**facts.configs, "unet": unet})
     config = load_config("configs/letters.yaml", [])
-    return " ".join(tools_section(config, record, Path("mine_1step_lora.safetensors"), base, unet).split())
+    return " ".join(tools_section(config, record, Path("mine_1step_lora.safetensors"), teacher).split())
 
 
 def test_a_unet_of_other_depth_is_not_offered_to_a1111():

@@ -12,8 +12,8 @@ import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import read_lora
+from stepdistill.models.network.kind import load_network
 from stepdistill.sampling import load_few_step
 from tests.integration.exported import rung_of, sign_again
 
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_no_half_a_file(tmp_path):
 def test_a_lora_is_extracted_from_a_unet_that_was_trained_whole(run, tmp_path):
     config, teacher = run
     lora = read_lora(config.run_dir / "rungs" / "4" / "pytorch_lora_weights.safetensors")
-    tuned = load_unet(teacher)
+    tuned = load_network(teacher)
     for name, layer in lora.layers.items():
         tuned.get_submodule(name).weight.data += layer.delta()
     tuned.save_pretrained(tmp_path / "tuned")

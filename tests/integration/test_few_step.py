@@ -14,8 +14,8 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model_state_dict
 
 from stepdistill.export.rung import export_rung
-from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import read_lora
+from stepdistill.models.network.kind import load_network
 from stepdistill.sampling import ADAPTER, FewStepWarning, load_few_step
 from tests.integration.exported import write_rung
 from tests.integration.few_step import PROMPT, by_hand, latents, pipeline_of, without_warning
@@ -142,7 +142,7 @@ def test_it_is_saved_as_the_vanilla_pipeline_that_it_is(rung, tmp_path):
 
 def attention_style(teacher, folder):
     """A LoRA on to_q and to_v alone, as most styles are."""
-    unet = load_unet(teacher)
+    unet = load_network(teacher)
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
     generator = torch.Generator().manual_seed(9)
     for name, parameter in unet.named_parameters():

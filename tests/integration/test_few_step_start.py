@@ -6,9 +6,10 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from stepdistill.diffusion.solver import move
 from stepdistill.export.rung import export_rung
-from stepdistill.models.loading import load_noise_path, read_scheduler_config
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.sampling import FewStepWarning, load_few_step
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.loading import load_noise_path
 from tests.integration.exported import rung_of
 from tests.integration.few_step import PROMPT, latents, pipeline_of, without_warning
 
@@ -29,7 +30,7 @@ def one_step(request, tmp_path_factory):
 @torch.no_grad()
 def as_trained(pipeline, teacher, network, start):
     """The training's own move from pure noise, the U-Net told `start`, to the clean latents."""
-    noise_path, kind = load_noise_path(read_scheduler_config(teacher))
+    noise_path, kind = load_noise_path(TeacherFacts.of_folder(teacher).scheduler)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 4, 32 // 8, 32 // 8, generator=generator)
     embeds = pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0]
@@ -53,7 +54,7 @@ def test_euler_draws_something_else_and_is_warned_of(one_step):
     start, teacher, folder, network = one_step
     pipeline = pipeline_of(teacher)
     load_few_step(pipeline, folder)
-    noise_path, _ = load_noise_path(read_scheduler_config(teacher))
+    noise_path, _ = load_noise_path(TeacherFacts.of_folder(teacher).scheduler)
     _, share = noise_path.alpha_sigma(torch.tensor([start]))
     assert float(share) == pytest.approx({399: 0.76, 499: 0.85}[start], abs=0.005)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)

@@ -6,10 +6,10 @@ import pytest
 
 from stepdistill import stages
 from stepdistill.config import ConfigError
-from stepdistill.models.folder import embedded_folder
-from stepdistill.run.durable import read_sealed
+from stepdistill.disk.durable import read_sealed
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.run.start_from import TAKEN
+from stepdistill.teacher.folder import embedded_folder
 from tests.integration.conftest import tiny_config
 
 

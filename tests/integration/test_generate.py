@@ -104,7 +104,7 @@ def test_two_processes_draw_the_same_images(trained_run, tmp_path):
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from stepdistill.run.folder import read_run_config
+from stepdistill.config.saved import read_run_config
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.evaluation.draw.rows import rows_of
 from stepdistill.runtime import Processes

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from eval.random_teacher import build
 from stepdistill.export.rung import export_rung
-from stepdistill.models.loading import load_unet
+from stepdistill.models.network.kind import load_network
 from tests.integration.exported import rung_of
 from tests.original_layout import original_state
 
@@ -55,7 +55,7 @@ def desk(tmp_path):
     pipeline = build("sd15", tiny=True).to(torch.float16)
     save_file(original_state(pipeline), tmp_path / "my-model.safetensors")
     pipeline.save_pretrained(tmp_path / "stable-diffusion-v1-5", safe_serialization=True)
-    unet = load_unet(tmp_path / "stable-diffusion-v1-5")
+    unet = load_network(tmp_path / "stable-diffusion-v1-5")
     for parameter in unet.parameters():
         parameter.data *= 1.01
     unet.save_pretrained(tmp_path / "tuned")

@@ -13,8 +13,8 @@ from stepdistill.data.prepare import prepare
 from stepdistill.export.fused import fused_unet
 from stepdistill.export.onnx_unet import inputs_of
 from stepdistill.ladder import distill, load_shared, read_lora
-from stepdistill.models.loading import load_unet
 from stepdistill.models.lora_file import read_lora as lora_of
+from stepdistill.models.network.kind import load_network
 from stepdistill.runtime import Runtime
 from tests.integration.conftest import tiny_config
 from tests.integration.exported import answer
@@ -42,7 +42,7 @@ def test_a_rung_on_an_int8_base(tmp_path):
         for unet in (
             pipeline.unet,
             fused_unet(teacher, lora_of(config.run_dir / "rungs" / "1")),
-            load_unet(teacher),
+            load_network(teacher),
         )
     )
     assert torch.allclose(loaded, merged, atol=1e-5)
@@ -53,7 +53,7 @@ def test_a_rung_on_an_int8_base(tmp_path):
 def test_int8_is_near_the_whole_base_and_half_its_bytes(tmp_path):
     teacher = tmp_path / "teacher"
     build("sdxl", tiny=True).save_pretrained(teacher)
-    whole, small = (load_unet(teacher, quantization=kind) for kind in ("none", "int8"))
+    whole, small = (load_network(teacher, quantization=kind) for kind in ("none", "int8"))
     assert not any(parameter.requires_grad for parameter in small.parameters())
     held = sum(
         (p.qdata.nbytes + p.scale.nbytes) if hasattr(p, "qdata") else p.nbytes for p in small.parameters()

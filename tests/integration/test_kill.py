@@ -8,9 +8,10 @@ import time
 import pytest
 import yaml
 
+from stepdistill.config.saved import resolved
 from stepdistill.data.prepare import prepare
-from stepdistill.run.folder import open_run, resolved
 from stepdistill.run.rungs import WEIGHT_NAME, finished_rungs, rung_folder
+from stepdistill.stages import open_run
 from tests.integration.conftest import tiny_config
 
 

@@ -17,6 +17,7 @@ from stepdistill.config import Export, LoraRow
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from stepdistill.data.shards import read_about, write_shard
+from stepdistill.disk.durable import read_sealed, write_sealed
 from stepdistill.evaluation.draw.rows import Row, lora_row
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.export.card import model_card
@@ -24,14 +25,14 @@ from stepdistill.export.rung import export_rung
 from stepdistill.ladder import distill, read_lora
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.folder import embedded_folder
-from stepdistill.models.loading import load_noise_path, load_pipeline, load_unet
-from stepdistill.models.network.conditioning import encode_prompts
+from stepdistill.models.network.encode import encode_prompts
+from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
-from stepdistill.run.durable import read_sealed, write_sealed
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import WEIGHT_NAME, finished_rungs, read_rung, rung_folder
 from stepdistill.sampling import load_rung
+from stepdistill.teacher.folder import embedded_folder
+from stepdistill.teacher.loading import load_noise_path, load_pipeline
 from stepdistill.training.optim import NonFiniteError
 from tests.integration.conftest import tiny_config
 
@@ -173,7 +174,7 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
         prompts, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent"
     ).images
 
-    network = SharedNetwork(load_unet(embedded_folder("teacher")))
+    network = SharedNetwork(load_network(embedded_folder("teacher")))
     network.add_adapter(STUDENT, rank=32, seed=0)
     adapters.load_adapter_state(network.model, STUDENT, read_lora(finished_run.run_dir, steps))
     conditioning = encode_prompts(load_pipeline(embedded_folder("teacher")), prompts, image_size=(32, 32))

@@ -20,12 +20,12 @@ GIVE_BACK_AT_ONCE = {
 WORK = """
 import sys, psutil
 from pathlib import Path
-from stepdistill.evaluation.measure.drift import image_drift
+from stepdistill.images.drift import image_drift
 from stepdistill.evaluation.measure.features import build_extractor, extract
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.evaluation.draw.picture_folder import PictureFolder
 from stepdistill.evaluation.draw.rows import Row
-from stepdistill.run.folder import read_run_config
+from stepdistill.config.saved import read_run_config
 from stepdistill.runtime import Processes
 
 sampler, extractor = Sampler(read_run_config(Path(sys.argv[1]))), build_extractor("reader")

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from stepdistill.config.load import load_config
-from stepdistill.evaluation.measure.drift import image_drift
+from stepdistill.images.drift import image_drift
 from stepdistill.ladder import load_shared
 from stepdistill.models.shared_network import STUDENT
-from stepdistill.report.phase_looks import changes
+from stepdistill.report.looks_by_phase import changes
 from stepdistill.report.read import read_run
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Runtime
-from stepdistill.training.phase_looks import PhaseLooks
+from stepdistill.training.measure_looks import PhaseLooks
 from tests.integration.conftest import student_of
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from eval.random_teacher import build
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
-from stepdistill.models.loading import load_encoders
+from stepdistill.teacher.loading import load_encoders
 from tests.integration.conftest import tiny_config
 
 CAPTIONS = {

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
-from stepdistill.doctor import examine
+from stepdistill.doctor.findings import examine
 from stepdistill.ladder import distill
 from stepdistill.run.log import read_log
 from tests.integration.conftest import tiny_config

@@ -8,8 +8,8 @@ import time
 import pytest
 import yaml
 
+from stepdistill.config.saved import resolved
 from stepdistill.data.cache import load_cache
-from stepdistill.run.folder import resolved
 from tests.integration.conftest import tiny_config
 from tests.integration.test_prepare import bad, good, manifest, of, shard_bytes, stamps
 

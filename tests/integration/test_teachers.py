@@ -13,10 +13,10 @@ from eval.random_teacher import FAMILIES, build
 from stepdistill import stages
 from stepdistill.config import ConfigError
 from stepdistill.models import adapters
-from stepdistill.models.teacher import make_teacher
-from stepdistill.models.teacher_source import teacher_folder
-from stepdistill.run.folder import open_run
 from stepdistill.sampling import load_few_step
+from stepdistill.stages import open_run
+from stepdistill.teacher.make import make_teacher
+from stepdistill.teacher.source import teacher_folder
 from tests.integration.conftest import tiny_config
 from tests.original_layout import original_state
 

@@ -10,10 +10,11 @@ from transformers import CLIPTextModel
 
 from stepdistill import stages
 from stepdistill.ladder import load_shared
-from stepdistill.models.folder import embedded_folder
-from stepdistill.models.loading import load_vae, vae_dtype
 from stepdistill.runtime import Runtime
-from stepdistill.training.pictures import Painter, decode_pictures
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.folder import embedded_folder
+from stepdistill.teacher.loading import load_vae, vae_dtype
+from stepdistill.training.painter import Painter, decode_pictures
 from tests.conftest import randn
 from tests.integration.conftest import student_of, tiny_config
 
@@ -63,7 +64,7 @@ def test_the_vae_stays_on_the_cpu_while_another_device_decodes(vae):
 def test_a_vae_decodes_in_half_precision_only_where_it_was_made_for_it(tmp_path, said, expected):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps(said))
-    assert vae_dtype(tmp_path, torch.float16) == expected
+    assert vae_dtype(TeacherFacts.of_folder(tmp_path), torch.float16) == expected
 
 
 @pytest.fixture(scope="module")

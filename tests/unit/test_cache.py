@@ -139,7 +139,7 @@ def synthetic(folder, per_shard):
     """A cache of four shards, written as prepare writes it."""
     from safetensors.torch import save_file
 
-    from stepdistill.run.durable import sha256_file, write_json
+    from stepdistill.disk.durable import sha256_file, write_json
 
     (folder / "shards").mkdir(parents=True)
     latents, entries = torch.zeros(per_shard, 4, 2, 2, dtype=torch.float16), []

@@ -8,11 +8,11 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
+from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.evaluation.measure.choice import choose_features
 from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.evaluation.measure.trained import FEWEST_PICTURES, trained_extractor, trained_facts
 from stepdistill.evaluation.protocol import absent_columns, warnings_of
-from stepdistill.evaluation.subject import subject_of
 from tests.unit.test_held_out import numbered, pictures
 
 
@@ -24,30 +24,31 @@ def no_inception(monkeypatch, tmp_path):
 def chosen(tmp_path, source, *overrides):
     options = [f"output_dir={tmp_path / 'runs'}", f"data.source={source}", "data.num_images=null"]
     config = load_config("configs/letters.yaml", [*options, *overrides])
-    subject = subject_of(config)
-    return config, subject, choose_features(config, subject)
+    evaluation_set = evaluation_set_of(config)
+    return config, evaluation_set, choose_features(config, evaluation_set)
 
 
 def test_letters_are_read_by_the_reader(tmp_path):
-    config, subject, choice = chosen(tmp_path, "letters")
+    config, evaluation_set, choice = chosen(tmp_path, "letters")
     assert (choice.spec, choice.warnings) == ("reader", ())
     assert Distances(choice.options(config)).main.extractor.name == "reader"
-    lacking = {one["columns"]: one["why"] for one in absent_columns(config, subject, choice)}
+    lacking = {one["columns"]: one["why"] for one in absent_columns(config, evaluation_set, choice)}
     assert set(lacking) == {"patch FID", "CLIP score, CMMD", "FD-DINOv2"}
 
 
 def test_other_pictures_are_measured_by_the_reader_only_where_it_is_named(tmp_path):
     source = pictures(tmp_path / "walls", numbered(30))
-    config, subject, choice = chosen(tmp_path, source, "evaluation.features=reader")
+    config, evaluation_set, choice = chosen(tmp_path, source, "evaluation.features=reader")
     assert choice.spec == "reader"
     assert (
-        "overlooks most damage" in warnings_of(config, subject, choice, Distances(choice.options(config)))[0]
+        "overlooks most damage"
+        in warnings_of(config, evaluation_set, choice, Distances(choice.options(config)))[0]
     )
-    config, subject, choice = chosen(tmp_path, source)
+    config, evaluation_set, choice = chosen(tmp_path, source)
     assert choice.spec is None
     assert f"30 pictures to learn from, of {FEWEST_PICTURES}" in choice.why
     assert "nowhere.pt" in choice.why
-    lacking = {one["columns"]: one["why"] for one in absent_columns(config, subject, choice)}
+    lacking = {one["columns"]: one["why"] for one in absent_columns(config, evaluation_set, choice)}
     assert lacking["FID, KID, precision, recall, density, coverage, diversity"].startswith(choice.why)
     assert "prompt accuracy" in lacking
     assert Distances(choice.options(config)).main is None
@@ -82,10 +83,10 @@ def test_real_images_are_learned_from_where_there_are_prompts_alone(tmp_path):
         Image.fromarray(np.full((8, 8, 3), k % 256, dtype=np.uint8)).save(tmp_path / "real" / f"{k}.png")
     source, real = tmp_path / "prompts.txt", f"evaluation.real_images={tmp_path / 'real'}"
     assert chosen(tmp_path, source, real)[2].learns
-    config, subject, choice = chosen(tmp_path, source)
+    config, evaluation_set, choice = chosen(tmp_path, source)
     assert choice.spec is None
     named = chosen(tmp_path, source, "evaluation.features=reader")[2]
-    lacking = {one["columns"]: one["why"] for one in absent_columns(config, subject, named)}
+    lacking = {one["columns"]: one["why"] for one in absent_columns(config, evaluation_set, named)}
     assert (
         "evaluation.real_images names a folder"
         in lacking["FID and KID to real, precision, recall, density, coverage"]

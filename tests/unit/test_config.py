@@ -5,8 +5,9 @@ import yaml
 
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config, parse_config
+from stepdistill.config.saved import read_run_config, resolved
 from stepdistill.plan import describe, evaluation_forwards, phase_forwards
-from stepdistill.run.folder import check_run, open_run, read_run_config, resolved
+from stepdistill.stages import check_run, open_run
 
 CONFIG = "configs/letters.yaml"
 
@@ -192,7 +193,7 @@ def test_a_run_folder_tells_its_config_wherever_it_was_moved(tmp_path):
 def test_an_incomplete_teacher_names_what_it_lacks(tmp_path, missing):
     import shutil
 
-    from stepdistill.models.folder import embedded_folder, missing_parts
+    from stepdistill.teacher.folder import embedded_folder, missing_parts
 
     folder = tmp_path / "teacher"
     shutil.copytree(embedded_folder("teacher"), folder)

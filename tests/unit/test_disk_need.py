@@ -5,17 +5,18 @@ import torch
 from PIL import Image
 
 from stepdistill.config.load import load_config
-from stepdistill.disk_need import disk_need, folder_bytes
+from stepdistill.doctor.disk_need import disk_need, folder_bytes
 from stepdistill.models.adapters import add_adapter, lora_parameters
-from stepdistill.models.folder import embedded_folder
-from stepdistill.models.sketch import layer_shapes
+from stepdistill.models.identity import layer_shapes
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.folder import embedded_folder
 from tests.conftest import build_tiny_unet
 
 TEACHER = embedded_folder("teacher")
 
 
 def need_of(*overrides):
-    return disk_need(load_config("configs/letters.yaml", list(overrides)), TEACHER)
+    return disk_need(load_config("configs/letters.yaml", list(overrides)), TeacherFacts.of_folder(TEACHER))
 
 
 @pytest.mark.parametrize("rank", [4, 12])

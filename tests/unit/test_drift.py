@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d
 
-from stepdistill.evaluation.measure.drift import image_drift
+from stepdistill.images.drift import image_drift
 
 
 def pictures(seed=0, n=40):

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stepdistill.run.durable import (
+from stepdistill.disk.durable import (
     canonical_safetensors,
     read_json,
     read_sealed,

@@ -15,9 +15,9 @@ from transformers import (
     Dinov2Model,
 )
 
+from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.measure.feature_files import INCEPTION_VARIABLE
 from stepdistill.evaluation.measure.features import build_extractor, clip_score, extract
-from stepdistill.run.durable import sha256_file
 from tests.conftest import randn
 from tests.extractors import build_clip, build_dinov2
 

@@ -133,6 +133,8 @@ class GaussianNetwork(torch.nn.Module):
 class GaussianKind:
     """How it is asked: a new kind of network is such a class and one line in KINDS."""
 
+    network_class = GaussianNetwork
+
     def ask(self, network, sample, timesteps, conditioning):
         return network(sample, timesteps, conditioning)
 
@@ -140,7 +142,7 @@ class GaussianKind:
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("loss_space", ["prev_sample", "sample", "truncated_snr"])
 def test_teachers_of_three_kinds_that_describe_one_gaussian_teach_the_same(zero_snr, loss_space, monkeypatch):
-    monkeypatch.setitem(network_kind.KINDS, GaussianNetwork, GaussianKind())
+    monkeypatch.setattr(network_kind, "KINDS", [*network_kind.KINDS, GaussianKind()])
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=zero_snr)
     nodes = [999, 749, 499, 249]

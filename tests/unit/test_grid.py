@@ -1,6 +1,6 @@
 from PIL import Image
 
-from stepdistill.report.grid import image_grid
+from stepdistill.images.image_grid import image_grid
 
 
 def solid(color):

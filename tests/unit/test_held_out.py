@@ -19,9 +19,9 @@ from stepdistill.data.held_out import (
 )
 from stepdistill.data.records import Record
 from stepdistill.data.source import evaluation_pictures, training_records
-from stepdistill.evaluation.subject import subject_of
+from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.report.markdown import markdown
-from stepdistill.run.folder import check_run, open_run
+from stepdistill.stages import check_run, open_run
 
 
 def pictures(folder, captions, *, first=0):
@@ -98,16 +98,16 @@ def test_a_run_stays_with_the_share_that_it_was_begun_with(tmp_path):
 
 def test_the_table_says_what_training_has_seen(tmp_path):
     few, many = pictures(tmp_path / "few", numbered(30)), pictures(tmp_path / "many", numbered(1600))
-    trained = subject_of(config_of(tmp_path, few))
+    trained = evaluation_set_of(config_of(tmp_path, few))
     assert trained.real.about == "30 pictures that were trained on, 32 x 32"
     assert trained.prompts_about == "captions that were trained on"
     assert "data.held_out" in trained.warnings[0]
-    part = subject_of(config_of(tmp_path, few, "data.num_images=20", "evaluation.num_images=25"))
+    part = evaluation_set_of(config_of(tmp_path, few, "data.num_images=20", "evaluation.num_images=25"))
     assert part.real.about == "30 pictures of which the first 20 were trained on, 32 x 32"
-    kept = subject_of(config_of(tmp_path, many))
+    kept = evaluation_set_of(config_of(tmp_path, many))
     assert kept.real.about.endswith("pictures held out from training, 32 x 32")
     assert (kept.prompts_about, kept.warnings) == ("captions held out from training", ())
-    letters = subject_of(config_of(tmp_path, "letters"))
+    letters = evaluation_set_of(config_of(tmp_path, "letters"))
     assert letters.prompts_about == "captions that were trained on"
     protocol = {"prompts": kept.prompts_about, "real_images": kept.real.about}
     assert f"Real images: {kept.real.about}." in markdown("x", {"rows": [], "protocol": protocol})
@@ -122,7 +122,7 @@ def test_another_runs_cache_takes_its_share_and_its_pictures(tmp_path):
     config = config_of(tmp_path, str(cache))
     assert held_out_share(config.data) == 0.1
     assert measured_data(config) == Data(source=source, held_out=0.1)
-    assert subject_of(config).real.about.endswith("pictures held out from training, 32 x 32")
+    assert evaluation_set_of(config).real.about.endswith("pictures held out from training, 32 x 32")
     (tmp_path / "many" / "metadata.jsonl").unlink()
     (tmp_path / "many" / "wall.png").unlink()
     (tmp_path / "many").rmdir()

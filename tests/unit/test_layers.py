@@ -1,4 +1,4 @@
-"""Data flows one way: a file imports from its floor and those below, and one file owns each heavy dependency."""
+"""Data flows one way: a room imports from its floor and those below, and one file owns each heavy dependency."""
 
 import ast
 import graphlib
@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("stepdistill")
-# Floors from the ground: a file may import from its own floor and from those below it.
+# Floors from the ground. A room is a folder, or a file at the top.
 FLOORS = [
-    {"messages", "rng", "jackknife", "diffusion", "run.durable", "run.places"},
-    {"objectives", "demo.letters", "demo.reader", "demo.world", "evaluation.measure.drift"}
-    | {"models.folder", "models.folder_files", "models.folder_scheduler"},
-    {"run", "config", "run.rungs", "run.drawn_pictures", "report.grid"},
-    {"models.teacher_source", "run.start_from", "run.folder", "config.load", "plan", "runtime"},
-    {"models"},
+    {"messages", "rng", "jackknife", "runtime", "disk", "images", "diffusion"},
+    {"config", "objectives", "demo"},
+    {"run"},
+    {"teacher"},
+    {"models", "plan"},
     {"data"},
-    {"run.log", "training", "report"},
-    {"run.fork", "ladder", "export", "demo.teacher", "sampling"},
+    {"training", "report"},
+    {"ladder", "export", "sampling"},
     {"evaluation"},
-    {"pace", "disk_need", "finding", "doctor_teacher", "doctor", "stages", "cli", "__main__"},
+    {"doctor", "stages", "cli", "__main__"},
 ]
 OWNERS = {
     "peft": {"models/adapters.py"},
@@ -29,19 +28,8 @@ OWNERS = {
     "matplotlib": {"report/plots.py", "demo/letters.py"},
 }
 TORCH_ONLY = ("diffusion", "objectives")
-NO_TORCH = (
-    "config",
-    "run",
-    "plan",
-    "pace",
-    "jackknife",
-    "messages",
-    "report",
-    "models/folder",
-    "models/teacher_source",
-)
-NO_TORCH += ("stages", "cli")
-WITH_TORCH = ("run/fork", "run/log")
+NO_TORCH = {"config", "disk", "run", "plan", "jackknife", "messages", "report", "stages", "cli"}
+NO_TORCH |= {f"teacher.{name}" for name in ("facts", "files", "folder", "ladder_fit", "scheduler", "source")}
 
 
 def modules():
@@ -54,13 +42,12 @@ def name_of(path):
     return ".".join(parts[:-1] if path.name == "__init__.py" else parts)
 
 
-def floor_of(name):
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        for index, floor in enumerate(FLOORS):
-            if ".".join(parts[:length]) in floor:
-                return index
-    raise AssertionError(f"{name} is on no floor: add it to FLOORS")
+def room_of(name):
+    return name.split(".")[0]
+
+
+def floor_of(room):
+    return next(index for index, floor in enumerate(FLOORS) if room in floor)
 
 
 def imports(path, *, top_level_only=False):
@@ -75,24 +62,32 @@ def imports(path, *, top_level_only=False):
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def known_names():
-    return {f"stepdistill.{name_of(p)}" for p in modules()}
+def imported_files(path):
+    names = {name_of(p) for p in modules()} - {name_of(path)}
+    return {name.removeprefix("stepdistill.") for name in imports(path)} & names
+
+
+def test_every_room_is_on_one_floor():
+    rooms = {room_of(name_of(path)) for path in modules() if name_of(path)}
+    assert sorted(rooms) == sorted(room for floor in FLOORS for room in floor)
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)
 def test_imports_point_down(path):
-    own = floor_of(name_of(path))
-    for imported in set(imports(path)) & known_names():
-        assert floor_of(imported.removeprefix("stepdistill.")) <= own, f"{path} imports {imported}"
+    for imported in imported_files(path) - {""}:
+        if name_of(path):
+            assert floor_of(room_of(imported)) <= floor_of(room_of(name_of(path))), (
+                f"{path} imports {imported}"
+            )
 
 
-def test_no_files_import_each_other_in_a_circle():
+@pytest.mark.parametrize("part", [room_of, str], ids=["rooms", "files"])
+def test_nothing_imports_in_a_circle(part):
     """A folder's __init__.py that only hands on what its files hold is no file of its own here."""
-    names = {name_of(path): path for path in modules() if path.name != "__init__.py"}
-    graph = {
-        name: {i.removeprefix("stepdistill.") for i in imports(path)} & names.keys() - {name}
-        for name, path in names.items()
-    }
+    graph = {}
+    for path in (path for path in modules() if path.name != "__init__.py"):
+        name = part(name_of(path))
+        graph.setdefault(name, set()).update({part(i) for i in imported_files(path)} - {name})
     assert tuple(graphlib.TopologicalSorter(graph).static_order())
 
 
@@ -111,11 +106,7 @@ def test_heavy_dependencies_have_one_owner(path):
 
 @pytest.mark.parametrize("path", modules(), ids=str)
 def test_what_runs_before_the_config_is_right_imports_no_torch(path):
-    relative = path.relative_to(PACKAGE).with_suffix("").as_posix()
-    if (
-        any(relative == name or relative.startswith((f"{name}/", f"{name}_")) for name in NO_TORCH)
-        and relative not in WITH_TORCH
-    ):
+    if {name_of(path), room_of(name_of(path))} & NO_TORCH:
         roots = {i.split(".")[0] for i in imports(path, top_level_only=True)}
         assert not roots & {"torch", "diffusers", "transformers", "peft", "accelerate"}, path
 

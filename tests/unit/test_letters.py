@@ -5,7 +5,7 @@ import torch
 from stepdistill.demo import letters
 from stepdistill.demo.reader import load_reader, prompt_accuracy
 from stepdistill.demo.teacher import build_tokenizer, rendered_batch
-from stepdistill.models.folder import embedded_folder, missing_parts
+from stepdistill.teacher.folder import embedded_folder, missing_parts
 
 
 @pytest.fixture(scope="module")

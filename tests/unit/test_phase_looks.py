@@ -5,12 +5,12 @@ import json
 import pytest
 
 from stepdistill.config.load import load_config
+from stepdistill.config.saved import resolved
+from stepdistill.disk.durable import read_sealed, write_sealed
 from stepdistill.report.advice import advice_for
+from stepdistill.report.looks_by_phase import changes, looks_table
 from stepdistill.report.page import render
-from stepdistill.report.phase_looks import changes, looks_table
 from stepdistill.report.read import read_run
-from stepdistill.run.durable import read_sealed, write_sealed
-from stepdistill.run.folder import resolved
 from tests.browser.synthetic_run import results_of, save, write_looks, write_training
 
 ADVERSARIAL = "tests/assets/letters_adversarial.yaml"

@@ -12,15 +12,15 @@ from stepdistill.config import ConfigError
 from stepdistill.config.ladder import WeightedObjective
 from stepdistill.config.load import load_config
 from stepdistill.diffusion.noise_path import VariancePreserving
-from stepdistill.models.folder import embedded_folder
-from stepdistill.pace import measured_seconds_per_pass
 from stepdistill.plan import (
     describe,
     evaluation_forwards,
+    measured_seconds_per_pass,
     phase_forwards,
     preparation_forwards,
     training_forwards,
 )
+from stepdistill.teacher.folder import embedded_folder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 import variants

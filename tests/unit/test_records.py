@@ -11,7 +11,7 @@ import threading
 import pytest
 from PIL import Image
 
-from stepdistill.data.marks import mark_of_bytes
+from stepdistill.data.file_version import version_of_bytes
 from stepdistill.data.records import records
 from stepdistill.data.samples import BadSample
 
@@ -61,21 +61,21 @@ def test_a_folder_is_read_by_name_with_the_texts_beside(tmp_path):
     assert found.pop("mute.png") == ("caption_missing", b"x")
     for name, (caption, picture) in found.items():
         assert (caption, picture) == (f"caption {name}".encode(), f"picture {name}".encode())
-    marks = {r.name: r.mark() for r in records(str(tmp_path))}
-    assert marks == {name: mark_of_bytes((tmp_path / name).read_bytes()) for name in marks}
-    assert len(set(marks.values())) == len(marks)
+    versions = {r.name: r.version() for r in records(str(tmp_path))}
+    assert versions == {name: version_of_bytes((tmp_path / name).read_bytes()) for name in versions}
+    assert len(set(versions.values())) == len(versions)
 
 
-def test_a_pictures_mark_is_the_same_in_a_folder_and_in_an_archive(tmp_path):
+def test_a_pictures_version_is_the_same_in_a_folder_and_in_an_archive(tmp_path):
     """Length and 64 bytes of the middle: 1 byte, no byte, and another picture of equal length."""
     contents = [b"", b"x", bytes(range(256)) * 9, bytes(range(255, -1, -1)) * 9]
     with tarfile.open(tmp_path / "many.tar", "w") as archive:
         for k, content in enumerate(contents):
             write(tmp_path / "pictures" / f"{k}.png", content)
             archive.add(tmp_path / "pictures" / f"{k}.png", f"{k}.png")
-    expected = [mark_of_bytes(content) for content in contents]
-    assert [r.mark() for r in records(str(tmp_path / "pictures"))] == expected
-    assert [r.mark() for r in records(str(tmp_path / "many.tar"))] == expected
+    expected = [version_of_bytes(content) for content in contents]
+    assert [r.version() for r in records(str(tmp_path / "pictures"))] == expected
+    assert [r.version() for r in records(str(tmp_path / "many.tar"))] == expected
     assert len(set(expected)) == 4
     assert expected[2].endswith(bytes(range(128, 192)).hex())
 

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from stepdistill.config.load import changed, load_config, parse_config
+from stepdistill.config.saved import resolved
 from stepdistill.report.advice import advice_for
 from stepdistill.report.proposals import Advice, Proposal, accepted
 from stepdistill.report.read import read_run
-from stepdistill.run.folder import resolved
 from tests.browser.synthetic_run import results_of, save, write_looks, write_training
 
 CONFIGS = [*sorted(map(str, Path("configs").glob("*.yaml"))), "tests/assets/letters_adversarial.yaml"]

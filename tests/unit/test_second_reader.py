@@ -12,10 +12,10 @@ from PIL import Image
 from stepdistill.config.load import load_config
 from stepdistill.demo import letters
 from stepdistill.demo.reader import load_reader
+from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.draw.picture_folder import PictureFolder
-from stepdistill.evaluation.subject import subject_of
-from stepdistill.models.folder import embedded_folder
-from stepdistill.run.durable import sha256_file
+from stepdistill.evaluation.evaluation_set import evaluation_set_of
+from stepdistill.teacher.folder import embedded_folder
 
 NUM_IMAGES = 64
 
@@ -55,7 +55,7 @@ def test_a_table_is_measured_again(tmp_path):
     config = load_config(
         "configs/letters.yaml", [f"output_dir={tmp_path}", f"evaluation.num_images={NUM_IMAGES}"]
     )
-    triples = [letters.parse_caption(prompt) for prompt in subject_of(config).prompts]
+    triples = [letters.parse_caption(prompt) for prompt in evaluation_set_of(config).prompts]
     folder = config.run_dir / "evaluation"
     renderings = [letters.render_at(t, seed=99, index=i) for i, t in enumerate(triples)]
     draw(folder / "right", renderings)

@@ -7,8 +7,8 @@ from torch.nn.functional import avg_pool2d
 
 from stepdistill.demo import letters
 from stepdistill.evaluation.measure.distances import density_coverage, diversity, fid, kid, precision_recall
-from stepdistill.evaluation.measure.drift import image_drift
 from stepdistill.evaluation.measure.features import build_extractor, extract
+from stepdistill.images.drift import image_drift
 
 N = 400
 

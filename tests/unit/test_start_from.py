@@ -7,11 +7,12 @@ import pytest
 
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
+from stepdistill.disk.durable import sha256_file, write_json
 from stepdistill.plan import describe, training_forwards
-from stepdistill.run.durable import sha256_file, write_json
-from stepdistill.run.folder import check_run, config_hash, open_run
+from stepdistill.run.folder import config_hash
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, rung_folder
 from stepdistill.run.start_from import TAKEN, rungs_to_take, taken_from, taken_steps
+from stepdistill.stages import check_run, open_run
 
 
 def rung_of(run_dir, student, teacher, **changed):
@@ -41,7 +42,9 @@ def first(tmp_path):
 def test_the_rung_and_those_before_it_are_taken(tmp_path, first):
     config = forked(tmp_path, rung_folder(first, 8))
     check_run(config)
-    assert [taken.record.student_steps for taken in rungs_to_take(config)] == [32, 8]
+    assert [
+        taken.record.student_steps for taken in rungs_to_take(config, base_prediction_type="epsilon")
+    ] == [32, 8]
     assert taken_steps(config) == [32, 8]
     lines = describe(config, stages=["distill"]).splitlines()
     assert lines[1] == f"distill    32 -> 32  taken over from {rung_folder(first, 8)}"

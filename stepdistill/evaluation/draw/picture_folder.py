@@ -20,6 +20,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from stepdistill.disk.durable import (
+    picture_bytes,
+    read_sealed,
+    sha256_file,
+    warn_of_damage,
+    write_sealed,
+    writing,
+)
 from stepdistill.run.drawn_pictures import (
     Chunk,
     chunks_of,
@@ -27,14 +35,6 @@ from stepdistill.run.drawn_pictures import (
     markers,
     picture_file,
     read_chunk,
-)
-from stepdistill.run.durable import (
-    picture_bytes,
-    read_sealed,
-    sha256_file,
-    warn_of_damage,
-    write_sealed,
-    writing,
 )
 
 LATENTS_KEPT = 2048  # of the first images: enough for a mean, 0.5 GB at SDXL's 4 x 128 x 128

@@ -10,12 +10,12 @@ import diffusers
 from diffusers import SchedulerMixin
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
+from stepdistill.disk.durable import read_json
 from stepdistill.export.exported import scheduler_file
 from stepdistill.messages import first_line
-from stepdistill.models.folder_files import read_header
-from stepdistill.models.folder_scheduler import MOST_TIMESTEPS
-from stepdistill.run.durable import read_json
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
+from stepdistill.teacher.files import read_header
+from stepdistill.teacher.scheduler import MOST_TIMESTEPS
 
 
 @dataclass(frozen=True)

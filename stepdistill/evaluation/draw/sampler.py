@@ -13,24 +13,24 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from stepdistill.config import RunConfig
+from stepdistill.disk.durable import read_json, sha256_file, sha256_json
 from stepdistill.evaluation.draw.picture_folder import PictureFolder
 from stepdistill.evaluation.draw.rows import Row, lora_file, lora_scheduler
 from stepdistill.export.scheduler import student_scheduler
-from stepdistill.models.loading import (
-    encoder_fingerprint,
-    fingerprint,
-    load_pipeline,
-    loading,
-    read_scheduler_config,
-)
-from stepdistill.models.network.conditioning import unconditional_is_zeros
-from stepdistill.models.teacher_source import teacher_folder
+from stepdistill.models.network.encode import unconditional_is_zeros
 from stepdistill.rng import generator
-from stepdistill.run.durable import read_json, sha256_file, sha256_json
 from stepdistill.run.log import PhaseProgress
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Processes
 from stepdistill.sampling import load_rung
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.loading import (
+    encoder_fingerprint,
+    fingerprint,
+    load_pipeline,
+    loading,
+)
+from stepdistill.teacher.source import teacher_folder
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ class Sampler:
         self._base_key = [
             fingerprint(self._base),
             encoder_fingerprint(self._base),
-            read_scheduler_config(self._base),
+            dict(TeacherFacts.of_folder(self._base).scheduler),
         ]
         self._pipeline: DiffusionPipeline | None = None
         self._loaded: tuple[object, ...] | None = None

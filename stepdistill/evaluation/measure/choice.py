@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from stepdistill.config import ConfigError, Evaluation, RunConfig
 from stepdistill.demo.world import world_of
+from stepdistill.evaluation.evaluation_set import EvaluationSet
 from stepdistill.evaluation.measure.feature_files import inception_file
 from stepdistill.evaluation.measure.trained import (
     FEWEST_PICTURES,
@@ -17,7 +18,6 @@ from stepdistill.evaluation.measure.trained import (
     trained_facts,
     trained_side,
 )
-from stepdistill.evaluation.subject import Subject
 
 TRAINED = "trained"
 _OF_LETTERS = (
@@ -52,10 +52,10 @@ class Choice:
         return options, trained_facts(folder)
 
 
-def choose_features(config: RunConfig, subject: Subject) -> Choice:
+def choose_features(config: RunConfig, evaluation_set: EvaluationSet) -> Choice:
     """ConfigError where the net that learns is named or comes next, and cannot: too few pictures, another side or resize."""
     spec = config.evaluation.features
-    world = world_of(config.data.source) or subject.world
+    world = world_of(config.data.source) or evaluation_set.world
     if spec is None and world is not None:
         return Choice(world.extractor, is_named=False)
     if spec is not None and spec != TRAINED:

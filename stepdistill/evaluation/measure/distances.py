@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from stepdistill.models.folder_files import require_file
+from stepdistill.teacher.files import require_file
 
 # Under torchrun the main process measures alone; torchmetrics would wait for the others to sync with.
 ALONE = {"sync_on_compute": False}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from stepdistill.messages import first_line
-from stepdistill.models.examine import not_finite
-from stepdistill.models.folder import has_vocabulary
-from stepdistill.models.folder_files import check_counts, read_headers, read_object, weight_files
+from stepdistill.teacher.examine import not_finite
+from stepdistill.teacher.files import check_counts, read_headers, read_object, weight_files
+from stepdistill.teacher.folder import has_vocabulary
 
 INCEPTION_VARIABLE = "STEPDISTILL_INCEPTION"
 TORCHSCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"

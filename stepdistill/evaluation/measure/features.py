@@ -14,6 +14,7 @@ from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 
 from stepdistill.demo.reader import load_reader
+from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.measure.distances import ALONE
 from stepdistill.evaluation.measure.feature_files import (
     LOCAL,
@@ -28,8 +29,7 @@ from stepdistill.evaluation.measure.feature_files import (
 from stepdistill.evaluation.measure.resize import center_crop, resize
 from stepdistill.evaluation.measure.small_net import NUM_FEATURES, read_small_net
 from stepdistill.messages import first_line
-from stepdistill.models.folder import embedded_folder
-from stepdistill.run.durable import sha256_file
+from stepdistill.teacher.folder import embedded_folder
 
 _NORMAL = ("mean", "std")
 _ALLOWED = (

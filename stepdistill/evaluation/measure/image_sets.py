@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from stepdistill.config import ConfigError, Evaluation
+from stepdistill.disk.durable import sha256_json
 from stepdistill.evaluation.measure.distances import (
     Moments,
     cmmd,
@@ -19,7 +20,6 @@ from stepdistill.evaluation.measure.distances import (
 from stepdistill.evaluation.measure.features import FeatureExtractor, build_extractor, extract
 from stepdistill.evaluation.measure.kept_features import read_features, write_features
 from stepdistill.messages import first_line
-from stepdistill.run.durable import sha256_json
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from stepdistill.run.durable import canonical, warn_of_damage, write_bytes
+from stepdistill.disk.durable import canonical, warn_of_damage, write_bytes
 
 
 def read_features(path: Path, key: str) -> torch.Tensor | None:

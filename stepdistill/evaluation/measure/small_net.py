@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.functional import avg_pool2d, cross_entropy, normalize
 
+from stepdistill.disk.durable import canonical, read_sealed, sha256_file, write_bytes, write_sealed
 from stepdistill.messages import first_line
-from stepdistill.run.durable import canonical, read_sealed, sha256_file, write_bytes, write_sealed
 
 WEIGHTS, RECORD = "model.safetensors", "extractor.json"
 SIDES = (32, 64, 128)

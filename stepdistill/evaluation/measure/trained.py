@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 
 from stepdistill.config import Data, RunConfig
+from stepdistill.data.file_version import version_of_file
 from stepdistill.data.held_out import pictured_data
-from stepdistill.data.marks import mark_of_file
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, cover
 from stepdistill.data.source import picture_of, training_records
 from stepdistill.demo.world import world_of
+from stepdistill.disk.durable import read_sealed, sha256_json, warn_of_damage
+from stepdistill.evaluation.evaluation_set import ImageFolder, read_picture
 from stepdistill.evaluation.measure.resize import resize
 from stepdistill.evaluation.measure.small_net import (
     RECORD,
@@ -33,12 +35,9 @@ from stepdistill.evaluation.measure.small_net import (
     train_small_net,
     write_small_net,
 )
-from stepdistill.evaluation.subject import ImageFolder, read_picture
-from stepdistill.models.loading import image_size
-from stepdistill.models.teacher_source import configs_folder
 from stepdistill.rng import derive_seed
-from stepdistill.run.durable import read_sealed, sha256_json, warn_of_damage
 from stepdistill.run.log import PhaseProgress
+from stepdistill.teacher.source import teacher_facts
 
 logger = logging.getLogger(__name__)
 FEWEST_PICTURES = 200
@@ -51,10 +50,10 @@ _FORM = 1  # of all this; another number makes the nets of earlier versions agai
 
 @dataclasses.dataclass(frozen=True)
 class _Picture:
-    """name and mark: which picture it is; pixels: uint8 (H, W, 3) of a size, or BadSample."""
+    """name and version: which picture it is; pixels: uint8 (H, W, 3) of a size, or BadSample."""
 
     name: str
-    mark: Callable[[], str]
+    version: Callable[[], str]
     pixels: Callable[[tuple[int, int]], np.ndarray]
 
 
@@ -68,18 +67,18 @@ def pictures_at_hand(config: RunConfig) -> int:
 
 def trained_side(config: RunConfig) -> int:
     """The side in pixels that the net looks at pictures in."""
-    return side_for(image_size(configs_folder(config)))
+    return side_for(teacher_facts(config).image_size)
 
 
 def trained_extractor(config: RunConfig) -> Path:
     """The folder of the run's extractor; trained where it is not there, or other pictures are."""
     folder = config.run_dir / "evaluation" / "extractor"
     chosen = list(itertools.islice(_pictures(config), MOST_PICTURES))
-    size, schooling = image_size(configs_folder(config)), Schooling()
+    size, schooling = teacher_facts(config).image_size, Schooling()
     how, side = config.evaluation.resize or RESIZE, trained_side(config)
-    marks = [[picture.name, picture.mark()] for picture in chosen]
+    versions = [[picture.name, picture.version()] for picture in chosen]
     drawn_by = [config.seed, config.data.num_images] if world_of(config.data.source) is not None else None
-    key = sha256_json([_FORM, marks, drawn_by, size, how, dataclasses.asdict(schooling)])
+    key = sha256_json([_FORM, versions, drawn_by, size, how, dataclasses.asdict(schooling)])
     record = read_sealed(folder / RECORD)
     if record is not None and record.get("key") == key:
         with contextlib.suppress(ValueError):
@@ -118,12 +117,12 @@ def _pictures(config: RunConfig) -> Iterator[_Picture]:
     data = pictured_data(config)
     if not (is_prompts_only(data.source) or is_cache(data.source)):
         for record in training_records(data, seed=derive_seed(config.seed, "data") % 2**32):
-            yield _Picture(record.name, record.mark, functools.partial(_of_record, record, data))
+            yield _Picture(record.name, record.version, functools.partial(_of_record, record, data))
     elif config.evaluation.real_images is not None:
         folder = ImageFolder.open(config.evaluation.real_images)
         for file in folder.files:
             yield _Picture(
-                str(file), functools.partial(mark_of_file, file), functools.partial(_of_file, file)
+                str(file), functools.partial(version_of_file, file), functools.partial(_of_file, file)
             )
 
 

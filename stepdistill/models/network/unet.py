@@ -1,9 +1,14 @@
-"""Stable Diffusion's U-Net. What tells SD from SDXL ends here and in conditioning.py."""
+"""Stable Diffusion's U-Net. What tells SD from SDXL ends here."""
 
 import copy
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 
 from stepdistill.models.network.conditioning import Conditioning
@@ -30,6 +35,9 @@ LORA_TARGETS = (
 class UNetKind:
     """The answers of models/network/kind.py for UNet2DConditionModel; the features are those of the encoder."""
 
+    component = "unet"
+    network_class = UNet2DConditionModel
+    pipeline_classes = (StableDiffusionPipeline, StableDiffusionXLPipeline)
     lora_targets = LORA_TARGETS
     encoder_lora_targets = (
         r"(down_blocks|mid_block)\..*\.(" + "|".join(n.replace(".", r"\.") for n in LORA_TARGETS) + ")"
@@ -81,6 +89,20 @@ class UNetKind:
             state = result[0] if isinstance(result, tuple) else result
             features.append(state)
         return features
+
+    def encode(
+        self, pipeline: DiffusionPipeline, prompts: list[str], *, image_size: tuple[int, int]
+    ) -> Conditioning:
+        """Text embeddings; with SDXL the pooled ones, and time_ids of an image_size that is neither scaled nor cropped."""
+        encoded = pipeline.encode_prompt(
+            prompt=prompts, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if not isinstance(pipeline, StableDiffusionXLPipeline):
+            return Conditioning(encoded[0])
+        pooled = encoded[2]
+        time_ids = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=torch.float32, device=pooled.device)
+        added = {"text_embeds": pooled, "time_ids": time_ids.expand(len(prompts), -1).clone()}
+        return Conditioning(encoded[0], added)
 
     def feature_shapes(self, network: UNet2DConditionModel, sample_size: int) -> list[tuple[int, int]]:
         """(channels, smaller side) of each feature; every block but the last halves the side."""

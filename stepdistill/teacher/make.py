@@ -14,12 +14,13 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from safetensors import SafetensorError, safe_open
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.disk.durable import read_json, read_sealed, warn_of_damage, whole_folder, write_sealed
 from stepdistill.messages import first_line
-from stepdistill.models.examine import examine_pipeline
-from stepdistill.models.folder import teacher_kind
-from stepdistill.models.loading import loading, local_options
-from stepdistill.models.lora_trial import check_lora_numbers
-from stepdistill.models.teacher_source import (
+from stepdistill.teacher.examine import examine_pipeline
+from stepdistill.teacher.folder import teacher_kind
+from stepdistill.teacher.loading import loading, local_options
+from stepdistill.teacher.lora_trial import check_lora_numbers
+from stepdistill.teacher.source import (
     TEACHER_RECORD,
     UNET_PREFIX,
     check_teacher_folder,
@@ -29,7 +30,6 @@ from stepdistill.models.teacher_source import (
     teacher_lora_file,
     teacher_source,
 )
-from stepdistill.run.durable import read_json, read_sealed, warn_of_damage, whole_folder, write_sealed
 
 logger = logging.getLogger(__name__)
 _SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"

@@ -1,46 +1,31 @@
-"""A ladder beside its teacher: what each rung predicts, and what that teacher's noise schedule does not allow. No torch."""
+"""Whether a ladder fits its teacher: what that teacher's noise schedule and prediction type do not allow. No torch."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from stepdistill.config import ConfigError, Phase, RunConfig
-from stepdistill.models.folder import is_zero_snr, num_train_timesteps, prediction_type
-
-
-def prediction_types(config: RunConfig, base_prediction_type: str) -> list[str]:
-    """What each rung's student predicts: its own setting, or as the rung before."""
-    kinds, kind = [], base_prediction_type
-    for rung in config.ladder:
-        kind = rung.prediction_type or kind
-        kinds.append(kind)
-    return kinds
+from stepdistill.config import ConfigError, RunConfig
+from stepdistill.teacher.facts import TeacherFacts
 
 
-def loss_space_of(phase: Phase, student_prediction_type: str) -> str:
-    """Where a phase's mse is measured: `auto` is what its student predicts."""
-    return student_prediction_type if phase.loss_space == "auto" else phase.loss_space
-
-
-def check_ladder(config: RunConfig, folder: Path) -> None:
-    """ConfigError where the ladder or the table asks for what the teacher in `folder` cannot do."""
-    _check_timesteps(config, num_train_timesteps(folder))
-    if is_zero_snr(folder) and prediction_type(folder) == "epsilon":
+def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
+    """ConfigError where the ladder or the table asks for what the teacher cannot do."""
+    _check_timesteps(config, teacher.num_train_timesteps)
+    if teacher.is_zero_snr and teacher.prediction_type == "epsilon":
         raise ConfigError(
             f"teacher.path: got {config.teacher.path!r}, which predicts epsilon with zero terminal SNR: it says nothing of "
             f"the picture at its first step; allowed: v_prediction or sample in its scheduler_config.json, or no "
             f"rescale_betas_zero_snr"
         )
-    kinds = prediction_types(config, prediction_type(folder))
-    for index, (before, kind) in enumerate(zip([prediction_type(folder), *kinds], kinds, strict=False)):
+    kinds = config.prediction_types(teacher.prediction_type)
+    for index, (before, kind) in enumerate(zip([teacher.prediction_type, *kinds], kinds, strict=False)):
         _check_conversion(config, index, before, kind)
-        if is_zero_snr(folder):
+        if teacher.is_zero_snr:
             _check_zero_snr(config, index, kind)
 
 
-def unfit_settings(config: RunConfig, folder: Path) -> Iterator[tuple[str, str]]:
+def unfit_settings(config: RunConfig, teacher: TeacherFacts) -> Iterator[tuple[str, str]]:
     """Settings made for students that predict epsilon, where a student predicts v or x0: what each does, and the remedy."""
     for index, (rung, kind) in enumerate(
-        zip(config.ladder, prediction_types(config, prediction_type(folder)), strict=True)
+        zip(config.ladder, config.prediction_types(teacher.prediction_type), strict=True)
     ):
         name = {"v_prediction": "v", "sample": "x0"}.get(kind)
         if name is None:
@@ -103,7 +88,7 @@ def _check_zero_snr(config: RunConfig, index: int, kind: str) -> None:
             f"teacher with zero terminal SNR; allowed: v_prediction, sample"
         )
     for number, phase in enumerate(config.ladder[index].phases):
-        if loss_space_of(phase, kind) == "epsilon":
+        if phase.loss_space_for(kind) == "epsilon":
             raise ConfigError(
                 f"ladder.{index}.phases.{number}.loss_space: got epsilon, which weighs the first step of a teacher "
                 f"with zero terminal SNR by 0; allowed: auto, prev_sample, sample, v_prediction, truncated_snr"

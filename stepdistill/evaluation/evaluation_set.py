@@ -29,11 +29,10 @@ from stepdistill.data.source import (
     training_pictures,
 )
 from stepdistill.demo.world import World, world_of, world_of_captions
-from stepdistill.models.folder_files import require_file
-from stepdistill.models.loading import image_size
-from stepdistill.models.teacher_source import configs_folder
+from stepdistill.disk.durable import sha256_json
 from stepdistill.rng import derive_seed
-from stepdistill.run.durable import sha256_json
+from stepdistill.teacher.files import require_file
+from stepdistill.teacher.source import teacher_facts
 
 FEWEST_PICTURES = 8  # as many as evaluation.num_images at least; coverage looks at 5 neighbours
 
@@ -147,7 +146,7 @@ RealImages = Renderings | ImageFolder | DataPictures
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationSet:
     """Prompts of the images 0 .. N - 1, the world that all of them are captions of, and real images where there are some."""
 
     prompts: tuple[str, ...]
@@ -161,7 +160,7 @@ class Subject:
     """What a reader of the table must know of them."""
 
 
-def subject_of(config: RunConfig) -> Subject:
+def evaluation_set_of(config: RunConfig) -> EvaluationSet:
     """The prompts and real images that a config asks for; ConfigError where a file is missing, empty or not UTF-8."""
     count, seed, data = config.evaluation.num_images, config.seed, measured_data(config)
     pictures: tuple[CaptionedPicture, ...] = ()
@@ -179,19 +178,19 @@ def subject_of(config: RunConfig) -> Subject:
     prompts = tuple(lines[k % len(lines)] for k in range(count))
     world = world_of_captions(prompts)
     if config.evaluation.real_images is not None:
-        return Subject(prompts, world, ImageFolder.open(config.evaluation.real_images), None, about)
+        return EvaluationSet(prompts, world, ImageFolder.open(config.evaluation.real_images), None, about)
     if pictures:
-        size = image_size(configs_folder(config))
+        size = teacher_facts(config).image_size
         real = DataPictures(pictures, size, _seen(data, len(pictures)))
         if not data.held_out:
-            return Subject(prompts, world, real, None, about, (_TRAINED_ON,))
-        return Subject(prompts, world, real, _trained_on(data, count, size), about)
+            return EvaluationSet(prompts, world, real, None, about, (_TRAINED_ON,))
+        return EvaluationSet(prompts, world, real, _trained_on(data, count, size), about)
     if world is None:
-        return Subject(prompts, None, None, None, about)
+        return EvaluationSet(prompts, None, None, None, about)
     first, second = (
         Renderings(world, prompts, derive_seed(seed, name) % 2**32) for name in ("real", "other real")
     )
-    return Subject(prompts, world, first, second, about)
+    return EvaluationSet(prompts, world, first, second, about)
 
 
 _TRAINED_ON = (

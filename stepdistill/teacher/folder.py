@@ -2,12 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from stepdistill.disk.places import is_folder
 from stepdistill.messages import short
-from stepdistill.models.folder_files import (
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.files import (
     Header,
     check_counts,
     read_header,
@@ -15,12 +17,9 @@ from stepdistill.models.folder_files import (
     read_object,
     weight_files,
 )
-from stepdistill.models.folder_scheduler import scheduler_problems
-from stepdistill.run.places import is_folder
+from stepdistill.teacher.scheduler import scheduler_problems
 
 EMBEDDED_TEACHER = "letters"
-DEFAULT_TIMESTEPS = 1000
-"""num_train_timesteps of every Stable Diffusion, and of a scheduler_config.json without it."""
 SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -119,7 +118,7 @@ def broken_files(folder: Path, *, header: Header | None = None) -> Iterator[str]
         header: of the checkpoint that the folder's configs belong to, where its weights are in one file elsewhere.
     """
     variant = weights_variant(folder)
-    for name in pipeline_parts(_config(folder / "model_index.json")):
+    for name in pipeline_parts(TeacherFacts.of_folder(folder).configs["pipeline"]):
         try:
             config = read_object(folder / name / _CONFIG_FILES.get(name, "config.json"))
             if name in WEIGHTS:
@@ -139,23 +138,22 @@ def _read_weights(folder: Path, stem: str, variant: str | None) -> Header:
 
 def unsupported(folder: Path) -> list[str]:
     """What a complete folder has that this trainer cannot distil, each with what is allowed; empty when nothing."""
-    index = _config(folder / "model_index.json")
-    configs = {name: _config(folder / name / "config.json") for name in WEIGHTS}
-    scheduler = _config(folder / "scheduler" / "scheduler_config.json")
+    facts = TeacherFacts.of_folder(folder)
+    index, configs = facts.configs["pipeline"], facts.configs
     odd = [*_odd_classes(index)]
-    for name, config in {**configs, "scheduler": scheduler, "pipeline": index}.items():
+    for name, config in configs.items():
         version = config.get("_diffusers_version", "")
         if not isinstance(version, str):
             odd.append(f"a {name} of _diffusers_version {short(version)}; allowed: a version, as text")
-    for name, config in configs.items():
-        if config.get("quantization_config") is not None:
+    for name in WEIGHTS:
+        if configs[name].get("quantization_config") is not None:
             odd.append(f"quantised weights in {name}; allowed: weights of a floating point")
     odd += [*_odd_unet(configs["unet"]), *_odd_vae(configs["vae"])]
-    odd += [*_odd_sizes(configs, index), *scheduler_problems(scheduler)]
+    odd += [*_odd_sizes(configs, index), *scheduler_problems(configs["scheduler"])]
     return odd
 
 
-def _odd_classes(index: dict[str, Any]) -> Iterator[str]:
+def _odd_classes(index: Mapping[str, Any]) -> Iterator[str]:
     foreign = {name: part for name, part in index.items() if isinstance(part, list) and _is_foreign(part)}
     if foreign:
         listed = ", ".join(f"{name}: {part[0] if part else part}" for name, part in foreign.items())
@@ -171,7 +169,7 @@ def _odd_classes(index: dict[str, Any]) -> Iterator[str]:
             yield f"{short(index[name])} as its {name}; allowed: a library and a class, or neither: [null, null]"
 
 
-def _odd_unet(unet: dict[str, Any]) -> Iterator[str]:
+def _odd_unet(unet: Mapping[str, Any]) -> Iterator[str]:
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         yield f"a {unet['_class_name']}; allowed: a UNet2DConditionModel"
     channels = (unet.get("in_channels", 4), unet.get("out_channels", 4))
@@ -191,7 +189,7 @@ def _odd_unet(unet: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _odd_vae(vae: dict[str, Any]) -> Iterator[str]:
+def _odd_vae(vae: Mapping[str, Any]) -> Iterator[str]:
     scale = vae.get("scaling_factor", 0.18215)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         yield f"a VAE with scaling_factor: {short(scale)}; allowed: a number above 0"
@@ -200,7 +198,7 @@ def _odd_vae(vae: dict[str, Any]) -> Iterator[str]:
         yield f"a VAE with block_out_channels: {short(blocks)}; allowed: a list of 1 to {_MOST_VAE_BLOCKS}"
 
 
-def _odd_sizes(configs: dict[str, dict[str, Any]], index: dict[str, Any]) -> Iterator[str]:
+def _odd_sizes(configs: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any]) -> Iterator[str]:
     """Parts that do not fit together, as far as their configs say it."""
     unet, vae = configs["unet"], configs["vae"]
     channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
@@ -222,7 +220,7 @@ def weights_variant(folder: Path, part: str = "unet") -> str | None:
     return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
-def pipeline_parts(index: dict[str, Any]) -> list[str]:
+def pipeline_parts(index: Mapping[str, Any]) -> list[str]:
     """What a pipeline of the class that model_index.json names is made of."""
     second = ("text_encoder_2", "tokenizer_2")
     is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"
@@ -243,28 +241,3 @@ def _is_one_of(name: Any, kinds: tuple[str, ...]) -> bool:
         name.isidentifier() and name.endswith(kind[1:]) if kind.startswith("*") else name == kind
         for kind in kinds
     )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """The object of a JSON file, empty where it is broken: `broken_files` says so."""
-    try:
-        return read_object(path)
-    except ValueError:
-        return {}
-
-
-def is_zero_snr(folder: Path) -> bool:
-    """Whether the teacher's noise schedule ends in pure noise (Lin et al. 2023, arXiv 2305.08891)."""
-    return bool(_config(folder / "scheduler" / "scheduler_config.json").get("rescale_betas_zero_snr", False))
-
-
-def num_train_timesteps(folder: Path) -> int:
-    """T of the teacher's noise schedule, as its scheduler says."""
-    config = _config(folder / "scheduler" / "scheduler_config.json")
-    betas = config.get("trained_betas")
-    return len(betas) if betas is not None else int(config.get("num_train_timesteps", DEFAULT_TIMESTEPS))
-
-
-def prediction_type(folder: Path) -> str:
-    """What the teacher predicts, as its scheduler says."""
-    return str(_config(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon"))

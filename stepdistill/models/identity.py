@@ -21,14 +21,14 @@ _MOST_OFF = 0.25
 
 
 @dataclass(frozen=True)
-class Sketch:
+class BaseIdentity:
     """tensors: how many the U-Net has; weights: the middle number of some matrices, by name."""
 
     tensors: int
     weights: dict[str, float]
 
     @classmethod
-    def of_json(cls, raw: Any) -> "Sketch | None":
+    def of_json(cls, raw: Any) -> "BaseIdentity | None":
         """What `as_json` gave, None for anything else."""
         tensors, weights = (raw.get("tensors"), raw.get("weights")) if isinstance(raw, dict) else (None, None)
         if type(tensors) is not int or not isinstance(weights, dict):
@@ -41,7 +41,7 @@ class Sketch:
         """Plain data."""
         return asdict(self)
 
-    def same_weights(self, other: "Sketch") -> bool | None:
+    def same_weights(self, other: "BaseIdentity") -> bool | None:
         """Whether the numbers are of one base; None where the two share none, as with a quantised one."""
         both = [
             (self.weights[name], other.weights[name]) for name in self.weights.keys() & other.weights.keys()
@@ -50,7 +50,7 @@ class Sketch:
         return off <= _MOST_OFF * len(both) if both else None
 
 
-def sketch_of_folder(folder: Path) -> Sketch:
+def identity_of_folder(folder: Path) -> BaseIdentity:
     """Of the U-Net's weight files in a pipeline's folder; they are not read as a whole."""
     with ExitStack() as stack:
         files = [
@@ -59,15 +59,15 @@ def sketch_of_folder(folder: Path) -> Sketch:
         ]
         place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
         matrices = [key for key, file in place.items() if len(file.get_slice(key).get_shape()) > 1]
-        return Sketch(len(place), _some(matrices, lambda key: place[key].get_tensor(key)))
+        return BaseIdentity(len(place), _some(matrices, lambda key: place[key].get_tensor(key)))
 
 
-def sketch_of(unet: torch.nn.Module) -> Sketch:
+def identity_of(unet: torch.nn.Module) -> BaseIdentity:
     """Of a U-Net in memory, whatever adapters are on it, compiled or not; without numbers of what is quantised."""
     parameters = {
         _plain_name(key): parameter for key, parameter in unet.named_parameters() if ".lora_" not in key
     }
-    return Sketch(
+    return BaseIdentity(
         len(parameters), _some([k for k, p in parameters.items() if p.ndim > 1], lambda key: parameters[key])
     )
 

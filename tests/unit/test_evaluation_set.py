@@ -5,9 +5,9 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
+from stepdistill.evaluation.evaluation_set import ImageFolder, Renderings, evaluation_set_of
 from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.evaluation.protocol import real_warnings
-from stepdistill.evaluation.subject import ImageFolder, Renderings, subject_of
 
 
 def config_with(*overrides):
@@ -15,32 +15,32 @@ def config_with(*overrides):
 
 
 def test_the_letters_world_is_its_own_subject():
-    subject = subject_of(config_with())
-    assert len(subject.prompts) == 9
-    assert subject.world.name == "letters"
-    real, other = (torch.cat(list(s.batches(4))) for s in (subject.real, subject.other_real))
+    evaluation_set = evaluation_set_of(config_with())
+    assert len(evaluation_set.prompts) == 9
+    assert evaluation_set.world.name == "letters"
+    real, other = (torch.cat(list(s.batches(4))) for s in (evaluation_set.real, evaluation_set.other_real))
     assert real.shape == (9, 3, 32, 32)
     assert real.dtype == torch.uint8
     assert not torch.equal(real, other)
-    assert subject.real.key != subject.other_real.key
-    assert torch.equal(real, torch.cat(list(subject_of(config_with()).real.batches(9))))
+    assert evaluation_set.real.key != evaluation_set.other_real.key
+    assert torch.equal(real, torch.cat(list(evaluation_set_of(config_with()).real.batches(9))))
 
 
 def test_prompts_of_a_file_are_used_in_order_and_again(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa cat\r\n\r\n  <b>&amp;</b> ../../x  \n\u202eright to left\n".encode())
-    subject = subject_of(config_with(f"evaluation.prompts={file}"))
-    assert subject.prompts[:4] == ("a cat", "<b>&amp;</b> ../../x", "\u202eright to left", "a cat")
-    assert len(subject.prompts) == 9
-    assert subject.world is None
-    assert subject.real is None
+    evaluation_set = evaluation_set_of(config_with(f"evaluation.prompts={file}"))
+    assert evaluation_set.prompts[:4] == ("a cat", "<b>&amp;</b> ../../x", "\u202eright to left", "a cat")
+    assert len(evaluation_set.prompts) == 9
+    assert evaluation_set.world is None
+    assert evaluation_set.real is None
 
 
 def test_captions_of_the_letters_world_in_a_file_keep_what_they_show(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red letter a on white\na purple letter m on pink\n")
-    subject = subject_of(config_with(f"evaluation.prompts={tmp_path / 'prompts.txt'}"))
-    assert subject.real.captions[1] == "a purple letter m on pink"
-    assert isinstance(subject.real, Renderings)
+    evaluation_set = evaluation_set_of(config_with(f"evaluation.prompts={tmp_path / 'prompts.txt'}"))
+    assert evaluation_set.real.captions[1] == "a purple letter m on pink"
+    assert isinstance(evaluation_set.real, Renderings)
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe\x00"])
@@ -49,7 +49,7 @@ def test_a_prompt_file_that_cannot_be_is_refused_in_one_line(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"evaluation\.prompts") as caught:
-        subject_of(config_with(f"evaluation.prompts={file}"))
+        evaluation_set_of(config_with(f"evaluation.prompts={file}"))
     assert "\n" not in str(caught.value)
 
 
@@ -83,27 +83,27 @@ def test_a_folder_of_captioned_pictures_is_its_own_subject(tmp_path):
         Image.new("RGB", (50, 40), (3 * k, 0, 0)).save(tmp_path / f"{k:02d}.png")
         (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
     options = [f"data.source={tmp_path}", "data.held_out=0.25", "evaluation.num_images=50"]
-    subject = subject_of(load_config("configs/letters.yaml", options))
-    captions = list(dict.fromkeys(subject.prompts))
+    evaluation_set = evaluation_set_of(load_config("configs/letters.yaml", options))
+    captions = list(dict.fromkeys(evaluation_set.prompts))
     assert 8 <= len(captions) < 40
-    assert subject.prompts == tuple(captions[k % len(captions)] for k in range(50))
-    assert subject.world is None
-    pictures = torch.cat(list(subject.real.batches()))
+    assert evaluation_set.prompts == tuple(captions[k % len(captions)] for k in range(50))
+    assert evaluation_set.world is None
+    pictures = torch.cat(list(evaluation_set.real.batches()))
     assert pictures.shape == (len(captions), 3, 32, 32)
     assert pictures[:, 0, 0, 0].tolist() == [3 * int(caption.split()[1]) for caption in captions]
     # as many that were trained on as a row has images: the floor of FID to real
-    second = torch.cat(list(subject.other_real.batches()))
+    second = torch.cat(list(evaluation_set.other_real.batches()))
     assert second.shape == (50, 3, 32, 32)
     shades = [set(some[:, 0, 0, 0].tolist()) for some in (second, pictures)]
     assert len(shades[0]) == 50
     assert not shades[0] & shades[1]
     assert max(shades[0]) - min(shades[0]) > 3 * 60  # from all over the source, not its first
-    assert subject.other_real.about == "50 pictures that were trained on, 32 x 32"
-    few = subject_of(load_config("configs/letters.yaml", [*options, "data.num_images=7"]))
+    assert evaluation_set.other_real.about == "50 pictures that were trained on, 32 x 32"
+    few = evaluation_set_of(load_config("configs/letters.yaml", [*options, "data.num_images=7"]))
     assert few.other_real is None
-    before = subject.real.key
+    before = evaluation_set.real.key
     Image.new("RGB", (50, 40), (9, 9, 9)).save(tmp_path / f"{int(captions[0].split()[1]):02d}.png")
-    assert subject.real.key != before
+    assert evaluation_set.real.key != before
 
 
 def test_few_real_images_and_a_missing_floor_are_warned_of(tmp_path):
@@ -115,7 +115,7 @@ def test_few_real_images_and_a_missing_floor_are_warned_of(tmp_path):
     for share in (0, 0.25):
         config = load_config("configs/letters.yaml", [*options, f"data.held_out={share}"])
         distances = Distances(config.evaluation)
-        said[share] = real_warnings(config.evaluation, subject_of(config), distances)
+        said[share] = real_warnings(config.evaluation, evaluation_set_of(config), distances)
         dimension = distances.main.extractor.num_features
     of_few = (
         f"real images for {dimension} features: so few images do not determine the covariance that FID uses"
@@ -126,7 +126,7 @@ def test_few_real_images_and_a_missing_floor_are_warned_of(tmp_path):
     assert len(said[0.25]) == 1
     assert of_few in said[0.25][0]
     letters = config_with("evaluation.num_images=300", "evaluation.features=reader")
-    assert real_warnings(letters.evaluation, subject_of(letters), distances) == []
+    assert real_warnings(letters.evaluation, evaluation_set_of(letters), distances) == []
 
 
 def test_too_few_held_out_pictures_are_refused(tmp_path):
@@ -134,4 +134,6 @@ def test_too_few_held_out_pictures_are_refused(tmp_path):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{k:02d}.png")
         (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
     with pytest.raises(ConfigError, match=r"data\.held_out: got 0\.1, which leaves \d pictures"):
-        subject_of(load_config("configs/letters.yaml", [f"data.source={tmp_path}", "data.held_out=0.1"]))
+        evaluation_set_of(
+            load_config("configs/letters.yaml", [f"data.source={tmp_path}", "data.held_out=0.1"])
+        )

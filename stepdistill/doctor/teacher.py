@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stepdistill.config import RunConfig
-from stepdistill.finding import Finding
-from stepdistill.models.examine import examine_pipeline, not_finite
-from stepdistill.models.folder import is_zero_snr, missing_parts, prediction_type, teacher_kind
-from stepdistill.models.loading import image_size
-from stepdistill.models.lora_trial import check_lora_goes_on
-from stepdistill.models.teacher_source import (
+from stepdistill.doctor.finding import Finding
+from stepdistill.teacher.examine import examine_pipeline, not_finite
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.folder import missing_parts, teacher_kind
+from stepdistill.teacher.lora_trial import check_lora_goes_on
+from stepdistill.teacher.source import (
     cached_repository,
     check_teacher,
     check_teacher_folder,
@@ -31,9 +31,10 @@ def teacher_findings(config: RunConfig) -> Iterator[Finding]:
         yield from problems
         if problems:
             return
-        snr = ", zero terminal SNR" if is_zero_snr(folder) else ""
-        height, width = image_size(folder)
-        yield Finding("ok", f"teacher: {path}, {width} x {height} pixels, {prediction_type(folder)}{snr}")
+        facts = TeacherFacts.of_folder(folder)
+        snr = ", zero terminal SNR" if facts.is_zero_snr else ""
+        height, width = facts.image_size
+        yield Finding("ok", f"teacher: {path}, {width} x {height} pixels, {facts.prediction_type}{snr}")
     elif kind == "file":
         spoilt = not_finite([Path(path).expanduser()])
         if spoilt is not None:

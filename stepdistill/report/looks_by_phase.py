@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stepdistill import jackknife
-from stepdistill.report.quantities import percent
+from stepdistill.report.number_format import percent
 from stepdistill.report.read import PhaseLog, Run, RungLog
 from stepdistill.report.table import Cell, Column, Line, Table
 

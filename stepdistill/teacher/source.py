@@ -4,22 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config.ladder_checks import check_ladder
-from stepdistill.models.folder import (
-    DEFAULT_TIMESTEPS,
+from stepdistill.disk.durable import read_sealed
+from stepdistill.disk.places import is_folder
+from stepdistill.run.folder import TEACHER_RECORD
+from stepdistill.teacher.facts import DEFAULT_TIMESTEPS, TeacherFacts
+from stepdistill.teacher.files import read_header
+from stepdistill.teacher.folder import (
     EMBEDDED_TEACHER,
     broken_files,
     embedded_folder,
     missing_parts,
-    num_train_timesteps,
     teacher_kind,
     unsupported,
 )
-from stepdistill.models.folder_files import read_header
-from stepdistill.run.durable import read_sealed
-from stepdistill.run.places import is_folder
+from stepdistill.teacher.ladder_fit import check_ladder_fits
 
-TEACHER_RECORD = "teacher.json"
 UNET_PREFIX = "model.diffusion_model."
 """Of the U-Net's weights in a checkpoint in the original layout."""
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -125,7 +124,7 @@ def check_teacher_folder(config: RunConfig, folder: Path) -> None:
     odd = unsupported(folder)
     if odd:
         raise ConfigError(f"teacher.path: got {path!r}, which has {'; '.join(odd)}")
-    check_ladder(config, folder)
+    check_ladder_fits(config, TeacherFacts.of_folder(folder))
 
 
 def local_folder(path: str) -> Path:
@@ -135,7 +134,7 @@ def local_folder(path: str) -> Path:
 
 def teacher_folder(config: RunConfig) -> Path:
     """The pipeline's folder that everything reads: the user's own, or the one that `prepare` made of a file, a repository,
-    or a teacher with LoRAs (models/teacher.py); ConfigError where it is not there yet."""
+    or a teacher with LoRAs (teacher/make.py); ConfigError where it is not there yet."""
     if is_ready_made(config):
         return local_folder(config.teacher.path)
     folder = made_folder(config)
@@ -171,6 +170,16 @@ def configs_folder(config: RunConfig) -> Path:
     return folder
 
 
+def teacher_facts(config: RunConfig) -> TeacherFacts:
+    """What the teacher's configs say; ConfigError where they are not on this disk."""
+    folder = configs_folder(config)
+    if not is_folder(folder):
+        raise ConfigError(
+            f"teacher.path: got {config.teacher.path!r}, but there is no folder at {folder.absolute()}"
+        )
+    return TeacherFacts.of_folder(folder)
+
+
 def cached_repository(path: str, revision: str | None) -> Path | None:
     """A repository's copy in the Hub's cache; None where it is not there, ConfigError for what is no repository's name."""
     from huggingface_hub import try_to_load_from_cache
@@ -197,7 +206,7 @@ def made_folder(config: RunConfig) -> Path | None:
 def teacher_timesteps(config: RunConfig) -> int:
     """How many timesteps the teacher was trained on; 1000 where its configs are not there yet."""
     try:
-        return num_train_timesteps(configs_folder(config))
+        return teacher_facts(config).num_train_timesteps
     except ConfigError:
         return DEFAULT_TIMESTEPS
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
-from stepdistill.evaluation.measure.drift import Looks, colour_distances, looks_drift, looks_of
+from stepdistill.disk.durable import write_sealed
+from stepdistill.images.drift import Looks, colour_distances, looks_drift, looks_of
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.run.durable import write_sealed
-from stepdistill.training.pictures import Painter, decode_pictures
+from stepdistill.training.painter import Painter, decode_pictures
 
 
 class PhaseLooks:

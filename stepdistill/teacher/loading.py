@@ -2,20 +2,20 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, TorchAoConfig, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, TorchAoConfig
 
 from stepdistill.config.section import ConfigError
 from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
 from stepdistill.messages import first_line
-from stepdistill.models.folder import DEFAULT_TIMESTEPS, weights_variant
-from stepdistill.run.durable import read_json
+from stepdistill.teacher.facts import DEFAULT_TIMESTEPS, TeacherFacts
+from stepdistill.teacher.folder import weights_variant
 
 _LOOK = "`stepdistill doctor` looks at all of its files"
 
@@ -57,48 +57,26 @@ def load_encoders(folder: Path, *, vae_dtype: torch.dtype = torch.float32) -> Di
     return pipeline
 
 
-def image_size(folder: Path) -> tuple[int, int]:
-    """(height, width) in pixels that the pipeline draws where nobody asks for another; ValueError where it is not said."""
-    unet, vae = (read_json(folder / part / "config.json") or {} for part in ("unet", "vae"))
-    side, blocks = unet.get("sample_size"), vae.get("block_out_channels")
-    if side is None or blocks is None:
-        raise ValueError(
-            f"{folder}: unet/config.json has no sample_size or vae/config.json no block_out_channels"
-        )
-    height, width = (side, side) if isinstance(side, int) else side
-    return height * 2 ** (len(blocks) - 1), width * 2 ** (len(blocks) - 1)
+def load_part(
+    part_class: type[Any],
+    folder: Path,
+    part: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "none",
+) -> Any:
+    """A part of the pipeline, such as "unet", frozen, in eval mode.
 
-
-def size_multiple(folder: Path) -> int:
-    """Sides of pictures in pixels must be multiples of it: the VAE's factor times the U-Net's."""
-    unet, vae = (read_json(folder / part / "config.json") or {} for part in ("unet", "vae"))
-    levels = len(vae.get("block_out_channels", [0])) - 1 + len(unet.get("block_out_channels", [0])) - 1
-    return 2**levels
-
-
-def latent_shape(folder: Path, size: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of pictures of a size (height, width) in pixels."""
-    vae = read_json(folder / "vae" / "config.json") or {}
-    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-    return int(vae.get("latent_channels", 4)), size[0] // factor, size[1] // factor
-
-
-def load_unet(
-    folder: Path, *, dtype: torch.dtype = torch.float32, quantization: str = "none"
-) -> UNet2DConditionModel:
-    """The pipeline's U-Net, frozen, in eval mode; ConfigError where it cannot be loaded to the last weight, and where "int8"
-    is asked for and torchao is not installed."""
-    options = local_options(folder)
+    ConfigError where its files lack weights, which diffusers would leave without numbers, and where quantization "int8" is
+    asked for and torchao is not installed.
+    """
+    options = local_options(folder, part)
     if quantization == "int8":
         options["quantization_config"] = _int8()
-    return _whole(UNet2DConditionModel, folder, "unet", dtype=dtype, **options)
-
-
-def _whole(kind: type[Any], folder: Path, part: str, **options: Any) -> Any:
-    """A part of the pipeline, frozen, in eval mode; ConfigError for weights that its files lack, which diffusers would leave
-    without numbers."""
     with loading("teacher.path", folder / part):
-        model, loaded = kind.from_pretrained(folder, subfolder=part, output_loading_info=True, **options)
+        model, loaded = part_class.from_pretrained(
+            folder, subfolder=part, dtype=dtype, output_loading_info=True, **options
+        )
         if loaded["missing_keys"]:
             raise ConfigError(
                 f"teacher.path: {folder / part} lacks {len(loaded['missing_keys'])} weights, first "
@@ -120,14 +98,12 @@ def _int8() -> TorchAoConfig:
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """The pipeline's VAE, frozen, in eval mode; ConfigError where it cannot be loaded to the last weight."""
-    return _whole(AutoencoderKL, folder, "vae", dtype=dtype, **local_options(folder, "vae"))
+    return load_part(AutoencoderKL, folder, "vae", dtype=dtype)
 
 
-def vae_dtype(folder: Path, weight_dtype: torch.dtype) -> torch.dtype:
-    """What a VAE decodes in without overflow: `weight_dtype` where its config.json has force_upcast: false, as those for
-    half precision do; float32 elsewhere, as diffusers has it for SDXL's."""
-    config = read_json(folder / "vae" / "config.json") or {}
-    return weight_dtype if config.get("force_upcast") is False else torch.float32
+def vae_dtype(facts: TeacherFacts, weight_dtype: torch.dtype) -> torch.dtype:
+    """What the teacher's VAE decodes in without overflow: `weight_dtype` where it was made for half precision."""
+    return torch.float32 if facts.vae_overflows_in_half else weight_dtype
 
 
 def local_options(folder: Path, part: str = "unet") -> dict:
@@ -135,15 +111,7 @@ def local_options(folder: Path, part: str = "unet") -> dict:
     return {"use_safetensors": True, "local_files_only": True, "variant": weights_variant(folder, part)}
 
 
-def read_scheduler_config(folder: Path) -> dict:
-    """The pipeline's scheduler_config.json; ValueError where it cannot be read."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'scheduler' / 'scheduler_config.json'} is missing or is no JSON object")
-    return config
-
-
-def load_noise_path(scheduler_config: dict) -> tuple[VariancePreserving, str]:
+def load_noise_path(scheduler_config: Mapping[str, Any]) -> tuple[VariancePreserving, str]:
     """(noise schedule, prediction_type) that a scheduler_config.json describes; ValueError for what is not supported."""
     prediction_type = scheduler_config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:

@@ -6,7 +6,6 @@ import itertools
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,22 +13,23 @@ from packaging.requirements import Requirement
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import Kind
-from stepdistill.config.ladder_checks import check_ladder, unfit_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.held_out import held_out_share
 from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.samples import BadSample, read_caption
+from stepdistill.data.size_counts import bucket_notes
 from stepdistill.data.source import picture_of
-from stepdistill.data.tallies import bucket_notes
 from stepdistill.demo.world import world_of
-from stepdistill.disk_need import disk_need, folder_bytes
-from stepdistill.doctor_teacher import teacher_findings
-from stepdistill.finding import Finding
-from stepdistill.models.folder import EMBEDDED_TEACHER
-from stepdistill.models.loading import image_size, size_multiple
-from stepdistill.models.teacher_source import configs_folder
-from stepdistill.run.folder import check_run
-from stepdistill.run.places import check_writable
+from stepdistill.disk.places import check_writable
+from stepdistill.doctor.disk_need import disk_need, folder_bytes
+from stepdistill.doctor.finding import Finding
+from stepdistill.doctor.teacher import teacher_findings
+from stepdistill.run.folder import check_folder
+from stepdistill.run.start_from import check_start
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.folder import EMBEDDED_TEACHER
+from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
+from stepdistill.teacher.source import teacher_facts
 
 LOOKED_AT = 64
 """Samples of the data that are read in full."""
@@ -112,7 +112,9 @@ def _device(config: RunConfig) -> Iterator[Finding]:
 
 
 def _run(config: RunConfig) -> Iterator[Finding]:
-    check_run(config)
+    teacher = _facts(config)
+    check_start(config, base_prediction_type=None if teacher is None else teacher.prediction_type)
+    check_folder(config)
     try:
         check_writable(config.run_dir)
     except OSError as error:
@@ -124,20 +126,20 @@ def _run(config: RunConfig) -> Iterator[Finding]:
 
 
 def _ladder(config: RunConfig) -> Iterator[Finding]:
-    folder = _configs(config)
-    if folder is None:
+    teacher = _facts(config)
+    if teacher is None:
         about = "ladder: whether it fits the teacher is told once the teacher's configs are on this disk"
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
-    check_ladder(config, folder)
-    for about, remedy in unfit_settings(config, folder):
+    check_ladder_fits(config, teacher)
+    for about, remedy in unfit_settings(config, teacher):
         yield Finding("note", about, remedy)
 
 
-def _configs(config: RunConfig) -> Path | None:
-    """A folder with the teacher's configs; None where they are not on this disk yet."""
+def _facts(config: RunConfig) -> TeacherFacts | None:
+    """What the teacher's configs say; None where they are not on this disk yet."""
     try:
-        return configs_folder(config)
+        return teacher_facts(config)
     except ConfigError:
         return None
 
@@ -175,9 +177,9 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
         yield Finding(
             "note", f"data: captions of up to {longest} words; CLIP reads about 57, the rest is cut off"
         )
-    folder = _configs(config)
-    if teacher_is_whole and folder is not None:
-        size = Sizes(data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
+    teacher = _facts(config)
+    if teacher_is_whole and teacher is not None:
+        size = Sizes(data, teacher_size=teacher.image_size, multiple=teacher.size_multiple).target
         if data.min_side > min(size):
             about = f"data: data.min_side={data.min_side} leaves out pictures as small as the teacher's {min(size)} pixels"
             yield Finding("note", about, f"data.min_side={max(1, min(size) // 2)}")
@@ -196,7 +198,7 @@ def _buckets(config: RunConfig) -> Iterator[Finding]:
 def _evaluation(config: RunConfig) -> Iterator[Finding]:
     from stepdistill.evaluation.check import check_evaluation
 
-    if _configs(config) is None:
+    if _facts(config) is None:
         about = "evaluation: prompts, pictures and extractors are looked at once the teacher's configs are on this disk"
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
@@ -213,14 +215,14 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
 def _disk(config: RunConfig) -> Iterator[Finding]:
     place = next(p for p in (config.run_dir, *config.run_dir.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    folder = _configs(config)
-    if folder is None:
+    teacher = _facts(config)
+    if teacher is None:
         yield Finding(
             "ok",
             f"disk: {_bytes(free)} free; what the run takes is counted once the teacher's configs are on this disk",
         )
         return
-    need = disk_need(config, folder)
+    need = disk_need(config, teacher)
     there = min(need.total, folder_bytes(config.run_dir))
     state: Literal["ok", "problem"] = "ok" if need.total - there < free else "problem"
     remedy = (

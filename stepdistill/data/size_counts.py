@@ -22,12 +22,11 @@ from stepdistill.data.samples import BadSample, picture_size, read_caption
 from stepdistill.data.shards import size_name
 from stepdistill.data.source import training_records
 from stepdistill.demo.world import world_of
+from stepdistill.disk.durable import read_sealed, write_sealed
 from stepdistill.messages import sizes_text
-from stepdistill.models.loading import image_size, size_multiple
-from stepdistill.models.teacher_source import configs_folder
 from stepdistill.rng import derive_seed
-from stepdistill.run.durable import read_sealed, write_sealed
 from stepdistill.runtime import Processes
+from stepdistill.teacher.source import teacher_facts
 
 TALLIES = "tallies.json"
 COUNTED = 2000
@@ -46,8 +45,8 @@ class UsedSizes:
 
 def all_sizes(config: RunConfig) -> Sizes:
     """The teacher's, or every bucket."""
-    base = configs_folder(config)
-    return Sizes(config.data, teacher_size=image_size(base), multiple=size_multiple(base))
+    teacher = teacher_facts(config)
+    return Sizes(config.data, teacher_size=teacher.image_size, multiple=teacher.size_multiple)
 
 
 def has_ratios(config: RunConfig) -> bool:
@@ -120,7 +119,7 @@ def training_tally(folder: Path, data: Data, *, seed: int) -> Counter[Size]:
     """`tally_pictures` of what is trained on, from `folder` where the same records were counted before."""
     digest = hashlib.sha256()
     for record in training_records(data, seed=seed):
-        digest.update(json.dumps([record.name, record.mark()]).encode() + b"\n")
+        digest.update(json.dumps([record.name, record.version()]).encode() + b"\n")
     asked = {"records": digest.hexdigest(), "min_side": data.min_side, "max_pixels": data.max_pixels}
     stored = read_sealed(folder / TALLIES) or {}
     pictures = stored.get("pictures")

@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from stepdistill.messages import first_line
-from stepdistill.models.examine import not_finite
-from stepdistill.models.folder_files import read_object
+from stepdistill.teacher.examine import not_finite
+from stepdistill.teacher.files import read_object
 
 _PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 _NAME = "tried"

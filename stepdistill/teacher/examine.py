@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from stepdistill.messages import first_line, short
-from stepdistill.models.folder import WEIGHTS, pipeline_parts, weights_variant
-from stepdistill.models.folder_files import Header, read_header, read_headers, read_object, weight_files
+from stepdistill.teacher.files import Header, read_header, read_headers, read_object, weight_files
+from stepdistill.teacher.folder import WEIGHTS, pipeline_parts, weights_variant
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # How the attention of the VAE was spelled before diffusers 0.18; its loader still takes it.
@@ -30,7 +30,7 @@ _MOST_TOKENS = 4096
 
 
 def examine_pipeline(folder: Path) -> Iterator[str]:
-    """The problems of a folder that is complete and of a supported kind (models/folder.py says that), each in one line that
+    """The problems of a folder that is complete and of a supported kind (teacher/folder.py says that), each in one line that
     begins with the part; none where the pipeline loads and draws."""
     index = read_object(folder / "model_index.json")
     parts = pipeline_parts(index)

@@ -19,11 +19,10 @@ from stepdistill.data.source import training_records
 from stepdistill.demo.world import world_of
 from stepdistill.evaluation.draw.picture_folder import LATENTS_KEPT
 from stepdistill.models.adapters import lora_parameters
-from stepdistill.models.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
-from stepdistill.models.folder_files import read_headers, weight_files
-from stepdistill.models.loading import image_size, latent_shape, size_multiple
-from stepdistill.models.sketch import layer_shapes
-from stepdistill.run.durable import read_json
+from stepdistill.models.identity import layer_shapes
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.files import read_headers, weight_files
+from stepdistill.teacher.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCK = 4096  # what a small file takes on the disk
@@ -52,21 +51,22 @@ class DiskNeed:
         return self.teacher + self.cache + self.rungs + self.evaluation + self.report
 
 
-def disk_need(config: RunConfig, folder: Path) -> DiskNeed:
-    """What a run of a config whose teacher is in `folder` (or will be made of it) writes into its folder."""
-    config = settled(config)
-    size = image_size(folder)
+def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
+    """What a run writes into its folder. teacher: what the teacher's configs say; its weights may lie beside them or not."""
+    config, size = settled(config), teacher.image_size
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
-    cache, is_whole = _cache(config.data, folder)
-    teacher = _teacher(config, folder)
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(str(teacher.folder / "unet"))
+        )
+    cache, is_whole = _cache(config.data, teacher)
+    pipeline = _pipeline(config, teacher.folder)
     return DiskNeed(
-        teacher=teacher or 0,
+        teacher=pipeline or 0,
         cache=cache,
         rungs=_rungs(config, unet, size),
-        evaluation=_evaluation(config, folder, size),
+        evaluation=_evaluation(config, teacher),
         report=_report(config, size),
-        is_whole=is_whole and teacher is not None,
+        is_whole=is_whole and pipeline is not None,
     )
 
 
@@ -75,7 +75,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
 
 
-def _teacher(config: RunConfig, folder: Path) -> int | None:
+def _pipeline(config: RunConfig, folder: Path) -> int | None:
     """Bytes of the pipeline that `prepare` writes into the run's folder; None where its weights are not on this disk yet.
 
     A file's is in the file's dtype. A folder's or a repository's is written where LoRAs go into it, in float32.
@@ -92,16 +92,17 @@ def _teacher(config: RunConfig, folder: Path) -> int | None:
     return 4 * sum(map(math.prod, shapes))
 
 
-def _cache(data: Data, folder: Path) -> tuple[int, bool]:
+def _cache(data: Data, teacher: TeacherFacts) -> tuple[int, bool]:
     """Latents of every sample, and embeddings of the distinct captions of every shard."""
     if is_cache(data.source):
         return 0, True  # the lender's
     samples, captions, is_whole = _count(data)
-    target = Sizes(data, teacher_size=image_size(folder), multiple=size_multiple(folder)).target
-    channels, height, width = latent_shape(folder, target)
-    names = ("unet", "text_encoder", "text_encoder_2")
-    unet, text, second = (read_json(folder / name / "config.json") or {} for name in names)
-    embedding = int(text.get("max_position_embeddings", 77)) * int(unet.get("cross_attention_dim", 768))
+    target = Sizes(data, teacher_size=teacher.image_size, multiple=teacher.size_multiple).target
+    channels, height, width = teacher.latent_shape(target)
+    text, second = (teacher.configs[name] for name in ("text_encoder", "text_encoder_2"))
+    embedding = int(text.get("max_position_embeddings", 77)) * int(
+        teacher.unet.get("cross_attention_dim", 768)
+    )
     embedding += int(second.get("projection_dim", 0))
     return (samples * channels * height * width + captions * embedding) * _BYTES[data.dtype], is_whole
 
@@ -158,15 +159,13 @@ def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> i
     return len(config.ladder) * each + drawn * 2 * len(config.preview.prompts) * _picture(size)
 
 
-def _evaluation(config: RunConfig, folder: Path, size: tuple[int, int]) -> int:
+def _evaluation(config: RunConfig, teacher: TeacherFacts) -> int:
     """Pictures, their features, and final latents of the first of them: of rows, floor and studies."""
-    options, students = config.evaluation, len(config.ladder)
+    options, students, size = config.evaluation, len(config.ladder), teacher.image_size
     rows = len(options.teacher_steps) + len(options.unguided_steps) + students + len(options.loras)
     rows += options.floor
     views = 1 + sum(x is not None for x in (options.patch_size, options.clip, options.dinov2))
-    latent = 1
-    for side in latent_shape(folder, size):
-        latent *= side
+    latent = math.prod(teacher.latent_shape(size))
     sweep = students * len(options.lora_scales)
     few = (sweep + students**2 * options.matrix + bool(sweep or options.matrix)) * options.study_images
     few += options.diversity_prompts * options.diversity_seeds * (1 + students + len(options.loras))

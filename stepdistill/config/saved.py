@@ -1,0 +1,67 @@
+"""The config that a run's folder holds, as plain data and as it was asked for. No torch."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from stepdistill.config import ConfigError, RunConfig
+
+_MEND = "mend: put a copy back, or the YAML file that the run was made by in its place"
+_MOST_NODES = 100_000
+_DEEPEST = 1000
+"""Brackets that may be open at once: Python's parser of YAML takes time that grows as the square of them."""
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The config with every default filled in, as plain data."""
+    return config.model_dump(mode="json")
+
+
+def read_run_config(run_dir: Path) -> RunConfig:
+    """The config that a run's folder was made with; ConfigError where it is no run's."""
+    raw = saved_config(run_dir)
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, why = ".".join(map(str, first["loc"])), " ".join(first["msg"].split())
+        raise ConfigError(
+            f"{run_dir / 'config.yaml'} is not the config of a run: {where}: {why}; {_MEND}"
+        ) from None
+    return config.model_copy(update={"name": run_dir.resolve().name, "output_dir": str(run_dir.parent)})
+
+
+def saved_config(run_dir: Path) -> dict[str, Any]:
+    """config.yaml of a run as plain data, not checked; ConfigError in one line where it is missing or no mapping."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
+    try:
+        raw = plain_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}; {_MEND}") from None
+    if not isinstance(raw, dict) or not _is_small(raw):
+        raise ConfigError(f"{path} is not the config of a run; {_MEND}")
+    return raw
+
+
+def plain_yaml(text: str) -> Any:
+    """The plain data of a YAML text; YAMLError and what else yaml.safe_load raises, at once for brackets without end."""
+    depth = 0
+    for bracket in re.finditer(r"[\[{}\]]", text):
+        depth = depth + 1 if bracket[0] in "[{" else max(0, depth - 1)
+        if depth > _DEEPEST:
+            raise yaml.YAMLError(f"more than {_DEEPEST} brackets are open at once")
+    return yaml.safe_load(text)
+
+
+def _is_small(value: Any) -> bool:
+    """Whether plain data has few nodes, however often its YAML refers to one of them."""
+    waiting, seen = [value], 0
+    while waiting and seen <= _MOST_NODES:
+        node, seen = waiting.pop(), seen + 1
+        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return seen <= _MOST_NODES

@@ -1,0 +1,110 @@
+"""What the configs of a pipeline's folder say: read once, asked from then on. No torch.
+
+A file that is missing or broken says nothing here, and its defaults are diffusers'; folder.py names such files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepdistill.teacher.files import read_object
+
+DEFAULT_TIMESTEPS = 1000
+"""num_train_timesteps of every Stable Diffusion, and of a scheduler_config.json without it."""
+_CONFIG_FILES = {
+    "pipeline": "model_index.json",
+    "unet": "unet/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "text_encoder_2": "text_encoder_2/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """folder: where the configs were read. configs: by part ("pipeline" is model_index.json); {} for what is not there."""
+
+    folder: Path
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "TeacherFacts":
+        """Reads every config of a pipeline's folder."""
+        return cls(folder, {part: _config(folder / name) for part, name in _CONFIG_FILES.items()})
+
+    @property
+    def pipeline_class(self) -> str:
+        """Its class, as model_index.json says, such as StableDiffusionPipeline."""
+        return str(self.configs["pipeline"].get("_class_name"))
+
+    @property
+    def unet(self) -> Mapping[str, Any]:
+        """unet/config.json."""
+        return self.configs["unet"]
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """scheduler/scheduler_config.json; ValueError where it is missing or broken."""
+        if not self.configs["scheduler"]:
+            path = self.folder / _CONFIG_FILES["scheduler"]
+            raise ValueError(f"{path} is missing or is no JSON object")
+        return self.configs["scheduler"]
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts."""
+        return str(self.configs["scheduler"].get("prediction_type", "epsilon"))
+
+    @property
+    def is_zero_snr(self) -> bool:
+        """Whether the noise schedule ends in pure noise (Lin et al. 2023, arXiv 2305.08891)."""
+        return bool(self.configs["scheduler"].get("rescale_betas_zero_snr", False))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T of the noise schedule."""
+        betas = self.configs["scheduler"].get("trained_betas")
+        if betas is not None:
+            return len(betas)
+        return int(self.configs["scheduler"].get("num_train_timesteps", DEFAULT_TIMESTEPS))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the pipeline draws where nobody asks for another; ValueError where no config says
+        it."""
+        side, blocks = self.unet.get("sample_size"), self.configs["vae"].get("block_out_channels")
+        if side is None or blocks is None:
+            raise ValueError(
+                f"{self.folder}: unet/config.json has no sample_size or vae/config.json no block_out_channels"
+            )
+        height, width = (side, side) if isinstance(side, int) else side
+        return height * self._vae_factor, width * self._vae_factor
+
+    @property
+    def size_multiple(self) -> int:
+        """Sides of pictures in pixels must be multiples of it: the VAE's factor times the U-Net's."""
+        return self._vae_factor * 2 ** (len(self.unet.get("block_out_channels", [0])) - 1)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of pictures of a size (height, width) in pixels."""
+        channels = int(self.configs["vae"].get("latent_channels", 4))
+        return channels, size[0] // self._vae_factor, size[1] // self._vae_factor
+
+    @property
+    def vae_overflows_in_half(self) -> bool:
+        """Whether the VAE is decoded in float32: unless its config.json has force_upcast: false, as those made for half
+        precision do (SDXL's own overflows)."""
+        return self.configs["vae"].get("force_upcast") is not False
+
+    @property
+    def _vae_factor(self) -> int:
+        return 2 ** (len(self.configs["vae"].get("block_out_channels", [0])) - 1)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except ValueError:
+        return {}
