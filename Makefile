@@ -1,5 +1,6 @@
-# `make demo` and `make test` set themselves up: they need Python 3.11 and make, nothing else.
-PYTHON ?= python3.11
+# `make demo` and `make test` set themselves up: they need make and Python 3.11 or newer, nothing else. The newest Python that
+# every package has a wheel for is taken; PYTHON=python3.12 names another one.
+PYTHONS := $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # Freed memory is kept for the next step instead of going back page by page: a tenth to a third of a CPU step.
@@ -32,11 +33,19 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
-	touch $@
+# An environment that is there is brought up to date; a new one is made with the first Python that everything installs on.
+INSTALL := -m pip install --quiet --constraint constraints.txt --only-binary :all:
+$(VENV)/installed: pyproject.toml constraints.txt setup.py
+	@for python in $(wildcard $(BIN)/python) $(PYTHONS); do \
+	  case $$python in $(BIN)/*) ;; *) \
+	    command -v $$python >/dev/null && $$python -m venv --clear $(VENV) || continue ;; \
+	  esac; \
+	  if $(BIN)/python $(INSTALL) torch && $(BIN)/python $(INSTALL) --editable ".[test,lint]"; then \
+	    $(BIN)/python --version; touch $@; exit 0; \
+	  fi; \
+	  echo "$$python: not every package could be installed; trying the next Python"; \
+	done; \
+	echo "no Python of $(PYTHONS) has a wheel of every package; name another: make $(or $(MAKECMDGOALS),test) PYTHON=..."; exit 1
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the documentation of the config's own fields.
+"""Writes docs/configuration.md from the docstrings of the config's fields.
 
 python docs/make_configuration.py
 """
@@ -29,7 +29,7 @@ _TYPES = {
 
 
 def configuration() -> str:
-    """The page's text."""
+    """The text of docs/configuration.md: each section of the config, and each key with its values, default and meaning."""
     schema = RunConfig.model_json_schema()
     sections: list[tuple[str, dict[str, Any]]] = [("", schema)]
     parts = [HEAD]
@@ -41,9 +41,9 @@ def configuration() -> str:
         nested = []
         for name, field in section["properties"].items():
             key = f"{path}.{name}" if path else name
-            below, is_list = _section_of(field, schema)
-            if below is not None:
-                nested.append((f"{key}.N" if is_list else key, below))
+            inner, is_list = _section_of(field, schema)
+            if inner is not None:
+                nested.append((f"{key}.N" if is_list else key, inner))
             parts.append(_entry(key, field, schema, required=name in section.get("required", [])))
         sections = nested + sections
         parts.append("")
@@ -51,21 +51,21 @@ def configuration() -> str:
 
 
 def _entry(key: str, field: dict[str, Any], schema: dict[str, Any], *, required: bool) -> str:
-    below, is_list = _section_of(field, schema)
-    if below is not None:
+    inner, is_list = _section_of(field, schema)
+    if inner is not None:
         values = f"list of sections, see `{key}.N`" if is_list else "section, see below"
     else:
         values = _values(field, schema)
     default = "required" if required else None
-    if "default" in field and below is None:
+    if "default" in field and inner is None:
         default = f"default {_shown(field.get('default'))}"
-    about = " ".join((field.get("description") or (below or {}).get("description") or "").split())
+    about = " ".join((field.get("description") or (inner or {}).get("description") or "").split())
     facts = ", ".join(part for part in (values, default) if part)
     return f"- `{key}` ({facts}): {about}"
 
 
 def _section_of(field: dict[str, Any], schema: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
-    """The section that a field holds, and whether it holds a list of them; None for a plain value."""
+    """The schema of the section that a field holds (None for a plain value), and whether the field is a list of sections."""
     value, is_list = field, False
     if field.get("type") == "array" and "$ref" in field.get("items", {}):
         value, is_list = field["items"], True
@@ -100,7 +100,7 @@ def _shown(value: Any) -> str:
 
 
 def main() -> int:
-    """Writes the page."""
+    """Writes docs/configuration.md."""
     PAGE.write_text(configuration(), encoding="utf-8")
     print(PAGE)
     return 0

@@ -2,9 +2,9 @@
 
     python eval/ablations.py [--config configs/letters.yaml] [--only NAME ...] [--seeds 10 11 12] [key=value ...]
 
-A variant (eval/variants.py) changes the config, mostly its ladder; the updates of the rungs it changes, and of those below,
-are then scaled so that the whole takes as many forwards. Leading rungs shared with the default are not trained again. A
-tenth of the captions is kept out of training and is what is drawn.
+A variant (eval/variants.py) changes the config, mostly its ladder. The updates of the changed rungs, and of the rungs below
+them, are then scaled so that all training takes as many forwards as the default. Leading rungs that a variant shares with
+the default are not trained again. A tenth of the captions is held out from training, and only these captions are drawn.
 """
 
 import argparse
@@ -37,9 +37,11 @@ from stepdistill.runtime import source_commit
 def against_default(
     tables: Sequence[Table], names: Sequence[str], forwards: Mapping[str, float], measure_name: str
 ) -> str:
-    """A Markdown table of one measure: the default's means, below it what each variant has more, a column a step count.
+    """A Markdown table of one measure with a column per step count: first the means of the default, then each variant's
+    difference from the default.
 
-    The deviations below the first row are of the differences: seeds shift every variant alike.
+    The deviations of the differences are taken over seeds after subtracting, because a seed shifts every variant alike.
+    `forwards`: U-Net forwards of each variant's training, for the last column.
     """
     title, spec = MEASURES[measure_name]
     lines = [f"| {title} | " + " | ".join(map(step_count, STEPS)) + " | forwards |"]
@@ -58,8 +60,10 @@ def against_default(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="One thing of the default recipe changed at a time.")
-    # seeds that compare_peers.py does not use: what is chosen here is not measured there on the same noise
+    parser = argparse.ArgumentParser(
+        description="Measures the default recipe with one thing changed at a time."
+    )
+    # compare_peers.py uses other seeds, so a choice made here is not measured there on the same noise
     arguments(parser, output="eval/results/ablations", output_dir="runs/ablations", seeds=(10, 11, 12))
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     args = parser.parse_intermixed_args(argv)

@@ -1,10 +1,10 @@
-"""What our own code costs: iterations over their bare U-Net passes, waiting for data, preparing over bare encoding.
+"""The overhead of this package: iterations against their bare U-Net passes, waiting for data, preparing against encoding.
 
     python eval/bench.py [CONFIG] [--iterations 8] [--output eval/results/bench.json]
 
-A bare pass is the U-Net alone at the phase's batch: a forward without adapters times the teacher's evaluations, plus one
-LoRA forward and backward for the student, plus encoder passes for the discriminator, each timed in the same process.
-Waiting is what a rung's log says of it. Preparing is timed on photograph-sized JPEGs with a VAE of Stable Diffusion's size.
+The bare passes run the network alone on the phase's batch, each timed in the same process: the teacher's evaluations, one
+LoRA forward and backward of the student, and encoder passes of the discriminator. The time spent waiting for data comes from
+a rung's log. Preparing is timed on photograph-sized JPEGs with a VAE of Stable Diffusion's size.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from stepdistill.training.samples import Samples
 
 
 def timed(action: Callable[[], object], iterations: int) -> float:
-    """Median seconds of an action, after one that is not counted."""
+    """Median seconds of `iterations` calls of an action, after one call that is not counted."""
     action()
     seconds = []
     for _ in range(iterations):
@@ -63,7 +63,7 @@ def timed(action: Callable[[], object], iterations: int) -> float:
 
 
 def denoisers(config: RunConfig, rung_index: int, device: torch.device) -> tuple[Denoiser, Denoiser]:
-    """Student and teacher of a rung, untrained: on the first rung the teacher is the base with guidance."""
+    """The untrained student and the teacher of a rung. The first rung's teacher is the base model with guidance."""
     base = teacher_folder(config)
     unet = load_network(base).to(device)
     network = SharedNetwork.with_student_and_teacher(unet, rank=config.lora.rank, seed=0)
@@ -77,6 +77,7 @@ def denoisers(config: RunConfig, rung_index: int, device: torch.device) -> tuple
 
 
 def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: int) -> dict:
+    """Seconds of an iteration of one phase, of its bare passes, and their ratio."""
     rung = config.ladder[rung_index]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student, teacher = denoisers(config, rung_index, device)
@@ -118,7 +119,7 @@ def first_batch(
     noise_path: VariancePreserving,
     device: torch.device,
 ) -> Batch:
-    """As a phase draws its first one."""
+    """The first batch of a phase, drawn as in training."""
     return draw_batch(
         cache,
         list(range(config.training.train_batch_size)),
@@ -137,16 +138,17 @@ def first_batch(
 def bare_seconds(
     batch: Batch, teacher: Denoiser, discriminator: Discriminator | None, evaluations: int, iterations: int
 ) -> float:
-    """Seconds of an update's passes alone: the teacher's evaluations, the student's pass and D's (4 paired, 3 single)."""
-    network, asked = teacher.network, (batch.noise, batch.timesteps, batch.conditioning)
+    """Seconds of an update's passes alone: the teacher's evaluations, the student's forward and backward, and the
+    discriminator's encoder passes (4 if paired, 3 if single)."""
+    network, inputs = teacher.network, (batch.noise, batch.timesteps, batch.conditioning)
 
     def teacher_forward() -> None:
         with torch.no_grad(), network.using(teacher.adapter):
-            network.ask(*asked)
+            network.ask(*inputs)
 
     def student_pass() -> None:
         with network.using(STUDENT):
-            network.ask(*asked).square().mean().backward()
+            network.ask(*inputs).square().mean().backward()
 
     seconds = evaluations * timed(teacher_forward, iterations) + timed(student_pass, iterations)
     if discriminator is None:
@@ -161,7 +163,7 @@ def bare_seconds(
 
 
 def bench_waiting(config: RunConfig, iterations: int) -> dict:
-    """The share of a rung's seconds that the trainer waits for its micro-batches."""
+    """The share of a rung's training time that is spent waiting for micro-batches."""
     rung = config.ladder[1]
     phases = tuple(phase.model_copy(update={"max_train_steps": iterations}) for phase in rung.phases[:1])
     short = rung.model_copy(update={"phases": phases, "teacher_steps": rung.teacher_steps})
@@ -181,7 +183,7 @@ def bench_waiting(config: RunConfig, iterations: int) -> dict:
 
 
 def bench_preparing(scratch: Path, *, pictures: int = 8, side: int = 192) -> dict:
-    """Seconds of a shard of JPEGs of 1600 x 1200 over those of the bare VAE on the same batches."""
+    """Seconds to prepare a shard of 1600 x 1200 JPEGs, and their ratio to those of the bare VAE on the same batches."""
     build("sd15", tiny=True).save_pretrained(scratch / "teacher")
     pipeline = load_encoders(scratch / "teacher")
     pipeline.register_modules(vae=build_vae("sd15").eval().requires_grad_(False))
@@ -201,7 +203,9 @@ def bench_preparing(scratch: Path, *, pictures: int = 8, side: int = 192) -> dic
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Iteration time over bare U-Net passes, per phase.")
+    parser = argparse.ArgumentParser(
+        description="Measures iteration time against bare U-Net passes, per phase."
+    )
     parser.add_argument("config", nargs="?", default="configs/letters.yaml")
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--output", type=Path)

@@ -1,9 +1,9 @@
-"""COCO 2014 as a prompt file and a folder of real images: one caption of each of N pictures, the same ones for ever.
+"""A fixed subset of COCO 2014 as a prompt file and a folder of real images: N pictures, one caption of each.
 
     python eval/coco_prompts.py captions_val2014.json val2014/ --num-images 10000 --output coco10k
 
-Writes OUTPUT/prompts.txt (a caption a line) and OUTPUT/images/ (the pictures of those captions, as symbolic links). The
-subset: pictures in order of their sha256(seed, id), the caption with the lowest id of each.
+Writes OUTPUT/prompts.txt (one caption per line) and OUTPUT/images/ (symbolic links to the pictures of these captions). The
+subset consists of the first N pictures in the order of sha256(seed, id), each with its caption of the lowest id.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def subset(annotations: dict, *, num_images: int, seed: int) -> list[tuple[str, str]]:
-    """(file name, caption) of `num_images` pictures; ValueError where there are fewer."""
+    """(file name, caption) of `num_images` pictures. ValueError if fewer pictures have captions."""
     captions: dict[int, tuple[int, str]] = {}
     for entry in annotations["annotations"]:
         candidate = (entry["id"], " ".join(entry["caption"].split()))
@@ -29,7 +29,7 @@ def subset(annotations: dict, *, num_images: int, seed: int) -> list[tuple[str, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="COCO 2014 as prompts and real images.")
+    parser = argparse.ArgumentParser(description="Writes prompts and real images of COCO 2014.")
     parser.add_argument("captions", type=Path, help="captions_val2014.json")
     parser.add_argument("pictures", type=Path, help="the folder with val2014's pictures")
     parser.add_argument("--num-images", type=int, default=10_000)

@@ -1,24 +1,26 @@
-"""The field's methods beside ours: one teacher, LoRA rank, batch, data, and budget of U-Net forwards; three seeds.
+"""stepdistill beside published methods, with equal teacher, LoRA rank, batch size, data and budget of U-Net forwards.
 
     python eval/compare_peers.py [--config configs/letters.yaml] [--methods ...] [--seeds 0 1 2] [--size cpu|gpu]
         [--budget FORWARDS] [--tune] [--earlier OUTPUT.json] ... [key=value ...]
 
-stepdistill    the config's own ladder        stepdistill-mse   the same without its adversarial phases
-progressive    MSE alone, halving (Salimans and Ho)
-lcm-lora       skip-step consistency          dmd2-lora     distribution matching, backward simulation, GAN
-lightning      SDXL-Lightning as printed, down to 2 steps
+stepdistill      the config's ladder
+stepdistill-mse  the config's ladder without its adversarial phases
+progressive      progressive distillation: MSE only, halving the steps (Salimans and Ho)
+lcm-lora         skip-step consistency
+dmd2-lora        distribution matching, backward simulation, GAN
+lightning        SDXL-Lightning as printed, down to 2 steps
 
-A tenth of the captions is kept out of every training and is what is drawn. Letters are measured twice, by the shipped reader
-and by a second one that was trained on other renderings (eval/second_reader.py); the .md says whether both order the methods
-alike. `--tune` tries each method at learning rates of a third, one, three and nine times its own, on another seed with a
-quarter of the budget, and keeps the best in OUTPUT.rates.json, which later calls read. Any config runs: name a teacher and a
-folder of captioned pictures in it (data.source), and for other pictures than letters the features that FID is measured on.
-All of it resumes. `--earlier` takes over what another call with the same settings measured, so that
-machines can share seeds and methods.
+A tenth of the captions is held out from all training, and only these captions are drawn. Letters are measured twice, by the
+shipped reader and by a second one that was trained on other renderings (eval/second_reader.py); OUTPUT.md says whether both
+order the methods alike. `--tune` tries each method at a third, one, three and nine times its default learning rate, with
+another seed and a quarter of the budget. It writes the best factor to OUTPUT.rates.json, which later calls read. Any config
+can be used, with its own teacher and folder of captioned pictures (data.source); for pictures other than letters it must
+name the features for FID. An interrupted command resumes. `--earlier` takes over the results of another call with the same
+settings, so that several machines can share seeds and methods.
 
 On a GPU: python pipelines/train_teacher.py teachers/wide --widths 192 384 --unet-steps 20000 --device cuda, then --size gpu
---budget 2e7 --output eval/results/peers_gpu --output-dir runs/peers_gpu teacher.path=teachers/wide/teacher. Another teacher,
-world or budget wants an --output of its own: rates tuned for one are not read for another.
+--budget 2e7 --output eval/results/peers_gpu --output-dir runs/peers_gpu teacher.path=teachers/wide/teacher. Use a separate
+--output for each teacher, world and budget: a call reads the tuned rates of its --output, whatever they were tuned for.
 """
 
 import argparse
@@ -72,7 +74,7 @@ logger = logging.getLogger("compare_peers")
 
 
 def train(method: Method, base: RunConfig, budget: float, factor: float) -> RunConfig:
-    """The method's run, trained."""
+    """Trains a method with its learning rates times `factor`; returns the config of its run."""
     config = method.config(base, budget, factor)
     share_cache(base, config)
     method.train(config, budget, factor)
@@ -80,17 +82,18 @@ def train(method: Method, base: RunConfig, budget: float, factor: float) -> RunC
 
 
 def tune(args: argparse.Namespace, budget: float) -> None:
-    """Finds the best of four learning-rate factors per method: the least mean logarithm of FID to teacher over the steps, to
-    its images of other seeds, so that methods that add noise while sampling are judged as the others are.
+    """Finds the best of four learning-rate factors per method, and writes them to OUTPUT.rates.json.
 
-    Not FID to real: by that the best rate is one that learns nothing, as the base without guidance is nearer to real
-    pictures than the guided teacher is, and reads worse (rows unguided-N).
+    The best factor has the lowest mean, over step counts, of the logarithm of FID to the teacher's images from other seeds.
+    So methods that add noise while sampling are judged like the others. FID to real would not do: its best rate is one that
+    learns nothing, because the base model without guidance (rows unguided-N) is nearer to real pictures than the guided
+    teacher, although it draws fewer prompts right.
     """
     path = args.output.with_suffix(".rates.json")
     if not base_config(args, TUNING_SEED, *_TUNING).evaluation.floor:
         raise ConfigError(
-            "evaluation.floor: got false; allowed with --tune: true, as rates are judged by FID to the teacher's images of "
-            "other seeds"
+            "evaluation.floor: got false; allowed with --tune: true, because rates are judged by FID to the teacher's "
+            "images from other seeds"
         )
     records: dict[str, Any] = read_json(path) or {}
     drawn: Path | None = None
@@ -103,7 +106,7 @@ def tune(args: argparse.Namespace, budget: float) -> None:
             base = base_config(args, TUNING_SEED, *_TUNING, folder)
             try:
                 config = train(method, base, budget * TUNING_SHARE, factor)
-            except NonFiniteError as error:  # a rate that is too high is an answer
+            except NonFiniteError as error:  # a rate at which training diverges is a result, too
                 logger.info("tuning %s x %.2f: %s", method.name, factor, error)
                 scores[f"{factor:.2f}"] = None
                 continue
@@ -122,9 +125,9 @@ def tune(args: argparse.Namespace, budget: float) -> None:
 
 
 def chosen(args: argparse.Namespace) -> list[Method]:
-    """The methods asked for, in their order."""
-    every = methods()
-    return [every[name] for name in args.methods or every]
+    """The methods of --methods in the given order; all methods by default."""
+    available = methods()
+    return [available[name] for name in args.methods or available]
 
 
 def results_of_seed(
@@ -134,7 +137,11 @@ def results_of_seed(
     rates: dict[str, float],
     earlier: dict[tuple[int, str], SeedResults],
 ) -> tuple[Table, dict[str, dict[str, float]], dict[str, dict[str, str]]]:
-    """The seed's table; per method what its training took, and the file and commit of those that `earlier` holds."""
+    """Trains and measures the methods whose results are not in `earlier`.
+
+    Returns the seed's table with all methods, the training cost of each method, and the source (file and commit) of each
+    method that was taken from `earlier`.
+    """
     base = base_config(args, seed)
     ready = {m.name: earlier[seed, m.name] for m in chosen(args) if (seed, m.name) in earlier}
     missing = [m for m in chosen(args) if m.name not in ready]
@@ -147,7 +154,9 @@ def results_of_seed(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The field's methods beside ours at equal compute.")
+    parser = argparse.ArgumentParser(
+        description="Compares stepdistill with published methods at equal compute."
+    )
     arguments(parser, output="eval/results/peers", output_dir="runs/peers")
     parser.add_argument("--methods", nargs="+", choices=list(methods()))
     parser.add_argument("--tune", action="store_true")

@@ -1,12 +1,12 @@
-"""How many updates turn the printed recipe's 2-step student into one that predicts x0, and at what rate.
+"""How many updates, at which learning rate, convert the 2-step student of Lightning's printed recipe to x0 prediction.
 
     python eval/conversion.py RUN [--updates 100 250 400] [--rates 1e-3 2e-3 4e-3] [--output eval/results/conversion]
         [--output-dir runs/conversion] [--only UPDATES RATE]
 
 RUN is a run folder with the 2-step rung of configs/letters_lightning.yaml, such as compare_peers.py's lightning-s0. Each
-trial begins with that rung and has the convert phase alone; it is drawn in one step. The goal is what the rung itself draws
-in one step, unconverted, as that is what the converted student learns. `--only` makes one trial and no table. What is
-finished is not made again.
+trial starts from that rung, runs only the convert phase, and is drawn in one step. The goal is to draw as well as the
+unconverted rung does in one step, because that rung is what the converted student learns from. `--only` runs one trial and
+makes no table. Finished trials are not run again.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TABLE |= {"floor": False, "lora_scales": [], "matrix": False, "cost_batch_sizes"
 
 
 def trial(run: RunConfig, output_dir: str, updates: int, rate: float) -> RunConfig:
-    """The run's rungs down to 2 steps, then the one-step rung with its convert phase alone."""
+    """A config with the run's rungs down to 2 steps, then the one-step rung with only its convert phase."""
     last = yaml.safe_load(LIGHTNING.read_text())["ladder"][-1]
     convert = last["phases"][0] | {"max_train_steps": updates, "learning_rate": rate}
     above = [rung for rung in resolved(run)["ladder"] if rung["student_steps"] >= START]
@@ -45,7 +45,7 @@ def trial(run: RunConfig, output_dir: str, updates: int, rate: float) -> RunConf
 
 
 def train(run: RunConfig, config: RunConfig) -> None:
-    """Converts the run's student, on the run's own latents."""
+    """Trains one trial from the run's 2-step student, on the run's latents."""
     open_run(config)
     steps = [rung.student_steps for rung in config.ladder[:-1]]
     for part in ("cache", *(f"rungs/{n}" for n in steps)):
@@ -56,7 +56,7 @@ def train(run: RunConfig, config: RunConfig) -> None:
 
 
 def table(run: RunConfig, trials: Sequence[RunConfig], output_dir: str) -> tuple[str, dict[str, Any]]:
-    """Markdown and data: what each trial draws in one step, beside the unconverted rung."""
+    """Measures the trials and the unconverted rung, each drawn in one step; returns a Markdown table and its data."""
     rows = [LoraRow(name="unconverted", path=str(rung_folder(run.run_dir, START)), steps=1)]
     rows += [LoraRow(name=t.name, path=str(rung_folder(t.run_dir, 1)), steps=1) for t in trials]
     measured = measure(with_options(run, output_dir), f"table-s{run.seed}", rows)
@@ -85,7 +85,7 @@ def table(run: RunConfig, trials: Sequence[RunConfig], output_dir: str) -> tuple
 
 
 def with_options(run: RunConfig, output_dir: str) -> RunConfig:
-    """The run's config for a table that asks for no more than these pictures."""
+    """The run's config with the evaluation settings of TABLE, which leave out everything that this table does not show."""
     return parse_config(
         resolved(run) | {"output_dir": output_dir, "evaluation": resolved(run)["evaluation"] | TABLE}
     )
@@ -93,12 +93,14 @@ def with_options(run: RunConfig, output_dir: str) -> RunConfig:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Updates and rates that convert a 2-step student to x0 output."
+        description="Finds updates and rates that convert a 2-step student to x0 output."
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--updates", nargs="+", type=int, default=[100, 250, 400])
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3])
-    parser.add_argument("--only", nargs=2, metavar=("UPDATES", "RATE"), help="one trial, and no table")
+    parser.add_argument(
+        "--only", nargs=2, metavar=("UPDATES", "RATE"), help="run one trial, and make no table"
+    )
     parser.add_argument("--output-dir", default="runs/conversion")
     parser.add_argument("--output", type=Path, default=Path("eval/results/conversion"))
     args = parser.parse_args(argv)

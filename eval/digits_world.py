@@ -1,13 +1,13 @@
-"""A world that nothing here was tuned on: real handwriting, tinted, and a teacher of it; for compare_peers.py.
+"""A world for compare_peers.py that nothing was tuned on: coloured handwritten digits, and a teacher trained on them.
 
     pip install "stepdistill[worlds]"
     python eval/digits_world.py OUTPUT [--unet-steps 3000] [--seed 0]
     python eval/compare_peers.py --tune --output OUTPUT/peers --output-dir OUTPUT/runs teacher.path=OUTPUT/teacher
         data.source=OUTPUT/pictures evaluation.features=reader
 
-scikit-learn's 1,797 handwritten digits (8 x 8, Alpaydin and Kaynak 1998), each four times in inks and papers of its caption,
-turned and moved a little: OUTPUT/pictures has 32 x 32 PNGs with captions such as "a red 3 on yellow". The teacher is made as
-the letters teacher is, on that one's VAE.
+Each of scikit-learn's 1,797 handwritten digits (8 x 8, Alpaydin and Kaynak 1998) is drawn four times in random ink and paper
+colours, slightly rotated and shifted. OUTPUT/pictures has 32 x 32 PNGs with captions such as "a red 3 on yellow". The
+teacher is trained as the letters teacher is, with the VAE of the letters teacher.
 """
 
 import argparse
@@ -31,7 +31,10 @@ COPIES = 4
 
 
 def draw_digit(strokes: np.ndarray, ink: str, paper: str, generator: np.random.Generator) -> Image.Image:
-    """An 8 x 8 digit of 0 to 16 as a 32 x 32 picture: up to 12 degrees turned, up to 2 pixels moved."""
+    """A 32 x 32 picture of a digit, rotated by up to 12 degrees and shifted by up to 2 pixels.
+
+    strokes: (8, 8), values from 0 to 16.
+    """
     gray = Image.fromarray((strokes * (255 / 16)).astype(np.uint8)).resize((26, 26), Image.Resampling.BICUBIC)
     sheet = Image.new("L", (32, 32))
     sheet.paste(gray, tuple(3 + generator.integers(-2, 3, 2)))
@@ -42,7 +45,7 @@ def draw_digit(strokes: np.ndarray, ink: str, paper: str, generator: np.random.G
 
 
 def write_pictures(folder: Path, *, seed: int) -> None:
-    """All digits, COPIES times, with their captions."""
+    """Writes every digit COPIES times, with its captions."""
     folder.mkdir(parents=True, exist_ok=True)
     data, generator = load_digits(), np.random.default_rng(seed)
     for copy in range(COPIES):
@@ -54,7 +57,7 @@ def write_pictures(folder: Path, *, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Handwritten digits with a teacher of their own.")
+    parser = argparse.ArgumentParser(description="Makes a world of handwritten digits and its teacher.")
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unet-steps", type=int, default=3000)

@@ -1,7 +1,7 @@
-"""Rows of a comparison that earlier calls have measured at the same settings, such as one seed on each of three machines.
+"""Takes over rows of a comparison that earlier calls measured with the same settings, such as other seeds.
 
-A call's OUTPUT.json holds the rows of every seed and method. They count in a later call where its settings and the
-method's learning-rate factor are the same; what no file holds is trained and measured there.
+OUTPUT.json of a call has the rows of every seed and method. A later call uses these rows if its settings and the method's
+learning-rate factor are the same. It trains and measures what no file has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ SETTINGS = ("config", "size", "budget", "num_images", "overrides")
 
 @dataclass(frozen=True)
 class SeedResults:
-    """One seed of one file.
+    """The results of one seed in one file.
 
-    rows   all of its rows by name, the teacher's among them
-    floor  what two sets of real images, and two of the teacher's, are apart
-    costs  what the training of each of its methods took
-    source the file, and the commit that it was made at
+    rows    all rows by name, including the teacher's
+    floor   distance between two sets of real images, and between two sets of the teacher's images
+    costs   training cost of each method
+    source  the file, and the commit that wrote it
     """
 
     rows: Mapping[str, dict[str, Any]]
@@ -34,7 +34,7 @@ class SeedResults:
 
 
 def rows_of(method: str, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The rows of one method, by name."""
+    """The rows of one method at all its step counts, by name."""
     names = [f"{method}-{n}" for n in STEPS]
     return {name: rows[name] for name in names if name in rows}
 
@@ -42,14 +42,15 @@ def rows_of(method: str, rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[s
 def read_earlier(
     files: Sequence[Path], settings: Mapping[str, Any], rates: Mapping[str, float]
 ) -> dict[tuple[int, str], SeedResults]:
-    """What the files hold by seed and method; of a method at another learning-rate factor than `rates` says, nothing.
+    """Results by (seed, method); if several files have them, those of the first file. Results of a method with another
+    learning-rate factor than in `rates` are left out.
 
-    Raises ConfigError where a file is no result of a comparison, or one with other `settings`.
+    Raises ConfigError if a file is not the result of a comparison, or if its settings differ from `settings`.
     """
     earlier: dict[tuple[int, str], SeedResults] = {}
     for file in files:
         payload = read_json(file)
-        if payload is None or not {"seeds", "tables", "costs", "rates"} <= payload.keys():
+        if payload is None or not {"seeds", "tables", "floors", "costs", "rates", "commit"} <= payload.keys():
             raise ConfigError(f"--earlier: got {file}; allowed: the OUTPUT.json of a comparison")
         for name in SETTINGS:
             if payload.get(name) != settings[name]:
@@ -67,8 +68,10 @@ def read_earlier(
 
 
 def joined(local: Table | None, earlier: Mapping[str, SeedResults]) -> Table:
-    """One seed's table: the rows measured here, and those of each method in `earlier`. The teacher's rows and the floor are
-    those measured here, where any were, else the first file's."""
+    """One seed's table: the rows of `local`, and those of each method in `earlier`.
+
+    The teacher's rows and the floor are those of `local`, or of the first file if `local` is None.
+    """
     first = next(iter(earlier.values()), None)
     if local is None:
         assert first is not None, "a seed has rows from here or from a file"

@@ -1,12 +1,13 @@
-"""What the shipped configs take at full size: peak memory and seconds of two updates of every phase.
+"""Peak memory and seconds of the shipped configs at full size, from two updates of every phase.
 
     python eval/full_size.py [--configs sd15 sd21_v sdxl sdxl_24gb] [--output eval/results/full_size] [key=value ...]
 
-With a CUDA GPU: a random-weight pipeline of every shape of the released one, a few pictures, the config's own ladder with
-two updates a phase; memory is torch's peak of allocated bytes. Beside it, or alone without one: the same modules on the meta
-device, their parameters, gradients and moments counted, what autograd keeps of each phase's forwards, and with gradient
-checkpointing the most that one recomputed piece keeps; and what a preview takes, for which the VAE comes from the CPU to
-decode one picture at a time. What kernels take while they run is not in the estimate.
+Measured, if there is a CUDA GPU: a pipeline with random weights in the shapes of the released model, a few pictures, and the
+config's ladder with two updates per phase. Memory is torch's peak of allocated bytes.
+Estimated, always: the same modules on the meta device. The estimate adds up parameters, gradients and Adam's moments, the
+tensors that autograd keeps of each phase's forwards, and with gradient checkpointing the most that one recomputed module
+keeps. It also covers a preview, for which the VAE moves from the CPU to the GPU and decodes one picture at a time. The
+working memory of kernels is not included.
 """
 
 import argparse
@@ -41,11 +42,11 @@ from stepdistill.runtime import WEIGHT_DTYPES, environment
 GIB = 2**30
 CONFIGS = {"sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", "sdxl_24gb": "sdxl"}
 UPDATES = 2
-_MASTER = 4 * 4  # bytes of a parameter that trains: itself, its gradient, Adam's two moments
+_MASTER = 4 * 4  # bytes per trained parameter: the parameter, its gradient and Adam's two moments, in float32
 
 
 def saved_bytes(run: Any) -> int:
-    """Bytes of all tensors that autograd keeps for the backward of `run()`, each storage once, parameters left out."""
+    """Bytes of all tensors that autograd keeps for the backward pass of `run()`. Parameters do not count."""
     bytes_by_storage: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,7 @@ def saved_bytes(run: Any) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of storages that tensors made inside hold, and the most there were at once."""
+    """While active, tracks the bytes of the storages of newly made tensors; `peak` is the most that were alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class _Live(TorchDispatchMode):
 
 
 class _Flash(torch.autograd.Function):
-    """Attention as CUDA's fused kernels have it: queries, keys, values and output are kept, no matrix between tokens."""
+    """Attention with the memory of CUDA's fused kernels: queries, keys, values and output are kept, no attention matrix."""
 
     @staticmethod
     def forward(
@@ -105,7 +106,7 @@ class _Flash(torch.autograd.Function):
 
 @contextlib.contextmanager
 def fused_attention() -> Iterator[None]:
-    """On the meta device torch takes attention apart, which no GPU does."""
+    """Replaces torch's attention by _Flash. On the meta device torch splits attention into its parts, which no GPU does."""
     before = torch.nn.functional.scaled_dot_product_attention
     torch.nn.functional.scaled_dot_product_attention = lambda q, k, v, **_: _Flash.apply(q, k, v)
     try:
@@ -115,7 +116,7 @@ def fused_attention() -> Iterator[None]:
 
 
 def largest_piece(network: SharedNetwork, run: Any) -> int:
-    """The most that one checkpointed module keeps while it is computed again."""
+    """The most bytes that autograd keeps of one checkpointed module while that module is recomputed."""
     sizes: list[int] = []
 
     def spy(module: torch.nn.Module, *args: Any) -> Any:
@@ -130,7 +131,7 @@ def largest_piece(network: SharedNetwork, run: Any) -> int:
 
 
 def base_bytes(unet: UNet2DConditionModel, dtype: torch.dtype, quantization: str) -> int:
-    """Of the frozen base; int8 leaves the linear layers' weights a byte each, and a scale per row."""
+    """Bytes of the frozen base model. With int8, a linear layer's weights take a byte each, and a scale per row."""
     total = sum(p.numel() for p in unet.parameters()) * dtype.itemsize
     if quantization == "int8":
         for linear in (m for m in unet.modules() if isinstance(m, torch.nn.Linear)):
@@ -139,7 +140,10 @@ def base_bytes(unet: UNet2DConditionModel, dtype: torch.dtype, quantization: str
 
 
 def estimate(config: RunConfig, family: str) -> dict[str, Any]:
-    """Bytes by part, and for each kind of phase what its update adds, of the config at full size on the meta device."""
+    """Bytes of the config at full size, estimated on the meta device.
+
+    Returns {"parts": bytes by part, "phases": {kind of phase: bytes by part that its update adds}}.
+    """
     training, options = config.training, unet_config(family)
     dtype = WEIGHT_DTYPES[training.mixed_precision]
     with torch.device("meta"):
@@ -160,7 +164,7 @@ def estimate(config: RunConfig, family: str) -> dict[str, Any]:
 
 
 def _preview(family: str, side: int) -> dict[str, int]:
-    """The VAE in float32, and the most that decoding one picture holds at once."""
+    """Bytes of the VAE in float32, and the peak of decoding one picture."""
     with torch.device("meta"):
         vae = build_vae(family).eval().requires_grad_(False)
     with torch.no_grad(), _Live() as live:
@@ -171,6 +175,7 @@ def _preview(family: str, side: int) -> dict[str, int]:
 def _phase(
     network: SharedNetwork, phase: Phase, config: RunConfig, *, side: int, batch: int, dtype: torch.dtype
 ) -> dict[str, int]:
+    """Bytes that an update of the phase adds, by part."""
     unet = network.model
     sample = torch.empty(batch, 4, side, side, device="meta", requires_grad=True)
     timesteps = torch.empty(batch, dtype=torch.int64, device="meta")
@@ -198,7 +203,8 @@ def _discriminator(
     side: int,
     context: torch.autocast,
 ) -> dict[str, int]:
-    """What D holds, and what autograd keeps of its two forwards: on real and student samples, and for the student."""
+    """Bytes of the discriminator, and of what autograd keeps of its two forwards: on real and student samples for its own
+    loss, and on student samples for the student's loss."""
     options = phase.discriminator
     with torch.device("meta"):
         discriminator = Discriminator(
@@ -212,13 +218,13 @@ def _discriminator(
             base=UNet2DConditionModel.from_config(network.model.config) if options.trunk == "full" else None,
         )
 
-    def judge(given: Conditioning, *, trains: bool) -> None:
-        seen = torch.empty(len(given), 4, side, side, device="meta", requires_grad=not trains)
-        at = torch.empty(len(given), dtype=torch.int64, device="meta")
+    def judge(conditions: Conditioning, *, trains: bool) -> None:
+        samples = torch.empty(len(conditions), 4, side, side, device="meta", requires_grad=not trains)
+        timesteps = torch.empty(len(conditions), dtype=torch.int64, device="meta")
         with context, discriminator.active(trains=trains):
-            features = discriminator.features(seen, at, given)
-            beside = [f.detach() for f in features] if discriminator.paired else None
-            discriminator.logits(features, beside)
+            features = discriminator.features(samples, timesteps, conditions)
+            context_features = [f.detach() for f in features] if discriminator.paired else None
+            discriminator.logits(features, context_features)
 
     twice = Conditioning.concat(conditioning, conditioning)
     activations = saved_bytes(lambda: judge(twice, trains=True))
@@ -241,7 +247,7 @@ def _conditioning(unet: UNet2DConditionModel, batch: int) -> Conditioning:
 
 
 def measured(config_path: str, family: str, place: Path, overrides: list[str]) -> dict[str, Any]:
-    """Peak bytes and seconds of the last update of every phase, by rung and objective; needs CUDA."""
+    """Peak bytes and seconds of the last update of every phase, by rung and objective. Needs CUDA."""
     build(family).to(torch.bfloat16).save_pretrained(place / "teacher", safe_serialization=True)
     (place / "pictures").mkdir()
     generator = np.random.default_rng(0)
@@ -271,7 +277,7 @@ def measured(config_path: str, family: str, place: Path, overrides: list[str]) -
 
 
 def table(results: dict[str, Any]) -> str:
-    """Parts and phases of every config, and beside the estimates the measured peaks where there are some, as Markdown."""
+    """Markdown tables of every config: the estimate by part and phase, and the measured peaks if they were measured."""
     lines = []
     for name, result in results.items():
         parts = result["estimate"]["parts"]
@@ -289,7 +295,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Memory and seconds of the configs at full size.")
+    parser = argparse.ArgumentParser(
+        description="Estimates and measures memory and seconds of the configs at full size."
+    )
     parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--output", type=Path, default=Path("eval/results/full_size"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -1,9 +1,9 @@
-"""Whether two readers put methods in the same order, step count by step count.
+"""Whether two readers put the methods in the same order, at each step count.
 
-Kendall's tau-b is 1 where the orders of the means over seeds are the same and -1 where one is the other turned round. A pair
-of methods flips where both readers see a difference beyond its spread, each in the other direction. The spread is the
-deviation of the difference over the seeds; of one seed it is twice the standard error by the jackknife of
-stepdistill/jackknife.py.
+Kendall's tau-b compares the orders of the means over seeds: 1 if they are the same, -1 if one is the reverse of the other.
+A pair of methods flips if both readers see a difference larger than its spread, but in opposite directions. The spread is
+the standard deviation of the difference over the seeds. With a single seed, it is twice the standard error by the jackknife
+(stepdistill/jackknife.py).
 """
 
 import itertools
@@ -22,18 +22,18 @@ COMPARED = ("fid_to_real", "fid_to_teacher", "prompt_accuracy")
 
 @dataclass(frozen=True)
 class Side:
-    """What one reader measures: a value a seed by method, and of one seed the jackknife's replicates by method."""
+    """One reader's measurements: by method, a value per seed, and for a single seed the jackknife's replicates."""
 
     values: Mapping[str, Sequence[float]]
     replicates: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def means(self) -> list[float]:
-        """Over the seeds, in the methods' order."""
+        """Means over the seeds, in the order of the methods."""
         return [statistics.fmean(values) for values in self.values.values()]
 
     def difference(self, first: str, second: str) -> tuple[float, float]:
-        """Of two methods, in the mean over the seeds, and its spread."""
+        """The mean difference of two methods over the seeds, and its spread."""
         differences = [a - b for a, b in zip(self.values[first], self.values[second], strict=True)]
         if len(differences) > 1:
             spread = statistics.stdev(differences)
@@ -44,7 +44,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Flip:
-    """Two methods whose order the readers see the other way round: mean difference and its spread by each of them."""
+    """Two methods that the readers put in opposite orders: each reader's mean difference and its spread."""
 
     methods: tuple[str, str]
     by_first: tuple[float, float]
@@ -52,7 +52,7 @@ class Flip:
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Tau-b, which allows ties (Kendall 1945); None where one side has nothing but ties."""
+    """Kendall's tau-b, which allows ties (Kendall 1945). None if all values of one side are tied."""
     pairs = [
         (_sign(a - b), _sign(c - d))
         for (a, c), (b, d) in itertools.combinations(zip(first, second, strict=True), 2)
@@ -62,18 +62,18 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
 
 
 def flips(first: Side, second: Side) -> list[Flip]:
-    """The pairs that both readers tell apart, in other orders."""
-    turned = []
+    """The pairs of methods that both readers tell apart, but in opposite orders."""
+    flipped = []
     for pair in itertools.combinations(first.values, 2):
-        (a, one), (b, other) = first.difference(*pair), second.difference(*pair)
-        if a * b < 0 and abs(a) > one and abs(b) > other:
-            turned.append(Flip(pair, (a, one), (b, other)))
-    return turned
+        (a, a_spread), (b, b_spread) = first.difference(*pair), second.difference(*pair)
+        if a * b < 0 and abs(a) > a_spread and abs(b) > b_spread:
+            flipped.append(Flip(pair, (a, a_spread), (b, b_spread)))
+    return flipped
 
 
 def agreement(tables: Sequence[Table], methods: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
-    """Markdown with tau by measure and step count and below it the flips, and the same as data. Nothing where the tables
-    have no second reader's measures."""
+    """A Markdown table of tau by measure and step count with the flips below it, and the same as data. Both are empty if the
+    tables have no measures of a second reader."""
     entries = [
         _entry(tables, methods, measure, steps)
         for measure in COMPARED
@@ -98,16 +98,16 @@ def agreement(tables: Sequence[Table], methods: Sequence[str]) -> tuple[str, lis
 
 def _entry(tables: Sequence[Table], methods: Sequence[str], measure: str, steps: int) -> dict[str, Any]:
     first, second = (_side(tables, methods, key, steps) for key in (measure, f"second_{measure}"))
-    turned = [vars(flip) for flip in flips(first, second)]
+    flipped = [vars(flip) for flip in flips(first, second)]
     tau = kendall_tau(first.means, second.means)
-    return {"measure": measure, "steps": steps, "methods": list(first.values), "tau": tau, "flips": turned}
+    return {"measure": measure, "steps": steps, "methods": list(first.values), "tau": tau, "flips": flipped}
 
 
 def _side(tables: Sequence[Table], methods: Sequence[str], key: str, steps: int) -> Side:
     rows = {method: f"{method}-{steps}" for method in methods if f"{method}-{steps}" in tables[0].rows}
     values = {method: [table.rows[row][key] for table in tables] for method, row in rows.items()}
-    alone = tables[0].replicates if len(tables) == 1 else {}
-    replicates = {method: alone[row][key] for method, row in rows.items() if key in alone.get(row, {})}
+    by_row = tables[0].replicates if len(tables) == 1 else {}
+    replicates = {method: by_row[row][key] for method, row in rows.items() if key in by_row.get(row, {})}
     return Side(values, replicates)
 
 

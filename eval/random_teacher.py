@@ -1,9 +1,9 @@
-"""A pipeline of a real family with random weights: for memory, speed and dry runs, where no weights are at hand.
+"""A pipeline of a real model family with random weights, for measuring memory and speed and for dry runs without downloads.
 
     python eval/random_teacher.py sd15|sd21_v|sdxl OUTPUT [--tiny] [--dtype float32|float16|bfloat16]
 
-Full size has every shape of the released model (their config.json on the Hub); tiny has its blocks, narrow. The tokenizer is
-the package's own, so prompts become nonsense tokens.
+At full size, every tensor has the shape of the released model (from its config.json on the Hub). --tiny has the same kinds
+of blocks, but few channels. The tokenizer is the one that ships with this package, so the tokens of a prompt mean nothing.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads":
 _TINY_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
-# per family: U-Net, first and second text encoder, the VAE's factor, what the scheduler says
+# per family: U-Net, first and second text encoder, the VAE's scaling_factor, options of the scheduler
 _FULL: dict[str, tuple[dict[str, Any], dict, dict | None, float, dict[str, Any]]] = {
     "sd15": (
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -94,13 +94,13 @@ FAMILIES = tuple(_FULL)
 
 
 def unet_config(family: str, *, tiny: bool = False) -> dict[str, Any]:
-    """What UNet2DConditionModel takes."""
+    """The keyword arguments of UNet2DConditionModel for a family."""
     blocks = _XL_BLOCKS if family == "sdxl" else _SD_BLOCKS
     return {**(_TINY[family] if tiny else _FULL[family][0]), **blocks}
 
 
 def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipeline:
-    """The pipeline of a family, random weights drawn from `seed`, float32."""
+    """The pipeline of a family in float32, with random weights drawn from `seed`."""
     _, first, second, _, scheduler = _FULL[family]
     if tiny:
         first = first | _TINY_TEXT
@@ -128,7 +128,7 @@ def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipelin
 
 
 def build_vae(family: str, *, tiny: bool = False) -> AutoencoderKL:
-    """The VAE of a family, random weights."""
+    """The VAE of a family with random weights."""
     widths = (8, 8, 16, 16) if tiny else (128, 256, 512, 512)
     return AutoencoderKL(
         block_out_channels=widths,
@@ -150,7 +150,9 @@ def _text(options: dict[str, Any], *, tiny: bool) -> CLIPTextConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A pipeline of a real family with random weights.")
+    parser = argparse.ArgumentParser(
+        description="Makes a pipeline of a real model family with random weights."
+    )
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("output", type=Path)
     parser.add_argument("--tiny", action="store_true")

@@ -1,12 +1,12 @@
-"""A second reader of the letters, trained on other renderings than the shipped one: does it order the methods alike?
+"""Trains a second reader of the letters on other renderings, to check whether both readers order the methods alike.
 
     python eval/second_reader.py [--steps 2400] [--num-images 30000] [--seed 7] [--output eval/assets/second_reader]
 
-The shipped reader, which FID and prompt accuracy are measured with, has seen the typefaces, angles and sizes that the
-teacher was trained on. This one is the same kind of net from another seed. It has seen every other typeface alone, turned
-further either way, in a wider range of sizes and further off the middle. Its weights are OUTPUT.fp16.safetensors.
-OUTPUT.json says what it was trained on, its hash, and how many renderings it reads right that it has not seen.
-side_by_side.py measures each row with it as well, and orders.py says where the two readers disagree.
+The shipped reader, which measures FID and prompt accuracy, was trained on the typefaces, angles and sizes that the teacher
+was trained on. The second reader is the same kind of net, trained from another seed on every other typeface only, with wider
+ranges of angles, sizes and positions. Its weights are OUTPUT.fp16.safetensors. OUTPUT.json records what it was trained on,
+its hash, and the share of new renderings that it reads right. side_by_side.py measures each row with this reader as well,
+and orders.py reports where the two readers disagree.
 """
 
 import argparse
@@ -43,18 +43,19 @@ PREFIX = "second_"
 
 
 def weights_of(asset: Path) -> Path:
-    """The safetensors file beside asset.json."""
+    """The weights file of a reader: `asset` with the suffix .fp16.safetensors."""
     return asset.with_suffix(".fp16.safetensors")
 
 
 @dataclass(frozen=True)
 class Again:
-    """What the second reader makes of a table of letters; all empty where a table is about other pictures.
+    """The second reader's measures of a table of letters. All empty if the table is about other pictures.
 
-    rows        by row: second_fid_to_real, second_prompt_accuracy and, where the teacher's images of other seeds are drawn,
+    rows        by row: second_fid_to_real, second_prompt_accuracy and, if the teacher's images from other seeds were drawn,
                 second_fid_to_teacher
     floor       second_fid_to_real of two sets of real images
-    replicates  by row and measure, as in stepdistill/jackknife.py, of these and of the shipped reader's prompt_accuracy
+    replicates  by row and measure: the jackknife's replicates (stepdistill/jackknife.py) of these measures and of the
+                shipped reader's prompt_accuracy
     """
 
     rows: dict[str, dict[str, float]]
@@ -63,19 +64,19 @@ class Again:
 
 
 def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSET) -> Again:
-    """Reads a finished table's pictures with the second reader.
+    """Measures a finished table's pictures with the second reader.
 
     Args:
-        config: of the table; its rows are drawn in run_dir/evaluation.
-        rows: their names.
-        asset: where the reader is, without suffix.
+        config: the table's config; the pictures of its rows are in run_dir/evaluation.
+        rows: names of the rows.
+        asset: path of the second reader, without suffix.
     """
     evaluation_set, folder = evaluation_set_of(config), config.run_dir / "evaluation"
     if evaluation_set.world is None:
         return Again({}, {}, {})
     extractor = ReaderFeatures(weights_of(asset)).eval().requires_grad_(False)
     shipped = shipped_reader()
-    asked = [parse_caption(prompt) for prompt in evaluation_set.prompts]
+    triples = [parse_caption(prompt) for prompt in evaluation_set.prompts]
     view = View("second", extractor, config.evaluation.resize or extractor.default_resize)
 
     def drawn(row: str) -> ImageSet:
@@ -98,34 +99,34 @@ def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSE
     measures, replicates = {}, {}
     for row in rows:
         images = drawn(row)
-        seen = view.features(images)
+        row_features = view.features(images)
         right = {
-            f"{prefix}prompt_accuracy": _right(images, reader, asked)
+            f"{prefix}prompt_accuracy": _right(images, reader, triples)
             for prefix, reader in (("", shipped), (PREFIX, extractor.reader))
         }
-        measures[row] = {key: fid(reference, seen) for key, reference in references.items()}
+        measures[row] = {key: fid(reference, row_features) for key, reference in references.items()}
         measures[row][f"{PREFIX}prompt_accuracy"] = right[f"{PREFIX}prompt_accuracy"].mean().item()
         replicates[row] = {
-            key: fid_without_each_group(seen, reference) for key, reference in references.items()
+            key: fid_without_each_group(row_features, reference) for key, reference in references.items()
         } | {key: _share_without_each_group(answers) for key, answers in right.items()}
     return Again(measures, floor, replicates)
 
 
 def _right(images: ImageSet, reader: Reader, triples: Sequence[Triple]) -> torch.Tensor:
-    """1 for each image (N,) whose letter, ink and paper are as the prompt says, 0 for the others."""
+    """For each image (N,): 1 if letter, ink and paper are those of the prompt, else 0."""
     answers = [answer for batch in images.batches() for answer in reader.read(batch)]
     return torch.tensor([float(a == b) for a, b in zip(answers, triples, strict=True)], dtype=torch.float64)
 
 
 def _share_without_each_group(right: torch.Tensor, *, groups: int = 8) -> list[float]:
-    """The mean of `right` (N,) with every `groups`-th value left out, once for each group; the groups are those of FID."""
+    """For each group of FID's jackknife (every `groups`-th value): the mean of `right` (N,) without that group."""
     groups = min(groups, len(right) // 2)
-    places = torch.arange(len(right)) % groups
-    return [right[places != group].mean().item() for group in range(groups)]
+    group_of = torch.arange(len(right)) % groups
+    return [right[group_of != group].mean().item() for group in range(groups)]
 
 
 def accuracies(reader: Reader, *, seed: int, num_images: int = TEST_IMAGES) -> dict[str, float]:
-    """The shares of new renderings of each kind that it reads right."""
+    """By kind of rendering (TESTED): the share of new renderings that the reader reads right."""
     shares = {}
     for name, style in TESTED.items():
         images, labels = rendered_batch(num_images, seed=seed, style=style)
@@ -134,7 +135,7 @@ def accuracies(reader: Reader, *, seed: int, num_images: int = TEST_IMAGES) -> d
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train the second reader of the letters.")
+    parser = argparse.ArgumentParser(description="Trains the second reader of the letters.")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--num-images", type=int, default=30_000)
     parser.add_argument("--seed", type=int, default=7)
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     made_at = source_commit()
     images, labels = rendered_batch(args.num_images, seed=args.seed, style=SEEN)
     save_reader(train_reader(images, labels, steps=args.steps, seed=args.seed), weights_of(args.output))
-    reader = load_reader(weights_of(args.output))  # as it is kept, in float16
+    reader = load_reader(weights_of(args.output))  # the stored weights, in float16
     shipped = shipped_reader()
     record = {
         "command": f"python eval/second_reader.py --steps {args.steps} --num-images {args.num_images} --seed {args.seed}",

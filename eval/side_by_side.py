@@ -1,4 +1,4 @@
-"""What the comparisons share: held-out captions, one table per seed by the package's own evaluation, means over seeds."""
+"""Shared by all comparisons: held-out captions, one table per seed by the package's evaluation, means over seeds."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ MEASURES = {
 MAIN = ("fid_to_real", "fid_to_teacher", "paired_fid_to_teacher", "prompt_accuracy")
 HELD_OUT = 0.1
 COLUMNS = 10
-# What tells methods apart needs many pictures and seeds, and no sweep, matrix or timing of every row.
+# Telling methods apart needs many pictures and seeds, but no sweep of LoRA scales, no matrix and no timing of every row.
 _MEASURED = ["evaluation.num_images=1000", "evaluation.diversity_prompts=16"]
 _MEASURED += [f"evaluation.unguided_steps={list(STEPS)}"]
 _MEASURED += ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluation.cost_batch_sizes=[]"]
@@ -48,26 +48,24 @@ _MEASURED += ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluatio
 def arguments(
     parser: argparse.ArgumentParser, *, output: str, output_dir: str, seeds: Sequence[int] = (0, 1, 2)
 ) -> None:
-    """The options that every comparison has."""
+    """Adds the command-line options that all comparisons share."""
     parser.add_argument("--config", default="configs/letters.yaml")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
     parser.add_argument("--size", choices=list(SIZES), default="cpu")
-    parser.add_argument(
-        "--budget", type=float, help="U-Net forwards; the config's own ladder's where not given"
-    )
+    parser.add_argument("--budget", type=float, help="U-Net forwards; default: those of the config's ladder")
     parser.add_argument("--output-dir", default=output_dir)
     parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
 def base_config(args: argparse.Namespace, seed: int, *more: str) -> RunConfig:
-    """The user's config with what all methods share here."""
+    """The config of --config with the settings that all methods of a comparison share."""
     common = [f"output_dir={args.output_dir}", f"seed={seed}", f"data.held_out={HELD_OUT}", *_MEASURED]
     return load_config(args.config, [*common, *SIZES[args.size], *more, *args.overrides])
 
 
 def share_cache(base: RunConfig, config: RunConfig) -> None:
-    """Prepares the latents of a seed once; every method's run gets a copy."""
+    """Prepares the latents of a seed once, and copies them into the run of `config`."""
     first = base.model_copy(update={"name": f"cache-s{base.seed}", "ladder": ()})
     stages.prepare(first)
     if not (config.run_dir / "cache").exists():
@@ -76,7 +74,7 @@ def share_cache(base: RunConfig, config: RunConfig) -> None:
 
 
 def share_rungs(first: RunConfig, config: RunConfig) -> None:
-    """Copies the leading rungs that a run has in common with a finished one."""
+    """Copies the leading rungs that the run of `config` shares with the finished run of `first`."""
     alike = {"name": first.name, "ladder": first.ladder}
     if config.model_copy(update=alike) != first:
         return
@@ -90,8 +88,13 @@ def share_rungs(first: RunConfig, config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """rows by name, the floor, the run folder with the pictures of each row in evaluation/<row> (None where they are not at
-    hand), and the jackknife's replicates by row and measure."""
+    """One seed's results.
+
+    rows        measures by name of row
+    floor       distances between two sets of real images, and between two sets of the teacher's images
+    run_dir     the run folder with the pictures of each row in evaluation/<row>; None if they are on another machine
+    replicates  the jackknife's replicates by row and measure
+    """
 
     rows: dict[str, dict[str, Any]]
     floor: dict[str, Any] | None
@@ -100,13 +103,14 @@ class Table:
 
 
 def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path | None = None) -> Table:
-    """Every LoRA in one table beside the teacher, by the config's features and, for letters, by the second reader too.
+    """Draws and measures every LoRA in one table beside the teacher, with the config's features, and for letters with the
+    second reader too.
 
     Args:
-        base: what all methods share.
+        base: the settings that all methods share.
         name: the table's run folder is output_dir/name.
-        loras: its rows.
-        drawn: the run folder of another table, whose pictures of the teacher are taken over where they are the same.
+        loras: the rows beside the teacher's.
+        drawn: run folder of another table; its pictures of the teacher are reused if they are the same.
     """
     options = base.evaluation.model_copy(update={"loras": tuple(loras)})
     config = base.model_copy(update={"name": name, "evaluation": options, "ladder": ()})
@@ -125,8 +129,8 @@ def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path
 
 
 def _share_pictures(source: Path, target: Path) -> None:
-    """Copies the pictures of the teacher's rows and of its floor that the target lacks; the evaluation draws anew what has
-    another key."""
+    """Copies the pictures of the teacher's rows and of its floor that the target lacks. The evaluation redraws those whose
+    key does not fit."""
     for pattern in ("teacher-*", "unguided-*", "floor"):
         for folder in (source / "evaluation").glob(pattern):
             if not (target / "evaluation" / folder.name).exists():
@@ -134,7 +138,7 @@ def _share_pictures(source: Path, target: Path) -> None:
 
 
 def summary(tables: Sequence[Table], rows: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
-    """The Markdown table of means with deviations over the seeds' tables, and the same as data."""
+    """A Markdown table of the means ± standard deviations over the seeds' tables, and the same as data."""
     entries = []
     for name in rows:
         drawn = [table.rows[name] for table in tables]
@@ -154,12 +158,12 @@ def summary(tables: Sequence[Table], rows: Sequence[str]) -> tuple[str, list[dic
 
 
 def step_count(steps: int) -> str:
-    """The head of a column."""
+    """The heading of a column, such as "4 steps"."""
     return f"{steps} step{'s' * (steps > 1)}"
 
 
 def mean_and_spread(values: Sequence[float], spec: str) -> str:
-    """Such as "33.8 ± 4.1"; empty without values."""
+    """Mean and standard deviation as text, such as "33.8 ± 4.1"; empty if there are no values."""
     return _cell(_mean_and_deviation(values) if values else None, spec)
 
 
@@ -171,7 +175,7 @@ def _mean_and_deviation(values: Sequence[float]) -> dict[str, Any]:
 
 
 def by_steps(entries: Sequence[dict[str, Any]], names: Sequence[str], measure_name: str) -> str:
-    """A Markdown table of one measure: a row per name, a column per step count, of `summary`'s data."""
+    """A Markdown table of one measure from `summary`'s data: a row per name, a column per step count."""
     title, spec = MEASURES[measure_name]
     cells = {entry["row"]: entry.get(measure_name) for entry in entries}
     lines = [f"| {title} | " + " | ".join(map(step_count, STEPS)) + " |"]
@@ -182,7 +186,7 @@ def by_steps(entries: Sequence[dict[str, Any]], names: Sequence[str], measure_na
 
 
 def picture(run_dir: Path, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
-    """The first pictures of each row that the table's run folder has, under its label, a prompt and a noise a column."""
+    """A grid of the first pictures of each row that the run folder has; each column has one prompt and one noise."""
     shown = {}
     for name, label in rows.items():
         folder = run_dir / "evaluation" / name / "images"
@@ -193,7 +197,7 @@ def picture(run_dir: Path, rows: dict[str, str], prompts: Sequence[str]) -> Imag
 
 
 def write(output: Path, text: str, tables: Sequence[Table], payload: dict[str, Any]) -> None:
-    """OUTPUT.md and OUTPUT.json."""
+    """Writes `text` to OUTPUT.md, and `payload` with the tables and the environment to OUTPUT.json."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text(text + "\n")
     payload |= {"environment": environment(), "floors": [table.floor for table in tables]}

@@ -1,6 +1,6 @@
-"""The recipe with one thing changed: what each variant of eval/ablations.py is.
+"""The variants of eval/ablations.py: the default recipe with one thing changed.
 
-Change      edits the config as read from YAML, mostly its ladder
+A Change edits the config in place, as read from YAML (Raw); mostly it edits the ladder.
 """
 
 import copy
@@ -20,12 +20,12 @@ ADVERSARIAL = ("paired", "single")
 
 
 def phases(raw: Raw, kinds: tuple[str, ...] = ADVERSARIAL) -> list[dict[str, Any]]:
-    """The phases of these objectives on all rungs."""
+    """The phases of all rungs whose objective is one of `kinds`."""
     return [phase for rung in raw["ladder"] for phase in rung["phases"] if phase["objective"] in kinds]
 
 
 def with_discriminator(**options: Any) -> Change:
-    """Every discriminator with these options."""
+    """Sets these options of every discriminator."""
 
     def change(raw: Raw) -> None:
         for phase in phases(raw):
@@ -35,7 +35,7 @@ def with_discriminator(**options: Any) -> Change:
 
 
 def with_mse(**options: Any) -> Change:
-    """Every mse phase below the first rung with these options."""
+    """Sets these options of every mse phase below the first rung."""
 
     def change(raw: Raw) -> None:
         for phase in phases({"ladder": raw["ladder"][1:]}, ("mse",)):
@@ -45,22 +45,22 @@ def with_mse(**options: Any) -> Change:
 
 
 def with_training(**options: Any) -> Change:
-    """The training section with these options."""
+    """Sets these options of the training section."""
     return lambda raw: raw["training"].update(options)
 
 
 def with_last_rung(**options: Any) -> Change:
-    """The 1-step rung with these options."""
+    """Sets these options of the 1-step rung."""
     return lambda raw: raw["ladder"][-1].update(options)
 
 
 def with_first_rung(**options: Any) -> Change:
-    """The first rung with these options."""
+    """Sets these options of the first rung."""
     return lambda raw: raw["ladder"][0].update(options)
 
 
 def adversary_times(factor: float) -> Change:
-    """So many times the adversarial updates; 0 leaves those phases out."""
+    """Multiplies the adversarial updates by `factor`; 0 removes the adversarial phases."""
 
     def change(raw: Raw) -> None:
         for rung in raw["ladder"]:
@@ -74,13 +74,13 @@ def adversary_times(factor: float) -> Change:
 
 
 def paired_alone(raw: Raw) -> None:
-    """D is told x_t throughout."""
+    """All adversarial phases are paired: the discriminator sees x_t beside each sample."""
     for phase in phases(raw):
         phase["objective"] = "paired"
 
 
 def paired_then_single(raw: Raw) -> None:
-    """The paper's order: half of the adversarial updates with x_t, then half without."""
+    """The paper's order: half of the adversarial updates paired (the discriminator sees x_t), then half single."""
     for rung in raw["ladder"]:
         rung["phases"] = [half for phase in rung["phases"] for half in _halves(phase)]
 
@@ -93,7 +93,7 @@ def _halves(phase: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def skip_level(raw: Raw) -> None:
-    """The mse teacher of every rung below the second is the student of two rungs before."""
+    """For every rung below the second, the teacher of the mse phases is the student of the rung two before."""
     for before, rung in zip(raw["ladder"], raw["ladder"][2:], strict=False):
         for phase in rung["phases"]:
             if phase["objective"] == "mse":
@@ -101,7 +101,7 @@ def skip_level(raw: Raw) -> None:
 
 
 def x0_at_one_step(raw: Raw) -> None:
-    """The last rung is converted to predict x0 first, at the last timestep."""
+    """The last rung predicts x0 at the last timestep; a convert phase comes first."""
     last = raw["ladder"][-1]
     convert = copy.deepcopy(last["phases"][0]) | {"objective": "convert", "learning_rate": 1e-3}
     convert["max_train_steps"] = max(1, last["phases"][0]["max_train_steps"] // 3)
@@ -115,7 +115,7 @@ def cached_twice(raw: Raw) -> None:
 
 
 def even_updates(raw: Raw) -> None:
-    """As many mse updates on every rung below the first."""
+    """The same number of mse updates on every rung below the first."""
     mse_phases = phases({"ladder": raw["ladder"][1:]}, ("mse",))
     mean = round(sum(phase["max_train_steps"] for phase in mse_phases) / len(mse_phases))
     for phase in mse_phases:
@@ -123,7 +123,7 @@ def even_updates(raw: Raw) -> None:
 
 
 def without_rung(steps: int) -> Change:
-    """The ladder without the rung of so many steps; the one below learns from the one above."""
+    """Removes the rung with `steps` student steps; the rung below it learns from the rung above it."""
 
     def change(raw: Raw) -> None:
         rungs = [rung for rung in raw["ladder"] if rung["student_steps"] != steps]
@@ -135,7 +135,7 @@ def without_rung(steps: int) -> Change:
 
 
 def straight_to(steps: int) -> Change:
-    """Guidance, then one jump to so many steps."""
+    """Only two rungs: guidance, then one jump to `steps` steps."""
 
     def change(raw: Raw) -> None:
         first, last = raw["ladder"][0], raw["ladder"][-1]
@@ -146,7 +146,7 @@ def straight_to(steps: int) -> Change:
 
 
 def with_16(raw: Raw) -> None:
-    """32 -> 16 -> 8, half of the updates each."""
+    """Replaces 32 -> 8 by 32 -> 16 -> 8, with half of the updates on each."""
     rung = next(rung for rung in raw["ladder"] if rung["student_steps"] == 8)
     for phase in rung["phases"]:
         phase["max_train_steps"] //= 2
@@ -189,7 +189,7 @@ VARIANTS: dict[str, Change] = {
 
 
 def variant(name: str) -> Method:
-    """The default recipe with one thing changed."""
+    """The method that trains the default recipe with the change `VARIANTS[name]`."""
 
     def change(config: RunConfig) -> RunConfig:
         raw = resolved(config)

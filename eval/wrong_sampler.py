@@ -1,9 +1,9 @@
-"""What a wrong sampler costs a rung, and what load_few_step does about it.
+"""How much worse a rung's pictures become with a wrong sampler, and what load_few_step does about it.
 
     python eval/wrong_sampler.py RUN [--steps 4] [--num-images 500] [--output eval/results/wrong_sampler]
 
-Each setting is drawn by the vanilla pipeline and measured as a row of the table. Then it is made twice with load_few_step:
-before it, where it must be put right, and after it, where it must be warned of.
+Each setting is drawn by the plain pipeline and measured as a row of the table. Then it is combined with load_few_step in
+both orders: a setting made before load_few_step must be corrected, and one made after it must cause a warning.
 """
 
 import argparse
@@ -35,6 +35,8 @@ MEASURED = ("prompt_accuracy", "fid_to_teacher", "paired_fid_to_teacher", "fid_t
 
 
 def with_scheduler(kind: Any, **options: Any) -> Change:
+    """Sets a scheduler of this class, with the configuration of the pipeline's scheduler and these options."""
+
     def change(pipeline: DiffusionPipeline) -> None:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
 
@@ -42,7 +44,7 @@ def with_scheduler(kind: Any, **options: Any) -> Change:
 
 
 def settings(path: Path, steps: int) -> dict[str, tuple[LoraRow, Change | None, dict[str, Any]]]:
-    """name -> (a row of the table, what is done to the pipeline, what the call is given)."""
+    """The settings by name: (row of the table, change of the pipeline or None, arguments of the call)."""
 
     def row(name: str, **options: Any) -> LoraRow:
         return LoraRow(**{"name": name, "path": str(path), "steps": steps, **options})
@@ -72,7 +74,7 @@ def settings(path: Path, steps: int) -> dict[str, tuple[LoraRow, Change | None, 
 def measured(
     config: RunConfig, rows: list[LoraRow], steps: int, num_images: int
 ) -> dict[str, dict[str, Any]]:
-    """The table's rows by name, of a copy of the run."""
+    """Draws and measures these rows in a copy of the run; returns all rows of its table by name."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(place) / config.run_dir.resolve().name
         shutil.copytree(config.run_dir, copy, ignore=shutil.ignore_patterns("evaluation", "report"))
@@ -95,7 +97,7 @@ def measured(
 
 
 def drawn(pipeline: DiffusionPipeline, prompt: str, **options: Any) -> tuple[torch.Tensor, list[str]]:
-    """Latents of one picture, and what was warned of."""
+    """Latents of one picture, and the messages of the FewStepWarnings that drawing it caused."""
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         latents = pipeline(
@@ -105,12 +107,12 @@ def drawn(pipeline: DiffusionPipeline, prompt: str, **options: Any) -> tuple[tor
 
 
 def answers(config: RunConfig, folder: Path, change: Change | None, call: dict[str, Any]) -> tuple[str, str]:
-    """What load_few_step makes of a setting that is made before it, and of one made after it."""
+    """What load_few_step does about a setting that is made before it, and about one that is made after it."""
 
     def pipeline_with(*changes: Change) -> DiffusionPipeline:
         pipeline = load_pipeline(teacher_folder(config))
-        for each in changes:
-            each(pipeline)
+        for apply in changes:
+            apply(pipeline)
         return pipeline
 
     def load(pipeline: DiffusionPipeline) -> None:
@@ -127,6 +129,7 @@ def answers(config: RunConfig, folder: Path, change: Change | None, call: dict[s
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
     shown = {key: METRICS[key] for key in MEASURED}
     head = ["setting", *(about["title"] for about in shown.values()), "before load_few_step", "after it"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(shown) + " --- | --- |"]
@@ -138,7 +141,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="What a wrong sampler costs, and what load_few_step does about it."
+        description="Measures what a wrong sampler costs, and what load_few_step does about it."
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", type=int, default=4)

@@ -1,4 +1,4 @@
-"""Stage 2: the ladder, rung by rung; `--rung 32:8` trains one of them anew.
+"""Stage 2: train the ladder rung by rung; `--rung 32:8` trains that rung again.
 
 python pipelines/distill.py CONFIG [--rung 32:8] [key=value ...] [--dry-run]
 """

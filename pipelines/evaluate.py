@@ -1,4 +1,4 @@
-"""Stage 4: images and numbers of the teacher and of every rung.
+"""Stage 4: draw and measure images of the teacher and of every rung.
 
 python pipelines/evaluate.py CONFIG [key=value ...] [--dry-run]
 """

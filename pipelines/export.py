@@ -1,4 +1,4 @@
-"""Stage 3: scheduler, card and the LoRA in other tools' formats, in every rung's folder.
+"""Stage 3: write scheduler, model card and the LoRA in other tools' formats into every rung's folder.
 
 python pipelines/export.py CONFIG [key=value ...] [--steps N] [--format diffusers,kohya,fused,onnx] [--rank R] [--dry-run]
 """

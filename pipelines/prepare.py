@@ -1,4 +1,4 @@
-"""Stage 1: latents and text embeddings into the run's cache.
+"""Stage 1: write latents and text embeddings into the run's cache.
 
 python pipelines/prepare.py CONFIG [key=value ...] [--dry-run]
 """

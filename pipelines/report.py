@@ -1,4 +1,4 @@
-"""Stage 5: the table and the picture.
+"""Stage 5: write the report: page, table and picture grid.
 
 python pipelines/report.py CONFIG [key=value ...] [--dry-run]
 """

@@ -1,4 +1,4 @@
-"""Makes the embedded teacher and reader anew from a fixed seed: reader, VAE, then U-Net with its text encoder.
+"""Trains the demo's teacher and reader again from a fixed seed: reader, VAE, then U-Net with its text encoder.
 
 python pipelines/train_teacher.py OUTPUT_FOLDER [--seed 0]      half an hour on 4 cores
     [--widths 192 384 --unet-steps 20000 --device cuda]         a larger U-Net, for eval/compare_peers.py --size gpu

@@ -1,6 +1,6 @@
-"""`stepdistill run|prepare|distill|export|evaluate|report|sample`: the stages as one command.
+"""`stepdistill run|doctor|prepare|distill|export|extract|evaluate|report|sample`: the command line.
 
-A mistake of the user's is one line on standard error and exit code 2; torch is imported only after the config is right.
+A user's mistake ends in one line on standard error and exit code 2. torch is imported only once the config is valid.
 """
 
 import errno
@@ -27,18 +27,27 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Distil a diffusers text-to-image model to 8, 4, 2 or 1 steps: a LoRA per rung, and a table of what it cost.",
+    help="Distil a diffusers text-to-image model to 8, 4, 2 or 1 steps: a LoRA for each, and a table of what each costs.",
 )
-ConfigPath = Annotated[Path, typer.Argument(help="the YAML file of a run, such as configs/letters.yaml")]
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(
+        help="the YAML file of a run, or the name of a config that ships with stepdistill, such as letters"
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, such as training.train_batch_size=16")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved config and what would run")]
-RungOption = Annotated[str | None, typer.Option("--rung", help="one rung anew, such as 32:8")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="print the resolved config and what would run, and stop")
+]
+RungOption = Annotated[
+    str | None, typer.Option("--rung", help="train this rung alone, even if it is finished, such as 32:8")
+]
 
 
 def parse_rung(text: str | None) -> tuple[int, int] | None:
-    """ "32:8" as (32, 8); ConfigError for another form."""
+    """(32, 8) for "32:8"; ConfigError for any other form."""
     if text is None:
         return None
     teacher, separator, student = text.partition(":")
@@ -56,7 +65,7 @@ def _stage(
     planned: Sequence[str] = plan.STAGES,
     only: tuple[int, int] | None = None,
 ) -> None:
-    """Runs a stage, or prints the config and what `planned` stages would do."""
+    """Runs a stage; with dry_run prints the config and what the `planned` stages would do instead."""
     config = load_config(config_path, overrides)
     stages.check_run(config)
     if not dry_run:
@@ -74,19 +83,19 @@ def _stage(
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """All stages in sequence; interrupted, the same command goes on at the last finished rung."""
+    """Run all stages in sequence. After an interruption the same command continues after the last finished rung."""
     _stage(config, overrides, dry_run, stages.run_all)
 
 
 @app.command()
 def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
-    """What would stop this run, in seconds: teacher, data, packages, device, disk; each with its remedy."""
+    """Check in seconds what would stop this run (teacher, data, packages, device, disk) and print the remedies."""
     stages.doctor(load_config(config, overrides))
 
 
 @app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Latents and text embeddings into the run's cache."""
+    """Write latents and text embeddings into the run's cache."""
     _stage(config, overrides, dry_run, stages.prepare, planned=("prepare",))
 
 
@@ -94,7 +103,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = F
 def distill(
     config: ConfigPath, overrides: Overrides = None, rung: RungOption = None, dry_run: DryRun = False
 ) -> None:
-    """The rungs that are not finished, in order, or one of them anew."""
+    """Train the unfinished rungs in order, or one rung again."""
     only = parse_rung(rung)
     _stage(
         config, overrides, dry_run, lambda c: stages.distill(c, only=only), planned=("distill",), only=only
@@ -106,18 +115,20 @@ def export(
     config: Annotated[Path, typer.Argument(metavar="RUN | CONFIG", help="a run's folder, or its YAML file")],
     overrides: Overrides = None,
     steps: Annotated[
-        list[int] | None, typer.Option(help="one rung; may be given several times; all without")
+        list[int] | None, typer.Option(help="export this rung; may be repeated; default: all finished rungs")
     ] = None,
     formats: Annotated[
-        str | None, typer.Option("--format", help="of diffusers,kohya,fused,onnx; export.formats without")
+        str | None,
+        typer.Option("--format", help="any of diffusers,kohya,fused,onnx; default: export.formats"),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="a lower rank, by singular values")] = None,
+    rank: Annotated[int | None, typer.Option(help="reduce to this lower rank by singular values")] = None,
     push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="the rung's folder to the Hub; with one --steps")
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="upload the rung to this Hub repository; needs one --steps"),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Scheduler, card and the LoRA in other tools' formats, in every rung's folder."""
+    """Write scheduler, model card and the LoRA in other tools' formats into every rung's folder."""
     asked = [] if formats is None else [f"export.formats=[{formats}]"]
     asked += [] if rank is None else [f"export.rank={rank}"]
     run_config = load_config(config, [*(overrides or []), *asked])
@@ -127,18 +138,20 @@ def export(
 
 @app.command()
 def extract(
-    base: Annotated[Path, typer.Argument(help="a pipeline's folder: what the LoRA will be loaded onto")],
-    tuned: Annotated[Path, typer.Argument(help="a folder, or a U-Net's, of the same model trained further")],
+    base: Annotated[
+        Path, typer.Argument(help="the folder of the pipeline that the LoRA will be loaded into")
+    ],
+    tuned: Annotated[Path, typer.Argument(help="the folder of the fine-tuned pipeline, or of its U-Net")],
     output: Annotated[Path, typer.Option(help="the folder to write")],
-    rank: Annotated[int, typer.Option(min=1, help="of every layer")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="rank of every layer")] = 64,
 ) -> None:
-    """A LoRA out of a U-Net that was trained whole, by singular values."""
+    """Turn a fully fine-tuned U-Net into a LoRA by singular values."""
     stages.extract(base, tuned, rank=rank, output=output)
 
 
 @app.command()
 def evaluate(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Images and numbers of the teacher and of every rung."""
+    """Draw and measure images of the teacher and of every rung."""
     _stage(config, overrides, dry_run, stages.evaluate, planned=("evaluate",))
 
 
@@ -147,15 +160,14 @@ def report(
     targets: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN [RUN ...] | CONFIG [key=value ...]", help="run folders, or the config of one"
+            metavar="RUN [RUN ...] | CONFIG [key=value ...]",
+            help="one or more run folders, or the config of a run",
         ),
     ],
-    output: Annotated[
-        Path | None, typer.Option(help="the folder to write; RUN/report where not given")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="the folder to write; default: RUN/report")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """The page, the table and the picture of a run, still training or not; of several runs, a comparison."""
+    """Write the report of a run (page, table, picture grid), also while it trains; for several runs, a comparison."""
     if is_folder(Path(targets[0])):
         stages.report_runs([Path(target) for target in targets], output=output)
     else:
@@ -171,17 +183,19 @@ def report(
 @app.command()
 def sample(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/letters")],
-    prompt: Annotated[str, typer.Option(help="what to draw")],
-    steps: Annotated[int, typer.Option(min=1, help="the rung")] = 4,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    prompt: Annotated[str, typer.Option(help="the prompt")],
+    steps: Annotated[int, typer.Option(min=1, help="number of steps: which rung to draw with")] = 4,
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     output: Annotated[Path, typer.Option(help="the PNG to write")] = Path("sample.png"),
 ) -> None:
-    """One picture by a run's student."""
+    """Draw one picture with a run's student."""
     typer.echo(stages.sample(run_dir, steps=steps, prompt=prompt, seed=seed, output=output))
 
 
 def guarded(command: Callable[[], object]) -> int:
-    """Runs a command; a user's mistake becomes one line and exit code 2, numbers not finite 1, an interruption 130."""
+    """Runs a command and returns its exit code: 2 for a user's mistake, 1 for non-finite numbers, 130 for Ctrl-C, each of
+    which is reported in one line.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("stepdistill").setLevel(logging.INFO)
     try:
@@ -203,14 +217,17 @@ def guarded(command: Callable[[], object]) -> int:
             raise
         where = f"{error.filename!r}: " if error.filename is not None else ""
         print(
-            f"stepdistill: cannot use a file: {where}{os.strerror(error.errno)}; {_SEE_TO_IT}",
+            f"stepdistill: cannot use a file: {where}{os.strerror(error.errno)}; {_FILE_REMEDY}",
             file=sys.stderr,
         )
         return 2
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     except KeyboardInterrupt:
-        print("stepdistill: interrupted; the same command goes on at the last finished rung", file=sys.stderr)
+        print(
+            "stepdistill: interrupted; the same command continues after the last finished rung",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -219,12 +236,12 @@ _OF_THE_DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
 )
-"""What no file's reader or writer named before: a mistake in a path, or a disk that fails."""
-_SEE_TO_IT = "mend: make room there, allow this user to use it, or name another path"
+"""errno of errors that no reader or writer of files has turned into a message: a wrong path, or a failing disk."""
+_FILE_REMEDY = "mend: make room there, allow this user to use it, or name another path"
 
 
 def _raised_here(error: BaseException) -> bool:
-    """True for a ValueError of this package, which is a message to the user; others keep their traceback."""
+    """Whether this package raised the error: its ValueErrors are messages to the user, others keep their traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -232,12 +249,13 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _flushed(code: int) -> int:
-    """The exit code, another one where what was printed could not be written, such as into a file on a full disk."""
+    """The exit code after flushing stdout; 2 in place of 0 if the output could not be written, as on a full disk."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says it again as it ends
-        if error.errno != errno.EPIPE:  # whoever reads has read enough
+        # without this, Python would report the error again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # after EPIPE nobody reads the output any more
             print(f"stepdistill: cannot write the output: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return code or 2
     return code

@@ -1,4 +1,4 @@
-"""The rungs in order, each the next one's teacher."""
+"""Trains the rungs of the ladder in order; each rung's student is the next rung's teacher."""
 
 import logging
 import shutil
@@ -43,11 +43,14 @@ _UNET_PREFIX = "unet."
 
 @dataclass(frozen=True)
 class Shared:
-    """What all rungs of a run share.
+    """Objects that all rungs of a run share.
 
-    base            the teacher's folder
-    network         its U-Net with the adapters of student and teacher
-    undistilled     the teacher that the first rung copies: the base alone, guided
+    base            the folder of the teacher's pipeline
+    network         the base U-Net with the adapters of student and teacher
+    undistilled     the first rung's teacher: the base model with guidance and without an adapter
+    cache           latents and text embeddings
+    painter         draws pictures with a denoiser during training
+    looks           measures sharpness, contrast and colour at the end of each phase
     """
 
     config: RunConfig
@@ -61,16 +64,17 @@ class Shared:
 
     @property
     def noise_path(self) -> VariancePreserving:
-        """The base's."""
+        """The noise schedule of the base model."""
         return self.undistilled.noise_path
 
 
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[int]:
-    """Trains the rungs that are not finished, in order; returns the student_steps of those it trained.
+    """Trains the unfinished rungs in order; returns the student_steps of the rungs that it trained.
 
     Args:
         config: the run; its cache must be prepared.
-        only: (teacher_steps, student_steps) of one rung to train, its predecessors finished; it is trained anew.
+        only: (teacher_steps, student_steps) of the one rung to train, even if it is finished; all rungs before it must be
+            finished.
     """
     todo = [r for r in config.ladder if only is None or (r.teacher_steps, r.student_steps) == only]
     if not todo:
@@ -87,7 +91,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
     shared = load_shared(config, runtime)
     log = None
     if runtime.is_main:
-        _warn_of_bursts(shared)
+        _warn_of_rare_sizes(shared)
         log = TrainingLog(config.run_dir / "log.jsonl", drop_rungs={r.student_steps for r in todo})
     for rung in todo:
         _train_rung(shared, rung, log)
@@ -97,8 +101,8 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
 
 
 def rungs_to_copy(config: RunConfig) -> list[TakenRung]:
-    """The rungs of another run that `start_from` leads to and that are not in this run's folder; ConfigError where one does
-    not fit, or belongs to another base than the teacher."""
+    """The rungs of another run that `start_from` takes over and that this run's folder does not have yet; ConfigError if one
+    does not fit, or was trained on another base model than the teacher."""
     if config.start_from is None:
         return []
     base = teacher_folder(config)
@@ -109,7 +113,7 @@ def rungs_to_copy(config: RunConfig) -> list[TakenRung]:
 
 
 def _take_rungs(config: RunConfig) -> None:
-    """Copies them, by one process."""
+    """Copies the rungs that `start_from` takes over; one process does it, the others wait."""
     processes = Processes()
     if processes.is_main:
         take_rungs(config, rungs_to_copy(config))
@@ -124,7 +128,7 @@ def _unfinished(config: RunConfig) -> list[Rung]:
 
 
 def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
-    """The shared network, the cache and what else all rungs need; models of earlier stages are freed first."""
+    """Loads the shared network, the cache and all else that every rung needs, after freeing models of earlier stages."""
     release_memory()
     base = teacher_folder(config)
     unet = load_network(base, dtype=runtime.weight_dtype, quantization=config.training.base_quantization).to(
@@ -163,15 +167,15 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     return Shared(config, base, network, undistilled, cache, painter, looks, runtime)
 
 
-def _warn_of_bursts(shared: Shared) -> None:
-    """Where fewer pictures than an update takes have a size: several processes train on what one prepared."""
+def _warn_of_rare_sizes(shared: Shared) -> None:
+    """Warns of sizes with fewer pictures than an update has samples: `prepare` does not count the training processes."""
     training, sizes = shared.config.training, shared.cache.sizes
     group = training.train_batch_size * training.gradient_accumulation_steps * shared.runtime.num_processes
     few = sum(count for count in sizes.values() if count < group)
     if few and len(sizes) > 1:
         logger.warning(
-            "distill: %d of %d pictures have a size that fewer than the %d samples of an update have: each comes several "
-            "times in one update and not at all in many others; mend: data.min_per_bucket=%d and another name=...",
+            "distill: %d of %d pictures have sizes with fewer pictures than the %d samples of an update: such a picture "
+            "comes several times in one update, then rarely; mend: data.min_per_bucket=%d and another name=...",
             few,
             len(shared.cache),
             group,
@@ -195,9 +199,9 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
     preview = Preview(shared.painter, shared.cache, prompts, seed=config.seed, folder=folder)
     predicted = config.prediction_types(shared.undistilled.prediction_type)
     training = _RungTraining(shared, rung, predicted, preview, log)
-    learned: DiscriminatorState | None = None
+    carried: DiscriminatorState | None = None
     for number, phase in enumerate(rung.phases):
-        learned = training.train_phase(number, phase, learned) or learned
+        carried = training.train_phase(number, phase, carried) or carried
     shared.runtime.wait()
     if shared.runtime.is_main:
         seconds = round(time.monotonic() - started, 1)
@@ -206,7 +210,7 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
 
 
 def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: str, seconds: float) -> None:
-    """The LoRA and its record into the rung's folder, which has its own name from then on."""
+    """Writes the LoRA and its record into the folder `partial`, which then becomes the rung's folder."""
     save_lora(shared.network, partial)
     record = RungRecord(
         student_steps=rung.student_steps,
@@ -227,7 +231,7 @@ def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: 
 
 @dataclass(frozen=True)
 class _RungTraining:
-    """The phases of one rung. prediction_types: of the student of each rung of the ladder."""
+    """Trains the phases of one rung. prediction_types: what the student of each rung of the ladder predicts."""
 
     shared: Shared
     rung: Rung
@@ -236,24 +240,26 @@ class _RungTraining:
     log: TrainingLog | None
 
     def train_phase(
-        self, number: int, phase: Phase, learned: DiscriminatorState | None
+        self, number: int, phase: Phase, carried: DiscriminatorState | None
     ) -> DiscriminatorState | None:
-        """Trains one phase. Takes what D learned in the phases before on this rung, and returns what it has learned now,
-        where a later phase carries that on."""
+        """Trains one phase; returns the discriminator's state, or None if it has none or no later phase starts from it.
+
+        carried: the discriminator's state after the previous adversarial phase of this rung.
+        """
         shared, rung = self.shared, self.rung
-        setup = self._setup(number, phase, learned)
+        setup = self._setup(number, phase, carried)
         run_phase(setup, runtime=shared.runtime, log=self.log)
         if shared.runtime.is_main:
             path = self.preview.folder / f"phase{number}-{phase.title}-end.json"
             shared.looks.write(path, setup.student, steps=rung.student_steps)
         if setup.discriminator is None:
             return None
-        carries_on = any(p.discriminator.start == "carried" for p in rung.phases[number + 1 :])
-        learned = setup.discriminator.state() if carries_on else None
+        is_needed = any(p.discriminator.start == "carried" for p in rung.phases[number + 1 :])
+        state = setup.discriminator.state() if is_needed else None
         setup.discriminator.close()
-        return learned
+        return state
 
-    def _setup(self, number: int, phase: Phase, learned: DiscriminatorState | None) -> PhaseSetup:
+    def _setup(self, number: int, phase: Phase, carried: DiscriminatorState | None) -> PhaseSetup:
         shared, rung, config = self.shared, self.rung, self.shared.config
         teacher_steps = phase.teacher_steps or rung.teacher_steps
         student, teacher = self._student(), self._teacher(teacher_steps)
@@ -264,7 +270,7 @@ class _RungTraining:
             rank=config.lora.rank,
             seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
             sample_size=shared.cache.smallest_side,
-            carried=learned,
+            carried=carried,
         )
 
         def draw(name: str) -> None:
@@ -297,7 +303,7 @@ class _RungTraining:
         )
 
     def _teacher(self, teacher_steps: int) -> Denoiser:
-        """The student of an earlier rung, its LoRA loaded, where one has so many steps; else the undistilled teacher."""
+        """The student of the earlier rung with this many steps, its LoRA loaded; without one the undistilled teacher."""
         shared, students = self.shared, [r.student_steps for r in self.shared.config.ladder]
         if teacher_steps not in students[: students.index(self.rung.student_steps)]:
             return shared.undistilled
@@ -308,29 +314,29 @@ class _RungTraining:
 
 
 def save_lora(network: SharedNetwork, folder: Path) -> None:
-    """Writes the student's LoRA."""
+    """Writes the student's LoRA into a folder."""
     state = adapters.adapter_state(network.model, STUDENT)
     write_lora(folder, state, adapters.adapter_metadata(network.model, STUDENT))
 
 
 def read_lora(run_dir: Path, student_steps: int) -> dict:
-    """The weights of a finished rung's LoRA under peft's keys."""
+    """The weights of a finished rung's LoRA by peft's keys; ValueError if the rung is missing or damaged."""
     if read_rung(run_dir, student_steps) is None:
         raise ValueError(
-            f"the {student_steps}-step rung in {run_dir} is missing or changed; `stepdistill distill` makes it anew"
+            f"the {student_steps}-step rung in {run_dir} is missing or changed; mend: `stepdistill distill` trains it again"
         )
     return read_lora_file(rung_folder(run_dir, student_steps) / WEIGHT_NAME)
 
 
 def read_lora_file(path: Path) -> dict:
-    """The weights of a file that `save_lora` wrote, under peft's keys."""
+    """The weights in a file that `save_lora` wrote, by peft's keys."""
     state = load_file(path)
     return {key.removeprefix(_UNET_PREFIX): tensor for key, tensor in state.items()}
 
 
 @torch.no_grad()
 def seconds_per_forward(config: RunConfig) -> float:
-    """Seconds of one U-Net forward with a LoRA per sample, here, at the training batch size: the faster of three."""
+    """Seconds per sample of a U-Net forward pass with a LoRA on this machine, at the training batch size; best of three."""
     runtime = Runtime(mixed_precision=config.training.mixed_precision)
     unet = load_network(
         teacher_folder(config),

@@ -1,4 +1,4 @@
-"""Values, file names and other libraries' errors as part of one line to the user, whatever they hold. No torch."""
+"""Makes values, file names and errors of other libraries fit into a one-line message, whatever they contain. No torch."""
 
 import reprlib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ class _Short(reprlib.Repr):
         self.maxstring, self.maxother = 120, 120
 
     def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to print whole numbers of more than 4,300 digits."""
+        """The number, or about how many digits it has: Python refuses to print more than 4,300 digits."""
         digits = int(x.bit_length() * 0.30103)
         return repr(x) if digits < 40 else f"a whole number of about {digits} digits"
 
@@ -23,36 +23,39 @@ _short = _Short()
 
 
 def short(value: Any) -> str:
-    """A value as its repr, cut where it is long, deep or nested in itself; its size in the message has a limit."""
+    """The repr of a value, shortened if it is long, deeply nested or contains itself, so that its length is limited."""
     return _short.repr(value)
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of another library's error and the first line that it says, cut where it is long; a ValueError's line alone,
-    which says what is wrong with a value."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if len(said) > _LONGEST_ERROR:
-        said = f"{said[:_LONGEST_ERROR]}..."
-    if said and type(error) is ValueError:
-        return said
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """The type of another library's error and the first line of its message, shortened if long; for a ValueError, whose
+    message says what is wrong with a value, the line alone."""
+    line = next((part.strip() for part in str(error).splitlines() if part.strip()), "")
+    if len(line) > _LONGEST_ERROR:
+        line = f"{line[:_LONGEST_ERROR]}..."
+    if line and type(error) is ValueError:
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def printable(text: str) -> str:
-    """Text for a terminal in one line: line ends, control characters and half characters as their escapes."""
+    """Text as one line for a terminal: line ends, control characters and lone surrogates become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def sizes_text(counts: Mapping[str, int], *, moved: int = 0, least: int = 0) -> str:
-    """How pictures fall into sizes, by their names in the cache, height first: "2 sizes (width x height): 96 x 64: 30, ...".
+    """How many pictures have each size, as text such as "2 sizes (width x height): 96 x 64: 30, ...".
 
-    moved: how many of them were cut to another ratio than the nearest to their own, because fewer than `least` had that.
+    counts: number of pictures by the name of a size in the cache, height first, such as "64x96".
+    moved: how many of the pictures were cropped to another ratio than the nearest, because fewer than `least` had that one.
     """
     named = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     listed = ", ".join(f"{width} x {height}: {count:,}" for (height, width), count in map(_split, named))
     text = f"{len(counts)} size{'s' * (len(counts) != 1)} (width x height): {listed}"
     return (
-        f"{text}; {moved:,} of them were of ratios that fewer than {least:,} pictures have" if moved else text
+        f"{text}; {moved:,} of them were cropped from ratios that fewer than {least:,} pictures have"
+        if moved
+        else text
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run will do, and what it costs in U-Net forwards (passes of one sample), before it starts. No torch."""
+"""What a run will do and how many U-Net forward passes (of one sample) it will take, before it starts. No torch."""
 
 import statistics
 from collections.abc import Collection
@@ -10,22 +10,23 @@ from stepdistill.run.log import read_log
 from stepdistill.run.start_from import taken_steps
 from stepdistill.teacher.source import teacher_timesteps
 
-# In units of one forward of the bare U-Net per sample (computed on SDXL): forward and backward of the U-Net with a LoRA,
-# then what the discriminator adds. The base as teacher is the bare U-Net; the student of a rung as teacher has a LoRA.
+# Costs per sample in units of one forward pass of the bare U-Net (computed for SDXL): a forward pass of the U-Net with a
+# LoRA; forward and backward pass of the student; what the discriminator adds. The base model as a teacher is the bare U-Net;
+# an earlier rung's student as a teacher has a LoRA.
 _LORA_FORWARD = 1.083
 _STUDENT = _LORA_FORWARD + 1.268
 _DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
-_FROZEN_TRUNK = -2.2  # no backward into it, and no adapter: a single phase's 3.55 becomes 1.35
+_FROZEN_TRUNK = -2.2  # a frozen trunk has no backward pass and no adapter: a single phase's 3.55 becomes 1.35
 
 
 STAGES = ("prepare", "distill", "export", "evaluate", "report")
-"""In order."""
+"""The stages, in the order in which they run."""
 COST_REPEATS = 2
-"""How often a row's cost is measured at each batch."""
+"""How many times the cost of a row is measured at each batch size."""
 
 
 def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
-    """Forwards of the bare U-Net per sample and update of one phase; each of a U-Net with a LoRA counts 1.083."""
+    """Cost of one phase per sample and update, in forward passes of the bare U-Net; a pass with a LoRA counts 1.083."""
     if "convert" in phase.kinds:
         return (1.0 if _is_base(config, rung, phase) else _LORA_FORWARD) + _STUDENT
     return _teacher_forwards(config, rung, phase) + _STUDENT + _discriminator_forwards(rung, phase)
@@ -37,13 +38,13 @@ def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     each = _LORA_FORWARD
     if _is_base(config, rung, phase):
         each = 2.0 if config.teacher.guidance_scale > 1 else 1.0
-    asked = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
+    share_of_new = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
     teacher_steps = phase.teacher_steps or rung.teacher_steps
-    return asked * _teacher_substeps(rung, teacher_steps, teacher_timesteps(config)) * each
+    return share_of_new * _teacher_substeps(rung, teacher_steps, teacher_timesteps(config)) * each
 
 
 def _is_base(config: RunConfig, rung: Rung, phase: Phase) -> bool:
-    """Whether a phase's teacher is the base model, as on the first rung, and not the student of an earlier rung."""
+    """Whether the teacher of a phase is the base model, as on the first rung, rather than an earlier rung's student."""
     earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
     return (phase.teacher_steps or rung.teacher_steps) not in earlier
 
@@ -56,7 +57,7 @@ def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
 
 
 def _teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:
-    """Mean number of the teacher's moves within one of the student's, over the nodes that the student is trained at."""
+    """Number of teacher steps within one student step, averaged over the timesteps that the student is trained at."""
     count = num_train_timesteps
     nodes = trailing_nodes(rung.node_steps or rung.student_steps, num_train_timesteps=count)
     moves = 0
@@ -67,7 +68,7 @@ def _teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) 
 
 
 def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> float:
-    """Forwards of all phases, in samples, without the rungs (their student_steps) that are finished or taken over."""
+    """Forward passes of all phases, without rungs taken over from another run and those in `finished` (student_steps)."""
     done = {*finished, *taken_steps(config)}
     batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
     return batch * sum(
@@ -79,7 +80,7 @@ def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> f
 
 
 def evaluation_forwards(config: RunConfig) -> float:
-    """Forwards of all images that the evaluation draws, in samples: rows, floor, studies, cost."""
+    """Forward passes, of one sample each, for all images that the evaluation draws: rows, floor, studies, cost."""
     options = config.evaluation
     guided = 2 if config.teacher.guidance_scale > 1 else 1
     teachers = [*(guided * n for n in options.teacher_steps), *options.unguided_steps]
@@ -96,7 +97,7 @@ def evaluation_forwards(config: RunConfig) -> float:
 
 
 def preparation_forwards(config: RunConfig) -> float:
-    """Forwards of the pictures that the teacher makes of prompts alone, in samples; 0 where there are pictures."""
+    """Forward passes for the pictures that the teacher draws if data.source is a .txt file of prompts; else 0."""
     data, prompts = config.data, Path(config.data.source).expanduser()
     if prompts.suffix != ".txt" or not prompts.is_file():
         return 0.0
@@ -115,30 +116,31 @@ def describe(
     finished: Collection[int] = (),
     seconds_per_pass: float | None = None,
 ) -> str:
-    """What would run, a line per phase, and what it comes to.
+    """The plan as text: a line for every phase and stage, and the total.
 
     Args:
         config: the run.
-        stages: those that are to run, of STAGES.
-        only: (teacher_steps, student_steps) of the one rung that distill is to make anew.
-        finished: student_steps of the rungs that are there already.
-        seconds_per_pass: of one U-Net pass of one sample, where that was measured; with it the plan says hours.
+        stages: the stages to run, a subset of STAGES.
+        only: (teacher_steps, student_steps) of the one rung that is to be trained again.
+        finished: student_steps of the rungs that are finished already.
+        seconds_per_pass: measured time of a U-Net pass of one sample; with it the plan gives hours.
     """
     lines, passes = [f"run folder {config.run_dir}"], 0.0
     for stage in (stage for stage in STAGES if stage in stages):
-        made, cost = _PARTS[stage](config, only, () if only is not None else finished)
-        lines += made
+        described, cost = _PARTS[stage](config, only, () if only is not None else finished)
+        lines += described
         passes += cost
     if not passes:
         return "\n".join(lines)
     total = f"in all     {passes:,.0f} U-Net passes of one sample"
     if seconds_per_pass is None:
-        said = (
-            "hours: the same command once updates are logged, or `stepdistill run`, which times a pass first"
+        duration = (
+            "for hours, repeat this command once the run has logged updates, or use `stepdistill run`, "
+            "which times a pass first"
         )
     else:
-        said = f"about {_time(passes * seconds_per_pass)} at {seconds_per_pass:.3g} s a pass, as this run's updates took"
-    return "\n".join([*lines, f"{total}; {said}"])
+        duration = f"about {_time(passes * seconds_per_pass)} at {seconds_per_pass:.3g} s a pass, as measured in this run"
+    return "\n".join([*lines, f"{total}; {duration}"])
 
 
 _Part = tuple[list[str], float]
@@ -209,8 +211,8 @@ def _time(seconds: float) -> str:
 
 
 def measured_seconds_per_pass(config: RunConfig) -> float | None:
-    """Seconds of one U-Net pass of one sample: the median over the updates that log.jsonl holds of this ladder; None where
-    there are none."""
+    """Seconds of a U-Net pass of one sample: the median over the updates of this ladder in log.jsonl; None if there are
+    none."""
     passes = {
         (rung.student_steps, number): phase_forwards(config, rung, phase)
         for rung in config.ladder

@@ -1,6 +1,6 @@
-"""Randomness by name: every draw is a function of (seed, what it is for, global sample index), nothing else.
+"""Named randomness: every draw depends only on the seed, on keys that name its purpose, and on the global sample index.
 
-So a resumed run, another micro-batch size and another number of processes see the same samples and the same noise.
+So a resumed run, another micro-batch size or another number of processes gets the same samples and the same noise.
 """
 
 import functools
@@ -18,7 +18,7 @@ def derive_seed(seed: int, *keys: Key) -> int:
 
 
 def generator(seed: int, *keys: Key) -> torch.Generator:
-    """A CPU generator seeded by derive_seed: draws on the CPU are the same on every device."""
+    """A CPU generator seeded by derive_seed; it is on the CPU so that draws do not depend on the training device."""
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
 
 
@@ -33,11 +33,11 @@ def uniform(indices: list[int], *, seed: int, keys: tuple[Key, ...]) -> torch.Te
     return torch.tensor(draws, dtype=torch.float64)
 
 
-@functools.lru_cache(maxsize=4)  # 8 bytes a row each
+@functools.lru_cache(maxsize=4)  # each holds 8 bytes per row
 def _epoch_order(size: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(size, generator=generator(seed, "order", epoch))
 
 
 def dataset_rows(indices: list[int], *, size: int, seed: int) -> list[int]:
-    """Which of `size` data rows the global sample indices use: one shuffled pass after another, no row twice in a pass."""
+    """The data rows (of `size`) for these global sample indices: one shuffled pass after another, each row once per pass."""
     return [int(_epoch_order(size, seed, index // size)[index % size]) for index in indices]

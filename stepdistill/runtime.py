@@ -1,7 +1,7 @@
-"""Device, precision and processes. Owns accelerate.
+"""Device, precision and processes. The only file that imports accelerate.
 
-The network is not wrapped in DDP, which fails when adapters switch: gradients of what trained are averaged over the
-processes in one flat all-reduce.
+The network is not wrapped in DDP, which fails when adapters are switched. Instead the gradients of the trained parameters
+are averaged over the processes in one flat all-reduce.
 """
 
 import gc
@@ -16,67 +16,67 @@ import torch
 from accelerate import Accelerator, PartialState
 
 WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of the base, by `training.mixed_precision`; what trains is float32 throughout."""
+"""Data type of the base model's weights by `training.mixed_precision`; trained weights are always float32."""
 _ON_CPU = not torch.cuda.is_available()
 """Without cpu=True, accelerate ignores torchrun's processes on a CPU machine."""
 
 
 class Runtime:
-    """What the loop of a phase needs of its surroundings."""
+    """Device, precision and processes for the training loop of a phase."""
 
     def __init__(self, *, mixed_precision: str = "no") -> None:
-        # accelerate fixes one precision per process, and one process may run ladders of several
+        # "no" here: accelerate allows one precision per process, but a process may run ladders of different precisions
         self.accelerator = Accelerator(mixed_precision="no", cpu=_ON_CPU)
         self.device: torch.device = torch.device("cpu") if _ON_CPU else self.accelerator.device
         self.weight_dtype = WEIGHT_DTYPES[mixed_precision]
-        # float16 has no room for small gradients: the loss is scaled up, and down again where one overflows
+        # small gradients vanish in float16, so the loss is scaled up, and down again after an overflow
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.weight_dtype == torch.float16)
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in half precision where mixed precision is on; a context that changes nothing elsewhere."""
+        """A context that runs matrix products in half precision; without mixed precision it changes nothing."""
         half = self.weight_dtype != torch.float32
         dtype = self.weight_dtype if half else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=half)
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that writes."""
+        """True in the one process that writes files."""
         return self.accelerator.is_main_process
 
     @property
     def num_processes(self) -> int:
-        """How many share the batch."""
+        """How many processes share an update's samples."""
         return self.accelerator.num_processes
 
     @property
     def process_index(self) -> int:
-        """Which one this is."""
+        """The number of this process, from 0."""
         return self.accelerator.process_index
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients of a scalar, of its scaled value in float16: `unscale` before they are used."""
+        """Backward pass of a scalar loss. With float16 the loss is scaled: call `unscale` before the gradients are used."""
         self.accelerator.backward(self._scaler.scale(loss))
 
     def unscale(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Brings the gradients of these optimisers back to their own size; an overflow stays, as inf or nan."""
+        """Divides the gradients of these optimisers by the loss scale; an overflow stays inf or nan."""
         for optimizer in optimizers:
             self._scaler.unscale_(optimizer)
 
     @property
     def may_overflow(self) -> bool:
-        """Whether a gradient that is not finite may mean no more than that the loss was scaled too far."""
+        """Whether a non-finite gradient may only mean that the loss scale was too large."""
         return self._scaler.is_enabled()
 
     def adapt_scale(self) -> None:
-        """After each update, or each that was left out: half the scale where a gradient overflowed, more after a while."""
+        """Call after each update, even a skipped one: lowers the loss scale after an overflow, raises it after a while."""
         self._scaler.update()
 
     def loss_scale_state(self) -> dict[str, Any]:
-        """How far the loss is scaled now; empty outside float16."""
+        """State of the loss scale; empty without float16."""
         return self._scaler.state_dict()
 
     def load_loss_scale_state(self, state: dict[str, Any]) -> None:
-        """Goes on from `loss_scale_state`."""
+        """Restores what `loss_scale_state` returned."""
         if state:
             self._scaler.load_state_dict(state)
 
@@ -93,7 +93,7 @@ class Runtime:
             parameter.grad = part.view_as(parameter).clone()
 
     def peak_memory(self) -> dict[str, float]:
-        """Most bytes allocated on the GPU since this was last asked, for the log; empty on the CPU."""
+        """Peak bytes allocated on the GPU since the last call, under the log's key; empty on the CPU."""
         if self.device.type != "cuda":
             return {}
         peak = torch.cuda.max_memory_allocated(self.device)
@@ -101,12 +101,12 @@ class Runtime:
         return {"peak_memory_bytes": float(peak)}
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process has called this."""
         self.accelerator.wait_for_everyone()
 
 
 class Processes:
-    """The processes of a launch, for work that has no gradients: each takes its share."""
+    """The processes of a launch, for work without gradients that they share."""
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=_ON_CPU)
@@ -114,46 +114,46 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that measures and writes."""
+        """True in the one process that measures and writes files."""
         return self._state.is_main_process
 
     @property
     def index(self) -> int:
-        """Which one this is."""
+        """The number of this process, from 0."""
         return self._state.process_index
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return self._state.num_processes
 
     def share(self, items: list[Any]) -> list[Any]:
-        """This process's part of a list; every process must call it with the same list."""
+        """This process's part of a list; every process must call this with the same list."""
         if len(items) < self._state.num_processes:
             return items[self._state.process_index :][:1]
         with self._state.split_between_processes(items) as mine:
             return list(mine)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process has called this."""
         self._state.wait_for_everyone()
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU: of everything outside the training loop."""
+    """The device for everything outside the training loop: CUDA if available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def release_memory() -> None:
-    """Frees the models that nothing needs any more, on the GPU too. Cycles of references, such as the frames of an exception
-    that a library caught, keep them until the garbage collector happens to run."""
+    """Frees models that are no longer used, also on the GPU. Otherwise reference cycles, such as the frames of an exception
+    that a library caught, keep them alive until the garbage collector runs by chance."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def source_commit() -> str:
-    """The commit of the checkout this package runs from, `-dirty` where files differ; "none" outside a checkout."""
+    """The git commit that this package runs from, with `-dirty` if files differ from it; "none" outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -163,7 +163,7 @@ def source_commit() -> str:
 
 
 def environment() -> dict[str, str | int]:
-    """Versions, commit and machine, for environment.json and the report."""
+    """Package versions, commit and machine, for environment.json and the report."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "torchmetrics", "safetensors")
     return {
         "commit": source_commit(),

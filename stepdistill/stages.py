@@ -1,6 +1,6 @@
-"""The stages in sequence, each reading what the one before left in the run's folder. torch is imported inside them.
+"""The stages of a run; each reads what the stage before wrote into the run's folder. torch is imported inside them.
 
-`pipelines/*.py` and the command line call these and nothing else.
+The command line, and through it `pipelines/*.py`, calls these functions and nothing else.
 """
 
 import logging
@@ -23,24 +23,24 @@ logger = logging.getLogger(__name__)
 
 
 def check_run(config: RunConfig) -> None:
-    """ConfigError where the teacher, the rungs to start from or the run's folder cannot be used; writes nothing."""
+    """ConfigError if the teacher, the rungs to start from or the run's folder cannot be used; writes nothing."""
     check_teacher(config)
     try:
         base_prediction_type = teacher_facts(config).prediction_type
-    except ConfigError:  # its configs are not on this disk yet
+    except ConfigError:  # the teacher's configs are not on this disk yet
         base_prediction_type = None
     check_start(config, base_prediction_type=base_prediction_type)
     check_folder(config)
 
 
 def open_run(config: RunConfig) -> Path:
-    """check_run, then the run's folder with config.yaml in it."""
+    """Calls check_run, then makes the run's folder with config.yaml in it and returns it."""
     check_run(config)
     return open_folder(config)
 
 
 def doctor(config: RunConfig) -> None:
-    """Prints what was found about a run to come; ConfigError where something would stop it."""
+    """Prints the findings about a planned run; ConfigError if anything would stop it."""
     _quiet_libraries()
     from stepdistill.doctor.findings import examine, raise_for
 
@@ -51,7 +51,7 @@ def doctor(config: RunConfig) -> None:
 
 
 def prepare(config: RunConfig) -> None:
-    """Latents and text embeddings into the cache; nothing where they are there."""
+    """Writes latents and text embeddings into the cache; does nothing if they are there already."""
     run_dir = open_run(config)
     _quiet_libraries()
     from stepdistill.data.cache import is_whole
@@ -70,36 +70,37 @@ def prepare(config: RunConfig) -> None:
     if is_damaged:
         warn_of_damage(manifest, "it is written again")
     made = fill_cache(config)
-    logger.info("prepare: %s", "cache made" if made else "cache is there")
+    logger.info("prepare: %s", "the cache is written" if made else "the cache is complete already")
     finished, now = finished_rungs(run_dir), read_sealed(manifest)
     if finished and not is_damaged and (before or {}).get("shards") != (now or {}).get("shards"):
         logger.warning(
-            "prepare: the data changed, and the rungs of %s steps were trained on what was there before; mend: another "
-            "name=..., or `stepdistill distill --rung` for each",
+            "prepare: the data changed, but the rungs of %s steps were trained on the data before; mend: another "
+            "name=..., or `stepdistill distill --rung` for each of them",
             ", ".join(map(str, finished)),
         )
 
 
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
-    """The rungs that are not finished yet, or one of them anew."""
+    """Trains the unfinished rungs, or one rung again."""
     open_run(config)
     _quiet_libraries()
-    from stepdistill.ladder import distill as climb
+    from stepdistill.ladder import distill as train_rungs
 
     check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     before = finished_rungs(config.run_dir)
-    trained = climb(config, only=only)
+    trained = train_rungs(config, only=only)
     clear_half_written(config.run_dir / "rungs")
     logger.info("distill: %s", f"trained {trained}" if trained else "every rung is finished")
     if only is not None and only[1] in before:
         later = [n for n in before if n < only[1]]
-        learned = (
-            f"; the rungs of {', '.join(map(str, later))} steps were learned from the old one"
+        outdated = (
+            f"; the rungs of {', '.join(map(str, later))} steps were trained on the old rung and are unchanged"
             if later
             else ""
         )
         logger.warning(
-            "distill: its exports and its pictures in the table are gone with the old one%s", learned
+            "distill: the old rung's exports are removed, and its pictures in the table are out of date%s",
+            outdated,
         )
 
 
@@ -110,8 +111,15 @@ def export(
     push_to: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """What config.export asks for in every finished rung's folder, or in those of some steps; to the Hub only where it is
-    named. dry_run: says what it would do."""
+    """Writes what config.export asks for into the folder of every finished rung.
+
+    Args:
+        config: the run.
+        steps: student_steps of the rungs to export, in place of all finished ones.
+        push_to: a Hub repository to upload the one exported rung to; nothing is uploaded without it.
+        dry_run: only print what would be done.
+    ConfigError for steps that the ladder does not have, and for push_to without exactly one of `steps`.
+    """
     ladder_steps = [rung.student_steps for rung in config.ladder]
     chosen = list(steps or [n for n in ladder_steps if n in finished_rungs(config.run_dir)] or ladder_steps)
     if not set(chosen) <= set(ladder_steps):
@@ -119,7 +127,9 @@ def export(
             f"--steps: got {', '.join(map(str, chosen))}; allowed: {', '.join(map(str, ladder_steps))}"
         )
     if push_to is not None and len(steps or ()) != 1:
-        raise ConfigError("--push: a repository holds one LoRA; allowed: with one --steps, such as --steps 4")
+        raise ConfigError(
+            "--push: a repository holds one LoRA; allowed: with exactly one --steps, such as --steps 4"
+        )
     if dry_run:
         options = config.export
         lower = f", rank {options.rank}" if options.rank is not None else ""
@@ -145,7 +155,7 @@ def export(
 
 
 def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
-    """A LoRA of the difference between two U-Nets of one shape, and how much of it that rank keeps."""
+    """Writes a LoRA of the difference between two U-Nets of the same shape, and logs how much of it that rank keeps."""
     _quiet_libraries()
     from stepdistill.export.rank import extract_to
 
@@ -160,14 +170,14 @@ def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
     )
     if reduced.left_out > 0:
         logger.info(
-            "extract: %.2f %% of the change is left out: it is in layers that no LoRA is of (convolutions in and out, time "
-            "embedding, norms, biases)",
+            "extract: %.2f %% of the change is left out, because it is in layers that a LoRA does not cover (conv_in, "
+            "conv_out, time embedding, norms, biases)",
             100 * reduced.left_out,
         )
 
 
 def evaluate(config: RunConfig) -> None:
-    """Images and numbers of every row."""
+    """Draws and measures every row of the table."""
     open_run(config)
     _quiet_libraries()
     from stepdistill.evaluation.evaluate import evaluate as measure
@@ -176,12 +186,12 @@ def evaluate(config: RunConfig) -> None:
 
 
 def report(config: RunConfig, *, output: Path | None = None) -> Path:
-    """The page, the table and the picture of a run; returns their folder."""
+    """Writes the report of a run (page, table, picture grid) and returns its folder."""
     return report_runs([open_run(config)], output=output, grid_columns=config.evaluation.grid_columns)
 
 
 def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_columns: int = 10) -> Path:
-    """The report of one run folder, or a comparison of several."""
+    """Writes the report of one run folder, or a comparison of several, and returns its folder."""
     from stepdistill.report.build import build_report
 
     folder = build_report(run_dirs, output, grid_columns=grid_columns)
@@ -193,7 +203,7 @@ def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_co
 
 
 def run_all(config: RunConfig) -> None:
-    """Every stage, after saying how long it takes; what the table needs is looked at before the ladder is climbed."""
+    """Runs every stage, after logging how long they will take; what the table needs is checked before training begins."""
     started = time.monotonic()
     check_run(config)
     _quiet_libraries()
@@ -222,14 +232,14 @@ def run_all(config: RunConfig) -> None:
 
 
 def refresh_cards(config: RunConfig) -> None:
-    """Every rung's card with the numbers and the picture that are there now."""
+    """Writes every rung's model card again, with the measured numbers and the report's picture grid."""
     from stepdistill.export.rung import refresh_cards as write_again
 
     write_again(config)
 
 
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
-    """One picture by the `steps`-step student of a run, as PNG."""
+    """Draws one picture with the `steps`-step student of a run, writes it to `output` and returns that path."""
     from stepdistill.config.saved import read_run_config
     from stepdistill.run.rungs import require_rung
 
@@ -254,7 +264,7 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
 
 
 def _check_picture(path: Path) -> None:
-    """ConfigError where a picture could not be written after it is drawn: by its name, or a folder in its place."""
+    """ConfigError if no picture can be written to the path: its suffix is unknown, or it is a folder."""
     if path.suffix.lower() not in PICTURE_FORMATS or path.is_dir():
         raise ConfigError(
             f"--output: got {str(path)!r}; allowed: a file that ends in {', '.join(PICTURE_FORMATS)}"
@@ -262,7 +272,7 @@ def _check_picture(path: Path) -> None:
 
 
 def _estimate(config: RunConfig) -> str:
-    """Minutes to come: the forwards of the plan, each as long as one is now on this machine."""
+    """How many minutes the run will take: the plan's number of U-Net passes times the time of one measured here."""
     from stepdistill.ladder import seconds_per_forward
 
     each = seconds_per_forward(config)
@@ -270,12 +280,12 @@ def _estimate(config: RunConfig) -> str:
     evaluation = each * plan.evaluation_forwards(config)
     return (
         f"this will take about {(training + evaluation) / 60:.1f} minutes here: "
-        f"{training / 60:.1f} for the ladder, {evaluation / 60:.1f} for the images of the table"
+        f"{training / 60:.1f} to train the ladder, {evaluation / 60:.1f} to draw the images of the table"
     )
 
 
 def _make_teacher(config: RunConfig) -> None:
-    """A folder of the teacher where it is none yet, by one process."""
+    """Makes a pipeline's folder of the teacher if it is not one yet; one process does it, the others wait."""
     from stepdistill.runtime import Processes
     from stepdistill.teacher.make import make_teacher
 

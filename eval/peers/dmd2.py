@@ -1,13 +1,13 @@
 """DMD2 (Yin et al. 2024, arXiv 2405.14867) with a LoRA for the student and one for the fake score.
 
-student x0 = G(x_t, t) at its own N nodes; x_t by backward simulation: its own roll-out, re-noised between nodes
-fake score   epsilon MSE on noised student samples, five updates to each of the student's
-student      1/2 || x0 - sg(x0 - g) ||^2,  g = (x0_fake - x0_real) / mean |x0 - x0_real|  at t in [20, 980), real guided
+student      x0 = G(x_t, t) at the student's N nodes; x_t by backward simulation: a roll-out, re-noised between nodes
+fake score   epsilon MSE on noised student samples; five updates for each update of the student
+student loss 1/2 || x0 - sg(x0 - g) ||^2,  g = (x0_fake - x0_real) / mean |x0 - x0_real|  at t in [20, 980), real guided
 adversary    a head on the fake score's mid-block, on noised real data and student samples; softplus
 
-Weights as published for Stable Diffusion's latents: student's adversarial term .001, head's .01. Sampled with LCMScheduler
-at the same nodes, guidance 1; the one-step student is told 399 with pure noise, as SDXL's. What is tuned here, as for every
-method, is the learning rate.
+Loss weights are those published for Stable Diffusion's latents: .001 for the student's adversarial term, .01 for the head's.
+Sampling uses LCMScheduler at the same nodes with guidance 1. The one-step student is given timestep 399 with pure noise, as
+published for SDXL. As for every method here, only the learning rate is tuned.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,10 @@ def nodes(steps: int) -> torch.Tensor:
 
 
 def forwards(steps: int) -> float:
-    """Forwards of the bare U-Net per sample and student update, with the five updates of the fake score; in the units of
-    the recipe's section 5: a LoRA forward is 1.083, its backward 1.268, encoder and mid-block .434 of either."""
+    """Cost of one student update and its five fake-score updates per sample, in forwards of the bare U-Net.
+
+    A LoRA forward counts 1.083 (as in stepdistill/plan.py), its backward 1.268, encoder and mid-block .434 of either.
+    """
     forward, backward, encoder = 1.083, 1.268, 0.434
     simulation = forward * (steps - 1) / 2
     fake = simulation + forward + (forward + backward) * (1 + 2 * encoder)
@@ -53,11 +55,11 @@ def backward_simulation(
     *,
     noise_path: VariancePreserving,
 ) -> torch.Tensor:
-    """x (B, ...) at nodes[stops], by the generator's own steps from noise.
+    """x (B, ...) at nodes[stops], reached from pure noise by the generator's steps.
 
     Args:
-        generator: rows (n,) of the batch, sample and timesteps (n,) of these -> x_0 (n, ...).
-        noises: (N, B, ...): what the roll-out begins with, then the noise of each later node.
+        generator: (rows (n,) of the batch, their samples, their timesteps (n,)) -> x_0 (n, ...).
+        noises: (N, B, ...): the initial noise, then the noise added at each later node.
         nodes: timesteps (N,) of the N-step sampler, noisiest first.
         stops: (B,) in 0 .. N - 1.
     """
@@ -81,7 +83,7 @@ def distribution_matching_loss(
     *,
     noise_path: VariancePreserving,
 ) -> torch.Tensor:
-    """The scalar whose gradient with respect to `original` (B, ...) is g / number of elements."""
+    """A scalar whose gradient with respect to `original` (B, ...) is g / number of elements (g: see the top of the file)."""
     with torch.no_grad():
         noisy = noise_path.add_noise(original, noise, timesteps)
         real_original, fake_original = real(noisy, timesteps), fake(noisy, timesteps)
@@ -102,7 +104,7 @@ def fake_score_loss(
     noise_path: VariancePreserving,
     prediction_type: str,
 ) -> torch.Tensor:
-    """MSE of the fake score's epsilon (B, ...) against the noise in it, a scalar."""
+    """MSE between the epsilon that the fake score predicts and the added noise (B, ...), a scalar."""
     epsilon = convert(
         output,
         noisy,
@@ -115,10 +117,10 @@ def fake_score_loss(
 
 
 def critic_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """Of the head, on logits (B, 1) of noised data and of noised student samples."""
+    """The head's loss from its logits (B, 1) on noised data and on noised student samples."""
     return softplus(-real_logits).mean() + softplus(fake_logits).mean()
 
 
 def generator_gan_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """Of the student, on logits (B, 1) of its noised samples."""
+    """The student's adversarial loss from the head's logits (B, 1) on its noised samples."""
     return softplus(-fake_logits).mean()

@@ -4,8 +4,9 @@ f(x, t)   = c_skip(t) x + c_out(t) x0(x, t)      c_skip = sd^2 / (tau^2 + sd^2),
 x_s       = one DDIM step t -> s = t - 20 of the guided teacher;  at the last node s is 0
 loss      = huber(f(x_t, t; student), f(x_s, s; the same weights, no gradient)), sqrt(d^2 + c^2) - c
 
-Settings of the published trainer: 50 nodes, tau = 10 t, sd = .5, huber c = .001, guidance in the teacher's step alone,
-LoRA. Sampled with diffusers' LCMScheduler at guidance 1. What is tuned here, as for every method, is the learning rate.
+The settings are those of the published trainer: 50 nodes, tau = 10 t, sd = .5, Huber c = .001, LoRA, guidance only in the
+teacher's step. Sampling uses diffusers' LCMScheduler with guidance 1. As for every method here, only the learning rate is
+tuned.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def boundary_scalings(timesteps: torch.Tensor, *, ndim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """c_skip and c_out at timesteps (B,), each (B, 1, ..) with `ndim` dimensions: f(x, 0) = x."""
+    """c_skip and c_out at timesteps (B,), each (B, 1, ..) with `ndim` dimensions. They make f(x, 0) = x."""
     tau = timesteps.double() * TIMESTEP_SCALING
     skip = SIGMA_DATA**2 / (tau**2 + SIGMA_DATA**2)
     out = tau / (tau**2 + SIGMA_DATA**2).sqrt()
@@ -45,7 +46,7 @@ def consistency_loss(
     noise_path: VariancePreserving,
     prediction_type: str,
 ) -> torch.Tensor:
-    """The loss of x_t (B, ...) at timesteps (B,) of the 50-node grid, a scalar; `teacher` is guided already."""
+    """The consistency loss at x_t (B, ...) and timesteps (B,) of the 50-node grid, a scalar. `teacher` includes guidance."""
     prev_timesteps = (timesteps - noise_path.num_train_timesteps // NODES).clamp(min=0)
     with torch.no_grad():
         original, noise = to_original_and_noise(
@@ -69,7 +70,7 @@ def consistency(
     noise_path: VariancePreserving,
     prediction_type: str,
 ) -> torch.Tensor:
-    """f(x_t, t) (B, ...)."""
+    """The consistency function f(x_t, t), (B, ...)."""
     original = convert(
         model(sample, timesteps),
         sample,

@@ -1,4 +1,4 @@
-"""What the peers' loops share: batches and noise by index, one guarded update, the guided base, the file at the end."""
+"""What the training loops of the peers share: batches and noise by index, clipped updates, student, and saving the LoRA."""
 
 import time
 from pathlib import Path
@@ -20,18 +20,19 @@ TIMESTEPS = 1000
 
 
 def is_finished(folder: Path, **expected: object) -> bool:
-    """Whether the LoRA in `folder` was trained with exactly these updates, rate and start."""
+    """Whether `folder` has a finished LoRA that was trained with the `expected` updates, learning_rate and start."""
     record = read_json(folder / "peer.json")
     return isinstance(record, dict) and all(record.get(key) == value for key, value in expected.items())
 
 
 class Loop:
-    """The surroundings of one peer's training.
+    """Network, data, randomness and updates for the training of one peer.
 
     Args:
         config: the run; its cache must be prepared.
-        keys: what names the randomness.
-        nodes: the grid of timesteps that batches are drawn from.
+        keys: the random keys of this training.
+        nodes: number of nodes of the timestep grid that batches are drawn from.
+    Raises ValueError if the teacher does not have 1,000 timesteps.
     """
 
     def __init__(self, config: RunConfig, keys: tuple[rng.Key, ...], nodes: int) -> None:
@@ -40,13 +41,13 @@ class Loop:
         count = self.shared.noise_path.num_train_timesteps
         if count != TIMESTEPS:
             raise ValueError(
-                f"teacher.path: got a teacher of {count} timesteps; allowed: {TIMESTEPS}, which the other methods' "
-                f"published settings are for"
+                f"teacher.path: got a teacher of {count} timesteps; allowed: {TIMESTEPS}, because the published "
+                f"settings of the other methods assume that"
             )
         self._config, self._keys, self._nodes = config, keys, nodes
 
     def batch(self, number: int) -> Batch:
-        """The batch of one update."""
+        """The batch of update number `number`."""
         return draw_batch(
             self.shared.cache,
             self._indices(number),
@@ -60,12 +61,12 @@ class Loop:
         )
 
     def uniform(self, number: int, name: str) -> torch.Tensor:
-        """(B,) in [0, 1)."""
+        """Uniform random numbers (B,) in [0, 1) for an update; `name` distinguishes its draws."""
         drawn = rng.uniform(self._indices(number), seed=self._config.seed, keys=(*self._keys, name))
         return drawn.to(self.shared.runtime.device)
 
     def normal(self, number: int, name: str) -> torch.Tensor:
-        """(B, C, H, W)."""
+        """Normal random numbers (B, C, H, W) for an update; `name` distinguishes its draws."""
         shape, keys = next(iter(self.shared.cache.latent_shapes.values())), (*self._keys, name)
         drawn = rng.normal(shape, self._indices(number), seed=self._config.seed, keys=keys)
         return drawn.to(self.shared.runtime.device)
@@ -73,7 +74,7 @@ class Loop:
     def optimizer(
         self, parameters: dict[str, torch.nn.Parameter], learning_rate: float, updates: int
     ) -> RoleOptimizer:
-        """As every method here has it: Adam with the config's warm-up and decay."""
+        """The optimiser of all methods here: Adam with the config's warm-up and decay."""
         return RoleOptimizer(
             parameters,
             learning_rate=learning_rate,
@@ -92,20 +93,23 @@ class Loop:
         return loss.item()
 
     def progress(self, title: str, updates: int) -> PhaseProgress:
-        """A bar, or plain lines."""
+        """A progress bar, or plain lines if there is no terminal."""
         return PhaseProgress(title, updates, logging_steps=self._config.training.logging_steps, enabled=True)
 
     @property
     def student(self) -> Denoiser:
-        """The base's kind of prediction, by the adapter that trains."""
+        """The base model with the adapter that trains; its prediction type is that of the base."""
         base = self.shared.undistilled
         return Denoiser(base.network, STUDENT, base.noise_path, base.prediction_type, trains=True)
 
     def finish(
         self, folder: Path, *, updates: int, learning_rate: float, start: str | None, forwards: float
     ) -> None:
-        """The LoRA and peer.json, which says what it took; `start` names the weights it began with, `forwards` is per
-        sample and update."""
+        """Writes the LoRA and peer.json, which records settings and cost.
+
+        start: hash of the weights that training started from, or None for the base.
+        forwards: U-Net forwards per sample and update.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         save_lora(self.shared.network, folder)
         record = {

@@ -1,4 +1,4 @@
-"""The methods side by side: each trains its LoRAs within a budget of U-Net forwards, and says how each is sampled."""
+"""The compared methods: each trains its LoRAs within a budget of U-Net forwards, and defines how they are sampled."""
 
 import itertools
 from collections.abc import Callable
@@ -30,10 +30,15 @@ DMD2_LEARNING_RATE = 2e-4
 
 @dataclass(frozen=True)
 class Method:
-    """config  the method's own of the shared one         train  makes the LoRAs in its run folder
-    rows    how its LoRAs are sampled, one row a step count  cost   what training took
-    note    what a reader of the table must be told of it
-    `config` and `train` take the budget in U-Net forwards and the factor on learning rates."""
+    """One method of the comparison.
+
+    config  makes the method's config from the shared one
+    train   trains the LoRAs in the method's run folder
+    rows    how the LoRAs are sampled, one row per step count
+    cost    U-Net forwards and seconds of the training
+    note    a remark that is printed below the table
+    `config` and `train` also take the budget in U-Net forwards and the factor on learning rates.
+    """
 
     name: str
     config: Callable[[RunConfig, float, float], RunConfig]
@@ -44,8 +49,10 @@ class Method:
 
 
 def scaled(config: RunConfig, *, budget: float, keep: int = 0, factor: float = 1.0) -> RunConfig:
-    """The config with the updates of all rungs but the first `keep` scaled so that training takes `budget` forwards, and
-    every learning rate by `factor`."""
+    """The config scaled to a budget: training takes `budget` U-Net forwards in all.
+
+    The updates of the first `keep` rungs stay; those of the others are scaled. Learning rates are multiplied by `factor`.
+    """
     scaled_steps = [rung.student_steps for rung in config.ladder[keep:]]
     fixed = plan.training_forwards(config, finished=scaled_steps) if keep else 0.0
     share = (budget - fixed) / (plan.training_forwards(config) - fixed)
@@ -66,12 +73,15 @@ def _named(config: RunConfig, name: str) -> RunConfig:
 
 
 def _peer(config: RunConfig, name: str) -> RunConfig:
-    """Without the config's ladder, which such a method does not climb."""
+    """The config of a method without a ladder."""
     return _named(config.model_copy(update={"ladder": ()}), name)
 
 
 def ladder_method(name: str, change: Callable[[RunConfig], RunConfig], *, note: str = "") -> Method:
-    """A ladder of this package, `change`d from the config's own."""
+    """A method that is a ladder of this package: the config's ladder after `change`, scaled to the budget.
+
+    Leading rungs that `change` leaves as they are keep their updates, so that they can be shared.
+    """
 
     def configure(config: RunConfig, budget: float, factor: float) -> RunConfig:
         base = scaled(config, budget=budget)
@@ -100,7 +110,7 @@ def ladder_method(name: str, change: Callable[[RunConfig], RunConfig], *, note: 
 
 
 def lcm_method() -> Method:
-    """One LoRA for all step counts."""
+    """LCM-LoRA: one LoRA for all step counts."""
 
     def train(config: RunConfig, budget: float, factor: float) -> None:
         stages.prepare(config)
@@ -120,7 +130,7 @@ def lcm_method() -> Method:
 
 
 def dmd2_method() -> Method:
-    """A LoRA per step count with an equal share of the budget, each from the one before."""
+    """DMD2-LoRA: a LoRA per step count, each with an equal share of the budget and started from the one before."""
 
     def train(config: RunConfig, budget: float, factor: float) -> None:
         stages.prepare(config)
@@ -156,7 +166,7 @@ def dmd2_method() -> Method:
 
 
 def ladder_of(path: Path) -> Callable[[RunConfig], RunConfig]:
-    """A config with the `ladder` of a YAML file in place of its own."""
+    """A change that replaces a config's ladder by that of a YAML file."""
 
     def change(config: RunConfig) -> RunConfig:
         return parse_config(resolved(config) | {"ladder": yaml.safe_load(path.read_text())["ladder"]})
@@ -171,7 +181,7 @@ def lightning(config: RunConfig) -> RunConfig:
 
 
 def without_adversary(config: RunConfig) -> RunConfig:
-    """The config's ladder with its mse and convert phases alone."""
+    """The config with only the mse and convert phases of its ladder. A rung that has none keeps its phases."""
     raw = resolved(config)
     for rung in raw["ladder"]:
         non_adversarial = [phase for phase in rung["phases"] if phase["objective"] in ("mse", "convert")]
@@ -180,7 +190,7 @@ def without_adversary(config: RunConfig) -> RunConfig:
 
 
 def methods() -> dict[str, Method]:
-    """Ours first."""
+    """All methods by name, stepdistill's first."""
     all_methods = (
         ladder_method("stepdistill", lambda config: config),
         ladder_method("stepdistill-mse", without_adversary),

@@ -1,4 +1,4 @@
-"""The peers' training, each within the package's shared network, cache, optimiser and randomness by index."""
+"""Training of LCM-LoRA and DMD2-LoRA, with the network, cache, optimiser and indexed randomness of the package."""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +23,7 @@ FAKE = "fake_score"
 
 
 def train_lcm(config: RunConfig, folder: Path, *, updates: int, learning_rate: float) -> None:
-    """An LCM-LoRA in `folder`; nothing where a finished one with these settings is there."""
+    """Trains an LCM-LoRA into `folder`, unless `folder` has a finished one with these settings."""
     if is_finished(folder, updates=updates, learning_rate=learning_rate, start=None):
         return
     loop = Loop(config, ("lcm",), lcm.NODES)
@@ -33,10 +33,10 @@ def train_lcm(config: RunConfig, folder: Path, *, updates: int, learning_rate: f
         for step in range(updates):
             batch = loop.batch(step)
             sample = shared.noise_path.add_noise(batch.original_samples, batch.noise, batch.timesteps)
-            by_student = _output(student, batch.conditioning)
+            student_output = _output(student, batch.conditioning)
             loss = lcm.consistency_loss(
-                by_student,
-                by_student,
+                student_output,
+                student_output,
                 _output(teacher, batch.conditioning),
                 sample,
                 batch.timesteps,
@@ -48,19 +48,19 @@ def train_lcm(config: RunConfig, folder: Path, *, updates: int, learning_rate: f
 
 
 def _output(denoiser: Denoiser, conditioning: Conditioning) -> lcm.Model:
-    """What a denoiser answers of samples and timesteps, with this conditioning."""
+    """The denoiser's output as a function of samples and timesteps, with fixed conditioning."""
     return lambda sample, timesteps: denoiser.output(sample, timesteps, conditioning)
 
 
 class Dmd2:
-    """Student, fake score and head of one step count, with the two updates that DMD2 takes in turn.
+    """Student, fake score and head for one step count, with the two updates between which DMD2 alternates.
 
     Args:
         config: the run.
-        steps: N, the student's nodes.
-        updates: of the student.
-        learning_rate: of all three.
-        start: the LoRA that the student begins with; the base where not given.
+        steps: N, the number of the student's nodes.
+        updates: number of student updates.
+        learning_rate: for student, fake score and head.
+        start: LoRA weights that the student starts from; None for the base.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class Dmd2:
             torch.manual_seed(seed)
             self.head = Head(channels, channels, size).to(self.shared.runtime.device)
         self.critics = fake_parameters | dict(self.head.named_parameters())
-        self.of_student = loop.optimizer(network.group(STUDENT), learning_rate, updates)
-        self.of_critics = loop.optimizer(self.critics, learning_rate, updates * dmd2.FAKE_UPDATES)
+        self.student_optimizer = loop.optimizer(network.group(STUDENT), learning_rate, updates)
+        self.critic_optimizer = loop.optimizer(self.critics, learning_rate, updates * dmd2.FAKE_UPDATES)
         self.nodes = dmd2.nodes(steps).to(self.shared.runtime.device)
 
     def update_critics(self, number: int) -> float:
-        """The fake score on samples of the student, the head on these and on data; returns the loss."""
+        """Trains the fake score on student samples, and the head on student samples and data; returns the loss."""
         batch, noise, timesteps = self._draw(number)
         noise_path = self.shared.noise_path
         noisy = noise_path.add_noise(self._samples(number, batch), noise, timesteps)
@@ -105,10 +105,10 @@ class Dmd2:
         )
         data = noise_path.add_noise(batch.original_samples, noise, timesteps)
         critic = dmd2.critic_loss(*(self._logits(x, timesteps, batch.conditioning) for x in (data, noisy)))
-        return self.loop.update(self.of_critics, score + dmd2.CRITIC_GAN_WEIGHT * critic)
+        return self.loop.update(self.critic_optimizer, score + dmd2.CRITIC_GAN_WEIGHT * critic)
 
     def update_student(self, number: int) -> float:
-        """Distribution matching and the head's verdict; returns the loss."""
+        """Trains the student by distribution matching and the adversarial loss; returns the loss."""
         batch, noise, timesteps = self._draw(number)
         noise_path = self.shared.noise_path
 
@@ -128,19 +128,19 @@ class Dmd2:
             parameter.requires_grad_(False)
         noisy = noise_path.add_noise(original, noise, timesteps)
         gan = dmd2.generator_gan_loss(self._logits(noisy, timesteps, batch.conditioning))
-        loss = self.loop.update(self.of_student, matching + dmd2.GENERATOR_GAN_WEIGHT * gan)
+        loss = self.loop.update(self.student_optimizer, matching + dmd2.GENERATOR_GAN_WEIGHT * gan)
         for parameter in self.critics.values():
             parameter.requires_grad_(True)
         return loss
 
     def _draw(self, number: int) -> tuple[Batch, torch.Tensor, torch.Tensor]:
-        """A batch, and the noise (B, C, H, W) and timesteps (B,) that scores are compared at."""
+        """A batch, and the noise (B, C, H, W) and timesteps (B,) at which the scores are compared."""
         low, high = dmd2.SCORE_RANGE
         timesteps = (low + self.loop.uniform(number, "score timestep") * (high - low)).long()
         return self.loop.batch(number), self.loop.normal(number, "score noise"), timesteps
 
     def _samples(self, number: int, batch: Batch, *, gradient: bool = False) -> torch.Tensor:
-        """The student's x_0 (B, C, H, W) at random ones of its nodes, reached by its own roll-out."""
+        """The student's x_0 (B, C, H, W) at random nodes, which it reaches by backward simulation."""
         noises = torch.stack([self.loop.normal(number, f"node {k}") for k in range(self.steps)])
         stops = (self.loop.uniform(number, "stop") * self.steps).long().clamp(max=self.steps - 1)
 
@@ -150,9 +150,9 @@ class Dmd2:
         inputs = dmd2.backward_simulation(
             generate, noises, self.nodes, stops, noise_path=self.shared.noise_path
         )
-        every = torch.arange(len(stops), device=stops.device)
+        all_rows = torch.arange(len(stops), device=stops.device)
         with torch.set_grad_enabled(gradient):
-            return generate(every, inputs, self.nodes[stops])
+            return generate(all_rows, inputs, self.nodes[stops])
 
     def _logits(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
@@ -172,10 +172,12 @@ def train_dmd2(
     learning_rate: float,
     start: Path | None = None,
 ) -> None:
-    """A DMD2-LoRA for `steps` steps in `folder`, from the LoRA file `start` or the base; nothing where a finished one with
-    these settings is there."""
-    started_from = None if start is None else sha256_file(start)
-    if is_finished(folder, updates=updates, learning_rate=learning_rate, start=started_from):
+    """Trains a DMD2-LoRA for `steps` steps into `folder`, starting from the LoRA file `start` or from the base.
+
+    Does nothing if `folder` has a finished one with these settings.
+    """
+    start_hash = None if start is None else sha256_file(start)
+    if is_finished(folder, updates=updates, learning_rate=learning_rate, start=start_hash):
         return
     weights = None if start is None else read_lora_file(start)
     peer = Dmd2(config, steps=steps, updates=updates, learning_rate=learning_rate, start=weights)
@@ -186,4 +188,4 @@ def train_dmd2(
             loss = peer.update_student(first + dmd2.FAKE_UPDATES)
             bar.update(step + 1, {"loss": loss, "fake loss": critics[-1]})
     cost = dmd2.forwards(steps)
-    peer.loop.finish(folder, updates=updates, learning_rate=learning_rate, start=started_from, forwards=cost)
+    peer.loop.finish(folder, updates=updates, learning_rate=learning_rate, start=start_hash, forwards=cost)

@@ -1,4 +1,4 @@
-"""What a run is told: the sections of its YAML file, what fits together, errors that name the key. No torch."""
+"""A run's YAML file: its sections, the checks that they fit together, errors that name the wrong key. No torch."""
 
 from stepdistill.config.data import Data as Data
 from stepdistill.config.evaluation import Evaluation as Evaluation

@@ -1,4 +1,4 @@
-"""What a config says of the data: where samples come from, how they are cut, what becomes of bad ones. No torch."""
+"""The `data` section of a config: where samples come from, how pictures are cropped, what to do with bad ones. No torch."""
 
 from collections.abc import Iterable
 from typing import Annotated, Literal, get_args
@@ -21,57 +21,62 @@ Kind = Literal[
     "archive_broken",
     "latent_not_finite",
 ]
-"""How a sample can be bad."""
+"""The ways in which a sample can be bad."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_MOST_RENDERINGS = 10**7  # their captions are chosen beforehand and held in memory
+_MOST_RENDERINGS = 10**7  # the captions of all of them are chosen in advance and kept in memory
 _CURES = {"image_too_small": "min_side", "image_too_large": "max_pixels"}
-# One sample of these says that all of the rest may be gone or wrong.
+# One such sample means that many others may be missing or wrong, so by default it stops `prepare`.
 _STOPS: tuple[Kind, ...] = ("archive_broken", "latent_not_finite")
 
 
 class Data(Section):
-    """What noise is added to."""
+    """The samples to distil on: pictures with captions, prompts alone, or the latents of another run."""
 
     source: FilePath = "letters"
-    """letters; a folder of NAME.png with NAME.txt, or with metadata.jsonl / .csv; .tar or .parquet files or a folder of
-    them; a .txt of prompts, whose pictures the teacher makes; or the cache folder of another run of the same teacher."""
+    """Where the samples come from: "letters", the demo data that the package renders; a folder of NAME.png with NAME.txt,
+    or with metadata.jsonl or metadata.csv; a .tar or .parquet file, or a folder of them; a .txt file with one prompt per
+    line, for which the teacher draws the pictures; or the cache folder of another run with the same teacher."""
     num_images: Annotated[int, Field(gt=0, le=10**12)] | None = None
-    """How many samples go into the cache: renderings of letters (4096 where not given), else the first so many (all);
-    of prompts alone, more than there are go round again with other noise; another run's latents are taken whole."""
+    """Number of samples in the cache. Letters: the number of renderings (default 4096). Pictures and prompts: only the
+    first so many are used (default all); if there are fewer prompts, they are repeated with new noise. For another run's
+    cache it has no effect: all latents are used."""
     held_out: Annotated[float | None, Field(ge=0, lt=1, validate_default=True)] = None
-    """Share of the captions that distillation does not see; the table is then about these alone. Where not given: 0.05 of
-    one's own pictures if that leaves 64 (of about 1,280), 0 of fewer, of letters and of prompts alone; as its lender's of
-    another run's cache."""
+    """Share of the captions that distillation never sees; above 0, the table is measured on these captions alone. Default
+    for your own pictures: 0.05 if that holds out at least 64 captions (which takes about 1,280), else 0. Default for
+    letters and for prompts alone: 0. Default for another run's cache: the share that the cache was made with."""
     resolution: Annotated[int, Field(gt=0, le=8192)] | None = None
-    """Pixels a side, or the square root of a bucket's pixels; the teacher's own where not given."""
+    """Side of the pictures in pixels; with `buckets`, the square root of each bucket's number of pixels. Default: the size
+    that the teacher draws."""
     buckets: bool = False
-    """Each picture in the aspect ratio nearest its own instead of a square; an update sees one ratio."""
+    """Crop each picture to the bucket with the aspect ratio nearest its own, instead of cropping all to one size. All
+    pictures of an update come from one bucket."""
     min_per_bucket: PositiveInt | None = None
-    """Pictures of a ratio that fewer have are cut to the nearest that has as many, as they would come in bursts; the samples
-    of an update where not given, train_batch_size times gradient_accumulation_steps: times the processes is best where
-    several train."""
+    """Fewest pictures that a bucket may have. Pictures of a rarer ratio are cropped to the nearest bucket with enough, as
+    otherwise the same few would fill whole updates. Default: the samples of one update, train_batch_size times
+    gradient_accumulation_steps; if several processes train, set it to that times their number."""
     teacher_steps: Steps = 32
-    """Of prompts alone: the teacher's steps for each of its pictures."""
+    """Sampling steps that the teacher takes for each picture that it draws, if `source` is a .txt file of prompts."""
     min_side: PositiveInt = 16
-    """Pictures with a shorter side are bad."""
+    """A picture is bad (image_too_small) if its shorter side has fewer pixels than this."""
     max_pixels: PositiveInt = 2**26
-    """Pictures with more pixels are bad, and are not decoded."""
+    """A picture is bad (image_too_large) if it has more pixels than this; it is then not decoded."""
     on_bad: dict[Kind, Literal["skip", "error"]] = Field(default_factory=dict)
-    """What a bad sample of a kind leads to. Where not given: skip, which counts it; error for archive_broken and
-    latent_not_finite."""
+    """What to do with a bad sample, by kind, such as {image_too_small: error}: skip leaves it out and counts it, error stops
+    `prepare`. Default: error for archive_broken and latent_not_finite, skip for the other kinds."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Above this share of bad samples `prepare` stops; what it prepared stays."""
+    """`prepare` stops if more than this share of the samples is bad; what it has prepared by then is kept."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of latents and text embeddings in the cache."""
+    """Data type of the latents and text embeddings in the cache."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the VAE encodes in; SDXL's overflows in float16, so that is no choice."""
+    """Data type in which the VAE encodes pictures. float16 is not offered, because SDXL's VAE overflows in it."""
 
     @field_validator("held_out")
     @classmethod
-    def _none_where_nothing_is_looked_at(cls, value: float | None, info: ValidationInfo) -> float | None:
+    def _default_held_out(cls, value: float | None, info: ValidationInfo) -> float | None:
+        """0 for letters and prompts; for other sources the default (None) is resolved later, as the source must be read."""
         source = str(info.data.get("source", ""))
-        needs_no_look = source == "letters" or source.endswith(".txt")
-        return 0.0 if value is None and needs_no_look else value
+        is_zero = source == "letters" or source.endswith(".txt")
+        return 0.0 if value is None and is_zero else value
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
@@ -82,10 +87,10 @@ class Data(Section):
         return self
 
     def policy(self, kind: Kind) -> Literal["skip", "error"]:
-        """What a bad sample of this kind leads to."""
+        """What to do with a bad sample of this kind."""
         return self.on_bad.get(kind, "error" if kind in _STOPS else "skip")
 
     def cures(self, kinds: Iterable[str]) -> list[str]:
-        """The keys, as they are now, by which samples that are bad of these kinds would be good."""
+        """The keys, each with its present value, that can be changed so that samples bad of these kinds pass."""
         keys = dict.fromkeys(_CURES[kind] for kind in kinds if kind in _CURES)
         return [f"data.{key} (now {getattr(self, key)})" for key in keys]

@@ -1,4 +1,4 @@
-"""The part of a config that says what is drawn and what is measured. No torch."""
+"""The `evaluation` section of a config: which pictures are drawn for the table and what is measured on them. No torch."""
 
 from typing import Annotated, Literal
 
@@ -11,82 +11,91 @@ Timestep = Annotated[int, Field(ge=0, lt=1000)]
 
 
 class LoraRow(Section):
-    """A row for any other LoRA of the same base: one of the field's, or another run's."""
+    """A row of the table for another LoRA of the same base model: a published one, or one of another run."""
 
     name: Name
-    """The row's name."""
+    """Name of the row. It must be unique and must not begin with teacher-, student- or unguided-."""
     path: FilePath
-    """A safetensors file, or a folder with pytorch_lora_weights.safetensors."""
+    """A .safetensors file, or a folder that holds pytorch_lora_weights.safetensors."""
     steps: Steps
-    """num_inference_steps."""
+    """Number of sampling steps (num_inference_steps)."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """As its authors say; up to 1 is off."""
+    """Guidance scale that the LoRA's authors recommend; up to 1, guidance is off."""
     scale: float = 1.0
-    """Weight of the LoRA."""
+    """Weight at which the LoRA is applied."""
     scheduler: str | None = None
-    """A diffusers scheduler class, made from the base's scheduler config; where not given the one in scheduler/ beside the
-    weights, or DDIMScheduler with trailing timesteps."""
+    """Name of a diffusers scheduler class, built from the base model's scheduler config. Default: the scheduler saved in
+    scheduler/ beside the weights, or DDIMScheduler if there is none."""
     scheduler_options: dict[str, bool | int | float | str] | None = None
-    """What to change in that config; trailing timesteps where not given, nothing in one that lies beside the weights."""
+    """Values to change in the scheduler's config. Default: {timestep_spacing: trailing}; for a scheduler saved beside the
+    weights, nothing."""
     timesteps: Annotated[tuple[Timestep, ...], Field(min_length=1, max_length=MOST_STEPS)] | None = None
-    """Explicit timesteps, such as DMD2's 999, 749, 499, 249; the scheduler's own where not given."""
+    """Explicit list of timesteps, such as DMD2's [999, 749, 499, 249]. Default: those that the scheduler chooses."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Of the schedulers that know it (DDIM, TCD)."""
+    """Value of eta, for the schedulers that take it (DDIM, TCD)."""
 
 
 class Evaluation(Section):
-    """The table: what is drawn and what is measured."""
+    """The table of results: which pictures are drawn and what is measured on them."""
 
     num_images: Annotated[int, Field(ge=8, le=10**6)] = 500
-    """Images per row."""
+    """Number of images per row."""
     prompts: FilePath | None = None
-    """A text file, one prompt a line, used in order and again from the start; the captions of `data` where not given."""
+    """A text file with one prompt per line, used in order and then again from the first. Default: the captions of `data`,
+    only the held-out ones if `data.held_out` is above 0."""
     real_images: FilePath | None = None
-    """A folder of pictures that `*_to_real` compares with; where not given the pictures of `data`, letters fresh."""
+    """A folder of pictures to which `*_to_real`, precision, recall, density and coverage compare. Default: the pictures of
+    `data`, only the held-out ones if `data.held_out` is above 0; for letters, new renderings of the prompts."""
     reference_stats: FilePath | None = None
-    """An .npz with mu and sigma of real images under the same extractor and resize, for `fid_to_real` without pictures."""
+    """An .npz file with mean (mu) and covariance (sigma) of real images' features, made with the same extractor and resize;
+    `fid_to_real` then needs no pictures."""
     teacher_steps: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=64)] = (32, 8, 4, 2, 1)
-    """Rows of the undistilled teacher. The first is the reference: paired distances compare with its images; FID and KID to
-    teacher with images that it draws from other seeds."""
+    """Step counts of the undistilled teacher's rows. The first row is the reference: paired distances compare with its
+    images, and FID and KID to teacher compare with images that it draws from other seeds."""
     unguided_steps: Annotated[tuple[Steps, ...], Field(max_length=64)] = ()
-    """Rows of the undistilled teacher without guidance: as many passes as a student, often nearer to real images."""
+    """Step counts of rows that the undistilled teacher draws without guidance. Such a row takes as many U-Net passes as a
+    student at the same steps, and is often nearer to real images than the row with guidance."""
     loras: Annotated[tuple[LoraRow, ...], Field(max_length=256)] = ()
-    """Rows of other LoRAs."""
+    """Other LoRAs to draw and measure, one row each."""
     batch_size: BatchSize = 64
-    """Images per pipeline call."""
+    """Number of images drawn per call of the pipeline."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """What the pipeline draws in."""
+    """Data type in which the pipeline draws."""
     features: FilePath | None = None
-    """What FID, KID, precision and coverage are measured on: inception[:FILE], clip:FOLDER, dinov2:FOLDER, trained (a small
-    net that learns from the run's own pictures, minutes on a CPU), trained:FOLDER (another run's evaluation/extractor) or
-    reader (of letters). Where not given: reader for letters, else inception where its weights are on disk, else trained."""
+    """Feature extractor for FID, KID, precision, recall, density and coverage: inception or inception:FILE, clip:FOLDER,
+    dinov2:FOLDER, trained (a small network that is trained on the run's own pictures, in minutes on a CPU), trained:FOLDER
+    (the evaluation/extractor folder of another run) or reader (made for letters). Default: reader for letters; for other
+    pictures inception if its weights are on disk, else trained if there are 200 pictures or more, else none."""
     resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] | None = None
-    """How images reach the extractor's size; where not given none (reader), torchmetrics (inception), else pil_bicubic."""
+    """How images are resized to the extractor's input size. Default: none for reader, torchmetrics for inception,
+    pil_bicubic for the other extractors."""
     patch_size: Annotated[int, Field(gt=0, le=8192)] | None = None
-    """Patch FID on the centre crop of this size, without resize (299 for Inception); off where not given."""
+    """Measure patch FID on a centre crop of this side, without resizing. It must be the extractor's input size, such as 299
+    for Inception. Default: no patch FID."""
     clip: FilePath | None = None
-    """A CLIP folder: CLIP score and CMMD."""
+    """Folder of a CLIP model; with it, CLIP score and CMMD are measured."""
     dinov2: FilePath | None = None
-    """A DINOv2 folder: FD-DINOv2."""
+    """Folder of a DINOv2 model; with it, FD-DINOv2 is measured."""
     floor: bool = True
-    """Draw the teacher once more with other seeds: what `*_to_teacher` compares with, and how far the teacher is from that
-    itself. Without it only the paired distances to the teacher, at equal noise, are measured."""
+    """Draw the teacher's images once more from other seeds. `*_to_teacher` compares with these images, and the teacher's own
+    distance to them is the floor. If false, only the paired distances to the teacher, at equal noise, are measured."""
     diversity_prompts: Annotated[int, Field(ge=0, le=10_000)] = 8
-    """How many prompts are drawn with several seeds each; 0 leaves diversity out."""
+    """Number of prompts that are drawn from several seeds each to measure diversity; 0 leaves diversity out."""
     diversity_seeds: Annotated[int, Field(ge=2, le=10_000)] = 8
-    """Seeds per prompt."""
+    """Number of seeds per prompt when diversity is measured."""
     lora_scales: Annotated[tuple[float, ...], Field(max_length=64)] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-    """Every rung's LoRA at these weights on a few images; () leaves the sweep out."""
+    """LoRA weights of the scale sweep: every rung draws `study_images` images at each. An empty list turns it off."""
     matrix: bool = True
-    """Every rung's LoRA sampled at every rung's steps on a few images."""
+    """Draw `study_images` images with every rung's LoRA at every rung's number of steps."""
     study_images: FewImages = 8
-    """Images per cell of the sweep and the matrix."""
+    """Number of images per cell of the scale sweep and of the matrix."""
     cost_batch_sizes: Annotated[tuple[BatchSize, ...], Field(max_length=64)] = (1, 8, 32)
-    """Batches that seconds, images/s and memory are measured at; () leaves cost out."""
+    """Batch sizes at which seconds, images per second and peak memory are measured. An empty list leaves cost out."""
     score_cmd: str | None = None
-    """An outside scorer: a command with {images} (a folder) and {prompts} (a file); its last line is a JSON object."""
+    """Command of an external scorer. {images} is replaced by a folder of images and {prompts} by a file with one prompt per
+    line; the last line that the command prints must be a JSON object of numbers."""
     grid_columns: FewImages = 10
-    """Prompts in the picture."""
+    """Number of prompts (columns) in the report's picture grid."""
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluation":
@@ -94,7 +103,7 @@ class Evaluation(Section):
         taken = sorted({n for n in names if names.count(n) > 1 or n.startswith(reserved)})
         if taken:
             raise ConfigError(
-                f"evaluation.loras: got the name {taken[0]!r}; allowed: names of their own, "
-                "not teacher-N, student-N or unguided-N"
+                f"evaluation.loras: got the name {taken[0]!r}; allowed: a different name for each, "
+                "none that begins with teacher-, student- or unguided-"
             )
         return self

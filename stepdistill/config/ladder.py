@@ -1,4 +1,4 @@
-"""What a config says of the ladder: rungs, their phases, the adversary; and how they must fit together. No torch."""
+"""The `ladder` section of a config: rungs, phases, discriminators, and the checks that they fit together. No torch."""
 
 from typing import Annotated, Literal, get_args
 
@@ -7,113 +7,129 @@ from pydantic import Field
 from stepdistill.config.section import ConfigError, PositiveFloat, PositiveInt, Section, Steps
 
 ADVERSARIAL = ("paired", "single")
-"""The objectives that have a discriminator."""
+"""The objectives that need a discriminator."""
 
 
 class DiscriminatorOptions(Section):
-    """The adversary of `paired` and `single` phases."""
+    """The discriminator of a phase whose objective is `paired` or `single`."""
 
     trunk: Literal["lora", "full", "frozen"] = "lora"
-    """Encoder and mid-block: the base with an adapter, a copy trained whole, or the base as it is."""
+    """The trunk is the U-Net's encoder and mid-block. lora: the base model's, with an adapter for the discriminator; full: a
+    copy of the base model's, all of whose weights are trained; frozen: the base model's, unchanged."""
     heads: Literal["mid", "multi"] = "mid"
-    """A head on the mid-block, or there and on every down block."""
+    """mid: one head, on the features of the mid-block; multi: that head and one more on every down block."""
     loss: Literal["non_saturating", "relativistic"] = "non_saturating"
-    """Each sample judged alone (the paper's form), or each teacher sample against its student's."""
+    """non_saturating judges each sample by itself (as in SDXL-Lightning); relativistic judges each real sample against the
+    student's sample from the same x_t."""
     real: Literal["teacher", "data"] = "teacher"
-    """What D takes for real: the teacher's x_s (the paper's form), or the data noised to s, which needs no teacher."""
+    """What counts as real at timestep s, where the student's step ends. teacher: the teacher's samples (as in
+    SDXL-Lightning); data: the training data noised to s, which needs no teacher."""
     start: Literal["fresh", "carried"] = "fresh"
-    """What trunk and heads begin with: the base and new heads, or those that the adversarial phase before on this rung left.
-    Heads carry over between phases of the same objective and `heads`; a paired one reads twice the channels of a single one,
-    so between these the trunk alone does. The optimiser begins anew."""
+    """Initial weights of trunk and heads. fresh: the base model's weights and new heads; carried: the weights at the end of
+    this rung's previous adversarial phase. The heads are carried only if both phases have the same objective and `heads`,
+    because a paired head reads twice the channels of a single one; otherwise the trunk alone is. The optimiser state is
+    always new."""
     learning_rate: PositiveFloat | None = None
-    """Of trunk and heads; the phase's own where not given."""
+    """Learning rate of the discriminator's trunk and heads. Default: the phase's learning_rate."""
     perturbation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
-    """How often a clean sample is re-noised to t* = 10, 250, 500, 750 before D sees it; later 5:1:1:1."""
+    """Relative frequencies of the timesteps 10, 250, 500 and 750, to which clean samples are re-noised before the
+    discriminator sees them. SDXL-Lightning uses 1:1:1:1, and 5:1:1:1 in its last phases."""
 
 
 ObjectiveKind = Literal["mse", "convert", "paired", "single"]
 
 
 class WeightedObjective(Section):
-    """One of the objectives of a phase."""
+    """One of several objectives of a phase."""
 
     kind: ObjectiveKind
-    """As `objective`."""
+    """The objective; the values mean the same as those of the phase's `objective`."""
     weight: PositiveFloat = 1.0
-    """What the student's loss is multiplied by; the discriminator's own loss is not."""
+    """Factor of this objective's student loss; the discriminator's loss is not multiplied."""
 
 
 class Phase(Section):
-    """What a number of updates minimise."""
+    """A number of updates that minimise the same objective or objectives."""
 
     objective: ObjectiveKind | None = None
-    """mse to the teacher; convert the output to the rung's prediction_type, as its first phase; adversarial with D told x_t
-    (paired) or not (single)."""
+    """mse: mean squared error between the results of one student step and of the teacher's steps; convert: learn to output
+    the rung's prediction_type, allowed only as the rung's first phase; paired and single: adversarial, with a discriminator
+    that sees each sample beside the x_t from which the step starts (paired) or alone (single)."""
     objectives: Annotated[tuple[WeightedObjective, ...], Field(max_length=8)] = ()
-    """Several at once in place of `objective`, such as [{kind: mse}, {kind: single, weight: 0.1}]: their losses on the same
-    samples are added."""
+    """Several objectives at once, in place of `objective`, such as [{kind: mse}, {kind: single, weight: 0.1}]. Their losses
+    on the same samples are added."""
     max_train_steps: PositiveInt = 100
-    """Updates."""
+    """Number of updates."""
     learning_rate: PositiveFloat = 1e-3
-    """Of the student's LoRA, after warm-up."""
+    """Learning rate of the student's LoRA after warm-up."""
     teacher_steps: Steps | None = None
-    """Another rung of this ladder as teacher (skip-level); the rung's own where not given."""
+    """student_steps of an earlier rung whose student is the teacher in this phase (skip-level). Default: the rung's
+    teacher_steps."""
     loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr", "auto"] = (
         "prev_sample"
     )
-    """Where mse is measured; auto is what the student predicts."""
+    """Space in which mse measures the error. prev_sample: the sample at the end of the step (as in SDXL-Lightning); epsilon,
+    sample (x0) and v_prediction: the same error expressed in that quantity; truncated_snr: the x0 error weighted by
+    max(SNR, 1); auto: the quantity that the student predicts."""
     cached_updates: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """Of mse: the batches and teacher's samples of so many updates are kept and used again in turn; all new if not given."""
+    """For mse alone: keep the batches and teacher samples of this many updates and reuse them in turn. Default: every update
+    has new ones."""
     discriminator: DiscriminatorOptions = DiscriminatorOptions()
-    """Of paired and single phases."""
+    """The discriminator of a phase whose objective is `paired` or `single`."""
 
     @property
     def weighted(self) -> tuple[WeightedObjective, ...]:
-        """Its objectives; `objective` is the short form of one of weight 1."""
+        """The phase's objectives with their weights; `objective` is short for one objective of weight 1."""
         short = () if self.objective is None else (WeightedObjective(kind=self.objective),)
         return self.objectives or short
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Of its objectives, in order."""
+        """The kinds of the phase's objectives, in order."""
         return tuple(objective.kind for objective in self.weighted)
 
     @property
     def title(self) -> str:
-        """Such as "mse", or "mse+single"; it also names the phase's randomness and files."""
+        """Such as "mse" or "mse+single"; part of the phase's random keys and of its file names."""
         return "+".join(self.kinds)
 
     @property
     def adversary(self) -> str | None:
-        """The objective that has a discriminator, where there is one."""
+        """The kind of the phase's adversarial objective; None if it has none."""
         return next((kind for kind in self.kinds if kind in ADVERSARIAL), None)
 
     def loss_space_for(self, student_prediction_type: str) -> str:
-        """Where mse is measured: `auto` is what the student predicts."""
+        """loss_space, with `auto` replaced by what the student predicts."""
         return student_prediction_type if self.loss_space == "auto" else self.loss_space
 
 
 class Rung(Section):
-    """One step reduction."""
+    """One rung of the ladder: a student learns to draw in student_steps what its teacher draws in teacher_steps."""
 
     teacher_steps: Steps
-    """Steps of the teacher: 128 of the base model for the first rung, the student before after that."""
+    """Sampling steps of the teacher. The first rung's teacher is the base model, at any number of steps (128 in
+    SDXL-Lightning). Every later rung's teacher is the student of the rung before, so the value must be that rung's
+    student_steps."""
     student_steps: Steps
-    """Steps of the student that this rung makes; on the first rung as many as the teacher's teach guidance alone."""
+    """Sampling steps of the student that this rung trains; a proper divisor of teacher_steps. On the first rung it may also
+    equal teacher_steps: the student then learns guidance alone."""
     node_steps: Steps | None = None
-    """The grid whose nodes the student is trained at; its own where not given (recipe: 4 for the 2- and 1-step rungs)."""
+    """Train the student at the timesteps of a sampler with this many steps, a multiple of student_steps. Default:
+    student_steps. SDXL-Lightning has 4 on its 2-step and 1-step rungs."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
-    """What the student predicts; as the rung before where not given. Where it is another, the rung begins with a convert
-    phase: the recipe's 1-step rung predicts "sample" (x0)."""
+    """What the student predicts (sample is x0). Default: the same as the rung before, on the first rung as the teacher. If
+    the value differs from that, the rung must begin with a convert phase. SDXL-Lightning's 1-step rung predicts
+    sample."""
     start_timestep: Annotated[int, Field(gt=0, lt=1000)] | None = None
-    """Of the 1-step rung: the timestep that the U-Net is told with the pure noise; its last one where not given. Earlier,
-    an error of epsilon weighs far less in the picture: 1.6-fold at 499, 14.6-fold at 999 of Stable Diffusion's schedule."""
+    """For a 1-step rung without node_steps: the conditioning timestep that the U-Net is given with pure noise. Default: the
+    last timestep. At an earlier one an error in epsilon weighs far less in the picture: in Stable Diffusion's noise schedule
+    it is multiplied by 1.6 at timestep 499, but by 14.6 at 999."""
     phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=64)]
-    """In order."""
+    """The phases, in the order in which they are trained."""
 
 
 def check_ladder(ladder: tuple[Rung, ...]) -> None:
-    """ConfigError where rungs do not follow each other, or a phase does not fit its rung."""
+    """ConfigError if the rungs do not follow each other, or if a phase does not fit its rung."""
     for index, rung in enumerate(ladder):
         _check_rung(index, ladder)
         for number, phase in enumerate(rung.phases):
@@ -140,7 +156,7 @@ def _check_rung(index: int, ladder: tuple[Rung, ...]) -> None:
     if index and rung.teacher_steps != ladder[index - 1].student_steps:
         raise ConfigError(
             f"{key}.teacher_steps: got {rung.teacher_steps}; allowed: {ladder[index - 1].student_steps}, "
-            f"the student of the rung before"
+            f"the student_steps of the rung before"
         )
     if rung.node_steps is not None and rung.node_steps % rung.student_steps:
         raise ConfigError(
@@ -148,7 +164,7 @@ def _check_rung(index: int, ladder: tuple[Rung, ...]) -> None:
         )
     if rung.start_timestep is not None and (rung.student_steps, rung.node_steps or 1) != (1, 1):
         raise ConfigError(
-            f"{key}.start_timestep: got {rung.start_timestep}; allowed: on a rung of 1 student step, without node_steps"
+            f"{key}.start_timestep: got {rung.start_timestep}; allowed: only on a rung of 1 student step, without node_steps"
         )
 
 
@@ -159,16 +175,16 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
     if phase.teacher_steps is not None and phase.teacher_steps not in allowed:
         raise ConfigError(
             f"{key}.teacher_steps: got {phase.teacher_steps}; allowed: {', '.join(map(str, allowed))}, "
-            f"the students of earlier rungs"
+            f"the student_steps of earlier rungs"
         )
     if phase.kinds != ("mse",) and phase.cached_updates is not None:
         raise ConfigError(
-            f"{key}.cached_updates: got {phase.cached_updates}; allowed: on an mse phase, this is {phase.title}"
+            f"{key}.cached_updates: got {phase.cached_updates}; allowed: only on an mse phase, and this is {phase.title}"
         )
 
 
 def _check_objectives(key: str, phase: Phase) -> None:
-    """ConfigError where a phase names no objective, both forms, or objectives that do not go together."""
+    """ConfigError if a phase has no objective, both `objective` and `objectives`, or objectives that do not go together."""
     if not phase.weighted:
         raise ConfigError(f"{key}.objective: got nothing; allowed: {', '.join(get_args(ObjectiveKind))}")
     if not phase.objectives:
@@ -188,7 +204,7 @@ def _check_objectives(key: str, phase: Phase) -> None:
     if "convert" in phase.kinds and len(phase.kinds) > 1:
         raise ConfigError(
             f"{key}: got convert beside {', '.join(k for k in phase.kinds if k != 'convert')}; allowed: convert alone, "
-            f"as it learns another kind of output first"
+            f"since the student must first learn another prediction type"
         )
 
 
@@ -197,13 +213,13 @@ def _check_convert(key: str, phase: Phase, rung: Rung, number: int) -> None:
         return
     if rung.prediction_type is None:
         raise ConfigError(
-            f'{key}: got "convert", on a rung without prediction_type; allowed: on a rung that has one, such as '
+            f'{key}: got "convert", on a rung without prediction_type; allowed: only on a rung that has one, such as '
             f"prediction_type: sample"
         )
     if number:
         raise ConfigError(
-            f'{key}: got "convert" after "{rung.phases[number - 1].title}", whose work it would undo, as it learns from '
-            f"the rung before; allowed: as the first phase of its rung"
+            f'{key}: got "convert" after "{rung.phases[number - 1].title}", whose training it would undo, because it learns '
+            f"from the rung before; allowed: as the first phase of its rung"
         )
 
 
@@ -212,7 +228,9 @@ def _check_start(key: str, phase: Phase, before: tuple[Phase, ...]) -> None:
     if options.start == "fresh":
         return
     if phase.adversary is None:
-        raise ConfigError(f"{key}: got carried; allowed: on a paired or single phase, this is {phase.title}")
+        raise ConfigError(
+            f"{key}: got carried; allowed: only on a paired or single phase, and this is {phase.title}"
+        )
     previous = next((p for p in reversed(before) if p.adversary is not None), None)
     if previous is None:
         raise ConfigError(
@@ -220,8 +238,8 @@ def _check_start(key: str, phase: Phase, before: tuple[Phase, ...]) -> None:
         )
     if previous.discriminator.trunk != options.trunk:
         raise ConfigError(
-            f"{key}: got carried; allowed: with the trunk of the adversarial phase before, "
-            f"{previous.discriminator.trunk}, this has {options.trunk}"
+            f"{key}: got carried; allowed: only with the same trunk as the adversarial phase before, which has "
+            f"{previous.discriminator.trunk}; this has {options.trunk}"
         )
     same_heads = (previous.adversary, previous.discriminator.heads) == (phase.adversary, options.heads)
     if options.trunk == "frozen" and not same_heads:

@@ -1,4 +1,4 @@
-"""A config read from its file, with overrides; every mistake in one line with the nearest known key. No torch."""
+"""Reads a config from its file and applies overrides; names a mistake in one line, with the nearest known key. No torch."""
 
 import contextlib
 import copy
@@ -12,19 +12,21 @@ from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig, Section
 from stepdistill.config.saved import plain_yaml, read_run_config, resolved
+from stepdistill.config.shipped import shipped_configs
 from stepdistill.disk.places import is_folder
 from stepdistill.messages import first_line, short
 
 _MOST_BYTES = 2**22
-# What PyYAML raises at dates that do not exist, numbers too long for Python, and lists in lists in lists.
+# Raised by PyYAML for dates that do not exist, numbers too long for Python, and lists nested too deeply.
 _UNREADABLE = (ValueError, RecursionError, OverflowError)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The config of a YAML file, or of a run's folder, with overrides such as `ladder.0.phases.0.max_train_steps=5`;
-    ConfigError."""
+    """The config of a YAML file, of a run's folder or of a shipped config's name such as "letters", with overrides such as
+    `ladder.0.phases.0.max_train_steps=5` applied; ConfigError if anything is wrong."""
     path = Path(path)
-    raw = resolved(read_run_config(path)) if is_folder(path) else _read(path)
+    named = None if path.is_file() or (path / "config.yaml").is_file() else shipped_configs().get(str(path))
+    raw = resolved(read_run_config(path)) if named is None and is_folder(path) else _read(named or path)
     for override in overrides or []:
         raw = _overridden(raw, override)
     return parse_config(raw)
@@ -35,10 +37,11 @@ def _read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
     except (OSError, ValueError) as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in Path("configs").glob("*.yaml")], n=1)
-        hint = f"; did you mean configs/{near[0]}?" if near else ""
-        said = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read the config {path}: {said}{hint}") from None
+        shipped = shipped_configs()
+        near = difflib.get_close_matches(path.stem, shipped, n=1)
+        hint = f"; did you mean {near[0]}, which ships with stepdistill?" if near else ""
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the config {path}: {reason}{hint}") from None
     if len(content) > _MOST_BYTES:
         raise ConfigError(f"the config {path} has more than {_MOST_BYTES} bytes; allowed: the YAML of a run")
     try:
@@ -59,7 +62,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def parse_config(raw: dict[str, Any]) -> RunConfig:
-    """A RunConfig of plain data; ConfigError with one clear line for the first thing that is wrong."""
+    """A RunConfig from plain data; ConfigError with one clear line about the first mistake."""
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -67,7 +70,7 @@ def parse_config(raw: dict[str, Any]) -> RunConfig:
 
 
 def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> RunConfig:
-    """The config of plain data with other values at dotted keys such as ladder.0.node_steps; ConfigError."""
+    """The config from plain data with new values at dotted keys such as ladder.0.node_steps; ConfigError if it is wrong."""
     plain = dict(raw)
     for key, value in changes.items():
         plain = _with(plain, key, value, f"setting {key}")
@@ -75,7 +78,7 @@ def changed(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> RunConfig:
 
 
 def setting_at(raw: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key of plain data; ConfigError where there is none."""
+    """The value at a dotted key of plain data; ConfigError if the key does not exist."""
     node: Any = raw
     for part in key.split("."):
         try:
@@ -86,13 +89,13 @@ def setting_at(raw: Mapping[str, Any], key: str) -> Any:
 
 
 def setting_text(key: str, value: Any) -> str:
-    """A setting as the command line takes it, such as ladder.0.phases.0.max_train_steps=5."""
+    """A setting in the form that the command line takes, such as ladder.0.phases.0.max_train_steps=5."""
     text = yaml.dump(value, Dumper=_NoAliases, default_flow_style=True, width=float("inf"), sort_keys=False)
     return f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"
 
 
 class _NoAliases(yaml.SafeDumper):
-    """Writes equal parts out each time."""
+    """A YAML dumper that writes a repeated part in full each time, not as an alias."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -105,7 +108,7 @@ def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
             f"override {short(override)}: allowed: key=value, such as training.train_batch_size=16"
         )
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml(text)
     except (yaml.YAMLError, *_UNREADABLE):
         raise ConfigError(f"override {short(override)}: the value is not valid YAML") from None
     if isinstance(value, str):
@@ -115,7 +118,7 @@ def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _with(raw: Mapping[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
-    """A copy of plain data with another value at a dotted key; what is beside the path is shared, nothing is written to."""
+    """A copy of plain data with a new value at a dotted key: containers on the path are copied, all others are shared."""
     changed_data = dict(raw)
     node: Any = changed_data
     *parents, last = key.split(".")
@@ -164,7 +167,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field holds: itself, in a tuple, or beside None."""
+    """The section class in a field's annotation, which may be the class itself, a tuple of it, or a union with None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     sections = (_section_in(argument) for argument in get_args(annotation))

@@ -1,4 +1,4 @@
-"""The config that a run's folder holds, as plain data and as it was asked for. No torch."""
+"""The config as plain data, and the config.yaml that every run's folder holds. No torch."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
 
-_MEND = "mend: put a copy back, or the YAML file that the run was made by in its place"
+_MEND = "mend: put back a copy of it, or the YAML file that the run was started with"
 _MOST_NODES = 100_000
 _DEEPEST = 1000
-"""Brackets that may be open at once: Python's parser of YAML takes time that grows as the square of them."""
+"""Most brackets that may be open at once: the time of Python's YAML parser grows with the square of their number."""
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def read_run_config(run_dir: Path) -> RunConfig:
-    """The config that a run's folder was made with; ConfigError where it is no run's."""
+    """The config that a run was started with, from the run's folder; ConfigError if that is not a run's folder."""
     raw = saved_config(run_dir)
     try:
         config = RunConfig.model_validate(raw)
@@ -35,10 +35,12 @@ def read_run_config(run_dir: Path) -> RunConfig:
 
 
 def saved_config(run_dir: Path) -> dict[str, Any]:
-    """config.yaml of a run as plain data, not checked; ConfigError in one line where it is missing or no mapping."""
+    """config.yaml of a run as plain data, not validated; ConfigError in one line if it is missing or not a mapping."""
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{run_dir} is no run folder: it has no config.yaml; runs are in output_dir/name")
+        raise ConfigError(
+            f"{run_dir} is no run folder: it has no config.yaml; the folder of a run is output_dir/name"
+        )
     try:
         raw = plain_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -49,7 +51,7 @@ def saved_config(run_dir: Path) -> dict[str, Any]:
 
 
 def plain_yaml(text: str) -> Any:
-    """The plain data of a YAML text; YAMLError and what else yaml.safe_load raises, at once for brackets without end."""
+    """The plain data of a YAML text. Raises what yaml.safe_load raises; YAMLError for brackets nested too deeply."""
     depth = 0
     for bracket in re.finditer(r"[\[{}\]]", text):
         depth = depth + 1 if bracket[0] in "[{" else max(0, depth - 1)
@@ -59,7 +61,7 @@ def plain_yaml(text: str) -> Any:
 
 
 def _is_small(value: Any) -> bool:
-    """Whether plain data has few nodes, however often its YAML refers to one of them."""
+    """Whether plain data has at most _MOST_NODES nodes; one that the YAML repeats by an alias counts each time."""
     waiting, seen = [value], 0
     while waiting and seen <= _MOST_NODES:
         node, seen = waiting.pop(), seen + 1

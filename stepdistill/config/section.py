@@ -1,4 +1,4 @@
-"""What all sections of a config share: frozen, strict about keys and numbers; the error that names a wrong one. No torch."""
+"""The base class of all config sections, value types that they share, and ConfigError. No torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,16 +7,19 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 MOST_STEPS = 1000
-"""A sampler of Stable Diffusion's 1000 timesteps has no more steps."""
-_MOST_IN_A_COMPONENT, _MOST_IN_A_PATH = 255, 4096  # bytes, of Linux and of nearly every other file system
+"""Largest number of sampling steps: Stable Diffusion has 1000 timesteps."""
+_MOST_IN_A_COMPONENT, _MOST_IN_A_PATH = (
+    255,
+    4096,
+)  # bytes; limits of Linux and of nearly every other file system
 
 
 class ConfigError(ValueError):
-    """A config that cannot run; the message names the key, the value got and what is allowed."""
+    """A config that cannot run; the message names the key, the value it got and what is allowed."""
 
 
 def _usable_path(text: str) -> str:
-    """ValueError for what no file system takes, and for the home of a user who is not there."""
+    """The text itself; ValueError if no file system takes it as a path, or if it begins with ~USER of an unknown user."""
     if not text:
         raise ValueError("a path of one letter or more")
     try:
@@ -37,12 +40,12 @@ Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
 BatchSize = Annotated[int, Field(gt=0, le=4096)]
 Rank = Annotated[int, Field(gt=0, le=4096)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=150)]
-"""Part of file names, which end at 255 bytes."""
+"""A name that becomes part of file names, which have at most 255 bytes."""
 FilePath = Annotated[str, AfterValidator(_usable_path)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict about keys; numbers are finite, texts are what a file can hold."""
+    """Base of all sections: frozen; rejects unknown keys, numbers that are not finite, and text that is not valid UTF-8."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 

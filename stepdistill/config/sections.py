@@ -1,4 +1,4 @@
-"""What one YAML file says of a run: frozen sections, every field documented, the ladder checked. No torch."""
+"""The sections of a run's YAML file: frozen, each field documented (docs/configuration.md), ladder checked. No torch."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,69 +20,72 @@ from stepdistill.config.section import (
 
 
 class TeacherLora(Section):
-    """A LoRA that is part of the teacher."""
+    """A LoRA that is merged into the teacher before distillation."""
 
     path: FilePath
     """A .safetensors file, or a folder that holds one."""
     weight: float = 1.0
-    """How much of it."""
+    """Weight at which the LoRA is merged."""
 
 
 class Teacher(Section):
     """The model to distil."""
 
     path: FilePath = "letters"
-    """A diffusers pipeline's folder, one .safetensors checkpoint, or a repository of the Hub such as org/name; "letters"
-    for the one that ships in the package."""
+    """Where the model is: the folder of a diffusers pipeline, a single .safetensors checkpoint, a Hub repository such as
+    org/name, or "letters", the small model that ships in the package."""
     revision: str | None = None
-    """Of a repository: commit, tag or branch."""
+    """Commit, tag or branch, if `path` is a Hub repository."""
     variant: str | None = None
-    """Of a repository: which of its weights, such as fp16."""
+    """Variant of the weights to download, such as fp16, if `path` is a Hub repository."""
     config: FilePath | None = None
-    """Of a single file: the pipeline's folder or repository whose configs and tokenizers belong to it. Where not given
-    diffusers looks up the one that the file's keys point to, in its cache or on the Hub."""
+    """If `path` is a single file: a pipeline folder or Hub repository with the configs and tokenizers that belong to the
+    file. Default: diffusers infers a repository from the file's keys and reads its configs from the cache or the Hub."""
     loras: Annotated[tuple[TeacherLora, ...], Field(max_length=64)] = ()
-    """LoRAs baked into the teacher: what is distilled draws with them."""
+    """LoRAs to merge into the teacher, which is then distilled with them."""
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
-    """Classifier-free guidance of the first rung's teacher and of the teacher's rows in the table; 1 is off."""
+    """Classifier-free guidance scale of the first rung's teacher, of the teacher's rows in the table, and of the pictures
+    that the teacher draws if `data.source` is a .txt file of prompts; 1 turns guidance off."""
     unconditional: Literal["auto", "empty", "zeros"] = "auto"
-    """What stands for no prompt: the embedding of "", or zeros; auto as the pipeline has it: "" for SD, zeros for SDXL."""
+    """Unconditional input of guidance. empty: the embedding of ""; zeros: zeros in place of the embedding; auto: what the
+    pipeline itself uses, the embedding of "" for SD and zeros for SDXL."""
 
 
 class Lora(Section):
-    """What trains."""
+    """The LoRA that is trained on every rung."""
 
     rank: Rank = 32
-    """Rank of every rung's LoRA; alpha equals it."""
+    """Rank of every rung's LoRA; alpha equals the rank."""
 
 
 class Training(Section):
-    """How every phase is optimised, unless the phase says otherwise."""
+    """Settings of the optimisation, the same for all phases."""
 
     train_batch_size: BatchSize = 32
-    """Samples per micro-batch and process."""
+    """Number of samples per micro-batch and process."""
     gradient_accumulation_steps: BatchSize = 1
-    """Micro-batches per update; what an update computes does not depend on the split."""
+    """Number of micro-batches per update; the split into micro-batches does not change what an update computes."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm, student and discriminator each."""
+    """Norm to which gradients are clipped, separately for student and discriminator."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Updates of linear warm-up at the start of each phase, a tenth of the phase at most."""
+    """Number of updates of linear warm-up at the start of each phase, but never more than a tenth of the phase."""
     lr_final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The learning rate decays along a cosine to this share of itself."""
+    """Share of the learning rate that is left at the end of each phase, after cosine decay."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the student's moving average, which is then what a phase leaves; 0 keeps the last weights."""
+    """Decay of the moving average of the student's weights, which is the result of each phase; 0 keeps the last weights."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """The base in bfloat16 or float16 under autocast; what trains stays float32. fp16 scales the loss, for cards without
-    bfloat16."""
+    """no: float32; bf16 and fp16: the base model in bfloat16 or float16, under autocast. The trained weights are always
+    float32. fp16 also scales the loss; it is meant for cards without bfloat16."""
     base_quantization: Literal["none", "int8"] = "none"
-    """int8 keeps the base's linear layers in 8 bits, a scale per row (torchao's weight-only form, extra "quantize"): half of
-    their memory in bfloat16. The LoRA is trained on that base and measured on the whole one."""
+    """int8 stores the base model's linear layers in 8 bits with one scale per row (torchao's weight-only form; needs the
+    extra "quantize"), in half of the memory that they take in bfloat16. The LoRA is trained on the quantised base model and
+    evaluated on the original one."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     logging_steps: PositiveInt = 20
-    """A console line every so many updates; the JSONL log has every one."""
+    """If the output is not a terminal, print a line every so many updates; the JSONL log has every update."""
     preview_steps: Annotated[int, Field(ge=0)] = 0
-    """A preview picture every so many updates, beside the one at the end of each phase; 0 is only that one."""
+    """Draw a preview picture every so many updates, besides the one at the end of each phase; 0 draws that one alone."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -91,49 +94,50 @@ class Training(Section):
 
 
 class Preview(Section):
-    """Pictures while training."""
+    """Pictures that are drawn during training."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
-    """Fixed prompts, drawn from fixed noise by teacher and student."""
+    """Prompts that teacher and student draw in every preview picture, from the same fixed noise."""
     looks_images: Annotated[int, Field(ge=0, le=256)] = 8
-    """Pictures of the data's captions that the student draws at the end of each phase, by which the report tells which phase
-    moved sharpness, contrast or colour; 0 leaves that out."""
+    """Number of pictures that the student draws at the end of each phase for captions of the data. They tell the report
+    which phase changed sharpness, contrast or colour; 0 leaves this out."""
 
 
 class Export(Section):
-    """The files of a finished rung."""
+    """The files that are written for every finished rung."""
 
     formats: Annotated[tuple[Literal["diffusers", "kohya", "fused", "onnx"], ...], Field(min_length=1)] = (
         "diffusers",
         "kohya",
     )
-    """diffusers: LoRA, scheduler, card, which are always there; kohya: one file for ComfyUI, A1111, Forge and kohya's tools,
-    and ComfyUI's workflow for it;
-    fused: the U-Net with the LoRA merged; onnx: the same for onnxruntime (extra "onnx")."""
+    """Formats to write. diffusers: LoRA, scheduler and model card, which are always written; kohya: one LoRA file for
+    ComfyUI, A1111, Forge and kohya's tools, with a workflow for ComfyUI; fused: the U-Net with the LoRA merged; onnx: the
+    merged U-Net for onnxruntime, in float32 (needs the extra "onnx")."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    """Of kohya's file and of the fused U-Net, each rounded once."""
+    """Data type of the kohya file and of the fused U-Net; each is rounded to it once."""
     rank: Rank | None = None
-    """A lower rank, by singular values, into a folder of its own; the trained one where not given."""
+    """Reduce the LoRA to this lower rank by singular values; the files go into rank<R>/. Default: the trained rank."""
     kohya_names: Literal["auto", "diffusers", "sgm"] = "auto"
-    """Spelling of modules in kohya's file; auto is what kohya trains: the original's for SDXL, diffusers' for SD."""
+    """Module names in the kohya file: those of diffusers or those of the original repository (sgm). auto: the names that
+    kohya's trainer uses, sgm for SDXL and diffusers for SD."""
     base_model: str | None = None
-    """The base's repository on the Hub, for the card; teacher.path where that is one."""
+    """Hub repository of the base model, for the model card. Default: teacher.path if that is a Hub repository."""
     license: str | None = None
-    """Of the LoRA, as you state it, on the card and in kohya's header; none is made up."""
+    """Licence of the LoRA, for the model card and the kohya file's header. Default: none is stated."""
 
 
 class RunConfig(Section):
     """A whole run."""
 
     name: Name
-    """The run's folder is output_dir/name."""
+    """Name of the run; its folder is output_dir/name."""
     output_dir: FilePath = "runs"
-    """Where run folders are."""
+    """Folder that holds the runs' folders."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
-    """Everything random is derived from it."""
+    """Seed from which all randomness of the run is derived."""
     start_from: FilePath | None = None
-    """A finished rung of another run of the same teacher, such as runs/first/rungs/32: that rung and those before it in this
-    ladder are copied from there, and this run trains the ones after it."""
+    """Folder of a finished rung of another run with the same teacher, such as runs/first/rungs/32. That rung, and the rungs
+    before it in this ladder, are copied from the other run; this run trains only the rungs after it."""
     teacher: Teacher = Teacher()
     lora: Lora = Lora()
     data: Data = Data()
@@ -145,11 +149,11 @@ class RunConfig(Section):
 
     @property
     def run_dir(self) -> Path:
-        """output_dir/name."""
+        """The run's folder, output_dir/name."""
         return Path(self.output_dir) / self.name
 
     def prediction_types(self, base: str) -> list[str]:
-        """What each rung's student predicts: its own setting, or as the rung before; `base` is what the teacher predicts."""
+        """What each rung's student predicts: its prediction_type, else that of the rung before; the teacher's is `base`."""
         kinds, kind = [], base
         for rung in self.ladder:
             kind = rung.prediction_type or kind

@@ -1,4 +1,5 @@
-"""The samples and the randomness of one update, by index: the same whatever the micro-batch or the processes.
+"""The samples and the randomness of one update, a function of the sample index alone: the micro-batch size and the number of
+processes change nothing.
 
 Everything that depends on timesteps alone is computed here, on the CPU and before the update, so that the update does not
 wait for the GPU.
@@ -20,8 +21,11 @@ from stepdistill.objectives.adversarial import draw_perturbation
 
 @dataclass(frozen=True)
 class Perturbation:
-    """timesteps (B,) at which D sees each sample: t* where prev_timestep is CLEAN, else prev_timestep; noise (B, C, H, W)
-    re-noises the clean rows."""
+    """How the discriminator D sees the samples of a batch.
+
+    timesteps  (B,), at which D sees each sample: t* if prev_timestep is CLEAN, else prev_timestep
+    noise      (B, C, H, W), re-noises the rows whose prev_timestep is CLEAN
+    """
 
     timesteps: torch.Tensor
     noise: torch.Tensor
@@ -32,10 +36,10 @@ class Batch:
     """One micro-batch.
 
     original_samples, noise    (B, C, H, W), float32
-    timesteps, prev_timesteps  (B,), the student's move
-    conditioning               of B rows
-    teacher_moves              the teacher's from timesteps to prev_timesteps; None where the phase asks no teacher for them
-    perturbation               of an adversarial phase
+    timesteps, prev_timesteps  (B,), start and end of the student's step
+    conditioning               B rows
+    teacher_moves              the teacher's steps from timesteps to prev_timesteps; None if there is no teacher rollout
+    perturbation               None outside adversarial phases
     """
 
     original_samples: torch.Tensor
@@ -48,7 +52,7 @@ class Batch:
 
 
 def ahead(draw: Callable[[int], Batch], firsts: Iterable[int]) -> Generator[tuple[int, Batch]]:
-    """(first, draw(first)) one after another, the next one drawn by a thread while the last is worked on."""
+    """Yields (first, draw(first)) for each of `firsts` in order; a thread draws the next batch in the meantime."""
     rest = iter(firsts)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         coming = [(first, pool.submit(draw, first)) for first in itertools.islice(rest, 1)]
@@ -74,21 +78,21 @@ def draw_batch(
     dtype: torch.dtype,
     group: int | None = None,
 ) -> Batch:
-    """The batch of the global sample `indices` of the phase named by `keys`; t is uniform over the node_steps grid.
+    """The batch of the global sample `indices` of the phase named by `keys`; timesteps are uniform over the node_steps grid.
 
     Args:
         cache: latents and text embeddings.
-        indices: numbers of samples within the phase.
-        noise_path: whose timesteps are drawn.
-        student_steps: the student's sampler, whose next node a move leads to.
-        node_steps: the grid that timesteps are drawn from.
-        teacher_steps: the teacher's sampler; no moves of a teacher where not given.
-        perturbation_weights: of t* (objectives/adversarial.py); no perturbation where not given.
-        seed: the run's.
-        keys: what names the randomness.
-        device: of the tensors.
-        dtype: of the conditioning; latents and noise are float32.
-        group: samples of an update, which are all of one size; where not given these indices are one.
+        indices: sample numbers, counted from the start of the phase.
+        noise_path: the noise schedule.
+        student_steps: steps of the student's sampler; each sample moves to the next node of its grid.
+        node_steps: steps of the sampler whose nodes the timesteps are drawn from.
+        teacher_steps: steps of the teacher's sampler; default: teacher_moves is None.
+        perturbation_weights: weights of the timesteps t* (objectives/adversarial.py); default: perturbation is None.
+        seed: the run's seed.
+        keys: names the random stream, together with the seed.
+        device: device of all tensors.
+        dtype: dtype of the conditioning; latents and noise are float32.
+        group: number of samples in an update, all of one image size; default: `indices` are one whole update.
     """
     samples = cache.draw(indices, seed=rng.derive_seed(seed, *keys), group=group or len(indices))
     picks = rng.uniform(indices, seed=seed, keys=(*keys, "timestep"))

@@ -1,7 +1,9 @@
-"""Which size each picture is cut to: the teacher's, or with buckets that of about as many pixels nearest its own ratio.
+"""Which size each picture is cropped to: the teacher's, or with data.buckets a size of about as many pixels, with the aspect
+ratio nearest the picture's.
 
-An update sees one size. Pictures of a bucket that has fewer than an update takes would come in bursts, all of them again and
-again in one update and none in the next hundred, so they are cut to the nearest size that has enough.
+All samples of an update have one size. If a bucket held fewer pictures than an update takes, they would come in bursts: all
+of them several times in one update, and none in the next hundred. So they are cropped to the nearest size that has enough
+pictures.
 """
 
 import copy
@@ -15,18 +17,19 @@ Size = tuple[int, int]
 
 
 def least_per_bucket(config: RunConfig) -> int:
-    """How many pictures a bucket must have to be used."""
+    """The smallest number of pictures that a bucket must have to be used."""
     training = config.training
     return config.data.min_per_bucket or training.train_batch_size * training.gradient_accumulation_steps
 
 
 class Sizes:
-    """The sizes (height, width) that a run's pictures come in.
+    """The sizes (height, width) that a run's pictures are cropped to.
 
     Args:
-        data: the config's section.
-        teacher_size: what the teacher draws where nobody asks for another size.
-        multiple: sides are multiples of it: the VAE's factor times the U-Net's.
+        data: the config's `data` section.
+        teacher_size: the size that the teacher draws by default.
+        multiple: every side is a multiple of this number, the VAE's downsampling factor times the U-Net's; ConfigError if
+            data.resolution is not.
     """
 
     def __init__(self, data: Data, *, teacher_size: Size, multiple: int) -> None:
@@ -44,21 +47,24 @@ class Sizes:
             self.all = tuple(dict.fromkeys([target, *buckets]))
 
     def of(self, picture: Size) -> Size:
-        """The size that a picture (height, width) is cut to."""
+        """The size that a picture of (height, width) is cropped to."""
         if len(self.all) == 1:
             return self.all[0]
         return self.all[find_nearest_bucket(*picture, self.all)]
 
     def tally(self, pictures: Mapping[Size, int]) -> dict[Size, int]:
-        """How many of the pictures are cut to each size, where any are; `pictures` counts them by (height, width)."""
+        """How many pictures are cropped to each size, without sizes that get none. `pictures`: counts by (height, width)."""
         counts = dict.fromkeys(self.all, 0)
         for picture, count in pictures.items():
             counts[self.of(picture)] += count
         return {size: count for size, count in counts.items() if count}
 
     def without_small(self, pictures: Mapping[Size, int], *, least: int) -> "Sizes":
-        """These sizes but for those that fewer than `least` of the pictures fall into, the smallest taken out first, as each
-        leaves its pictures to others; one stays in any case. Sizes without any picture stay too."""
+        """A copy without the sizes that fewer than `least` pictures are cropped to.
+
+        The size with the fewest pictures is removed first and its pictures are counted towards other sizes, until every size
+        has enough or only one is left. Sizes that no picture is cropped to are not removed.
+        """
         sizes = copy.copy(self)
         while True:
             counts = sizes.tally(pictures)

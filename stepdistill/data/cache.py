@@ -1,8 +1,8 @@
-"""The cache that `prepare` fills and every phase reads: shards of latents and texts, memory-mapped, samples by their number.
+"""The cache that `prepare` writes and every phase reads: memory-mapped shards of latents and text embeddings.
 
 cache/shards/00000.safetensors   consecutive samples (shards.py)
-cache/text.safetensors           embeddings of the preview's prompts, and of no prompt
-cache/manifest.json              what all of it was made from, the shards, how many samples were bad and how; written last
+cache/text.safetensors           embeddings of the preview's prompts, and the unconditional embedding
+cache/manifest.json              what the cache was made from, its shards, how many samples were bad and why; written last
 """
 
 import functools
@@ -25,20 +25,20 @@ TEXT = "text.safetensors"
 
 @dataclass(frozen=True)
 class Samples:
-    """latents (B, C, h, w) in float32, and what the U-Net is told of them."""
+    """latents (B, C, h, w) in float32, and their conditioning (B rows)."""
 
     latents: torch.Tensor
     conditioning: Conditioning
 
 
 class LatentCache:
-    """Samples of a cache by number.
+    """Reads the samples of a cache by their number.
 
     Args:
-        shards: in order.
-        prompts: those whose embeddings are at hand: the preview's.
-        conditioning: of these, a row each.
-        unconditional: one row that stands for no prompt.
+        shards: in the order of their samples.
+        prompts: the preview's prompts.
+        conditioning: one row for each of these prompts.
+        unconditional: one row, the unconditional embedding of classifier-free guidance.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class LatentCache:
         sizes = sorted({size for shard in shards for size in shard.counts})
         self._places = {size: Places([shard.counts.get(size, 0) for shard in shards]) for size in sizes}
         self.sizes: dict[Size, int] = {size: len(places) for size, places in self._places.items()}
-        """How many samples there are of each size (height, width) in pixels."""
+        """Number of samples of each size (height, width) in pixels."""
 
     def __len__(self) -> int:
         return sum(self.sizes.values())
 
     @functools.cached_property
     def latent_shapes(self) -> dict[Size, tuple[int, ...]]:
-        """(C, h, w) of the samples of each size."""
+        """Latent shape (C, h, w) of each size."""
         return {
             size: next(s for s in self._shards if s.counts.get(size)).latent_shape(size)
             for size in self.sizes
@@ -69,20 +69,20 @@ class LatentCache:
 
     @property
     def commonest_size(self) -> Size:
-        """The size (height, width) in pixels that most samples have."""
+        """The size (height, width) in pixels that the most samples have."""
         return max(self.sizes, key=lambda size: self.sizes[size])
 
     @property
     def smallest_side(self) -> int:
-        """Of all latents' heights and widths."""
+        """The smallest height or width of any latent."""
         return min(min(shape[1:]) for shape in self.latent_shapes.values())
 
     def of_prompts(self, prompts: list[str]) -> Conditioning:
-        """What the U-Net is told of the preview's prompts."""
+        """Conditioning of these prompts, one row each; ValueError if one is not a prompt of the preview."""
         return self._conditioning.rows(torch.tensor([self._prompts.index(prompt) for prompt in prompts]))
 
     def samples(self, size: Size, numbers: list[int]) -> Samples:
-        """Samples by their number among all of that size, in the order asked for."""
+        """Samples of one size, in the order of `numbers`, which count the samples of that size only."""
         shards, index = self._places[size].find(torch.tensor(numbers))
         order = torch.argsort(shards, stable=True)
         latents, conditionings = [], []
@@ -95,9 +95,10 @@ class LatentCache:
         return Samples(torch.cat(latents)[back].float(), conditioning)
 
     def draw(self, indices: list[int], *, seed: int, group: int) -> Samples:
-        """The samples of global `indices`, all of one size: shuffled passes over all of them, no sample twice in a pass.
+        """The samples of the global `indices`, all of one size: shuffled passes over the data, no sample twice in a pass.
 
-        With several sizes an update, `group` consecutive indices, sees one of them (order.py).
+        With several sizes, an update (`group` consecutive indices) has samples of one size (order.py); ValueError if the
+        indices belong to more than one update.
         """
         if len(self.sizes) == 1:
             size, count = next(iter(self.sizes.items()))
@@ -109,12 +110,12 @@ class LatentCache:
 
 
 def load_cache(config: RunConfig) -> LatentCache:
-    """The cache that `prepare` left; ValueError where it is missing or a byte of it was changed since."""
+    """Opens the run's cache; ValueError if it is missing or a byte of it changed since `prepare` wrote it."""
     return open_cache(config.run_dir / "cache")
 
 
 def open_cache(folder: Path) -> LatentCache:
-    """A cache by its folder."""
+    """Opens the cache in `folder`; ValueError if it is missing or a byte of it changed since `prepare` wrote it."""
     manifest = read_sealed(folder / "manifest.json")
     broken = _broken(folder, manifest)
     if manifest is None or broken is not None:
@@ -131,7 +132,7 @@ def open_cache(folder: Path) -> LatentCache:
 
 
 def is_whole(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest says all that a cache is opened by."""
+    """Whether a manifest has all entries that opening a cache needs, with the right types."""
     entries = manifest.get("shards")
     prompts, samples = manifest.get("prompts"), manifest.get("samples", 0)
     return (
@@ -143,7 +144,7 @@ def is_whole(manifest: dict[str, Any]) -> bool:
 
 
 def _broken(folder: Path, manifest: dict[str, Any] | None) -> str | None:
-    """The first file that is not as it was written."""
+    """The first file that is missing or was changed, as part of a message; None if the cache is intact."""
     if manifest is None or not is_whole(manifest):
         there = (folder / "manifest.json").exists()
         return "manifest.json is not as it was written" if there else "no manifest.json"
@@ -161,7 +162,7 @@ def _broken(folder: Path, manifest: dict[str, Any] | None) -> str | None:
 
 
 def pack(prefix: str, conditioning: Conditioning) -> dict[str, torch.Tensor]:
-    """Conditioning as named tensors of a file."""
+    """Conditioning as tensors named PREFIX.NAME, to be written to a file."""
     tensors = {"encoder_hidden_states": conditioning.encoder_hidden_states, **conditioning.added_cond_kwargs}
     return {f"{prefix}.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
 

@@ -1,6 +1,6 @@
-"""The samples of one shard, encoded: pictures decoded by threads while the VAE works, texts once each.
+"""Encodes the samples of one shard: threads decode pictures while the VAE works, and each distinct caption is encoded once.
 
-Which pictures go through the VAE together depends on the shard alone, so a shard made again is the same to the bit.
+Which pictures form a VAE batch depends on the shard's records alone, so encoding a shard again gives the same bits.
 """
 
 import collections
@@ -34,19 +34,19 @@ _EXAMPLES = 3
 
 @dataclass
 class Bad:
-    """Bad samples by kind: how many, and what was wrong with the first few."""
+    """Bad samples by kind: how many, and the error messages of the first few."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, message: str) -> None:
-        """Counts one."""
+        """Counts one bad sample."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if len(self.examples.setdefault(kind, [])) < _EXAMPLES:
             self.examples[kind].append(message)
 
     def extend(self, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
-        """Adds another shard's."""
+        """Adds the bad samples of another shard."""
         for kind, count in counts.items():
             self.counts[kind] = self.counts.get(kind, 0) + count
             first_examples = self.examples.setdefault(kind, [])
@@ -54,18 +54,23 @@ class Bad:
 
     @property
     def total(self) -> int:
-        """Of all kinds."""
+        """Number of bad samples of all kinds."""
         return sum(self.counts.values())
 
     def __str__(self) -> str:
-        """Such as "2 image_unreadable (a.png: cannot identify image file)", one after another."""
+        """Such as "2 image_unreadable (a.png: not a picture)", comma-separated, the most frequent kind first."""
         kinds = sorted(self.counts.items(), key=lambda item: -item[1])
         return ", ".join(f"{count} {kind} ({self.examples[kind][0]})" for kind, count in kinds)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a sample comes from: height and width of the whole picture, top and left of the cut."""
+    """Where a sample comes from.
+
+    name    the record's name
+    whole   (height, width) of the whole picture
+    corner  (top, left) of the crop
+    """
 
     name: str
     caption: str
@@ -81,10 +86,10 @@ class Encoder:
     """Turns records into a shard's tensors.
 
     Args:
-        pipeline: the teacher's, without its U-Net.
-        data: the config's section.
-        sizes: what pictures are cut to.
-        synthesis: makes the latents where there are prompts alone.
+        pipeline: the teacher's pipeline without its U-Net.
+        data: the config's `data` section.
+        sizes: the sizes that pictures are cropped to.
+        synthesis: draws the latents if the source has prompts only.
     """
 
     def __init__(
@@ -94,9 +99,9 @@ class Encoder:
         self._dtype = getattr(torch, data.dtype)
 
     def encode(self, records: Sequence[Record], *, first: int) -> tuple[dict[str, torch.Tensor], Bad]:
-        """A shard's tensors, and its bad samples; BadSample, named, for a kind that is to stop.
+        """The shard's tensors and its bad samples; BadSample, with the sample's name, for a kind whose policy is "error".
 
-        first: the number of the first record in the whole stream, which names the noise of what the teacher makes.
+        first: number of the first record in the whole stream; latents that the teacher draws take their noise from it.
         """
         if self._synthesis is not None:
             return self._synthesized(records, self._synthesis, first)
@@ -112,7 +117,7 @@ class Encoder:
                     done[size].append((place, latent.to(self._dtype)))
                 else:
                     self._refuse(
-                        BadSample("latent_not_finite", "the VAE gives no finite latent"), place.name, bad
+                        BadSample("latent_not_finite", "the VAE's latent is not finite"), place.name, bad
                     )
 
         for outcome in self._cut(records):
@@ -131,7 +136,7 @@ class Encoder:
         return self._tensors(done, *self._texts(places)), bad
 
     def _cut(self, records: Sequence[Record]) -> Iterator[_Cut | _Broken]:
-        """Each record as its cut picture or what is wrong with it, in order, some read ahead by threads."""
+        """Each record as its cropped picture, or its name and error, in order; threads read up to _AHEAD records ahead."""
 
         def read(record: Record) -> _Cut | _Broken:
             try:
@@ -174,12 +179,12 @@ class Encoder:
         latents = synthesis.latents(conditioning.rows(rows), numbers)
         for place, latent in zip(places, latents, strict=True):
             if not bool(latent.isfinite().all()):
-                raise BadSample("latent_not_finite", f"{place.name}: the teacher makes no finite latent")
+                raise BadSample("latent_not_finite", f"{place.name}: the teacher's latent is not finite")
         done = {size: list(zip(places, latents.to(self._dtype), strict=True))}
         return self._tensors(done, captions, conditioning), bad
 
     def _texts(self, places: Sequence[_Place]) -> tuple[list[str], Conditioning]:
-        """The distinct captions in order, and a row of conditioning for each."""
+        """The distinct captions, sorted, and a row of conditioning for each."""
         captions = sorted({place.caption for place in places})
         return captions, encode_prompts(self._pipeline, captions, image_size=self._sizes.target)
 
@@ -199,12 +204,13 @@ class Encoder:
 
 
 def stopping(kind: Kind, message: str) -> BadSample:
-    """What is raised for a bad sample of a kind that is to stop; the message begins with its name."""
-    return BadSample(kind, f"{kind}: {message}; mend it, or set data.on_bad.{kind}=skip")
+    """The error that stops `prepare`, for a bad sample of a kind whose policy is "error"; `message` begins with the sample's
+    name."""
+    return BadSample(kind, f"{kind}: {message}; mend: repair it, or set data.on_bad.{kind}=skip")
 
 
 def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A shard's text parts; time ids belong to pictures."""
+    """The text tensors of a shard, on the CPU; time ids are left out, as they depend on the picture."""
     parts = {"encoder_hidden_states": conditioning.encoder_hidden_states, **conditioning.added_cond_kwargs}
     return {
         f"text/{name}": part.to("cpu", dtype).contiguous()
@@ -215,7 +221,7 @@ def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, to
 
 @torch.no_grad()
 def encode_pictures(pipeline: DiffusionPipeline, pixels: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) -> scaled posterior means (B, C, h, w), float32, on the CPU."""
+    """uint8 pictures (B, H, W, 3) -> VAE posterior means times scaling_factor (B, C, h, w), float32 on the CPU."""
     vae = pipeline.vae
     batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(vae.device, torch.float32)
     latents = vae.encode((batch / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean

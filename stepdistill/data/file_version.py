@@ -1,7 +1,7 @@
-"""The version of a picture's file, which changes when another picture takes its name: its length, and bytes of its middle.
+"""The version of a picture file, which changes if another picture takes its name: its length, and 64 bytes from its middle.
 
-One short read is enough. A picture that was drawn or encoded anew differs there, whatever its date says; a copied data set
-keeps its versions.
+One short read is enough: a picture that was drawn or encoded again differs in its middle. The file's date plays no part, so
+a copied data set has the same versions.
 """
 
 import stat
@@ -11,7 +11,7 @@ _BYTES = 64
 
 
 def version_of_file(path: Path) -> str:
-    """Of a regular file; other kinds have no version and are never opened."""
+    """The version of a regular file; "missing", or "no file" for anything else, which is never opened."""
     try:
         status = path.stat()
     except (OSError, UnicodeError):
@@ -20,7 +20,7 @@ def version_of_file(path: Path) -> str:
 
 
 def version_of_part(path: Path, offset: int, size: int) -> str:
-    """Of `size` bytes of a file from `offset` on: a member of an archive."""
+    """The version of an archive member: `size` bytes of a file, beginning at `offset`."""
     try:
         with path.open("rb") as file:
             file.seek(offset + size // 2)
@@ -30,6 +30,6 @@ def version_of_part(path: Path, offset: int, size: int) -> str:
 
 
 def version_of_bytes(content: bytes) -> str:
-    """Of what is in memory."""
+    """The version of a picture in memory."""
     middle = len(content) // 2
     return f"{len(content)}:{content[middle : middle + _BYTES].hex()}"

@@ -1,7 +1,7 @@
-"""Which captions distillation never sees, so that the table can be about them.
+"""Which captions are held out from training, so that the evaluation can use them.
 
-A caption is held out by a hash of its own text, so every seed, run and method keeps the same ones apart. Where the config
-names no share, it is 5 % of one's own pictures if that leaves 64 to measure with, else none.
+A hash of the caption's text decides, so every seed, run and method holds out the same captions. The default share is 5 % for
+pictures of your own if that holds out at least 64 distinct captions, else none.
 """
 
 import hashlib
@@ -20,20 +20,21 @@ from stepdistill.run.folder import saved_held_out
 
 AUTO_SHARE = 0.05
 FEWEST_HELD_OUT = 64
-"""Distinct captions that the share of its own must hold out: of about 1,280."""
+"""The default share is used only if it holds out this many distinct captions; a source needs about 1,280 for that."""
 MOST_LOOKED_AT = 5120
-"""Records; a source with fewer captions among these repeats them, and whole subjects would be held out."""
-_MOST_HELD_OUT = 4 * AUTO_SHARE  # of the pictures: one caption that many share may be among those held out
+"""Records that are read to choose the default share. If they have too few distinct captions, the source repeats captions,
+and holding some out would remove whole subjects from training."""
+_MOST_HELD_OUT = 4 * AUTO_SHARE  # share of the pictures; many of them may share one held-out caption
 
 
 def is_held_out(caption: str, share: float) -> bool:
-    """Whether a caption belongs to the share (0 to 1) of all texts that distillation does not see."""
+    """Whether a caption belongs to the share (0 to 1) of all texts that is held out."""
     digest = hashlib.sha256(caption.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def is_record_held_out(record: Record, share: float) -> bool:
-    """Whether a record's caption belongs to the share; a caption that cannot be read does not."""
+    """Whether a record's caption is held out; False for a caption that cannot be read."""
     try:
         return is_held_out(read_caption(record.read_caption()), share)
     except BadSample:
@@ -41,8 +42,11 @@ def is_record_held_out(record: Record, share: float) -> bool:
 
 
 def held_out_share(data: Data) -> float:
-    """The share (0 to 1) that a config names, or what stands for none: the lender's of another run's cache, AUTO_SHARE of
-    enough pictures of one's own, 0 of the letters world, of prompts alone and of fewer."""
+    """The share (0 to 1) of captions to hold out: data.held_out, or its default.
+
+    Default: for another run's cache, the share that the cache was made with; for pictures of your own, AUTO_SHARE if
+    `leaves_enough`, else 0; for the letters world and for prompts only, 0.
+    """
     if data.held_out is not None:
         return data.held_out
     if world_of(data.source) is not None or is_prompts_only(data.source):
@@ -53,7 +57,7 @@ def held_out_share(data: Data) -> float:
 
 
 def settled(config: RunConfig) -> RunConfig:
-    """The config with a number for data.held_out: a run that has begun stays with its own, however its source grows."""
+    """The config with a number for data.held_out. A run that has begun keeps its share, even if its source grows."""
     share = config.data.held_out
     if share is None and not is_cache(config.data.source):
         begun = saved_held_out(config.run_dir)
@@ -64,8 +68,11 @@ def settled(config: RunConfig) -> RunConfig:
 
 
 def measured_data(config: RunConfig) -> Data:
-    """The data that the table is about, its share a number: of another run's cache the lender's source, where that held
-    captions out and is still there; else the cache's captions, which were all trained on."""
+    """The data that the evaluation uses, with a number for held_out.
+
+    If data.source is another run's cache: the source which that cache was made from, if it held captions out and still
+    exists; otherwise the cache's captions, all of which were trained on.
+    """
     return _lenders(settled(config).data)
 
 
@@ -77,8 +84,11 @@ def _lenders(data: Data) -> Data:
 
 
 def pictured_data(config: RunConfig) -> Data:
-    """The data that a run's latents were made of, its share a number: of another run's cache the lender's, where its source
-    is still there; else the cache itself, which has no pictures."""
+    """The data that the run's latents were encoded from, with a number for held_out.
+
+    If data.source is another run's cache: the source which that cache was made from, if it still exists; otherwise the cache
+    itself, which has no pictures.
+    """
     data = settled(config).data
     while (lender := _lender_of(data)) is not None:
         data = lender
@@ -86,7 +96,8 @@ def pictured_data(config: RunConfig) -> Data:
 
 
 def _lender_of(data: Data) -> Data | None:
-    """What the cache of another run was made of, where that is still there."""
+    """The `data` section that another run's cache was made from; None if data.source is no cache, or the cache's source no
+    longer exists."""
     if not is_cache(data.source):
         return None
     lender = (read_sealed(Path(data.source).expanduser() / "manifest.json") or {}).get("data")
@@ -95,19 +106,21 @@ def _lender_of(data: Data) -> Data | None:
         return None
     try:
         return Data.model_validate(lender)
-    except ValidationError:  # of another version
+    except ValidationError:  # written by another version
         return None
 
 
 def _prepared_with(cache: Path) -> float | None:
-    """The share that a cache was made with; None where there is no cache."""
+    """The share of captions that a cache was made with; None if there is no cache."""
     data = (read_sealed(cache / "manifest.json") or {}).get("data")
     return data.get("held_out") if isinstance(data, dict) else None
 
 
 def leaves_enough(stream: Iterable[Record]) -> bool:
-    """Whether AUTO_SHARE of these records is FEWEST_HELD_OUT captions and no large part of the pictures; no more of them are
-    read than it takes to know."""
+    """Whether AUTO_SHARE holds out at least FEWEST_HELD_OUT distinct captions but not too many of the pictures.
+
+    Reads at most MOST_LOOKED_AT records and stops as soon as enough captions are found.
+    """
     captions: set[str] = set()
     held_out = 0
     for seen, record in enumerate(itertools.islice(stream, MOST_LOOKED_AT), 1):

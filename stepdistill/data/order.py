@@ -1,12 +1,13 @@
-"""Which samples an update sees where pictures come in several sizes: those of one size, and every picture equally often.
+"""Which samples an update uses if pictures come in several sizes: samples of one size, and every picture equally often.
 
-An update is `group` samples. Each size has shuffled passes of its own, one after another without end, that its updates are
-filled from. In the first p passes over all the data a size of c samples has floor(p c / group) updates: what fills no update
-is carried into the next pass. So after p passes a sample of a size that has `group` samples or more was seen p or p - 1
-times. A smaller size has one update in about group / c passes, and each of its samples is seen group / c times in it:
-that is why `prepare` cuts such pictures to the nearest size that has enough (buckets.py).
+An update takes `group` samples. Each size has an endless sequence of shuffled passes over its samples, from which its
+updates are filled. In the first p passes over all the data, a size of c samples has floor(p c / group) updates; samples
+that do not fill an update are carried into the next pass. So after p passes, a sample of a size with at least `group`
+samples was seen p or p - 1 times. A smaller size has one update in about group / c passes, and that update uses each of its
+samples group / c times: this is why `prepare` crops such pictures to the nearest size that has enough (buckets.py).
 
-All of it is a function of the update's number: the same after a stop, for any number of processes and micro-batches.
+The order depends on the seed and the update's number alone: a resumed run, any number of processes and any micro-batch size
+give the same samples.
 """
 
 from collections.abc import Mapping
@@ -18,9 +19,9 @@ from stepdistill.data.shards import Size
 def samples_of_update(
     sizes: Mapping[Size, int], update: int, *, group: int, seed: int
 ) -> tuple[Size, list[int]]:
-    """The size that update number `update` sees, and its samples by their numbers among those of that size, `group` of them.
+    """The image size that update number `update` uses, and its `group` samples, numbered within that size.
 
-    sizes: how many samples there are of each, at least one.
+    sizes: number of samples of each size, at least one size.
     """
     finished = _passes_before(sizes, update, group)
     first = {size: finished * count // group for size, count in sizes.items()}
@@ -34,9 +35,9 @@ def samples_of_update(
 
 
 def _passes_before(sizes: Mapping[Size, int], update: int, group: int) -> int:
-    """How many passes are over when this update comes: the most whose updates are no more than `update`."""
+    """Number of complete passes before this update: the largest p whose passes have at most `update` updates."""
     samples = sum(sizes.values())
-    # after p passes between p samples / group - len(sizes) and p samples / group updates are over
+    # p passes have between p * samples / group - len(sizes) and p * samples / group updates
     low, high = update * group // samples, (update + len(sizes) + 1) * group // samples + 1
     while low < high:
         middle = (low + high + 1) // 2

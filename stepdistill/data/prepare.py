@@ -1,7 +1,7 @@
-"""Filling the cache: shards of consecutive samples, each made by one process, none made twice.
+"""Fills the cache: shards of consecutive samples, each encoded once, by one process.
 
-A shard depends on its own records, the teacher and the config alone: interrupted, `prepare` goes on at the first missing
-one, and with any number of processes the files are the same to the byte.
+A shard depends on its records, the teacher and the config alone. So after an interruption `prepare` continues with the
+missing shards, and any number of processes writes the same bytes.
 """
 
 import functools
@@ -57,17 +57,18 @@ from stepdistill.teacher.source import teacher_folder
 
 logger = logging.getLogger(__name__)
 SHARD = 1024
-"""Samples a shard: a multiple of what the VAE encodes at once."""
+"""Samples per shard: a multiple of the VAE's largest batch."""
 PROMPTS_A_SHARD = 64
-"""Where the teacher makes the pictures, which takes long."""
+"""Samples per shard if the teacher draws them, which is slow."""
 _FREE = {"on_bad", "max_bad_fraction", "min_per_bucket"}
-"""What changes no sample by itself: min_per_bucket does by the sizes, which are part of the key."""
+"""Keys of `data` that are left out of the shards' key. min_per_bucket changes only the sizes, which are part of the key."""
 
 
 def prepare(config: RunConfig) -> bool:
-    """Fills the run's cache, each process its share of the shards; False where all of it was there.
+    """Fills the run's cache, each process its share of the shards; False if the cache was already complete.
 
-    ValueError where a sample is bad of a kind that is to stop, too many are, or none is left: what was prepared stays.
+    ValueError if a sample is bad and the policy of its kind is "error", if too many samples are bad, or if none is usable.
+    Shards that are already written stay.
     """
     config, processes = settled(config), Processes()
     work = _Work(config, used_sizes(config, processes))
@@ -80,7 +81,7 @@ def prepare(config: RunConfig) -> bool:
 
 
 class _Work:
-    """The filling of one cache."""
+    """Fills one cache."""
 
     def __init__(self, config: RunConfig, used: UsedSizes) -> None:
         self._config, self._sizes, self._moved = config, used.sizes, used.moved
@@ -110,7 +111,7 @@ class _Work:
         self._bad, self._seen = Bad(), 0
 
     def fill(self, processes: Processes) -> bool:
-        """Makes this process's missing shards."""
+        """Writes the missing shards of this process; True if there were any."""
         made, self._count = False, 0
         if self._lender is not None:
             return made
@@ -178,12 +179,14 @@ class _Work:
         return Encoder(pipeline, config.data, self._sizes, synthesis)
 
     def finish(self) -> bool:
-        """Previews' texts and the manifest, once all shards are there; False where both were there."""
+        """Writes the preview's text embeddings and the manifest, after all shards; False if both were up to date."""
         shards, self._bad, self._seen = [], Bad(), 0
         for number in range(self._count):
             about = read_about(self._path(number))
             if about is None or about["key"] != self._key:
-                raise ValueError(f"{self._path(number)} is not there: another process stopped; run it again")
+                raise ValueError(
+                    f"{self._path(number)} is missing: another process stopped; mend: run the same command again"
+                )
             self._bad.extend(*json.loads(about["bad"]))
             self._seen += int(about["seen"])
             shards.append({"file": f"shards/{self._path(number).name}", "sha256": about["sha256"]})
@@ -197,7 +200,7 @@ class _Work:
         manifest = {"format": FORMAT, "key": self._key, **self._source, "prompts": prompts, "shards": shards}
         manifest |= {"samples": self._seen - self._bad.total, "bad": self._bad.counts}
         manifest |= {"bad_examples": self._bad.examples, "unconditional": self._config.teacher.unconditional}
-        manifest |= self._falls_into(shards)
+        manifest |= self._size_entries(shards)
         stored = read_sealed(self._folder / "manifest.json") or {}
         text = self._folder / TEXT
         clear_half_written(self._folder)
@@ -208,14 +211,15 @@ class _Work:
         write_sealed(self._folder / "manifest.json", {**manifest, "text_sha256": sha256_file(text)})
         for path in (self._folder / "shards").glob("*.safetensors"):
             if path.name not in {Path(entry["file"]).name for entry in shards}:
-                _remove(path)  # of an earlier, longer source
+                _remove(path)  # left over from a longer source
         logger.info("prepare: %d samples in %d shards", manifest["samples"], len(shards))
         if self._bad.total:
             logger.warning("prepare: %d of %d samples left out: %s", self._bad.total, self._seen, self._bad)
         return True
 
-    def _falls_into(self, shards: list[dict[str, str]]) -> dict[str, Any]:
-        """For the manifest of pictures in several sizes: how many have each, and how many are cut to another's ratio."""
+    def _size_entries(self, shards: list[dict[str, str]]) -> dict[str, Any]:
+        """Manifest entries about image sizes: how many samples have each, and how many were cropped to another size than the
+        nearest. Empty if all samples have one size and data.buckets is off."""
         counts: Counter[str] = Counter()
         for entry in shards:
             counts.update({size_name(s): n for s, n in Shard(self._folder / entry["file"]).counts.items()})
@@ -236,7 +240,7 @@ class _Work:
         write_bytes(path, canonical(content))
 
     def _stop_if_too_bad(self, *, final: bool) -> None:
-        for kind in KINDS:  # of a shard made while this kind was still left out
+        for kind in KINDS:  # in a stored shard, encoded while the policy of this kind was still "skip"
             if self._bad.counts.get(kind) and self._config.data.policy(kind) == "error":
                 raise stopping(kind, self._bad.examples[kind][0])
         allowed = self._config.data.max_bad_fraction
@@ -244,7 +248,7 @@ class _Work:
         if self._bad.total > allowed * seen:
             raise ValueError(
                 f"data.max_bad_fraction: {self._bad.total} of {self._seen} samples are bad, allowed: {allowed:g}: "
-                f"{self._bad}; mend: {self._remedy()}; what was prepared stays"
+                f"{self._bad}; mend: {self._remedy()}; the shards written so far stay"
             )
         if final:
             not_empty(self._config.data, self._seen)
@@ -269,7 +273,10 @@ def _remove(path: Path) -> None:
 
 
 def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of another run's cache; ConfigError where its latents are another model's or held out otherwise."""
+    """The manifest of another run's cache.
+
+    ConfigError if it is damaged, if its latents are another model's, or if it was made with another data.held_out.
+    """
     manifest = read_sealed(lender / "manifest.json") or {}
     if manifest.get("format") != FORMAT or not is_whole(manifest):
         raise ConfigError(
@@ -285,13 +292,13 @@ def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -
     held_out = (manifest.get("data") or {}).get("held_out")
     if held_out != config.data.held_out:
         raise ConfigError(
-            f"data.held_out: got {config.data.held_out}; allowed: {held_out}, as {lender} was made"
+            f"data.held_out: got {config.data.held_out}; allowed: {held_out}, the share that {lender} was made with"
         )
     return manifest
 
 
 def _digest(records: Sequence[Record]) -> str:
-    """sha256 over names, captions and versions: which records a shard was made of."""
+    """sha256 over the names, captions and versions of a shard's records."""
     digest = hashlib.sha256()
     for record in records:
         try:

@@ -1,12 +1,12 @@
-"""Where samples come from: a stream of records in a fixed order, nothing decoded, nothing kept.
+"""Where samples come from: a stream of records in a fixed order. Records are lazy: nothing is decoded or held in memory.
 
-letters            the letters world, rendered from a seed
+letters            the letters world, rendered from a seed (not read here; see source.py)
 FOLDER             NAME.png (.jpg, .jpeg, .webp, .bmp) with NAME.txt beside it, in folders of any depth
 FOLDER             with metadata.jsonl or metadata.csv: file_name, and text (or caption, or prompt)
-FILE.tar, FOLDER   of tars: NAME.png, NAME.txt (or NAME.json) one after the other, as webdataset packs them
-FILE.parquet       and what else the datasets package opens from disk (extra "data"): columns image, text
-FILE.txt           prompts alone, one a line: the teacher makes the pictures
-FOLDER             a run's cache: its latents as they are
+FILE.tar, FOLDER   a tar or a folder of them: NAME.png, NAME.txt (or NAME.json) one after the other, as webdataset packs them
+FILE.parquet       or a folder of them, with columns image and text; needs the datasets package (extra "data")
+FILE.txt           prompts only, one per line: the teacher draws the pictures
+FOLDER             the cache of another run, whose latents are used unchanged
 """
 
 import csv
@@ -32,17 +32,18 @@ from stepdistill.data.tar import BrokenArchive, Member, members, read_member
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_KEYS = ("text", "caption", "prompt")
 METADATA = ("metadata.jsonl", "metadata.csv")
-_MOST_MEMBERS_OF_ONE = 16
+_MOST_MEMBERS = 16
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample, unread.
+    """One sample, not read yet.
 
-    name          how messages call it
-    read_caption  its bytes, or text, or BadSample
-    read_image    the same of its picture; None where there is none: prompts alone, latents of another run
-    version       of its picture, which changes when another takes that name (file_version.py)
+    name          identifies the sample in messages
+    read_caption  returns the caption as bytes or text, None if there is none; may raise BadSample
+    read_image    returns the encoded picture, or a decoded one; may raise BadSample; None if the source has no pictures:
+                  prompts only, or another run's cache
+    version       returns the picture's version, which changes if another picture takes the name (file_version.py)
     """
 
     name: str
@@ -52,17 +53,17 @@ class Record:
 
 
 def records(source: str) -> Iterator[Record]:
-    """The records of a source that is not the letters world; ConfigError where it is none."""
+    """The records of any source but the letters world; ConfigError if the source has no records or does not exist."""
     path = Path(source).expanduser()
     reader = _reader(path)
     first = next(reader, None)
     if first is None:
-        raise ConfigError(f"data.source: got {source!r}, {_nothing(path)}; allowed: {_ALLOWED}")
+        raise ConfigError(f"data.source: got {source!r}, {_why_empty(path)}; allowed: {_ALLOWED}")
     return itertools.chain([first], reader)
 
 
 def is_prompts_only(source: str) -> bool:
-    """Whether the teacher makes the pictures."""
+    """Whether the source has prompts only, so that the teacher draws the pictures."""
     return Path(source).suffix == ".txt"
 
 
@@ -99,26 +100,30 @@ def _reader(path: Path) -> Iterator[Record]:
 
 
 def _cached(folder: Path) -> Iterator[Record]:
-    """The captions of another run's cache: its pictures are latents already."""
+    """The captions of another run's cache, which has latents in place of pictures."""
     for file in sorted((folder / "shards").glob("*.safetensors")):
         for number, caption in enumerate(Shard(file).captions):
             yield Record(f"{file.name}:{number}", _value(caption), None)
 
 
-def _nothing(path: Path) -> str:
+def _why_empty(path: Path) -> str:
     if not path.exists():
-        return "which is not there"
-    return "which holds no pictures with captions" if path.is_dir() else "which holds no sample"
+        return "which does not exist"
+    return "which holds no pictures with captions" if path.is_dir() else "which holds no samples"
 
 
 def read_file(path: Path, *, most: int) -> bytes:
-    """A regular file's bytes; BadSample where it is missing, no regular file (a pipe would wait for ever) or too large."""
+    """The bytes of a regular file.
+
+    BadSample if it is missing, larger than `most` bytes, or not a regular file: reading a pipe would block for ever. The
+    kind is about the image if `most` is MOST_BYTES, else about the caption.
+    """
     missing: Kind = "image_missing" if most == MOST_BYTES else "caption_missing"
     large: Kind = "image_too_large" if most == MOST_BYTES else "caption_too_long"
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise BadSample("unsafe_member", f"{path} is no regular file")
+            raise BadSample("unsafe_member", f"{path} is not a regular file")
         if status.st_size > most:
             raise BadSample(large, f"{path} has {status.st_size:,} bytes; allowed: {most:,}")
         return path.read_bytes()
@@ -147,13 +152,13 @@ def _of_file(folder: Path, file: Path, caption: Callable[[], bytes | str | None]
 
 
 def _listed(folder: Path, table: Path) -> Iterator[Record]:
-    """A row of metadata.jsonl or metadata.csv a record."""
+    """One record per row of metadata.jsonl or metadata.csv."""
     for number, row in enumerate(_rows(table), 1):
         name = row.get("file_name")
         caption = next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), None)
         row_name = f"{table.name}:{number}"
         if not isinstance(name, str):
-            yield _bad(row_name, "image_missing", "the row names no file_name")
+            yield _bad(row_name, "image_missing", "the row has no file_name")
         elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
             yield _bad(row_name, "unsafe_member", f"{name!r} leaves the folder")
         else:
@@ -169,7 +174,7 @@ def _rows(table: Path) -> Iterator[dict]:
                     yield next(reader)
                 except StopIteration:
                     return
-                except csv.Error:  # a field over 128 KiB; the reader goes on after it
+                except csv.Error:  # a field over 128 KiB; the reader continues after it
                     yield {}
         for line in file:
             try:
@@ -206,16 +211,16 @@ def _stem(member: Member) -> str:
 
 
 def _grouped(path: Path, group: Iterable[Member]) -> Iterator[Record]:
-    """The sample that members of one name make; an unsafe one is a bad sample of its own."""
+    """The sample made of the members with one stem; each unsafe member becomes a bad sample instead."""
     parts: dict[str, Member] = {}
     for member in group:
         if member.unsafe is not None:
             yield _bad(f"{path.name}:{member.name}", "unsafe_member", f"{member.name!r} is {member.unsafe}")
-        elif len(parts) < _MOST_MEMBERS_OF_ONE:
+        elif len(parts) < _MOST_MEMBERS:
             suffix = PurePosixPath(member.name).suffix.lower()
             if PurePosixPath(member.name).name.count(".") == 1:
                 parts[suffix] = member
-            else:  # a.depth.png stands back behind a.png
+            else:  # a.png takes precedence over a.depth.png
                 parts.setdefault(suffix, member)
     image = next((parts[suffix] for suffix in PICTURE_SUFFIXES if suffix in parts), None)
     if image is not None:
@@ -249,7 +254,7 @@ def _caption_of(path: Path, parts: dict[str, Member]) -> Callable[[], bytes | st
         try:
             row = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise BadSample("caption_missing", f"{member.name} is no JSON: {error}") from None
+            raise BadSample("caption_missing", f"{member.name} is not JSON: {error}") from None
         row = row if isinstance(row, dict) else {}
         return next((row[key] for key in CAPTION_KEYS if isinstance(row.get(key), str)), None)
 

@@ -1,6 +1,6 @@
-"""One picture and one caption from bytes that nobody vouches for: a right sample, or BadSample with its kind.
+"""Decodes one picture or caption from untrusted bytes: returns a usable one, or raises BadSample with its kind.
 
-Pictures: upright by EXIF, sRGB where a colour profile says otherwise, transparency over white, 16 bit scaled to 8.
+Pictures are turned upright by EXIF, converted to sRGB by their colour profile and to 8 bit; transparency is laid over white.
 """
 
 import io
@@ -14,17 +14,17 @@ from stepdistill.config.data import Kind
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _ANIMATED = ("PNG", "WEBP")
-"""A JPEG's further pictures are its maker's: a depth map, another exposure."""
+"""Formats whose further frames make an animation. JPEG is not one: a camera may add a depth map or another exposure."""
 _SIDEWAYS = (5, 6, 7, 8)
-"""EXIF's orientations that are a quarter turn away."""
+"""EXIF orientations that swap width and height."""
 _ORIENTATION_IN_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")
 MOST_BYTES = 2**28
-"""Of one file; a larger one is no picture of a training set."""
+"""Largest file that is read as a picture."""
 MOST_CAPTION_BYTES = 2**17
 
 
 class BadSample(ValueError):
-    """A sample that cannot be trained on: its kind, and what is wrong with it."""
+    """A sample that cannot be trained on; `kind` classifies what is wrong with it, the message describes it."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class BadSample(ValueError):
 def decode_image(content: bytes, *, max_pixels: int, min_side: int) -> Image.Image:
     """The RGB picture in `content`; BadSample for one that is broken, animated, too large or too small.
 
-    Size and format are looked at before any pixel is decoded, so a bomb costs nothing.
+    Size and format are checked before any pixel is decoded, so a decompression bomb costs nothing.
     """
     if len(content) > MOST_BYTES:
         raise BadSample("image_too_large", f"{len(content):,} bytes; allowed: up to {MOST_BYTES:,}")
@@ -53,15 +53,17 @@ def decode_image(content: bytes, *, max_pixels: int, min_side: int) -> Image.Ima
             raise
         except Image.DecompressionBombError as error:
             raise BadSample("image_too_large", str(error)) from None
-        except UnidentifiedImageError:  # whose message differs from run to run: it holds an address
-            raise BadSample("image_unreadable", f"no picture; allowed: {', '.join(FORMATS)}") from None
-        except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        except UnidentifiedImageError:  # Pillow's message holds a memory address, which differs per run
+            raise BadSample("image_unreadable", f"not a picture; allowed: {', '.join(FORMATS)}") from None
+        except Exception as error:  # Pillow's decoders raise many types of errors for broken files
             raise BadSample("image_unreadable", f"{type(error).__name__}: {error}") from None
 
 
 def picture_size(content: bytes, *, max_pixels: int, min_side: int) -> tuple[int, int]:
-    """(height, width) of the upright picture in `content`, from its header alone; BadSample where decode_image has one for
-    what a header tells."""
+    """(height, width) of the upright picture in `content`, from its header alone.
+
+    BadSample if the header cannot be read, or the picture is too large or too small.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in decode_image
         try:
@@ -71,25 +73,28 @@ def picture_size(content: bytes, *, max_pixels: int, min_side: int) -> tuple[int
                 return (width, height) if _lies_on_its_side(image, content) else (height, width)
         except BadSample:
             raise
-        except Exception as error:  # whatever a broken file leads to
+        except Exception as error:  # as in decode_image
             raise BadSample("image_unreadable", f"{type(error).__name__}: {error}") from None
 
 
 def _lies_on_its_side(image: Image.Image, content: bytes) -> bool:
-    """Whether EXIF's orientation swaps height and width. Pillow decodes a PNG to look for it: only one that has it."""
+    """Whether the EXIF orientation swaps height and width.
+
+    Pillow decodes the whole PNG to look for EXIF, so a PNG without any mark of it is not asked.
+    """
     if image.format == "PNG" and not any(mark in content for mark in _ORIENTATION_IN_PNG):
         return False
     try:
         return image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-    except Exception:  # EXIF that is none makes the picture no worse
+    except Exception:  # a picture with broken EXIF is still usable
         return False
 
 
 def read_caption(content: bytes | str | None) -> str:
-    """A caption in one line; BadSample where there is none, or it is empty, not UTF-8 or over 128 KiB."""
+    """The caption as one line of text; BadSample if it is missing, empty, not UTF-8 or longer than 128 KiB."""
     if content is None:
         raise BadSample("caption_missing", "no caption")
-    try:  # a lone surrogate out of JSON is no text
+    try:  # JSON may hold lone surrogates, which cannot be encoded
         encoded = content if isinstance(content, bytes) else content.encode()
         if len(encoded) > MOST_CAPTION_BYTES:
             raise BadSample(
@@ -105,13 +110,13 @@ def read_caption(content: bytes | str | None) -> str:
 
 
 def _is_text(character: str) -> bool:
-    """Printable, or what joins others into one sign or word, as in Persian and in emoji."""
+    """Whether a character is printable, or a format character that joins others, as in Persian words and in emoji."""
     return character.isprintable() or unicodedata.category(character) == "Cf"
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """uint8 (H, W, 3) of the size (H, W): the picture resized by Lanczos until it covers that, its middle cut out; and where
-    the cut begins, (top, left), in pixels of the resized picture, for SDXL's time ids."""
+    """The picture resized by Lanczos until it covers `size` (H, W), then centre-cropped: uint8 (H, W, 3), and the crop's
+    (top, left) in pixels of the resized picture, for SDXL's time ids."""
     height, width = size
     scale = max(height / image.height, width / image.width)
     whole = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -119,13 +124,13 @@ def cover(image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, tuple[
     if whole == image.size:
         return np.asarray(image.crop((left, top, left + width, top + height))), (top, left)
     across, down = image.width / whole[0], image.height / whole[1]
-    # Only the cut is resized: a picture of 4 million x 16 pixels would fill the memory.
+    # Only the crop is resized: resizing the whole of a 4 million x 16 picture would fill the memory.
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box)), (top, left)
 
 
 def _check_sums(content: bytes) -> None:
-    """Of every part of a PNG: Pillow decodes without them what a flipped bit makes of the pixels."""
+    """Verifies the checksum of every PNG chunk; Pillow decodes damaged pixels without checking them."""
     with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
         image.verify()
 
@@ -139,14 +144,14 @@ def _check_size(size: tuple[int, int], *, max_pixels: int, min_side: int) -> Non
     if min(size) < min_side:
         raise BadSample(
             "image_too_small",
-            f"{width} x {height}; allowed: {min_side} pixels a side at least (data.min_side)",
+            f"{width} x {height}; allowed: at least {min_side} pixels per side (data.min_side)",
         )
 
 
 def _in_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     turned = _upright(image)
-    if turned.mode.startswith("I"):  # 16 bit in one channel; Pillow's own conversion clips at 255
+    if turned.mode.startswith("I"):  # 16 bit in one channel; Pillow's conversion would clip at 255
         gray = np.asarray(turned).astype(np.float64) / 257
         return Image.fromarray(gray.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if "transparency" in turned.info or turned.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
@@ -159,12 +164,12 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that is none makes the picture no worse
+    except Exception:  # a picture with broken EXIF is still usable
         return image
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """By the picture's own colour profile where it has a usable one."""
+    """The picture as RGB, converted to sRGB by its embedded colour profile if that is usable."""
     if profile and image.mode in ("RGB", "CMYK"):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

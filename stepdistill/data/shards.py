@@ -1,10 +1,10 @@
 """One shard of a cache: latents and text embeddings of consecutive samples in one safetensors file, memory-mapped.
 
-latents/HxW                 (n, C, h, w) of the pictures cut to H x W pixels, scaled
-rows/HxW                    (n, 5) int32: row of the text, height and width of the whole picture, top and left of the cut
-text/encoder_hidden_states  (m, tokens, width), text/text_embeds (m, width): of the m distinct captions
-captions                    their texts, JSON as bytes
-header                      what it was made from, how many samples were bad and how, sha256 of all but itself
+latents/HxW                 (n, C, h, w), latents of the pictures cropped to H x W pixels, times scaling_factor
+rows/HxW                    (n, 5) int32: row of the caption; height, width of the whole picture; top, left of the crop
+text/encoder_hidden_states  (m, tokens, width), text/text_embeds (m, width): embeddings of the m distinct captions
+captions                    the m captions, as the bytes of a JSON list
+header                      what the shard was made from, how many samples were bad and why, sha256 of everything else
 """
 
 import hashlib
@@ -33,8 +33,8 @@ Size = tuple[int, int]
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
-    """Writes a shard in one step, returns its sha256; equal tensors and `about`, equal bytes. ValueError where it cannot be
-    written."""
+    """Writes a shard atomically and returns its sha256; equal tensors and `about` give equal bytes. ValueError if writing
+    fails."""
     header, body = _split(save(dict(tensors)))
     header["__metadata__"] = {"format": FORMAT, **about}
     sums = _header_sum(header)
@@ -47,7 +47,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
 
 
 def read_about(path: Path) -> dict[str, str] | None:
-    """What the header of a shard says; None where there is no shard of this format, or its length is not the header's."""
+    """The metadata in a shard's header; None if the file is no shard of this format or has the wrong length."""
     try:
         header, start = _read_header(path)
         end = max((part["data_offsets"][1] for part in header.values() if "data_offsets" in part), default=0)
@@ -59,7 +59,7 @@ def read_about(path: Path) -> dict[str, str] | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether every byte is as it was written."""
+    """Whether every byte of a shard is as it was written; False if the file is no shard."""
     about = read_about(path)
     if about is None:
         return False
@@ -72,7 +72,7 @@ def is_intact(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard's tensors, memory-mapped: nothing is read before it is asked for."""
+    """A shard's tensors, memory-mapped, so that only the rows in use are read."""
 
     path: Path
 
@@ -93,21 +93,21 @@ class Shard:
 
     @cached_property
     def counts(self) -> dict[Size, int]:
-        """Samples by the size (H, W) in pixels that their pictures were cut to."""
+        """Number of samples by the size (H, W) in pixels that their pictures were cropped to."""
         header, _ = _read_header(self.path)
         names = [name for name in header if name.startswith("latents/")]
         return {_size(name): header[name]["shape"][0] for name in names}
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:
-        """(C, h, w)."""
+        """Latent shape (C, h, w) of the samples of that size."""
         return tuple(self._tensors[f"latents/{size_name(size)}"].shape[1:])
 
     def latents(self, size: Size, index: torch.Tensor) -> torch.Tensor:
-        """(n, C, h, w) of samples `index` (n,) of that size, in the dtype of the cache."""
+        """Latents (n, C, h, w) of the samples `index` (n,) of that size, in the cache's dtype."""
         return self._tensors[f"latents/{size_name(size)}"][index]
 
     def conditioning(self, size: Size, index: torch.Tensor) -> Conditioning:
-        """What the U-Net is told of these samples, time ids as the pictures were cut."""
+        """Conditioning (n rows) of the samples `index` (n,) of that size; SDXL's time ids describe how each was cropped."""
         rows = self._tensors[f"rows/{size_name(size)}"][index].long()
         text = self._tensors
         hidden = text["text/encoder_hidden_states"][rows[:, 0]]
@@ -116,24 +116,24 @@ class Shard:
         target = torch.tensor(size).expand(len(rows), 2)
         time_ids = torch.cat(
             [rows[:, 1:], target], dim=1
-        ).float()  # float16 ends at 65504, bfloat16 rounds 1001
+        ).float()  # float16 ends at 65504, bfloat16 cannot hold 1001
         return Conditioning(
             hidden, {"text_embeds": text["text/text_embeds"][rows[:, 0]], "time_ids": time_ids}
         )
 
     @property
     def captions(self) -> list[str]:
-        """The distinct captions, in the order of the text's rows."""
+        """The distinct captions, in the order of the text embeddings' rows."""
         return json.loads(bytes(self._tensors["captions"].numpy()))
 
 
 def caption_bytes(captions: list[str]) -> torch.Tensor:
-    """Texts as a uint8 tensor."""
+    """The captions as a uint8 tensor of JSON text."""
     return torch.frombuffer(bytearray(json.dumps(captions).encode()), dtype=torch.uint8)
 
 
 def size_name(size: Size) -> str:
-    """Such as "512x768", height first."""
+    """A size as "HEIGHTxWIDTH", such as "512x768"."""
     return f"{size[0]}x{size[1]}"
 
 
@@ -147,7 +147,7 @@ def _text(header: dict) -> bytes:
 
 
 def _header_sum(header: dict) -> "hashlib._Hash":
-    """sha256 of a header but for the sum that it holds; the tensors' bytes are to follow."""
+    """sha256 object fed with the header without its own "sha256"; the caller adds the tensors' bytes."""
     about = {key: value for key, value in header["__metadata__"].items() if key != "sha256"}
     return hashlib.sha256(_text({**header, "__metadata__": about}))
 
@@ -158,16 +158,19 @@ def _split(content: bytes) -> tuple[dict, memoryview]:
 
 
 def _read_header(path: Path) -> tuple[dict, int]:
-    """The header, and where the tensors begin; ValueError for what is no safetensors file."""
+    """The header and the offset of the tensors in bytes; ValueError if the file is no safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length < 2**26:
-            raise ValueError(f"{path} is no safetensors file")
+            raise ValueError(f"{path} is not a safetensors file")
         return json.loads(file.read(length)), 8 + length
 
 
 class Places:
-    """Which shard a sample of one size is in: (shard, index there) of its number among all of that size."""
+    """Finds the shard of a sample of one size, and its index there, from its number among all samples of that size.
+
+    counts: number of samples of that size in each shard.
+    """
 
     def __init__(self, counts: list[int]) -> None:
         self._ends = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int64)
@@ -176,7 +179,7 @@ class Places:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def find(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shards (n,) and indices in them (n,) of numbers (n,)."""
+        """Shard (n,) of each of the `numbers` (n,), and index within the shard (n,)."""
         shard = torch.bucketize(numbers, self._ends, right=True)
         before = torch.cat([torch.zeros(1, dtype=torch.int64), self._ends[:-1]])
         return shard, numbers - before[shard]

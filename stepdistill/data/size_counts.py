@@ -1,6 +1,6 @@
-"""How many pictures a source has of each height and width, by their headers: what decides which buckets are used.
+"""Counts a source's pictures by height and width, from their headers; the counts decide which buckets are used.
 
-cache/tallies.json   the counts, and a sum over the records that were counted: an equal source is not read again
+cache/tallies.json   the counts, and a hash of the records that were counted: an unchanged source is not counted again
 """
 
 import concurrent.futures
@@ -30,27 +30,31 @@ from stepdistill.teacher.source import teacher_facts
 
 TALLIES = "tallies.json"
 COUNTED = 2000
-"""Pictures whose headers are read before a run, in a second or two."""
+"""Pictures whose headers `bucket_notes` reads before a run, in a second or two."""
 _AT_ONCE = 256
 _WORKERS = 8
 
 
 @dataclass(frozen=True)
 class UsedSizes:
-    """sizes: what pictures are cut to; moved: how many are cut to another size than the nearest to their own ratio."""
+    """The sizes that a run uses.
+
+    sizes  what pictures are cropped to
+    moved  number of pictures that are cropped to another size than that of the nearest aspect ratio
+    """
 
     sizes: Sizes
     moved: int = 0
 
 
 def all_sizes(config: RunConfig) -> Sizes:
-    """The teacher's, or every bucket."""
+    """The teacher's size, or every bucket if data.buckets is on."""
     teacher = teacher_facts(config)
     return Sizes(config.data, teacher_size=teacher.image_size, multiple=teacher.size_multiple)
 
 
 def has_ratios(config: RunConfig) -> bool:
-    """Whether the source has pictures of its own ratios that are cut to several sizes."""
+    """Whether data.buckets applies: the source has picture files, which may differ in aspect ratio."""
     source = config.data.source
     return config.data.buckets and not (
         world_of(source) is not None or is_prompts_only(source) or is_cache(source)
@@ -58,7 +62,7 @@ def has_ratios(config: RunConfig) -> bool:
 
 
 def used_sizes(config: RunConfig, processes: Processes) -> UsedSizes:
-    """The sizes that enough pictures fall into; one process counts them, the others read what it wrote."""
+    """The sizes that enough pictures are cropped to; the main process counts them, the others read its file."""
     sizes = all_sizes(config)
     if not has_ratios(config):
         return UsedSizes(sizes)
@@ -71,19 +75,21 @@ def used_sizes(config: RunConfig, processes: Processes) -> UsedSizes:
 
 
 def without_small(sizes: Sizes, tally: Counter[Size], *, least: int) -> UsedSizes:
-    """What is left of `sizes` for pictures of these heights and widths."""
+    """`sizes` without those that fewer than `least` of the pictures in `tally` are cropped to."""
     used = sizes.without_small(tally, least=least)
     return UsedSizes(used, sum(n for size, n in tally.items() if used.of(size) != sizes.of(size)))
 
 
 def data_seed(config: RunConfig) -> int:
-    """Of the letters world's pictures."""
+    """The seed of the letters world's pictures."""
     return derive_seed(config.seed, "data") % 2**32
 
 
 def bucket_notes(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """How the first COUNTED pictures fall into sizes, by their headers, each line with a remedy where there is something to
-    look at; nothing where pictures do not keep their ratios, or the teacher's folder is not made yet."""
+    """Yields (message, remedy) about the sizes that the first COUNTED pictures are cropped to; remedy may be "".
+
+    Yields nothing if data.buckets does not apply, or the teacher's folder does not exist yet.
+    """
     if not has_ratios(config):
         return
     try:
@@ -100,14 +106,14 @@ def bucket_notes(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield f"{which} {tally.total():,} pictures are cut to {sizes_text(counts)}", ""
     if used.moved:
         yield (
-            f"{used.moved:,} pictures are cut to the ratio of others, as fewer than {least:,} have their own",
-            "more pictures of those ratios, or smaller updates; data.min_per_bucket=1 keeps the ratios, and an update of a "
-            "rare one shows the same few pictures again and again",
+            f"{used.moved:,} pictures are cut to another ratio, as fewer than {least:,} have their own",
+            "more pictures of those ratios, or smaller updates; data.min_per_bucket=1 keeps every ratio, but an update of a "
+            "rare ratio repeats the same few pictures many times",
         )
 
 
 def tally_pictures(records: Iterable[Record], data: Data) -> Counter[Size]:
-    """Pictures by (height, width); those that their header or caption shows to be bad are left out."""
+    """Number of pictures by (height, width); a picture is left out if its header or caption is bad."""
     tally: Counter[Size] = Counter()
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         for some in _batches(records):
@@ -116,7 +122,7 @@ def tally_pictures(records: Iterable[Record], data: Data) -> Counter[Size]:
 
 
 def training_tally(folder: Path, data: Data, *, seed: int) -> Counter[Size]:
-    """`tally_pictures` of what is trained on, from `folder` where the same records were counted before."""
+    """`tally_pictures` of the training records, read from `folder` if the same records were counted before."""
     digest = hashlib.sha256()
     for record in training_records(data, seed=seed):
         digest.update(json.dumps([record.name, record.version()]).encode() + b"\n")
@@ -138,7 +144,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _size(record: Record, data: Data) -> Size | None:
-    assert record.read_image is not None, "prompts alone have no pictures"
+    assert record.read_image is not None, "a source of prompts only has no pictures"
     try:
         read_caption(record.read_caption())
         content = record.read_image()

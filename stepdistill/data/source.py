@@ -1,4 +1,4 @@
-"""What a run is distilled on and measured with: captioned samples, those held out (held_out.py) kept apart."""
+"""The captioned samples that a run is trained on and evaluated with; held-out captions (held_out.py) are not trained on."""
 
 import contextlib
 import hashlib
@@ -18,12 +18,12 @@ from stepdistill.data.samples import BadSample, cover, decode_image, read_captio
 from stepdistill.demo.world import World, world_of
 
 MOST_PICTURES = 50_000
-"""Of one's own data that the table compares with."""
+"""Most pictures of the run's own data that the evaluation uses as real images."""
 
 
 def picture_of(record: Record, data: Data) -> Image.Image:
-    """The RGB picture of a record; BadSample."""
-    assert record.read_image is not None, "prompts alone have no pictures"
+    """The RGB picture of a record; BadSample if it cannot be used."""
+    assert record.read_image is not None, "a source of prompts only has no pictures"
     content = record.read_image()
     if isinstance(content, Image.Image):
         return content
@@ -31,9 +31,9 @@ def picture_of(record: Record, data: Data) -> Image.Image:
 
 
 def training_records(data: Data, *, seed: int) -> Iterator[Record]:
-    """The records that are trained on, in a fixed order: those held out are left away, as many as num_images at most.
+    """The records that are trained on, in a fixed order: at most data.num_images, without held-out captions.
 
-    A record whose caption cannot be read is among them: it is counted as bad where it is looked at.
+    Records whose captions cannot be read are included; whoever reads them counts them as bad.
     """
     share = held_out_share(data)
     world = world_of(data.source)
@@ -55,7 +55,7 @@ def _of_world(world: World, caption: str, *, seed: int, index: int) -> Record:
 
 
 def _going_round(data: Data) -> Iterator[Record]:
-    """The prompts, again and again where num_images asks for more than there are."""
+    """The prompts; repeated without end if data.num_images is set, as it may ask for more than the file has."""
     for number in itertools.count():
         for record in records(data.source):
             yield record if not number else replace(record, name=f"{record.name}, time {number + 1}")
@@ -65,18 +65,18 @@ def _going_round(data: Data) -> Iterator[Record]:
 
 @dataclass(frozen=True)
 class CaptionedPicture:
-    """A record that could be read when it was looked at, and its caption."""
+    """A record with its caption, which has been read; the picture has not."""
 
     record: Record
     caption: str
     data: Data
 
     def pixels(self, size: tuple[int, int]) -> np.ndarray:
-        """uint8 (H, W, 3): the largest middle part of that shape, resized by Lanczos; BadSample."""
+        """uint8 (H, W, 3): the largest centre crop of that aspect ratio, resized by Lanczos; BadSample if unusable."""
         return cover(picture_of(self.record, self.data), size)[0]
 
     def digest(self) -> str:
-        """sha256 of the file's bytes; of its name where it cannot be read."""
+        """sha256 of the picture's bytes, or of the record's name if they cannot be read."""
         assert self.record.read_image is not None
         try:
             content = self.record.read_image()
@@ -86,7 +86,7 @@ class CaptionedPicture:
 
 
 def evaluation_captions(data: Data) -> Iterator[tuple[Record, str]]:
-    """The records that the table is about, with their captions: all, or where captions are held out those that have them."""
+    """The records that the evaluation uses, with their captions: the held-out ones, or all if none are held out."""
     share = held_out_share(data)
     for record in records(data.source):
         try:
@@ -98,7 +98,7 @@ def evaluation_captions(data: Data) -> Iterator[tuple[Record, str]]:
 
 
 def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
-    """The pictures that the table is about, the first MOST_PICTURES; none where there are prompts or latents alone."""
+    """The pictures that the evaluation uses, at most MOST_PICTURES; empty if the source has only prompts or latents."""
     with_pictures = ((r, caption) for r, caption in evaluation_captions(data) if r.read_image is not None)
     pictures = [CaptionedPicture(r, c, data) for r, c in itertools.islice(with_pictures, MOST_PICTURES)]
     if not (is_prompts_only(data.source) or is_cache(data.source)):
@@ -107,8 +107,10 @@ def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
 
 
 def training_pictures(data: Data, *, count: int) -> list[CaptionedPicture]:
-    """`count` of one's own pictures that are trained on, or all where there are fewer. A hash of the names chooses them, as
-    neighbours in the source's order may show the same things; those whose caption cannot be read are left out."""
+    """At most `count` pictures that are trained on, without those whose caption cannot be read.
+
+    A hash of the names chooses them, because neighbours in the source's order may show the same things.
+    """
     chosen = heapq.nsmallest(count, training_records(data, seed=0), key=_by_name)
     pictures = []
     for record in chosen:
@@ -122,7 +124,7 @@ def _by_name(record: Record) -> bytes:
 
 
 def measured_captions(world: World, data: Data) -> list[str]:
-    """The captions of a world that the table is about: all, or those held out."""
+    """The captions of a world that the evaluation uses: those held out, or all if none are."""
     share = held_out_share(data)
     captions = [caption for caption in world.captions() if share == 0 or is_held_out(caption, share)]
     not_empty(data, len(captions))
@@ -130,7 +132,7 @@ def measured_captions(world: World, data: Data) -> list[str]:
 
 
 def not_empty(data: Data, count: int) -> None:
-    """ConfigError where held_out leaves a side empty."""
+    """ConfigError if data.held_out leaves no samples to train on, or none to evaluate with; `count`: how many it leaves."""
     if not count:
         raise ConfigError(
             f"data.held_out: got {held_out_share(data)}; allowed: a share that leaves pictures of {data.source} to train on "
@@ -139,7 +141,7 @@ def not_empty(data: Data, count: int) -> None:
 
 
 def stacked(pictures: Iterable[np.ndarray], batch_size: int) -> Iterator[torch.Tensor]:
-    """(H, W, 3) arrays as (B, 3, H, W) tensors; a new batch begins where the size changes."""
+    """Batches (B, 3, H, W) of (H, W, 3) arrays, B up to batch_size; a new batch begins if the size changes."""
     waiting: list[np.ndarray] = []
     for pixels in pictures:
         if waiting and (pixels.shape != waiting[0].shape or len(waiting) == batch_size):

@@ -1,6 +1,6 @@
-"""Prompts alone: the teacher makes the latents, with guidance, once.
+"""For data that has only prompts: the teacher samples the latents once, with guidance.
 
-Latent k of a run comes from noise named by k, so it is the same whatever the processes and the interruptions.
+The noise of latent k depends on the seed and k alone, so the number of processes and interruptions change nothing.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,11 @@ from stepdistill.models.network.conditioning import Conditioning
 class Synthesis:
     """The teacher as a source of latents.
 
-    teacher: guided.  shape: (C, h, w).  steps: of DDIM with trailing timesteps.  seed: of the noise.
+    teacher     with classifier-free guidance
+    steps       of DDIM with trailing timesteps
+    shape       (C, h, w) of a latent
+    seed        of the noise
+    batch_size  latents per U-Net batch
     """
 
     teacher: Denoiser
@@ -29,7 +33,7 @@ class Synthesis:
 
     @torch.no_grad()
     def latents(self, conditioning: Conditioning, numbers: Sequence[int]) -> torch.Tensor:
-        """(n, C, h, w) in float32 on the CPU, of n rows of conditioning; `numbers` name their noise."""
+        """Latents (n, C, h, w), float32 on the CPU, of n rows of conditioning; `numbers` (n) select their noise."""
         parts = []
         for start in range(0, len(numbers), self.batch_size):
             chunk = list(numbers[start : start + self.batch_size])

@@ -1,8 +1,8 @@
-"""A tar archive read member after member in constant memory: regular files by their place in the file, nothing else.
+"""Reads a tar archive member by member in constant memory; only regular files, by their offset in the archive.
 
-The standard library's reader keeps every member, follows what a header says about lengths, and knows types that are no
-files. Here a header is 512 bytes; long names come from GNU and pax records of 64 KiB at most; links, devices, pipes and
-sparse files are named as unsafe and never opened.
+The standard library's reader keeps all members in memory, trusts the lengths in headers, and accepts members that are not
+files. Here a header is 512 bytes; long names come from GNU and pax records of at most 64 KiB; links, devices, pipes and
+sparse files are reported as unsafe and never opened.
 """
 
 import tarfile
@@ -14,18 +14,18 @@ from typing import BinaryIO
 _BLOCK = tarfile.BLOCKSIZE
 _MOST_HEADER_DATA = 2**16
 _LONG_NAME, _PAX, _GLOBAL_PAX = b"L", b"x", b"g"
-_SKIPPED = (_GLOBAL_PAX, b"K", b"5")  # of all members; a long link's name; a folder
+_SKIPPED = (_GLOBAL_PAX, b"K", b"5")  # pax record for all members, name of a long link, folder
 _SPARSE_FURTHER, _SPARSE_FURTHEST = 482, 504
-"""Where a sparse file's header, and each that goes on with it, says that another follows."""
+"""Offsets of the byte that says that another header block follows: in a sparse file's header, in each block after it."""
 
 
 class BrokenArchive(ValueError):
-    """A tar archive that cannot be read further."""
+    """A tar archive that cannot be read any further."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member's name, and where its bytes are; `unsafe` says why they are not to be read."""
+    """A member's name, and the offset and size of its bytes; `unsafe`: why they must not be read, or None."""
 
     name: str
     offset: int
@@ -34,7 +34,7 @@ class Member:
 
 
 def members(path: Path) -> Iterator[Member]:
-    """The members of an uncompressed tar, in order; BrokenArchive, which names the file, where it ends early."""
+    """The members of an uncompressed tar, in order; BrokenArchive, with the path, if it is empty, cut off or not a tar."""
     with path.open("rb") as file:
         total = path.stat().st_size
         overrides: dict[str, str] = {}
@@ -57,7 +57,7 @@ def members(path: Path) -> Iterator[Member]:
                     f"{path}: cut off within {info.name!r}: {info.size:,} bytes from {offset:,} on, of {total:,}"
                 )
             if info.type in (_LONG_NAME, _PAX):
-                overrides |= _told(path, file, info)
+                overrides |= _header_record(path, file, info)
             elif info.type not in _SKIPPED:
                 name = overrides.get("path", info.name)
                 yield Member(name, offset, info.size, _unsafe(info, name, overrides))
@@ -82,13 +82,13 @@ def _header(path: Path, block: bytes, at: int) -> tarfile.TarInfo:
 
 
 def _has_data(info: tarfile.TarInfo) -> bool:
-    """Links, folders and devices have none, whatever length their header gives."""
+    """Whether data follows a header; links, folders and devices have none, whatever length their header gives."""
     records = (_LONG_NAME, b"K", _PAX, _GLOBAL_PAX)
     return info.isreg() or info.type in records or info.type not in tarfile.SUPPORTED_TYPES
 
 
-def _told(path: Path, file: BinaryIO, info: tarfile.TarInfo) -> dict[str, str]:
-    """What a long-name or pax record says of the member after it."""
+def _header_record(path: Path, file: BinaryIO, info: tarfile.TarInfo) -> dict[str, str]:
+    """The fields of the next member's header that a long-name or pax record overrides."""
     if info.size > _MOST_HEADER_DATA:
         raise BrokenArchive(f"{path}: a header record of {info.size:,} bytes; allowed: {_MOST_HEADER_DATA:,}")
     data = file.read(info.size)
@@ -110,9 +110,9 @@ def _unsafe(info: tarfile.TarInfo, name: str, overrides: dict[str, str]) -> str 
     if any(key.startswith("GNU.sparse") for key in overrides) or info.type == tarfile.GNUTYPE_SPARSE:
         return "a sparse file"
     if "size" in overrides:
-        return "a length outside its header"
+        return "a member whose length is not in its header"
     if info.type not in tarfile.REGULAR_TYPES:
-        return "no regular file"
+        return "not a regular file"
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or "\0" in name:
         return "a path that leaves the archive"

@@ -1,7 +1,7 @@
 """The letters world: capital letters of real typefaces, in colour, with a caption that fixes part of each picture.
 
-A caption names the letter, the ink and the paper; typeface, angle, size and place stay free. So there is a prompt to
-obey and a diversity to lose, and a program can check both. Every picture is a function of (seed, index) alone.
+A caption names the letter, the ink and the paper; typeface, angle, size and position vary. So a distilled model can fail to
+follow the prompt and can lose diversity, and a program can check both. A picture depends on (caption, seed, index) alone.
 """
 
 import functools
@@ -43,8 +43,13 @@ _SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Style:
-    """The ranges of what a caption leaves free. Angles are radians either way; the height of a capital and the shift either
-    way are shares of the picture's side."""
+    """The ranges of what a caption leaves open.
+
+    typefaces   file names
+    angle       radians, at most this much to either side
+    cap_height  smallest and largest height of a capital letter, as shares of the picture's side
+    shift       at most this much along each axis, as a share of the picture's side
+    """
 
     typefaces: tuple[str, ...] = TYPEFACES
     angle: float = 0.2
@@ -57,7 +62,7 @@ WORLD = Style()
 
 @dataclass(frozen=True)
 class Triple:
-    """What a caption fixes: indices into LETTERS, INKS and PAPERS."""
+    """The content that a caption specifies: indices into LETTERS, INKS and PAPERS."""
 
     letter: int
     ink: int
@@ -81,7 +86,7 @@ def all_triples() -> list[Triple]:
 
 
 def parse_caption(caption: str) -> Triple:
-    """The triple that a caption of this world names; ValueError for any other text."""
+    """The triple that a caption describes; ValueError if the text is not a caption of this world."""
     words = caption.split()
     try:
         _, ink, _, letter, _, paper = words
@@ -106,7 +111,7 @@ def _font(typeface: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def render(triple: Triple, *, generator: np.random.Generator, style: Style = WORLD) -> Image.Image:
-    """One 32 x 32 RGB picture of `triple`; typeface, angle, size and place are drawn from `generator` within `style`."""
+    """One 32 x 32 RGB picture of `triple`; typeface, angle, size and position are drawn from `generator` within `style`."""
     typeface = style.typefaces[generator.integers(len(style.typefaces))]
     angle = generator.uniform(-style.angle, style.angle)
     cap_height = generator.uniform(*style.cap_height) * IMAGE_SIZE * _SUPERSAMPLING
@@ -129,12 +134,12 @@ def render(triple: Triple, *, generator: np.random.Generator, style: Style = WOR
 
 
 def render_at(triple: Triple, *, seed: int, index: int, style: Style = WORLD) -> Image.Image:
-    """The picture number `index` of the stream `seed`: the same for ever, whatever was rendered before."""
+    """Picture number `index` of the stream `seed`; always the same, whatever was rendered before."""
     return render(triple, generator=np.random.default_rng([seed, index]), style=style)
 
 
 def sample_triples(num_images: int, *, seed: int, among: Sequence[Triple] | None = None) -> list[Triple]:
-    """`num_images` triples: whole shuffled passes over all 520, or over some, so that each comes equally often."""
+    """`num_images` triples: shuffled passes over `among`, by default all 520, so that each triple comes equally often."""
     triples = all_triples() if among is None else among
     generator = np.random.default_rng([seed, 0x7121])
     order: list[int] = []

@@ -1,7 +1,7 @@
-"""The reader: a small CNN that names letter, ink and paper of a 32 x 32 picture.
+"""The reader: a small CNN that classifies the letter, ink and paper of a 32 x 32 picture of the letters world.
 
-Its three answers together are the letters world's prompt accuracy; its 96-d features are what the demo's FID is
-measured on. It ships in the package, trained by `pipelines/train_teacher.py`.
+A picture counts for prompt accuracy if all three answers are right; the demo's FID uses the 96 features. The weights ship
+with the package and were trained by `pipelines/train_teacher.py`.
 """
 
 import itertools
@@ -47,7 +47,7 @@ class Reader(nn.Module):
         return self.trunk(images.to(next(self.parameters()).dtype) / 127.5 - 1.0)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The features; this makes the reader a `feature` of torchmetrics' FrechetInceptionDistance."""
+        """The features, so that the reader can be passed to torchmetrics' FrechetInceptionDistance as `feature`."""
         return self.features(images)
 
     def logits(self, images: torch.Tensor) -> list[torch.Tensor]:
@@ -56,7 +56,7 @@ class Reader(nn.Module):
         return [head(features) for head in self.heads]
 
     def read(self, images: torch.Tensor) -> list[Triple]:
-        """What each picture shows: its most likely letter, ink and paper."""
+        """The most likely letter, ink and paper of each picture."""
         answers = torch.stack([logits.argmax(dim=1) for logits in self.logits(images)], dim=1)
         return [Triple(*row) for row in answers.tolist()]
 
@@ -68,22 +68,24 @@ def save_reader(reader: Reader, path: Path) -> None:
 
 
 def load_reader(path: Path) -> Reader:
-    """The reader in float32, in eval mode, without gradients; ValueError for a file that is not one's weights."""
+    """The reader in float32, in eval mode, without gradients; ValueError if the file does not hold a reader's weights."""
     reader = Reader()
     try:
         reader.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is no reader of letters: {first_line(error)}") from None
+        raise ValueError(
+            f"{path} does not hold the weights of the letters reader: {first_line(error)}"
+        ) from None
     return reader.eval().requires_grad_(False)
 
 
 def shipped_reader() -> Reader:
-    """The reader that ships in the package."""
+    """The reader that ships with the package."""
     return load_reader(Path(__file__).parent / "assets" / "reader" / "model.fp16.safetensors")
 
 
 @torch.no_grad()
 def prompt_accuracy(batches: Iterable[torch.Tensor], asked: Sequence[Triple], *, reader: Reader) -> float:
-    """Share of uint8 images, in batches (B, 3, 32, 32), whose letter, ink and paper are all as the prompt says."""
+    """Share of uint8 images, in batches (B, 3, 32, 32), whose letter, ink and paper all match `asked` at the same index."""
     seen = [triple for batch in batches for triple in reader.read(batch)]
     return sum(a == b for a, b in zip(seen, asked, strict=True)) / len(seen)

@@ -1,8 +1,9 @@
-"""How the embedded teacher is made: a whole StableDiffusionPipeline, small, trained from nothing on the letters.
+"""Trains the embedded teacher: a complete but small StableDiffusionPipeline, trained from scratch on the letters world.
 
-The parts are the real classes in small: AutoencoderKL (latents 4 x 8 x 8), CLIPTokenizer and CLIPTextModel, a
-UNet2DConditionModel that predicts epsilon under Stable Diffusion's scaled_linear schedule. `pipelines/train_teacher.py`
-runs the three trainings in order and writes the folder that the package ships.
+The parts are small instances of the usual classes: AutoencoderKL (latents 4 x 8 x 8), CLIPTokenizer and CLIPTextModel, and
+a UNet2DConditionModel that predicts epsilon under Stable Diffusion's scaled_linear noise schedule.
+`pipelines/train_teacher.py` trains the reader, the VAE and the U-Net in this order and writes the folder that the package
+ships.
 """
 
 import copy
@@ -36,7 +37,7 @@ def rendered_batch(num_images: int, *, seed: int, style: Style = WORLD) -> tuple
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer whose byte-pair merges make one token of each word of the captions; others fall into bytes."""
+    """A CLIPTokenizer whose byte-pair merges give one token per word of the captions; other words become several tokens."""
     words = ["a", "letter", "on", *INKS, *PAPERS, *(letter.lower() for letter in LETTERS)]
     alphabet = [chr(code) for code in range(33, 127)]
     vocab = {token: index for index, token in enumerate([*alphabet, *(f"{char}</w>" for char in alphabet)])}
@@ -66,7 +67,7 @@ def _apply_merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIPTextModel of width 64 and 2 layers for sequences of MAX_TOKENS."""
+    """A CLIPTextModel with width 64 and 2 layers, for sequences of MAX_TOKENS."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -84,7 +85,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """AutoencoderKL (24, 48, 48): 32 x 32 pixels <-> 4 x 8 x 8 latents."""
+    """An AutoencoderKL with widths (24, 48, 48): 32 x 32 pixels <-> 4 x 8 x 8 latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -100,7 +101,7 @@ WIDTHS = (64, 128)
 
 
 def build_unet(widths: tuple[int, int] = WIDTHS) -> UNet2DConditionModel:
-    """UNet2DConditionModel of these widths; cross-attention at the 4 x 4 level only, which keeps CPU steps short."""
+    """A UNet2DConditionModel of these widths; cross-attention only at the 4 x 4 level, which keeps CPU steps short."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -116,7 +117,7 @@ def build_unet(widths: tuple[int, int] = WIDTHS) -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """DDIM with Stable Diffusion's betas, trailing spacing, no clipping."""
+    """A DDIMScheduler with Stable Diffusion's betas, trailing timesteps and no clipping."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -146,7 +147,7 @@ def _train(
     learning_rate: float,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW with 100 steps of warm-up and cosine decay to 2 %; `loss_at(step)` is the objective."""
+    """Minimises `loss_at(step)` by AdamW with 100 steps of warm-up and cosine decay to 2 % of the learning rate."""
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -170,7 +171,7 @@ def _train(
 
 
 def train_reader(images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> Reader:
-    """Cross-entropy on letter, ink and paper; images uint8 (N, 3, 32, 32), labels int64 (N, 3)."""
+    """Trains the reader by cross-entropy on letter, ink and paper; images uint8 (N, 3, 32, 32), labels int64 (N, 3)."""
     torch.manual_seed(seed)
     reader = Reader()
     batches = _batches(len(images), 64, generator=torch.Generator().manual_seed(seed))
@@ -188,7 +189,7 @@ def train_reader(images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed
 
 
 def train_vae(images: torch.Tensor, *, steps: int, seed: int) -> AutoencoderKL:
-    """L1 + MSE reconstruction with a KL weight of 1e-4 per latent element; sets scaling_factor to 1 / std."""
+    """Trains the VAE by L1 + MSE reconstruction and 1e-4 times the KL per latent element; sets scaling_factor to 1 / std."""
     torch.manual_seed(seed)
     vae = build_vae()
     batches = _batches(len(images), 32, generator=torch.Generator().manual_seed(seed))
@@ -226,7 +227,10 @@ def train_unet(
     widths: tuple[int, int] = WIDTHS,
     device: torch.device | str = "cpu",
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Epsilon MSE on U-Net and text encoder together, captions dropped at 10 % for guidance; their EMA, on the CPU."""
+    """Trains U-Net and text encoder together by epsilon MSE; returns their exponential moving averages, on the CPU.
+
+    10 % of the captions are dropped, for classifier-free guidance.
+    """
     torch.manual_seed(seed)
     unet, text_encoder = build_unet(widths).to(device), build_text_encoder(tokenizer).to(device)
     alphas_cumprod = build_scheduler().alphas_cumprod

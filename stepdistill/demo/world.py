@@ -1,7 +1,6 @@
-"""A world of pictures that can be drawn without end, and what the package asks of one.
+"""Worlds: sources that generate any number of captioned pictures, and the interface that the package uses them by.
 
-`data.source` names a world by its name. Data and evaluation know no other fact of it than these answers; a caption says
-everything about what its picture shows.
+`data.source` selects a world by its name. Data preparation and evaluation use a world through this interface only.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,43 +14,43 @@ from stepdistill.demo.reader import prompt_accuracy, shipped_reader
 
 
 class World(Protocol):
-    """The questions."""
+    """A source of generated pictures. Each caption describes its picture completely enough to check the picture."""
 
     name: str
     num_images: int
-    """How many pictures a run learns from where its config names no number."""
+    """Number of training pictures if data.num_images is not set."""
     extractor: str
-    """The value of evaluation.features that measures its pictures where the config names none."""
+    """The default of evaluation.features for pictures of this world."""
 
     def captions(self) -> list[str]:
-        """All that there are."""
+        """All captions of the world."""
 
     def knows(self, caption: str) -> bool:
-        """Whether a text is one of its captions."""
+        """Whether a text is a caption of the world."""
 
     def sample(self, count: int, *, seed: int, among: Sequence[str]) -> list[str]:
-        """`count` of these captions: whole shuffled passes over them, so that each comes equally often."""
+        """`count` captions: shuffled passes over `among`, so that each caption comes equally often."""
 
     def picture(self, caption: str, *, seed: int, index: int) -> Image.Image:
-        """The picture number `index` of the stream `seed`: the same for ever, whatever was drawn before."""
+        """Picture number `index` of the stream `seed`; always the same, whatever was drawn before."""
 
     def accuracy(self, batches: Iterable[torch.Tensor], captions: Sequence[str]) -> float:
-        """Share of uint8 pictures, in batches (B, 3, H, W), that show what the caption of the same number says."""
+        """Share of uint8 pictures, in batches (B, 3, H, W), that show what the caption of the same index describes."""
 
 
 class LettersWorld:
-    """Capital letters of real typefaces in an ink on a paper (letters.py), read by the reader that ships in the package."""
+    """Capital letters of real typefaces in an ink on a paper (letters.py), checked by the shipped reader."""
 
     name = "letters"
     num_images = 4096
     extractor = "reader"
 
     def captions(self) -> list[str]:
-        """All 520."""
+        """All 520 captions."""
         return [triple.caption for triple in letters.all_triples()]
 
     def knows(self, caption: str) -> bool:
-        """Such as "a red letter a on white"."""
+        """Whether a text is a caption such as "a red letter a on white"."""
         try:
             letters.parse_caption(caption)
         except ValueError:
@@ -64,11 +63,11 @@ class LettersWorld:
         return [triple.caption for triple in letters.sample_triples(count, seed=seed, among=triples)]
 
     def picture(self, caption: str, *, seed: int, index: int) -> Image.Image:
-        """32 x 32, RGB."""
+        """A 32 x 32 RGB picture of the caption."""
         return letters.render_at(letters.parse_caption(caption), seed=seed, index=index)
 
     def accuracy(self, batches: Iterable[torch.Tensor], captions: Sequence[str]) -> float:
-        """Letter, ink and paper are all as the caption says."""
+        """Share of pictures whose letter, ink and paper all match the caption."""
         return prompt_accuracy(batches, [*map(letters.parse_caption, captions)], reader=shipped_reader())
 
 
@@ -76,10 +75,10 @@ WORLDS: dict[str, World] = {"letters": LettersWorld()}
 
 
 def world_of(source: str) -> World | None:
-    """The world that a `data.source` names; None for files."""
+    """The world that a `data.source` names; None if it is a path."""
     return WORLDS.get(source)
 
 
 def world_of_captions(captions: Sequence[str]) -> World | None:
-    """The world that all of these captions are of; None where there is none."""
+    """The world that all of these captions belong to; None if there is no such world."""
     return next((world for world in WORLDS.values() if all(map(world.knows, captions))), None)

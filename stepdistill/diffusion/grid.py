@@ -1,7 +1,7 @@
-"""The timesteps that samplers visit, as plain numbers: the plan counts with the same code that trains. No torch.
+"""The timesteps that samplers visit, as plain integers without torch: the plan counts with the same code that trains.
 
-node      a timestep that an N-step sampler evaluates the network at; T = num_train_timesteps
-CLEAN     -1: where the last move of a sampling leads; x there is the clean sample
+node      a timestep at which an N-step sampler evaluates the network; T = num_train_timesteps
+CLEAN     -1: the end of a sampler's last move; x at CLEAN is the clean sample
 move      (timestep, prev_timestep), from noisier to cleaner
 """
 
@@ -11,7 +11,7 @@ CLEAN = -1
 def trailing_nodes(steps: int, *, num_train_timesteps: int = 1000) -> list[int]:
     """The nodes of an N-step sampler, noisiest first: round(T - k T / N) - 1 for k in 0 .. N - 1.
 
-    `trailing` of Lin et al. 2023 (arXiv 2305.08891, table 2). ValueError for fewer than one or more than T steps.
+    This is the `trailing` spacing of Lin et al. 2023 (arXiv 2305.08891, table 2). ValueError unless 1 <= N <= T.
     """
     if not 1 <= steps <= num_train_timesteps:
         raise ValueError(f"num_inference_steps: got {steps}; allowed: 1 to {num_train_timesteps}")
@@ -20,10 +20,10 @@ def trailing_nodes(steps: int, *, num_train_timesteps: int = 1000) -> list[int]:
 
 
 def next_node(timestep: int, steps: int, *, num_train_timesteps: int = 1000) -> int:
-    """Where one move of an N-step student leads.
+    """The timestep that one move of an N-step student leads to.
 
-    That is the next node of its grid, or CLEAN after the last one. From a timestep between two nodes it is T / N further
-    down, at most to CLEAN (section 2 of the recipe: 250 - 500 -> 0).
+    From a node of the student's grid: the next node, or CLEAN after the last one. From a timestep between two nodes: T / N
+    lower, but not below CLEAN (N = 2: the paper's time 250 - 500 becomes 0).
     """
     nodes = [*trailing_nodes(steps, num_train_timesteps=num_train_timesteps), CLEAN]
     if timestep in nodes[:-1]:
@@ -32,9 +32,9 @@ def next_node(timestep: int, steps: int, *, num_train_timesteps: int = 1000) -> 
 
 
 def substeps(timestep: int, prev_timestep: int, steps: int, *, num_train_timesteps: int = 1000) -> list[int]:
-    """The timesteps that an N-step teacher visits on the way of one student's move, both ends among them.
+    """The timesteps that an N-step teacher visits during one move of the student, including both ends.
 
-    ValueError for a move that does not go from noisier to cleaner.
+    ValueError if the move does not go from noisier to cleaner.
     """
     if prev_timestep >= timestep:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Noise paths: how much picture and how much noise is in x_t, and the timesteps of samplers on the path. Float64.
+"""Noise paths: how much signal and how much noise x_t contains, and the moves of samplers on the path. In float64.
 
 Legend, with the equation numbers of SDXL-Lightning (arXiv 2402.13929):
     x_t             alpha_t x_0 + sigma_t e (Eq 1)
-    alphas_cumprod  abar_t, entry i belongs to network timestep i (paper time t = i + 1)
+    alphas_cumprod  abar_t; entry i belongs to the network's timestep i (the paper's time t = i + 1)
     alpha_t         sqrt(abar_t)            sigma_t   sqrt(1 - abar_t)
-    timestep        int64, 999 = noisiest .. 0, and CLEAN = -1 (alpha 1, sigma 0)
+    timestep        int64: 999 (noisiest) down to 0, then CLEAN = -1 (alpha 1, sigma 0)
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def make_betas(
 ) -> torch.Tensor:
     """betas (num_train_timesteps,), float64, as diffusers' schedulers define them.
 
-    scaled_linear is linear in sqrt(beta) (Stable Diffusion), squaredcos_cap_v2 is Nichol and Dhariwal 2021 with betas
-    capped at .999, which ignores beta_start and beta_end. ValueError for any other name.
+    scaled_linear is linear in sqrt(beta) (Stable Diffusion). squaredcos_cap_v2 is the cosine schedule of Nichol and Dhariwal
+    2021 with betas capped at .999; it ignores beta_start and beta_end. ValueError for any other name.
     """
     n = num_train_timesteps
     if beta_schedule == "scaled_linear":
@@ -49,9 +49,9 @@ def rescale_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 class Move:
     """One step of a sampler for some rows of a batch.
 
-    rows            int64 (n,), the rows that take it; None for all
-    timesteps       (n,), where they are
-    prev_timesteps  (n,), where they go, cleaner
+    rows            int64 (n,), the rows that take this step; None: all rows
+    timesteps       (n,), before the step
+    prev_timesteps  (n,), after the step: cleaner
     """
 
     rows: torch.Tensor | None
@@ -60,7 +60,7 @@ class Move:
 
 
 def moves_to(moves: Sequence[Move], device: torch.device | str) -> list[Move]:
-    """The moves on another device, in one copy: several small ones would each wait for the host."""
+    """The moves on another device, copied in one transfer: each of several small ones would make the host wait."""
     parts = [part for m in moves for part in (m.rows, m.timesteps, m.prev_timesteps) if part is not None]
     packed = iter(torch.cat(parts).to(device).split([len(part) for part in parts]))
     return [Move(None if m.rows is None else next(packed), next(packed), next(packed)) for m in moves]
@@ -68,23 +68,26 @@ def moves_to(moves: Sequence[Move], device: torch.device | str) -> list[Move]:
 
 @dataclass(frozen=True)
 class VariancePreserving:
-    """The path of a diffusion model with alpha_t^2 + sigma_t^2 = 1: alphas_cumprod (num_train_timesteps,), float64."""
+    """The noise path of a diffusion model with alpha_t^2 + sigma_t^2 = 1.
+
+    alphas_cumprod  (num_train_timesteps,), float64
+    """
 
     alphas_cumprod: torch.Tensor
 
     @classmethod
     def from_betas(cls, betas: torch.Tensor, *, zero_terminal_snr: bool = False) -> "VariancePreserving":
-        """From betas (T,); zero_terminal_snr rescales as diffusers' rescale_betas_zero_snr does."""
+        """The path of betas (T,); zero_terminal_snr rescales it as diffusers' rescale_betas_zero_snr does."""
         alphas_cumprod = torch.cumprod(1.0 - betas.double(), dim=0)
         return cls(rescale_zero_terminal_snr(alphas_cumprod) if zero_terminal_snr else alphas_cumprod)
 
     def to(self, device: torch.device | str) -> "VariancePreserving":
-        """The same with its table on another device, where timesteps are looked up without waiting for a copy."""
+        """The same path with alphas_cumprod on another device, so that looking up timesteps there needs no copy."""
         return VariancePreserving(self.alphas_cumprod.to(device))
 
     @property
     def num_train_timesteps(self) -> int:
-        """T, 1000 in every Stable Diffusion model."""
+        """T; 1000 in every Stable Diffusion model."""
         return len(self.alphas_cumprod)
 
     @property
@@ -95,7 +98,7 @@ class VariancePreserving:
     def alpha_sigma(
         self, timesteps: torch.Tensor, *, ndim: int = 1, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha_t and sigma_t at timesteps (B,), each (B, 1, ..) with `ndim` dimensions; CLEAN gives 1 and 0."""
+        """alpha_t and sigma_t at timesteps (B,), each of shape (B, 1, ..) with `ndim` dimensions; 1 and 0 at CLEAN."""
         table = self.alphas_cumprod.to(timesteps.device)
         alpha_bar = torch.where(timesteps == CLEAN, 1.0, table[timesteps.clamp(min=0)])
         shape = (-1,) + (1,) * (ndim - 1)
@@ -109,9 +112,9 @@ class VariancePreserving:
         *,
         pure_noise_at_last: bool = False,
     ) -> torch.Tensor:
-        """x_t = alpha_t x_0 + sigma_t e (Eq 1), (B, ...); at CLEAN the original comes back.
+        """x_t = alpha_t x_0 + sigma_t e (Eq 1), (B, ...); at CLEAN the original samples are returned.
 
-        pure_noise_at_last: at the last timestep the noise itself is returned (Eq 24), as sampling starts from it.
+        pure_noise_at_last: at the last timestep return the noise itself (Eq 24), because sampling starts from it.
         """
         ndim = original_samples.ndim
         alpha, sigma = self.alpha_sigma(timesteps, ndim=ndim, dtype=original_samples.dtype)
@@ -122,18 +125,18 @@ class VariancePreserving:
         return torch.where(last, noise, noisy)
 
     def nodes(self, steps: int) -> torch.Tensor:
-        """The timesteps (N,) that an N-step sampler visits, noisiest first, int64; ValueError for a count out of range."""
+        """The timesteps (N,), int64, that an N-step sampler visits, noisiest first; ValueError unless 1 <= N <= T."""
         return torch.tensor(grid.trailing_nodes(steps, num_train_timesteps=self.num_train_timesteps))
 
     def jump(self, timesteps: Sequence[int], student_steps: int) -> list[int]:
-        """Where one move of the student leads from each timestep; CLEAN at the end."""
+        """The timesteps that one move of the student leads to from these timesteps; CLEAN after the last node."""
         count = self.num_train_timesteps
         return [grid.next_node(t, student_steps, num_train_timesteps=count) for t in timesteps]
 
     def substeps(self, timesteps: Sequence[int], prev_timesteps: Sequence[int], steps: int) -> list[Move]:
-        """The moves of an N-step sampler from timesteps to prev_timesteps, row by row, on the CPU.
+        """The moves of an N-step sampler that bring each row from its timestep to its prev_timestep, on the CPU.
 
-        A row that arrives before the others is left out of the moves after that. ValueError for a row that goes up.
+        A row that arrives before the others is left out of later moves. ValueError if a row's prev_timestep is not cleaner.
         """
         count = self.num_train_timesteps
         routes = [
@@ -149,5 +152,5 @@ class VariancePreserving:
         return moves
 
     def sampling(self, steps: int, batch_size: int) -> list[Move]:
-        """The moves of a whole N-step sampling of so many rows, from pure noise to the clean sample, on the CPU."""
+        """The moves of an N-step sampler for batch_size rows, from pure noise to the clean sample, on the CPU."""
         return self.substeps([self.last_timestep] * batch_size, [CLEAN] * batch_size, steps)

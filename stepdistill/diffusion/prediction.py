@@ -1,4 +1,4 @@
-"""epsilon, x0 and v: one place converts a U-Net's output, so that everything else asks for what it wants.
+"""Converts a U-Net's output between epsilon, x0 and v, so that all other code just names the target it needs.
 
 x_t = alpha_t x_0 + sigma_t e   (Eq 1)        x_0 = (x_t - sigma_t e) / alpha_t   (Eq 3)
 v   = alpha_t e - sigma_t x_0                 e   = (x_t - alpha_t x_0) / sigma_t (Eq 4)
@@ -20,11 +20,11 @@ def convert(
     prediction_type: str,
     target: str,
 ) -> torch.Tensor:
-    """model_output (B, ...) of `prediction_type` at sample (B, ...) as `target`; both names of PREDICTION_TYPES.
+    """Converts model_output (B, ...) at sample (B, ...) from `prediction_type` to `target`, both of PREDICTION_TYPES.
 
-    "sample" is x_0, in diffusers' words. The arithmetic is float32, or float64 where an input is; ValueError for an
-    unknown name and where the answer does not exist (epsilon to x0 at zero terminal SNR, where alpha_T is 0). On a GPU that
-    last check would wait for the device, and is left to the config's.
+    As in diffusers, "sample" means x_0. The arithmetic is float32, or float64 if an input is float64. ValueError for an
+    unknown name, and if the result is undefined: from epsilon at zero terminal SNR, where alpha_T is 0. On a GPU this last
+    check is skipped, because it would wait for the device; checking the config excludes that case (teacher/ladder_fit.py).
     """
     for name in (prediction_type, target):
         if name not in PREDICTION_TYPES:
@@ -60,7 +60,7 @@ def to_original_and_noise(
     noise_path: VariancePreserving,
     prediction_type: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(predicted x_0, predicted e), each (B, ...): what a solver moves with."""
+    """(predicted x_0, predicted e), each (B, ...): the two terms of a solver step."""
     original, noise = (
         convert(
             model_output,

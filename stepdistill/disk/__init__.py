@@ -1,1 +1,1 @@
-"""Files that are whole or not there, whatever stops the process that writes them."""
+"""Writing files so that each is complete or absent, whatever stops the process that writes it."""

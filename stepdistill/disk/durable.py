@@ -1,5 +1,5 @@
-"""Files that are either whole or not there: written beside their place, then renamed; and JSON that says by a checksum
-whether it still is as it was written.
+"""Atomic writes: a file is written under a temporary name beside its place, then renamed, so it is complete or absent.
+Also "sealed" JSON objects, whose checksum shows whether they were changed after they were written.
 """
 
 import errno
@@ -27,7 +27,7 @@ CHECKSUM = "checksum"
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _LARGEST_JSON = 2**28
 _BLOCKED = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
-_AGAIN = "see to that, then the same command"
+_OTHER_REMEDY = "remove the cause, then the same command"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, then the same command"),
     **dict.fromkeys(
@@ -41,8 +41,8 @@ _REMEDIES = {
 
 
 def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Writes a file of these parts in one step: a reader sees the old one or the new one. ValueError in one line where it
-    cannot be written; then the old one stays, and nothing lies beside it."""
+    """Writes these parts as a file in one step: a reader sees the old file or the new one. ValueError in one line if it
+    cannot be written; the old file then stays, and no temporary file is left beside it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,29 +59,29 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """write_bytes of a text in UTF-8."""
+    """write_bytes of a text, encoded as UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """write_text of indented JSON."""
+    """write_text of a value as indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_picture(path: Path, image: "Image.Image") -> None:
-    """write_bytes of a picture in the format that its suffix stands for, one of PICTURE_FORMATS."""
+    """write_bytes of a picture, in the format of the file name's suffix (PICTURE_FORMATS)."""
     write_bytes(path, picture_bytes(image, PICTURE_FORMATS[path.suffix.lower()]))
 
 
 def picture_bytes(image: "Image.Image", file_format: str = "PNG", **options: Any) -> bytes:
-    """A picture as a file of one of PIL's formats has it, with the options of that format."""
+    """The bytes of a picture as a file in one of PIL's formats; `options` go to that format's writer."""
     buffer = io.BytesIO()
     image.save(buffer, format=file_format, **options)
     return buffer.getvalue()
 
 
 def read_json(path: Path) -> Any | None:
-    """The JSON of a file, or None where there is no file, or it is not JSON or larger than any that is written here."""
+    """The JSON value in a file; None if the file is missing, is not JSON, or is larger than _LARGEST_JSON bytes."""
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
             return None
@@ -91,14 +91,14 @@ def read_json(path: Path) -> Any | None:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """An object as JSON has it, with a checksum of all its keys, none of which may be "checksum"."""
+    """An object as JSON data, with a checksum over all its keys added; it must not have a key "checksum"."""
     plain = json.loads(json.dumps(value))
     return {**plain, CHECKSUM: sha256_json(plain)}
 
 
 def unsealed(stored: Any) -> dict[str, Any] | None:
-    """What was sealed, without its checksum; None for what is no object or was changed since. An object without a checksum,
-    which earlier versions wrote, is taken as it is."""
+    """The object that was sealed, without its checksum; None if `stored` is no object or was changed since. An object
+    without a checksum, as earlier versions wrote it, is returned as it is."""
     if not isinstance(stored, dict):
         return None
     name = CHECKSUM if CHECKSUM in stored else next(reversed(stored), None)
@@ -106,28 +106,29 @@ def unsealed(stored: Any) -> dict[str, Any] | None:
     fits = stored.get(name) == sha256_json(rest)
     if name == CHECKSUM:
         return rest if fits else None
-    return None if fits else dict(stored)  # a checksum under another name was sealed, and its name is damaged
+    # if the last key holds a right checksum, the object was sealed and the name of that key is damaged
+    return None if fits else dict(stored)
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """write_json of an object with its checksum."""
+    """write_json of an object with a checksum added."""
     write_json(path, sealed(value))
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
-    """The object that write_sealed wrote; None where the file is missing or was changed."""
+    """The object that write_sealed wrote; None if the file is missing or was changed."""
     return unsealed(read_json(path))
 
 
 @functools.cache
 def warn_of_damage(path: Path, then: str) -> None:
-    """One warning about a file that is not as it was written, and what follows from it: "it is drawn again"."""
+    """Warns, once, that a file is missing or was changed, and what follows from it, such as "it is drawn again"."""
     logger.warning("%s is missing or not as it was written: %s", path, then)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """ValueError in one line where a file cannot be written: no room, no right, something else in its place."""
+    """Inside it, a failure to write the file (disk full, no permission, path blocked) becomes a ValueError in one line."""
     try:
         yield
     except Exception as error:
@@ -137,23 +138,23 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def unwritable(path: Path, error: Exception) -> str:
-    """What stands in the way of writing a file, and the remedy, in one line."""
+    """Why a file cannot be written, and the remedy, in one line."""
     number = _os_error(error)
     reason = os.strerror(number) if number else " ".join(str(error).split())
-    blocked = _in_the_way(path) if number in _BLOCKED else None
-    return f"cannot write {path}: {reason}; mend: {blocked or _REMEDIES.get(number or errno.ENOSPC, _AGAIN)}"
+    blocked = _unblock(path) if number in _BLOCKED else None
+    return f"cannot write {path}: {reason}; mend: {blocked or _REMEDIES.get(number or errno.ENOSPC, _OTHER_REMEDY)}"
 
 
 def _os_error(error: Exception) -> int | None:
-    """The operating system's number of an error, also of libraries that say it in words: "File too large (os error 27)"."""
+    """The errno of an error; also of a library's error that has it only in its text: "File too large (os error 27)"."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     match = re.search(r"\((?:os error |.*?\[Errno )(\d+)[)\]]", str(error))
     return int(match[1]) if match else None
 
 
-def _in_the_way(path: Path) -> str | None:
-    """What to do where a file lies in the place of a folder, or a folder in that of the file."""
+def _unblock(path: Path) -> str | None:
+    """The remedy if a file is where a folder has to be, or a folder where the file has to be; else None."""
     with suppress(OSError):
         there = next(p for p in (path, *path.parents) if p.exists())
         if there == path or not there.is_dir():
@@ -164,7 +165,7 @@ def _in_the_way(path: Path) -> str | None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside it to write into, which takes its place at the end and is gone after an error."""
+    """A temporary folder beside `folder` to write into; it replaces `folder` at the end and is removed after an error."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -180,14 +181,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def canonical_safetensors(path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Rewrites a safetensors file as `canonical` has it."""
+    """Rewrites a safetensors file in the form of `canonical`."""
     path.write_bytes(canonical(path.read_bytes(), metadata=metadata))
     readable(path)
 
 
 def canonical(content: bytes, *, metadata: Mapping[str, str] | None = None) -> bytes:
-    """A safetensors file's bytes with sorted keys in its header: the writer orders its metadata by chance, so that equal
-    tensors and metadata would not be equal bytes. metadata: what is added to the file's."""
+    """A safetensors file's bytes with the keys of its header sorted. safetensors writes metadata in random order, so equal
+    tensors and metadata would otherwise not give equal bytes. metadata: entries to add to the file's metadata."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **(metadata or {})}.items()))
@@ -197,7 +198,7 @@ def canonical(content: bytes, *, metadata: Mapping[str, str] | None = None) -> b
 
 
 def readable(path: Path) -> None:
-    """Gives a file the rights that new files have here: safetensors writes them for their owner alone."""
+    """Gives a file the usual permissions of a new file (by umask); only its owner can read one of safetensors'."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -210,5 +211,5 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """sha256 of a JSON value in its canonical form, 16 hexadecimal digits."""
+    """The first 16 hexadecimal digits of the sha256 of a JSON value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

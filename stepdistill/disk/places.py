@@ -1,8 +1,8 @@
-"""What lies at a path, and what a process that was killed left there: half-written files, told by their names. No torch.
+"""Checks of paths, and the half-written files that a killed process leaves, recognised by their names. No torch.
 
-.NAME.PID.partial          a file that process PID is writing beside its place, and renames when it is whole
-.NAME.safetensors.partial  one that a single process at a time writes
-.NAME.partial              a folder that is being filled; a file of that name is somebody else's
+.NAME.PID.partial          a file that process PID is writing, to be renamed to NAME when it is complete
+.NAME.safetensors.partial  a file that only one process at a time writes
+.NAME.partial              a folder that is being filled; a file with such a name is not ours
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from pathlib import Path
 
 _FILE = re.compile(r"\.(?P<name>.+)(\.\d+|(?<=\.safetensors))\.partial")
 _FOLDER = re.compile(r"\.(?P<name>.+)\.partial")
-_WRITING_TAKES = 10.0  # seconds, of the few kilobytes that several processes of a run may write at once
+_MOST_WRITING_SECONDS = 10.0  # more than it takes to write the few kilobytes of one of these files
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; False too where the path is too long or may not be looked at."""
+    """Whether the path is a folder; False also if the path is too long or may not be read."""
     try:
         return path.is_dir()
     except OSError:
@@ -27,18 +27,18 @@ def is_folder(path: Path) -> bool:
 
 
 def half_written(path: Path) -> str | None:
-    """The name that a file or folder was to get; None for what is not half-written."""
+    """The final name of a half-written file or folder; None if the path is not a half-written one."""
     match = (_FOLDER if is_folder(path) else _FILE).fullmatch(path.name)
     return match["name"] if match else None
 
 
 def clear_half_written(folder: Path, *, names: Iterable[str] | None = None) -> None:
-    """Removes what stopped processes left half-written; what cannot be removed stays.
+    """Removes the half-written files and folders of stopped processes; those that cannot be removed stay.
 
     Args:
-        folder: with `names` itself alone, else with all folders in it.
-        names: the files that this is about, of which other processes may be writing one right now: those written within
-            the last seconds stay. Without names everything half-written goes: nobody else may be writing there.
+        folder: the folder to clear; without `names` also all folders below it.
+        names: final names of the files to remove. Other processes may be writing one of them, so those that were written
+            within the last seconds stay. Without names everything half-written is removed: no other process may be writing.
     """
     chosen = None if names is None else frozenset(names)
     for path in list(folder.rglob(".*.partial") if chosen is None else folder.glob(".*.partial")):
@@ -54,14 +54,14 @@ def clear_half_written(folder: Path, *, names: Iterable[str] | None = None) -> N
 
 def _is_new(path: Path) -> bool:
     try:
-        return time.time() - path.stat().st_mtime < _WRITING_TAKES
+        return time.time() - path.stat().st_mtime < _MOST_WRITING_SECONDS
     except OSError:
         return False
 
 
 def check_writable(folder: Path) -> None:
-    """OSError where no file can be made in a folder that is there, or that would have to be made: one is made and removed
-    at once, since rights alone tell too little of file systems such as /proc."""
+    """OSError if no file can be made in a folder, or, if it does not exist yet, in the nearest folder above it. It tries by
+    making and removing a folder there, because permissions alone say too little about file systems such as /proc."""
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     with tempfile.TemporaryDirectory(prefix=".stepdistill-", dir=place):
         pass

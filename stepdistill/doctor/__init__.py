@@ -1,1 +1,1 @@
-"""What would stop a run, found before it costs time."""
+"""`stepdistill doctor`: finds what would stop a run before it costs time."""

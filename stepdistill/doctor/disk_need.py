@@ -1,4 +1,4 @@
-"""How many bytes a run writes, counted from its config and its teacher's shapes before any of it is written."""
+"""Estimates how many bytes a run will write, from its config and the shapes of its teacher, before it writes any."""
 
 import contextlib
 import math
@@ -25,9 +25,9 @@ from stepdistill.teacher.files import read_headers, weight_files
 from stepdistill.teacher.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_BLOCK = 4096  # what a small file takes on the disk
-_PNG = 0.7  # of three bytes a pixel; photographs, packed fast
-_SECONDS = 2.0  # of looking at the source
+_DISK_BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
+_PNG_SHARE = 0.7  # compressed size over 3 bytes per pixel; measured on photographs at a fast setting
+_MOST_COUNTING_SECONDS = 2.0  # for reading the source
 _FEATURES = {"": 128, "reader": 96, "inception": 2048, "trained": 128}
 _MOST_FEATURES = 1536
 _LOG_LINE = 600
@@ -36,7 +36,8 @@ _PAGE = 20 * 2**20
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes by what they are for. `is_whole` is False where the source was too long to be counted to its end."""
+    """Bytes by their purpose. If `is_whole` is False the sum is a lower bound: the source was too long to count in time, or
+    the teacher's weights are not on this disk yet."""
 
     teacher: int
     cache: int
@@ -47,12 +48,12 @@ class DiskNeed:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.teacher + self.cache + self.rungs + self.evaluation + self.report
 
 
 def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
-    """What a run writes into its folder. teacher: what the teacher's configs say; its weights may lie beside them or not."""
+    """The bytes that a run writes into its folder. teacher: facts from the teacher's configs; its weights may be missing."""
     config, size = settled(config), teacher.image_size
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
@@ -71,14 +72,15 @@ def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
 
 
 def folder_bytes(folder: Path) -> int:
-    """What lies in a folder, links not followed; 0 where there is none."""
+    """The bytes of all files in a folder, links left out; 0 if there is no folder."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
 
 
 def _pipeline(config: RunConfig, folder: Path) -> int | None:
-    """Bytes of the pipeline that `prepare` writes into the run's folder; None where its weights are not on this disk yet.
+    """Bytes of the pipeline that `prepare` writes into the run's folder; None if its weights are not on this disk yet.
 
-    A file's is in the file's dtype. A folder's or a repository's is written where LoRAs go into it, in float32.
+    A single file is written as a pipeline in the file's dtype. A folder or a repository is only written, in float32, if
+    LoRAs are merged into it.
     """
     if teacher_kind(config.teacher.path) == "file":
         return Path(config.teacher.path).expanduser().stat().st_size
@@ -93,9 +95,10 @@ def _pipeline(config: RunConfig, folder: Path) -> int | None:
 
 
 def _cache(data: Data, teacher: TeacherFacts) -> tuple[int, bool]:
-    """Latents of every sample, and embeddings of the distinct captions of every shard."""
+    """Bytes of the cache (a latent for every sample, embeddings for the distinct captions of every shard), and whether all
+    samples were counted."""
     if is_cache(data.source):
-        return 0, True  # the lender's
+        return 0, True  # the shards stay in the other run's folder
     samples, captions, is_whole = _count(data)
     target = Sizes(data, teacher_size=teacher.image_size, multiple=teacher.size_multiple).target
     channels, height, width = teacher.latent_shape(target)
@@ -108,14 +111,14 @@ def _cache(data: Data, teacher: TeacherFacts) -> tuple[int, bool]:
 
 
 def _count(data: Data) -> tuple[int, int, bool]:
-    """Samples, distinct captions summed over the shards, and whether that is all of them."""
+    """Number of samples, number of distinct captions summed over the shards, and whether all samples were counted."""
     a_shard = PROMPTS_A_SHARD if is_prompts_only(data.source) else SHARD
     world = world_of(data.source)
     total = data.num_images if world is None else data.num_images or world.num_images
-    repeats = world is not None or is_prompts_only(data.source)  # one shard is as the others
+    repeats = world is not None or is_prompts_only(data.source)  # all shards are alike: count one
     if repeats and total is not None:
-        looked_at = data.model_copy(update={"num_images": min(total, a_shard)})
-        samples, captions, _ = _walk(looked_at, a_shard)
+        one_shard = data.model_copy(update={"num_images": min(total, a_shard)})
+        samples, captions, _ = _walk(one_shard, a_shard)
         return total, round(captions * total / max(samples, 1)), True
     samples, captions, is_whole = _walk(data, a_shard)
     if is_whole or data.num_images is None:
@@ -124,22 +127,22 @@ def _count(data: Data) -> tuple[int, int, bool]:
 
 
 def _walk(data: Data, a_shard: int) -> tuple[int, int, bool]:
-    """`_count` of the records that can be looked at in time."""
-    samples, captions, until = 0, 0, time.monotonic() + _SECONDS
-    here: set[str] = set()
+    """`_count` by reading records, for at most _MOST_COUNTING_SECONDS."""
+    samples, captions, until = 0, 0, time.monotonic() + _MOST_COUNTING_SECONDS
+    of_this_shard: set[str] = set()
     for record in training_records(data, seed=0):
         samples += 1
         with contextlib.suppress(BadSample):
-            here.add(read_caption(record.read_caption()))
+            of_this_shard.add(read_caption(record.read_caption()))
         if samples % a_shard == 0:
-            captions, here = captions + len(here), set()
+            captions, of_this_shard = captions + len(of_this_shard), set()
         if time.monotonic() > until:
-            return samples, captions + len(here), False
-    return samples, captions + len(here), True
+            return samples, captions + len(of_this_shard), False
+    return samples, captions + len(of_this_shard), True
 
 
 def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> int:
-    """Every rung's LoRA in float32, what export makes of it, and its previews."""
+    """Bytes of every rung's LoRA in float32, of its exported files and of its previews."""
     lora = lora_parameters(layer_shapes(unet), config.lora.rank)
     whole = sum(parameter.numel() for parameter in unet.parameters())
     options = config.export
@@ -160,7 +163,7 @@ def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> i
 
 
 def _evaluation(config: RunConfig, teacher: TeacherFacts) -> int:
-    """Pictures, their features, and final latents of the first of them: of rows, floor and studies."""
+    """Bytes of the pictures of rows, floor and studies, of their features, and of the latents kept for the first of them."""
     options, students, size = config.evaluation, len(config.ladder), teacher.image_size
     rows = len(options.teacher_steps) + len(options.unguided_steps) + students + len(options.loras)
     rows += options.floor
@@ -176,7 +179,7 @@ def _evaluation(config: RunConfig, teacher: TeacherFacts) -> int:
 
 
 def _report(config: RunConfig, size: tuple[int, int]) -> int:
-    """The page with its pictures, the sheet beside it, and the log."""
+    """Bytes of the page with its pictures, of the picture grid beside it, and of the log."""
     options = config.evaluation
     rows = len(options.teacher_steps) + len(config.ladder) + len(options.loras)
     pictures = 3 * rows * options.grid_columns * _picture(size)
@@ -185,6 +188,6 @@ def _report(config: RunConfig, size: tuple[int, int]) -> int:
 
 
 def _picture(size: tuple[int, int]) -> int:
-    """A PNG of height and width in pixels."""
-    packed = round(size[0] * size[1] * 3 * _PNG)
-    return -(-packed // _BLOCK) * _BLOCK
+    """Bytes of a PNG of this (height, width) in pixels, in whole blocks."""
+    packed = round(size[0] * size[1] * 3 * _PNG_SHARE)
+    return -(-packed // _DISK_BLOCK) * _DISK_BLOCK

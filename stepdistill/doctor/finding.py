@@ -1,4 +1,4 @@
-"""A line of `stepdistill doctor`."""
+"""One result of `stepdistill doctor`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: ok, note (it runs, but look at it) or problem (it will not run), and what to do."""
+    """ok, note (the run will work, but look at this) or problem (the run will not work); what was found, and the remedy."""
 
     state: Literal["ok", "note", "problem"]
     about: str

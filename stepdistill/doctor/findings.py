@@ -1,4 +1,4 @@
-"""What would stop a run, found in seconds: packages, device, teacher, data, evaluation, disk; each with its remedy."""
+"""Checks, in seconds, what would stop a run: packages, device, teacher, data, evaluation, disk; each with its remedy."""
 
 import functools
 import importlib.metadata
@@ -32,19 +32,19 @@ from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
 from stepdistill.teacher.source import teacher_facts
 
 LOOKED_AT = 64
-"""Samples of the data that are read in full."""
+"""Number of samples of the data that are read in full."""
 _GIB = 2**30
 _TOKENS_A_WORD = 1.3
 _EXTRACTORS = (
-    "Inception's weights (NVIDIA's inception-2015-12-05.pt) as evaluation.features=inception:FILE, or a folder of CLIP or "
-    "DINOv2 as evaluation.features=clip:FOLDER, dinov2:FOLDER"
+    "evaluation.features=inception:FILE with Inception's weights (NVIDIA's inception-2015-12-05.pt), or clip:FOLDER or "
+    "dinov2:FOLDER with a folder of CLIP or DINOv2"
 )
 
 
 def examine(config: RunConfig) -> list[Finding]:
-    """All findings about a run that is to come; nothing is left on the disk, downloaded or trained.
+    """All findings about a planned run; it downloads and trains nothing and leaves nothing on the disk.
 
-    What can be told only with a teacher that is whole is left out where it is not.
+    If the teacher has a problem, checks that need an intact teacher are left out.
     """
     findings: list[Finding] = []
     for part in (_packages, _device, _run):
@@ -58,11 +58,11 @@ def examine(config: RunConfig) -> list[Finding]:
 
 
 def _findings(part: Callable[[RunConfig], Iterator[Finding]], config: RunConfig) -> list[Finding]:
-    """What a part finds; an error that stops it is one of its problems."""
+    """The findings of one part; a ValueError that stops it becomes a problem."""
     findings: list[Finding] = []
     try:
         findings.extend(part(config))
-    except ValueError as error:  # messages to the user, as everywhere
+    except ValueError as error:  # ValueErrors carry messages for the user
         mark = next((mark for mark in ("; allowed: ", "; mend: ") if mark in str(error)), "; allowed: ")
         message, _, remedy = str(error).partition(mark)
         findings.append(Finding("problem", message, remedy))
@@ -81,7 +81,7 @@ def _packages(_config: RunConfig) -> Iterator[Finding]:
             wrong.append(requirement.name)
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement.name} {version}, wanted {requirement.specifier}")
+            wrong.append(f"{requirement.name} {version}, needed {requirement.specifier}")
     if wrong:
         yield Finding("problem", f"packages: {'; '.join(wrong)}", "pip install --upgrade stepdistill")
     else:
@@ -97,7 +97,8 @@ def _device(config: RunConfig) -> Iterator[Finding]:
             yield Finding("note", "device: float16 is several times slower than float32 on a CPU", remedy)
         if config.teacher.path != EMBEDDED_TEACHER:
             yield Finding(
-                "note", "device: no CUDA GPU is seen; a teacher of Stable Diffusion's size takes days a rung"
+                "note",
+                "device: no CUDA GPU found; with a teacher of Stable Diffusion's size a rung takes days",
             )
         return
     properties = torch.cuda.get_device_properties(0)
@@ -108,7 +109,11 @@ def _device(config: RunConfig) -> Iterator[Finding]:
         yield Finding("problem", f"device: {properties.name} has no bfloat16", remedy)
     if precision == "no" and config.teacher.path != EMBEDDED_TEACHER:
         remedy = "training.mixed_precision=bf16, or fp16 on cards before Ampere"
-        yield Finding("note", "device: float32 takes twice the memory and several times as long", remedy)
+        yield Finding(
+            "note",
+            "device: float32 takes twice the memory and several times the time of half precision",
+            remedy,
+        )
 
 
 def _run(config: RunConfig) -> Iterator[Finding]:
@@ -118,17 +123,17 @@ def _run(config: RunConfig) -> Iterator[Finding]:
     try:
         check_writable(config.run_dir)
     except OSError as error:
-        remedy = "another output_dir, or the right to write there"
+        remedy = "another output_dir, or permission to write there"
         yield Finding("problem", f"run: no file can be made in {config.run_dir}: {error.strerror}", remedy)
         return
-    where = "goes on there" if (config.run_dir / "config.yaml").is_file() else "will be made"
-    yield Finding("ok", f"run: {config.run_dir} {where}")
+    will = "exists and will be continued" if (config.run_dir / "config.yaml").is_file() else "will be made"
+    yield Finding("ok", f"run: {config.run_dir} {will}")
 
 
 def _ladder(config: RunConfig) -> Iterator[Finding]:
     teacher = _facts(config)
     if teacher is None:
-        about = "ladder: whether it fits the teacher is told once the teacher's configs are on this disk"
+        about = "ladder: whether it fits the teacher is checked when the teacher's configs are on this disk"
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     check_ladder_fits(config, teacher)
@@ -137,7 +142,7 @@ def _ladder(config: RunConfig) -> Iterator[Finding]:
 
 
 def _facts(config: RunConfig) -> TeacherFacts | None:
-    """What the teacher's configs say; None where they are not on this disk yet."""
+    """Facts from the teacher's configs; None if they are not on this disk yet."""
     try:
         return teacher_facts(config)
     except ConfigError:
@@ -147,7 +152,7 @@ def _facts(config: RunConfig) -> TeacherFacts | None:
 def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
     data = config.data
     if world_of(data.source) is not None:
-        yield Finding("ok", "data: the letters world")
+        yield Finding("ok", f"data: {data.source}, rendered on demand")
         return
     bad: Counter[Kind] = Counter()
     first: dict[str, str] = {}
@@ -175,19 +180,19 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
         yield Finding("problem" if stops else "note", f"data: {count} {kind} ({first[kind]})", remedy)
     if longest * _TOKENS_A_WORD > 75:
         yield Finding(
-            "note", f"data: captions of up to {longest} words; CLIP reads about 57, the rest is cut off"
+            "note", f"data: captions of up to {longest} words; CLIP reads about 57 and cuts off the rest"
         )
     teacher = _facts(config)
     if teacher_is_whole and teacher is not None:
         size = Sizes(data, teacher_size=teacher.image_size, multiple=teacher.size_multiple).target
         if data.min_side > min(size):
-            about = f"data: data.min_side={data.min_side} leaves out pictures as small as the teacher's {min(size)} pixels"
+            about = f"data: min_side={data.min_side} leaves out even pictures as large as the {min(size)} pixels to train on"
             yield Finding("note", about, f"data.min_side={max(1, min(size) // 2)}")
         small = sum(side < min(size) for side in sides)
         if small:
             remedy = f"larger pictures, or data.min_side={min(size)} to leave them out"
-            about = f"data: {small} of {len(sides)} pictures are smaller than the {min(size)} pixels they are stretched to"
-            yield Finding("note", about, remedy)
+            few = f"{small} of {len(sides)} pictures are smaller than the {min(size)} pixels to train on"
+            yield Finding("note", f"data: {few} and are enlarged", remedy)
 
 
 def _buckets(config: RunConfig) -> Iterator[Finding]:
@@ -199,15 +204,17 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
     from stepdistill.evaluation.check import check_evaluation
 
     if _facts(config) is None:
-        about = "evaluation: prompts, pictures and extractors are looked at once the teacher's configs are on this disk"
+        about = "evaluation: prompts, pictures and extractors are checked when the teacher's configs are on this disk"
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     choice = check_evaluation(config)
-    yield Finding("ok", "evaluation: prompts, pictures and extractors are there")
+    yield Finding("ok", "evaluation: prompts, pictures and extractors can be used")
     yield from (Finding("note", f"evaluation: {text}") for text in choice.warnings)
     if choice.learns and not choice.is_named:
-        about = "FID is measured by a small net that learns from these pictures in minutes (evaluation.features=trained)"
-        yield Finding("note", f"evaluation: {about}", f"for numbers beside others': {_EXTRACTORS}")
+        about = "FID is measured by a small network trained on these pictures in minutes (evaluation.features=trained)"
+        yield Finding(
+            "note", f"evaluation: {about}", f"for numbers comparable with published ones: {_EXTRACTORS}"
+        )
     elif choice.spec is None:
         yield Finding("note", f"evaluation: no FID: {choice.why}", _EXTRACTORS)
 
@@ -219,12 +226,12 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
     if teacher is None:
         yield Finding(
             "ok",
-            f"disk: {_bytes(free)} free; what the run takes is counted once the teacher's configs are on this disk",
+            f"disk: {_bytes(free)} free; what the run needs is estimated when the teacher's configs are on this disk",
         )
         return
     need = disk_need(config, teacher)
-    there = min(need.total, folder_bytes(config.run_dir))
-    state: Literal["ok", "problem"] = "ok" if need.total - there < free else "problem"
+    written = min(need.total, folder_bytes(config.run_dir))
+    state: Literal["ok", "problem"] = "ok" if need.total - written < free else "problem"
     remedy = (
         ""
         if state == "ok"
@@ -232,8 +239,10 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
     )
     parts = ("teacher", "cache", "rungs", "evaluation", "report")
     each = ", ".join(f"{part} {_bytes(size)}" for part in parts if (size := getattr(need, part)))
-    about = f"{_bytes(free)} free, the run takes about {_bytes(need.total)}{'' if need.is_whole else ' or more'} ({each})"
-    yield Finding(state, f"disk: {about}{f', {_bytes(there)} are there' if there else ''}", remedy)
+    about = f"{_bytes(free)} free, the run needs about {_bytes(need.total)}{'' if need.is_whole else ' or more'} ({each})"
+    yield Finding(
+        state, f"disk: {about}{f', {_bytes(written)} of it already written' if written else ''}", remedy
+    )
 
 
 def _bytes(count: int) -> str:
@@ -241,7 +250,7 @@ def _bytes(count: int) -> str:
 
 
 def raise_for(findings: list[Finding]) -> None:
-    """ConfigError where something would stop the run."""
+    """ConfigError if any finding is a problem."""
     count = sum(finding.state == "problem" for finding in findings)
     if count:
         raise ConfigError(f"{count} problem{'s' * (count > 1)} to mend before this runs")

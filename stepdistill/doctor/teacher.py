@@ -1,4 +1,4 @@
-"""What `stepdistill doctor` says of the teacher: a folder, a file or a repository, looked at to the last weight."""
+"""The checks of `stepdistill doctor` on the teacher, a folder, a file or a repository, down to its last weight."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ _COPY_AGAIN = "another copy of the model"
 
 
 def teacher_findings(config: RunConfig) -> Iterator[Finding]:
-    """What is wrong with the teacher, or that it is whole; ConfigError for what stops the look at it."""
+    """The teacher's problems, or that it is intact; ConfigError for a problem that stops the checks."""
     path, kind = config.teacher.path, teacher_kind(config.teacher.path)
     check_teacher(config)
     if kind == "folder":
@@ -36,14 +36,16 @@ def teacher_findings(config: RunConfig) -> Iterator[Finding]:
         height, width = facts.image_size
         yield Finding("ok", f"teacher: {path}, {width} x {height} pixels, {facts.prediction_type}{snr}")
     elif kind == "file":
-        spoilt = not_finite([Path(path).expanduser()])
-        if spoilt is not None:
+        bad_tensor = not_finite([Path(path).expanduser()])
+        if bad_tensor is not None:
             yield Finding(
-                "problem", f"teacher: {spoilt} of {path} holds numbers that are not finite", _COPY_AGAIN
+                "problem", f"teacher: {bad_tensor} of {path} holds numbers that are not finite", _COPY_AGAIN
             )
             return
         size = Path(path).expanduser().stat().st_size / _GIB
-        yield Finding("ok", f"teacher: the file {path}, {size:.1f} GiB; `prepare` makes a folder of it")
+        yield Finding(
+            "ok", f"teacher: the file {path}, {size:.1f} GiB; `prepare` converts it to a pipeline's folder"
+        )
         if config.teacher.config is None:
             remedy = (
                 "teacher.config=FOLDER, a diffusers folder whose configs and tokenizers belong to the file"
@@ -56,7 +58,7 @@ def teacher_findings(config: RunConfig) -> Iterator[Finding]:
 
 
 def _broken(config: RunConfig, folder: Path) -> Iterator[Finding]:
-    """What is wrong with a pipeline's folder and with the LoRAs that go onto it."""
+    """The problems of a pipeline's folder and of the LoRAs to merge into it."""
     problems = [*examine_pipeline(folder), *_loras(config, folder)]
     yield from (Finding("problem", f"teacher: {problem}", _COPY_AGAIN) for problem in problems)
 
@@ -80,6 +82,6 @@ def _repository(config: RunConfig) -> Iterator[Finding]:
         remedy = f"hf download {path}, or the folder of a copy on this disk as teacher.path"
         yield Finding(
             "note",
-            f"teacher: {path} is not in the Hub's cache, or not all of it; `prepare` downloads it",
+            f"teacher: {path} is not in the Hub's cache, or is incomplete there; `prepare` downloads it",
             remedy,
         )

@@ -1,4 +1,4 @@
-"""Whether the table can be made after the ladder: looked at before anything costs time."""
+"""Checks, before anything expensive runs, that the evaluation can be done after training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,10 @@ from stepdistill.teacher.source import configs_folder, teacher_facts
 
 
 def check_evaluation(config: RunConfig) -> Choice:
-    """What the table will be measured on; ValueError where it could not be made after the ladder: prompts, pictures and
-    their size, LoRAs, weights of extractors."""
+    """The feature extractor that the evaluation will use, with its warnings.
+
+    ValueError if the evaluation could not be done: checks prompts, pictures and their size, LoRAs, and extractor weights.
+    """
     folder = configs_folder(config)
     for row in rows_of(config):
         if row.lora is not None:

@@ -1,4 +1,4 @@
-"""Every row drawn and measured: evaluation/results.json, what the report is made of."""
+"""Draws and measures every row of the evaluation table; writes evaluation/results.json, which the report reads."""
 
 import functools
 import logging
@@ -35,10 +35,10 @@ _SCORE_TIMEOUT = 24 * 3600.0
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
-    """Draws what is not drawn yet, measures all rows, writes evaluation/results.json and returns it.
+    """Draws the missing pictures, measures all rows, writes evaluation/results.json and returns its content.
 
-    Under torchrun the processes share the drawing, and the main one measures; the others return {}.
-    ValueError where a rung is not finished, or a file that the config names is not right: before anything is drawn.
+    Under torchrun all processes draw; the main process measures, the others return {}. ValueError, before anything is
+    drawn, if a rung is not finished or a file that the config names cannot be used.
     """
     rows = rows_of(config)
     for row in rows:
@@ -61,12 +61,12 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What the drawing leaves for the measuring, beside the pictures on disk.
+    """What drawing returns for the measurements, besides the pictures on disk.
 
-    manifests       by row: the key of its pictures, and seconds per image
-    diversity_grid  prompts, seeds and rows of the pictures of several seeds; None where none are asked for
-    scale_sweep     the LoRAs at other weights than 1; likewise
-    matrix          every LoRA at the steps of every other; likewise
+    manifests       by row name: the key of the row's pictures, and seconds per image
+    diversity_grid  prompts, number of seeds and rows of the seed study; None if the study is off
+    scale_sweep     every student's LoRA at several weights; None if the study is off
+    matrix          every student's LoRA at every student's step count; None if the study is off
     """
 
     manifests: Mapping[str, Mapping[str, Any]]
@@ -77,7 +77,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """Draws every row's pictures, shared by all processes."""
+    """Draws the pictures of every row; all processes share the work."""
 
     config: RunConfig
     rows: Sequence[Row]
@@ -87,12 +87,12 @@ class _Drawing:
 
     @property
     def folder(self) -> Path:
-        """evaluation/."""
+        """The run's evaluation/ folder."""
         return self.config.run_dir / "evaluation"
 
     @property
     def seed(self) -> int:
-        """Of the rows' noise."""
+        """The seed of the rows' noise."""
         return derive_seed(self.config.seed, "evaluation")
 
     @functools.cached_property
@@ -101,17 +101,17 @@ class _Drawing:
         return Studies(self.config, self.sampler, self.processes, self.evaluation_set.prompts, self.folder)
 
     def draw(self) -> _Drawn:
-        """All pictures that are not there yet."""
+        """Draws all pictures that are missing."""
         reference = self.rows[0]
         manifests = {row.name: self._ensure(row, self.folder / row.name, self.seed) for row in self.rows}
         if self.config.evaluation.floor:
             other = derive_seed(self.config.seed, "evaluation, other seeds")
             self._ensure(reference, self.folder / "floor", other)
-        few = [row for row in self.rows if row.kind != "teacher"]
+        distilled = [row for row in self.rows if row.kind != "teacher"]
         students = [row for row in self.rows if row.kind == "student"]
         return _Drawn(
             manifests,
-            diversity_grid=self.studies.draw_seeds([reference, *few]),
+            diversity_grid=self.studies.draw_seeds([reference, *distilled]),
             scale_sweep=self.studies.scale_sweep(students, reference),
             matrix=self.studies.matrix(students, reference),
         )
@@ -125,7 +125,7 @@ class _Drawing:
 
 
 class _Measuring:
-    """Measures what was drawn, in the main process."""
+    """Measures the drawn pictures, in the main process."""
 
     def __init__(self, drawing: _Drawing, drawn: _Drawn, distances: Distances) -> None:
         self._drawing, self._drawn, self._distances = drawing, drawn, distances
@@ -137,9 +137,9 @@ class _Measuring:
         self._rows, self._folder = drawing.rows, drawing.folder
 
     def measure(self, choice: Choice, learned: Mapping[str, Any]) -> dict[str, Any]:
-        """results.json: written after each row, so that an interruption leaves what was measured.
+        """The content of results.json, which is written after each row, so that an interruption keeps the measured rows.
 
-        choice: of the features that FID is measured on. learned: what a trained extractor learned from, for the protocol.
+        choice: the extractor that FID is measured with. learned: how a trained extractor was trained, for the protocol.
         """
         config, evaluation_set, distances = self._config, self._evaluation_set, self._distances
         device = str(self._drawing.processes.device)
@@ -158,10 +158,10 @@ class _Measuring:
             "pictures": {row.name: self._drawn.manifests[row.name]["key"] for row in self._rows},
         }
         rows: list[dict[str, Any]] = []
-        is_there = self._has_results(facts)
+        is_complete = self._has_results(facts)
         for row in self._rows:
             rows.append(self._measure_row(row, real))
-            if not is_there:
+            if not is_complete:
                 left = [r.name for r in self._rows[len(rows) :]]
                 self._write(facts, rows, unmeasured=left or ["diversity"])
         grid = self._drawn.diversity_grid
@@ -173,19 +173,20 @@ class _Measuring:
         return self._write(facts, rows, unmeasured=[])
 
     def _has_results(self, facts: Mapping[str, Any]) -> bool:
-        """Whether results.json holds every row of these pictures, measured in this way: a part of them would say less."""
-        there = read_sealed(self._folder / "results.json") or {}
+        """Whether results.json already holds all rows of these pictures under this protocol: a part of the rows must not
+        replace them."""
+        stored = read_sealed(self._folder / "results.json") or {}
 
         def digest(results: Mapping[str, Any]) -> str:
             protocol = {k: v for k, v in results["protocol"].items() if k != "evaluated_at_commit"}
             return sha256_json([protocol, results["pictures"]])
 
-        return there.get("unmeasured") == [] and "pictures" in there and digest(there) == digest(facts)
+        return stored.get("unmeasured") == [] and "pictures" in stored and digest(stored) == digest(facts)
 
     def _write(
         self, facts: dict[str, Any], measured: Sequence[dict[str, Any]], *, unmeasured: list[str]
     ) -> dict[str, Any]:
-        """results.json of the rows that are measured; `unmeasured` names what is not yet."""
+        """Writes results.json with the rows measured so far; `unmeasured` names what is still to be measured."""
         first = measured[0]["seconds_per_image"]
         rows = [row | {"speed_up": first / row["seconds_per_image"]} for row in measured]
         replicates = {row["row"]: row.pop("replicates") for row in rows}
@@ -235,7 +236,7 @@ class _Measuring:
             measures |= self._outside(row)
         if self._options.cost_batch_sizes:
             measures["cost"] = self._cost(row)
-            # one after another at rest, where the drawing may have gone on for hours beside anything
+            # the cost is measured undisturbed; the times of drawing may include other load on the machine
             measures["seconds_per_image"] = 1 / measures["cost"].get(
                 "images_per_second", 1 / measures["seconds_per_image"]
             )
@@ -245,18 +246,18 @@ class _Measuring:
         return measures
 
     def _measure_floor(self, real: ImageSet | None) -> dict[str, float]:
-        """Two sets of real images against each other, and the teacher against itself with other seeds."""
+        """The floors: one set of real images against another, and the teacher against itself with other seeds."""
         floor: dict[str, float] = {}
         other = self._real_set("other real", self._evaluation_set.other_real)
         if other is not None and real is not None:
             floor |= self._distances.to_real(other, real)
         if self._options.reference_stats is not None:
-            floor.pop("fid_to_real", None)  # of these moments there is no second set
+            floor.pop("fid_to_real", None)  # there is no second set of these moments
         return floor | self._to_teacher(self._drawn_set(self._teacher_pictures))
 
     def _measure_other_noise(self) -> dict[str, float]:
-        """The teacher with other seeds against itself, image by image: how large the paired measures are where nothing of
-        the map from noise to image is kept."""
+        """The paired measures of the teacher with other seeds against the teacher: their values for a student that keeps
+        nothing of the teacher's map from noise to image."""
         if not self._options.floor:
             return {}
         count, again, teachers = self._options.num_images, self._floor_pictures, self._teacher_pictures
@@ -268,13 +269,13 @@ class _Measuring:
         }
 
     def _to_teacher(self, images: ImageSet) -> dict[str, float]:
-        """`*_to_teacher` against the teacher's images of other seeds; nothing where these are not drawn."""
+        """The `*_to_teacher` metrics, against the teacher's images with other seeds; {} if those are not drawn."""
         if not self._options.floor:
             return {}
         return self._distances.to_teacher(images, self._drawn_set(self._floor_pictures))
 
     def _replicates(self, images: ImageSet, real: ImageSet | None) -> dict[str, list[float]]:
-        """FIDs with a group of images left out each, by metric."""
+        """By metric: FIDs that each leave out one group of images, for the jackknife."""
         references = {"fid_to_real": real}
         if self._options.floor:
             references["fid_to_teacher"] = self._drawn_set(self._floor_pictures)

@@ -1,7 +1,8 @@
-"""What the table is about: the prompts, and the real images that `*_to_real` compares with.
+"""The evaluation set: prompts, and the real images that the `*_to_real` metrics compare with.
 
-Prompts: a file's, or the captions of the run's data, those held out where some are (data/held_out.py). Real images: a
-folder's, for captions of the letters world fresh renderings of them, else the data's own pictures of these captions.
+Prompts come from a file, or are captions of the run's data: the held-out ones if there are any (data/held_out.py). Real
+images come from a folder, are new renderings of the prompts (letters world), or are the data's own pictures of these
+captions.
 """
 
 import contextlib
@@ -34,12 +35,13 @@ from stepdistill.rng import derive_seed
 from stepdistill.teacher.files import require_file
 from stepdistill.teacher.source import teacher_facts
 
-FEWEST_PICTURES = 8  # as many as evaluation.num_images at least; coverage looks at 5 neighbours
+FEWEST_PICTURES = 8
+"""The smallest allowed evaluation.num_images; coverage looks at 5 neighbours, so it needs more than 5."""
 
 
 @dataclass(frozen=True)
 class Renderings:
-    """Pictures of a world, drawn afresh: real images without a file."""
+    """Real images that a world renders on demand, one for each caption."""
 
     world: World
     captions: tuple[str, ...]
@@ -50,12 +52,12 @@ class Renderings:
 
     @property
     def about(self) -> str:
-        """For the protocol."""
+        """Description for the protocol."""
         return f"{len(self.captions)} renderings of the prompts"
 
     @property
     def key(self) -> str:
-        """Equal key, equal pictures."""
+        """Identifies the pictures: equal keys mean equal pictures."""
         return sha256_json(["renderings", self.captions, self.seed])
 
     def batches(self, batch_size: int = 256) -> Iterator[torch.Tensor]:
@@ -69,7 +71,7 @@ class Renderings:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Pictures of a folder and of the folders in it, in order of their names."""
+    """The pictures in a folder and its subfolders, sorted by path."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -79,7 +81,7 @@ class ImageFolder:
 
     @classmethod
     def open(cls, folder: str) -> "ImageFolder":
-        """ConfigError where there is no folder or no picture."""
+        """The pictures of `folder`; ConfigError if it has fewer than FEWEST_PICTURES or does not exist."""
         path = Path(folder)
         files = tuple(
             sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
@@ -93,12 +95,12 @@ class ImageFolder:
 
     @property
     def about(self) -> str:
-        """For the protocol."""
+        """Description for the protocol."""
         return f"{len(self.files)} pictures of the folder {self.folder.name}"
 
     @property
     def key(self) -> str:
-        """sha256 over names and bytes."""
+        """Identifies the pictures: sha256 over names and bytes, shortened to 16 hex digits."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(file.relative_to(self.folder).as_posix().encode() + b"\0")
@@ -107,13 +109,17 @@ class ImageFolder:
         return digest.hexdigest()[:16]
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
-        """uint8 (B, 3, H, W); a new batch begins where the size changes."""
+        """uint8 (B, 3, H, W); a new batch begins if the size changes."""
         return stacked((read_picture(file) for file in self.files), batch_size)
 
 
 @dataclass(frozen=True)
 class DataPictures:
-    """Pictures of the run's own data, as large as the teacher draws, with what training has seen of them."""
+    """Pictures of the run's own data.
+
+    size  (height, width) that they are cropped to: the teacher's
+    seen  whether they were trained on, in words
+    """
 
     pictures: tuple[CaptionedPicture, ...]
     size: tuple[int, int]
@@ -124,12 +130,12 @@ class DataPictures:
 
     @property
     def about(self) -> str:
-        """For the protocol."""
+        """Description for the protocol."""
         return f"{len(self.pictures)} pictures {self.seen}, {self.size[1]} x {self.size[0]}"
 
     @property
     def key(self) -> str:
-        """sha256 over bytes and size."""
+        """Identifies the pictures: sha256 over bytes and size."""
         return sha256_json([*self.size, *(picture.digest() for picture in self.pictures)])
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
@@ -147,21 +153,21 @@ RealImages = Renderings | ImageFolder | DataPictures
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Prompts of the images 0 .. N - 1, the world that all of them are captions of, and real images where there are some."""
+    """The prompts of images 0 .. N - 1, the world that all prompts belong to, if any, and the real images, if any."""
 
     prompts: tuple[str, ...]
     world: World | None
     real: RealImages | None
     other_real: RealImages | None
-    """A second set of real images: how far two of them are apart at this number of images."""
+    """A second set of real images; its distance to the first is the floor of the `*_to_real` metrics."""
     prompts_about: str
-    """Whose the prompts are, and whether they were trained on, for the protocol."""
+    """Where the prompts come from and whether they were trained on, for the protocol."""
     warnings: tuple[str, ...] = ()
-    """What a reader of the table must know of them."""
+    """Warnings about the real images, for the reader of the table."""
 
 
 def evaluation_set_of(config: RunConfig) -> EvaluationSet:
-    """The prompts and real images that a config asks for; ConfigError where a file is missing, empty or not UTF-8."""
+    """The evaluation set of a config; ConfigError if a file is missing, empty or not UTF-8, or pictures are too few."""
     count, seed, data = config.evaluation.num_images, config.seed, measured_data(config)
     pictures: tuple[CaptionedPicture, ...] = ()
     if config.evaluation.prompts is not None:
@@ -194,19 +200,19 @@ def evaluation_set_of(config: RunConfig) -> EvaluationSet:
 
 
 _TRAINED_ON = (
-    "the real images are pictures that were trained on, and the prompts are their captions: *_to_real, precision and "
-    "coverage say nothing of others; data.held_out, or evaluation.prompts and evaluation.real_images, keep some apart"
+    "the real images were trained on, and the prompts are their captions: *_to_real, precision and coverage say nothing "
+    "about unseen pictures; set data.held_out, or evaluation.prompts and evaluation.real_images, to measure with unseen ones"
 )
 
 
 def _trained_on(data: Data, count: int, size: tuple[int, int]) -> DataPictures | None:
-    """As many pictures that were trained on as a row has images; None where there are too few."""
+    """At most `count` pictures that were trained on; None if there are fewer than FEWEST_PICTURES."""
     seen = tuple(training_pictures(data, count=count))
     return DataPictures(seen, size, "that were trained on") if len(seen) >= FEWEST_PICTURES else None
 
 
 def _own_pictures(config: RunConfig, data: Data) -> tuple[CaptionedPicture, ...]:
-    """Those that the table is about; ConfigError where they are to be the real images and are too few."""
+    """The data's pictures that the evaluation uses; ConfigError if they are to be the real images and are too few."""
     pictures = tuple(evaluation_pictures(data))
     has_pictures = not (is_prompts_only(data.source) or is_cache(data.source))
     if has_pictures and config.evaluation.real_images is None and len(pictures) < FEWEST_PICTURES:
@@ -218,7 +224,7 @@ def _own_pictures(config: RunConfig, data: Data) -> tuple[CaptionedPicture, ...]
 
 
 def _seen(data: Data, count: int) -> str:
-    """What training has seen of the `count` pictures or captions that the table is about."""
+    """Whether the `count` pictures or captions of the evaluation were trained on, in words."""
     if data.held_out:
         return "held out from training"
     whole = world_of(data.source) is not None or is_cache(data.source)
@@ -231,19 +237,23 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         require_file(path)
     except ValueError as error:
-        raise ConfigError(f"evaluation.prompts: {error}; allowed: a text file with a prompt a line") from None
+        raise ConfigError(
+            f"evaluation.prompts: {error}; allowed: a text file with one prompt per line"
+        ) from None
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"evaluation.prompts: cannot read {path} as UTF-8 text: {error}") from None
     prompts = [line for line in lines if line]
     if not prompts:
-        raise ConfigError(f"evaluation.prompts: {path} is empty; allowed: a text file with a prompt a line")
+        raise ConfigError(
+            f"evaluation.prompts: {path} is empty; allowed: a text file with one prompt per line"
+        )
     return prompts
 
 
 def read_picture(file: Path) -> np.ndarray:
-    """uint8 (H, W, 3); ValueError for a file that is no picture."""
+    """The picture as uint8 (H, W, 3); ValueError if the file cannot be read as one."""
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""What a table says of itself: how it was measured, what its reader must know, which columns it lacks and why."""
+"""What accompanies an evaluation table: its protocol, its warnings, and the columns that are missing, with the reasons."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.runtime import source_commit
 
 FEW_IMAGES = 5000
-_OF_PICTURES = "precision, recall, density, coverage"
+_PICTURE_METRICS = "precision, recall, density, coverage"
 
 
 def protocol_of(
@@ -23,7 +23,10 @@ def protocol_of(
     device: str,
     learned: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What two tables must share to be compared; `learned` is of an extractor that learned from the run's pictures."""
+    """The protocol of a table: two tables can be compared only if their protocols agree.
+
+    learned: how an extractor was trained on the run's own pictures (trained.py); empty for any other extractor.
+    """
     options, main, real = config.evaluation, distances.main, evaluation_set.real
     return {
         "teacher_images": "other seeds" if options.floor else "none",
@@ -53,12 +56,12 @@ def protocol_of(
 def warnings_of(
     config: RunConfig, evaluation_set: EvaluationSet, choice: Choice, distances: Distances
 ) -> list[str]:
-    """What stands above the table."""
+    """The warnings that are printed above the table."""
     count = config.evaluation.num_images
     floors = [
         name
-        for name, there in (("real", evaluation_set.other_real), ("teacher", config.evaluation.floor))
-        if there
+        for name, is_measured in (("real", evaluation_set.other_real), ("teacher", config.evaluation.floor))
+        if is_measured
     ]
     with_floor = f"its floor (to {' and '.join(floors)}) and with " if floors else ""
     few = (
@@ -74,7 +77,7 @@ def warnings_of(
 
 
 def real_warnings(options: Evaluation, evaluation_set: EvaluationSet, distances: Distances) -> list[str]:
-    """Where FID to real says less than it seems to: too few real images, or no second set of them to give its floor."""
+    """Warnings about FID and KID to real: too few real images, or no second set of real images to measure the floor with."""
     if evaluation_set.real is None or distances.main is None:
         return []
     warnings, dimension = [], distances.main.extractor.num_features
@@ -89,31 +92,34 @@ def real_warnings(options: Evaluation, evaluation_set: EvaluationSet, distances:
 
 
 def absent_columns(config: RunConfig, evaluation_set: EvaluationSet, choice: Choice) -> list[dict[str, str]]:
-    """Columns that the table lacks, each group with why."""
+    """The groups of columns that the table lacks, each with the reason."""
     return [{"columns": columns, "why": why} for columns, why in _absent(config, evaluation_set, choice)]
 
 
 def _absent(config: RunConfig, evaluation_set: EvaluationSet, choice: Choice) -> Iterator[tuple[str, str]]:
     options = config.evaluation
     if choice.spec is None:
-        yield f"FID, KID, {_OF_PICTURES}, diversity", f"{choice.why}; evaluation.features names an extractor"
+        yield (
+            f"FID, KID, {_PICTURE_METRICS}, diversity",
+            f"{choice.why}; set evaluation.features to an extractor",
+        )
     elif evaluation_set.real is None and options.reference_stats is None:
-        why = "there are no real images of these prompts; evaluation.real_images names a folder of some"
-        yield f"FID and KID to real, {_OF_PICTURES}", why
+        why = "there are no real images of these prompts; set evaluation.real_images to a folder of them"
+        yield f"FID and KID to real, {_PICTURE_METRICS}", why
     elif evaluation_set.real is None:
         yield (
-            f"KID to real, {_OF_PICTURES}",
-            "evaluation.reference_stats holds moments, and these need pictures",
+            f"KID to real, {_PICTURE_METRICS}",
+            "evaluation.reference_stats holds moments only, and these metrics need pictures",
         )
     if choice.spec is not None and not options.floor:
-        yield "FID and KID to teacher", "evaluation.floor is false: no images of other seeds were drawn"
+        yield "FID and KID to teacher", "evaluation.floor is false: no images with other seeds were drawn"
     if options.patch_size is None:
-        yield "patch FID", "evaluation.patch_size names no size"
+        yield "patch FID", "evaluation.patch_size is not set"
     if options.clip is None:
-        yield "CLIP score, CMMD", "evaluation.clip names no folder of CLIP's"
+        yield "CLIP score, CMMD", "evaluation.clip is not set to a CLIP folder"
     if options.dinov2 is None:
-        yield "FD-DINOv2", "evaluation.dinov2 names no folder of DINOv2's"
+        yield "FD-DINOv2", "evaluation.dinov2 is not set to a DINOv2 folder"
     if evaluation_set.world is None:
-        yield "prompt accuracy", "only pictures of the letters world can be read"
+        yield "prompt accuracy", "it can be measured for prompts of the letters world only"
     if choice.spec is not None and not options.diversity_prompts:
         yield "diversity", "evaluation.diversity_prompts is 0"

@@ -1,4 +1,4 @@
-"""A rung's README.md: a model card that the Hub understands, with a snippet for every tool, the numbers and the picture."""
+"""A rung's README.md: a model card for the Hub with a code snippet, settings for other tools, numbers and a picture."""
 
 import logging
 from collections.abc import Mapping
@@ -24,12 +24,13 @@ _CARD = """---
 {{ front_matter }}---
 # {{ name }}: {{ steps }}
 
-A LoRA that makes its teacher draw in {{ steps }}, without guidance.
-Distilled {{ path }} by stepdistill; rank {{ rank }}, alpha the same.
+With this LoRA, its base model draws in {{ steps }}, without classifier-free guidance.
+Distilled with stepdistill in stages: {{ path }}. LoRA rank and alpha: {{ rank }}.
 {% if kept %}
-The trained LoRA has a higher rank; this one, by singular values, keeps {{ kept }} of its energy and was not measured.
+This is the trained LoRA reduced to a lower rank by singular value decomposition. It keeps {{ kept }} of the energy (sum of
+squared singular values) and was not evaluated.
 {% endif %}
-Base U-Net fingerprint `{{ record.base_fingerprint }}`: the LoRA is right on that base, and on fine-tunes of it.
+Fingerprint of the base U-Net: `{{ record.base_fingerprint }}`. Use the LoRA with that base or a fine-tune of it.
 {% if table %}
 
 {{ table }}
@@ -56,15 +57,15 @@ pipeline.scheduler = DDIMScheduler.from_pretrained({{ folder }}, subfolder="sche
 image = pipeline({{ prompt }}, num_inference_steps={{ record.student_steps }}, guidance_scale=1.0).images[0]
 ```
 
-The scheduler matters: trailing timesteps {{ timesteps }}, no clipping, `prediction_type="{{ record.prediction_type }}"`
+Use the scheduler of this folder: trailing timesteps {{ timesteps }}, no clipping,
+`prediction_type="{{ record.prediction_type }}"`
 {%- if record.start_timestep is not none %}, betas that end at timestep {{ record.start_timestep }}{% endif %}.
-So do the steps (this LoRA is for {{ record.student_steps }}) and the guidance (it is baked in: 1.0 means off).
-`stepdistill.sampling.load_few_step(pipeline, folder)` sets all of it, and warns where something does not fit.
+Use {{ steps }}, for which this LoRA is trained, and `guidance_scale=1.0` (off): the guidance is distilled into the LoRA.
+`stepdistill.sampling.load_few_step(pipeline, folder)` sets all of this, and warns if something does not fit.
 {% if euler_share < 0.99 %}
-DDIMScheduler alone is right here: EulerDiscreteScheduler begins with the noise scaled by {{ "%.2f" % euler_share }}.
+Only DDIMScheduler is right for this LoRA: EulerDiscreteScheduler begins with the noise scaled by {{ "%.2f" % euler_share }}.
 {% endif %}
-`pytorch_lora_weights.safetensors` is diffusers' alone: other tools take a part of it and leave out the rest without an
-error.
+`pytorch_lora_weights.safetensors` is for diffusers only: other tools load a part of it and silently ignore the rest.
 {% if tools %}
 
 {{ tools }}
@@ -82,16 +83,17 @@ def model_card(
     repository: str | None = None,
     energy_kept: float | None = None,
 ) -> str:
-    """The README.md of a folder with a LoRA.
+    """The text of README.md for a folder with a LoRA.
 
     Args:
-        config: the run.
-        record: the rung.
-        folder: where the LoRA is.
-        scheduler: that samples it.
-        tools: what ComfyUI, A1111 and Forge are told (card_tools), where there is a file for them.
-        repository: OWNER/NAME where the folder goes to the Hub.
-        energy_kept: of a LoRA of lower rank than the trained one; the run's numbers are not its own.
+        config: config of the run.
+        record: record of the rung.
+        folder: the LoRA's folder.
+        scheduler: the scheduler that samples the rung.
+        tools: section on ComfyUI, A1111 and Forge (card_tools); None without a kohya file.
+        repository: OWNER/NAME on the Hub if the folder is uploaded, for the snippet.
+        energy_kept: share of the energy (0 to 1) if the LoRA was reduced to a lower rank; the card then leaves out the run's
+            numbers, which belong to the trained LoRA.
     """
     students = [r.student_steps for r in config.ladder]
     students = students[: students.index(record.student_steps) + 1]
@@ -131,16 +133,16 @@ def _front_matter(config: RunConfig) -> str:
 
 
 def _results(run_dir: Path) -> dict[str, Any]:
-    """The run's numbers, none where it is not measured yet or they are damaged, which is warned of."""
+    """The run's results; empty if it is not evaluated yet, or if the file is damaged, which is logged as a warning."""
     try:
         return read_results(run_dir) or {}
     except ValueError as error:
-        logger.warning("the card claims no numbers: %s", error)
+        logger.warning("the card is written without numbers: %s", error)
         return {}
 
 
 def _table(results: Mapping[str, Any], steps: int) -> str | None:
-    """The rows of the teacher and of this rung, where the run is measured."""
+    """The rows of the reference, and of undistilled teacher and student at this step count; None if there are none."""
     rows = [
         row
         for row in results.get("rows") or []
@@ -154,9 +156,9 @@ def _table(results: Mapping[str, Any], steps: int) -> str | None:
 
 
 def _named_teacher(config: RunConfig, repository: str | None) -> str:
-    """How a snippet names the teacher: as the config does, or where one was made of a file or with LoRAs, its folder; on the
-    Hub, where no folder is, as export.base_model does."""
+    """The teacher's name in the snippet: for an upload export.base_model if it is set; else teacher.path, or the converted
+    folder if the teacher is a single file or has LoRAs merged."""
     if repository is not None and config.export.base_model is not None:
         return config.export.base_model
-    made = teacher_kind(config.teacher.path) == "file" or config.teacher.loras
-    return teacher_folder(config).as_posix() if made else config.teacher.path
+    is_converted = teacher_kind(config.teacher.path) == "file" or config.teacher.loras
+    return teacher_folder(config).as_posix() if is_converted else config.teacher.path

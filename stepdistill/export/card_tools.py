@@ -1,4 +1,4 @@
-"""The card's section on ComfyUI, A1111 and Forge: what each is told, and where one cannot draw with the LoRA."""
+"""The card's section on ComfyUI, A1111 and Forge: the settings for each tool, or why it cannot use the LoRA."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,22 +12,22 @@ from stepdistill.run.rungs import RungRecord
 from stepdistill.teacher.facts import TeacherFacts
 
 _WIDTHS = {(320, 768), (320, 1024), (320, 2048)}
-"""First block and text of SD1.5, SD2.x and SDXL, by which the tools tell models apart."""
+"""Channels of the first block and width of the text embeddings of SD1.5, SD2.x and SDXL, by which tools recognise models."""
 _SECTION = """## ComfyUI, A1111, Forge
 
-`kohya/{{ kohya }}` goes into `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge).
+Put `kohya/{{ kohya }}` into `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge).
 {% if teacher_loras %}
-The teacher has LoRAs in it ({{ teacher_loras }}): load them as well.
+The base model of this LoRA includes other LoRAs ({{ teacher_loras }}): load them as well.
 {% endif %}
 {% if odd_widths %}
-These tools open U-Nets of SD1.5's, SD2.x's and SDXL's widths. This LoRA's base has others ({{ odd_widths }}), and they do
-not open it as they are. One that does is told:
+These tools recognise the U-Nets of SD1.5, SD2.x and SDXL by their widths. This LoRA's base has other widths
+({{ odd_widths }}), so the unmodified tools cannot open it. Settings for a modified tool:
 {% endif %}
 
 {% if comfy is none %}
-- ComfyUI: not with this LoRA: it draws with Stable Diffusion's noise schedule, and this teacher has another.
+- ComfyUI: not with this LoRA. It samples with Stable Diffusion's noise schedule, and this base model has another one.
 {% else %}
-- ComfyUI:{% if workflow %} drag `kohya/{{ workflow }}` into its window; all is set there but your checkpoint's name.
+- ComfyUI:{% if workflow %} drag `kohya/{{ workflow }}` into its window and choose your checkpoint; all else is set.
   By hand:{% endif %}
  LoraLoaderModelOnly at strength 1.0
 {%- if comfy.sampling %}, then ModelSamplingDiscrete with sampling {{ comfy.sampling }}, zsnr {{ zero_snr }}{% endif %};
@@ -37,13 +37,13 @@ not open it as they are. One that does is told:
   SDTurboScheduler (steps 1, denoise {{ "%g" % comfy.start.denoise }})
 {%- if comfy.start.first_sigma is not none %} -> SetFirstSigma {{ comfy.start.first_sigma }}{% endif %} -> AddNoise
   (RandomNoise, on the empty latent) -> LatentMultiply {{ "%g" % comfy.start.multiplier }} -> SamplerCustomAdvanced with
-  DisableNoise, BasicGuider and euler. A KSampler would tell the U-Net another timestep.
+  DisableNoise, BasicGuider and euler. A KSampler would give the U-Net another timestep.
 {% endif %}
 {% endif %}
 {% if elsewhere is none %}
 - A1111, Forge: `<lora:{{ stem }}:1>` in the prompt; sampling method Euler, schedule type SGM Uniform,
   {{ steps }}, CFG scale 1
-{%- if comfy.sampling %}; the base set up as without this LoRA{% endif %}.
+{%- if comfy.sampling %}; set up the base model as you would without this LoRA{% endif %}.
 {% else %}
 - A1111, Forge: not with this LoRA. {{ elsewhere }}
 {% endif %}
@@ -51,13 +51,13 @@ not open it as they are. One that does is told:
 
 
 def tools_section(config: RunConfig, record: RungRecord, file: Path, teacher: TeacherFacts) -> str:
-    """The section, in Markdown.
+    """The section in Markdown.
 
     Args:
-        config: the run.
-        record: the rung.
-        file: kohya's; the workflow is named where it lies beside it.
-        teacher: what its configs say.
+        config: config of the run.
+        record: record of the rung.
+        file: the kohya file; the section names ComfyUI's workflow if it exists beside this file.
+        teacher: facts from the teacher's configs.
     """
     setting, workflow = comfy.setting_of(record, teacher.scheduler), comfy.workflow_name(file.name)
     template = jinja2.Template(_SECTION, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -78,22 +78,22 @@ def tools_section(config: RunConfig, record: RungRecord, file: Path, teacher: Te
 
 
 def _odd_widths(unet: Mapping[str, Any]) -> str | None:
-    """The widths, where they are none that the tools know."""
+    """The U-Net's widths as text if the tools do not know them, else None."""
     first, texts = (unet.get("block_out_channels") or [None])[0], unet.get("cross_attention_dim")
     if (first, texts) in _WIDTHS:
         return None
-    return f"{first} channels in the first block, {texts} of the text"
+    return f"{first} channels in the first block, {texts} in the text embeddings"
 
 
 def _not_elsewhere(setting: comfy.Setting | None, record: RungRecord, teacher: TeacherFacts) -> str | None:
-    """Why A1111 and Forge do not draw with the LoRA, in a sentence; None where they do."""
+    """One sentence on why A1111 and Forge cannot use the LoRA; None if they can."""
     layers = teacher.unet.get("layers_per_block", 2)
     if setting is None:
-        return "They draw with Stable Diffusion's noise schedule, and this teacher has another."
+        return "They sample with Stable Diffusion's noise schedule, and this base model has another one."
     if layers != 2:
-        return f"They name its layers as if every block of the U-Net had two, and this one's have {layers}."
+        return f"They expect two layers in every block of the U-Net, and this one has {layers}."
     if setting.start is not None:
-        return f"Their samplers cannot tell the U-Net timestep {record.start_timestep} with pure noise."
+        return f"Their samplers cannot give the U-Net pure noise at timestep {record.start_timestep}."
     if record.prediction_type != teacher.prediction_type:
-        return f"They take what the U-Net predicts from the base, and this one predicts `{record.prediction_type}`."
+        return f"They use the base model's prediction type, and this LoRA needs `{record.prediction_type}`."
     return None

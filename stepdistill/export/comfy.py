@@ -1,15 +1,18 @@
-"""A rung's ComfyUI workflow: its core nodes set as the rung is trained, in the JSON that can be dragged into its window.
+"""A rung's ComfyUI workflow: core nodes with the rung's sampling settings, as JSON to drag into ComfyUI's window.
 
-Legend: e, unit noise; t, the timestep that the U-Net is told; s_t = sigma_edm = sigma_t / alpha_t, in which ComfyUI's
-samplers step; its samples are ours over alpha_t, so that a model is given sample / sqrt(s_t^2 + 1).
+e    unit noise
+t    the conditioning timestep of the U-Net
+s_t  sigma_t / alpha_t, the noise level in which ComfyUI's samplers step; their latents are ours divided by alpha_t, and the
+     U-Net receives latents / sqrt(s_t^2 + 1)
 
-Steps from the last timestep: KSampler with euler and the scheduler "simple", which takes every T / N-th sigma from the end:
-the trailing timesteps, exactly where N divides T and within one elsewhere. It begins with sqrt(s^2 + 1) e.
-One step told an earlier t with pure noise, which no KSampler does:
-  SDTurboScheduler          [s_t, 0]; its timesteps are 99, 199, .. 999, and SetFirstSigma sets any other
+A rung that starts at the last timestep: KSampler with euler and the scheduler "simple", which takes every (T / N)-th sigma
+from the end. These are the trailing timesteps: exactly if N divides T, else off by at most one. It starts from
+sqrt(s_t^2 + 1) e.
+A one-step rung that starts from pure noise at an earlier t, which no KSampler can do:
+  SDTurboScheduler          sigmas [s_t, 0]; its timesteps are 99, 199, .. 999, and SetFirstSigma sets any other
   AddNoise                  s_t e on the empty latent
-  LatentMultiply            by sqrt(s_t^2 + 1) / s_t, so that the model is given e
-  SamplerCustomAdvanced     one step of euler to 0, without noise of its own
+  LatentMultiply            by sqrt(s_t^2 + 1) / s_t, so that the U-Net receives e
+  SamplerCustomAdvanced     one euler step to 0, without adding noise
 """
 
 import math
@@ -26,9 +29,9 @@ from stepdistill.run.rungs import RungRecord
 from stepdistill.teacher.loading import load_noise_path
 
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
-"""prediction_type by ModelSamplingDiscrete's names."""
-_LARGEST_MULTIPLIER = 10.0  # that LatentMultiply takes
-_Slot = tuple[int, int, str]  # node, number of its output, type
+"""Name of each prediction_type in ModelSamplingDiscrete."""
+_LARGEST_MULTIPLIER = 10.0  # the largest value that LatentMultiply accepts
+_Slot = tuple[int, int, str]  # an output of a node: node's id, index of the output, type
 _OUTPUTS: dict[str, tuple[str, ...]] = {
     "CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE"),
     "LoraLoader": ("MODEL", "CLIP"),
@@ -50,39 +53,39 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "SaveImage": (),
     "Note": (),
 }
-"""The types of what ComfyUI's core nodes put out, which are the outputs' names as well but for the following."""
+"""Output types of ComfyUI's core nodes; the outputs' names are the same, except for those in _OUTPUT_NAMES."""
 _OUTPUT_NAMES = {"SamplerCustomAdvanced": ("output", "denoised_output")}
 
 
 @dataclass(frozen=True)
 class Start:
-    """A single step from an earlier timestep."""
+    """Node settings for a single step that starts at an earlier timestep than the last."""
 
     denoise: float
-    """Of SDTurboScheduler."""
+    """denoise of SDTurboScheduler."""
     first_sigma: float | None
-    """Of SetFirstSigma, where the timestep is none of SDTurboScheduler's."""
+    """sigma of SetFirstSigma; None if SDTurboScheduler has the timestep."""
     multiplier: float
-    """Of LatentMultiply."""
+    """multiplier of LatentMultiply."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What ComfyUI is told beside the LoRA at strength 1, euler and cfg 1."""
+    """ComfyUI's settings for a rung, besides LoRA strength 1, sampler euler and cfg 1."""
 
     steps: int
     sampling: str | None
-    """Of ModelSamplingDiscrete; None where the checkpoint as it is loaded is right."""
+    """sampling of ModelSamplingDiscrete; None if the checkpoint needs no such node."""
     zero_snr: bool
     start: Start | None
-    """None where a KSampler draws the rung."""
+    """None if a KSampler can sample the rung."""
 
 
 def setting_of(record: RungRecord, base: Mapping[str, Any]) -> Setting | None:
-    """How ComfyUI draws a rung; None where its noise schedule, Stable Diffusion's, is not the teacher's.
+    """ComfyUI's settings for a rung; None if the teacher's noise schedule is not Stable Diffusion's, which ComfyUI uses.
 
     Args:
-        record: the rung.
+        record: record of the rung.
         base: the teacher's scheduler config.
     """
     noise_path, base_prediction = load_noise_path(base)
@@ -110,13 +113,13 @@ def _start(timestep: int, noise_path: VariancePreserving) -> Start:
 
 
 def file_name(path: str) -> str:
-    """What a model is called in ComfyUI's folders: a file by its name, anything else by its last part's."""
+    """A model's file name in ComfyUI's folders: the last part of the path, with .safetensors appended if it is missing."""
     name = Path(path).name
     return name if name.endswith(".safetensors") else f"{name}.safetensors"
 
 
 def workflow_name(lora: str) -> str:
-    """<name>_<N>step_comfyui.json beside <name>_<N>step_lora.safetensors."""
+    """The workflow's file name: <name>_<N>step_comfyui.json for <name>_<N>step_lora.safetensors."""
     return f"{lora.removesuffix('_lora.safetensors')}_comfyui.json"
 
 
@@ -130,16 +133,16 @@ def workflow(
     prompt: str,
     title: str,
 ) -> dict[str, Any]:
-    """The workflow as ComfyUI's own editor saves it (version 0.4).
+    """The workflow in the format that ComfyUI's editor saves (version 0.4).
 
     Args:
-        setting: of the rung.
-        checkpoint: the base's file in models/checkpoints.
-        lora: kohya's file in models/loras.
-        teacher_loras: files and weights of the LoRAs that are part of the teacher.
+        setting: ComfyUI's settings for the rung.
+        checkpoint: file name of the base model in models/checkpoints.
+        lora: file name of the kohya file in models/loras.
+        teacher_loras: file names and weights of the LoRAs that are part of the teacher.
         size: (height, width) of the picture in pixels.
-        prompt: to draw.
-        title: the saved pictures' names begin with it.
+        prompt: the positive prompt.
+        title: prefix of the saved pictures' names.
     """
     graph = _Graph()
     model, clip, vae = graph.add("CheckpointLoaderSimple", checkpoint)
@@ -193,15 +196,15 @@ def _one_step(graph: "_Graph", start: Start, model: _Slot, positive: _Slot, late
 def _note(checkpoint: str, lora: str, setting: Setting) -> str:
     steps = "1 step" if setting.steps == 1 else f"{setting.steps} steps"
     return (
-        f"models/checkpoints: the model that was distilled, here {checkpoint}; choose yours in Load Checkpoint.\n"
+        f"models/checkpoints: the base model that was distilled, here {checkpoint}; choose your file in Load Checkpoint.\n"
         f"models/loras: {lora}, at strength 1.\n"
-        f"The LoRA is trained for {steps} without guidance: other steps, schedulers and cfg draw worse. "
-        f"A negative prompt does nothing at cfg 1."
+        f"The LoRA is trained for {steps} without guidance: other steps, schedulers and cfg give worse pictures. "
+        f"A negative prompt has no effect at cfg 1."
     )
 
 
 class _Graph:
-    """Nodes in the order in which they run, and the links between them."""
+    """The workflow's nodes in the order in which they run, and the links between them."""
 
     def __init__(self) -> None:
         self._nodes: list[dict[str, Any]] = []
@@ -209,8 +212,13 @@ class _Graph:
         self._columns: list[int] = []
 
     def add(self, kind: str, *widgets: Any, **sources: _Slot) -> tuple[_Slot, ...]:
-        """A node with its widgets' values, and by input the output that it is linked to, both in the node's own order;
-        returns its outputs."""
+        """Adds a node and returns its outputs.
+
+        Args:
+            kind: the node's type.
+            widgets: values of its widgets, in the node's order.
+            sources: for each input the output that it is linked to, in the node's order.
+        """
         number = len(self._nodes) + 1
         inputs = []
         for place, (name, (source, slot, kind_of_link)) in enumerate(sources.items()):
@@ -223,8 +231,10 @@ class _Graph:
         )
         types = _OUTPUTS[kind]
         outputs = [
-            {"name": name, "type": made, "links": [], "slot_index": slot}
-            for slot, (name, made) in enumerate(zip(_OUTPUT_NAMES.get(kind, types), types, strict=True))
+            {"name": name, "type": output_type, "links": [], "slot_index": slot}
+            for slot, (name, output_type) in enumerate(
+                zip(_OUTPUT_NAMES.get(kind, types), types, strict=True)
+            )
         ]
         self._nodes.append(
             {
@@ -241,10 +251,10 @@ class _Graph:
                 "widgets_values": list(widgets),
             }
         )
-        return tuple((number, slot, made) for slot, made in enumerate(types))
+        return tuple((number, slot, output_type) for slot, output_type in enumerate(types))
 
     def as_json(self) -> dict[str, Any]:
-        """What ComfyUI's editor saves."""
+        """The workflow as ComfyUI's editor saves it."""
         return {
             "last_node_id": len(self._nodes),
             "last_link_id": len(self._links),

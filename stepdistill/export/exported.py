@@ -1,7 +1,7 @@
-"""What an exported folder says of itself beside its LoRA: the scheduler that samples it and the base that it belongs to.
+"""The files of an exported folder that describe its LoRA: the scheduler that samples it, and the base model it belongs to.
 
-scheduler/scheduler_config.json   as diffusers reads it
-base.json                         the identity of the base, the sha256 of the scheduler's config, a checksum
+scheduler/scheduler_config.json   a scheduler config for diffusers
+base.json                         the identity of the base, the sha256 of the scheduler's config, and a checksum of the file
 """
 
 import logging
@@ -21,7 +21,7 @@ _MEND = "mend: `stepdistill export` writes it again"
 
 
 def write_facts(folder: Path, scheduler: DDIMScheduler, identity: Mapping[str, Any]) -> None:
-    """Writes both files; ValueError where one cannot be written."""
+    """Writes both files; ValueError if one cannot be written."""
     write_text(scheduler_file(folder), scheduler.to_json_string())
     write_sealed(
         folder / BASE, {**identity, _SCHEDULER_SHA256: sha256_json(read_json(scheduler_file(folder)))}
@@ -29,26 +29,26 @@ def write_facts(folder: Path, scheduler: DDIMScheduler, identity: Mapping[str, A
 
 
 def scheduler_file(folder: Path) -> Path:
-    """scheduler/scheduler_config.json of an exported folder."""
+    """Path of scheduler/scheduler_config.json in an exported folder."""
     return folder / "scheduler" / "scheduler_config.json"
 
 
 def read_scheduler(folder: Path) -> DDIMScheduler:
-    """The scheduler of an exported folder; ValueError where a file is missing or was changed. A folder of an earlier version
-    has no sha256 of the scheduler, which is taken as it is."""
+    """The scheduler of an exported folder; ValueError if a file is missing or was changed. Folders of an earlier version
+    store no sha256 of the config, which is then not checked."""
     file, about = scheduler_file(folder), _read_about(folder)
     config, written = read_json(file), about.get(_SCHEDULER_SHA256)
     if not isinstance(config, dict) or written not in (None, sha256_json(config)):
         raise ValueError(f"{file} is missing or not as it was exported; {_MEND}")
     try:
         return DDIMScheduler.from_config(config)
-    except Exception as error:  # numbers that diffusers and torch cannot compute with raise what they lead to
+    except Exception as error:  # diffusers and torch raise errors of many types for invalid numbers
         reason = " ".join(str(error).split())
-        raise ValueError(f"{file} describes no scheduler ({reason}); {_MEND}") from None
+        raise ValueError(f"{file} is not a valid scheduler config ({reason}); {_MEND}") from None
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether both files are there and as they were exported; warned of where one is there and is not."""
+    """Whether both files exist and are as they were exported. A damaged file is logged as a warning."""
     if not scheduler_file(folder).exists():
         return False
     try:
@@ -60,12 +60,12 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_base(folder: Path) -> BaseIdentity | None:
-    """The base of an exported folder, None where an earlier version said nothing of it; ValueError where it is damaged."""
+    """The identity of an exported folder's base; None if base.json does not exist, ValueError if it is damaged."""
     return BaseIdentity.of_json(_read_about(folder))
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
-    """base.json, empty where there is none; ValueError where it is damaged."""
+    """The content of base.json; empty if the file does not exist, ValueError if it is damaged."""
     if not (folder / BASE).exists():
         return {}
     about = read_sealed(folder / BASE)

@@ -1,4 +1,4 @@
-"""The LoRA merged into a copy of the base, once, in float32: a U-Net of its own for where no adapter can be loaded."""
+"""The LoRA merged into a copy of the base U-Net in float32, for programs that cannot load an adapter."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from stepdistill.models.network.kind import load_network
 
 
 def fused_unet(base: Path, lora: Lora) -> UNet2DConditionModel:
-    """W + delta W in float32 for every layer; ValueError where the LoRA is another U-Net's.
+    """The base U-Net with W + delta W in every layer of the LoRA, float32; ValueError if the LoRA is of another U-Net.
 
     Args:
-        base: the pipeline's folder, whose weights are no quantised ones (teacher/folder.py refuses these).
-        lora: of that base.
+        base: folder of the base pipeline; its weights must not be quantised (teacher/folder.py refuses these).
+        lora: a LoRA of that base.
     """
     unet = load_network(base)
     weights = dict(unet.named_parameters())
@@ -27,11 +27,13 @@ def fused_unet(base: Path, lora: Lora) -> UNet2DConditionModel:
 
 
 def write_fused(folder: Path, unet: UNet2DConditionModel, *, dtype: torch.dtype) -> Path:
-    """Saves the merged U-Net as a folder that `UNet2DConditionModel.from_pretrained` reads, rounded once, without the place
-    on this disk that its base came from."""
+    """Saves the merged U-Net, rounded once to dtype, as a folder for `UNet2DConditionModel.from_pretrained`; returns it.
+
+    The base's path on this disk (`_name_or_path`) is removed from config.json.
+    """
     with whole_folder(folder) as partial:
         unet.to(dtype).save_pretrained(partial, safe_serialization=True)
         written = partial / "config.json"
-        named = read_json(written) or {}
-        write_json(written, {key: value for key, value in named.items() if key != "_name_or_path"})
+        config = read_json(written) or {}
+        write_json(written, {key: value for key, value in config.items() if key != "_name_or_path"})
     return folder

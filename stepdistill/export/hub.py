@@ -1,4 +1,4 @@
-"""A rung's folder on the Hub, only when it is asked for."""
+"""Uploads a rung's folder to the Hub; called only for `export --push`."""
 
 import shutil
 import tempfile
@@ -10,18 +10,18 @@ from stepdistill.export.exported import read_scheduler
 from stepdistill.export.rung import write_card
 from stepdistill.run.rungs import require_rung
 
-_STAYS_HERE = ("previews", "rank*", ".*")
+_NOT_UPLOADED = ("previews", "rank*", ".*")
 
 
 def push_rung(config: RunConfig, student_steps: int, folder: Path, repository: str) -> str:
-    """Uploads an exported folder, a commit for all of it; returns its address.
+    """Uploads an exported folder in one commit; returns its URL.
 
     Args:
-        config: the run.
-        student_steps: of the rung.
-        folder: the rung's, exported.
-        repository: OWNER/NAME; made where it is not there, private.
-    ConfigError where the Hub refuses or cannot be reached.
+        config: config of the run.
+        student_steps: step count of the rung.
+        folder: the rung's exported folder.
+        repository: OWNER/NAME; created as private if it does not exist.
+    ConfigError if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -34,7 +34,7 @@ def push_rung(config: RunConfig, student_steps: int, folder: Path, repository: s
             return str(api.upload_folder(repo_id=repository, folder_path=copy, commit_message=message))
         except (
             Exception
-        ) as error:  # the client raises what its HTTP library does, another one in every version
+        ) as error:  # the client raises its HTTP library's errors, whose types differ between versions
             first = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"--push: got {repository}: {first}; mend: OWNER/NAME of your own, and `hf auth login` once"
@@ -42,10 +42,10 @@ def push_rung(config: RunConfig, student_steps: int, folder: Path, repository: s
 
 
 def stage(config: RunConfig, student_steps: int, folder: Path, repository: str, place: Path) -> Path:
-    """A copy of the folder as it goes up: without previews and lower ranks, its card naming the repository."""
+    """Copies the folder to `place` for the upload: without previews and lower ranks, and with the repository in the card."""
     copy = place / folder.name
     with writing(copy):
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_STAYS_HERE))
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_NOT_UPLOADED))
     record = require_rung(config.run_dir, student_steps)
     write_card(config, record, copy, read_scheduler(copy), repository=repository)
     return copy

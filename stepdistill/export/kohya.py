@@ -1,9 +1,9 @@
-"""The LoRA as kohya's tools, ComfyUI, A1111 and Forge read it: one file, its scale in .alpha tensors, a header of strings.
+"""The LoRA in the format of kohya's tools, ComfyUI, A1111 and Forge: one file with .alpha tensors and a header of strings.
 
-Names: lora_unet_ and the module's path with underscores. kohya trains SD on diffusers' module names and SDXL on those of the
-original repository (sgm: input_blocks, middle_block, output_blocks). ComfyUI and diffusers read both for SDXL; A1111 loses a
-layer of diffusers' spelling there, and kohya's own tools all of them.
-A layer's update is alpha / r * lora_up @ lora_down, so alpha = r * scale says whatever peft's config said.
+Names: lora_unet_ and the module's path with underscores. kohya uses diffusers' module names for SD, and the names of the
+original repository for SDXL (sgm: input_blocks, middle_block, output_blocks). For SDXL, ComfyUI and diffusers read both
+spellings; with diffusers' spelling A1111 loses a layer, and kohya's own tools lose all layers.
+A layer's update is alpha / r * lora_up @ lora_down; alpha = r * scale expresses any scaling of peft's config.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ _ARCHITECTURES = {
 }
 
 
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the standard has no word for x0
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # ModelSpec has no name for x0 prediction
 
 
 def family_of(teacher: TeacherFacts) -> str:
-    """ "sd1", "sd2", "sd2_v" or "sdxl", by what tells them apart: added conditions, linear projections, prediction."""
+    """The model family, "sd1", "sd2", "sd2_v" or "sdxl", from added conditions, linear projections and prediction type."""
     if teacher.unet.get("addition_embed_type") == "text_time":
         return "sdxl"
     if not teacher.unet.get("use_linear_projection"):
@@ -51,10 +51,11 @@ def family_of(teacher: TeacherFacts) -> str:
 
 
 def sgm_name(module: str, unet_config: Mapping[str, Any]) -> str:
-    """A module of diffusers' U-Net by its name in the original repository, such as input_blocks.4.1.proj_in.
+    """The name in the original repository, such as input_blocks.4.1.proj_in, of a module of diffusers' U-Net.
 
-    With n layers a block, layer k of block b is input_blocks[b (n + 1) + k + 1] on the way down, and on the way up
-    output_blocks[b (n + 1) + k]; residual at place 0, attention at 1; the resampler is the last of its block.
+    With n layers per block, layer k of block b is input_blocks[b (n + 1) + k + 1] in the down path and
+    output_blocks[b (n + 1) + k] in the up path. Within it the residual block has index 0 and the attention index 1; the
+    resampler is the last layer of its block.
     """
     layers = int(unet_config.get("layers_per_block", 2))
     kind, rest = module.split(".", 1)
@@ -81,7 +82,7 @@ def _inner(part: str, inner: str) -> str:
 def kohya_state(
     lora: Lora, unet_config: Mapping[str, Any], *, sgm: bool, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Tensors by kohya's names: lora_unet_NAME.lora_down.weight, .lora_up.weight and .alpha (a scalar, float32)."""
+    """The LoRA's tensors under kohya's names: lora_unet_NAME.lora_down.weight, .lora_up.weight, .alpha (float32 scalar)."""
     state = {}
     for module, layer in lora.layers.items():
         name = sgm_name(module, unet_config) if sgm else module
@@ -93,24 +94,24 @@ def kohya_state(
 
 
 def read_kohya(path: Path, modules: Iterable[str], unet_config: Mapping[str, Any]) -> Lora:
-    """A file's layers by the names that modules have in diffusers; ValueError where it has one that is not among them.
+    """Reads a kohya file with either spelling, its layers under diffusers' module names; ValueError for an unknown layer.
 
     Args:
         path: the file.
-        modules: of the U-Net that it is to be loaded onto.
-        unet_config: of that U-Net.
+        modules: module names of the U-Net onto which the LoRA is to be loaded.
+        unet_config: config of that U-Net.
     """
     diffusers_names = {}
     for module in modules:
         if module.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
             diffusers_names[_flat(module)] = module
-            with contextlib.suppress(KeyError):  # norms, which no LoRA is of
+            with contextlib.suppress(KeyError):  # norms, which have no LoRA
                 diffusers_names[_flat(sgm_name(module, unet_config))] = module
     state = load_file(path)
     layers = {}
     for name in sorted({key.partition(".")[0] for key in state}):
         if name not in diffusers_names:
-            raise ValueError(f"{path} is a LoRA of another U-Net: {name} is not there in this one")
+            raise ValueError(f"{path} is a LoRA of another U-Net: this one has no layer {name}")
         down, up = (state[f"{name}.lora_{side}.weight"] for side in ("down", "up"))
         layers[diffusers_names[name]] = LoraLayer(down, up, float(state[f"{name}.alpha"]) / down.shape[0])
     return Lora(layers, {})
@@ -136,9 +137,9 @@ def kohya_header(
     resolution: tuple[int, int],
     prediction_type: str,
 ) -> dict[str, str]:
-    """What the tools look for in the header: ss_* of kohya's scripts and modelspec.* of Stability's ModelSpec 1.0.1.
+    """The header entries that the tools read: ss_* of kohya's scripts and modelspec.* of Stability's ModelSpec 1.0.1.
 
-    No date: equal weights give equal bytes.
+    It contains no date, so that equal weights give equal bytes.
     """
     alphas = {layer.scale * layer.rank for layer in lora.layers.values()}
     alpha = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
@@ -169,8 +170,8 @@ def kohya_header(
 
 
 def write_kohya(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> Path:
-    """Writes the file in one step; equal tensors and header, equal bytes, and a file that is so already is left alone.
-    sshs_model_hash is that of the tensors."""
+    """Writes the file atomically and returns its path. Equal tensors and header give equal bytes, and a file that already
+    has these bytes is left alone. The header entry sshs_model_hash is `tensors_hash` of the tensors."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,14 +186,14 @@ def write_kohya(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[s
 
 
 def tensors_hash(state: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of the tensors as a safetensors file has them, without its header: the identity that kohya's tools and A1111
-    give a LoRA, which a new title does not change."""
+    """sha256 of a safetensors file's content without its header. kohya's tools and A1111 identify a LoRA by it; it does not
+    change with the title."""
     content = save(dict(state))
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def hash_of_file(path: Path) -> str:
-    """tensors_hash of a file as it lies there."""
+    """tensors_hash of a file on disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(int.from_bytes(file.read(8), "little"), 1)
@@ -202,6 +203,6 @@ def hash_of_file(path: Path) -> str:
 
 
 def file_name(name: str, steps: int, rank: int | None = None) -> str:
-    """<name>_<N>step_lora.safetensors; <name>_<N>step_rank<R>_lora.safetensors where the rank is not the trained one."""
+    """The file's name: <name>_<N>step_lora.safetensors, or <name>_<N>step_rank<R>_lora.safetensors for a lower rank."""
     lower = "" if rank is None else f"_rank{rank}"
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}_{steps}step{lower}_lora.safetensors"

@@ -1,4 +1,4 @@
-"""The U-Net with the LoRA merged as ONNX, and whether onnxruntime computes the same. Needs the extra "onnx"."""
+"""Exports the U-Net with the LoRA merged to ONNX and compares onnxruntime's output with torch's. Needs the extra "onnx"."""
 
 import importlib.util
 from pathlib import Path
@@ -12,7 +12,7 @@ from stepdistill.disk.durable import whole_folder
 
 FILE = "unet.onnx"
 TOLERANCE = 1e-4
-"""Largest difference from torch's output, relative to its largest value."""
+"""Largest allowed difference from torch's output, relative to the output's largest value."""
 
 
 class _Named(torch.nn.Module):
@@ -30,7 +30,7 @@ class _Named(torch.nn.Module):
         text_embeds: torch.Tensor | None = None,
         time_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, C, H, W), what the U-Net predicts."""
+        """The U-Net's prediction, (B, C, H, W)."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[
             0
@@ -38,7 +38,7 @@ class _Named(torch.nn.Module):
 
 
 def check_installed() -> None:
-    """ConfigError where a package of the extra is missing."""
+    """ConfigError if a package of the extra "onnx" is missing."""
     missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
     if missing:
         raise ConfigError(
@@ -49,7 +49,7 @@ def check_installed() -> None:
 def inputs_of(
     unet: UNet2DConditionModel, batch: int, *, tokens: int, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random inputs of the U-Net's shapes by their names in the file."""
+    """Random inputs of the U-Net's shapes, by their names in the ONNX file."""
     config, generator = unet.config, torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -70,19 +70,23 @@ def inputs_of(
 
 @torch.no_grad()
 def write_onnx(folder: Path, unet: UNet2DConditionModel, *, tokens: int) -> float:
-    """Writes unet.onnx (weights beside it where they pass 1 GiB) with batch, height and width free; returns the largest
-    difference from torch over other sizes than it was traced at, relative to the largest output.
+    """Writes unet.onnx with dynamic batch, height and width, and compares it with torch at a size other than the traced one.
+
+    Weights of more than 1 GiB are written to a file beside it.
 
     Args:
-        folder: for the file.
-        unet: merged, float32.
-        tokens: of the text encoder.
-    ValueError where the difference is above TOLERANCE.
+        folder: folder for the file.
+        unet: the merged U-Net; computed in float32.
+        tokens: sequence length of the text encoder.
+    Returns: the largest difference from torch's output, relative to the output's largest value. ValueError if it is above
+    TOLERANCE.
     """
     module = _Named(unet.float()).eval()
-    factor = 2 ** (len(unet.config.block_out_channels) - 1)  # sides are halved on every level but the last
+    factor = 2 ** (len(unet.config.block_out_channels) - 1)  # every level but the last halves the sides
     inputs = inputs_of(unet, 2, tokens=tokens)
-    if min(inputs["sample"].shape[2:]) < 2 * factor:  # a side of one token would be taken for a constant
+    if (
+        min(inputs["sample"].shape[2:]) < 2 * factor
+    ):  # the exporter would take a side of length 1 for a constant
         inputs["sample"] = torch.randn(2, unet.config.in_channels, 2 * factor, 2 * factor)
     batch = torch.export.Dim("batch", min=1, max=64)
     height, width = (factor * torch.export.Dim(name, min=2, max=64) for name in ("height", "width"))
@@ -97,22 +101,24 @@ def write_onnx(folder: Path, unet: UNet2DConditionModel, *, tokens: int) -> floa
         verbose=False,
         output_names=["out_sample"],
     )
-    assert program is not None  # without a file it returns the program
+    assert program is not None  # torch.onnx.export returns the program if no file is given
     for node in program.model.graph.all_nodes():
-        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # the paths of this machine
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # stack traces hold local paths
     other = inputs_of(unet, 3, tokens=tokens, seed=1)
     other["sample"] = torch.randn(3, unet.config.in_channels, 2 * factor, 3 * factor)
     with whole_folder(folder) as partial:
         program.save(str(partial / FILE), external_data=sum(p.nbytes for p in unet.parameters()) > 2**30)
-        off = difference(partial / FILE, module, other)
-        if not off <= TOLERANCE:
-            raise ValueError(f"{folder}: onnxruntime is {off:.1e} from torch; allowed: {TOLERANCE:g}")
-    return off
+        error = difference(partial / FILE, module, other)
+        if not error <= TOLERANCE:
+            raise ValueError(
+                f"{folder}: onnxruntime's output differs from torch's by {error:.1e} (relative); allowed: {TOLERANCE:g}"
+            )
+    return error
 
 
 @torch.no_grad()
 def difference(path: Path, module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> float:
-    """How far onnxruntime's output is from torch's, relative to the largest value."""
+    """Largest difference between onnxruntime's and torch's outputs, relative to the output's largest value."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -1,8 +1,8 @@
-"""LoRAs of another rank by singular values: smaller files of a rung, and a LoRA out of a U-Net that was trained whole.
+"""Low-rank approximation by singular values: a rung's LoRA at a lower rank, and a LoRA from a fully fine-tuned U-Net.
 
-The best rank-R matrix in Frobenius norm keeps the R largest singular values (Eckart, Young 1936); the energy kept is the sum
-of their squares over the sum of all. Every layer gets the same rank, padded with zeros where its matrix has fewer, so that
-the files of all rungs fit one compiled network.
+The best rank-R approximation in Frobenius norm keeps the R largest singular values (Eckart, Young 1936); the energy kept is
+the sum of their squares divided by the sum of all squares. Every layer gets the same rank, padded with zeros if its matrix
+has a lower rank, so that the files of all rungs fit one compiled network.
 """
 
 import math
@@ -28,21 +28,22 @@ _Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # U (out, m), S (m,)
 
 @dataclass(frozen=True)
 class Reduced:
-    """A LoRA of lower rank, and by module the share of the energy that it keeps, 0 to 1."""
+    """A LoRA of lower rank, and the shares of the energy that it keeps, 0 to 1."""
 
     lora: Lora
     kept: dict[str, float]
+    """Share kept in each module."""
     energy_kept: float
-    """Over all layers together, and over what no LoRA is of: convolutions in and out, norms, biases."""
+    """Share kept of the whole change, including weights that have no LoRA: first and last convolution, norms, biases."""
     left_out: float = 0.0
-    """The share of the energy that lies in the latter."""
+    """Share of the whole change that lies in weights without a LoRA."""
 
 
 def reduce_rank(lora: Lora, rank: int) -> Reduced:
-    """The LoRA with every layer's product cut down to `rank`; ValueError where it has no more than that."""
+    """The LoRA with every layer's update reduced to `rank`; ValueError if the LoRA's rank is not higher."""
     if rank >= lora.rank:
-        raise ValueError(f"export.rank: got {rank}; allowed: below {lora.rank}, the LoRA's own")
-    factors = ((name, _of_product(layer), layer.weight_shape) for name, layer in lora.layers.items())
+        raise ValueError(f"export.rank: got {rank}; allowed: below {lora.rank}, the LoRA's rank")
+    factors = ((name, _svd_of_product(layer), layer.weight_shape) for name, layer in lora.layers.items())
     return _cut(factors, rank, lora.config)
 
 
@@ -53,17 +54,17 @@ def extract(
     rank: int,
     config: Mapping[str, Any],
 ) -> Reduced:
-    """A LoRA of the difference between two U-Nets' weights.
+    """A LoRA that approximates the difference between two U-Nets' weights.
 
     Args:
         base, tuned: weights by name, (out, in) or (out, in, k, k).
-        modules: the layers that get a LoRA; what else differs is left out.
-        rank: of every layer.
-        config: peft's, of a LoRA on these modules.
+        modules: the layers that get a LoRA; changes of other weights are left out.
+        rank: rank of every layer.
+        config: peft's config of a LoRA on these modules.
     """
     layers = list(modules)
     factors = (
-        (name, _of_matrix(delta.flatten(1)), tuple(delta.shape))
+        (name, _svd_of_matrix(delta.flatten(1)), tuple(delta.shape))
         for name, delta in ((name, _difference(base, tuned, f"{name}.weight")) for name in layers)
     )
     others = base.keys() - {f"{name}.weight" for name in layers}
@@ -77,10 +78,10 @@ def _difference(
     return tuned[name].double() - base[name].double()
 
 
-def _of_matrix(delta: torch.Tensor) -> _Factors:
-    """By the eigenvectors of the smaller side's products, many times faster than by the matrix where it is long."""
+def _svd_of_matrix(delta: torch.Tensor) -> _Factors:
+    """SVD of a matrix (out, in) from the eigenvectors of the smaller Gram matrix: much faster if one side is long."""
     if delta.shape[0] > delta.shape[1]:
-        u, s, vh = _of_matrix(delta.T)
+        u, s, vh = _svd_of_matrix(delta.T)
         return vh.T, s, u.T
     squares, u = torch.linalg.eigh(delta @ delta.T)
     u, s = u.flip(1), squares.flip(0).clamp(min=0).sqrt()
@@ -88,19 +89,19 @@ def _of_matrix(delta: torch.Tensor) -> _Factors:
 
 
 def extract_to(folder: Path, base: Path, tuned: Path, rank: int) -> Reduced:
-    """Writes pytorch_lora_weights.safetensors of `extract` into a folder, for the layers that this trainer adapts.
+    """Writes `extract`'s LoRA as pytorch_lora_weights.safetensors into a folder, for the layers that LORA_TARGETS names.
 
     Args:
-        folder: to write.
+        folder: the folder to write.
         base, tuned: folders of a pipeline, or of a U-Net.
-        rank: of every layer.
-    ConfigError where the two are not of one shape, or one is broken; ValueError where nothing differs.
+        rank: rank of every layer.
+    ConfigError if the two U-Nets differ in shape, one is damaged, the rank is too high, or no adapted layer differs.
     """
     before, after = _unet(base), _unet(tuned)
     first, second = dict(before.named_parameters()), dict(after.named_parameters())
     if {k: w.shape for k, w in first.items()} != {k: w.shape for k, w in second.items()}:
         raise ConfigError(
-            f"extract: {tuned} is a U-Net of another shape than {base}; allowed: one trained from it"
+            f"extract: {tuned} is a U-Net of another shape than {base}; allowed: a U-Net fine-tuned from it"
         )
     modules = _targets(before)
     most = max(min(shape[0], math.prod(shape[1:])) for shape in (first[f"{m}.weight"].shape for m in modules))
@@ -111,7 +112,7 @@ def extract_to(folder: Path, base: Path, tuned: Path, rank: int) -> Reduced:
     reduced = extract(first, second, modules, rank, as_plain_data(lora_config(rank)))
     if not any(bool(layer.up.any()) for layer in reduced.lora.layers.values()):
         raise ConfigError(
-            f"extract: {tuned} is {base} in every layer that a LoRA may change; nothing to extract"
+            f"extract: {tuned} equals {base} in every layer that a LoRA may change; nothing to extract"
         )
     write_lora(folder, reduced.lora.state(), reduced.lora.config)
     return reduced
@@ -125,9 +126,9 @@ def _unet(path: Path) -> UNet2DConditionModel:
     with loading("extract", folder, mend="another copy of the model"):
         files = weight_files(folder, WEIGHTS["unet"], variant)
         check_counts(folder / "config.json", read_object(folder / "config.json"), read_headers(files))
-        spoilt = not_finite(files)
-        if spoilt is not None:
-            raise ValueError(f"{spoilt} holds numbers that are not finite")
+        damaged = not_finite(files)
+        if damaged is not None:
+            raise ValueError(f"{damaged} holds numbers that are not finite")
         unet, loaded = UNet2DConditionModel.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True
         )
@@ -139,14 +140,14 @@ def _unet(path: Path) -> UNet2DConditionModel:
 
 
 def _targets(unet: torch.nn.Module) -> list[str]:
-    """The layers whose names end as LORA_TARGETS says."""
+    """Names of the linear and convolution layers that LORA_TARGETS names."""
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     ends = tuple(f".{end}" for end in LORA_TARGETS)
     return [name for name, m in unet.named_modules() if isinstance(m, kinds) and name.endswith(ends)]
 
 
-def _of_product(layer: LoraLayer) -> _Factors:
-    """Of scale * up @ down without forming it: QR of both sides, then the singular values of an r x r matrix."""
+def _svd_of_product(layer: LoraLayer) -> _Factors:
+    """SVD of scale * up @ down without forming the product: QR of both factors, then the SVD of an r x r matrix."""
     left, first = torch.linalg.qr(layer.scale * layer.up.double().flatten(1))
     right, second = torch.linalg.qr(layer.down.double().flatten(1).T)
     u, s, vh = torch.linalg.svd(first @ second.T, full_matrices=False)
@@ -170,8 +171,8 @@ def _cut(
         layers[name] = LoraLayer(
             down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *places), scale=1.0
         )
-        kept_energy, all_of_it = float(s[:rank].square().sum()), float(s.square().sum())
-        kept[name] = kept_energy / all_of_it if all_of_it else 1.0
-        part, whole = part + kept_energy, whole + all_of_it
+        kept_energy, full_energy = float(s[:rank].square().sum()), float(s.square().sum())
+        kept[name] = kept_energy / full_energy if full_energy else 1.0
+        part, whole = part + kept_energy, whole + full_energy
     energy = part / whole if whole else 1.0
     return Reduced(Lora({}, dict(config)).plain(layers), kept, energy, lost / whole if whole else 0.0)

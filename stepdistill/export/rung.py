@@ -1,12 +1,12 @@
-"""A rung's folder made complete: scheduler and card beside the LoRA, and the LoRA in the formats of other tools.
+"""Exports a rung: writes the scheduler and the card beside its LoRA, and the LoRA in the formats of other tools.
 
 rungs/<steps>/
-  pytorch_lora_weights.safetensors   the LoRA as diffusers loads it
-  rung.json  base.json               what it is; the base that it belongs to
-  scheduler/  README.md  grid.png    how to sample it
+  pytorch_lora_weights.safetensors   the LoRA for diffusers
+  rung.json  base.json               the rung's record; the identity of the base model
+  scheduler/  README.md  grid.png    the scheduler; the model card and its picture
   kohya/<name>_<steps>step_lora.safetensors, kohya/<name>_<steps>step_comfyui.json
   fused/unet/                        the base with the LoRA merged
-  onnx/unet.onnx                     the same for onnxruntime
+  onnx/unet.onnx                     the merged U-Net for onnxruntime
   rank<R>/                           all of this at a lower rank
 """
 
@@ -46,14 +46,16 @@ from stepdistill.teacher.source import teacher_folder
 
 logger = logging.getLogger(__name__)
 KEPT = "kept.json"
-"""Of a lower rank: the share of the trained LoRA's energy."""
+"""In the folder of a lower rank: the share of the trained LoRA's energy that it keeps."""
 HEADER = "stepdistill"
-"""Key of our own facts in a kohya file's header, as JSON."""
+"""Key in a kohya file's header under which stepdistill stores the rung's record and sampling settings, as JSON."""
 
 
 def export_rung(config: RunConfig, student_steps: int) -> Path:
-    """Writes what config.export asks for into a finished rung's folder and returns that; ValueError where the rung is not
-    finished, or its file cannot be used."""
+    """Writes the formats of config.export into a finished rung's folder, or its rank<R>/, and returns that folder.
+
+    ValueError if the rung is not finished, or its LoRA cannot be used.
+    """
     record = require_rung(config.run_dir, student_steps)
     folder = rung_folder(config.run_dir, student_steps)
     _check(config)
@@ -61,7 +63,7 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
     if config.export.rank is not None:
         reduced = reduce_rank(lora, config.export.rank)
         logger.info(
-            "export: rank %d keeps %.2f %% of the energy, %.2f %% where it keeps least",
+            "export: rank %d keeps %.2f %% of the energy, and at least %.2f %% in every layer",
             config.export.rank,
             100 * reduced.energy_kept,
             100 * min(reduced.kept.values()),
@@ -76,13 +78,13 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
 
 
 def _check(config: RunConfig) -> None:
-    """ConfigError for what cannot be made, before anything is."""
+    """ConfigError for formats that cannot be written, before anything is written."""
     facts, formats = _facts(config), set(config.export.formats)
     if "onnx" in formats:
         check_installed()
     if "kohya" in formats and config.export.kohya_names == "sgm" and kohya.family_of(facts) != "sdxl":
         raise ConfigError(
-            "export.kohya_names: got sgm for a base that is no SDXL; allowed: auto, diffusers, which kohya trains SD on"
+            "export.kohya_names: got sgm for a base that is not SDXL; allowed: auto, diffusers (which kohya uses for SD)"
         )
 
 
@@ -103,8 +105,8 @@ def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -
         unet = fused_unet(base, lora)
         if "onnx" in formats:
             tokens = facts.configs["text_encoder"].get("max_position_embeddings", 77)
-            off = write_onnx(folder / "onnx", unet, tokens=int(tokens))
-            logger.info("export: onnxruntime is %.1e from torch", off)
+            error = write_onnx(folder / "onnx", unet, tokens=int(tokens))
+            logger.info("export: onnxruntime's output differs from torch's by %.1e (relative)", error)
         if "fused" in formats:
             write_fused(folder / "fused" / "unet", unet, dtype=_dtype(config))
     write_card(config, record, folder, scheduler)
@@ -118,7 +120,7 @@ def write_card(
     *,
     repository: str | None = None,
 ) -> None:
-    """README.md, and beside it the run's picture where there is one; for the Hub, with the repository in the snippets."""
+    """Writes README.md, and grid.png beside it if the report has one; `repository`: the Hub repository for the snippet."""
     grid = config.run_dir / "report" / GRID
     energy_kept = _energy_kept(folder)
     if grid.is_file() and energy_kept is None:
@@ -137,19 +139,19 @@ def write_card(
 
 
 def _energy_kept(folder: Path) -> float | None:
-    """Of a lower rank, as kept.json says; None for the trained one. ValueError where that file is damaged."""
+    """The energy share in kept.json of a lower rank; None for the trained LoRA, ValueError if kept.json is damaged."""
     if not (folder / KEPT).exists():
         return None
     stored = read_sealed(folder / KEPT) or {}
     if not isinstance(stored.get("energy_kept"), float):
         raise ValueError(
-            f"{folder / KEPT} is not as it was exported; mend: `stepdistill export` with --rank again"
+            f"{folder / KEPT} is not as it was exported; mend: run `stepdistill export` with --rank again"
         )
     return stored["energy_kept"]
 
 
 def refresh_cards(config: RunConfig) -> None:
-    """Every exported rung's card again, once the run is measured."""
+    """Writes the card of every exported rung again, after the run is evaluated."""
     for rung in config.ladder:
         folder = rung_folder(config.run_dir, rung.student_steps)
         if (folder / "scheduler").is_dir():
@@ -195,7 +197,7 @@ def _write_kohya(
 
 
 def _write_workflow(config: RunConfig, record: RungRecord, folder: Path, lora: str) -> None:
-    """ComfyUI's workflow beside kohya's file; none where ComfyUI has another noise schedule than the teacher."""
+    """Writes ComfyUI's workflow beside the kohya file; nothing if ComfyUI's noise schedule is not the teacher's."""
     facts = _facts(config)
     setting = comfy.setting_of(record, facts.scheduler)
     if setting is None:

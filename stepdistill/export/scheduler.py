@@ -1,4 +1,4 @@
-"""The scheduler that samples a rung right: DDIM on the teacher's betas, at the timesteps that were trained."""
+"""The scheduler that samples a rung as it is trained: DDIM on the teacher's betas, at the trained timesteps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,11 @@ from stepdistill.teacher.loading import load_noise_path
 def student_scheduler(
     teacher_scheduler_config: Mapping[str, Any], prediction_type: str, *, start_timestep: int | None = None
 ) -> DDIMScheduler:
-    """DDIM on the teacher's betas with what few steps need: trailing spacing, alpha 1 at the end, no clipping.
+    """DDIM on the teacher's betas with settings for few steps: trailing spacing, alpha 1 at the end, no clipping.
 
-    At 8, 4, 2 and 1 steps its (timestep, prev_timestep) pairs are the trained ones exactly. start_timestep: the betas end
-    there, so that one trailing step is told it with the pure noise.
+    At 8, 4, 2 and 1 steps its (timestep, prev_timestep) pairs are exactly those of the training.
+
+    start_timestep: the betas end there, so that a single trailing step gives the U-Net pure noise at this timestep.
     """
     betas = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     noise_schedule = {
@@ -43,7 +44,7 @@ def student_scheduler(
 
 
 def trained_timesteps(scheduler: DDIMScheduler, steps: int) -> list[int]:
-    """What the U-Net is told over so many steps, noisiest first."""
+    """The U-Net's conditioning timesteps when the scheduler samples in `steps` steps, noisiest first."""
     scheduler_copy = DDIMScheduler.from_config(scheduler.config)
     scheduler_copy.set_timesteps(steps)
     return [int(t) for t in scheduler_copy.timesteps]

@@ -1,1 +1,1 @@
-"""Pictures as arrays: a sheet of them, and how sharpness, contrast and colour differ."""
+"""Image utilities: a grid of pictures, and differences in sharpness, contrast and colour."""

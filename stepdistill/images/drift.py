@@ -1,4 +1,4 @@
-"""How colour, contrast and sharpness moved from the teacher's images, in numbers a person can see."""
+"""How far colour, contrast and sharpness of images are from the teacher's: differences that a viewer can see."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import torch
 
 _LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)  # ITU-R BT.601
-_TINY = 1e-12  # flat images against flat ones have no drift
+_TINY = 1e-12  # if both sets are flat, the ratio is 1 and the drift 0
 
 
 @dataclass(frozen=True)
 class Looks:
-    """Of N images each: mean R, G, B (N, 3) in grey levels, standard deviation of luma (N,), and variance of its Laplacian
-    (N,), which is less in blurred images. float64."""
+    """Statistics of N images, float64.
+
+    colour     (N, 3), mean R, G, B in grey levels
+    contrast   (N,), standard deviation of luma
+    sharpness  (N,), variance of the Laplacian of luma, which blur lowers
+    """
 
     colour: torch.Tensor
     contrast: torch.Tensor
@@ -23,18 +27,18 @@ class Looks:
 
 
 def looks_of(batches: Iterable[torch.Tensor]) -> Looks:
-    """Of uint8 images in batches (B, 3, H, W)."""
+    """The statistics of uint8 images, given in batches (B, 3, H, W)."""
     rows = torch.cat([_statistics(batch) for batch in batches])
     return Looks(rows[:, :3], rows[:, 3], rows[:, 4])
 
 
 def colour_distances(mine: Looks, theirs: Looks) -> torch.Tensor:
-    """Root mean square distance of each image's mean R, G, B to the other's of the same index, in grey levels, (N,)."""
+    """Root mean square distance between the mean R, G, B of images of the same index, in grey levels (N,)."""
     return (mine.colour - theirs.colour).square().sum(dim=1).div(3).sqrt()
 
 
 def looks_drift(mine: Looks, theirs: Looks) -> dict[str, float]:
-    """`image_drift` of images whose statistics are at hand."""
+    """`image_drift` from statistics that are already computed; ValueError if the numbers of images differ."""
     if len(mine) != len(theirs):
         raise ValueError(f"drift of {len(mine)} images against {len(theirs)}")
     contrast, sharpness = (
@@ -46,18 +50,18 @@ def looks_drift(mine: Looks, theirs: Looks) -> dict[str, float]:
 
 
 def image_drift(images: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> dict[str, float]:
-    """Of uint8 images in batches (B, 3, H, W) against the same number of reference images, paired by index.
+    """How uint8 images in batches (B, 3, H, W) differ from as many reference images, paired by index.
 
-    colour_drift     root mean square distance of an image's mean R, G, B to its reference's, in grey levels
-    contrast_drift   mean standard deviation of luma over the reference's, minus 1
-    sharpness_drift  mean variance of luma's Laplacian over the reference's, minus 1: below 0 is blur
-    ValueError where the numbers of images differ.
+    colour_drift     root mean square distance of an image's mean R, G, B to its reference's, in grey levels, averaged
+    contrast_drift   mean standard deviation of luma, divided by the reference's, minus 1
+    sharpness_drift  mean variance of the Laplacian of luma, divided by the reference's, minus 1; below 0 is blur
+    ValueError if the numbers of images differ.
     """
     return looks_drift(looks_of(images), looks_of(reference))
 
 
 def _statistics(images: torch.Tensor) -> torch.Tensor:
-    """(B, 5): mean R, G, B, standard deviation of luma, variance of its Laplacian."""
+    """(B, 5): mean R, G, B, standard deviation of luma, variance of the Laplacian of luma."""
     x = images.double()
     luma = torch.einsum("bchw,c->bhw", x, _LUMA.to(x.device))
     laplacian = (

@@ -1,4 +1,4 @@
-"""Pictures in rows on one sheet: one label per row, one column per prompt."""
+"""A grid of pictures: one row per label, one column per prompt."""
 
 import textwrap
 from collections.abc import Sequence
@@ -13,8 +13,11 @@ _HEADING, _LINE = 11, 14  # pixels
 def image_grid(
     rows: dict[str, list[Image.Image]], *, max_tile: int | None = None, headings: Sequence[str] = ()
 ) -> Image.Image:
-    """A white sheet with a row of equal tiles per label; tiles under 64 pixels are enlarged without smoothing, those
-    over `max_tile` shrunk. headings: a text over each column, broken into lines of its width."""
+    """A white sheet with one row of equal tiles per label.
+
+    Pictures under 64 pixels are enlarged without smoothing, pictures over `max_tile` are shrunk. `headings`: a text above
+    each column, wrapped to its width.
+    """
     width, height = next(iter(rows.values()))[0].size
     longest = max(width, height)
     if max_tile is not None and longest > max_tile:
@@ -44,7 +47,7 @@ def image_grid(
 
 
 def fitting(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """The size whose longer side is `longest`, in the same proportions."""
+    """`size` (width, height) scaled so that the longer side is `longest`, at the same aspect ratio."""
     width, height = size
     share = longest / max(size)
     return max(1, round(width * share)), max(1, round(height * share))

@@ -1,7 +1,8 @@
-"""LoRA adapters on the one base U-Net: added, read, written, switched. Owns peft.
+"""LoRA adapters on the shared base U-Net: adds, reads, loads and activates them. Only this module imports peft.
 
 peft's own switches (`set_adapter`, `disable_adapters`) also flip requires_grad, which silently cuts gradients between a
-forward and its backward. Here the active adapter is one field of every LoRA layer, and gradients are nobody's side effect.
+forward pass and its backward pass. Here activating an adapter sets one field of every LoRA layer and leaves requires_grad
+alone.
 """
 
 import math
@@ -17,15 +18,20 @@ from stepdistill.models.network.unet import LORA_TARGETS
 
 
 def lora_config(rank: int, *, targets: Sequence[str] | str = LORA_TARGETS) -> LoraConfig:
-    """alpha = rank, so that every tool that assumes it is right; targets: module names, or a regular expression of them."""
+    """peft's config of a LoRA with alpha = rank, because some tools assume that.
+
+    targets: module names, or a regular expression that they match
+    """
     return LoraConfig(
         r=rank, lora_alpha=rank, target_modules=targets if isinstance(targets, str) else list(targets)
     )
 
 
 def lora_parameters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
-    """How many numbers `add_adapter` adds to a U-Net whose layers have these shapes (models/identity.py): for each adapted
-    layer rank x in, times the kernel of a convolution, and out x rank."""
+    """The number of parameters that `add_adapter` adds to a U-Net whose layers have these shapes (models/identity.py).
+
+    For each adapted layer: rank x in, times the size of a convolution's kernel, plus out x rank.
+    """
     adapted = [
         shape for name, shape in shapes.items() if any(f".{name}".endswith(f".{t}") for t in LORA_TARGETS)
     ]
@@ -40,15 +46,16 @@ def add_adapter(
     seed: int,
     targets: Sequence[str] | str = LORA_TARGETS,
 ) -> dict[str, torch.nn.Parameter]:
-    """Adds a LoRA that changes nothing yet (B = 0), A drawn from `seed`, and returns its parameters by name, in float32.
+    """Adds a LoRA that changes nothing yet (B = 0; A is drawn from `seed`); returns its float32 parameters by name.
 
-    Which adapter is active stays as it was: none, for the first one.
+    It does not become active: the active adapter stays the same, or none if this is the first one. requires_grad is False
+    for all adapters afterwards.
     """
     active = active_adapter(unet)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Already found a `peft_config`"
-        )  # several adapters are the idea
+        )  # having several adapters is intended
         torch.manual_seed(seed)
         unet.add_adapter(lora_config(rank, targets=targets), adapter_name=name)
     parameters = adapter_parameters(unet, name)
@@ -67,7 +74,7 @@ def lora_layers(unet: UNet2DConditionModel) -> list[BaseTunerLayer]:
 
 
 def active_adapter(unet: UNet2DConditionModel) -> str | None:
-    """The adapter that a forward would use now; None is the bare base."""
+    """The adapter that a forward pass would use now; None: the base alone."""
     for layer in lora_layers(unet):
         if layer.active_adapters:
             return layer.active_adapters[0]
@@ -77,10 +84,10 @@ def active_adapter(unet: UNet2DConditionModel) -> str | None:
 def activate(
     unet: UNet2DConditionModel, name: str | None, *, layers: list[BaseTunerLayer] | None = None
 ) -> None:
-    """Makes one adapter, or with None none, the active one. Leaves requires_grad alone.
+    """Activates one adapter, or with None the base alone. Leaves requires_grad unchanged.
 
-    Called under autocast, which brings a layer's input and the adapter's float32 weights to one dtype, it also stops peft
-    from copying every input to float32 first, for autocast to copy it back. Elsewhere peft's copy is what makes them fit.
+    Outside autocast peft has to cast each layer's input to float32, the dtype of the adapter's weights. Autocast brings both
+    to one dtype and would undo that cast, so under autocast this call also turns it off.
     """
     device = unet.device.type
     casts = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
@@ -91,9 +98,9 @@ def activate(
 
 
 def set_active(layers: Iterable[BaseTunerLayer], names: Sequence[str]) -> None:
-    """Makes these adapters the active ones; a layer passes over names that it has not.
+    """Makes these adapters the active ones; a layer ignores names that it does not have.
 
-    peft's own set_adapter also sets requires_grad of every adapter, so this writes its private `_active_adapter`.
+    peft's set_adapter also sets requires_grad of every adapter, so this writes peft's private field `_active_adapter`.
     """
     for layer in layers:
         layer._active_adapter = list(names)
@@ -106,13 +113,13 @@ def adapter_parameters(unet: UNet2DConditionModel, name: str) -> dict[str, torch
 
 
 def adapter_state(unet: UNet2DConditionModel, name: str) -> dict[str, torch.Tensor]:
-    """A copy of one adapter under peft's own keys, which diffusers loads in full, on the CPU."""
+    """A copy of one adapter's weights on the CPU, under peft's keys, all of which diffusers loads."""
     state = get_peft_model_state_dict(unet, adapter_name=name)
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
 
 
 def load_adapter_state(unet: UNet2DConditionModel, name: str, state: Mapping[str, torch.Tensor]) -> None:
-    """Puts weights of `adapter_state` into an existing adapter; ValueError where keys or shapes do not fit exactly."""
+    """Loads weights from `adapter_state` into an existing adapter; ValueError unless all keys and shapes are equal."""
     expected = {key: tuple(tensor.shape) for key, tensor in adapter_state(unet, name).items()}
     given = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if expected != given:
@@ -123,12 +130,12 @@ def load_adapter_state(unet: UNet2DConditionModel, name: str, state: Mapping[str
 
 
 def adapter_metadata(unet: UNet2DConditionModel, name: str) -> dict:
-    """peft's config of an adapter as plain data, which a LoRA file carries so that rank and alpha need no guessing."""
+    """peft's config of an adapter as plain data; a LoRA file stores it so that rank and alpha need not be guessed."""
     return as_plain_data(unet.peft_config[name])
 
 
 def as_plain_data(config: LoraConfig) -> dict:
-    """peft's config as JSON can hold it."""
+    """peft's config in types that JSON supports."""
     return {
         key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
     }

@@ -1,7 +1,7 @@
-"""A denoiser: an adapter of the shared network, with its prediction type, noise path, guidance and start timestep.
+"""A denoiser: the shared network with one adapter, its prediction type, noise path, guidance and start timestep.
 
-Teacher, student, a fake score and the undistilled base are denoisers. Each knows what it predicts, its noise path, its
-guidance and the timestep that it is given with pure noise, so nobody else carries these around.
+Teacher, student and the undistilled base are denoisers. Each one holds these settings itself, so that no other code has to
+pass them around.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,15 +19,15 @@ from stepdistill.models.shared_network import SharedNetwork
 
 @dataclass(frozen=True)
 class Denoiser:
-    """What a network with one of its adapters predicts, and where that leads.
+    """Predicts with one adapter of the shared network, and takes sampler steps with the predictions.
 
-    network          the base that all denoisers of a run share
-    adapter          the one that is active while this denoiser is asked; None is the base alone
+    network          the base network that all denoisers of a run share
+    adapter          the adapter that is active while this denoiser runs; None: the base alone
     noise_path       alpha_t and sigma_t
-    prediction_type  of the network's output with this adapter
-    guidance_scale   classifier-free guidance (Ho and Salimans 2022); 1 is off and costs one pass instead of two
-    unconditional    one row of conditioning that stands for no prompt; needed where guidance is on
-    start_timestep   the timestep that the network gets with pure noise (DMD2's conditioning timestep); None: the last one
+    prediction_type  what the network predicts with this adapter
+    guidance_scale   classifier-free guidance (Ho and Salimans 2022); 1: off, which costs one pass instead of two
+    unconditional    one row of conditioning that stands for no prompt; needed if guidance is on
+    start_timestep   the timestep that the network is given for pure noise (DMD2's conditioning timestep); None: the last one
     trains           False: no gradient is computed
     """
 
@@ -41,7 +41,7 @@ class Denoiser:
     trains: bool = False
 
     def network_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """The timesteps (B,) that the network gets: start_timestep in place of the last one."""
+        """The timesteps (B,) that the network is given: start_timestep in place of the last one."""
         if self.start_timestep is None:
             return timesteps
         return torch.where(timesteps == self.noise_path.last_timestep, self.start_timestep, timesteps)
@@ -49,7 +49,7 @@ class Denoiser:
     def output(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """The guided output (B, C, H, W), of prediction_type; timesteps (B,) are the network's own."""
+        """The guided output (B, C, H, W), of type prediction_type; the network is given exactly these timesteps (B,)."""
         with self._active():
             if self.guidance_scale == 1.0:
                 return self.network.ask(sample, timesteps, conditioning)
@@ -62,7 +62,7 @@ class Denoiser:
     def predict(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, *, target: str
     ) -> torch.Tensor:
-        """`target` ("sample", "epsilon" or "v_prediction", each (B, C, H, W)) at sample (B, C, H, W) and timesteps (B,)."""
+        """Predicts `target` ("sample", "epsilon" or "v_prediction") from sample at timesteps (B,); both (B, C, H, W)."""
         seen = self.network_timesteps(timesteps)
         return convert(
             self.output(sample, seen, conditioning),
@@ -80,7 +80,7 @@ class Denoiser:
         prev_timesteps: torch.Tensor,
         conditioning: Conditioning,
     ) -> torch.Tensor:
-        """One step from timesteps (B,) to prev_timesteps (B,): prev_sample (B, C, H, W)."""
+        """One solver step from timesteps (B,) to prev_timesteps (B,); returns prev_sample (B, C, H, W)."""
         seen = self.network_timesteps(timesteps)
         return move(
             self.output(sample, seen, conditioning),
@@ -94,7 +94,7 @@ class Denoiser:
     def rollout(
         self, sample: torch.Tensor, moves: Sequence[Move], conditioning: Conditioning
     ) -> torch.Tensor:
-        """sample (B, C, H, W) moved along `moves`, one evaluation each (two passes where guidance is on)."""
+        """Moves sample (B, C, H, W) along `moves`, with one evaluation per move (two passes if guidance is on)."""
 
         def step(rows: torch.Tensor | None, state: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
             return self.output(state, timesteps, conditioning if rows is None else conditioning.rows(rows))

@@ -1,11 +1,12 @@
-"""The discriminator: the part of the base network that gives features, with heads that each end in one logit.
+"""The discriminator D: a trunk, which is the feature-giving part of the base network, and heads that give one logit each.
 
-trunk   lora    the shared base with an adapter of D's own (fits one card)
-        full    a copy of that part of the base, trained whole (the paper's form)
-        frozen  the shared base as it is
+trunk   lora    the shared base with an adapter for D (fits on one card)
+        full    a copy of that part of the base, all of whose weights are trained (the paper's form)
+        frozen  the shared base, unchanged
 heads   mid     on the deepest features (the paper's form: the U-Net's mid-block)
         multi   on the features of every block
-paired  the features of x_s at s beside those of x_t at t (Eq 22); single: of x_s alone (Eq 23)
+paired          D sees the features of x_s at s beside those of x_t at t (Eq 22)
+single          D sees the features of x_s alone (Eq 23)
 """
 
 from collections.abc import Iterator
@@ -28,13 +29,13 @@ HEADS = ("mid", "multi")
 
 
 class Head(nn.Module):
-    """[conv 4x4 stride 2, GroupNorm, SiLU] until the space is gone, then one logit: (B, C, H, W) -> (B, 1)."""
+    """[conv 4x4 stride 2, GroupNorm, SiLU] until one position is left, then one logit: (B, C, H, W) -> (B, 1)."""
 
     def __init__(self, in_channels: int, width: int, size: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         while size > 1:
-            # 32 groups for the widths of SD and SDXL; at 1 x 1 a group of few channels normalises the signal away
+            # 32 groups for the widths of SD and SDXL; at 1 x 1 a group of few channels would erase the signal
             groups = next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0 and (width // g >= 16 or g == 1))
             layers += [
                 nn.Conv2d(in_channels, width, 4, stride=2, padding=1),
@@ -46,10 +47,10 @@ class Head(nn.Module):
         self.logit = nn.Linear(in_channels, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, 1) in float32; positions that are left of an odd aspect ratio are averaged.
+        """(B, C, H, W) -> (B, 1) in float32; averages the positions that remain if the latents are not square.
 
-        Outside autocast: a relativistic loss is about the difference between the logits of two samples that are nearly the
-        same, and bfloat16's 8 bits round that away in every layer. It is about 1 % of the U-Net's work.
+        It runs outside autocast: a relativistic loss depends on the difference between the logits of two samples that are
+        nearly the same, and bfloat16's 8 bits round it away in every layer. The heads cost about 1 % of the U-Net's work.
         """
         device = features.device.type
         has_autocast = torch.amp.is_autocast_available(device)  # not on the meta device
@@ -59,20 +60,22 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class DiscriminatorState:
-    """A copy of what a discriminator has learned, on the CPU: the weights of its trunk (empty where that is frozen) and of
-    its heads, each under module names."""
+    """A copy of a discriminator's weights on the CPU, by module name: trunk (empty if it is frozen) and heads."""
 
     trunk: dict[str, torch.Tensor]
     heads: dict[str, torch.Tensor]
 
 
 class Discriminator(nn.Module):
-    """Heads over features of the base. All that it trains is the group "discriminator" of the shared network.
+    """Heads on features of the base. All parameters that it trains are in the shared network's group "discriminator".
 
     Args:
-        network: the shared base; gets D's adapter where the trunk is `lora`.
-        base: the base without adapters, copied where the trunk is `full`; unused otherwise.
-        sample_size: height or width of the latents, the smaller one.
+        network: the shared base; a `lora` trunk adds D's adapter to it.
+        trunk, heads, paired: see the top of this file.
+        rank: of the LoRA of a `lora` trunk.
+        seed: of the initial weights of heads and LoRA.
+        sample_size: the smaller of the latents' height and width.
+        base: the base without adapters, which a `full` trunk copies; unused otherwise.
     """
 
     _network: SharedNetwork
@@ -95,7 +98,7 @@ class Discriminator(nn.Module):
                 f"discriminator: got trunk {trunk!r}, heads {heads!r}; allowed: {TRUNKS}, {HEADS}"
             )
         self.paired, self._heads_at, self._trunk = paired, heads, trunk
-        object.__setattr__(self, "_network", network)  # shared, so not among this module's own parameters
+        object.__setattr__(self, "_network", network)  # shared: past nn.Module, so not among D's parameters
         places = network.kind.feature_shapes(network.model, sample_size)
         if heads == "mid":
             places = places[-1:]
@@ -119,39 +122,39 @@ class Discriminator(nn.Module):
 
     @contextmanager
     def active(self, *, trains: bool) -> Iterator[None]:
-        """D's trunk is in force inside. With trains=False gradients reach the sample and not D."""
+        """Activates D's trunk inside the context. With trains=False gradients reach the sample but not D."""
         adapter = DISCRIMINATOR if self._trunk == "lora" else None
         with self._network.using(adapter, frozen=() if trains else (DISCRIMINATOR,)):
             yield
 
     def close(self) -> None:
-        """Takes D's adapter and parameters off the shared network, as at the end of a phase."""
+        """Removes D's adapter and parameters from the shared network, at the end of a phase."""
         self._network.set_group(DISCRIMINATOR, {})
         if self._trunk == "lora":
             self._network.remove_adapter(DISCRIMINATOR)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """All that D trains by name: heads, and the trunk's adapter or copy."""
+        """All parameters that D trains, by name: those of the heads, and of the trunk's adapter or copy."""
         return self._network.group(DISCRIMINATOR)
 
     def features(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> list[torch.Tensor]:
-        """Features of sample (B, C, H, W) at timesteps (B,) that the heads read, in float32; inside `active`."""
+        """The float32 features that the heads read, of sample (B, C, H, W) at timesteps (B,); call it inside `active`."""
         network = self._network.model if self.encoder is None else self.encoder
         features = self._network.kind.features(network, sample, timesteps, conditioning)
         return [f.float() for f in (features if self._heads_at == "multi" else features[-1:])]
 
     def logits(self, features: list[torch.Tensor], context: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits (B, heads) of the features of x_s, beside those of x_t (`context`) where D is paired."""
+        """Logits (B, heads) from the features of x_s, and from those of x_t (`context`) if D is paired."""
         if self.paired:
             assert context is not None, "a paired discriminator compares x_s with x_t"
             features = [torch.cat(pair, dim=1) for pair in zip(features, context, strict=True)]
         return torch.cat([head(f) for head, f in zip(self.heads, features, strict=True)], dim=1)
 
     def state(self) -> DiscriminatorState:
-        """What it has learned, for the discriminator of a later phase."""
+        """A copy of the weights of trunk and heads, for `load_state`."""
         trunk: dict[str, torch.Tensor] = {}
         if self._trunk == "lora":
             trunk = adapter_state(self._network.model, DISCRIMINATOR)
@@ -160,8 +163,10 @@ class Discriminator(nn.Module):
         return DiscriminatorState(trunk, _copied(self.heads))
 
     def load_state(self, state: DiscriminatorState, *, strict: bool = False) -> None:
-        """Takes over a trunk of the same kind, and the heads where every shape is the same; others stay as they are, unless
-        `strict`. ValueError for another trunk and, where `strict`, for other heads."""
+        """Loads the trunk, which must be of the same kind, and the heads if all their shapes are equal.
+
+        Heads of other shapes stay as they are, or raise ValueError if `strict`. ValueError for another trunk.
+        """
         if self._trunk == "lora":
             load_adapter_state(self._network.model, DISCRIMINATOR, state.trunk)
         elif self.encoder is not None:
@@ -184,16 +189,16 @@ def build_discriminator(
     sample_size: int,
     carried: DiscriminatorState | None = None,
 ) -> Discriminator | None:
-    """The discriminator that a phase asks for; None where no objective has one.
+    """The discriminator that a phase needs; None if none of its objectives is adversarial.
 
     Args:
         network: the shared base.
-        phase: its objectives and discriminator options.
+        phase: gives the objectives and the discriminator's options.
         base: the pipeline's folder.
         rank: of the trunk's LoRA.
-        seed: of heads and LoRA that are new.
-        sample_size: height or width of the latents, the smaller one.
-        carried: what the adversarial phase before left; taken over where the phase's `start` is "carried".
+        seed: of the initial weights of heads and LoRA.
+        sample_size: the smaller of the latents' height and width.
+        carried: weights from the previous adversarial phase; loaded if the phase's discriminator.start is "carried".
     """
     if phase.adversary is None:
         return None

@@ -1,7 +1,7 @@
-"""Which base a LoRA belongs to, told from a U-Net in memory: how many tensors it has, and a few of its weights by name.
+"""Identifies the base that a LoRA belongs to by its U-Net: the number of its tensors, and a few of its weights by name.
 
-A hash of files is another for every way of saving them; these survive half precision, sharding and renaming, and differ
-where a base was trained further by more than half precision rounds.
+A hash of files changes with every way of saving them. These numbers survive half precision, sharding and renaming, and they
+differ if further training changed a base by more than half precision rounds away.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,21 +15,21 @@ from safetensors import safe_open
 
 _COUNT = 32
 _TOLERANCE = 0.02
-"""Relative: bfloat16 rounds to 0.4 %."""
+"""Relative difference up to which two numbers count as equal: bfloat16 rounds to 0.4 %."""
 _MOST_OFF = 0.25
-"""Share of the numbers that may be off: fine-tunes move nearly all of them."""
+"""Fraction of the numbers that may differ: a fine-tune changes nearly all of them."""
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """tensors: how many the U-Net has; weights: the middle number of some matrices, by name."""
+    """tensors: how many the U-Net has; weights: the middle element of some of its matrices, by name."""
 
     tensors: int
     weights: dict[str, float]
 
     @classmethod
     def of_json(cls, raw: Any) -> "BaseIdentity | None":
-        """What `as_json` gave, None for anything else."""
+        """The identity that `as_json` returned as `raw`; None for anything else."""
         tensors, weights = (raw.get("tensors"), raw.get("weights")) if isinstance(raw, dict) else (None, None)
         if type(tensors) is not int or not isinstance(weights, dict):
             return None
@@ -38,11 +38,11 @@ class BaseIdentity:
         return cls(tensors, weights)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The identity as plain data."""
         return asdict(self)
 
     def same_weights(self, other: "BaseIdentity") -> bool | None:
-        """Whether the numbers are of one base; None where the two share none, as with a quantised one."""
+        """Whether the weights are those of one base; None if the two have no weight in common, as with a quantised base."""
         both = [
             (self.weights[name], other.weights[name]) for name in self.weights.keys() & other.weights.keys()
         ]
@@ -51,7 +51,7 @@ class BaseIdentity:
 
 
 def identity_of_folder(folder: Path) -> BaseIdentity:
-    """Of the U-Net's weight files in a pipeline's folder; they are not read as a whole."""
+    """The identity of the U-Net in a pipeline's folder, from its weight files; only a few tensors are read."""
     with ExitStack() as stack:
         files = [
             stack.enter_context(safe_open(path, framework="pt"))
@@ -63,7 +63,7 @@ def identity_of_folder(folder: Path) -> BaseIdentity:
 
 
 def identity_of(unet: torch.nn.Module) -> BaseIdentity:
-    """Of a U-Net in memory, whatever adapters are on it, compiled or not; without numbers of what is quantised."""
+    """The identity of a U-Net in memory, with or without adapters, compiled or not; leaves out quantised weights."""
     parameters = {
         _plain_name(key): parameter for key, parameter in unet.named_parameters() if ".lora_" not in key
     }
@@ -73,8 +73,10 @@ def identity_of(unet: torch.nn.Module) -> BaseIdentity:
 
 
 def layer_shapes(unet: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Module name -> shape of its weight, (out, in) or (out, in, k, k), of linear and convolution layers; by what the layer
-    says of itself, since quantised weights are stored in other shapes."""
+    """Module name -> shape of its weight, (out, in) or (out, in, k, k), for all linear and convolution layers.
+
+    The shape comes from the layer's attributes, because quantised weights are stored in other shapes.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in unet.named_modules():
         layer = getattr(module, "base_layer", module)
@@ -90,7 +92,7 @@ def layer_shapes(unet: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _plain_name(name: str) -> str:
-    """Without what compiling and adapters put in front of and into names."""
+    """The name without the parts that compiling and adapters add to it."""
     return name.removeprefix("_orig_mod.").replace(".base_layer", "")
 
 
@@ -102,7 +104,7 @@ def _some(matrices: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
-    """False for what holds quantised numbers, 8-bit floats, or none."""
+    """False if the tensor is quantised, holds 8-bit floats, or is on the meta device and holds no numbers."""
     is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
     return is_plain and tensor.is_floating_point() and tensor.dtype.itemsize > 1
 

@@ -1,8 +1,8 @@
-"""A U-Net's LoRA on disk: its layers, what scales them, and whether it can be used at all.
+"""A U-Net's LoRA on disk: writes it, reads its layers with their scales, and checks whether it can be used.
 
 delta W = scale * up @ down (LoRA, arXiv 2106.09685, section 4.1): up is peft's lora_B (out, r), down its lora_A (r, in);
-scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732). A file without metadata has alpha = r, as diffusers
-reads it.
+scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732). A file without metadata counts as alpha = r,
+as in diffusers.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ USAGE_HINT = {
     "usage_hint": "diffusers' format: pipeline.load_lora_weights reads all of it. ComfyUI, A1111 and Forge take a part "
     "of it and leave out the rest without an error; of a rung, `stepdistill export` writes the file for them into kohya/."
 }
-"""In the header of every file that write_lora writes."""
+"""Metadata in the header of every file that write_lora writes."""
 
 
 @dataclass(frozen=True)
@@ -40,40 +40,40 @@ class LoraLayer:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """r of this layer."""
         return self.down.shape[0]
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of the weight that it updates."""
+        """Shape of the weight that this layer updates."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def delta(self) -> torch.Tensor:
-        """What is added to the weight, in float32."""
+        """The update that is added to the weight, in float32."""
         down, up = self.down.float().flatten(1), self.up.float().flatten(1)
         return (self.scale * up @ down).reshape(self.weight_shape)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A whole LoRA: layers by their module's name in the U-Net, and peft's config of it where the file has one."""
+    """A whole LoRA: layers by the name of their module in the U-Net, and peft's config, empty if the file has none."""
 
     layers: dict[str, LoraLayer]
     config: dict[str, Any]
 
     @property
     def rank(self) -> int:
-        """The largest of its layers."""
+        """The largest rank of its layers."""
         return max(layer.rank for layer in self.layers.values())
 
     def plain(self, layers: Mapping[str, LoraLayer]) -> "Lora":
-        """Other layers of one rank and scale 1 under the config that says so."""
+        """A LoRA of these layers, all of one rank and with scale 1, and this LoRA's config changed to say so."""
         rank = next(iter(layers.values())).rank
         plain = {"r": rank, "lora_alpha": rank, "alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False}
         return replace(self, layers=dict(layers), config={**self.config, **plain})
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors under peft's keys."""
+        """The tensors under peft's keys."""
         return {
             f"{name}.lora_{side}.weight": tensor.contiguous()
             for name, layer in self.layers.items()
@@ -82,8 +82,10 @@ class Lora:
 
 
 def write_lora(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Path:
-    """Writes pytorch_lora_weights.safetensors in one step, under peft's own keys, which diffusers loads in full; equal
-    weights, equal bytes. The config carries rank and alpha, which diffusers would guess without it."""
+    """Writes pytorch_lora_weights.safetensors in one step, under peft's keys, all of which diffusers loads.
+
+    Equal weights give equal bytes. The config contains rank and alpha, which diffusers would otherwise guess.
+    """
     path, partial = folder / WEIGHT_NAME, folder / f".{WEIGHT_NAME}.partial"
     with writing(path):
         try:
@@ -102,7 +104,7 @@ def write_lora(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[
 
 
 def lora_path(path: Path) -> Path:
-    """The LoRA that a path names, a file or the only one of a folder; ValueError where there is none, or several."""
+    """The LoRA file at a path: the file itself, or the only one in a folder; ValueError if that has none or several."""
     if path.is_file():
         return path
     files = sorted(p for p in path.glob("*.safetensors") if p.is_file())
@@ -115,10 +117,10 @@ def lora_path(path: Path) -> Path:
 
 
 def read_lora(path: Path) -> Lora:
-    """The LoRA of a file under peft's keys, or of a folder that holds one.
+    """Reads a LoRA from a file with peft's keys, or from a folder that holds one such file.
 
-    ValueError where it cannot be used as it is: no LoRA of a U-Net, DoRA, halves of a pair missing, numbers not finite, or
-    nothing but zeros.
+    ValueError if it cannot be used as it is: no LoRA of a U-Net, a DoRA, half of a pair missing, numbers that are not
+    finite, or nothing but zeros.
     """
     path = lora_path(path)
     try:
@@ -135,7 +137,7 @@ def read_lora(path: Path) -> Lora:
     layers = _layers(path, state, config)
     if not all(bool(t.isfinite().all()) for t in state.values()):
         raise ValueError(
-            f"{path} holds numbers that are not finite: the file is damaged, or its training was"
+            f"{path} holds numbers that are not finite: the file is damaged, or its training diverged"
         )
     if not any(bool(layer.up.any()) and bool(layer.down.any()) for layer in layers.values()):
         raise ValueError(f"{path} changes nothing: all its updates are zero")
@@ -143,7 +145,7 @@ def read_lora(path: Path) -> Lora:
 
 
 def _config(text: str | None) -> dict[str, Any]:
-    """peft's config out of a file's header, without the U-Net's prefix."""
+    """peft's config from a file's header, its keys without the U-Net's prefix."""
     try:
         raw = json.loads(text) if text else {}
     except ValueError:
@@ -169,20 +171,20 @@ def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, 
     halves = [name for name, pair in pairs.items() if len(pair) != 2]
     if halves or not pairs:
         what = f"half of {halves[0]}" if halves else "no layer"
-        raise ValueError(f"{path} holds {what}: the file is not whole")
+        raise ValueError(f"{path} holds {what}: the file is incomplete")
     layers = {}
     for name, pair in sorted(pairs.items()):
         down, up = pair["A"], pair["B"]
         if up.ndim != down.ndim or up.ndim not in (2, 4) or up.shape[1] != down.shape[0]:
             raise ValueError(
-                f"{path}: {name} has {tuple(up.shape)} after {tuple(down.shape)}, which is no LoRA"
+                f"{path}: {name} has lora_B {tuple(up.shape)} and lora_A {tuple(down.shape)}, which is no LoRA"
             )
         layers[name] = LoraLayer(down, up, _scale(name, down.shape[0], config))
     return layers
 
 
 def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / r as peft finds it: a pattern fits a name's end."""
+    """alpha / r or alpha / sqrt(r), with alpha found as peft does: a key of alpha_pattern matches the end of a name."""
     alpha = config.get("lora_alpha", rank)
     for pattern, pattern_alpha in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -192,18 +194,18 @@ def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
 
 
 def check_fits(lora: Lora, shapes: Mapping[str, tuple[int, ...]], *, name: str) -> None:
-    """ValueError where a layer has no module of its shape: a LoRA of another, deeper or narrower U-Net.
+    """ValueError if the U-Net lacks a module of some layer's name and shape: the LoRA is of another U-Net.
 
     Args:
-        lora: to be loaded.
-        shapes: of the U-Net's layers by module (identity.layer_shapes).
-        name: of the LoRA, for the message.
+        lora: the LoRA to be loaded.
+        shapes: shapes of the U-Net's layers by module name (identity.layer_shapes).
+        name: how the message names the LoRA.
     """
     odd = [key for key, layer in lora.layers.items() if shapes.get(key) != layer.weight_shape]
     if odd:
-        there = shapes.get(odd[0])
-        has = f"is {there}" if there else "is not there"
+        shape_here = shapes.get(odd[0])
+        differs = f"is {shape_here} in this one" if shape_here else "this one does not have"
         raise ValueError(
             f"{name} is a LoRA of another U-Net: {len(odd)} of its {len(lora.layers)} layers do not fit, first {odd[0]} "
-            f"{lora.layers[odd[0]].weight_shape}, which {has} in this one"
+            f"{lora.layers[odd[0]].weight_shape}, which {differs}"
         )

@@ -1,11 +1,12 @@
-"""One base network in memory, shared by all denoisers: each has an adapter on it, or is the base alone.
+"""One base network in memory, shared by all denoisers: each one uses an adapter on it, or the base alone.
 
 teacher         the base alone, or the frozen adapter of an earlier rung
 student         the adapter that this rung trains
 discriminator   an adapter on the part that gives features
 
-A context activates an adapter; leaving it activates the one before. Trained parameters belong to named groups. A frozen
-group takes no gradients: so they reach a sample through the discriminator and leave the discriminator alone.
+Entering a context activates an adapter; leaving it activates the previous one again. Trained parameters belong to named
+groups, and a frozen group receives no gradients: so gradients pass through the discriminator to a sample without reaching
+the discriminator's parameters.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -25,8 +26,10 @@ TEACHER, STUDENT, DISCRIMINATOR = "teacher", "student", "discriminator"
 
 @dataclass(frozen=True)
 class NetworkState:
-    """The active adapter (None: the base alone) and the frozen groups. A forward depends on them, so its recomputation under
-    gradient checkpointing restores them."""
+    """The active adapter (None: the base alone) and the frozen groups.
+
+    A forward pass depends on both, so its recomputation under gradient checkpointing restores them.
+    """
 
     adapter: str | None = None
     frozen: frozenset[str] = frozenset()
@@ -36,8 +39,8 @@ class SharedNetwork:
     """A frozen base with adapters.
 
     Args:
-        model: the base, such as a UNet2DConditionModel.
-        gradient_checkpointing: recompute activations in the backward, each in the state of its own forward.
+        model: the base network, such as a UNet2DConditionModel.
+        gradient_checkpointing: recompute activations in the backward pass, each in the state of its forward pass.
     """
 
     def __init__(self, model: Any, *, gradient_checkpointing: bool = False) -> None:
@@ -52,7 +55,7 @@ class SharedNetwork:
     def with_student_and_teacher(
         cls, model: Any, *, rank: int, seed: int, gradient_checkpointing: bool = False
     ) -> "SharedNetwork":
-        """The base with an adapter that trains and one that holds an earlier rung, both of this rank."""
+        """The base with two adapters of this rank: the student's, which trains, and one to hold an earlier rung."""
         network = cls(model, gradient_checkpointing=gradient_checkpointing)
         network.add_adapter(STUDENT, rank=rank, seed=seed)
         network.add_adapter(TEACHER, rank=rank, seed=seed, trains=False)
@@ -61,9 +64,9 @@ class SharedNetwork:
     def add_adapter(
         self, name: str, *, rank: int, seed: int, trains: bool = True, encoder_only: bool = False
     ) -> dict[str, torch.nn.Parameter]:
-        """A new adapter that changes nothing yet. Where it trains, its parameters are the group of its name.
+        """Adds an adapter that changes nothing yet; returns its parameters, which form a group of that name if it trains.
 
-        encoder_only: on the part that gives features alone.
+        encoder_only: adapt only the part that gives features.
         """
         targets = self.kind.encoder_lora_targets if encoder_only else self.kind.lora_targets
         parameters = add_adapter(self.model, name, targets=targets, rank=rank, seed=seed)
@@ -73,28 +76,28 @@ class SharedNetwork:
         return parameters
 
     def remove_adapter(self, name: str) -> None:
-        """Forgets an adapter and its group."""
+        """Removes an adapter and its group."""
         self.model.delete_adapters(name)
         self._groups.pop(name, None)
         self._layers_changed()
 
     def set_group(self, name: str, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Parameters that take gradients wherever `name` is not frozen, in place of the group that had the name."""
+        """Sets or replaces the group `name`: its parameters receive gradients whenever the group is not frozen."""
         self._groups[name] = dict(parameters)
         self._set_requires_grad([name])
 
     def group(self, name: str) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters of a group by their names; none where there is no such group."""
+        """The trained parameters of a group, by parameter name; empty if there is no such group."""
         return self._groups.get(name, {})
 
     @property
     def state(self) -> NetworkState:
-        """What is in force."""
+        """The current state."""
         return self._state
 
     @contextmanager
     def using(self, adapter: str | None, *, frozen: Collection[str] | None = None) -> Iterator[None]:
-        """This adapter, and no gradients for these groups, inside the context; frozen as outside where not given."""
+        """Inside the context this adapter is active and these groups are frozen; None keeps the groups that were frozen."""
         state = NetworkState(adapter, self._state.frozen if frozen is None else frozenset(frozen))
         with self._restored(state):
             yield
@@ -121,13 +124,13 @@ class SharedNetwork:
                 parameter.requires_grad_(name not in self._state.frozen)
 
     def _layers_changed(self) -> None:
-        """peft switched adapters and gradients while it added or removed one: puts the state in force again."""
+        """Restores the current state: adding or removing an adapter, peft changes the active one and requires_grad."""
         self._layers = lora_layers(self.model)
         activate(self.model, self._state.adapter, layers=self._layers)
         self._set_requires_grad(list(self._groups))
 
     def checkpointed(self, module: torch.nn.Module, *args: object) -> object:
-        """diffusers' gradient_checkpointing_func: recomputes in the state of the forward, not in that of the backward."""
+        """diffusers' gradient_checkpointing_func: recomputes in the state of the forward pass, not of the backward pass."""
         state = self._state
         return checkpoint(
             module.__call__,
@@ -137,5 +140,5 @@ class SharedNetwork:
         )
 
     def ask(self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The output (B, C, H, W) with the active adapter, in the dtype of `sample`."""
+        """Forward pass with the active adapter: the output (B, C, H, W) in the dtype of `sample`."""
         return self.kind.ask(self.model, sample, timesteps, conditioning)

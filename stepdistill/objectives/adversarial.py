@@ -1,12 +1,12 @@
-"""Adversarial losses on logits, and the perturbation that keeps D away from clean samples.
+"""Adversarial losses on logits of the discriminator D, and the perturbation, so that D never sees clean samples.
 
 non_saturating (Eq 18-21)   L_D = softplus(-D(teacher_sample)) + softplus(D(student_sample))
                             L_G = softplus(-D(student_sample))
-relativistic                L_D = softplus(D(student_sample) - D(teacher_sample)),   L_G the same with the signs turned:
-                            each pair shares x_t, prompt and noise, so what D must see is the difference alone
+relativistic                L_D = softplus(D(student_sample) - D(teacher_sample)),   L_G with the signs swapped:
+                            both samples of a pair share x_t, prompt and noise, so D has to see only their difference
                             (Jolicoeur-Martineau 2018, arXiv 1807.00734)
-perturbation (Eq 25-26): where s is clean, both samples are re-noised to t* in {10, 250, 500, 750} of 1000, same t*, same
-                            noise
+perturbation (Eq 25-26)     if s is clean, both samples are re-noised to the same t* in {10, 250, 500, 750} of 1000, with the
+                            same noise
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving
 
 PERTURBATION_TIMES = (0.01, 0.25, 0.5, 0.75)
-"""Shares of T: the paper's times 10, 250, 500 and 750 of 1000."""
+"""As fractions of T: the paper's times 10, 250, 500 and 750 of 1000."""
 
 ADVERSARIAL_LOSSES = ("non_saturating", "relativistic")
 
@@ -25,7 +25,7 @@ ADVERSARIAL_LOSSES = ("non_saturating", "relativistic")
 def discriminator_loss(
     teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "non_saturating"
 ) -> torch.Tensor:
-    """L_D of logits (B, heads): the mean over heads and batch, a scalar; ValueError for an unknown kind."""
+    """L_D of logits (B, heads), averaged over heads and batch: a scalar. ValueError for an unknown kind."""
     if kind == "relativistic":
         return softplus(student_logits - teacher_logits).mean()
     _check(kind)
@@ -35,7 +35,7 @@ def discriminator_loss(
 def generator_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, kind: str = "non_saturating"
 ) -> torch.Tensor:
-    """L_G of logits (B, heads): the mean over heads and batch, a scalar; the teacher's count when relativistic."""
+    """L_G of logits (B, heads), averaged over heads and batch: a scalar. Only "relativistic" uses teacher_logits."""
     if kind == "relativistic":
         return softplus(teacher_logits - student_logits).mean()
     _check(kind)
@@ -45,10 +45,10 @@ def generator_loss(
 def accuracy(
     teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "non_saturating"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares of teacher and of student samples that D tells right, on the mean over heads; .5 is chance.
+    """The fractions of teacher and of student samples that D classifies correctly, by the mean over heads; .5 is chance.
 
-    Right is the side of 0 that a logit is on. Relativistic logits mean nothing alone: there it is the share of pairs
-    whose teacher sample has the larger one, for both.
+    Correct means a logit above 0 for a teacher sample, below 0 for a student sample. A single relativistic logit means
+    nothing: then both values are the fraction of pairs in which the teacher sample has the larger logit.
     """
     teacher, student = teacher_logits.float().mean(dim=1), student_logits.float().mean(dim=1)
     if kind == "relativistic":
@@ -63,7 +63,7 @@ def _check(kind: str) -> None:
 
 
 def perturbation_timesteps(num_train_timesteps: int = 1000) -> list[int]:
-    """t* as U-Net timesteps, of which paper time t is number t - 1: 9, 249, 499 and 749 of 1000."""
+    """t* as U-Net timesteps (the paper's time t is timestep t - 1): 9, 249, 499 and 749 of 1000."""
     return [max(0, round(time * num_train_timesteps) - 1) for time in PERTURBATION_TIMES]
 
 
@@ -76,7 +76,7 @@ def draw_perturbation(
 ) -> torch.Tensor:
     """The timesteps (B,) at which D sees the samples: t* where prev_timestep is CLEAN, else prev_timestep.
 
-    uniform (B,) in [0, 1) picks among perturbation_timesteps() with `weights` (1:1:1:1, later 5:1:1:1).
+    uniform (B,) in [0, 1) picks one of perturbation_timesteps() with `weights` (1:1:1:1, later 5:1:1:1) as the odds.
     """
     times = perturbation_timesteps(num_train_timesteps)
     if len(weights) != len(times) or min(weights) < 0 or sum(weights) <= 0:
@@ -95,7 +95,7 @@ def perturb(
     *,
     noise_path: VariancePreserving,
 ) -> torch.Tensor:
-    """x_s (B, ...) re-noised to perturbed_timesteps where s is CLEAN, untouched elsewhere."""
+    """x_s (B, ...), re-noised to perturbed_timesteps in rows whose s is CLEAN and unchanged in the others."""
     renoised = noise_path.add_noise(sample, noise, perturbed_timesteps)
     clean = (prev_timesteps == CLEAN).view((-1,) + (1,) * (sample.ndim - 1))
     return torch.where(clean, renoised, sample)

@@ -1,11 +1,11 @@
-"""The student's one move against the teacher's many: mean squared error in a named space (Eq 16).
+"""Mean squared error between the student's one move and the teacher's many moves, in a named space (Eq 16).
 
 prev_sample   || y_hat - y ||^2 on x_s, the paper's form; it equals k_ts^2 times the epsilon form, where
               k_ts = sigma_s - alpha_s sigma_t / alpha_t, and grows 15,000-fold from the 32-step rung to one step
 epsilon       the same error read as epsilon:  (y_hat - y) / k_ts
 sample        ... as x_0:                      (y_hat - y) / (alpha_s - sigma_s alpha_t / sigma_t)
 v_prediction  ... as v:                        the x_0 error / sigma_t
-truncated_snr the larger of epsilon and sample: the x_0 error weighed by max(SNR, 1) (Salimans and Ho 2022, 2202.00512)
+truncated_snr the larger of epsilon and sample: the x_0 error weighted by max(SNR, 1) (Salimans and Ho 2022, 2202.00512)
 """
 
 import torch
@@ -19,7 +19,7 @@ LOSS_SPACES = ("prev_sample", "epsilon", "sample", "v_prediction", "truncated_sn
 def space_weight(
     timesteps: torch.Tensor, prev_timesteps: torch.Tensor, *, noise_path: VariancePreserving, space: str
 ) -> torch.Tensor:
-    """What turns a squared error in x_s into one in `space`, (B,), float64; ValueError for an unknown space."""
+    """The factors (B,), float64, from a squared error in x_s to one in `space`; ValueError for an unknown space."""
     if space == "prev_sample":
         return torch.ones(len(timesteps), dtype=torch.float64, device=timesteps.device)
     alpha_t, sigma_t = noise_path.alpha_sigma(timesteps)
@@ -46,13 +46,16 @@ def mse_loss(
     noise_path: VariancePreserving,
     space: str,
 ) -> torch.Tensor:
-    """Mean over batch and elements of the squared error between two x_s (B, ...), weighed into `space`; a scalar."""
+    """Squared error between two x_s (B, ...), weighted as in `space`, averaged over batch and elements: a scalar."""
     weight = space_weight(timesteps, prev_timesteps, noise_path=noise_path, space=space)
     error = (student_sample - teacher_sample).square().flatten(1).mean(dim=1)
     return (error * weight.to(error.dtype)).mean()
 
 
 def convert_loss(student_original: torch.Tensor, teacher_original: torch.Tensor) -> torch.Tensor:
-    """MSE between two predictions of x_0 (B, ...): before the 1-step rung the student learns to output another kind, x_0
-    itself instead of epsilon in the paper, against the frozen copy of what it was (Eq 27-29)."""
+    """MSE between two predictions of x_0 (B, ...), for changing the student's prediction type (Eq 27-29).
+
+    Before the 1-step rung the student learns to output another type (in the paper x_0 itself instead of epsilon); its target
+    is the frozen copy of the student from before the change.
+    """
     return (student_original - teacher_original).square().mean()

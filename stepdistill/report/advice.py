@@ -1,7 +1,7 @@
-"""What to do next when a number is bad: rules over the numbers at hand, each with the settings that it proposes.
+"""What to do next if a number is bad: rules that look at the measured numbers and propose settings.
 
-Here: the distances of the whole ladder, and what rules.py says of each rung, put together by remedy. What the config refuses
-is left out.
+This file holds the rules about the distances of the whole ladder, and merges them with the per-rung advice of rules.py: one
+entry per remedy. Proposals that the config would reject are dropped.
 """
 
 import itertools
@@ -14,19 +14,19 @@ from stepdistill.report.proposals import Advice, Proposal, accepted, scaled, set
 from stepdistill.report.read import Run, RungLog
 from stepdistill.report.rules import MORE
 
-_FAR = 1.5  # times the floor: a distance that is worth updates
-_CERTAIN = 2.0  # standard errors that a difference must have not to be chance
-_MUCH_MORE = 4.0  # times today's updates or images: half the error of a mean
+_FAR = 1.5  # times the floor: from here on a distance is worth more training
+_CERTAIN = 2.0  # standard errors: a smaller difference may be chance
+_MUCH_MORE = 4.0  # times the current updates or images; four times the images halve the error of a mean
 _RECIPE_NODES = 4
-_TOLD_AT_ONE_STEP = 499  # what the letters world was measured with: eval/recipe_notes.md
+_ONE_STEP_START_TIMESTEP = 499  # the value measured on the letters data set: eval/recipe_notes.md
 
 
 def advice_for(run: Run) -> list[Advice]:
-    """The rules that the run's numbers set off, those about distances first."""
+    """Advice from every rule that the run's numbers trigger; advice about distances comes first."""
     students = {e.steps: e for e in entries_of([run]) if e.kind == "student"}
     reference = next((e for e in entries_of([run]) if e.is_reference), None)
     all_advice = [*_worse_than_undistilled(run, students), *_far_from_teacher(run, students)]
-    all_advice += _told_apart(run, students)
+    all_advice += _within_error(run, students)
     for rung in run.rungs:
         student = students.get(rung.student_steps)
         if student is not None:
@@ -41,7 +41,7 @@ def advice_for(run: Run) -> list[Advice]:
 
 
 def _merged(all_advice: Iterable[Advice]) -> Iterator[Advice]:
-    """One entry for each remedy, with the findings and settings of all rungs that call for it."""
+    """Merges advice with the same remedy into one entry, with the findings and settings of all its rungs."""
     alike: dict[tuple[str, ...], list[Advice]] = {}
     for advice in all_advice:
         texts = tuple(proposal.text for proposal in advice.proposals)
@@ -56,7 +56,7 @@ def _merged(all_advice: Iterable[Advice]) -> Iterator[Advice]:
 
 
 def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
-    """Rungs that the base alone beats with as many U-Net passes: they have hardly been trained."""
+    """Rungs that are worse than the undistilled base model with as many U-Net passes: they have hardly been trained."""
     for rung in run.rungs:
         student = students.get(rung.student_steps)
         teacher = equal_passes(student, entries_of([run])) if student is not None else None
@@ -68,8 +68,8 @@ def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Ad
                 f"{rung.title}: FID to teacher {student_fid:.2f}, worse than {teacher.name}'s {bare:.2f} without any LoRA.",
                 (
                     Proposal(
-                        f"It was hardly trained, or harmed: give its {rung.main_phase.objective} phase many more updates "
-                        f"before anything else.",
+                        f"Training was too short, or did harm: before anything else, give the "
+                        f"{rung.main_phase.objective} phase many more updates.",
                         scaled(run.config, _MUCH_MORE, f"{rung.main_phase.key}.max_train_steps"),
                     ),
                 ),
@@ -77,7 +77,7 @@ def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Ad
 
 
 def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
-    """The rung that loses the most on the one before it, where it is far above the floor and the loss is no chance."""
+    """The rung whose FID rises the most over the rung before, if it is far above the floor and the rise is not chance."""
     floor = run.floor.get("fid_to_teacher")
     if floor is None:
         return
@@ -98,7 +98,7 @@ def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
     _, rung, fid, before = worst
     was = "" if rung is run.rungs[0] else f", {before:.2f} at the rung before"
     yield Advice(
-        f"{rung.title}: FID to teacher {fid:.2f}{was}; the floor is {floor:.2f}.",
+        f"{rung.title}: FID to teacher {fid:.2f}{was}; floor (the teacher with other seeds): {floor:.2f}.",
         (_more_training(run, rung), *_other_nodes(run, rung)),
     )
 
@@ -109,39 +109,41 @@ def _more_training(run: Run, rung: RungLog) -> Proposal:
     falling = still_falling(phase)
     if falling is None:
         return Proposal(
-            "Give it more updates, or a higher learning rate.", scaled(run.config, MORE, updates, rate)
+            "Give the rung more updates, or a higher learning rate.", scaled(run.config, MORE, updates, rate)
         )
     if falling:
         return Proposal(
-            "Its loss was still falling when the phase ended: give it more updates.",
+            "The loss was still falling when the phase ended: give the phase more updates.",
             scaled(run.config, MORE, updates),
         )
     return Proposal(
-        "Its loss had stopped falling: try a higher learning rate, then a higher rank.",
+        "The loss had stopped falling: try a higher learning rate, then a higher LoRA rank.",
         scaled(run.config, MORE, rate, "lora.rank"),
     )
 
 
 def _other_nodes(run: Run, rung: RungLog) -> Iterator[Proposal]:
-    """Where a few-step rung is trained: one step of epsilon told an earlier timestep, else the nodes of 4 steps."""
+    """Other training timesteps for a 2- or 1-step rung: an earlier start_timestep for one step of epsilon prediction, else
+    node_steps=4. Nothing if the config already sets one of the two."""
     start_timestep = setting(run.config, f"{rung.key}.start_timestep")
     if rung.student_steps > 2 or rung.node_steps is not None or start_timestep is not None:
         return
     if rung.student_steps == 1 and (rung.record or {}).get("prediction_type") == "epsilon":
         yield Proposal(
-            f"Told pure noise as timestep {_TOLD_AT_ONE_STEP}, an error of epsilon weighs far less in its picture.",
-            {f"{rung.key}.start_timestep": _TOLD_AT_ONE_STEP},
+            f"Start at timestep {_ONE_STEP_START_TIMESTEP}: given pure noise there, an error in the predicted epsilon "
+            f"changes the picture far less.",
+            {f"{rung.key}.start_timestep": _ONE_STEP_START_TIMESTEP},
         )
     else:
         yield Proposal(
-            "SDXL-Lightning trains the 2- and 1-step rungs at the nodes of 4 steps.",
+            "Train at the timesteps of 4 steps, as SDXL-Lightning does for its 2- and 1-step students.",
             {f"{rung.key}.node_steps": _RECIPE_NODES},
         )
 
 
-def _told_apart(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
-    """Neighbouring rungs whose FIDs to the teacher differ by less than their difference's own error: see the legend of
-    `difference_error`."""
+def _within_error(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
+    """Neighbouring rungs whose FIDs to the teacher differ by less than two standard errors of the difference
+    (`difference_error`)."""
     pairs = []
     for first, second in itertools.pairwise(students.values()):
         a, b = first.value("fid_to_teacher"), second.value("fid_to_teacher")
@@ -155,7 +157,7 @@ def _told_apart(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
             f"FID to teacher: the order of {', of '.join(pairs)} may be chance.",
             (
                 Proposal(
-                    "To tell them apart, draw more images.",
+                    "To find out which is better, evaluate on more images.",
                     scaled(run.config, _MUCH_MORE, "evaluation.num_images"),
                 ),
             ),

@@ -1,6 +1,6 @@
-"""The report of a run, or a comparison of several: index.html, results.json, results.md, grid.png. No torch.
+"""Writes the report of a run, or a comparison of several: index.html, results.json, results.md, grid.png. No torch.
 
-A run that is still training has a page alone; numbers and pictures come with `stepdistill evaluate`.
+A run that is not evaluated yet gets index.html only; numbers and pictures need `stepdistill evaluate`.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ __all__ = ["build_report", "markdown", "markdown_table"]
 def build_report(
     run_dirs: Path | Sequence[Path], output: Path | None = None, *, grid_columns: int = 10
 ) -> Path:
-    """Writes the report of a run to report/ in its folder, of several to comparison/ beside them; returns the folder.
+    """Writes the report and returns its folder: report/ in the run's folder, or comparison/ beside the first of several.
 
     Args:
-        run_dirs: the run's folder, or several.
+        run_dirs: the run's folder, or several runs' folders.
         output: another folder to write to.
-        grid_columns: prompts in the same-noise grid.
-    ValueError where a folder is no run, or has nothing to report yet.
+        grid_columns: number of prompts in the same-noise grid.
+    ValueError if a folder is not a run, or has nothing to report yet.
     """
     folders = [run_dirs] if isinstance(run_dirs, Path) else list(run_dirs)
     runs = _named_apart([read_run(folder) for folder in folders])
@@ -63,20 +63,21 @@ def _write_numbers(folder: Path, runs: Sequence[Run], evaluated: Sequence[Run], 
 
 
 def _joined(evaluated: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:
-    """Several runs as if they were one, for the Markdown table."""
+    """The results of several runs as one results object, for the Markdown table."""
     metrics = {key: about for run in reversed(evaluated) for key, about in run.metrics.items()}
     rows = [entry.row | {"row": entry.label} for entry in entries]
     return {**(evaluated[0].results or {}), "metrics": metrics, "rows": rows}
 
 
 def _named_apart(runs: Sequence[Run]) -> list[Run]:
-    """Runs under names that differ: their folder's, with the folder above where two are called the same."""
+    """The runs with distinct names: the folder's name, or parent/folder for all if two names are equal. ValueError if even
+    those are equal."""
     if _differ(runs):
         return list(runs)
     longer = [run.renamed(f"{run.path.resolve().parent.name}/{run.name}") for run in runs]
     if not _differ(longer):
         raise ValueError(
-            f"several runs are called {runs[0].name}: give each folder once, under names that differ"
+            f"several runs are called {runs[0].name}: give each folder once; folders of one name need different parents"
         )
     return longer
 

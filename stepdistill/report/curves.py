@@ -1,4 +1,4 @@
-"""What is plotted and what each plot says in words: distances over steps and cost, losses and accuracies over updates."""
+"""The report's plots with their alt texts: distances over steps and cost, losses and accuracies over updates."""
 
 import base64
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from stepdistill.report.plots import Boundary, Curve, Series, curve_plot, scatte
 from stepdistill.report.read import PhaseLog, Run, RungLog
 
 _DISTANCES = ("fid_to_teacher", "fid_to_real")
-_NEGLIGIBLE = 1e-6  # the reference against itself
+_NEGLIGIBLE = 1e-6  # distances below this are the reference against itself
 
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG as a data URI, its caption, and what it shows in words."""
+    """An SVG as a data URI, its caption and its alt text."""
 
     uri: str
     caption: str
@@ -23,11 +23,11 @@ class Plot:
 
 
 def distance_plots(entries: Sequence[Entry]) -> list[Plot]:
-    """FID over steps and over seconds an image, to the teacher and to real images."""
+    """FID to the teacher and to real images, each over steps and over seconds per image."""
     plots = []
     for key in _DISTANCES:
         title = "FID to the teacher" if key == "fid_to_teacher" else "FID to real images"
-        # runs with floors of their own have them in the table
+        # a floor is drawn only if all runs share it; different floors are in the table
         floors = {entry.run.floor.get(key) for entry in entries}
         floor = floors.pop() if len(floors) == 1 else None
         for x_key, x_label, over in (
@@ -40,13 +40,14 @@ def distance_plots(entries: Sequence[Entry]) -> list[Plot]:
                     series, x_label=x_label, y_label=title, floor=floor, steps=x_key == "steps"
                 )
                 plots.append(
-                    Plot(svg_uri(svg), f"{title} over {over}", _spoken(title, x_label, series, floor))
+                    Plot(svg_uri(svg), f"{title} over {over}", _alt_text(title, x_label, series, floor))
                 )
     return plots
 
 
 def training_plots(runs: Sequence[Run]) -> list[tuple[str, list[Plot]]]:
-    """Per rung, most steps first: its loss, and where there are adversarial phases their losses and D's accuracy."""
+    """Plots per rung, most steps first: the MSE, and if the rung has adversarial phases, their losses and the
+    discriminator's accuracy."""
     steps = sorted({rung.student_steps for run in runs for rung in run.rungs}, reverse=True)
     sections = []
     for n in steps:
@@ -59,7 +60,7 @@ def training_plots(runs: Sequence[Run]) -> list[tuple[str, list[Plot]]]:
 
 
 def svg_uri(svg: bytes) -> str:
-    """A data URI of an SVG."""
+    """The data URI of an SVG."""
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
@@ -78,7 +79,7 @@ def _series(entries: Sequence[Entry], x_key: str, y_key: str) -> list[Series]:
     return [Series(name, tuple(values), is_teacher) for (name, is_teacher), values in points.items()]
 
 
-def _spoken(title: str, x_label: str, series: Sequence[Series], floor: float | None) -> str:
+def _alt_text(title: str, x_label: str, series: Sequence[Series], floor: float | None) -> str:
     parts = [
         f"{one.label}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in sorted(one.points, reverse=True))
         for one in series
@@ -88,13 +89,13 @@ def _spoken(title: str, x_label: str, series: Sequence[Series], floor: float | N
 
 
 def _losses(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
-    """MSE of every phase: what mse and convert phases minimise, and what adversarial ones log beside their loss."""
+    """MSE of every phase: mse and convert phases minimise it, adversarial phases log it beside their own loss."""
 
     def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
         name = "mse" if phase.is_adversarial else "student_loss"
         return [(name, "MSE", phase.is_adversarial)]
 
-    return _plot(rungs, lines, title="MSE to the teacher's move", y_label="MSE", log=True)
+    return _plot(rungs, lines, title="MSE to the teacher's steps", y_label="MSE", log=True)
 
 
 def _adversarial(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
@@ -110,12 +111,14 @@ def _accuracy(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
         if not phase.is_adversarial:
             return []
         teacher, student = (f"discriminator_accuracy_{of}" for of in ("teacher", "student"))
-        if phase.values(teacher) == phase.values(student):  # a relativistic loss judges pairs
-            return [(teacher, "of pairs", False)]
-        return [(teacher, "on the teacher's", False), (student, "on the student's", True)]
+        if phase.values(teacher) == phase.values(
+            student
+        ):  # a relativistic loss judges pairs, so both are equal
+            return [(teacher, "pairs", False)]
+        return [(teacher, "real samples", False), (student, "student's samples", True)]
 
     return _plot(
-        rungs, lines, title="Discriminator accuracy", y_label="share told right", log=False, chance=0.5
+        rungs, lines, title="Discriminator accuracy", y_label="share judged correctly", log=False, chance=0.5
     )
 
 
@@ -128,10 +131,13 @@ def _plot(
     log: bool,
     chance: float | None = None,
 ) -> Plot | None:
-    """One plot of a rung in one or several runs; `lines` says what of a phase: key in the log, label, dashed."""
+    """One plot of a rung in one or several runs; None if no phase logged any of the values.
+
+    lines: for a phase, the curves to draw, each as (key in log.jsonl, label, whether it is dashed).
+    """
     curves: list[Curve] = []
     boundaries: list[Boundary] = []
-    spoken: list[str] = []
+    alt_texts: list[str] = []
     for place, (run_name, rung) in enumerate(rungs):
         first = 0
         for phase in rung.phases:
@@ -151,7 +157,7 @@ def _plot(
                     Curve("_" + name if name in used_labels else name, first, tuple(values), colour, dashed)
                 )
                 where = f"{run_name}, " if len(rungs) > 1 else ""
-                spoken.append(f"{where}{phase.objective}, {label}: {values[0]:.3g} to {values[-1]:.3g}")
+                alt_texts.append(f"{where}{phase.objective}, {label}: {values[0]:.3g} to {values[-1]:.3g}")
             first += max(len(values) for _, _, values in series)
     if not curves:
         return None
@@ -159,5 +165,5 @@ def _plot(
         y_label += " (dashed: adversarial phases)"
     svg = curve_plot(curves, boundaries, y_label=y_label, log=log, chance=chance)
     steps = rungs[0][1].student_steps
-    alt = f"{title} of the {steps}-step rung over its updates, first and last value: {'; '.join(spoken)}."
+    alt = f"{title} of the {steps}-step rung over its updates, first and last value: {'; '.join(alt_texts)}."
     return Plot(svg_uri(svg), title, alt)

@@ -1,5 +1,5 @@
-"""What a log and a table say: is a loss still falling, is a discriminator at chance or too far ahead, is a difference of
-two rows larger than its error?"""
+"""Answers from the log and the table: is a loss still falling, is a discriminator at chance or too strong, how large is the
+standard error of the difference between two rows?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ _FEWEST_UPDATES = 8
 
 @dataclass(frozen=True)
 class Adversary:
-    """A discriminator that teaches nothing (`at_chance`) or is too far ahead, and the share that it tells right."""
+    """A discriminator that is at chance (`at_chance`) or too strong, and its accuracy (0 to 1)."""
 
     at_chance: bool
     accuracy: float
 
 
 def still_falling(phase: PhaseLog) -> bool | None:
-    """Whether the loss fell between the third and the last quarter; None where the log is too short."""
+    """Whether the mean loss fell by more than 5 % from the third to the last quarter of the log; None if the log is too
+    short."""
     losses = phase.values("student_loss")
     if len(losses) < _FEWEST_UPDATES:
         return None
@@ -31,7 +32,8 @@ def still_falling(phase: PhaseLog) -> bool | None:
 
 
 def adversary(phase: PhaseLog) -> Adversary | None:
-    """At chance in every quarter, or nearly always right at the end while the student's loss rose; None otherwise."""
+    """The discriminator's problem: at chance in every quarter of the log, or nearly always right in the last quarter while
+    the student's loss rose; None if neither holds, or the log is too short."""
     both = (phase.values(f"discriminator_accuracy_{of}") for of in ("teacher", "student"))
     accuracy = [(a + b) / 2 for a, b in zip(*both, strict=False)]
     losses = phase.values("student_loss")
@@ -48,7 +50,7 @@ def adversary(phase: PhaseLog) -> Adversary | None:
 def difference_error(
     run: Run, first: str, second: str | None, *, metric: str = "fid_to_teacher"
 ) -> float | None:
-    """Standard error of the difference of two rows of a table in a metric; None where a table has no replicates of it."""
+    """Standard error of the difference between two rows in a metric; None if either row has no replicates of the metric."""
     one, other = (run.replicates.get(name or "", {}).get(metric) or [] for name in (first, second))
     return jackknife.difference_error(one, other) if one and len(one) == len(other) else None
 

@@ -1,7 +1,7 @@
-"""The rows of one or of several runs as one list, each with the label that it has in tables, plots and pictures.
+"""The table rows of one or several runs as one list, each with its label in tables, plots and pictures.
 
-Of several runs, rows of the undistilled teacher that say the same in all of them are there once; students of equal steps
-stand together, so that runs are compared rung by rung.
+With several runs, a row of the undistilled teacher appears once if all runs have the same numbers for it, and students with
+equal steps stand next to each other, so that runs are compared rung by rung.
 """
 
 import math
@@ -18,7 +18,7 @@ _SAME = 1e-6
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a run's table."""
+    """A row of a run's table, with its label in the report."""
 
     label: str
     run: Run
@@ -46,16 +46,16 @@ class Entry:
 
     @property
     def is_unguided(self) -> bool:
-        """Whether it is the undistilled teacher without guidance."""
+        """Whether this row is the undistilled teacher without guidance."""
         return self.name.startswith("unguided-")
 
     def value(self, key: str) -> Number | None:
-        """One of its numbers, None where it was not measured."""
+        """One of the row's numbers, None if it was not measured."""
         return number(self.row.get(key))
 
 
 def entries_of(runs: Sequence[Run]) -> list[Entry]:
-    """All rows; see the legend for their order and labels."""
+    """All rows of the runs; the file's docstring describes their order and labels."""
     if len(runs) == 1:
         return [Entry(row["row"], runs[0], row) for row in runs[0].rows]
     every = [Entry(f"{run.name}: {row['row']}", run, row) for run in runs for row in run.rows]
@@ -72,8 +72,8 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
 
 
 def equal_passes(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The undistilled guided teacher with as many U-Net passes as this row, else with as many steps; None where there is
-    none."""
+    """The undistilled guided teacher's row with as many U-Net passes as this row, else with as many steps; None if neither
+    exists."""
     teachers = [e for e in entries if e.kind == "teacher" and not e.is_reference and not e.is_unguided]
     for key in ("nfe", "steps"):
         for teacher in teachers:
@@ -83,7 +83,7 @@ def equal_passes(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 
 def picture_order(entries: Sequence[Entry]) -> list[Entry]:
-    """The reference, then for each step count the undistilled teacher and who distilled it."""
+    """The reference row, then for each step count the undistilled teacher, the students and other LoRAs."""
     references = [entry for entry in entries if entry.is_reference][:1]
     distilled = [entry for entry in entries if entry.kind != "teacher"]
     order = list(references)
@@ -94,7 +94,7 @@ def picture_order(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _same(one: Entry, other: Entry) -> bool:
-    """Equal numbers in every metric; what a row costs is measured anew each time and does not count."""
+    """Whether two rows have equal numbers in every metric; their cost is not compared, since every run times it anew."""
     for key in {**one.run.metrics, **other.run.metrics}:
         mine, theirs = one.value(key), other.value(key)
         if mine is None or theirs is None:

@@ -1,4 +1,4 @@
-"""The pictures of a report, in tables of their own: same noise, seeds, LoRA scales, adapters at other steps."""
+"""The report's tables of pictures: same noise, seeds, LoRA scales, LoRAs at other step counts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _SHEET_TILE = 256
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many pixels large pictures keep: in the same-noise grid, and in the studies."""
+    """Longest side in pixels to which large pictures are shrunk: in the same-noise grid, and in the other tables."""
 
     grid: int
     study: int
@@ -28,7 +28,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Tile:
-    """A cell: a picture (none where it is missing), a number beneath, whether it is marked."""
+    """A cell: a picture (None if it is missing), a number below it, and whether the picture is outlined."""
 
     picture: Picture | None
     note: str = ""
@@ -46,7 +46,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A table of pictures. `prompts`: the columns' full texts where their headings are clipped."""
+    """A table of pictures. `prompts`: the full prompts of all columns if any heading is clipped, else empty."""
 
     caption: str
     corner: str
@@ -58,7 +58,7 @@ class Gallery:
 
 
 def same_noise(entries: Sequence[Entry], *, columns: int, sizes: Sizes) -> Gallery | None:
-    """Equal prompt and noise down each column; None where no picture is there."""
+    """The grid with the same prompt and noise in each column; None if no picture exists."""
     prompts = _texts(entries[0].run.part("prompts") if entries else None)[:columns]
     strips = []
     for entry in picture_order(entries):
@@ -77,12 +77,12 @@ def same_noise(entries: Sequence[Entry], *, columns: int, sizes: Sizes) -> Galle
         return None
     headings = tuple(_clipped_prompt(p) for p in prompts) or tuple(str(k + 1) for k in range(columns))
     headings += ("",) * (columns - len(headings))
-    caption = "One prompt and one noise per column: what differs within a column is the model alone."
+    caption = "Each column has one prompt and one initial noise: within a column only the model differs."
     return Gallery(caption, "model", headings, tuple(strips), bool(prompts), _unclipped(prompts), False)
 
 
 def seeds(run: Run, *, sizes: Sizes) -> Gallery | None:
-    """A few prompts from several seeds each: a student that draws the same again and again has lost diversity."""
+    """A few prompts with several seeds each; a student whose pictures look alike has lost diversity. None if not drawn."""
     study = run.part("diversity_grid") or {}
     prompts, count = _texts(study.get("prompts"))[:_MOST_PROMPTS], int(number(study.get("seeds")) or 0)
     kinds = {row["row"]: row["kind"] for row in run.rows}
@@ -95,13 +95,13 @@ def seeds(run: Run, *, sizes: Sizes) -> Gallery | None:
             return _study_tile(run, ("seeds", name), indices, alt, sizes)
 
         strips.append(_strip(str(name), kinds.get(name, ""), range(len(prompts)), draw))
-    caption = f"One prompt per column, {count} seeds in each cell."
+    caption = f"One prompt per column; each cell shows {count} seeds."
     headings = tuple(_clipped_prompt(p) for p in prompts)
     return _if_drawn(Gallery(caption, "model", headings, tuple(strips), True, _unclipped(prompts)))
 
 
 def scale_sweep(run: Run, *, sizes: Sizes) -> Gallery | None:
-    """Every rung's LoRA at other weights; the weight that it was trained at is marked."""
+    """Every rung's LoRA at several scales; scale 1, as trained, is outlined. None if not drawn."""
     study = run.part("scale_sweep") or {}
     scales = [float(s) for s in study.get("scales") or () if number(s) is not None]
     cells = {(c.get("row"), c.get("scale")): c for c in study.get("cells") or ()}
@@ -120,12 +120,12 @@ def scale_sweep(run: Run, *, sizes: Sizes) -> Gallery | None:
             return Tile(tile.picture, _mse(cells.get((name, scale))), scale == 1)
 
         strips.append(_strip(name, "student", range(len(scales)), draw))
-    caption = "Every rung's LoRA at other weights; beneath, the latent MSE to the teacher. Outlined: weight 1, as trained."
+    caption = "Each rung's LoRA at several scales, with the latent MSE to the teacher below. Outlined: scale 1, as trained."
     return _if_drawn(Gallery(caption, "LoRA", tuple(f"scale {s:g}" for s in scales), tuple(strips)))
 
 
 def matrix(run: Run, *, sizes: Sizes) -> Gallery | None:
-    """Every rung's LoRA sampled at every rung's steps; the diagonal is marked."""
+    """Every rung's LoRA sampled with every rung's step count; the trained step count is outlined. None if not drawn."""
     study = run.part("matrix") or {}
     cells = {(c.get("adapter"), c.get("steps")): c for c in study.get("cells") or ()}
     steps = sorted({m for _, m in cells if isinstance(m, int)}, reverse=True)
@@ -140,14 +140,14 @@ def matrix(run: Run, *, sizes: Sizes) -> Gallery | None:
 
         strips.append(_strip(f"{adapter}-step LoRA", "student", range(len(steps)), draw))
     caption = (
-        "Every rung's LoRA sampled at every rung's steps; beneath, the latent MSE to the teacher. "
-        "Outlined: the steps that it was trained for."
+        "Each rung's LoRA sampled with each rung's step count, with the latent MSE to the teacher below. "
+        "Outlined: the step count that the LoRA was trained for."
     )
     return _if_drawn(Gallery(caption, "LoRA", tuple(steps_text(m) for m in steps), tuple(strips)))
 
 
 def comparison_sheet(entries: Sequence[Entry], *, columns: int) -> Image.Image | None:
-    """grid.png: the same-noise grid as one picture; None where no picture is there."""
+    """grid.png: the same-noise grid as one picture; None if no picture exists."""
     rows: dict[str, list[Image.Image]] = {}
     for entry in picture_order(entries):
         folder = row_folder(entry.run.path / "evaluation", entry.name)
@@ -186,5 +186,5 @@ def _clipped_prompt(prompt: str) -> str:
 
 
 def _unclipped(prompts: Sequence[str]) -> tuple[str, ...]:
-    """All of them in full, where any heading is clipped."""
+    """All prompts in full if any heading is clipped, else none."""
     return tuple(prompts) if any(len(p) > _PROMPT_LENGTH for p in prompts) else ()

@@ -1,8 +1,11 @@
-"""How each phase moved sharpness, contrast and colour, from the few pictures that were drawn at its end.
+"""How each phase changed sharpness, contrast and colour, measured on a few pictures drawn at the end of the phase.
 
-After phase k, of N pictures of the same noise:   drift_k = mean s_k / mean t - 1,   change_k = drift_k - drift_{k-1}
-with s_k the student's values and t those of the undistilled teacher, from which the ladder begins: drift_0 = 0. Colour is a
-distance in grey levels, its drift the mean. The error of a change is the jackknife's over the pictures.
+drift_k  = mean(s_k) / mean(t) - 1     after phase k, over N pictures drawn from the same noise
+change_k = drift_k - drift_{k-1}       what phase k itself changed
+s_k  the student's values after phase k        t  the undistilled teacher's values; the ladder starts from it: drift_0 = 0
+
+Colour is a distance in grey levels, and its drift is the mean distance. The standard error of a change is a jackknife over
+the pictures.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +19,14 @@ from stepdistill.report.table import Cell, Column, Line, Table
 SHARPNESS, CONTRAST, COLOUR = "sharpness", "contrast", "colour"
 LOOKS = (SHARPNESS, CONTRAST, COLOUR)
 _CERTAIN = 2.0  # standard errors
-_AGREES = 0.5  # of the table's drift: the few pictures must show as much of it
-_MUCH = 1 / 3  # of the drift: what the phase that is named must have moved
+_AGREES = 0.5  # the few pictures must show at least this share of the table's drift
+_MUCH = 1 / 3  # a phase is named only if it caused more than this share of the drift
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a phase changed in a look, a share of the teacher's or grey levels; its standard error; the drift after it."""
+    """How much a phase changed one look (`by`: a share of the teacher's value, for colour grey levels), the standard error
+    of that change, and the drift after the phase. `place` is the phase's index in the rung."""
 
     look: str
     rung: RungLog
@@ -33,32 +37,32 @@ class Change:
 
     @property
     def phase(self) -> PhaseLog:
-        """The phase."""
+        """The phase that made the change."""
         return self.rung.phases[self.place]
 
     @property
     def is_certain(self) -> bool:
-        """Whether it is more than chance."""
+        """Whether the change is larger than two standard errors."""
         return abs(self.by) > _CERTAIN * self.error
 
     def __str__(self) -> str:
-        return f"{self.rung.title}, phase {self.place}, {self.phase.objective}: {self.said}"
+        return f"{self.rung.title}, phase {self.place}, {self.phase.objective}: {self.by_text}"
 
     @property
-    def said(self) -> str:
-        """Such as "-12 % ± 2 %"."""
+    def by_text(self) -> str:
+        """The change with its standard error, such as "-12 % ± 2 %"."""
         return f"{amount(self.look, self.by, sign=True)} ± {amount(self.look, self.error)}"
 
 
 def amount(look: str, value: float, *, sign: bool = False) -> str:
-    """A drift or a change as text."""
+    """A drift or a change as text: percent, or grey levels for colour."""
     before = "+" if sign and value > 0 else ""
     return before + (f"{value:.1f}" if look == COLOUR else percent(value))
 
 
 def changes(run: Run, rung: RungLog, look: str) -> list[Change]:
-    """What each phase changed, from the ladder's first to the last of `rung`; none where any of them left no numbers, or
-    numbers of other pictures."""
+    """What each phase changed, from the ladder's first phase to the last phase of `rung`. Empty if any of these phases was
+    not measured, or was measured on other pictures than the first."""
     upto = run.rungs[: run.rungs.index(rung) + 1]
     places = [(one, place) for one in upto for place in range(len(one.phases))]
     measured = [looks for one, place in places if (looks := one.phases[place].looks) is not None]
@@ -77,8 +81,8 @@ def changes(run: Run, rung: RungLog, look: str) -> list[Change]:
 
 
 def mover(run: Run, rung: RungLog, look: str, drift: float) -> Change | None:
-    """The phase that moved a look the most towards the drift that the table has for a rung; None where its few pictures do
-    not show that drift, or no phase moved much of it."""
+    """The largest change by a phase in the direction of `drift`, the rung's drift in the table. None if the few pictures do
+    not show that drift, or no phase caused much of it."""
     moves = changes(run, rung, look)
     if not moves or moves[-1].drift / drift < _AGREES:
         return None
@@ -87,26 +91,26 @@ def mover(run: Run, rung: RungLog, look: str, drift: float) -> Change | None:
 
 
 def data_drift(phase: PhaseLog, look: str) -> float | None:
-    """Of the data's own pictures of the same captions, against the teacher's."""
+    """Drift of the training images from the teacher's pictures of the same captions; None if the phase was not measured."""
     if phase.looks is None:
         return None
-    of_data, of_teacher = (phase.looks["per_image"][whose][look] for whose in ("data", "teacher"))
-    return _drift(look, of_data, of_teacher)
+    data, teacher = (phase.looks["per_image"][source][look] for source in ("data", "teacher"))
+    return _drift(look, data, teacher)
 
 
 def looks_table(run: Run) -> Table | None:
-    """Drift after each phase and what the phase changed; None where no phase left numbers."""
+    """The page's table: drift after each phase, and what the phase changed. None if no phase was measured."""
     lines = list(_lines(run))
     if not lines:
         return None
     about = next(p.looks for rung in run.rungs for p in rung.phases if p.looks is not None)["compared_with"]
     caption = (
-        f"{about['images']} pictures at the end of each phase, against the undistilled teacher's of the same noise and "
-        f"captions at {about['teacher_steps']} steps; in small what the phase itself changed, ± its standard error."
+        f"{about['images']} pictures at the end of each phase, compared with the undistilled teacher's of the same noise "
+        f"and captions at {about['teacher_steps']} steps. Small print: what the phase itself changed, ± standard error."
     )
     columns = (
-        Column(SHARPNESS, about="Below 0 is blur."),
-        Column(CONTRAST, about="Of brightness."),
+        Column(SHARPNESS, about="Below 0: blurred."),
+        Column(CONTRAST, about="Spread of brightness."),
         Column(COLOUR, about="Distance of the mean colour, in grey levels."),
     )
     return Table(caption, columns, tuple(lines))
@@ -127,22 +131,20 @@ def _lines(run: Run) -> Iterator[Line]:
             )
     if last is not None:
         cells = ((look, data_drift(last, look)) for look in LOOKS)
-        yield Line(
-            "the data themselves", "data", tuple(Cell(amount(k, v or 0.0, sign=True)) for k, v in cells)
-        )
+        yield Line("training images", "data", tuple(Cell(amount(k, v or 0.0, sign=True)) for k, v in cells))
 
 
 def _cell(phase: PhaseLog, look: str, change: Change | None) -> Cell:
     assert phase.looks is not None
     per_image = phase.looks["per_image"]
     drift = _drift(look, per_image["student"][look], per_image["teacher"][look])
-    return Cell(amount(look, drift, sign=True), "" if change is None else change.said)
+    return Cell(amount(look, drift, sign=True), "" if change is None else change.by_text)
 
 
 def _change(
     look: str, before: Sequence[float], after: Sequence[float], teacher: Sequence[float]
 ) -> tuple[float, float]:
-    """(change, its standard error)."""
+    """(change, standard error of the change)."""
 
     def without(index: int | None) -> float:
         rows = [k for k in range(len(teacher)) if k != index]

@@ -1,4 +1,4 @@
-"""The table as Markdown: results.md, and what the README prints."""
+"""The table of results as Markdown: results.md, and the table in a model card."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _LAST = {"seconds_per_image": ("s / image", ".4f"), "speed_up": ("speed-up", ".1
 
 
 def markdown_table(rows: list[dict[str, Any]], metrics: Mapping[str, Mapping[str, str]] | None = None) -> str:
-    """The rows as a Markdown table: the README's metrics, or all of `metrics` (title and format by key)."""
+    """The rows as a Markdown table with a short list of metrics, or with all of `metrics` (title and format by key)."""
     middle = {
         key: (about.get("title", key), about.get("format", "g")) for key, about in (metrics or {}).items()
     }
@@ -30,7 +30,7 @@ def markdown_table(rows: list[dict[str, Any]], metrics: Mapping[str, Mapping[str
 
 
 def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] = ()) -> str:
-    """results.md: the table, what it was measured on, and what the data came to."""
+    """results.md: the table, what it was measured on, and how many samples of the data were used and left out."""
     metrics, rows = results.get("metrics"), results["rows"]
     parts = [f"# {name}", markdown_table(rows), table_notes(results), "![same noise per column](grid.png)"]
     if metrics:
@@ -45,28 +45,32 @@ def markdown(name: str, results: Mapping[str, Any], data: Sequence[DataCounts] =
 
 
 def table_notes(results: Mapping[str, Any]) -> str:
-    """What a reader of the table must know, in a paragraph: what each distance is to, how far two sets of one kind are
-    apart, and whose the prompts and the real images are."""
+    """One paragraph below the table: which images each distance compares, the distance between two sets of the same kind
+    (floor), and where the prompts and the real images come from."""
     floor, noise, protocol = (results.get(key) or {} for key in ("floor", "other_noise", "protocol"))
     reference = results.get("reference", "the teacher")
-    notes = [f"{results.get('num_images', 'Some')} images a row, equal prompts and noise."]
+    notes = [f"{results.get('num_images', 'Some')} images per row, drawn from the same prompts and noise."]
     measured = {key for row in results.get("rows") or [] for key in row}
     if "fid_to_teacher" in measured:
-        notes.append(f"FID to teacher: against images of {reference} from other seeds.")
+        notes.append(f"FID to teacher: against images of {reference} with other seeds.")
     if measured & {"paired_fid_to_teacher", "latent_mse_to_teacher"}:
         notes.append(
-            f"Paired FID and latent MSE: against images of {reference} of the same noise, 0 for itself."
+            f"Paired FID and latent MSE: against images of {reference} with the same noise; {reference} itself has 0."
         )
     if "prompts" in protocol:
         notes.append(f"Prompts: {protocol['prompts']}. Real images: {protocol.get('real_images')}.")
     if results.get("unmeasured"):
         notes.append(f"Not measured yet: {', '.join(map(str, results['unmeasured']))}.")
     if floor.get("fid_to_real") is not None:
-        second = f" (the other: {protocol['other_real_images']})" if protocol.get("other_real_images") else ""
-        notes.append(f"Floor of FID to real, two sets of real images{second}: {floor['fid_to_real']:.1f}.")
+        second = (
+            f" (the second: {protocol['other_real_images']})" if protocol.get("other_real_images") else ""
+        )
+        notes.append(
+            f"Floor of FID to real, between two sets of real images{second}: {floor['fid_to_real']:.1f}."
+        )
     if floor.get("fid_to_teacher") is not None:
         notes.append(
-            f"Floor of FID to teacher, {reference} against its own images of other seeds: {floor['fid_to_teacher']:.2f}."
+            f"Floor of FID to teacher, between images of {reference} with two sets of seeds: {floor['fid_to_teacher']:.2f}."
         )
     paired = [
         f"{title} {noise[key]:{spec}}"
@@ -74,7 +78,7 @@ def table_notes(results: Mapping[str, Any]) -> str:
         if isinstance(noise.get(key), int | float)
     ]
     if paired:
-        notes.append(f"{reference} with other noise against itself: {', '.join(paired)}.")
+        notes.append(f"{reference} against itself with other noise: {', '.join(paired)}.")
     return " ".join(notes)
 
 

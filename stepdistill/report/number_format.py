@@ -1,4 +1,4 @@
-"""Numbers as JSON has them: whether they are any, and how they are written."""
+"""Values read from JSON: whether they are numbers, and how the report writes them."""
 
 import math
 from typing import Any
@@ -8,13 +8,13 @@ MISSING = "–"
 
 
 def number(value: Any) -> Number | None:
-    """The value where it is a finite number, else None."""
+    """The value if it is a finite number, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
 
 
 def format_number(value: Any, spec: str) -> str:
-    """The number in its format; a dash where there is none."""
+    """The number in the format `spec`; a dash if the value is not a number. An invalid spec falls back to "g"."""
     numeric = number(value)
     if numeric is None:
         return MISSING
@@ -30,5 +30,5 @@ def steps_text(steps: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as percent, with a digit behind the point where there is one to show."""
+    """A share (0 to 1) as percent, with one decimal unless it is 0: "8 %", "8.5 %"."""
     return f"{share:.1%}".replace(".0%", "%").replace("%", " %")

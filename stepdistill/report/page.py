@@ -1,4 +1,4 @@
-"""index.html: one self-contained page under a strict Content-Security-Policy. Everything goes through autoescape."""
+"""index.html: one self-contained page with a strict Content-Security-Policy. Jinja autoescapes every value."""
 
 import base64
 import hashlib
@@ -25,14 +25,14 @@ from stepdistill.report.table import cost_table, metrics_of, quality_table
 from stepdistill.run.start_from import taken_from
 
 _LARGEST = 20 * 2**20
-# Tried in this order until the page is small enough.
+# Picture sizes, tried in this order until the page is small enough.
 _SIZES = (Sizes(256, 128), Sizes(192, 96), Sizes(128, 64), Sizes(96, 48))
 _PREVIEW = 1000
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a rung is, for the table of the training section."""
+    """A row of the training section's table: how far a rung is."""
 
     run: str
     rung: str
@@ -44,7 +44,7 @@ class Progress:
 
 
 def render(runs: Sequence[Run], *, columns: int) -> str:
-    """The page of one run, or of several compared; large pictures are shrunk until it is under 20 MiB."""
+    """The page of one run, or of several compared. Large pictures are shrunk further if the page exceeds 20 MiB."""
     fixed = _context(runs)
     for sizes in _SIZES:
         page = _fill(fixed | _pictures(runs, columns=columns, sizes=sizes))
@@ -54,7 +54,7 @@ def render(runs: Sequence[Run], *, columns: int) -> str:
 
 
 def content_security_policy(style: str) -> str:
-    """Nothing may load but pictures in the page itself and the one style sheet whose hash this is."""
+    """A policy that allows only pictures embedded in the page and the one style sheet `style`, by its hash."""
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return (
         f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -62,7 +62,7 @@ def content_security_policy(style: str) -> str:
 
 
 def _yardsticks(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """What distances are to be compared with, by label: of each run, or once where all runs have the same."""
+    """Floors and other-noise values to compare distances with, by label; one entry if all runs agree, else one per run."""
     yardsticks: dict[str, dict[str, float]] = {}
     for label, values in (
         ("floor", [run.floor for run in runs]),
@@ -86,7 +86,7 @@ def _fill(context: dict[str, Any]) -> str:
 
 
 def _context(runs: Sequence[Run]) -> dict[str, Any]:
-    """All of the page but the pictures that are measured by size."""
+    """Everything on the page except the pictures of `_pictures`, whose size varies."""
     entries, several = entries_of(runs), len(runs) > 1
     floors = _yardsticks(runs)
     metrics = metrics_of(entries)
@@ -114,7 +114,7 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _pictures(runs: Sequence[Run], *, columns: int, sizes: Sizes) -> dict[str, Any]:
-    """The pictures, large ones shrunk to `sizes`."""
+    """The tables of pictures, with large pictures shrunk to `sizes`."""
     entries = entries_of(runs)
     studies = {
         "seeds": [(run.name, gallery.seeds(run, sizes=sizes)) for run in runs],
@@ -126,13 +126,13 @@ def _pictures(runs: Sequence[Run], *, columns: int, sizes: Sizes) -> dict[str, A
 
 
 def _leads(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """A line for each run; one without a name where all would say the same."""
+    """(run's name, summary line) of each run; a single line without a name if all lines are equal."""
     leads = [(run.name, _lead(run)) for run in runs]
     return leads if len({text for _, text in leads}) > 1 else [("", leads[0][1])]
 
 
 def _lead(run: Run) -> str:
-    """What the run is, in a line."""
+    """One line about the run: ladder, teacher, guidance, LoRA rank, images."""
     teacher, lora = run.config.get("teacher") or {}, run.config.get("lora") or {}
     parts = []
     if run.rungs:
@@ -140,7 +140,7 @@ def _lead(run: Run) -> str:
         parts.append(f"ladder {' → '.join(map(str, ladder))}")
     origins = [origin for rung in run.rungs if (origin := _origin(run, rung)) is not None]
     if origins:
-        parts.append(f"begun at {origins[-1]}")
+        parts.append(f"started from {origins[-1]}")
     if "path" in teacher:
         parts.append(f"teacher {teacher['path']}")
     if "guidance_scale" in teacher:
@@ -148,7 +148,7 @@ def _lead(run: Run) -> str:
     if "rank" in lora:
         parts.append(f"LoRA rank {lora['rank']}")
     if run.results is not None and "num_images" in run.results:
-        parts.append(f"{run.results['num_images']:,} images a row, equal prompts and noise")
+        parts.append(f"{run.results['num_images']:,} images per row, same prompts and noise")
     real = (run.part("protocol") or {}).get("real_images")
     if isinstance(real, str) and real != "none":
         parts.append(f"real images: {real}")
@@ -156,26 +156,26 @@ def _lead(run: Run) -> str:
 
 
 def _origin(run: Run, rung: RungLog) -> str | None:
-    """Where a rung was taken over from."""
+    """The rung of another run that this rung was copied from, None if it was trained here."""
     return taken_from(run.path, rung.student_steps, (rung.record or {}).get("sha256"))
 
 
 def _absent(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Columns that no table has, and why, as the runs say; each reason once."""
-    said = (one for run in runs for one in run.part("absent") or ())
-    return list(dict.fromkeys((str(one.get("columns")), str(one.get("why"))) for one in said))
+    """(columns, reason) for columns missing from the table, as the runs' results give them; each pair once."""
+    absent = (one for run in runs for one in run.part("absent") or ())
+    return list(dict.fromkeys((str(one.get("columns")), str(one.get("why"))) for one in absent))
 
 
 def _progress(run: Run) -> Iterator[Progress]:
-    going = False
+    found_current = False
     for rung in run.rungs:
         phases = ", ".join(f"{phase.objective} {phase.max_train_steps:,}" for phase in rung.phases)
         if rung.record is not None:
             origin = _origin(run, rung)
             state = "finished" if origin is None else f"taken over from {origin}"
         else:
-            state = "in training" if rung.updates and not going else "waiting"
-            going = going or bool(rung.updates)
+            state = "in training" if rung.updates and not found_current else "waiting"
+            found_current = found_current or bool(rung.updates)
         seconds = number((rung.record or {}).get("training_seconds"))
         name = f"{rung.teacher_steps} → {rung.student_steps}"
         yield Progress(run.name, name, phases, rung.updates, rung.max_train_steps, state, seconds)
@@ -185,15 +185,13 @@ def _previews(run: Run) -> Iterator[tuple[str, Picture]]:
     for rung in run.rungs:
         for path in rung.previews:
             caption = _preview_caption(rung, path.stem)
-            picture = sheet(
-                path, f"Preview, {caption}: the teacher above, the student below", longest=_PREVIEW
-            )
+            picture = sheet(path, f"Preview, {caption}: teacher above, student below", longest=_PREVIEW)
             if picture is not None:
                 yield caption, picture
 
 
 def _preview_caption(rung: RungLog, stem: str) -> str:
-    """ "4 steps, after phase 1, paired" of phase1-paired-end."""
+    """The caption of a preview file: "4 steps, after phase 1 (paired)" for the stem phase1-paired-end."""
     place, _, objective = stem.removeprefix("phase").removesuffix("-end").partition("-")
     return f"{rung.title}, after phase {place} ({objective})"
 
@@ -203,7 +201,7 @@ def _config_text(run: Run) -> str:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """Protocol, then environment, as flat pairs."""
+    """Protocol, then environment, as flat (key, value) pairs; nested keys are dotted."""
     return [*_flat(run.part("protocol") or {}), *_flat(run.environment)]
 
 

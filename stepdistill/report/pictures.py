@@ -1,4 +1,4 @@
-"""Pictures of a run's folder as data URIs: small ones as PNG, shown enlarged without smoothing; large ones as JPEG."""
+"""Pictures of a run's folder as data URIs: small ones as PNG, enlarged without smoothing on the page; large ones as JPEG."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ _LONGEST_ALT = 160
 
 @dataclass(frozen=True)
 class Picture:
-    """An <img>: its data URI, the size that it is shown at, what it shows, and whether it is enlarged."""
+    """An <img>: data URI, size on the page in CSS pixels, alt text, and whether it is shown enlarged."""
 
     uri: str
     width: int
@@ -31,9 +31,9 @@ class Picture:
 
 
 def open_pictures(folder: Path, indices: Sequence[int], *, longest: int) -> list[Image.Image]:
-    """Those pictures of images/ that are there and as they were drawn, RGB, shrunk to `longest` pixels where larger.
+    """Pictures of the folder's images/ by index, RGB, shrunk so that no side exceeds `longest` pixels.
 
-    Others are left out, with a warning where the folder says that they were drawn.
+    Missing or damaged pictures are left out, with a warning if the folder records that they were drawn or a file exists.
     """
     images = []
     for index in indices:
@@ -56,7 +56,7 @@ def _as_drawn(folder: Path, index: int) -> Image.Image | None:
 
 
 def opened(file: Path) -> Image.Image | None:
-    """A picture as RGB; None where there is none, or none that can be read."""
+    """The picture as RGB; None if the file is missing or cannot be read."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
@@ -65,13 +65,13 @@ def opened(file: Path) -> Image.Image | None:
 
 
 def row_folder(evaluation: Path, *parts: str) -> Path | None:
-    """The folder of those parts in evaluation/; None where a part is no plain name."""
+    """The folder evaluation/part/part/...; None if a part is not a plain name, such as ".."."""
     plain = all(part and part not in (".", "..") and not {"/", "\\", "\0"} & set(part) for part in parts)
     return evaluation.joinpath(*parts) if plain else None
 
 
 def embedded(image: Image.Image, alt: str, *, shown: int) -> Picture:
-    """A picture whose longer side is shown at about `shown` CSS pixels: a whole multiple of a small one's."""
+    """A picture whose longer side is shown at about `shown` CSS pixels; a small one is enlarged by a whole factor."""
     small = max(image.size) <= _SMALL
     if small:
         scale = max(1, shown // max(image.size))
@@ -82,7 +82,7 @@ def embedded(image: Image.Image, alt: str, *, shown: int) -> Picture:
 
 
 def mosaic(images: Sequence[Image.Image], alt: str, *, tile: int) -> Picture:
-    """Equal pictures side by side in about as many rows as columns, each shown at about `tile` CSS pixels."""
+    """Pictures of equal size in one grid with about as many rows as columns, each shown at about `tile` CSS pixels."""
     width, height = images[0].size
     columns = _columns(len(images))
     rows = -(-len(images) // columns)
@@ -96,13 +96,13 @@ def mosaic(images: Sequence[Image.Image], alt: str, *, tile: int) -> Picture:
 
 
 def _columns(count: int) -> int:
-    """About as many columns as rows, so that no place stays empty where that can be."""
+    """Number of columns: about as many as rows, chosen to leave no empty cell if possible."""
     square = next(n for n in range(1, count + 1) if n * n >= count)
     return next((n for n in range(square, square + 2) if count % n == 0), square)
 
 
 def sheet(path: Path, alt: str, *, longest: int) -> Picture | None:
-    """A preview's sheet as it is, shrunk where it is wider than `longest`; None where it cannot be read."""
+    """A preview sheet, shrunk if a side exceeds `longest` pixels; None if it cannot be read."""
     picture = opened(path)
     if picture is None:
         warn_of_damage(path, "it is left out of the report")
@@ -114,7 +114,7 @@ def sheet(path: Path, alt: str, *, longest: int) -> Picture | None:
 
 
 def data_uri(image: Image.Image, *, lossless: bool) -> str:
-    """PNG where lossless, else JPEG."""
+    """The image as a data URI: PNG if lossless, else JPEG."""
     buffer = io.BytesIO()
     if lossless:
         image.save(buffer, format="PNG", optimize=True)
@@ -125,6 +125,6 @@ def data_uri(image: Image.Image, *, lossless: bool) -> str:
 
 
 def clipped(text: str, longest: int = _LONGEST_ALT) -> str:
-    """One line of at most `longest` characters."""
+    """The text as one line of at most `longest` characters."""
     line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 1].rstrip() + "…"

@@ -1,6 +1,6 @@
-"""Plots as SVG, equal bytes for equal numbers. Owns matplotlib.
+"""Plots as SVG; equal numbers give equal bytes. The only file of the report that imports matplotlib.
 
-A series is told apart by colour, marker and dash together. Text is drawn as paths, so no font has to be there.
+Series differ in colour, marker and dash together. Text is drawn as paths, so the viewer needs no font.
 """
 
 import io
@@ -42,7 +42,7 @@ _TEACHER = "#6e6e6e"
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind of row; the teacher is dashed grey."""
+    """Points (x, y) of one kind of row; the teacher is drawn in dashed grey."""
 
     label: str
     points: tuple[tuple[float, float], ...]
@@ -51,9 +51,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """One number over updates: faint as it was logged, firm when smoothed.
+    """One logged number over updates: drawn faint as logged, and bold smoothed.
 
-    `first` is the update that it begins at; a label that begins with _ is not in the legend.
+    `first` is the update at which the curve begins; a label that starts with _ is left out of the legend.
     """
 
     label: str
@@ -65,7 +65,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a phase begins, and what it is."""
+    """The update at which a phase begins, and the phase's label."""
 
     at: int
     label: str
@@ -74,7 +74,7 @@ class Boundary:
 def scatter_plot(
     series: Sequence[Series], *, x_label: str, y_label: str, floor: float | None, steps: bool
 ) -> bytes:
-    """Numbers over steps (`steps`: every step count is a tick) or over seconds, both axes logarithmic."""
+    """Distances over steps (`steps`: every step count is a tick) or over seconds, as SVG; both axes logarithmic."""
     with _axes() as (figure, axes):
         axes.set_xscale("log", base=2 if steps else 10)
         axes.set_yscale("log")
@@ -111,7 +111,7 @@ def curve_plot(
     log: bool,
     chance: float | None = None,
 ) -> bytes:
-    """Curves over the updates of a rung; phases are divided by lines and named above."""
+    """Curves over the updates of a rung, as SVG; vertical lines separate the phases, whose names are above."""
     with _axes() as (figure, axes):
         for curve in curves:
             colour, dash = _COLOURS[curve.colour % len(_COLOURS)], "--" if curve.dashed else "-"
@@ -147,7 +147,7 @@ def curve_plot(
 
 @contextmanager
 def _axes() -> Iterator[tuple[Figure, Axes]]:
-    """A figure in this report's style, whatever the user's matplotlibrc says."""
+    """A figure in the report's style, independent of the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -166,7 +166,7 @@ def _plain(value: float, _: int | None = None) -> str:
 
 
 def _log_ticks(axes: Axes, which: str) -> None:
-    """Ticks at 1, 2, 5 of each decade where there are few decades, at the decades alone where there are many."""
+    """Ticks at 1, 2, 5 of each decade if the axis spans less than three decades, else at the decades only."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
@@ -175,7 +175,7 @@ def _log_ticks(axes: Axes, which: str) -> None:
 
 
 def _thinned(curve: Curve, most: int = 300) -> tuple[list[float], list[float]]:
-    """At most `most` points, each the mean of as many updates."""
+    """(x, y) of at most `most` points; each is the mean over an equal number of updates."""
     width = -(-len(curve.values) // most)
     chunks = [curve.values[i : i + width] for i in range(0, len(curve.values), width)]
     xs = [curve.first + i * width + (len(chunk) - 1) / 2 for i, chunk in enumerate(chunks)]
@@ -183,7 +183,7 @@ def _thinned(curve: Curve, most: int = 300) -> tuple[list[float], list[float]]:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """The mean over a window of a fifteenth of the curve, centred."""
+    """Centred moving average over a fifteenth of the curve."""
     reach = len(values) // 30
     windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

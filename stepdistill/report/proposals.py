@@ -1,5 +1,5 @@
-"""Advice as data: a finding, and what could be done about it as settings. Each is tried on the run's config first: what that
-refuses is never proposed.
+"""Advice as data: a finding, and proposals with the settings that carry them out. Every proposal is first tried on the run's
+config; what the config rejects is not proposed.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _MOST_SETTINGS = 6
 
 @dataclass(frozen=True)
 class Proposal:
-    """One thing to do. `changes`: the settings that do it, by dotted key; each may be made by itself, or all together."""
+    """One thing to do. `changes`: the settings for it, by dotted key; they can be applied one by one, or all together."""
 
     text: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -25,14 +25,14 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Advice:
-    """What was found, and what to do about it; no proposals where that is not known."""
+    """A finding, and what to do about it; without proposals if no remedy is known."""
 
     finding: str
     proposals: tuple[Proposal, ...] = ()
 
     @property
     def remedy(self) -> str:
-        """The proposals as text."""
+        """The texts of all proposals."""
         return " ".join(proposal.text for proposal in self.proposals)
 
     @property
@@ -42,17 +42,17 @@ class Advice:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of these settings."""
+        """The keys of `changes`."""
         return tuple(self.changes)
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The first few settings as the command line takes them."""
+        """The first few settings as command-line overrides, key=value."""
         return tuple(setting_text(key, value) for key, value in self.changes.items())[:_MOST_SETTINGS]
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key of a run's config, None where an older version did not write it."""
+    """The value at a dotted key of a run's config; None if an older version did not write the key."""
     try:
         return setting_at(config, key)
     except ConfigError:
@@ -60,7 +60,10 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
 
 
 def scaled(config: Mapping[str, Any], factor: float, *keys: str) -> dict[str, Any]:
-    """New values of numbers: `factor` times today's, rates to two digits; what is no number, or stays, is left out."""
+    """New values for numeric settings: `factor` times the current value, non-integers rounded to two significant digits.
+
+    Keys whose value is not a number, or would not change, are left out.
+    """
     changes: dict[str, Any] = {}
     for key in keys:
         today = number(setting(config, key))
@@ -72,18 +75,18 @@ def scaled(config: Mapping[str, Any], factor: float, *keys: str) -> dict[str, An
 
 
 def accepted(advice: Advice, config: Mapping[str, Any]) -> Advice:
-    """The advice with those proposals whose settings the config takes, each by itself and all together."""
-    taken = tuple(proposal for proposal in advice.proposals if _is_taken(config, proposal.changes))
-    return replace(advice, proposals=taken)
+    """The advice with only those proposals whose settings the config accepts, both one by one and all together."""
+    kept = tuple(proposal for proposal in advice.proposals if _is_accepted(config, proposal.changes))
+    return replace(advice, proposals=kept)
 
 
-def _is_taken(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+def _is_accepted(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
     trials = [changes, *({key: value} for key, value in changes.items())]
     return all(_parses(config, trial) for trial in trials)
 
 
 def _parses(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
-    """Whether the changed config is one, and fits the teacher where that is at hand."""
+    """Whether the changed config is valid and, if the teacher's files can be read, fits the teacher."""
     try:
         then = changed(config, changes)
     except ConfigError:

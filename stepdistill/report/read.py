@@ -1,11 +1,11 @@
-"""What a run's folder holds for a report, read once. Files only; keys that an older version did not write may be missing.
+"""Reads what a report needs from a run's folder, once. Keys that an older version did not write may be missing.
 
-config.yaml                  what was asked: ladder, updates
-environment.json             on what
-cache/manifest.json          how many samples it learned from, and which were left out
-log.jsonl                    every update
-rungs/<steps>/               finished rungs, their previews, and how pictures looked at each phase's end
-evaluation/results.json      rows of numbers; the pictures beside it are read where they are shown
+config.yaml                  the resolved config: ladder, updates
+environment.json             software and hardware of the run
+cache/manifest.json          how many samples were used for training, and which were left out
+log.jsonl                    one line per update
+rungs/<steps>/               finished rungs, their previews, and measurements of a few pictures at the end of each phase
+evaluation/results.json      rows of numbers; gallery.py reads the pictures beside it
 """
 
 from collections.abc import Iterator
@@ -23,26 +23,26 @@ from stepdistill.run.rungs import RECORD_NAME, rung_folder
 
 ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
 _LOOKS = ("sharpness", "contrast", "colour")
-_BEFORE = (
-    "measured by an earlier version, whose distances to the teacher are at equal noise: `stepdistill evaluate` measures "
-    "them against the teacher's images of other seeds"
+_EQUAL_NOISE_WARNING = (
+    "measured by an earlier version, which compared student and teacher at equal noise only: run `stepdistill evaluate` to "
+    "measure FID to teacher against the teacher's images with other seeds"
 )
 
 
 @dataclass(frozen=True)
 class PhaseLog:
-    """One phase of a rung: what the config asks for, and its lines of log.jsonl in order."""
+    """One phase of a rung: its key and settings in the config, and its lines of log.jsonl in order."""
 
     key: str
     objective: str
     max_train_steps: int
     records: tuple[dict[str, Any], ...]
     looks: dict[str, Any] | None = None
-    """Sharpness, contrast and colour of a few pictures at its end (training/measure_looks.py)."""
+    """Sharpness, contrast and colour of a few pictures at the end of the phase (training/measure_looks.py)."""
 
     @property
     def is_adversarial(self) -> bool:
-        """Whether it has a discriminator."""
+        """Whether the phase has a discriminator."""
         return not set(self.objective.split("+")).isdisjoint(ADVERSARIAL)
 
     @property
@@ -51,14 +51,14 @@ class PhaseLog:
         return max((int(record.get("step", -1)) + 1 for record in self.records), default=0)
 
     def values(self, name: str) -> list[float]:
-        """What the log says under `name`, in order; what is no finite number is left out."""
+        """The finite numbers logged under `name`, in order."""
         numbers = (number(record.get(name)) for record in self.records)
         return [float(value) for value in numbers if value is not None]
 
 
 @dataclass(frozen=True)
 class RungLog:
-    """One rung: its phases, and rung.json where it is finished."""
+    """One rung: its phases, and rung.json as `record` if the rung is finished."""
 
     key: str
     teacher_steps: int
@@ -76,7 +76,7 @@ class RungLog:
 
     @property
     def updates(self) -> int:
-        """Updates done so far; all of them where the rung is finished (its log may be another run's)."""
+        """Updates done so far; all of them if the rung is finished, since its log may be in another run."""
         return self.max_train_steps if self.record is not None else sum(p.updates for p in self.phases)
 
     @property
@@ -86,14 +86,17 @@ class RungLog:
 
     @property
     def max_train_steps(self) -> int:
-        """Updates of all its phases."""
+        """Updates of all phases of the rung, as configured."""
         return sum(phase.max_train_steps for phase in self.phases)
 
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What `prepare` made of the data: samples used, and those left out by kind, each with examples; where pictures keep
-    their ratios, how many have each size, and how many were moved there from ratios that fewer than min_per_bucket have."""
+    """Counts from `prepare`: samples used, and samples left out by kind of problem (`bad`), with examples of each kind.
+
+    sizes, moved: if pictures keep their aspect ratios, how many have each size, and how many of them were moved to another
+    ratio because fewer than min_per_bucket pictures had theirs.
+    """
 
     samples: int
     bad: dict[str, int]
@@ -105,7 +108,7 @@ class DataCounts:
     def __str__(self) -> str:
         left = sum(self.bad.values())
         out = f"{left:,} of {self.samples + left:,} were" if left else "none was"
-        text = f"Learned from {self.samples:,} samples; {out} left out."
+        text = f"Trained on {self.samples:,} samples; {out} left out."
         if not self.sizes:
             return text
         return f"{text} They have {sizes_text(self.sizes, moved=self.moved, least=self.min_per_bucket)}."
@@ -113,7 +116,7 @@ class DataCounts:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. `rows`, `metrics` and `floor` are empty where it is not evaluated yet."""
+    """One run. If it is not evaluated yet, `results` is None and all fields after it are empty."""
 
     name: str
     path: Path
@@ -126,17 +129,18 @@ class Run:
     metrics: dict[str, dict[str, str]] = field(default_factory=dict)
     floor: dict[str, float] = field(default_factory=dict)
     other_noise: dict[str, float] = field(default_factory=dict)
-    """Paired measures of the teacher with other seeds: how large they are where no map from noise to image is kept."""
+    """Paired metrics of the teacher against itself with other noise: their value if nothing of the map from noise to image
+    is preserved."""
     replicates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """By row and metric: jackknife replicates, from which the standard error of a difference is told."""
+    """Jackknife replicates by row and metric, for the standard error of a difference between two rows."""
 
     @property
     def reference(self) -> str | None:
-        """The row that `*_to_teacher` is measured against."""
+        """Name of the row that the `*_to_teacher` metrics compare with; None if the run is not evaluated."""
         return None if self.results is None else self.results.get("reference")
 
     def part(self, name: str) -> Any:
-        """A key of results.json, None where it is not there."""
+        """The value of a key of results.json; None if the key is missing or the run is not evaluated."""
         return None if self.results is None else self.results.get(name)
 
     def renamed(self, name: str) -> "Run":
@@ -145,11 +149,11 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """The run in a folder; ValueError in one line where it is none, or has nothing to report yet."""
+    """Reads the run in a folder; ValueError of one line if the folder is not a run, or has nothing to report yet."""
     config = saved_config(run_dir)
     for key in ("teacher", "lora"):
         if not isinstance(config.get(key) or {}, dict):
-            raise ValueError(f"{run_dir / 'config.yaml'} is not the config of a run: {key} is no mapping")
+            raise ValueError(f"{run_dir / 'config.yaml'} is not the config of a run: {key} is not a mapping")
     try:
         rungs = tuple(_rungs(run_dir, config))
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -187,8 +191,8 @@ def _numbers(values: Any) -> dict[str, float]:
 
 
 def _paired_renamed(results: dict[str, Any] | None) -> dict[str, Any] | None:
-    """results.json of versions that measured FID to teacher at equal noise, under the name that this measure has today;
-    their unpaired distances to the teacher are not known."""
+    """Results with the current metric names. Earlier versions stored the FID at equal noise as fid_to_teacher, which is now
+    called paired_fid_to_teacher; they did not measure the unpaired distance, so fid_to_teacher is then missing."""
     if results is None or "teacher_images" in (results.get("protocol") or {}):
         return results
     paired, metrics = "paired_fid_to_teacher", dict(results.get("metrics") or {})
@@ -199,12 +203,12 @@ def _paired_renamed(results: dict[str, Any] | None) -> dict[str, Any] | None:
             values[paired] = values.pop("fid_to_teacher")
     if paired in metrics:
         metrics[paired] = {**metrics[paired], "title": "paired FID to teacher"}
-    warnings = [*(results.get("warnings") or ()), _BEFORE]
+    warnings = [*(results.get("warnings") or ()), _EQUAL_NOISE_WARNING]
     return results | {"rows": rows, "metrics": metrics, "floor": floor, "warnings": warnings}
 
 
 def _objectives(phase: dict[str, Any]) -> str:
-    """Such as "mse", or "mse+single" of a list, as Phase.title has it."""
+    """The phase's objectives as in Phase.title: "mse", or "mse+single" for several."""
     several = phase.get("objectives")
     return str(phase.get("objective") or "") if not several else "+".join(str(one["kind"]) for one in several)
 
@@ -213,7 +217,7 @@ def _environment(path: Path) -> dict[str, Any]:
     environment = read_sealed(path)
     if environment is None or any(isinstance(value, dict | list) for value in environment.values()):
         if path.exists():
-            warn_of_damage(path, "the report says nothing of it; mend: `stepdistill prepare` writes it again")
+            warn_of_damage(path, "the report leaves it out; mend: `stepdistill prepare` writes it again")
         return {}
     return environment
 
@@ -221,7 +225,7 @@ def _environment(path: Path) -> dict[str, Any]:
 def _data(path: Path) -> DataCounts | None:
     manifest = read_sealed(path)
     if manifest is not None and "bad" not in manifest:
-        return None  # of an earlier version
+        return None  # written by an earlier version
     samples, bad, examples = ((manifest or {}).get(key) for key in ("samples", "bad", "bad_examples"))
     if type(samples) is int and isinstance(bad, dict) and isinstance(examples or {}, dict):
         lists = all(isinstance(names, list) for names in (examples or {}).values())
@@ -229,13 +233,13 @@ def _data(path: Path) -> DataCounts | None:
             return _with_sizes(DataCounts(samples, bad, examples or {}), manifest or {})
     if path.exists():
         warn_of_damage(
-            path, "the report says nothing of the data; mend: `stepdistill prepare` writes it again"
+            path, "the report leaves out the data counts; mend: `stepdistill prepare` writes it again"
         )
     return None
 
 
 def _with_sizes(counts: DataCounts, manifest: dict[str, Any]) -> DataCounts:
-    """The counts with how pictures fall into sizes, where a manifest says it."""
+    """The counts with the number of pictures of each size, if the manifest has these."""
     sizes = manifest.get("sizes")
     if not isinstance(sizes, dict) or not all(_is_size(*item) for item in sizes.items()):
         return counts
@@ -255,7 +259,7 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the keys that all have today."""
+    """A row of results.json with the keys that every row has in the current version."""
     kind = row.get("kind") or ("student" if row.get("distilled") else "teacher")
     steps = int(number(row.get("steps")) or 0)
     nfe = number(row.get("nfe")) or steps
@@ -263,18 +267,18 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _looks(path: Path) -> dict[str, Any] | None:
-    """What training/measure_looks.py wrote, None where there is none or it is damaged."""
+    """The measurements that training/measure_looks.py wrote; None if they are missing or damaged."""
     if not path.is_file():
-        return None  # a version before, or preview.looks_images is 0
+        return None  # written by an earlier version, or preview.looks_images is 0
     looks: Any = read_sealed(path)
     if looks is None:
-        warn_of_damage(path, "the report says nothing of how that phase's pictures look")
+        warn_of_damage(path, "the report leaves out how that phase's pictures look")
     try:
         images, per_image = looks["compared_with"]["images"], looks["per_image"]
-        lists = [per_image[whose][look] for whose in ("student", "teacher", "data") for look in _LOOKS]
-        teachers = [per_image["teacher"][look] for look in _LOOKS[:2]]
-        whole = all(len(values) == images and None not in map(number, values) for values in lists)
-        return looks if whole and images > 1 and all(sum(values) > 0 for values in teachers) else None
+        lists = [per_image[source][look] for source in ("student", "teacher", "data") for look in _LOOKS]
+        divisors = [per_image["teacher"][look] for look in _LOOKS[:2]]
+        complete = all(len(values) == images and None not in map(number, values) for values in lists)
+        return looks if complete and images > 1 and all(sum(values) > 0 for values in divisors) else None
     except (KeyError, TypeError):
         return None
 

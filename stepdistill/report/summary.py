@@ -1,4 +1,4 @@
-"""A line per rung in plain words, made only of what was measured; and what keeps several runs from being compared."""
+"""The section "In short": one line per rung, made only of measured numbers; and the warnings of the page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from stepdistill.report.number_format import format_number, percent, steps_text
 from stepdistill.report.read import Run
 
 _DISTANCES = (("fid_to_teacher", "FID to teacher"), ("fid_to_real", "FID to real"))
-# What two runs must share for their numbers to be compared.
+# Protocol entries that must be equal for the numbers of two runs to be comparable.
 _SHARED = (
     "num_images",
     "teacher_images",
@@ -23,15 +23,15 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class Sentence:
-    """What a row comes to: its steps, whose it is (where that is not plain), and the sentence."""
+    """One line: the step count as heading, the label of a foreign LoRA's row (else ""), and the text."""
 
     heading: str
-    whose: str
+    lora: str
     text: str
 
 
 def sentences(entries: Sequence[Entry]) -> list[Sentence]:
-    """One for each distilled row of a run, or one for each step count of several; most steps first."""
+    """One sentence per distilled row of a run, or with several runs one per step count; most steps first."""
     distilled = sorted(
         (e for e in entries if e.kind != "teacher"), key=lambda e: (-e.steps, e.kind == "lora")
     )
@@ -42,18 +42,18 @@ def sentences(entries: Sequence[Entry]) -> list[Sentence]:
     else:
         parts = [(e.steps, e.label if e.kind == "lora" else "", _measured(e, entries)) for e in distilled]
     return [
-        Sentence(steps_text(steps), whose, text[0].upper() + text[1:]) for steps, whose, text in parts if text
+        Sentence(steps_text(steps), lora, text[0].upper() + text[1:]) for steps, lora, text in parts if text
     ]
 
 
 def joined_names(runs: Sequence[Run]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """The runs' names as text: "a", "a and b", "a, b and c"."""
     *before, last = (run.name for run in runs)
     return f"{', '.join(before)} and {last}" if before else last
 
 
 def warnings_of(runs: Sequence[Run]) -> list[str]:
-    """The runs' own warnings, and what was measured differently among several."""
+    """The warnings in the runs' results, differences in how several runs were measured, and missing numbers."""
     warnings = list(dict.fromkeys(str(text) for run in runs for text in run.part("warnings") or ()))
     evaluated = [run for run in runs if run.results is not None]
     for key in _SHARED:
@@ -61,10 +61,10 @@ def warnings_of(runs: Sequence[Run]) -> list[str]:
         if len({str(value) for value in values.values()}) > 1:
             each = ", ".join(f"{name}: {value}" for name, value in values.items())
             warnings.append(
-                f"the runs were measured differently, so their numbers do not compare: {key} is {each}"
+                f"the runs were measured differently, so their numbers cannot be compared: {key} is {each}"
             )
     warnings += [
-        f"{run.name} is not measured to the end, `stepdistill evaluate` goes on: not yet {', '.join(map(str, missing))}"
+        f"{run.name} is only partly evaluated; `stepdistill evaluate` continues. Missing: {', '.join(map(str, missing))}"
         for run in evaluated
         if (missing := run.part("unmeasured"))
     ]
@@ -75,59 +75,59 @@ def warnings_of(runs: Sequence[Run]) -> list[str]:
 
 
 def _measured(entry: Entry, entries: Sequence[Entry]) -> str:
-    """A row's numbers, one after another."""
+    """A row's numbers as one sentence."""
     parts: list[str] = []
     for key, title in _DISTANCES:
         if entry.value(key) is not None:
-            parts = [f"{title} {_said(entry, key)}{_beside(key, entry, entries)}"]
+            parts = [f"{title} {_formatted(entry, key)}{_comparison(key, entry, entries)}"]
             break
     if entry.value("paired_fid_to_teacher") is not None and entry.kind == "student":
         yardstick = entry.run.other_noise.get("paired_fid_to_teacher")
-        beside = "" if yardstick is None else f" (the teacher with other noise: {yardstick:.2f})"
-        parts.append(f"paired FID {_said(entry, 'paired_fid_to_teacher')}{beside}")
-    return ", ".join([*parts, *_others(entry, entries)])
+        beside = "" if yardstick is None else f" (teacher with other noise: {yardstick:.2f})"
+        parts.append(f"paired FID {_formatted(entry, 'paired_fid_to_teacher')}{beside}")
+    return ", ".join([*parts, *_other_numbers(entry, entries)])
 
 
 def _compared(group: Sequence[Entry], entries: Sequence[Entry]) -> str:
-    """The rows of one step count, nearest to the teacher first."""
+    """The rows of one step count as one sentence, best first for each number."""
     parts: list[str] = []
-    for key, title in (*_DISTANCES, ("prompt_accuracy", "prompts read right")):
+    for key, title in (*_DISTANCES, ("prompt_accuracy", "prompt accuracy")):
         measured = [(value, entry) for entry in group if (value := entry.value(key)) is not None]
         if not measured or (key == "fid_to_real" and parts):
             continue
         order = sorted(measured, key=lambda pair: pair[0], reverse=key == "prompt_accuracy")
         each = ", ".join(
-            f"{e.name if e.kind == 'lora' else e.run.name} {percent(v) if key == 'prompt_accuracy' else _said(e, key)}"
+            f"{e.name if e.kind == 'lora' else e.run.name} {percent(v) if key == 'prompt_accuracy' else _formatted(e, key)}"
             for v, e in order
         )
-        beside = "" if key == "prompt_accuracy" else _beside(key, order[0][1], entries)
+        beside = "" if key == "prompt_accuracy" else _comparison(key, order[0][1], entries)
         parts.append(f"{title}{beside}: {each}")
     return "; ".join(parts)
 
 
-def _said(entry: Entry, key: str) -> str:
+def _formatted(entry: Entry, key: str) -> str:
     return format_number(entry.value(key), entry.run.metrics.get(key, {}).get("format", ".2f"))
 
 
-def _beside(key: str, entry: Entry, entries: Sequence[Entry]) -> str:
-    """What a distance is to be compared with, in brackets."""
+def _comparison(key: str, entry: Entry, entries: Sequence[Entry]) -> str:
+    """The undistilled teacher's distance and the floor, in brackets, for comparison; "" if neither is known."""
     asides = []
     teacher = equal_passes(entry, entries)
     if teacher is not None and teacher.value(key) is not None:
         same = "U-Net passes" if teacher.row["nfe"] == entry.row["nfe"] else "steps"
-        asides.append(f"undistilled {_said(teacher, key)} at equal {same}")
+        asides.append(f"undistilled {_formatted(teacher, key)} at equal {same}")
     if key in entry.run.floor:
         spec = entry.run.metrics.get(key, {}).get("format", ".2f")
         asides.append(f"floor {format_number(entry.run.floor[key], spec)}")
     return f" ({'; '.join(asides)})" if asides else ""
 
 
-def _others(entry: Entry, entries: Sequence[Entry]) -> list[str]:
+def _other_numbers(entry: Entry, entries: Sequence[Entry]) -> list[str]:
     phrases = []
     reference = next((e for e in entries if e.is_reference), None)
     accuracy, clip, diversity = (entry.value(k) for k in ("prompt_accuracy", "clip_score", "diversity"))
     if accuracy is not None:
-        phrases.append(f"prompts read right {percent(accuracy)}")
+        phrases.append(f"prompt accuracy {percent(accuracy)}")
     if clip is not None:
         beside = None if reference is None else reference.value("clip_score")
         phrases.append(f"CLIP score {clip:.2f}" + (f" (teacher {beside:.2f})" if beside is not None else ""))

@@ -1,7 +1,7 @@
 """Tables of numbers for the page.
 
-A metric says of itself: title, format, and which way is better ("lower", "higher", "one", "zero" or "" for neither). A
-`*_std` stands behind the number that it belongs to.
+Each metric in results.json has a title, a format, and which values are better: "lower", "higher", "one", "zero", or "" for
+neither. A metric `*_std` is shown as ± behind the metric that it belongs to.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ _DIRECTIONS = {
     "zero": ("→ 0", "0 is best"),
 }
 PAIRED = frozenset({"paired_fid_to_teacher", "latent_mse_to_teacher", "colour_drift"})
-"""Measures at equal noise, 0 for the teacher itself."""
+"""Metrics that compare pictures of equal noise one by one; they are 0 for the teacher itself."""
 _BADNESS: dict[str, Callable[[float], float]] = {
     "lower": lambda value: value,
     "higher": lambda value: -value,
@@ -29,7 +29,7 @@ _BADNESS: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column's heading: title, an arrow and its meaning, one sentence."""
+    """A column's heading: title, an arrow and its meaning in words, and one sentence about the metric."""
 
     title: str
     arrow: str = ""
@@ -39,7 +39,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as text; `extra` follows it in small, `best` marks it."""
+    """A number as text; `extra` follows it in small print, and `best` numbers are highlighted."""
 
     text: str
     extra: str = ""
@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row: its label, what it is (teacher, student, lora, floor) and its cells."""
+    """A row: its label, its kind (teacher, student, lora, floor, data) and its cells."""
 
     label: str
     kind: str
@@ -57,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """What the page's table macro shows."""
+    """A table for the page's number_table macro."""
 
     caption: str
     columns: tuple[Column, ...]
@@ -66,7 +66,7 @@ class Table:
 
 
 def metrics_of(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
-    """The metrics of all runs that any row has, in table order."""
+    """The metrics that at least one row has, of all runs, in table order."""
     all_entries = list(entries)
     metrics: dict[str, dict[str, str]] = {}
     for entry in all_entries:
@@ -77,7 +77,7 @@ def metrics_of(entries: Iterable[Entry]) -> dict[str, dict[str, str]]:
 
 
 def quality_table(entries: Sequence[Entry], floors: Mapping[str, Mapping[str, float]]) -> Table:
-    """Rows x metrics, the yardsticks last: floors, and the teacher with other noise; `floors` by label."""
+    """Rows x metrics; the last rows are `floors` by label: the floor, and the teacher with other noise."""
     metrics = metrics_of(entries)
     shown = {key: about for key, about in metrics.items() if _base(key) not in metrics}
     best = {key: best_entries(entries, key, about) for key, about in shown.items()}
@@ -103,7 +103,7 @@ def quality_table(entries: Sequence[Entry], floors: Mapping[str, Mapping[str, fl
 
 
 def cost_table(entries: Sequence[Entry]) -> Table | None:
-    """What an image costs; None where nothing was timed."""
+    """The cost of an image in seconds and memory; None if nothing was timed."""
     costs = [entry.row.get("cost") or {} for entry in entries]
     smallest = next((cost["smallest_batch"] for cost in costs if cost.get("smallest_batch")), 1)
     drawn = [format_number(entry.row.get("seconds_per_image"), ".4g") for entry in entries]
@@ -115,8 +115,8 @@ def cost_table(entries: Sequence[Entry]) -> Table | None:
     for title, key, spec in (
         (f"s at batch {smallest}", f"seconds_at_batch_{smallest}", ".4g"),
         ("best batch", "best_batch", "g"),
-        ("images / s there", "images_per_second", ".4g"),
-        ("peak memory there, MiB", "peak_memory_mib", ",.0f"),
+        ("images / s at best batch", "images_per_second", ".4g"),
+        ("peak memory at best batch, MiB", "peak_memory_mib", ",.0f"),
     ):
         columns.append((Column(title), [format_number(cost.get(key), spec) for cost in costs]))
     shown_columns = [(column, texts) for column, texts in columns if any(text != MISSING for text in texts)]
@@ -127,12 +127,13 @@ def cost_table(entries: Sequence[Entry]) -> Table | None:
         Line(entry.label, entry.kind, tuple(Cell(texts[place]) for _, texts in [passes, *shown_columns]))
         for place, entry in enumerate(entries)
     )
-    caption = "A step is one U-Net pass, or two with guidance on. Seconds per image: at the best batch, row after row."
+    caption = "A step is one U-Net pass, or two with guidance. s / image: at the best batch, one row timed after another."
     return Table(caption, tuple(column for column, _ in [passes, *shown_columns]), lines)
 
 
 def best_entries(entries: Sequence[Entry], key: str, about: Mapping[str, str]) -> set[str]:
-    """Labels of the best few-step rows: of each step count where several rows share one, else of all of them."""
+    """Labels of the best rows in a metric: the best of each step count that several distilled rows share; if no rows share a
+    step count, the best of all distilled rows with few steps. Empty if neither direction is better."""
     badness = _BADNESS.get(about.get("better", ""))
     if badness is None:
         return set()
@@ -154,35 +155,39 @@ def _groups(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def _caption(entries: Sequence[Entry], floors: Iterable[str]) -> str:
-    """What is marked, and what the floor is of the metrics that have one."""
+    """The caption: what is highlighted, and what the floor and other-noise rows mean for the metrics that have them."""
     steps = [entry.steps for entry in entries if entry.kind != "teacher"]
     shared = len(set(steps)) < len(steps)
     best = (
-        "where several rows share a step count"
+        "among rows with equal step counts"
         if shared
-        else f"of the distilled rows with {FEW_STEPS} steps or fewer"
+        else f"among the distilled rows with {FEW_STEPS} steps or fewer"
     )
     with_floor = set(floors)
     sets = {
-        "_to_real": "real images are from other real ones",
-        "_to_teacher": "the teacher is from its own images of other seeds",
+        "_to_real": "two sets of real images",
+        "_to_teacher": "two sets of the teacher's images with different seeds",
     }
-    apart = [
+    pairs_of_sets = [
         text
         for ending, text in sets.items()
         if any(key.endswith(ending) and key not in PAIRED for key in with_floor)
     ]
-    floor = f" Floor: at this number of images, how far {' and '.join(apart)}." if apart else ""
+    floor = (
+        f" Floor: the distance, at this number of images, between {' and between '.join(pairs_of_sets)}."
+        if pairs_of_sets
+        else ""
+    )
     if with_floor & PAIRED:
         floor += (
-            " Other noise: the teacher with other seeds, image by image against itself; so large are paired measures where "
-            "nothing of the map from noise to image is kept."
+            " Other noise: the teacher compared image by image with itself at other seeds; paired metrics are this large if "
+            "nothing of the map from noise to image is preserved."
         )
     return f"Bold and underlined: the best {best}.{floor}"
 
 
 def _base(key: str) -> str:
-    """The metric that a `*_std` belongs to; no metric's name for another."""
+    """The metric that a `*_std` belongs to; "" for any other metric."""
     return key.removesuffix("_std") if key.endswith("_std") else ""
 
 

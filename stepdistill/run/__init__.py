@@ -1,1 +1,1 @@
-"""A run's folder: its config, its finished rungs, its log, its pictures."""
+"""The folder of a run: its config, finished rungs, log and pictures."""

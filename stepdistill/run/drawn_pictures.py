@@ -1,8 +1,8 @@
-"""What a folder of drawn pictures says of itself, chunk by chunk, so that a changed file is noticed. No torch.
+"""A folder of drawn pictures records the sha256 of its files chunk by chunk, so that a changed file is noticed. No torch.
 
 <folder>/images/000000.png ..         one per prompt
 <folder>/latents/000000.safetensors   final latents of a chunk, of the first images only
-<folder>/chunks/000000.json           a chunk that is whole: what it was drawn for, sha256 of its files; written last
+<folder>/chunks/000000.json           marker of a complete chunk: key, sha256 of each of its files; written last
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,18 @@ from typing import Any
 
 from stepdistill.disk.durable import read_sealed, sha256_file, write_sealed
 
-_BEFORE = {"images", "seconds_per_image"}
-"""Keys of a marker that an earlier version wrote: it tells of no file's sha256."""
+_EARLIER_KEYS = {"images", "seconds_per_image"}
+"""Keys of a marker that an earlier version wrote; such a marker holds no sha256."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pictures first .. first + images - 1. `key` hashes what they were drawn with; `pictures` holds the sha256 of their
-    files, none in a chunk of an earlier version; `latents` that of the latents' file, None where they are not kept."""
+    """Pictures number first .. first + images - 1.
+
+    key       hash of all that the pictures depend on
+    pictures  sha256 of each picture's file; empty in a chunk of an earlier version
+    latents   sha256 of the latents' file; None if the chunk's latents are not kept
+    """
 
     first: int
     images: int
@@ -30,7 +34,7 @@ class Chunk:
 
     @property
     def indices(self) -> range:
-        """Numbers of its pictures."""
+        """The numbers of the chunk's pictures."""
         return range(self.first, self.first + self.images)
 
     def write(self, folder: Path) -> None:
@@ -39,7 +43,7 @@ class Chunk:
         write_sealed(marker_of(folder, self.first), about)
 
     def changed_file(self, folder: Path) -> Path | None:
-        """The first of its files that is missing or not as it was drawn."""
+        """The first of the chunk's files that is missing or changed; None if all are intact."""
         written = {
             picture_file(folder, k): digest for k, digest in zip(self.indices, self.pictures, strict=True)
         }
@@ -49,34 +53,34 @@ class Chunk:
 
 
 def picture_file(folder: Path, index: int) -> Path:
-    """images/000000.png."""
+    """The file of a picture, images/000000.png."""
     return folder / "images" / f"{index:06d}.png"
 
 
 def latents_file(folder: Path, first: int) -> Path:
-    """latents/000000.safetensors of the chunk that begins there."""
+    """latents/000000.safetensors of the chunk whose first picture has this number."""
     return folder / "latents" / f"{first:06d}.safetensors"
 
 
 def marker_of(folder: Path, first: int) -> Path:
-    """chunks/000000.json of the chunk that begins there."""
+    """chunks/000000.json of the chunk whose first picture has this number."""
     return folder / "chunks" / f"{first:06d}.json"
 
 
 def markers(folder: Path) -> list[Path]:
-    """The markers of a folder in order of their pictures, damaged ones too."""
+    """All markers of a folder in the order of their pictures, damaged ones included."""
     return sorted(path for path in (folder / "chunks").glob("*.json") if path.stem.isdecimal())
 
 
 def read_chunk(marker: Path) -> Chunk | None:
-    """The chunk that a marker tells of; None where it is damaged."""
+    """The chunk that a marker describes; None if the marker is damaged."""
     raw = read_sealed(marker)
-    if raw is None or not raw.keys() >= _BEFORE:
+    if raw is None or not raw.keys() >= _EARLIER_KEYS:
         return None
     images, seconds = raw["images"], raw["seconds_per_image"]
     if type(images) is not int or images < 1 or type(seconds) not in (int, float):
         return None
-    if raw.keys() == _BEFORE:
+    if raw.keys() == _EARLIER_KEYS:
         return Chunk(int(marker.stem), images, seconds)
     try:
         chunk = Chunk(int(marker.stem), images, seconds, raw["key"], tuple(raw["pictures"]), raw["latents"])
@@ -86,7 +90,7 @@ def read_chunk(marker: Path) -> Chunk | None:
 
 
 def chunks_of(folder: Path) -> Iterator[Chunk]:
-    """The chunks of a folder in order, those with a damaged marker left out."""
+    """The chunks of a folder in order; those with a damaged marker are left out."""
     for marker in markers(folder):
         chunk = read_chunk(marker)
         if chunk is not None:
@@ -94,7 +98,7 @@ def chunks_of(folder: Path) -> Iterator[Chunk]:
 
 
 def picture_digest(folder: Path, index: int) -> str | None:
-    """sha256 of a picture's file as it was drawn; None where nothing is said of it."""
+    """The sha256 that was recorded for a picture's file when it was drawn; None if there is no record."""
     before = [marker for marker in markers(folder) if int(marker.stem) <= index]
     chunk = read_chunk(before[-1]) if before else None
     is_recorded = chunk is not None and index in chunk.indices and chunk.pictures
@@ -102,7 +106,7 @@ def picture_digest(folder: Path, index: int) -> str | None:
 
 
 def is_as_written(file: Path, digest: Any) -> bool:
-    """Whether a file is there and has this sha256."""
+    """Whether a file exists and has this sha256."""
     try:
         return file.is_file() and sha256_file(file) == digest
     except OSError:

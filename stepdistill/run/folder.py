@@ -1,4 +1,4 @@
-"""The folder of a run: opened before anything costs time, refused where it belongs to another run. No torch."""
+"""Opens the folder of a run, before anything costs time, and refuses a folder of another run. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from stepdistill.disk.durable import sha256_json, write_text
 from stepdistill.disk.places import clear_half_written, half_written
 from stepdistill.run.start_from import TAKEN
 
-# What may differ when a run goes on: it changes no weight.
-_FREE = (
+# Settings that may differ when a run is continued, because no trained weight depends on them.
+_MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.on_bad",
     "evaluation",
@@ -24,13 +24,13 @@ _FREE = (
     "training.preview_steps",
 )
 TEACHER_RECORD = "teacher.json"
-"""Says what the teacher's folder in a run's folder was made of."""
-# Files at the top of a run's folder, which every process of every stage may write.
+"""File in a run's folder that records what its teacher/ was made from."""
+# Files at the top of a run's folder that any process of any stage may write.
 _WRITTEN_BY_ALL = ("config.yaml", "environment.json", TEACHER_RECORD, TAKEN, "log.jsonl")
 
 
 def check_folder(config: RunConfig) -> None:
-    """ConfigError where the run's folder is another run's, or holds other files; writes nothing."""
+    """ConfigError if the run's folder belongs to another run or holds unrelated files; writes nothing."""
     run_dir = config.run_dir
     saved = run_dir / "config.yaml"
     try:
@@ -52,23 +52,23 @@ def check_folder(config: RunConfig) -> None:
         more = f", and {len(rest) - 8} more" if len(rest) > 8 else ""
         others = f" (also other: {', '.join(rest[:8])}{more})" if rest else ""
         raise ConfigError(
-            f"{key}: got {now!r}, but {run_dir} is a run with {before!r}{others}; allowed: the same value, "
-            f"{run_dir} instead of the config to go on as it was begun, another name=..., or remove that folder"
+            f"{key}: got {now!r}, but {run_dir} is a run with {before!r}{others}; allowed: the same value, {run_dir} in "
+            f"place of the config file to continue that run with its own settings, another name=..., or removing that folder"
         )
 
 
 def _check_empty(run_dir: Path) -> None:
-    """ConfigError where a folder without config.yaml holds more than the half of one that a killed start left."""
-    if run_dir.is_dir() and not all(map(_is_half_a_config, run_dir.iterdir())):
+    """ConfigError if a folder without config.yaml holds anything but a half-written config.yaml of a killed process."""
+    if run_dir.is_dir() and not all(map(_is_half_written_config, run_dir.iterdir())):
         raise ConfigError(f"name: {run_dir} holds files that are no run's; choose another name or output_dir")
 
 
-def _is_half_a_config(path: Path) -> bool:
+def _is_half_written_config(path: Path) -> bool:
     return half_written(path) == "config.yaml"
 
 
 def open_folder(config: RunConfig) -> Path:
-    """check_folder, then the folder with config.yaml in it; half-written files that killed starts left there are removed."""
+    """Calls check_folder, then makes the run's folder with its config.yaml, and removes what killed processes half wrote."""
     check_folder(config)
     plain = resolved(config)
     if plain["data"]["held_out"] is None:
@@ -81,22 +81,22 @@ def open_folder(config: RunConfig) -> Path:
 
 
 def saved_held_out(run_dir: Path) -> float | None:
-    """The data.held_out that a run was begun with; None where it named none, or has not begun."""
+    """The data.held_out that a run was started with; None if its config has none, or the run has not started."""
     saved = run_dir / "config.yaml"
     data = _saved(run_dir).get("data") if saved.is_file() else None
     return data.get("held_out") if isinstance(data, dict) else None
 
 
 def config_hash(config: RunConfig) -> str:
-    """Of all that a run's weights depend on: equal wherever it lies and whatever is exported or measured of it."""
-    settings = {k: v for k, v in _flat(resolved(config)).items() if not _is_free(k)}
-    # keys that earlier versions did not have count where they say something
+    """A hash of all settings that a run's weights depend on; the run's place, exports and evaluation do not change it."""
+    settings = {k: v for k, v in _flat(resolved(config)).items() if not _may_change(k)}
+    # keys that earlier versions did not have: part of the hash only if they are set
     added = [k for k in settings if k == "start_from" or k.endswith(".objectives")]
     return sha256_json({k: v for k, v in settings.items() if k not in added or v})
 
 
 def _saved(run_dir: Path) -> dict[str, Any]:
-    """A run's config with the defaults of keys that its version did not know; as it is where this version cannot read it."""
+    """The saved config of a run, with defaults for keys added since; as saved if this version cannot validate it."""
     raw = saved_config(run_dir)
     try:
         return resolved(RunConfig.model_validate(raw))
@@ -116,13 +116,13 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
     return {key: value}
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+def _may_change(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _MAY_CHANGE)
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     first, second = _flat(before), _flat(now)
-    keys = [k for k in {**first, **second} if not _is_free(k)]
-    if second.get("data.held_out") is None:  # which goes on with the share that the run was begun with
+    keys = [k for k in {**first, **second} if not _may_change(k)]
+    if second.get("data.held_out") is None:  # the run continues with the share that it was started with
         keys.remove("data.held_out")
     return [(k, first.get(k), second.get(k)) for k in keys if first.get(k) != second.get(k)]

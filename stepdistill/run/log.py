@@ -1,4 +1,4 @@
-"""What happened: every update to JSONL, a progress bar with ETA on a terminal, plain lines elsewhere."""
+"""The log of a run: every update in a JSONL file; on a terminal a progress bar with ETA, elsewhere plain lines."""
 
 import json
 import sys
@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stepdistill.disk.durable import warn_of_damage, write_text, writing
 
 _PLACE = ("rung", "phase", "step")
-"""Keys that say which update a line is of."""
+"""Keys that say to which update a line belongs."""
 
 
 class TrainingLog:
-    """Appends to a run's log.jsonl. Lines of rungs that are trained again are dropped first.
+    """Appends to a run's log.jsonl, after removing the lines of rungs that are to be trained again.
 
     Args:
         path: the JSONL file.
@@ -31,7 +31,7 @@ class TrainingLog:
             self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict) -> None:
-        """One JSON object, one line, on disk at once; ValueError where it cannot be written."""
+        """Writes a record as one line of JSON, without buffering; ValueError if it cannot be written."""
         rest = (json.dumps(record) + "\n").encode()
         with writing(self._path):
             while rest:
@@ -43,9 +43,9 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log.jsonl: objects with whole numbers under rung, phase and step.
+    """The records of a log.jsonl: JSON objects with integers under rung, phase and step.
 
-    A last line cut short by a crash is left out; so are lines that are damaged, which is warned of.
+    A last line that a crash cut short is left out. Other damaged lines are left out with a warning.
     """
     if not path.is_file():
         return []
@@ -70,7 +70,7 @@ def _record(line: str) -> dict | None:
 
 
 class PhaseProgress:
-    """The console's view of one phase: a bar on a terminal, a line every `logging_steps` updates elsewhere."""
+    """Progress of one phase on the console: a bar on a terminal, else a line every `logging_steps` updates."""
 
     def __init__(self, title: str, total: int, *, logging_steps: int, enabled: bool) -> None:
         self._title, self._total, self._every = title, total, logging_steps
@@ -101,7 +101,7 @@ class PhaseProgress:
             self._bar.stop()
 
     def update(self, done: int, numbers: dict[str, float]) -> None:
-        """After update number `done` (from 1)."""
+        """Shows the progress after update number `done`, counted from 1."""
         text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=done, numbers=text)

@@ -1,6 +1,6 @@
-"""A finished rung on disk: its LoRA and what it is. Files only; reading one needs no torch.
+"""A finished rung on disk: its LoRA, and a record that describes it. Reading one needs no torch.
 
-rungs/<student_steps>/pytorch_lora_weights.safetensors   the LoRA, against the base
+rungs/<student_steps>/pytorch_lora_weights.safetensors   the LoRA on the base model
 rungs/<student_steps>/rung.json                          steps, prediction type, base, sha256, checksum; written last
 """
 
@@ -16,7 +16,7 @@ RECORD_NAME = "rung.json"
 
 @dataclass(frozen=True)
 class RungRecord:
-    """What a rung's LoRA needs to be used right, and where it came from."""
+    """Facts about a rung's LoRA that are needed to sample with it, and how it was made."""
 
     student_steps: int
     teacher_steps: int
@@ -25,7 +25,7 @@ class RungRecord:
     base_fingerprint: str
     sha256: str
     training_seconds: float | None = None
-    """Not in a kohya file, whose bytes depend on the weights alone."""
+    """None in the header of a kohya file, whose bytes must depend on the weights alone."""
     start_timestep: int | None = None
 
     def write(self, folder: Path) -> None:
@@ -34,12 +34,12 @@ class RungRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "RungRecord | None":
-        """What `write` left in a folder; None where it is missing or was changed."""
+        """The record that `write` wrote into a folder; None if it is missing or was changed."""
         return cls.of_json(read_sealed(folder / RECORD_NAME))
 
     @classmethod
     def of_json(cls, raw: Any) -> "RungRecord | None":
-        """A record of plain data, whose further keys are passed over; None where one is missing or of another type."""
+        """A record from plain data; unknown keys are ignored. None if a key is missing or has a value of the wrong type."""
         if not isinstance(raw, dict):
             return None
         given: dict[str, Any] = {field.name: raw[field.name] for field in fields(cls) if field.name in raw}
@@ -62,12 +62,12 @@ class RungRecord:
 
 
 def rung_folder(run_dir: Path, student_steps: int) -> Path:
-    """rungs/<student_steps> of a run."""
+    """The folder of a rung, rungs/<student_steps> of its run."""
     return run_dir / "rungs" / str(student_steps)
 
 
 def read_rung(run_dir: Path, student_steps: int) -> RungRecord | None:
-    """The record of a finished rung whose files are intact, else None, with a warning where they are there and damaged."""
+    """The record of a finished rung with intact files, else None; warns if the files exist and are damaged."""
     record, damaged = _examined(run_dir, student_steps)
     if damaged is not None:
         warn_of_damage(damaged, f"the {student_steps}-step rung counts as not finished; mend: {_MEND}")
@@ -75,7 +75,7 @@ def read_rung(run_dir: Path, student_steps: int) -> RungRecord | None:
 
 
 def _examined(run_dir: Path, student_steps: int) -> tuple[RungRecord | None, Path | None]:
-    """A rung's record, and the file that is damaged where there is none; neither for a rung that is not there."""
+    """(record, None) for an intact rung, (None, damaged file) for a damaged one, (None, None) if it has no folder."""
     folder = rung_folder(run_dir, student_steps)
     if not folder.is_dir():
         return None, None
@@ -87,11 +87,11 @@ def _examined(run_dir: Path, student_steps: int) -> tuple[RungRecord | None, Pat
     return record, None
 
 
-_MEND = "`stepdistill distill`, which trains it and those after it again, or a copy of the file"
+_MEND = "`stepdistill distill`, which trains it and the rungs after it again, or put back a copy of the file"
 
 
 def require_rung(run_dir: Path, student_steps: int) -> RungRecord:
-    """The record of a finished rung; ValueError that says what to run where it is not finished or damaged."""
+    """The record of a finished rung; ValueError, which says what to do, if it is unfinished or damaged."""
     record, damaged = _examined(run_dir, student_steps)
     if record is not None:
         return record
@@ -104,7 +104,7 @@ def require_rung(run_dir: Path, student_steps: int) -> RungRecord:
 
 
 def finished_rungs(run_dir: Path) -> list[int]:
-    """student_steps of the finished rungs of a run, most steps first."""
+    """student_steps of a run's finished rungs, largest first."""
     names = [folder.name for folder in (run_dir / "rungs").glob("*")]
     steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
     return [n for n in steps if read_rung(run_dir, n) is not None]

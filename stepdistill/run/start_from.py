@@ -1,5 +1,5 @@
-"""A run that begins at a finished rung of another: which rungs it takes over, whether they fit, and their copies in this
-run's folder, which then needs the other no more. No torch.
+"""Starting a run from a finished rung of another run (`start_from`): which rungs it takes over, whether they fit, and how
+they are copied into its folder. After that the other run is no longer needed. No torch.
 """
 
 import logging
@@ -15,32 +15,32 @@ from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folde
 
 logger = logging.getLogger(__name__)
 TAKEN = "taken_rungs.json"
-"""At the top of a run's folder: of every rung that was taken over, from where and how it was made there."""
+"""File at the top of a run's folder: the origin of every rung that was taken over, and the config it was trained with."""
 
 
 @dataclass(frozen=True)
 class TakenRung:
-    """A finished rung of another run."""
+    """A finished rung of another run, which this run takes over."""
 
     folder: Path
     record: RungRecord
 
 
 def taken_steps(config: RunConfig) -> list[int]:
-    """student_steps of the ladder's rungs that come from another run: the one that it starts from and those before it."""
+    """student_steps of the rungs that come from another run: the `start_from` rung and those before it in the ladder."""
     if config.start_from is None:
         return []
     record = RungRecord.read(_start(config))
-    name = _start(config).name  # where the other run is gone and its rungs were copied long ago
+    name = _start(config).name  # used if the other run was deleted after its rungs were copied
     first = record.student_steps if record is not None else int(name) if name.isdecimal() else None
     students = [rung.student_steps for rung in config.ladder]
     return students[: students.index(first) + 1] if first in students else []
 
 
 def check_start(config: RunConfig, *, base_prediction_type: str | None) -> None:
-    """ConfigError where rungs that are not in the run's folder yet cannot be taken over.
+    """ConfigError if a rung that is still to be copied into the run's folder cannot be taken over.
 
-    base_prediction_type: what the teacher predicts; None where it is not known yet, and is looked at before training.
+    base_prediction_type: what the teacher predicts; None if that is not known yet: it is then checked before training.
     """
     if config.start_from is None:
         return
@@ -50,7 +50,7 @@ def check_start(config: RunConfig, *, base_prediction_type: str | None) -> None:
 
 
 def missing_rungs(config: RunConfig, *, base_prediction_type: str) -> list[TakenRung]:
-    """Those of the rungs to take over that are not in the run's folder, whole; ConfigError where one does not fit."""
+    """The rungs to take over that are missing or damaged in the run's folder; ConfigError if one does not fit."""
     if config.start_from is None:
         return []
     steps = taken_steps(config)
@@ -61,7 +61,7 @@ def missing_rungs(config: RunConfig, *, base_prediction_type: str) -> list[Taken
 
 
 def rungs_to_take(config: RunConfig, *, base_prediction_type: str | None) -> list[TakenRung]:
-    """The rungs that `start_from` leads to, in the ladder's order; ConfigError where one is missing or does not fit."""
+    """The `start_from` rung and those before it, in the ladder's order; ConfigError if one is missing or does not fit."""
     folder = _start(config)
     record = RungRecord.read(folder)
     if record is None:
@@ -84,7 +84,7 @@ def rungs_to_take(config: RunConfig, *, base_prediction_type: str | None) -> lis
 
 
 def _rung(config: RunConfig, index: int, start: Path, start_record: RungRecord) -> TakenRung:
-    """Rung number `index` of this run's ladder, beside or at the rung in `start`."""
+    """Rung number `index` of this run's ladder: the rung in the folder `start`, or one in a folder beside it."""
     steps = config.ladder[index].student_steps
     is_start = steps == start_record.student_steps
     folder = start if is_start else start.with_name(str(steps))
@@ -100,7 +100,7 @@ def _rung(config: RunConfig, index: int, start: Path, start_record: RungRecord) 
 def _check_settings(
     config: RunConfig, index: int, taken: TakenRung, base_prediction_type: str | None
 ) -> None:
-    """ConfigError where a rung was made with other settings than this run asks for."""
+    """ConfigError if a rung was trained with other settings than this run has."""
     key, rung, record = f"ladder.{index}", config.ladder[index], taken.record
     settings: list[tuple[str, object, object]] = [
         ("lora.rank", config.lora.rank, record.lora_rank),
@@ -119,17 +119,17 @@ def _check_settings(
 
 
 def check_base(config: RunConfig, rungs: list[TakenRung], *, base_fingerprint: str) -> None:
-    """ConfigError where one of the rungs belongs to another base than this run's teacher."""
+    """ConfigError if one of the rungs was trained on another base model than this run's teacher."""
     for rung in rungs:
         if rung.record.base_fingerprint != base_fingerprint:
             raise ConfigError(
-                f"start_from: the rung in {rung.folder} belongs to the base {rung.record.base_fingerprint}, and the "
-                f"teacher {config.teacher.path!r} is {base_fingerprint}; allowed: a rung of a run of the same teacher"
+                f"start_from: the rung in {rung.folder} belongs to the base model {rung.record.base_fingerprint}, but the "
+                f"teacher {config.teacher.path!r} is {base_fingerprint}; allowed: a rung of a run with the same teacher"
             )
 
 
 def take_rungs(config: RunConfig, rungs: list[TakenRung]) -> None:
-    """Copies LoRA, record and previews of these rungs into the run's folder; ConfigError where one is damaged."""
+    """Copies LoRA, record and previews of these rungs into the run's folder; ConfigError if one is damaged."""
     for rung in rungs:
         _take(config, rung)
 
@@ -145,13 +145,13 @@ def _take(config: RunConfig, rung: TakenRung) -> None:
         if (rung.folder / "previews").is_dir():
             shutil.copytree(rung.folder / "previews", folder / "previews")
         rung.record.write(folder)
-    about = {"from": str(rung.folder), "sha256": rung.record.sha256, "config": _made_by(rung)}
+    about = {"from": str(rung.folder), "sha256": rung.record.sha256, "config": _config_behind(rung)}
     write_sealed(config.run_dir / TAKEN, {**read_taken(config.run_dir), str(steps): about})
     logger.info("distill: the %d-step rung is taken over from %s", steps, rung.folder)
 
 
-def _made_by(rung: TakenRung) -> dict[str, Any] | None:
-    """The config of the run that a rung is from, where it lies in one."""
+def _config_behind(rung: TakenRung) -> dict[str, Any] | None:
+    """The config of the run that a rung belongs to; None if its folder is not inside a run's folder."""
     try:
         return saved_config(rung.folder.parent.parent)
     except ConfigError:
@@ -163,15 +163,15 @@ def _start(config: RunConfig) -> Path:
 
 
 def read_taken(run_dir: Path) -> dict[str, Any]:
-    """What taken_rungs.json says, by steps; empty where no rung was taken over, or with a warning where it is damaged."""
+    """taken_rungs.json by student_steps; empty if no rung was taken over, and, with a warning, if the file is damaged."""
     taken = read_sealed(run_dir / TAKEN)
     if taken is None and (run_dir / TAKEN).exists():
-        warn_of_damage(run_dir / TAKEN, "where rungs were taken over from is not known any more")
+        warn_of_damage(run_dir / TAKEN, "it is no longer known from which run rungs were taken over")
     return taken or {}
 
 
 def taken_from(run_dir: Path, student_steps: int, sha256: str | None) -> str | None:
-    """Where a rung of a run's folder was taken over from; None where it was trained there."""
+    """The folder that a rung was taken over from; None if the rung was trained in this run."""
     about = read_taken(run_dir).get(str(student_steps))
     if not isinstance(about, dict) or sha256 is None or about.get("sha256") != sha256:
         return None

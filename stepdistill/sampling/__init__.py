@@ -1,4 +1,4 @@
-"""A rung into a vanilla diffusers pipeline, with all that it was trained for."""
+"""Loads a rung into an ordinary diffusers pipeline, with the scheduler, steps and guidance that it was trained for."""
 
 from stepdistill.sampling.few_step import ADAPTER as ADAPTER
 from stepdistill.sampling.few_step import FewStepWarning as FewStepWarning

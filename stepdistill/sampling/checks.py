@@ -1,4 +1,4 @@
-"""What load_few_step looks at: refused where the picture would be nonsense, warned of where it is not what was trained."""
+"""The checks of load_few_step: errors if pictures would be nonsense, warnings if the settings differ from the training."""
 
 import contextlib
 import copy
@@ -20,22 +20,22 @@ from stepdistill.models.lora_file import Lora, check_fits
 from stepdistill.run.rungs import RungRecord
 
 ADAPTER = "few_step"
-"""The adapter's name in the pipeline: for set_adapters beside a style's."""
+"""The adapter's name in the pipeline, for set_adapters together with other LoRAs."""
 LOADED = "_few_step_rung"
-"""Of a U-Net: sha256 of the rung whose LoRA it carries, also where several pipelines share it."""
+"""Attribute of a U-Net: sha256 of the loaded rung's LoRA. All pipelines that share the U-Net see it."""
 _SAME_STEP = ("DDIMScheduler", "EulerDiscreteScheduler")
-"""Deterministic, first order: at equal timesteps they draw one picture."""
+"""Deterministic first-order schedulers: at equal timesteps they give the same picture."""
 _NOISE_TOLERANCE = 0.01
-"""How far from 1 a scheduler may scale the noise that it begins with; Euler scales it by .9977 at timestep 999."""
+"""Allowed difference from 1 of a scheduler's scale of the initial noise; Euler's scale is .9977 at timestep 999."""
 
 
 class FewStepWarning(UserWarning):
-    """The pipeline draws, but not as the LoRA was trained."""
+    """The pipeline works, but it is not used as the LoRA was trained."""
 
 
 @dataclass(frozen=True)
 class LoadedRung:
-    """A rung as its file says: what it is, where, how it is sampled, and the base that it belongs to."""
+    """A rung read from disk: its record, weights file, scheduler, and the base it belongs to (None if not stored)."""
 
     record: RungRecord
     weights: Path
@@ -44,7 +44,7 @@ class LoadedRung:
 
 
 def unet_of(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
-    """The pipeline's U-Net, out of what torch.compile wraps it in; ValueError where it has none."""
+    """The pipeline's U-Net without torch.compile's wrapper; ValueError if the pipeline has none."""
     unet = getattr(pipeline, "unet", None)
     if unet is None:
         raise ValueError(
@@ -54,13 +54,14 @@ def unet_of(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
 
 
 def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> None:
-    """ValueError where the LoRA is another U-Net's or one is merged already; a warning where the base has other weights."""
+    """ValueError if the LoRA is of another U-Net or a LoRA is merged already; a warning if the base has other weights, or
+    its weights cannot be compared."""
     unet = unet_of(pipeline)
     check_fits(lora, layer_shapes(unet), name=str(rung.weights))
     if getattr(pipeline, "num_fused_loras", 0) or any(layer.merged for layer in lora_layers(unet)):
         raise ValueError(
-            "the pipeline has a LoRA merged into its weights, and another would be added to it; mend: "
-            "pipeline.unfuse_lora() and unload_lora_weights() first, or a fresh pipeline"
+            "the pipeline has a LoRA merged into its weights, and this one would be added on top; mend: call "
+            "pipeline.unfuse_lora() and unload_lora_weights() first, or load a fresh pipeline"
         )
     identity = identity_of(unet)
     if rung.base is not None and rung.base.tensors != identity.tensors:
@@ -71,94 +72,100 @@ def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> Non
     same = None if rung.base is None else rung.base.same_weights(identity)
     if same is None:
         _warn(
-            f"whether {rung.weights} was trained on this base could not be checked: its weights are quantised or "
-            f"elsewhere, or the rung has no base.json; its fingerprint is {rung.record.base_fingerprint}"
+            f"whether {rung.weights} was trained on this base could not be checked: the pipeline's weights are quantised or "
+            f"offloaded, or the rung has no base.json; it was trained on the base with fingerprint "
+            f"{rung.record.base_fingerprint}"
         )
     elif not same:
         _warn(
-            f"{rung.weights} was trained on another base (fingerprint {rung.record.base_fingerprint}): shapes fit, weights "
-            f"differ; pictures may be worse than the report says"
+            f"{rung.weights} was trained on another base (fingerprint {rung.record.base_fingerprint}): the shapes match, "
+            f"but the weights differ; pictures may be worse than in the run's report"
         )
 
 
 def check_dtypes(pipeline: DiffusionPipeline) -> None:
-    """A warning where a text encoder and the U-Net have different dtypes, at which every call stops: without `dtype`
-    from_pretrained reads a float16 text encoder as it is and the U-Net as float32."""
+    """A warning if a text encoder and the U-Net have different dtypes, since every call of the pipeline then fails. Without
+    `dtype`, from_pretrained keeps a float16 text encoder as it is and loads the U-Net in float32."""
     unet_dtype = unet_of(pipeline).dtype
     for name in ("text_encoder", "text_encoder_2"):
         dtype = getattr(getattr(pipeline, name, None), "dtype", unet_dtype)
         if dtype != unet_dtype and dtype.is_floating_point and unet_dtype.is_floating_point:
             _warn(
-                f"the pipeline's {name} is {dtype} and its U-Net {unet_dtype}, at which a call stops; mend: "
+                f"the pipeline's {name} is {dtype} and its U-Net {unet_dtype}, so calling it will fail; mend: "
                 f"from_pretrained(..., dtype={unet_dtype}), or pipeline.to({unet_dtype})"
             )
 
 
 def check_saved(pipeline: DiffusionPipeline) -> None:
-    """ValueError where the U-Net has LoRAs beside its weights: diffusers saves such a layer under names that from_pretrained
-    does not read, and fills it with random numbers."""
+    """ValueError if the U-Net has unmerged LoRAs: diffusers saves such layers under names that from_pretrained does not
+    read, and on loading fills the layers with random numbers."""
     names = dict.fromkeys(name for layer in lora_layers(unet_of(pipeline)) for name in layer.scaling)
     if names:
         raise ValueError(
-            f"save_pretrained: the U-Net has LoRAs beside its weights ({', '.join(names)}), and diffusers does not load "
-            f"again what it saves of that; mend: pipeline.fuse_lora() and then pipeline.unload_lora_weights(), which leaves "
-            f"them in the weights, or unload_lora_weights() alone for the base"
+            f"save_pretrained: the U-Net has LoRAs beside its weights ({', '.join(names)}), and diffusers cannot load what "
+            f"it saves of such a U-Net; mend: pipeline.fuse_lora() and then pipeline.unload_lora_weights() to save it with "
+            f"the LoRAs merged, or unload_lora_weights() alone to save the base"
         )
 
 
 def check_call(pipeline: DiffusionPipeline, rung: LoadedRung, given: Mapping[str, Any]) -> None:
-    """Warnings about a call's arguments and the pipeline's state; ValueError where no step would be left."""
+    """Warnings about a call's arguments and the pipeline's state; ValueError if `strength` would leave no step.
+
+    given: the call's arguments by name.
+    """
     steps = rung.record.student_steps
-    asked, guidance, strength = (
+    given_steps, guidance, strength = (
         given.get(name) for name in ("num_inference_steps", "guidance_scale", "strength")
     )
-    if strength is not None and int((asked or steps) * strength) < 1:
+    if strength is not None and int((given_steps or steps) * strength) < 1:
         raise ValueError(
-            f"strength={strength:g} leaves no step of {asked or steps}; allowed: {1 / (asked or steps):g} and more, "
-            f"or a rung of more steps"
+            f"strength={strength:g} leaves no step of {given_steps or steps}; allowed: {1 / (given_steps or steps):g} and "
+            f"more, or a rung of more steps"
         )
-    if asked is not None and asked != steps:
-        _warn(f"num_inference_steps={asked}: this LoRA is trained for {steps}")
+    if given_steps is not None and given_steps != steps:
+        _warn(f"num_inference_steps={given_steps}: this LoRA is trained for {steps}")
     if guidance is not None and guidance > 1:
-        _warn(f"guidance_scale={guidance:g}: the LoRA has guidance in it already; 1.0 is right")
+        _warn(f"guidance_scale={guidance:g}: guidance is already distilled into the LoRA; use 1.0")
     if given.get("eta"):
-        _warn(f"eta={given['eta']:g} adds noise that the LoRA was not trained with; 0.0 is right")
-    wrong = [*_of_scheduler(pipeline, rung), *_of_adapter(pipeline, rung)]
-    if wrong:
-        _warn(f"{'; '.join(wrong)}; mend: call load_few_step again")
+        _warn(f"eta={given['eta']:g} adds noise that the LoRA was not trained with; use 0.0")
+    mismatches = [*_scheduler_mismatches(pipeline, rung), *_adapter_mismatches(pipeline, rung)]
+    if mismatches:
+        _warn(f"{'; '.join(mismatches)}; mend: call load_few_step again")
 
 
-def _of_scheduler(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
+def _scheduler_mismatches(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
+    """How the pipeline's scheduler differs from the rung's, one text for each difference."""
     scheduler, steps = pipeline.scheduler, rung.record.student_steps
     name, config = type(scheduler).__name__, scheduler.config
     if name not in _SAME_STEP:
-        return [f"{name} does not step as the LoRA was trained; allowed: {' or '.join(_SAME_STEP)}"]
-    wrong = []
+        return [f"{name} takes other steps than the LoRA was trained for; allowed: {' or '.join(_SAME_STEP)}"]
+    mismatches = []
     expected, found = trained_timesteps(rung.scheduler, steps), _timesteps(scheduler, steps)
     if found != expected:
-        wrong.append(f"{name} asks at timesteps {found}, this LoRA is trained at {expected}")
+        mismatches.append(f"{name} uses timesteps {found}, this LoRA is trained at {expected}")
     if config.get("prediction_type") != rung.record.prediction_type:
-        wrong.append(
-            f"the scheduler takes {config.get('prediction_type')!r} for what the U-Net predicts, this LoRA's is "
+        mismatches.append(
+            f"the scheduler has prediction_type={config.get('prediction_type')!r}, this LoRA needs "
             f"{rung.record.prediction_type!r}"
         )
     share = _noise_share(scheduler, steps)
     if abs(share - 1) > _NOISE_TOLERANCE:
-        wrong.append(
-            f"{name} begins with the noise scaled by {share:.2f}, this LoRA is trained with the noise as it is; "
+        mismatches.append(
+            f"{name} begins with the noise scaled by {share:.2f}, this LoRA is trained with unscaled noise; "
             f"allowed: DDIMScheduler"
         )
     ours, theirs = rung.scheduler.alphas_cumprod, scheduler.alphas_cumprod
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs.to(ours), atol=1e-6):
-        wrong.append("the scheduler has another noise schedule")
+        mismatches.append("the scheduler has another noise schedule than the LoRA was trained with")
     clips = [key for key in ("clip_sample", "thresholding") if config.get(key)]
-    wrong += [f"the scheduler has {key}=True, which cuts latents" for key in clips]
+    mismatches += [f"the scheduler has {key}=True, which clips the latents" for key in clips]
     if name == "DDIMScheduler" and not config.get("set_alpha_to_one"):
-        wrong.append("the scheduler has set_alpha_to_one=False, which leaves noise in the last step")
-    return wrong
+        mismatches.append("the scheduler has set_alpha_to_one=False, which leaves noise after the last step")
+    return mismatches
 
 
 def _timesteps(scheduler: Any, steps: int) -> list[int] | str:
+    """The timesteps that a scheduler uses for so many steps, or its error message if it has too few timesteps."""
     scheduler_copy = copy.deepcopy(scheduler)
     try:
         scheduler_copy.set_timesteps(steps)
@@ -168,18 +175,19 @@ def _timesteps(scheduler: Any, steps: int) -> list[int] | str:
 
 
 def _noise_share(scheduler: Any, steps: int) -> float:
-    """What the first U-Net call of a text-to-image sampling sees of unit noise: 1 for DDIM, sigma / sqrt(sigma^2 + 1) for
-    Euler on trailing timesteps, which is .76 at timestep 399 of Stable Diffusion's schedule."""
+    """Factor by which the initial unit noise is scaled in the first U-Net call of text-to-image sampling: 1 for DDIM; for
+    Euler on trailing timesteps sigma / sqrt(sigma^2 + 1), which is .76 at timestep 399 of Stable Diffusion's schedule."""
     copied = copy.deepcopy(scheduler)
-    with contextlib.suppress(ValueError):  # more steps than the schedule has timesteps, which _timesteps says
+    with contextlib.suppress(ValueError):  # more steps than the schedule has timesteps; _timesteps reports it
         copied.set_timesteps(steps)
     scale = float(copied.init_noise_sigma)
     sigmas = getattr(copied, "sigmas", None)
     return scale if sigmas is None else scale / math.sqrt(float(sigmas[0]) ** 2 + 1)
 
 
-def _of_adapter(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
-    """Whether the LoRA is there, active, whole, and this pipeline's own; or merged."""
+def _adapter_mismatches(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
+    """What is wrong with the few-step LoRA on the U-Net: replaced by another rung, unloaded, inactive, or not at weight 1.
+    Nothing is wrong if it is merged."""
     unet = unet_of(pipeline)
     if vars(unet).get(LOADED) != rung.record.sha256:
         return ["another rung was loaded onto this U-Net by another pipeline"]
@@ -202,7 +210,7 @@ def _of_adapter(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
 
 
 def _warn(message: str) -> None:
-    """At the user's own line, so that another call warns again: Python shows a line's warning once."""
+    """Warns at the line of the user's code: Python shows a warning once per line, so a call elsewhere warns again."""
     here, frame, depth = str(Path(__file__).parents[1]), inspect.currentframe(), 1
     while frame is not None and frame.f_code.co_filename.startswith(here):
         frame, depth = frame.f_back, depth + 1

@@ -1,10 +1,10 @@
-"""`load_few_step`: a rung into a vanilla diffusers pipeline, with all that it needs to draw right.
+"""`load_few_step` loads a rung into an ordinary diffusers pipeline, with all settings that the rung needs.
 
     pipeline = DiffusionPipeline.from_pretrained(...)
     load_few_step(pipeline, "runs/letters/rungs/4")      # or the kohya file
     image = pipeline("a purple letter m on pink").images[0]
 
-LoRA, scheduler, steps and guidance are set; what does not fit, then or at a later call, is refused or warned of
+It sets LoRA, scheduler, steps and guidance. What does not fit, when loading or in a later call, raises an error or a warning
 (checks.py).
 """
 
@@ -45,16 +45,16 @@ __all__ = ["ADAPTER", "FewStepWarning", "load_few_step", "load_rung"]
 
 
 def load_few_step(pipeline: DiffusionPipeline, path: str | Path, *, hotswap: bool = False) -> RungRecord:
-    """Makes a pipeline draw as a rung does, by default: `pipeline(prompt)` takes its steps, without guidance.
+    """Loads a rung so that `pipeline(prompt)` by default samples with the rung's steps and without guidance.
 
-    Adapters that are there stay; a rung that was loaded before gives way. Another pipeline made of this one by from_pipe has
-    the LoRA and the scheduler, and takes the defaults by another call of this function.
+    Other adapters stay loaded; a rung that was loaded before is replaced. A pipeline that from_pipe makes of it shares
+    LoRA and scheduler; call this function on it as well to set the default steps and guidance.
 
     Args:
-        pipeline: of diffusers, with the base that the LoRA belongs to.
+        pipeline: a diffusers pipeline with the base that the LoRA belongs to.
         path: an exported rung's folder, or its kohya file.
-        hotswap: put the weights into the place of the rung that is loaded, in a compiled pipeline without compiling again.
-    Returns: the rung's record. ValueError where the file is damaged, no few-step LoRA, or of another U-Net.
+        hotswap: overwrite the weights of the rung that is loaded, so that a compiled pipeline is not compiled again.
+    Returns: the rung's record. ValueError if the file is damaged, is not a few-step LoRA, or is of another U-Net.
     """
     rung, lora = _read(Path(path))
     unet = unet_of(pipeline)
@@ -69,7 +69,7 @@ def load_few_step(pipeline: DiffusionPipeline, path: str | Path, *, hotswap: boo
 
 
 def load_rung(pipeline: DiffusionPipeline, folder: Path) -> RungRecord:
-    """The LoRA and the scheduler alone, for whoever gives steps and guidance with every call."""
+    """Loads only the LoRA and the scheduler, for callers that pass steps and guidance in every call."""
     rung, _ = _read(folder)
     with _silent_about_text_encoders():
         pipeline.load_lora_weights(rung.weights.parent, weight_name=rung.weights.name)
@@ -78,36 +78,36 @@ def load_rung(pipeline: DiffusionPipeline, folder: Path) -> RungRecord:
 
 
 def _read(path: Path) -> tuple[LoadedRung, Lora | None]:
-    """A rung, and its LoRA where that can be read without knowing the U-Net."""
+    """The rung at a path, and its LoRA; None for a kohya file's LoRA, which can only be read for a given U-Net."""
     if not path.exists():
-        raise ValueError(f"{path} is not there; allowed: an exported rung's folder, or its kohya file")
-    return (_of_file(path), None) if path.is_file() else _of_folder(path)
+        raise ValueError(f"{path} does not exist; allowed: an exported rung's folder, or its kohya file")
+    return (_read_file(path), None) if path.is_file() else _read_folder(path)
 
 
-def _of_folder(folder: Path) -> tuple[LoadedRung, Lora]:
+def _read_folder(folder: Path) -> tuple[LoadedRung, Lora]:
     is_rung = (folder / RECORD_NAME).exists()
     if not is_rung and (folder / "rungs").is_dir():
         raise ValueError(f"{folder} is a run; allowed: one of its rungs, such as {folder / 'rungs' / '4'}")
     if not is_rung or not (folder / "scheduler").is_dir():
         raise ValueError(
-            f"{folder} holds no exported rung: run `stepdistill export` (pipelines/export.py) first; a LoRA that is no rung "
-            f"is loaded by pipeline.load_lora_weights"
+            f"{folder} holds no exported rung: run `stepdistill export` (pipelines/export.py) first; load other LoRAs with "
+            f"pipeline.load_lora_weights"
         )
     weights, record = lora_path(folder), RungRecord.read(folder)
     if record is None:
         raise ValueError(
             f"{folder / RECORD_NAME} is not as it was written: it was changed or damaged; mend: copy the folder again, or "
-            f"`stepdistill distill` in its run"
+            f"run `stepdistill distill` for its run"
         )
     if sha256_file(weights) != record.sha256:
         raise ValueError(
             f"{weights} is not the file that rung.json was written for: it was changed or damaged; "
-            f"mend: copy or export it again"
+            f"mend: copy the folder again, or `stepdistill distill`, which trains the rung again"
         )
     return LoadedRung(record, weights, read_scheduler(folder), read_base(folder)), read_lora(weights)
 
 
-def _of_file(path: Path) -> LoadedRung:
+def _read_file(path: Path) -> LoadedRung:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -116,8 +116,8 @@ def _of_file(path: Path) -> LoadedRung:
         raise ValueError(f"cannot read {path}: {error}; mend: copy or export it again") from None
     if HEADER not in header:
         raise ValueError(
-            f"{path} does not say how it is sampled; allowed: a file that `stepdistill export` wrote into kohya/, or a "
-            f"rung's folder"
+            f"{path} has no sampling settings in its header; allowed: a file that `stepdistill export` wrote into kohya/, "
+            f"or a rung's folder"
         )
     try:
         facts = unsealed(json.loads(header[HEADER]))
@@ -137,24 +137,24 @@ def _of_file(path: Path) -> LoadedRung:
 
 
 def _add_adapter(pipeline: DiffusionPipeline, weights: Path, *, hotswap: bool) -> None:
-    """Loads the LoRA at weight 1 beside what is active, in place of an earlier rung's."""
+    """Loads the LoRA at weight 1 beside the active adapters, in place of an earlier rung's."""
     unet = unet_of(pipeline)
     active = dict.fromkeys(name for layer in lora_layers(unet) for name in layer.active_adapters)
-    there = ADAPTER in (getattr(unet, "peft_config", None) or {})
-    if there and not hotswap:
+    replaces = ADAPTER in (getattr(unet, "peft_config", None) or {})
+    if replaces and not hotswap:
         pipeline.delete_adapters(ADAPTER)
-    more = {"hotswap": True} if there and hotswap else {}
+    options = {"hotswap": True} if replaces and hotswap else {}
     with _silent_about_text_encoders():
-        pipeline.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name=ADAPTER, **more)
+        pipeline.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name=ADAPTER, **options)
     if any(layer.disable_adapters for layer in lora_layers(unet)):
         pipeline.enable_lora()
-    # loading made the newest the only active one
+    # load_lora_weights has made the new adapter the only active one
     set_active(lora_layers(unet), list(dict.fromkeys([*active, ADAPTER])))
 
 
 @contextlib.contextmanager
 def _silent_about_text_encoders() -> Iterator[None]:
-    """diffusers warns of a LoRA that has none for the text encoders, which a rung never has."""
+    """Silences diffusers' warning about a LoRA without weights for the text encoders, which no rung has."""
     logger = logging.getLogger("diffusers.loaders.lora_base")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -165,15 +165,17 @@ def _silent_about_text_encoders() -> Iterator[None]:
 
 
 def _few_step_class(cls: type[DiffusionPipeline]) -> Any:
-    """The pipeline's class with a rung's steps and guidance as the defaults of its call. It keeps its name, which
-    save_pretrained and from_pipe go by; pickle and copy go by the class that it is made of."""
+    """A subclass of the pipeline's class whose call has the rung's steps and guidance as defaults.
+
+    It has the name of the original class, which save_pretrained and from_pipe use; pickle and copy store the original class.
+    """
     signature = inspect.signature(cls.__call__)
 
     class FewStep(cls):
         @functools.wraps(cls.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             rung: LoadedRung | None = getattr(self, "_few_step", None)
-            if rung is None:  # made of another pipeline's parts
+            if rung is None:  # constructed from another pipeline's components
                 return super().__call__(*args, **kwargs)
             given = signature.bind_partial(self, *args, **kwargs).arguments
             if not any(
@@ -205,10 +207,11 @@ def _few_step_class(cls: type[DiffusionPipeline]) -> Any:
 
 
 def _empty_few_step(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
-    """A pipeline that pickle or copy fills, of the few-step class of a vanilla class."""
+    """An empty pipeline of the few-step subclass of `cls`, which pickle or copy then fills."""
     few_step = _few_step_class(cls)
     return few_step.__new__(few_step)
 
 
 def _vanilla(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """The original diffusers class of a few-step class, or `cls` itself."""
     return cls.__dict__.get("_vanilla_class", cls)

@@ -1,1 +1,1 @@
-"""The model to distil, as it lies on disk: where it is, whether it is whole, what its configs say, how it is loaded."""
+"""The model to distil: finds it on disk, checks that it is complete, reads its configs and loads it."""

@@ -1,8 +1,8 @@
-"""What is wrong with a teacher's folder, as far as it can be told without training: before anything costs time.
+"""Finds what is wrong with a teacher's folder, as far as possible without training, before anything costs time.
 
-Every part is built on torch's meta device, which has shapes and no numbers, its weights are compared by name and shape, and
-it is run once there, so that an absurd config costs neither memory nor time. The tokenizers are loaded and used. At last
-every weight is read once: numbers that are not finite would spoil each rung.
+Every part is built on torch's meta device, which has shapes but no numbers. There its weights are compared by name and
+shape, and it is run once, so that an absurd config costs neither memory nor time. The tokenizers are loaded and used.
+Finally every weight is read once, because numbers that are not finite would spoil every rung.
 """
 
 import re
@@ -24,14 +24,16 @@ from stepdistill.teacher.files import Header, read_header, read_headers, read_ob
 from stepdistill.teacher.folder import WEIGHTS, pipeline_parts, weights_variant
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-# How the attention of the VAE was spelled before diffusers 0.18; its loader still takes it.
+# Names of the layers in the VAE's attention before diffusers 0.18, whose loader still accepts them.
 _OLD_SPELLING = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _MOST_TOKENS = 4096
 
 
 def examine_pipeline(folder: Path) -> Iterator[str]:
-    """The problems of a folder that is complete and of a supported kind (teacher/folder.py says that), each in one line that
-    begins with the part; none where the pipeline loads and draws."""
+    """The problems of a pipeline's folder, each in one line that begins with the part; none if the pipeline loads and draws.
+
+    The folder must be complete and of a supported kind, which teacher/folder.py checks.
+    """
     index = read_object(folder / "model_index.json")
     parts = pipeline_parts(index)
     nets: dict[str, Any] = {}
@@ -59,7 +61,10 @@ def examine_pipeline(folder: Path) -> Iterator[str]:
 
 
 def not_finite(paths: list[Path]) -> str | None:
-    """The first tensor of some .safetensors files whose numbers are not all finite; ValueError where one cannot be read."""
+    """Name of the first tensor in .safetensors files with a number that is not finite; None if all numbers are finite.
+
+    ValueError if a file cannot be read.
+    """
     for path in paths:
         read_header(path)
         try:
@@ -74,14 +79,14 @@ def not_finite(paths: list[Path]) -> str | None:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """By the smallest and the largest number, which are not a number where one is not: one fast pass, no second tensor."""
+    """Whether the minimum and the maximum, which propagate nan, are finite: one fast pass without a second tensor."""
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def _built(folder: Path, name: str) -> torch.nn.Module:
-    """A part on the meta device, as its config says; ValueError."""
+    """A part, built on the meta device from its config; ValueError if that is impossible."""
     path = folder / name / "config.json"
     config = read_object(path)
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
@@ -91,12 +96,12 @@ def _built(folder: Path, name: str) -> torch.nn.Module:
             if name in kinds:
                 return kinds[name].from_config(config).eval()
             return encoders[name](CLIPTextConfig.from_dict(config)).eval()
-    except Exception as error:  # whatever a config of another kind of model leads the library to
+    except Exception as error:  # the libraries raise many kinds of errors for another model's config
         raise ValueError(f"{path} describes no {name} that can be built: {first_line(error)}") from None
 
 
 def _wrong_weights(folder: Path, name: str, net: torch.nn.Module) -> Iterator[str]:
-    """How the weights on disk differ from those that the config asks for."""
+    """The differences between the weights on disk and those that the config asks for."""
     files = weight_files(folder / name, WEIGHTS[name], weights_variant(folder, name))
     header = {_spelled(key): value for key, value in read_headers(files).items()}
     expected = {_spelled(key): tuple(tensor.shape) for key, tensor in net.state_dict().items()}
@@ -106,7 +111,7 @@ def _wrong_weights(folder: Path, name: str, net: torch.nn.Module) -> Iterator[st
         return
     odd = [key for key, shape in expected.items() if header[key][1] != shape]
     if odd:
-        shapes = f"is {header[odd[0]][1]} there and {expected[odd[0]]} by config.json"
+        shapes = f"is {header[odd[0]][1]} in the file and {expected[odd[0]]} by config.json"
         yield f"{name}: {len(odd)} weights of {files[0]} have other shapes, first {odd[0]}, which {shapes}"
     yield from _odd_types(files[0], header, expected)
 
@@ -118,53 +123,55 @@ def _odd_types(file: Path, header: Header, expected: dict[str, Any]) -> Iterator
 
 
 def _spelled(key: str) -> str:
-    """A weight's name in today's spelling, without the prefix that transformers 5 left out."""
+    """A weight's name in today's spelling, without the prefix that transformers 5 dropped."""
     match = re.fullmatch(r"(.*)\.(query|key|value|proj_attn)\.(weight|bias)", key)
     key = f"{match[1]}.{_OLD_SPELLING[match[2]]}.{match[3]}" if match else key
     return key.removeprefix("text_model.")
 
 
 def _use_tokenizer(folder: Path, name: str, kind: str, encoder: CLIPTextConfig) -> None:
-    """ValueError where a tokenizer cannot be loaded, or gives the text encoder what it cannot take."""
-    made_by = _class_of(transformers, kind, transformers.PreTrainedTokenizerBase)
-    if made_by is None:
+    """ValueError if a tokenizer cannot be loaded, or gives tokens that its text encoder cannot take."""
+    tokenizer_class = _class_of(transformers, kind, transformers.PreTrainedTokenizerBase)
+    if tokenizer_class is None:
         raise ValueError(f"model_index.json says {short(kind)}; allowed: a tokenizer of transformers")
     try:
-        tokenizer = made_by.from_pretrained(folder / name, local_files_only=True, trust_remote_code=False)
-        length, words = int(tokenizer.model_max_length), max(tokenizer.get_vocab().values())
-    except Exception as error:  # transformers and tokenizers raise what a broken file leads them to
+        tokenizer = tokenizer_class.from_pretrained(
+            folder / name, local_files_only=True, trust_remote_code=False
+        )
+        length, largest_id = int(tokenizer.model_max_length), max(tokenizer.get_vocab().values())
+    except Exception as error:  # transformers and tokenizers raise many kinds of errors for broken files
         raise ValueError(f"cannot load {folder / name}: {first_line(error)}") from None
     most = encoder.max_position_embeddings
     if not 2 <= length <= min(most, _MOST_TOKENS):
         raise ValueError(
-            f"{folder / name} has model_max_length {short(length)}; allowed: 2 to {most}, as its text encoder takes"
+            f"{folder / name} has model_max_length {short(length)}; allowed: 2 to {most}, the limit of its text encoder"
         )
-    if words >= encoder.vocab_size:
+    if largest_id >= encoder.vocab_size:
         raise ValueError(
-            f"{folder / name} has a token {words}; its text encoder has {encoder.vocab_size} rows of embeddings"
+            f"{folder / name} has a token with id {largest_id}; its text encoder has {encoder.vocab_size} rows of embeddings"
         )
     try:
         options = {"padding": "max_length", "max_length": length, "truncation": True}
         tokens = tokenizer("a photo of a cat", **options).input_ids
-        words_read = set(tokens) - set(tokenizer.all_special_ids)
+        word_ids = set(tokens) - set(tokenizer.all_special_ids)
     except Exception as error:  # as above
         raise ValueError(f"{folder / name} cannot encode a text: {first_line(error)}") from None
     if len(tokens) != length:
         raise ValueError(
-            f"{folder / name} makes {len(tokens)} tokens of a text, not its model_max_length {length}"
+            f"{folder / name} encodes a text as {len(tokens)} tokens instead of its model_max_length {length}"
         )
-    if not words_read:
-        raise ValueError(f"{folder / name} knows no word of a text: its vocabulary is not whole")
+    if not word_ids:
+        raise ValueError(f"{folder / name} knows no word of a simple text: its vocabulary is incomplete")
 
 
 def _class_of(library: ModuleType, name: str, base: type) -> Any:
-    """The class of that name, None where there is none or it is no `base`."""
+    """The class of that name in a library; None if there is no such class or it is no subclass of `base`."""
     member = getattr(library, name, None)
     return member if isinstance(member, type) and issubclass(member, base) else None
 
 
 def _runs(nets: dict[str, Any]) -> Iterator[str]:
-    """What does not run on what the parts before it give, by shapes alone."""
+    """The first part that fails on the outputs of the parts before it, by shapes alone."""
     unet, name = nets["unet"], ""
     side = unet.config.sample_size or 64
     height, width = (side, side) if isinstance(side, int) else side
@@ -184,8 +191,8 @@ def _runs(nets: dict[str, Any]) -> Iterator[str]:
             out = unet(latents, timestep, encoder_hidden_states=states, added_cond_kwargs=added).sample
             name = "vae"
             nets["vae"].encode(nets["vae"].decode(out).sample)
-    except Exception as error:  # torch raises a dozen kinds for shapes that do not fit
-        yield f"{name}: its config does not fit the other parts': {first_line(error)}"
+    except Exception as error:  # torch raises many kinds of errors for shapes that do not fit
+        yield f"{name}: its config does not fit the other parts: {first_line(error)}"
 
 
 def _not_finite(folder: Path, names: list[str]) -> Iterator[str]:
@@ -193,16 +200,19 @@ def _not_finite(folder: Path, names: list[str]) -> Iterator[str]:
         files = weight_files(folder / name, WEIGHTS[name], weights_variant(folder, name))
         key = not_finite(files)
         if key is not None:
-            yield f"{name}: {key} of {files[0]} holds numbers that are not finite: the file is damaged, or its training was"
+            yield (
+                f"{name}: {key} of {files[0]} holds numbers that are not finite: the file is damaged, or its training "
+                f"diverged"
+            )
 
 
 def _odd_scheduler(folder: Path, kind: str) -> Iterator[str]:
-    made_by = _class_of(diffusers, kind, diffusers.SchedulerMixin)
-    if made_by is None:
+    scheduler_class = _class_of(diffusers, kind, diffusers.SchedulerMixin)
+    if scheduler_class is None:
         yield f"scheduler: model_index.json says {short(kind)}; allowed: a scheduler of diffusers"
         return
     path = folder / "scheduler" / "scheduler_config.json"
     try:
-        made_by.from_config(read_object(path))
-    except Exception as error:  # whatever odd values lead the scheduler to
+        scheduler_class.from_config(read_object(path))
+    except Exception as error:  # schedulers raise many kinds of errors for odd values
         yield f"scheduler: {path} describes no {kind} that can be built: {first_line(error)}"

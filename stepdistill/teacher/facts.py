@@ -1,6 +1,6 @@
-"""What the configs of a pipeline's folder say: read once, asked from then on. No torch.
+"""What the configs of a pipeline's folder say; they are read once. No torch.
 
-A file that is missing or broken says nothing here, and its defaults are diffusers'; folder.py names such files.
+A file that is missing or broken counts as empty here, so its values are diffusers' defaults; folder.py reports such files.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from stepdistill.teacher.files import read_object
 
 DEFAULT_TIMESTEPS = 1000
-"""num_train_timesteps of every Stable Diffusion, and of a scheduler_config.json without it."""
+"""num_train_timesteps of every Stable Diffusion model, and of a scheduler_config.json without that key."""
 _CONFIG_FILES = {
     "pipeline": "model_index.json",
     "unet": "unet/config.json",
@@ -24,7 +24,7 @@ _CONFIG_FILES = {
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """folder: where the configs were read. configs: by part ("pipeline" is model_index.json); {} for what is not there."""
+    """folder: where the configs were read. configs: by part ("pipeline" is model_index.json); {} if missing or broken."""
 
     folder: Path
     configs: Mapping[str, Mapping[str, Any]]
@@ -36,7 +36,7 @@ class TeacherFacts:
 
     @property
     def pipeline_class(self) -> str:
-        """Its class, as model_index.json says, such as StableDiffusionPipeline."""
+        """The pipeline's class in model_index.json, such as StableDiffusionPipeline."""
         return str(self.configs["pipeline"].get("_class_name"))
 
     @property
@@ -46,7 +46,7 @@ class TeacherFacts:
 
     @property
     def scheduler(self) -> Mapping[str, Any]:
-        """scheduler/scheduler_config.json; ValueError where it is missing or broken."""
+        """scheduler/scheduler_config.json; ValueError if it is missing or broken."""
         if not self.configs["scheduler"]:
             path = self.folder / _CONFIG_FILES["scheduler"]
             raise ValueError(f"{path} is missing or is no JSON object")
@@ -54,7 +54,7 @@ class TeacherFacts:
 
     @property
     def prediction_type(self) -> str:
-        """What the U-Net predicts."""
+        """What the U-Net predicts, by the scheduler's config: epsilon, sample or v_prediction."""
         return str(self.configs["scheduler"].get("prediction_type", "epsilon"))
 
     @property
@@ -72,8 +72,7 @@ class TeacherFacts:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the pipeline draws where nobody asks for another; ValueError where no config says
-        it."""
+        """The pipeline's default image size, (height, width) in pixels; ValueError if the configs do not give it."""
         side, blocks = self.unet.get("sample_size"), self.configs["vae"].get("block_out_channels")
         if side is None or blocks is None:
             raise ValueError(
@@ -84,18 +83,20 @@ class TeacherFacts:
 
     @property
     def size_multiple(self) -> int:
-        """Sides of pictures in pixels must be multiples of it: the VAE's factor times the U-Net's."""
+        """Sides of pictures in pixels must be multiples of this: the VAE's downsampling factor times the U-Net's."""
         return self._vae_factor * 2 ** (len(self.unet.get("block_out_channels", [0])) - 1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of pictures of a size (height, width) in pixels."""
+        """(C, h, w) of the latents of pictures whose size is (height, width) in pixels."""
         channels = int(self.configs["vae"].get("latent_channels", 4))
         return channels, size[0] // self._vae_factor, size[1] // self._vae_factor
 
     @property
     def vae_overflows_in_half(self) -> bool:
-        """Whether the VAE is decoded in float32: unless its config.json has force_upcast: false, as those made for half
-        precision do (SDXL's own overflows)."""
+        """Whether the VAE must decode in float32, like SDXL's own VAE, which overflows in half precision.
+
+        False only if its config.json has force_upcast: false, as VAEs made for half precision have.
+        """
         return self.configs["vae"].get("force_upcast") is not False
 
     @property

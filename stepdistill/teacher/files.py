@@ -1,7 +1,7 @@
-"""Files of a model that somebody else made: read without trust, without torch, and without running or holding much.
+"""Reads the files of a model that somebody else made: without trust, torch, running code, or holding much in memory.
 
-What is wrong with one is a ValueError in one line that names it: a pipe, a directory or a dangling link in its place, bytes
-that are no JSON, a header of weights that its file does not fill.
+A problem is a ValueError of one line that names the file: a pipe, a directory or a dangling link in its place, bytes that
+are not JSON, a header of weights that does not match the length of its file.
 """
 
 import json
@@ -20,7 +20,7 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 
 _MOST_JSON = 2**25
 _LFS = b"version https://git-lfs"
-# In the configs of diffusers and transformers: how many layers a model has, each with tensors of its own.
+# Keys of configs of diffusers and transformers for the number of a model's layers, each of which has its own tensors.
 _LAYERS = (
     *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
     *("num_hidden_layers", "num_layers"),
@@ -30,13 +30,13 @@ _WIDEST = 2**20
 
 
 def require_file(path: Path) -> None:
-    """ValueError where a path is no regular file, or a link to one."""
+    """ValueError unless a path is a regular file, or a link to one."""
     try:
-        there, regular, link = path.exists(), path.is_file(), path.is_symlink()
+        exists, regular, link = path.exists(), path.is_file(), path.is_symlink()
     except OSError as error:
-        raise ValueError(f"{path} cannot be looked at: {error.strerror}") from None
-    if not there:
-        raise ValueError(f"{path} is {'a link to nothing' if link else 'not there'}")
+        raise ValueError(f"{path} cannot be accessed: {error.strerror}") from None
+    if not exists:
+        raise ValueError(f"{path} {'is a link to nothing' if link else 'does not exist'}")
     if not regular:
         raise ValueError(f"{path} is {'a directory' if path.is_dir() else 'a pipe or a device'}, not a file")
 
@@ -62,7 +62,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> Header:
-    """What a .safetensors file says it holds, checked against its length; no weight is read. ValueError."""
+    """The tensors that a .safetensors file declares; reads no weights. ValueError if its header or its length is wrong."""
     require_file(path)
     try:
         with path.open("rb") as start:
@@ -77,7 +77,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_headers(paths: list[Path]) -> Header:
-    """The tensors of all files of one model together; ValueError where one is broken or a tensor is in two."""
+    """The tensors of all files of one model together; ValueError if a file is broken or a tensor is in two files."""
     tensors: Header = {}
     for path in paths:
         header = read_header(path)
@@ -89,13 +89,13 @@ def read_headers(paths: list[Path]) -> Header:
 
 
 def weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
-    """The files that diffusers and transformers read weights from: one of that name, or those that an index names.
+    """The files from which diffusers and transformers read a part's weights: one file, or those that an index names.
 
     Args:
-        folder: of one part of a pipeline.
-        stem: of the file's name, such as diffusion_pytorch_model.
-        variant: such as fp16, which is then preferred.
-    ValueError where there is none, or the index is broken or names something else than files beside it.
+        folder: the folder of one part of a pipeline.
+        stem: first part of the file's name, such as diffusion_pytorch_model.
+        variant: such as fp16; its files are preferred.
+    ValueError if there are none, or if the index is broken or names anything but files beside it.
     """
     names = [f"{stem}.{variant}.safetensors"] if variant else []
     indices = [f"{stem}.safetensors.index.{variant}.json"] if variant else []
@@ -105,7 +105,7 @@ def weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
     for name in [*indices, f"{stem}.safetensors.index.json"]:
         if _is_there(folder / name):
             return _of_index(folder / name)
-    raise ValueError(f"{folder / f'{stem}.safetensors'} is not there")
+    raise ValueError(f"{folder / f'{stem}.safetensors'} does not exist")
 
 
 def _of_index(index: Path) -> list[Path]:
@@ -124,13 +124,14 @@ def _is_there(path: Path) -> bool:
 
 
 def check_counts(path: Path, config: Mapping[str, Any], header: Header) -> None:
-    """ValueError where a model's config asks for more layers than its weights have tensors, or for absurd widths: it would
-    be built before anybody compared the two, and building alone would take all time and memory.
+    """ValueError if a model's config asks for more layers than its weights have tensors, or for absurd widths.
+
+    Without this check such a model would be built before the two are compared, which could take all time and memory.
 
     Args:
-        path: of the config, for the message.
-        config: what it says.
-        header: of the weights that belong to it.
+        path: the config's path, for the message.
+        config: its content.
+        header: the tensors of the weights that belong to it.
     """
     deepest: dict[str, int] = {}
     for key, value in _numbers(config):
@@ -145,12 +146,12 @@ def check_counts(path: Path, config: Mapping[str, Any], header: Header) -> None:
     layers = math.prod(deepest.values()) * max(blocks, 1)
     if layers > max(len(header), 1):
         raise ValueError(
-            f"{path} asks for {layers} layers, and the weights beside it are {len(header)} tensors"
+            f"{path} asks for {layers} layers, but the weights beside it have only {len(header)} tensors"
         )
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in nested objects and lists, by its key; those of a list have the list's."""
+    """Every plain value in nested objects and lists, with its key; a value in a list has the list's key."""
     waiting = [(key, value)]
     while waiting:
         name, node = waiting.pop()

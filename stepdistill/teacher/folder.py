@@ -1,4 +1,4 @@
-"""What a complete diffusers pipeline folder holds, checked without torch, so that a wrong path costs no time."""
+"""Checks without torch that a folder holds a complete diffusers pipeline, so that a wrong path costs no time."""
 
 import math
 import re
@@ -27,7 +27,7 @@ WEIGHTS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-"""Parts with weights, and what their files are called."""
+"""Parts with weights, and the first part of their files' names."""
 _CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
@@ -42,7 +42,7 @@ _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer_2": ("transformers", ("*Tokenizer", "*TokenizerFast")),
     "scheduler": ("diffusers", ("*Scheduler",)),
 }
-"""Parts that a pipeline needs, and the classes that they may be of."""
+"""Parts that a pipeline needs: their library, and the classes that are allowed."""
 _OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
 _PLAIN: dict[str, tuple[object, ...]] = {
     "class_embed_type": (None,),
@@ -57,12 +57,12 @@ _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
 def embedded_folder(name: str) -> Path:
-    """The folder of a part that ships in the package: "teacher" or "reader"."""
+    """The folder of a model that ships with the package: "teacher" or "reader"."""
     return Path(__file__).parent.parent / "demo" / "assets" / name
 
 
 def teacher_kind(path: str) -> Literal["folder", "file", "hub"]:
-    """What `teacher.path` names: a pipeline's folder, one checkpoint file, or a repository of the Hub, such as org/name."""
+    """What `teacher.path` names: a pipeline's folder, one checkpoint file, or a repository on the Hub, such as org/name."""
     place = Path(path).expanduser()
     if path == EMBEDDED_TEACHER or is_folder(place):
         return "folder"
@@ -72,10 +72,10 @@ def teacher_kind(path: str) -> Literal["folder", "file", "hub"]:
 
 
 def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
-    """What `folder` lacks to be a complete text-to-image pipeline in safetensors; empty when nothing.
+    """What `folder` lacks to be a complete text-to-image pipeline in safetensors; empty if nothing is missing.
 
-    Only the files' presence is looked at: model_index.json, and for each part it names its config and weights; without
-    `weights` the configs alone are asked for.
+    It checks only that files exist: model_index.json, and the config, weights and vocabulary of each part. weights=False
+    leaves out the weights.
     """
     if not is_folder(folder):
         return [f"no folder at {folder}"]
@@ -104,18 +104,18 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
 
 
 def has_vocabulary(tokenizer: Path) -> bool:
-    """Whether a tokenizer's folder holds a vocabulary: transformers would make a tokenizer without one."""
+    """Whether a tokenizer's folder holds a vocabulary; transformers would load a tokenizer even without one."""
     return (tokenizer / "tokenizer.json").exists() or all(
         (tokenizer / name).exists() for name in ("vocab.json", "merges.txt")
     )
 
 
 def broken_files(folder: Path, *, header: Header | None = None) -> Iterator[str]:
-    """Files of a complete folder that are not what their names say, each in one line; no weight is read.
+    """Files of a complete folder that are not what their names say, each in one line; reads no weights.
 
     Args:
-        folder: a pipeline's, whose `missing_parts` are none.
-        header: of the checkpoint that the folder's configs belong to, where its weights are in one file elsewhere.
+        folder: a pipeline's folder without `missing_parts`.
+        header: the tensors of the checkpoint file that the folder's configs belong to; None: the weights are in the folder.
     """
     variant = weights_variant(folder)
     for name in pipeline_parts(TeacherFacts.of_folder(folder).configs["pipeline"]):
@@ -129,7 +129,7 @@ def broken_files(folder: Path, *, header: Header | None = None) -> Iterator[str]
 
 
 def _read_weights(folder: Path, stem: str, variant: str | None) -> Header:
-    """The header of a part's weights, after a look at every weights file there: hashes are taken of all."""
+    """The tensors of a part's weights; also checks all other weights files in the folder, since hashes cover them."""
     files = weight_files(folder, stem, variant)
     for path in sorted(set(folder.glob("*.safetensors")) - set(files)):
         read_header(path)
@@ -137,17 +137,17 @@ def _read_weights(folder: Path, stem: str, variant: str | None) -> Header:
 
 
 def unsupported(folder: Path) -> list[str]:
-    """What a complete folder has that this trainer cannot distil, each with what is allowed; empty when nothing."""
+    """Properties of a complete folder that this trainer cannot distil, each with what is allowed; empty if none."""
     facts = TeacherFacts.of_folder(folder)
     index, configs = facts.configs["pipeline"], facts.configs
     odd = [*_odd_classes(index)]
     for name, config in configs.items():
         version = config.get("_diffusers_version", "")
         if not isinstance(version, str):
-            odd.append(f"a {name} of _diffusers_version {short(version)}; allowed: a version, as text")
+            odd.append(f"a {name} of _diffusers_version {short(version)}; allowed: a version string")
     for name in WEIGHTS:
         if configs[name].get("quantization_config") is not None:
-            odd.append(f"quantised weights in {name}; allowed: weights of a floating point")
+            odd.append(f"quantised weights in {name}; allowed: floating-point weights")
     odd += [*_odd_unet(configs["unet"]), *_odd_vae(configs["vae"])]
     odd += [*_odd_sizes(configs, index), *scheduler_problems(configs["scheduler"])]
     return odd
@@ -175,7 +175,7 @@ def _odd_unet(unet: Mapping[str, Any]) -> Iterator[str]:
     channels = (unet.get("in_channels", 4), unet.get("out_channels", 4))
     if channels[0] != channels[1]:
         yield (
-            f"a U-Net of {channels[0]} input channels; allowed: {channels[1]}, as many as it puts out "
+            f"a U-Net of {channels[0]} input channels; allowed: {channels[1]}, as many as its output channels "
             f"(inpainting and image-editing models have more)"
         )
     for key, allowed in _PLAIN.items():
@@ -185,7 +185,7 @@ def _odd_unet(unet: Mapping[str, Any]) -> Iterator[str]:
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if size is not None and not all(type(side) is int and 0 < side <= _LARGEST_LATENT for side in sides):
         yield (
-            f"a U-Net with sample_size: {short(size)}; allowed: 1 to {_LARGEST_LATENT}, or a height and a width of them"
+            f"a U-Net with sample_size: {short(size)}; allowed: 1 to {_LARGEST_LATENT}, or such a height and width"
         )
 
 
@@ -199,29 +199,29 @@ def _odd_vae(vae: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _odd_sizes(configs: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any]) -> Iterator[str]:
-    """Parts that do not fit together, as far as their configs say it."""
+    """Parts that do not fit together, as far as their configs show it."""
     unet, vae = configs["unet"], configs["vae"]
     channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
     if channels[0] != channels[1]:
-        yield f"a U-Net of {short(channels[0])} channels and a VAE of {short(channels[1])}; allowed: as many"
+        yield f"a U-Net of {short(channels[0])} channels and a VAE of {short(channels[1])}; allowed: the same number"
     encoders = [name for name in pipeline_parts(index) if name.startswith("text_encoder")]
     widths: list[Any] = [configs[name].get("hidden_size") for name in encoders]
     width = unet.get("cross_attention_dim", 1280)
     if isinstance(width, int) and all(isinstance(part, int) for part in widths) and sum(widths) != width:
         yield (
             f"a U-Net with cross_attention_dim: {width} and text encoders of hidden_size "
-            f"{' and '.join(map(str, widths))}; allowed: as much together"
+            f"{' and '.join(map(str, widths))}; allowed: hidden sizes that add up to it"
         )
 
 
 def weights_variant(folder: Path, part: str = "unet") -> str | None:
-    """ "fp16" where the weights of a part come in that variant alone, else None."""
+    """ "fp16" if the weights of a part exist in that variant only, else None."""
     names = [path.name for path in (folder / part).glob("*.safetensors")]
     return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
 def pipeline_parts(index: Mapping[str, Any]) -> list[str]:
-    """What a pipeline of the class that model_index.json names is made of."""
+    """The parts of a pipeline of the class that model_index.json names."""
     second = ("text_encoder_2", "tokenizer_2")
     is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"
     return sorted(name for name in _CLASSES if is_xl or name not in second)
@@ -236,7 +236,7 @@ def _is_foreign(part: list[Any]) -> bool:
 
 
 def _is_one_of(name: Any, kinds: tuple[str, ...]) -> bool:
-    """Whether a class has one of these names; "*Scheduler" stands for all that end so."""
+    """Whether a class has one of these names; "*Scheduler" matches every name with that ending."""
     return isinstance(name, str) and any(
         name.isidentifier() and name.endswith(kind[1:]) if kind.startswith("*") else name == kind
         for kind in kinds

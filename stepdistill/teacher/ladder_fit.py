@@ -1,4 +1,4 @@
-"""Whether a ladder fits its teacher: what that teacher's noise schedule and prediction type do not allow. No torch."""
+"""Checks a ladder against its teacher's noise schedule and prediction type. No torch."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,13 @@ from stepdistill.teacher.facts import TeacherFacts
 
 
 def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
-    """ConfigError where the ladder or the table asks for what the teacher cannot do."""
+    """ConfigError if the ladder, the evaluation or the data ask for what the teacher's schedule or output does not allow."""
     _check_timesteps(config, teacher.num_train_timesteps)
     if teacher.is_zero_snr and teacher.prediction_type == "epsilon":
         raise ConfigError(
-            f"teacher.path: got {config.teacher.path!r}, which predicts epsilon with zero terminal SNR: it says nothing of "
-            f"the picture at its first step; allowed: v_prediction or sample in its scheduler_config.json, or no "
-            f"rescale_betas_zero_snr"
+            f"teacher.path: got {config.teacher.path!r}, which predicts epsilon with zero terminal SNR: at its first "
+            f"step epsilon says nothing about the picture; allowed: v_prediction or sample in its scheduler_config.json, or "
+            f"no rescale_betas_zero_snr"
         )
     kinds = config.prediction_types(teacher.prediction_type)
     for index, (before, kind) in enumerate(zip([teacher.prediction_type, *kinds], kinds, strict=False)):
@@ -23,7 +23,7 @@ def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
 
 
 def unfit_settings(config: RunConfig, teacher: TeacherFacts) -> Iterator[tuple[str, str]]:
-    """Settings made for students that predict epsilon, where a student predicts v or x0: what each does, and the remedy."""
+    """Settings meant for students that predict epsilon, on rungs that predict v or x0: (effect of the setting, remedy)."""
     for index, (rung, kind) in enumerate(
         zip(config.ladder, config.prediction_types(teacher.prediction_type), strict=True)
     ):
@@ -33,15 +33,15 @@ def unfit_settings(config: RunConfig, teacher: TeacherFacts) -> Iterator[tuple[s
         key = f"ladder.{index}.start_timestep"
         if rung.start_timestep is not None:
             yield (
-                f"{key}: {rung.start_timestep} makes an error of epsilon weigh less; this rung predicts {name}, which says "
-                f"what the picture is at pure noise too",
+                f"{key}: {rung.start_timestep} makes an error of epsilon weigh less, but this rung predicts {name}, which "
+                f"determines the picture even at pure noise",
                 f"{key}=null",
             )
         for number, phase in enumerate(rung.phases):
             key = f"ladder.{index}.phases.{number}.loss_space"
             if "mse" in phase.kinds and phase.loss_space == "epsilon":
                 yield (
-                    f"{key}: epsilon hardly weighs the noisiest steps of a student that predicts {name}",
+                    f"{key}: epsilon gives hardly any weight to the noisiest steps of a student that predicts {name}",
                     f"{key}=auto",
                 )
 
@@ -76,20 +76,20 @@ def _check_conversion(config: RunConfig, index: int, before: str, kind: str) -> 
     first = config.ladder[index].phases[0].title
     if kind != before and first != "convert":
         raise ConfigError(
-            f"ladder.{index}.prediction_type: got {kind}, but what its student begins with predicts {before}, and the first "
-            f'phase, "{first}", does not change that; allowed: {before}, or a first phase {{objective: convert}}'
+            f"ladder.{index}.prediction_type: got {kind}, but its student begins as a model that predicts {before}, and the "
+            f'first phase, "{first}", does not change that; allowed: {before}, or a first phase {{objective: convert}}'
         )
 
 
 def _check_zero_snr(config: RunConfig, index: int, kind: str) -> None:
     if kind == "epsilon":
         raise ConfigError(
-            f"ladder.{index}.prediction_type: got epsilon, which says nothing of the picture at the first step of a "
+            f"ladder.{index}.prediction_type: got epsilon, which says nothing about the picture at the first step of a "
             f"teacher with zero terminal SNR; allowed: v_prediction, sample"
         )
     for number, phase in enumerate(config.ladder[index].phases):
         if phase.loss_space_for(kind) == "epsilon":
             raise ConfigError(
-                f"ladder.{index}.phases.{number}.loss_space: got epsilon, which weighs the first step of a teacher "
-                f"with zero terminal SNR by 0; allowed: auto, prev_sample, sample, v_prediction, truncated_snr"
+                f"ladder.{index}.phases.{number}.loss_space: got epsilon, which gives zero weight to the first step of a "
+                f"teacher with zero terminal SNR; allowed: auto, prev_sample, sample, v_prediction, truncated_snr"
             )

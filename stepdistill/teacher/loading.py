@@ -1,4 +1,4 @@
-"""A teacher from its folder: owns what is loaded through diffusers."""
+"""Loads a teacher and its parts from its folder, through diffusers."""
 
 import hashlib
 import importlib.util
@@ -17,28 +17,28 @@ from stepdistill.messages import first_line
 from stepdistill.teacher.facts import DEFAULT_TIMESTEPS, TeacherFacts
 from stepdistill.teacher.folder import weights_variant
 
-_LOOK = "`stepdistill doctor` looks at all of its files"
+_LOOK = "`stepdistill doctor` checks all of its files"
 
 
 @contextmanager
 def loading(key: str, what: object, *, mend: str = _LOOK) -> Iterator[None]:
-    """ConfigError in one line for whatever diffusers, transformers and peft raise at files that they cannot use.
+    """Turns whatever diffusers, transformers and peft raise for files that they cannot use into a one-line ConfigError.
 
     Args:
-        key: of the config, which names the files.
-        what: is being loaded, for the message.
-        mend: the remedy.
+        key: the config's key that names the files.
+        what: what is being loaded, for the message.
+        mend: the remedy, for the message.
     """
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # they raise a dozen kinds, as a broken file leads them to
+    except Exception as error:  # they raise many kinds of errors for broken files
         raise ConfigError(f"{key}: cannot load {what}: {first_line(error)}; mend: {mend}") from error
 
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The vanilla pipeline, safetensors only, never from the network, without its progress bar; ConfigError."""
+    """The unchanged pipeline, from safetensors on this disk, without progress bar; ConfigError if it cannot be loaded."""
     with loading("teacher.path", folder):
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **local_options(folder))
     pipeline.set_progress_bar_config(disable=True)
@@ -46,7 +46,7 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Diffus
 
 
 def load_encoders(folder: Path, *, vae_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The pipeline without its U-Net: what turns pictures into latents and texts into embeddings; ConfigError."""
+    """The pipeline without its U-Net, to encode pictures and texts; ConfigError if it cannot be loaded."""
     with loading("teacher.path", folder):
         pipeline = DiffusionPipeline.from_pretrained(
             folder, unet=None, dtype=torch.float32, **local_options(folder)
@@ -67,8 +67,8 @@ def load_part(
 ) -> Any:
     """A part of the pipeline, such as "unet", frozen, in eval mode.
 
-    ConfigError where its files lack weights, which diffusers would leave without numbers, and where quantization "int8" is
-    asked for and torchao is not installed.
+    ConfigError if its files lack weights, which diffusers would leave uninitialised, or if quantization is "int8" and
+    torchao is not installed.
     """
     options = local_options(folder, part)
     if quantization == "int8":
@@ -97,22 +97,22 @@ def _int8() -> TorchAoConfig:
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """The pipeline's VAE, frozen, in eval mode; ConfigError where it cannot be loaded to the last weight."""
+    """The pipeline's VAE, frozen, in eval mode; ConfigError if any of its weights cannot be loaded."""
     return load_part(AutoencoderKL, folder, "vae", dtype=dtype)
 
 
 def vae_dtype(facts: TeacherFacts, weight_dtype: torch.dtype) -> torch.dtype:
-    """What the teacher's VAE decodes in without overflow: `weight_dtype` where it was made for half precision."""
+    """The dtype in which the teacher's VAE does not overflow: `weight_dtype` if made for half precision, else float32."""
     return torch.float32 if facts.vae_overflows_in_half else weight_dtype
 
 
 def local_options(folder: Path, part: str = "unet") -> dict:
-    """Of every from_pretrained: safetensors alone, nothing from the network."""
+    """Options for every from_pretrained call: safetensors only, nothing from the network."""
     return {"use_safetensors": True, "local_files_only": True, "variant": weights_variant(folder, part)}
 
 
 def load_noise_path(scheduler_config: Mapping[str, Any]) -> tuple[VariancePreserving, str]:
-    """(noise schedule, prediction_type) that a scheduler_config.json describes; ValueError for what is not supported."""
+    """(noise path, prediction_type) that a scheduler_config.json describes; ValueError if either is not supported."""
     prediction_type = scheduler_config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
@@ -132,12 +132,12 @@ def load_noise_path(scheduler_config: Mapping[str, Any]) -> tuple[VariancePreser
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over the U-Net's weight files, 16 hexadecimal digits: which base a LoRA belongs to."""
+    """sha256 over the U-Net's weight files, 16 hexadecimal digits: it identifies the base that a LoRA belongs to."""
     return _fingerprint(folder, "unet")
 
 
 def encoder_fingerprint(folder: Path) -> str:
-    """sha256 over the weights of VAE and text encoders: which latents and embeddings go together."""
+    """sha256 over the weight files of VAE and text encoders: it identifies the source of latents and embeddings."""
     return _fingerprint(folder, "vae", "text_encoder", "text_encoder_2")
 
 

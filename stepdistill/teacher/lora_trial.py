@@ -1,4 +1,4 @@
-"""Whether somebody's LoRA goes onto a teacher, tried as diffusers loads it, on a U-Net of shapes without numbers."""
+"""Checks whether a LoRA fits a teacher, by loading it as diffusers does onto a U-Net that has shapes but no numbers."""
 
 import logging
 import warnings
@@ -16,18 +16,18 @@ _NAME = "tried"
 
 
 def check_lora_numbers(file: Path) -> None:
-    """ValueError where a file holds numbers that are not finite, or cannot be read."""
+    """ValueError if a file holds numbers that are not finite, or cannot be read."""
     key = not_finite([file])
     if key is not None:
         raise ValueError(
-            f"{file}: {key} holds numbers that are not finite: the file is damaged, or its training was"
+            f"{file}: {key} holds numbers that are not finite: the file is damaged, or its training diverged"
         )
 
 
 def check_lora_goes_on(file: Path, folder: Path) -> None:
-    """ValueError where a LoRA's file is damaged, or does not fit the U-Net of a pipeline's folder.
+    """ValueError if a LoRA's file is damaged, or does not fit the U-Net of a pipeline's folder.
 
-    A LoRA of the text encoders alone is taken: nothing of it is tried.
+    A LoRA of the text encoders alone is accepted, since only U-Net weights are tested.
     """
     check_lora_numbers(file)
     made_by = _PIPELINES[read_object(folder / "model_index.json")["_class_name"]]
@@ -36,15 +36,15 @@ def check_lora_goes_on(file: Path, folder: Path) -> None:
     logger = logging.getLogger("diffusers")
     level = logger.level
     try:
-        logger.setLevel(logging.CRITICAL)  # of what is said here in one line
+        logger.setLevel(logging.CRITICAL)  # the error below says the same in one line
         with warnings.catch_warnings(action="ignore"):
             state, alphas = made_by.lora_state_dict(
                 str(file), unet_config=unet.config, use_safetensors=True, local_files_only=True
             )[:2]
             if any(key.startswith("unet.") for key in state):
                 unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=_NAME)
-    except Exception as error:  # diffusers and peft raise what a foreign or broken file leads them to
-        raise ValueError(f"{file} does not go onto the U-Net of {folder}: {_why(error)}") from None
+    except Exception as error:  # diffusers and peft raise many kinds of errors for foreign or broken files
+        raise ValueError(f"{file} does not fit the U-Net of {folder}: {_why(error)}") from None
     finally:
         logger.setLevel(level)
     if not state:

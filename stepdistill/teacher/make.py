@@ -1,7 +1,9 @@
-"""A teacher that is no folder yet: a checkpoint file, a repository of the Hub, LoRAs on top. Made once, then one as any.
+"""Makes the folder of a teacher that is a checkpoint file or a repository on the Hub, or has LoRAs to be merged.
 
-RUN/teacher/         the pipeline, where a file was read or LoRAs were merged into it (in float32, whatever the file's dtype)
-RUN/teacher.json     what it was made of, and its folder; written last
+This happens once; from then on it is a teacher's folder like any other.
+
+RUN/teacher/         the pipeline, if a file was read or LoRAs were merged (merging is in float32, whatever the dtype)
+RUN/teacher.json     what the teacher was made from, and its folder; written last
 """
 
 import logging
@@ -36,7 +38,7 @@ _SDXL_KEY = "conditioner.embedders.1.model.ln_final.weight"
 
 
 def make_teacher(config: RunConfig) -> Path:
-    """The teacher's folder, made where it is not there yet; ConfigError for a file or LoRA that cannot be used."""
+    """The teacher's folder, made if it does not exist yet; ConfigError for a file or LoRA that cannot be used."""
     if is_ready_made(config):
         return _examined(local_folder(config.teacher.path))
     record = config.run_dir / TEACHER_RECORD
@@ -51,7 +53,7 @@ def make_teacher(config: RunConfig) -> Path:
         check_teacher_folder(config, folder)
         write_sealed(record, {"teacher": teacher_source(config), "folder": str(_examined(folder).resolve())})
         return folder
-    logger.info("prepare: making the teacher's folder of %s", path)
+    logger.info("prepare: making the teacher's folder from %s", path)
     pipeline = _of_file(config) if kind == "file" else _of_folder(config)
     dtype = pipeline.unet.dtype
     if config.teacher.loras:
@@ -66,7 +68,7 @@ def make_teacher(config: RunConfig) -> Path:
 
 
 def _examined(folder: Path) -> Path:
-    """The folder; ConfigError for what cannot be loaded, does not fit together or is not finite in it."""
+    """The folder itself; ConfigError if parts cannot be loaded, do not fit together or hold numbers that are not finite."""
     problems = list(examine_pipeline(folder))
     if problems:
         raise ConfigError(f"teacher.path: {'; '.join(problems)}")
@@ -83,7 +85,7 @@ def _downloaded(config: RunConfig) -> Path:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except Exception as error:  # the Hub's client raises a dozen kinds, all saying why
+    except Exception as error:  # the Hub's client raises many kinds of errors, each with its reason
         raise ConfigError(
             f"teacher.path: cannot get {teacher.path!r} from the Hub: {first_line(error)}; "
             f"allowed: a repository that is in its cache or can be reached, or a folder on this disk"
@@ -100,7 +102,7 @@ def _of_folder(config: RunConfig) -> DiffusionPipeline:
 
 
 def _of_file(config: RunConfig) -> DiffusionPipeline:
-    """diffusers' own reading of a checkpoint in the original layout, in the dtype of its U-Net's weights."""
+    """The pipeline that diffusers reads from a checkpoint in the original layout, in the dtype of its U-Net's weights."""
     file, configs = Path(config.teacher.path).expanduser(), config.teacher.config
     try:
         with safe_open(file, framework="pt") as opened:
@@ -117,7 +119,7 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
         pipeline_class = getattr(diffusers, named, pipeline_class)
     try:
         pipeline = pipeline_class.from_single_file(str(file), torch_dtype=dtype, **options)
-        _all_there(pipeline)
+        _check_complete(pipeline)
         return pipeline
     except Exception as error:  # a missing config, keys of another layout, shapes that do not fit
         raise ConfigError(
@@ -126,8 +128,8 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
         ) from None
 
 
-def _all_there(pipeline: DiffusionPipeline) -> None:
-    """ValueError for weights that the file did not have: diffusers leaves them without data."""
+def _check_complete(pipeline: DiffusionPipeline) -> None:
+    """ValueError if the file lacked weights, which diffusers then leaves without data."""
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module):
             empty = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
@@ -156,5 +158,5 @@ def _bake(pipeline: DiffusionPipeline, config: RunConfig) -> None:
     after = pipeline.unet.state_dict()
     if before.keys() != after.keys() or all(bool((before[k] == after[k]).all()) for k in before):
         raise ConfigError(
-            f"teacher.loras: {[lora.path for lora in config.teacher.loras]} leave the U-Net as it was"
+            f"teacher.loras: {[lora.path for lora in config.teacher.loras]} leave the U-Net unchanged"
         )

@@ -1,4 +1,4 @@
-"""What a teacher's scheduler_config.json says, checked without torch: numbers that a noise schedule can be made of."""
+"""Checks without torch that a teacher's scheduler_config.json describes a noise schedule."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,15 +11,15 @@ _BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 
 
 def scheduler_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """What in a scheduler's config cannot be trained on, each with what is allowed.
+    """The values in a scheduler's config that rule out training, each with what is allowed.
 
-    Betas are variances of the noise that a step adds (Ho et al. 2020, arXiv 2006.11239): above 0, below 1.
+    Betas are the variances of the noise that each step adds (Ho et al. 2020, arXiv 2006.11239): above 0 and below 1.
     """
     trained = config.get("trained_betas")
     if trained is None and "beta_start" not in config:
         yield (
             f"the scheduler {short(config.get('_class_name'))} without betas; "
-            f"allowed: noise schedules as Stable Diffusion's"
+            f"allowed: noise schedules like Stable Diffusion's"
         )
         return
     kind = config.get("prediction_type", "epsilon")
@@ -57,8 +57,8 @@ def _from_ends(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"a scheduler with {key}: {short(beta)}; allowed: a number above 0 and below 1"
             return
     if start > end:
-        yield f"a scheduler with beta_start: {start} and beta_end: {end}; allowed: noise that grows"
+        yield f"a scheduler with beta_start: {start} and beta_end: {end}; allowed: beta_start <= beta_end"
 
 
 def _is_beta(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value < 1  # True is 1, False is 0
+    return isinstance(value, int | float) and 0 < value < 1  # True counts as 1 and False as 0: neither passes

@@ -1,4 +1,4 @@
-"""Where the teacher is: the folder that `teacher.path` names or leads to, and whether it can be distilled. No torch."""
+"""Finds the teacher's folder, which `teacher.path` names or leads to, and checks that it can be distilled. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,16 @@ from stepdistill.teacher.folder import (
 from stepdistill.teacher.ladder_fit import check_ladder_fits
 
 UNET_PREFIX = "model.diffusion_model."
-"""Of the U-Net's weights in a checkpoint in the original layout."""
+"""Prefix of the U-Net's keys in a checkpoint in the original layout."""
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 def check_teacher(config: RunConfig) -> None:
-    """ConfigError for a teacher that cannot be used, as far as the disk tells without reading weights."""
+    """ConfigError for a teacher that cannot be used, as far as this is visible without reading weights."""
     try:
         _check_teacher(config)
     except OSError as error:
-        raise ConfigError(f"teacher: cannot look at {error.filename}: {error.strerror}") from None
+        raise ConfigError(f"teacher: cannot access {error.filename}: {error.strerror}") from None
 
 
 def _check_teacher(config: RunConfig) -> None:
@@ -47,10 +47,10 @@ def _check_teacher(config: RunConfig) -> None:
 
 
 def _check_file(config: RunConfig) -> None:
-    """ConfigError where a single file is no whole checkpoint, or the configs beside it are none of a pipeline."""
+    """ConfigError if a single file is no complete checkpoint, or teacher.config holds no configs of a pipeline."""
     path, configs = Path(config.teacher.path).expanduser(), config.teacher.config
     if not path.exists():
-        raise ConfigError(f"teacher.path: got {config.teacher.path!r}, which is not there")
+        raise ConfigError(f"teacher.path: got {config.teacher.path!r}, which does not exist")
     try:
         header = read_header(path)
     except ValueError as error:
@@ -74,7 +74,10 @@ def _check_file(config: RunConfig) -> None:
 
 
 def teacher_lora_file(path: str) -> Path:
-    """The .safetensors file that `teacher.loras` names: itself, or the one in a folder; ValueError."""
+    """The .safetensors file that an entry of `teacher.loras` names: the path itself, or the only such file in a folder.
+
+    Of several files, the one called LORA_NAME counts. ValueError if none can be chosen.
+    """
     place = Path(path).expanduser()
     if not is_folder(place):
         return place
@@ -86,9 +89,9 @@ def teacher_lora_file(path: str) -> Path:
 
 
 def _check_lora(key: str, path: str) -> None:
-    """ConfigError where a LoRA of the teacher is not there, or no whole file of one."""
+    """ConfigError if a LoRA of the teacher is missing, or its file is broken or holds no LoRA."""
     if not is_folder(Path(path).expanduser()) and not Path(path).expanduser().exists():
-        raise ConfigError(f"{key}: got {path!r}, which is not there")
+        raise ConfigError(f"{key}: got {path!r}, which does not exist")
     try:
         file = teacher_lora_file(path)
         if file.suffix != ".safetensors":
@@ -99,11 +102,11 @@ def _check_lora(key: str, path: str) -> None:
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
     if not any("lora" in name.lower() for name in header):
-        raise ConfigError(f"{key}: {file} holds no LoRA ({len(header)} tensors, none of them called so)")
+        raise ConfigError(f"{key}: {file} holds no LoRA ({len(header)} tensors, none with lora in its name)")
 
 
 def check_teacher_folder(config: RunConfig, folder: Path) -> None:
-    """ConfigError where a pipeline's folder is incomplete, or something that this trainer cannot distil."""
+    """ConfigError if a pipeline's folder is incomplete or broken, or holds what this trainer or its ladder cannot distil."""
     path, missing = config.teacher.path, missing_parts(folder)
     if not folder.is_dir():
         raise ConfigError(
@@ -128,30 +131,33 @@ def check_teacher_folder(config: RunConfig, folder: Path) -> None:
 
 
 def local_folder(path: str) -> Path:
-    """The pipeline's folder that a `teacher.path` of that kind names."""
+    """The pipeline's folder that `teacher.path` names, if its teacher_kind is "folder"."""
     return embedded_folder("teacher") if path == EMBEDDED_TEACHER else Path(path).expanduser()
 
 
 def teacher_folder(config: RunConfig) -> Path:
-    """The pipeline's folder that everything reads: the user's own, or the one that `prepare` made of a file, a repository,
-    or a teacher with LoRAs (teacher/make.py); ConfigError where it is not there yet."""
+    """The pipeline's folder that all stages read; ConfigError if it does not exist yet.
+
+    It is the user's own folder, or the one that `prepare` made from a file, a repository, or a teacher with LoRAs
+    (teacher/make.py).
+    """
     if is_ready_made(config):
         return local_folder(config.teacher.path)
     folder = made_folder(config)
     if folder is None:
         raise ConfigError(
-            f"{config.run_dir} has no teacher made of {config.teacher.path!r} yet, or {TEACHER_RECORD} is damaged: "
+            f"{config.run_dir} has no teacher made from {config.teacher.path!r} yet, or {TEACHER_RECORD} is damaged: "
             f"run `stepdistill prepare` first"
         )
     return folder
 
 
 def configs_folder(config: RunConfig) -> Path:
-    """A folder with the teacher's configs, with its weights or without: what depends on the configs alone is told before
-    `prepare` has made the folder of a file, of a repository, or of a teacher with LoRAs.
+    """A folder with the teacher's configs, with or without its weights.
 
-    The pipeline's folder where it is there, then a repository's copy in the Hub's cache, then teacher.config of a file;
-    ConfigError where none of them is on this disk.
+    With it, whatever depends on the configs alone is known before `prepare` has made the folder of a file, of a repository,
+    or of a teacher with LoRAs. It is the pipeline's folder if that exists, else a repository's copy in the Hub's cache, else
+    the teacher.config of a file. ConfigError if none of them is on this disk.
     """
     path, kind = config.teacher.path, teacher_kind(config.teacher.path)
     if kind == "folder":
@@ -171,7 +177,7 @@ def configs_folder(config: RunConfig) -> Path:
 
 
 def teacher_facts(config: RunConfig) -> TeacherFacts:
-    """What the teacher's configs say; ConfigError where they are not on this disk."""
+    """What the teacher's configs say; ConfigError if they are not on this disk."""
     folder = configs_folder(config)
     if not is_folder(folder):
         raise ConfigError(
@@ -181,7 +187,7 @@ def teacher_facts(config: RunConfig) -> TeacherFacts:
 
 
 def cached_repository(path: str, revision: str | None) -> Path | None:
-    """A repository's copy in the Hub's cache; None where it is not there, ConfigError for what is no repository's name."""
+    """A repository's copy in the Hub's cache, None if there is none; ConfigError if path cannot be a repository's name."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -193,8 +199,10 @@ def cached_repository(path: str, revision: str | None) -> Path | None:
 
 
 def made_folder(config: RunConfig) -> Path | None:
-    """The folder that `prepare` made of this config's teacher, as teacher.json says; None where that is missing, damaged or
-    of another teacher, or its folder is gone."""
+    """The folder that `prepare` made from this config's teacher, according to teacher.json.
+
+    None if teacher.json is missing, damaged or about another teacher, or if the folder is gone.
+    """
     record = read_sealed(config.run_dir / TEACHER_RECORD)
     if record is None or record.get("teacher") != teacher_source(config):
         return None
@@ -204,7 +212,7 @@ def made_folder(config: RunConfig) -> Path | None:
 
 
 def teacher_timesteps(config: RunConfig) -> int:
-    """How many timesteps the teacher was trained on; 1000 where its configs are not there yet."""
+    """The number of timesteps that the teacher was trained on; 1000 if its configs are not on this disk yet."""
     try:
         return teacher_facts(config).num_train_timesteps
     except ConfigError:
@@ -212,10 +220,10 @@ def teacher_timesteps(config: RunConfig) -> int:
 
 
 def is_ready_made(config: RunConfig) -> bool:
-    """Whether the teacher is a folder on this disk as it is."""
+    """Whether the teacher is a folder on this disk that can be used as it is."""
     return teacher_kind(config.teacher.path) == "folder" and not config.teacher.loras
 
 
 def teacher_source(config: RunConfig) -> dict[str, Any]:
-    """What a teacher is made of."""
+    """The settings that determine the teacher's weights and configs, as plain data."""
     return config.teacher.model_dump(mode="json", exclude={"guidance_scale", "unconditional"})

@@ -1,7 +1,7 @@
-"""The losses of one update: each objective is a function of samples. No backward, no optimiser.
+"""The losses of one update: each objective is a function of samples. No backward pass, no optimiser.
 
-A new objective is such a function, one line in `OBJECTIVES`, which also says what a batch must be drawn with, its name in
-`config.ladder.ObjectiveKind`, and its passes in `plan.phase_forwards`.
+A new objective takes such a function, an entry in `OBJECTIVES`, which also says what its batches must contain, its name in
+`config.ladder.ObjectiveKind`, and its forward passes in `plan.phase_forwards`.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,7 @@ from stepdistill.training.samples import Samples
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars with a graph to call backward on, by who learns from them ("student", "discriminator"); and numbers for the
-    log."""
+    """Scalar losses with their graphs, by the role that learns from them ("student", "discriminator"); metrics to log."""
 
     by_role: dict[str, torch.Tensor]
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -28,9 +27,9 @@ class Losses:
 class Objective:
     """What a phase minimises.
 
-    losses               of samples, for a phase
+    losses               computes the losses of samples under a phase's settings
     needs_teacher_moves  whether the teacher is rolled out from t to s
-    needs_perturbation   whether a discriminator sees the samples, re-noised where they are clean
+    needs_perturbation   whether a discriminator sees the samples, with clean ones re-noised
     """
 
     losses: Callable[[Samples, Phase], Losses]
@@ -39,7 +38,7 @@ class Objective:
 
 
 def mse(samples: Samples, phase: Phase) -> Losses:
-    """The student's one move against the teacher's many (Eq 16), in the phase's loss space."""
+    """MSE between the student's one move and the teacher's many moves (Eq 16), in the phase's loss space."""
     batch, student = samples.batch, samples.student
     target = samples.teacher_sample
     loss = mse_loss(
@@ -54,12 +53,12 @@ def mse(samples: Samples, phase: Phase) -> Losses:
 
 
 def convert(samples: Samples, _phase: Phase) -> Losses:
-    """The x_0 that the student's output of the new kind implies, against the x_0 that the teacher's implies (Eq 27-29)."""
+    """MSE between the x_0 implied by the student's output, of the new type, and by the teacher's output (Eq 27-29)."""
     return Losses({"student": convert_loss(samples.student_original, samples.teacher_original)})
 
 
 def adversarial_pair(samples: Samples, phase: Phase) -> Losses:
-    """D tells the student's samples from real ones; the student learns to be taken for real (Eq 18-26)."""
+    """D learns to tell the student's samples from real ones; the student learns to make D take them for real (Eq 18-26)."""
     options = phase.discriminator
     kind, real = options.loss, options.real
     logits = samples.logits(real=real)
@@ -86,9 +85,9 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def losses_of(samples: Samples, phase: Phase) -> Losses:
-    """The losses of a phase's objectives, added by role; the student's are weighted.
+    """The losses of a phase's objectives, summed by role; the student's are multiplied by their objective's weight.
 
-    Of several objectives the metrics have each one's own student loss, such as "mse_loss".
+    With several objectives the metrics also hold the unweighted student loss of each one, such as "mse_loss".
     """
     by_role: dict[str, torch.Tensor] = {}
     metrics: dict[str, torch.Tensor] = {}

@@ -1,7 +1,7 @@
-"""Which phase moved sharpness, contrast or colour: a few pictures at each phase's end, in numbers beside its preview.
+"""Measures which phase changed sharpness, contrast or colour, on a few pictures at its end; saved beside its preview.
 
-The captions are the cache's own. At the same noise the undistilled, guided teacher draws once for all phases, so that what a
-phase changed is its numbers less those of the phase before.
+The captions come from the cache. The undistilled, guided teacher draws from the same noise, once for all phases, so the
+change by a phase is its numbers minus those of the previous phase.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from stepdistill.training.painter import Painter, decode_pictures
 
 
 class PhaseLooks:
-    """Measures what the student draws against what the undistilled teacher draws of the same noise and captions.
+    """Compares the student's pictures with the undistilled teacher's pictures from the same noise and captions.
 
     Args:
-        painter: draws.
-        cache: captions, and the data's own pictures; samples of its commonest size.
-        teacher: the undistilled one, guided, which is compared with.
-        teacher_steps: of its sampler.
-        images: how many pictures; 0 measures nothing.
-        seed: of captions and noise.
+        painter: draws the pictures.
+        cache: gives the captions and the data's own pictures, from samples of its commonest size.
+        teacher: the undistilled, guided teacher.
+        teacher_steps: steps of the teacher's sampler.
+        images: number of pictures; 0 measures nothing.
+        seed: chooses captions and noise.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class PhaseLooks:
         shape = cache.latent_shapes[size]
         self._noise = rng.normal(shape, list(range(self._count)), seed=seed, keys=("looks",))
         self._seed = seed
-        self._reference: tuple[Looks, Looks] | None = None  # the teacher's pictures, the data's own
+        self._reference: tuple[Looks, Looks] | None = None  # of the teacher's pictures, of the data's own
 
     def write(self, path: Path, student: Denoiser, *, steps: int) -> None:
-        """The student's drift in sharpness, contrast and colour, as means and per image, as JSON."""
+        """Writes the student's drift in sharpness, contrast and colour as JSON: means, and values per image."""
         if not self._count:
             return
         if self._reference is None:
@@ -83,7 +83,7 @@ class PhaseLooks:
 
 
 def _lists(looks: Looks, teacher: Looks) -> dict[str, list[float]]:
-    """Per image: sharpness and contrast, and the distance of its colours to those of the teacher's."""
+    """Per image: sharpness, contrast, and the distance of its colours from those of the teacher's image."""
     return {
         "sharpness": looks.sharpness.tolist(),
         "contrast": looks.contrast.tolist(),

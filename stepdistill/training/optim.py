@@ -1,4 +1,4 @@
-"""Optimisers of student and discriminator: Adam as the paper has it, warm-up and decay; the student's moving average."""
+"""Optimisers of student and discriminator: Adam as in the paper, with warm-up and decay; the student's moving average."""
 
 import math
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ class NonFiniteError(RuntimeError):
 
 
 class RoleOptimizer:
-    """Adam over one role's parameters, with linear warm-up and cosine decay, no weight decay.
+    """Adam on one role's parameters, with linear warm-up and cosine decay, without weight decay.
 
-    betas: (.9, .999) for mse, (0, .99) for adversarial phases (section 4 of the recipe's table, from the paper).
-    parameters: by name, as `state_dict` has them.
-    lr_warmup_steps: a tenth of max_train_steps at most. With a longer warm-up the cosine has fallen before the warm-up ends,
-    and a short phase never trains at its learning rate.
+    betas: (0, .99) if `adversarial`, else (.9, .999), as in the paper.
+    parameters: by the names that `state_dict` uses.
+    lr_warmup_steps: limited to a tenth of max_train_steps. With a longer warm-up the cosine would fall before the warm-up
+    ends, and a short phase would never reach its learning rate.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class RoleOptimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the update to come."""
+        """Learning rate of the next update."""
         return float(self.schedule.get_last_lr()[0])
 
     def clip(self, max_grad_norm: float) -> torch.Tensor:
-        """Clips the gradients' total norm to max_grad_norm; returns the norm before, a scalar."""
+        """Clips the gradients' total norm to max_grad_norm; returns the norm before clipping, a scalar."""
         return torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
 
     def step(self) -> None:
-        """One update, one step of the schedule, gradients dropped."""
+        """Updates the parameters, advances the schedule by one step, drops the gradients."""
         self.optimizer.step()
         self.schedule.step()
         self.zero_grad()
@@ -64,15 +64,15 @@ class RoleOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments and step of each parameter under its name, and the schedule's place."""
+        """Adam's moments and step by parameter name, and the position in the schedule."""
         moments = self.optimizer.state_dict()["state"]
         by_name = {name: moments[k] for k, name in enumerate(self._names) if k in moments}
         return {"parameters": by_name, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict` of an optimiser over parameters of the same names and shapes; ValueError for others."""
+        """Continues from the `state_dict` of an optimiser; ValueError unless its parameters had these names and shapes."""
         moments = state["parameters"]
-        if moments:  # none before the first update
+        if moments:  # empty before the first update
             shapes = {name: of.get("exp_avg", torch.empty(0)).shape for name, of in moments.items()}
             check_names("the optimiser's state", dict(zip(self._names, self.parameters, strict=True)), shapes)
         whole = self.optimizer.state_dict()
@@ -87,7 +87,7 @@ class RoleOptimizer:
 class MovingAverage:
     """The exponential moving average of a role's parameters, with diffusers' warm-up of the decay.
 
-    parameters: by name, as `state_dict` has them.
+    parameters: by the names that `state_dict` uses.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, decay: float) -> None:
@@ -95,20 +95,20 @@ class MovingAverage:
         self._average = EMAModel(list(self._parameters.values()), decay=decay, foreach=True)
 
     def update(self) -> None:
-        """After an update of the parameters."""
+        """Updates the averages; call it after each update of the parameters."""
         self._average.step(self._parameters.values())
 
     def copy_to_parameters(self) -> None:
-        """The parameters become their average."""
+        """Replaces the parameters by their averages."""
         self._average.copy_to(self._parameters.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages under the parameters' names, and how many updates they are of."""
+        """The averages by parameter name, and the number of updates so far."""
         averages = dict(zip(self._parameters, self._average.shadow_params, strict=True))
         return {"parameters": averages, "updates": self._average.optimization_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict` over parameters of the same names and shapes; ValueError for others."""
+        """Continues from a `state_dict`; ValueError unless its parameters had these names and shapes."""
         averages: Mapping[str, torch.Tensor] = state["parameters"]
         check_names("the moving average", self._parameters, {name: of.shape for name, of in averages.items()})
         self._average.optimization_step = state["updates"]
@@ -117,7 +117,7 @@ class MovingAverage:
 
 
 def check_names(what: str, parameters: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """ValueError where a state is not of these parameters: the first name that one side lacks or has in another shape."""
+    """ValueError unless a state has these parameters' names and shapes; it names the first one that differs."""
     for name in sorted(parameters.keys() | shapes.keys()):
         if name not in shapes:
             raise ValueError(f"{what} lacks {name}, which is trained here")
@@ -125,5 +125,5 @@ def check_names(what: str, parameters: Mapping[str, torch.Tensor], shapes: Mappi
             raise ValueError(f"{what} has {name}, which is not trained here")
         if parameters[name].shape != shapes[name]:
             raise ValueError(
-                f"{what} has {name} in shape {tuple(shapes[name])}; it is trained here in {tuple(parameters[name].shape)}"
+                f"{what} has {name} in shape {tuple(shapes[name])}; here its shape is {tuple(parameters[name].shape)}"
             )

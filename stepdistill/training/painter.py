@@ -1,7 +1,7 @@
-"""What teacher and student draw while a phase trains, as pictures, in little memory.
+"""Draws pictures with teacher and student while a phase trains, in little memory.
 
-The network is asked for no more rows at once than in training. The VAE lies on the CPU: for the time of decoding a copy of
-it is where the latents are, and decodes one picture after another.
+The network gets no more rows at once than in training. The VAE stays on the CPU: for decoding, a copy of it is put on the
+latents' device and decodes one picture after another.
 """
 
 import copy
@@ -23,9 +23,9 @@ class Painter:
     """Draws with denoisers that are being trained. No weight changes, and no global random state is used.
 
     Args:
-        vae: the teacher's, on the CPU, in the dtype that it is to decode in.
-        batch_size: rows that the network is asked for at once.
-        autocast: what the network runs under in training.
+        vae: the teacher's VAE, on the CPU, in the dtype in which it decodes.
+        batch_size: rows that the network gets at once.
+        autocast: makes the context in which the network runs, as in training.
     """
 
     vae: AutoencoderKL
@@ -36,7 +36,7 @@ class Painter:
     def draw(
         self, denoiser: Denoiser, noise: torch.Tensor, conditioning: Conditioning, *, steps: int
     ) -> torch.Tensor:
-        """What a denoiser draws in `steps` from noise (B, C, h, w): uint8 (B, 3, H, W), on the CPU."""
+        """Samples a denoiser from noise (B, C, h, w) in `steps` steps; returns pictures, uint8 (B, 3, H, W), on the CPU."""
         model = denoiser.network.model
         latents = []
         for chunk in torch.arange(len(noise)).split(self.batch_size):
@@ -49,9 +49,9 @@ class Painter:
 
 @torch.no_grad()
 def decode_pictures(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents (B, C, h, w) on any device -> uint8 (B, 3, H, W) on the CPU, in the VAE's dtype, one row at a time.
+    """Decodes scaled latents (B, C, h, w) on any device to uint8 (B, 3, H, W) on the CPU, one row at a time.
 
-    The VAE stays on the CPU: a copy of it is on the latents' device, and gone from there afterwards.
+    It decodes in the VAE's dtype. The VAE stays on the CPU; the copy on the latents' device is freed afterwards.
     """
     on_cpu = latents.device.type == "cpu"
     decoder = vae if on_cpu else copy.deepcopy(vae).to(latents.device)
@@ -61,10 +61,10 @@ def decode_pictures(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
         pictures.append(((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
     if latents.device.type == "cuda":
         del decoder, decoded
-        torch.cuda.empty_cache()  # large blocks that training would cut up
+        torch.cuda.empty_cache()  # large blocks, which training would fragment
     return torch.cat(pictures)
 
 
 def to_images(pictures: torch.Tensor) -> list[Image.Image]:
-    """uint8 (B, 3, H, W) as Pillow has them."""
+    """Pictures (B, 3, H, W), uint8, as Pillow images."""
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]

@@ -1,4 +1,4 @@
-"""The loop of one phase: draw, losses, backward, clip, step, log; and all that it has to remember between two updates."""
+"""The training loop of one phase (batch, losses, backward pass, clipping, step, log), and its state between updates."""
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -21,12 +21,12 @@ from stepdistill.training.losses import OBJECTIVES, Losses, losses_of
 from stepdistill.training.optim import MovingAverage, NonFiniteError, RoleOptimizer
 from stepdistill.training.samples import Samples
 
-_MOST_OVERFLOWS = 20  # in a row, of float16: each halves the loss's scale
+_MOST_OVERFLOWS = 20  # of float16 in a row; each one halves the loss scale
 
 
 @dataclass(frozen=True)
 class PhaseSetup:
-    """One phase of one rung, ready to run. `number` is its place in the rung; `preview(name)` draws a picture."""
+    """One phase of one rung, ready to run. `number` is its index in the rung; `preview(name)` writes a preview picture."""
 
     rung: Rung
     phase: Phase
@@ -41,28 +41,28 @@ class PhaseSetup:
 
     @property
     def keys(self) -> tuple[rng.Key, ...]:
-        """What names this phase's randomness."""
+        """Keys that set this phase's random numbers apart from those of others."""
         return (self.rung.student_steps, self.number, self.phase.title)
 
     @property
     def title(self) -> str:
-        """Such as "32 -> 8 mse"."""
+        """The phase's title in the progress display and in messages, such as "32 -> 8 mse"."""
         return f"{self.rung.teacher_steps} -> {self.rung.student_steps} {self.phase.title}"
 
     @property
     def teacher_steps(self) -> int:
-        """Of the sampler that the student's one move is taught."""
+        """Steps of the sampler whose moves the student learns to make in one."""
         return self.phase.teacher_steps or self.rung.teacher_steps
 
 
 class PhaseState:
-    """All that a phase has to remember between two updates. Batches and noise follow from the step's number.
+    """Everything that a phase must remember between two updates. Batches and noise follow from the step's number.
 
-    step             updates done
-    overflows        of float16, in a row
-    seconds          of training, without the previews
-    teacher_samples  by the number of a micro-batch's first sample, where the phase keeps them
-    Besides: the student's adapter, the discriminator, an optimiser for each, the student's moving average, the loss's scale.
+    step             number of updates done
+    overflows        float16 overflows in a row, up to the last update
+    seconds          training time, without the previews
+    teacher_samples  by the number of a micro-batch's first sample; None unless the phase reuses them (cached_updates)
+    Also: the student's adapter, the discriminator, an optimiser for each, the student's moving average, the loss scale.
     """
 
     def __init__(self, setup: PhaseSetup, runtime: Runtime) -> None:
@@ -76,7 +76,7 @@ class PhaseState:
             self.average = MovingAverage(setup.student.network.group(STUDENT), decay=training.ema_decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all of it: numbers, and tensors under names."""
+        """A copy of the whole state: numbers, and tensors by name."""
         discriminator = self._setup.discriminator
         learned = None if discriminator is None else discriminator.state()
         return _copied(
@@ -94,8 +94,7 @@ class PhaseState:
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, in a phase of the same setup; ValueError where parts, names or shapes
-        differ."""
+        """Continues from the `state_dict` of a phase with the same setup; ValueError if parts, names or shapes differ."""
         _check_parts(state, self.state_dict())
         device = self._runtime.device
         load_adapter_state(self._setup.student.network.model, STUDENT, state["student"])
@@ -114,7 +113,7 @@ class PhaseState:
 
 
 def run_phase(setup: PhaseSetup, *, runtime: Runtime, log: TrainingLog | None) -> None:
-    """Trains the student in place. Raises NonFiniteError before an update on a loss or gradient that is not finite."""
+    """Trains the student in place. Raises NonFiniteError, before updating, if a loss or gradient is not finite."""
     phase, training = setup.phase, setup.training
     state = PhaseState(setup, runtime)
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
@@ -149,8 +148,8 @@ def update(
 ) -> dict[str, float]:
     """One update on the next micro-batches; returns its numbers for the log.
 
-    With float16 an overflow of the scaled gradients leaves the update out. Raises NonFiniteError for any other loss or
-    gradient that is not finite; nothing is updated then.
+    With float16, an overflow of the scaled gradients skips the update, up to _MOST_OVERFLOWS times in a row. Any other loss
+    or gradient that is not finite raises NonFiniteError, and nothing is updated.
     """
     means, waited = _accumulate(setup, state, batches, runtime)
     for role, optimizer in state.optimizers.items():
@@ -175,10 +174,10 @@ def update(
 
 
 def batches_of(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -> Generator[tuple[int, Batch]]:
-    """The micro-batches of this process from an update on, each with the global number of its first sample.
+    """The micro-batches of this process from update first_step on, each with the global number of its first sample.
 
-    On a GPU they are drawn ahead by a thread. On the CPU a second thread that calls torch has an OpenMP pool of its own, and
-    with more threads than cores every barrier of the first sleeps.
+    On a GPU a thread draws them ahead. On the CPU, a second thread that calls torch would get its own OpenMP pool: with more
+    threads than cores, the main thread would then sleep at every barrier.
     """
     firsts = first_samples(setup, runtime, first_step=first_step)
     if runtime.device.type == "cpu":
@@ -187,7 +186,7 @@ def batches_of(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -> G
 
 
 def first_samples(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -> Iterator[int]:
-    """The global number of the first sample of each micro-batch of this process, from an update on."""
+    """The global number of the first sample of each micro-batch of this process, from update first_step on."""
     phase, training = setup.phase, setup.training
     parts = training.gradient_accumulation_steps
     for step in range(first_step, phase.max_train_steps):
@@ -220,7 +219,7 @@ def _draw(setup: PhaseSetup, runtime: Runtime, first: int) -> Batch:
 
 
 def _losses(setup: PhaseSetup, state: PhaseState, runtime: Runtime, first: int, batch: Batch) -> Losses:
-    """The losses on a micro-batch."""
+    """The losses of a micro-batch."""
     samples = Samples(
         batch,
         student=setup.student,
@@ -254,8 +253,10 @@ def _optimizers(setup: PhaseSetup) -> dict[str, RoleOptimizer]:
 def _accumulate(
     setup: PhaseSetup, state: PhaseState, batches: Iterator[tuple[int, Batch]], runtime: Runtime
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Backward over the micro-batches of this process; returns the means of losses and metrics, and the seconds that it
-    waited for the micro-batches."""
+    """Runs the backward passes over this process's next micro-batches.
+
+    Returns the means of losses and metrics, and the seconds spent waiting for the micro-batches.
+    """
     count = setup.training.gradient_accumulation_steps
     sums: dict[str, torch.Tensor] = {}
     waited = 0.0
@@ -275,26 +276,26 @@ def _accumulate(
 
 
 def _read(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The values of scalars on the device: the one time in an update that the CPU waits for it."""
+    """The values of scalars on the device. An update makes the CPU wait for the device only here."""
     values = torch.stack([value.detach().double() for value in scalars.values()]).tolist()
     return dict(zip(scalars, values, strict=True))
 
 
 def _check_parts(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """ValueError where a state has other parts than a phase of this setup: optimisers, discriminator, average, samples."""
+    """ValueError unless a state has the parts of this setup: optimisers, discriminator, average, teacher samples."""
     for name, part in expected.items():
         if name not in state or (part is None) != (state[name] is None):
             has = "lacks" if state.get(name) is None else "has"
-            raise ValueError(f"the phase's state {has} {name}: it is of a phase with other settings")
+            raise ValueError(f"the phase's state {has} {name}: it belongs to a phase with other settings")
     roles, others = expected["optimizers"].keys(), state["optimizers"].keys()
     if roles != others:
         raise ValueError(
-            f"the phase's state has optimisers of {', '.join(others)}, this phase of {', '.join(roles)}"
+            f"the phase's state has optimisers for {', '.join(others)}, this phase needs {', '.join(roles)}"
         )
 
 
 def _copied(value: Any) -> Any:
-    """Nested mappings and lists with each tensor copied to the CPU."""
+    """Copies nested mappings and lists, with each tensor moved to the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, Mapping):
@@ -305,7 +306,7 @@ def _copied(value: Any) -> Any:
 
 
 def _overflowed(numbers: dict[str, float]) -> bool:
-    """Losses finite, a gradient not: what scaling the loss leads to now and then."""
+    """Whether all losses are finite and a gradient is not, which a scaled loss leads to now and then."""
     bad = {name for name, value in numbers.items() if not abs(value) < float("inf")}
     return bool(bad) and all(name.endswith("_grad_norm") for name in bad)
 

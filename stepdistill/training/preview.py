@@ -1,4 +1,4 @@
-"""Pictures while training: the student's samples under the teacher's, at fixed prompts and noise."""
+"""Preview pictures during training: the student's samples below the teacher's, at fixed prompts and noise."""
 
 from pathlib import Path
 
@@ -18,11 +18,11 @@ class Preview:
     """Draws one rung's previews into a folder.
 
     Args:
-        painter: draws.
+        painter: draws the pictures.
         cache: holds the embeddings of `prompts`.
-        prompts: one column each.
+        prompts: each is one column of the picture.
         seed: of the fixed noise.
-        folder: where the PNGs go.
+        folder: where the PNG files go.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Preview:
     def draw(
         self, name: str, student: Denoiser, teacher: Denoiser, *, student_steps: int, teacher_steps: int
     ) -> Path:
-        """Writes NAME.png: teacher above, in 32 steps at most, student below."""
+        """Writes NAME.png, with the teacher (at most 32 steps) above the student; returns its path."""
         steps = min(teacher_steps, MOST_TEACHER_STEPS)
         if self._teacher_row is None or self._teacher_row[0] != (steps, teacher.adapter):
             pictures = self._painter.draw(teacher, self._noise, self._conditioning, steps=steps)

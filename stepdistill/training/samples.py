@@ -1,4 +1,4 @@
-"""What the losses of one update are made of: each sample is computed once, when it is first asked for."""
+"""The samples and logits that the losses of one update need; each is computed once, on first use."""
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from stepdistill.objectives.adversarial import perturb
 
 @dataclass(frozen=True)
 class Logits:
-    """What D says of one update, each (B, heads).
+    """D's logits in one update, each (B, heads).
 
-    real, student  with D's graph and detached samples, for D's loss
-    generated      of the student's samples, with the student's graph and a frozen D, for the student's loss
+    real, student  of detached samples, with D's graph: for D's loss
+    generated      of the student's samples, with the student's graph and D frozen: for the student's loss
     """
 
     real: torch.Tensor
@@ -27,15 +27,15 @@ class Logits:
 
 
 class Samples:
-    """x_t of a micro-batch and what teacher, student and discriminator make of it.
+    """x_t of a micro-batch, and what teacher, student and discriminator compute from it.
 
     Args:
         batch: the micro-batch.
-        student: with gradients.
-        teacher: without.
-        discriminator: of an adversarial phase.
-        teacher_samples: of earlier micro-batches by number, looked up and added to.
-        number: of this micro-batch.
+        student: runs with gradients.
+        teacher: runs without gradients.
+        discriminator: needed in an adversarial phase.
+        teacher_samples: samples to reuse, by the number of their micro-batch; new ones are added. None: no reuse.
+        number: the number of this micro-batch in teacher_samples.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Samples:
 
     @cached_property
     def noisy(self) -> torch.Tensor:
-        """x_t (B, C, H, W): noised data, and the noise itself at the last timestep (Eq 24)."""
+        """x_t (B, C, H, W): noised data, or the noise itself at the last timestep (Eq 24)."""
         batch = self.batch
         return self.student.noise_path.add_noise(
             batch.original_samples, batch.noise, batch.timesteps, pure_noise_at_last=True
@@ -62,13 +62,13 @@ class Samples:
 
     @cached_property
     def student_sample(self) -> torch.Tensor:
-        """The student's one move from timesteps to prev_timesteps, with its graph, (B, C, H, W)."""
+        """x_s (B, C, H, W), with gradients: the student's one move from timesteps to prev_timesteps."""
         batch = self.batch
         return self.student.move(self.noisy, batch.timesteps, batch.prev_timesteps, batch.conditioning)
 
     @cached_property
     def teacher_sample(self) -> torch.Tensor:
-        """Where the teacher's many moves lead from the same x_t, without gradient, (B, C, H, W)."""
+        """x_s (B, C, H, W), without gradients: where the teacher's many moves lead from the same x_t."""
         if self._teacher_samples is not None and self._number in self._teacher_samples:
             return self._teacher_samples[self._number]
         moves = self.batch.teacher_moves
@@ -80,39 +80,38 @@ class Samples:
 
     @cached_property
     def data_sample(self) -> torch.Tensor:
-        """x_0 noised to s with the same noise as x_t, (B, C, H, W): real and student samples share x_t unless that is pure
-        noise."""
+        """x_0 noised to s with the noise of x_t, (B, C, H, W): it belongs to the student's x_t unless that is pure noise."""
         batch = self.batch
         return self.student.noise_path.add_noise(batch.original_samples, batch.noise, batch.prev_timesteps)
 
     def real_sample(self, real: str) -> torch.Tensor:
-        """What D takes for real, (B, C, H, W): "teacher" (the paper's) or "data", for which the teacher is not asked."""
+        """The samples that D counts as real, (B, C, H, W): "teacher" (the paper's) or "data", which needs no teacher."""
         return self.teacher_sample if real == "teacher" else self.data_sample
 
     @cached_property
     def teacher_original(self) -> torch.Tensor:
-        """x_0 that the teacher predicts at x_t, without gradient, (B, C, H, W)."""
+        """x_0 (B, C, H, W) that the teacher predicts from x_t, without gradients."""
         return self._original_by(self.teacher)
 
     @cached_property
     def student_original(self) -> torch.Tensor:
-        """x_0 that the student predicts at x_t, with its graph, (B, C, H, W)."""
+        """x_0 (B, C, H, W) that the student predicts from x_t, with gradients."""
         return self._original_by(self.student)
 
     def _original_by(self, denoiser: Denoiser) -> torch.Tensor:
         return denoiser.predict(self.noisy, self.batch.timesteps, self.batch.conditioning, target="sample")
 
     def logits(self, *, real: str) -> Logits:
-        """D's logits of real samples ("teacher" or "data") and of the student's, perturbed where they are clean (Eq 25-26).
+        """D's logits of real samples ("teacher" or "data") and the student's; clean samples are perturbed first (Eq 25-26).
 
-        D's loss and the student's use the same D, so an update does not depend on how a batch is split.
+        D's loss and the student's loss use the same D, so an update does not depend on how a batch is split.
         """
         if real not in self._logits:
             self._logits[real] = self._logits_against(real)
         return self._logits[real]
 
     def _logits_against(self, real: str) -> Logits:
-        """The features of x_t are computed once for both losses."""
+        """Computes the logits; the features of x_t are computed only once for both losses."""
         discriminator, batch = self._discriminator, self.batch
         assert discriminator is not None, "an adversarial objective has a discriminator"
         real_seen, student_seen = (self._perturbed(x) for x in (self.real_sample(real), self.student_sample))

@@ -226,7 +226,7 @@ FOLDERS = {
     ),
     "a shard that is missing": (
         sharded(lambda state: dict.fromkeys(state, "second.safetensors")),
-        r"lacks unet/diffusion_pytorch_model\.safetensors|second\.safetensors is not there",
+        r"lacks unet/diffusion_pytorch_model\.safetensors|second\.safetensors does not exist",
     ),
     "an index without shards": (sharded([]), r"lacks unet/|names no file"),
     "a tensor in two shards": (in_two_files, r"lacks unet/|which another file beside it holds too"),
@@ -242,7 +242,7 @@ FOLDERS = {
     ),
     "a tensor of another shape": (
         retyped(UNET, narrower("conv_in.weight")),
-        r"unet: 1 weights of .* other shapes, first conv_in\.weight, which is \(15, 4, 3, 3\) there",
+        r"unet: 1 weights of .* other shapes, first conv_in\.weight, which is \(15, 4, 3, 3\) in",
     ),
     "a row of embeddings is missing": (
         retyped(TEXT, narrower("token_embedding")),
@@ -250,7 +250,7 @@ FOLDERS = {
     ),
     "weights of another model": (
         retyped(UNET, lambda _state: {"lora.weight": torch.zeros(2)}),
-        r"unet/config\.json asks for \d+ layers, and the weights beside it are 1 tensors",
+        r"unet/config\.json asks for \d+ layers, but the weights beside it have only 1 tensors",
     ),
     "weights that are whole numbers": (
         retyped(UNET, lambda state: {k: v.to(torch.int32) for k, v in state.items()}),
@@ -290,7 +290,7 @@ FOLDERS = {
     ),
     "a directory as config": (in_place_of("vae/config.json", os.mkdir), r"vae/config\.json is a directory"),
     "a billion layers": (unet(layers_per_block=10**9), r"unet/config\.json: layers_per_block is 1000000000"),
-    "many thousand layers": (unet(layers_per_block=10**5), r"asks for 400000 layers, and the weights"),
+    "many thousand layers": (unet(layers_per_block=10**5), r"asks for 400000 layers, but the weights"),
     "many thousand transformer layers": (unet(transformer_layers_per_block=5000), r"asks for \d+ layers"),
     "many thousand blocks": (unet(block_out_channels=[16] * 10**5), r"asks for \d+ layers"),
     "channels of trillions": (
@@ -357,7 +357,7 @@ FOLDERS = {
     "a tokenizer with code": (tokenizer_with_code, r"tokenizer: cannot"),
     "more words than rows of embeddings": (
         edited("tokenizer/tokenizer_config.json", pad_token="<|nothing|>"),
-        r"tokenizer: .* has a token 227; its text encoder has 227 rows",
+        r"tokenizer: .* has a token with id 227; its text encoder has 227 rows",
     ),
     # the scheduler
     "no scheduler": (removed(SCHEDULER), r"lacks scheduler/scheduler_config\.json"),

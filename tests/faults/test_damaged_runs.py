@@ -437,7 +437,7 @@ def test_damaged_results_are_refused_and_measured_again(whole_run, copy, asked, 
     if damage is cut:
         found = asked(lambda: stages.export(copy))
         assert found.code == 0
-        assert "the card claims no numbers" in found.said
+        assert "the card is written without numbers" in found.said
         assert asked(lambda: stages.evaluate(copy)).said == ""
         assert measured(copy) == measured(whole_run)
         assert asked(lambda: stages.report(copy)).said == ""

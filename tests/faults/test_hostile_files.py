@@ -165,10 +165,10 @@ def pickled(folder):
 LORAS = {
     "cut short": (lambda folder: os.truncate(folder / LORA, 1000), r"cannot be read as safetensors"),
     "empty": (replaced(LORA, b""), r"cannot be read as safetensors"),
-    "a pipe": (in_place_of(LORA, os.mkfifo), r"is a pipe or a device|which is not there|got path"),
+    "a pipe": (in_place_of(LORA, os.mkfifo), r"is a pipe or a device|which does not exist|got path"),
     "no LoRA": (retyped(LORA, lambda _: {"something": torch.zeros(2)}), r"holds no LoRA"),
     "numbers that are none": (retyped(LORA, with_number("lora_A", float("nan"))), r"not finite"),
-    "of another model": (of_another_model, r"does not go onto the U-Net of .*shape"),
+    "of another model": (of_another_model, r"does not fit the U-Net of .*shape"),
 }
 TEACHERS_LORAS = LORAS | {
     "two files": (two_files, r"holds 2 \.safetensors files; allowed: one"),
@@ -214,7 +214,7 @@ SCHEDULERS = {
     ),
     "timesteps where none are taken": (
         {"scheduler": "DDIMScheduler", "timesteps": [999, 499]},
-        r"DDIMScheduler takes no timesteps of one's own",
+        r"DDIMScheduler does not accept custom timesteps",
     ),
     "betas of another kind": ({"scheduler_options": {"beta_schedule": "evil"}}, r"cannot sample in 4 steps"),
 }
@@ -256,8 +256,8 @@ def with_broken_processor(folder):
 
 WEIGHTS = "model.safetensors"
 EXTRACTORS = {
-    "no folder": (shutil.rmtree, r"config\.json is not there"),
-    "no weights": (removed(WEIGHTS), r"model\.safetensors is not there"),
+    "no folder": (shutil.rmtree, r"config\.json does not exist"),
+    "no weights": (removed(WEIGHTS), r"model\.safetensors does not exist"),
     "weights cut short": (
         lambda folder: os.truncate(folder / WEIGHTS, 2000),
         r"cannot be read as safetensors",
@@ -319,7 +319,7 @@ def of_another_net(path):
 INCEPTIONS = {
     "another file": (lambda path: path.write_bytes(b"PK no script"), "", r"expected f58cb9b6"),
     "no script, on your word": (lambda path: path.write_bytes(b"PK no script"), "#", r"is no TorchScript"),
-    "another net, on your word": (of_another_net, "#", r"another TorchScript than FID's"),
+    "another net, on your word": (of_another_net, "#", r"a TorchScript, but not FID's Inception"),
     "a pipe": (os.mkfifo, "", r"no Inception weights at"),
     "a directory": (os.mkdir, "", r"no Inception weights at"),
 }
@@ -338,7 +338,7 @@ def test_an_inception_that_is_none(name, whole, tmp_path, options):
 def test_statistics_that_are_pickled_are_not_read(whole, tmp_path, options, capsys):
     np.savez(tmp_path / "stats.npz", mu=np.array([Evil()], dtype=object), sigma=np.eye(1))
     settings = (f"teacher.path={whole}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
-    refused(capsys, r"no reference stats", *options, *settings)
+    refused(capsys, r"cannot read reference stats", *options, *settings)
     assert not Path("/tmp/it-ran").exists()
 
 

@@ -1,10 +1,10 @@
-"""Tiny ladders over everything that can be asked of training, and the sha256 of the LoRAs that they leave.
+"""Tiny ladders that cover all training options, and the sha256 of the LoRAs that they produce.
 
     python tests/golden/cases.py WORK [--only NAME ...] [--output FILE]
 
-Prints the commit, a hash of the CPU's kernels, and {case: {student_steps: sha256}}, as JSON. Teachers and data are built in
-WORK once; runs go into a temporary folder.
-A case is a config alone, run through the command line, so the same file drives any commit of the package:
+Prints as JSON the commit, a hash of the CPU's kernels, and {case: {student_steps: sha256}}. Teachers and data are built in
+WORK once; runs go into a temporary folder. A case is only a config, run through the command line, so this file works with
+any commit of the package:
 `PYTHONPATH=OTHER python tests/golden/cases.py WORK` (compare.py does that).
 """
 
@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 Config = dict[str, Any]
 FAMILIES = {"sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl"}
-# what the scheduler of a changed teacher says instead
+# changed teachers: (family, options of the scheduler that differ)
 CHANGED = {
     "sd15_x0": ("sd15", {"prediction_type": "sample"}),
     "sd15_zero_snr": ("sd15", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
@@ -63,7 +63,7 @@ def to_one_step(*phases: Config, **more: Any) -> list[Config]:
 
 
 def base(teacher: str = "sd15", **training: Any) -> Config:
-    """What all cases share; the ladder is each case's own."""
+    """The config that all cases share, with a short ladder."""
     return {
         "name": "golden",
         "teacher": {"path": teacher, "guidance_scale": 3.0},
@@ -76,12 +76,12 @@ def base(teacher: str = "sd15", **training: Any) -> Config:
 
 
 def with_ladder(ladder: list[Config], teacher: str = "sd15", **training: Any) -> Config:
-    """A case that differs by its ladder."""
+    """A case with its own ladder."""
     return base(teacher, **training) | {"ladder": ladder}
 
 
 def with_data(data: Config) -> Config:
-    """A case that differs by its data."""
+    """A case with its own data options."""
     config = base()
     return config | {"data": config["data"] | data}
 
@@ -94,7 +94,7 @@ def cases() -> dict[str, Config]:
         adversarial("single"),
         adversarial("paired"),
     )
-    every: dict[str, Config] = {
+    by_name: dict[str, Config] = {
         "as printed": with_ladder(
             [
                 rung(32, 8, mse),
@@ -141,10 +141,10 @@ def cases() -> dict[str, Config]:
         "cache in bfloat16": with_data({"dtype": "bfloat16"}),
     }
     for space in ("prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr", "auto"):
-        every[f"loss_space {space}"] = with_ladder(short(phase("mse", loss_space=space)))
+        by_name[f"loss_space {space}"] = with_ladder(short(phase("mse", loss_space=space)))
     for trunk in ("lora", "full", "frozen"):
         for objective in ("paired", "single"):
-            every[f"{objective}, {trunk}"] = with_ladder(short(mse, adversarial(objective, trunk=trunk)))
+            by_name[f"{objective}, {trunk}"] = with_ladder(short(mse, adversarial(objective, trunk=trunk)))
     for heads, loss, real in (
         ("multi", "non_saturating", "teacher"),
         ("mid", "relativistic", "teacher"),
@@ -152,27 +152,31 @@ def cases() -> dict[str, Config]:
         ("multi", "relativistic", "data"),
     ):
         options = {"heads": heads, "loss": loss, "real": real}
-        every[f"single, {heads}, {loss}, {real}"] = with_ladder(short(adversarial("single", **options)))
-        every[f"paired, {heads}, {loss}, {real}"] = with_ladder(to_one_step(adversarial("paired", **options)))
+        by_name[f"single, {heads}, {loss}, {real}"] = with_ladder(short(adversarial("single", **options)))
+        by_name[f"paired, {heads}, {loss}, {real}"] = with_ladder(
+            to_one_step(adversarial("paired", **options))
+        )
     for trunk in ("lora", "full"):
         carried = adversarial("single", trunk=trunk, start="carried")
-        every[f"carried, {trunk}"] = with_ladder(short(adversarial("paired", trunk=trunk), carried, carried))
+        by_name[f"carried, {trunk}"] = with_ladder(
+            short(adversarial("paired", trunk=trunk), carried, carried)
+        )
     for teacher in ("sd21_v", "sd15_x0", "sd15_zero_snr", "sdxl"):
-        every[teacher] = with_ladder(short(mse, paired), teacher)
-        every[f"{teacher}, one step"] = with_ladder(to_one_step(mse, single), teacher)
-    every["sdxl, buckets"] = with_data({"buckets": True, "min_per_bucket": 4}) | {
+        by_name[teacher] = with_ladder(short(mse, paired), teacher)
+        by_name[f"{teacher}, one step"] = with_ladder(to_one_step(mse, single), teacher)
+    by_name["sdxl, buckets"] = with_data({"buckets": True, "min_per_bucket": 4}) | {
         "teacher": {"path": "sdxl", "guidance_scale": 5.0}
     }
-    every["sdxl, checkpointing"] = with_ladder(short(mse, single), "sdxl", gradient_checkpointing=True)
-    every["two processes"] = with_ladder(short(mse, paired), gradient_accumulation_steps=2)
-    return every
+    by_name["sdxl, checkpointing"] = with_ladder(short(mse, single), "sdxl", gradient_checkpointing=True)
+    by_name["two processes"] = with_ladder(short(mse, paired), gradient_accumulation_steps=2)
+    return by_name
 
 
 PROCESSES = {"two processes": 2}
 
 
 def build_inputs(work: Path) -> None:
-    """Teachers, pictures and prompts that the cases name; nothing where they are there."""
+    """Builds the teachers, pictures and prompts that the cases use, if they are missing."""
     if (work / "prompts.txt").exists():
         return
     from eval.random_teacher import build
@@ -189,7 +193,7 @@ def build_inputs(work: Path) -> None:
 
 
 def _write_pictures(folder: Path) -> None:
-    """Squares, tall and wide pictures of noise, each with its caption."""
+    """Writes square, tall and wide pictures of noise, each with its caption."""
     from PIL import Image
 
     folder.mkdir(exist_ok=True)
@@ -201,7 +205,7 @@ def _write_pictures(folder: Path) -> None:
 
 
 def run_case(name: str, config: Config, work: Path, scratch: Path) -> dict[str, str]:
-    """Prepares and distils one case; the sha256 of each rung's tensors."""
+    """Prepares and distils one case; returns the sha256 of each rung's tensors by student steps."""
     config = copy.deepcopy(config) | {
         "output_dir": str(scratch),
         "name": name.replace(" ", "-").replace(",", ""),
@@ -240,7 +244,7 @@ def _stage(stage: str, config: Path, processes: int) -> None:
 
 
 def digest(file: Path) -> str:
-    """sha256 of the tensors of a safetensors file by name: its other metadata may change, the weights may not."""
+    """sha256 of the tensors of a safetensors file. It does not depend on the file's metadata, which may change."""
     total = hashlib.sha256()
     for key, tensor in sorted(load_file(file).items()):
         total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -249,7 +253,7 @@ def digest(file: Path) -> str:
 
 
 def kernels() -> str:
-    """A hash of what this CPU's kernels make of fixed numbers: golden weights of another value are not comparable."""
+    """A hash of results of this CPU's kernels for fixed inputs. Golden weights are comparable only if this hash is equal."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 16, 8, 8, generator=generator, requires_grad=True)
     weight = torch.randn(32, 16, 3, 3, generator=generator, requires_grad=True)
@@ -266,7 +270,7 @@ def kernels() -> str:
 
 
 def commit_of_package() -> str:
-    """The commit whose package is imported here."""
+    """The commit of the imported package."""
     import stepdistill
 
     folder = str(Path(stepdistill.__file__).parent)
@@ -277,17 +281,17 @@ def commit_of_package() -> str:
 
 
 def all_digests(work: Path, only: list[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each case with the sha256 of its rungs, on one thread: sums depend on how many share them."""
+    """Each case with the sha256 of its rungs. Runs on one thread, because sums depend on the number of threads."""
     torch.set_num_threads(1)
     build_inputs(work)
-    every = cases()
-    for name in only or every:
+    all_cases = cases()
+    for name in only or all_cases:
         with tempfile.TemporaryDirectory() as scratch:
-            yield name, run_case(name, every[name], work, Path(scratch))
+            yield name, run_case(name, all_cases[name], work, Path(scratch))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The sha256 of the LoRAs of tiny ladders.")
+    parser = argparse.ArgumentParser(description="Prints the sha256 of the LoRAs of tiny ladders.")
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(cases()))
     parser.add_argument("--output", type=Path)

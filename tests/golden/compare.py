@@ -1,8 +1,9 @@
-"""The LoRAs of the golden cases at another commit and in this tree, on this machine: equal to the bit?
+"""Compares the LoRAs of the golden cases between a commit and this tree, bit for bit, on this machine.
 
     python tests/golden/compare.py COMMIT [--only NAME ...] [--work FOLDER]
 
-Checks COMMIT out beside the tree, runs the same cases with both, and names each rung that differs; exit code 1 if one does.
+Checks COMMIT out into a temporary worktree, runs the same cases with both, and names each rung that differs. The exit code
+is 1 if a rung differs.
 """
 
 import argparse
@@ -18,7 +19,7 @@ CASES = REPOSITORY / "tests" / "golden" / "cases.py"
 
 
 def differences(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]]) -> list[str]:
-    """A line for each rung whose weights differ, and for each case that one side lacks."""
+    """A line for each rung whose weights differ, or that one side lacks."""
     lines = []
     for name in sorted(before.keys() | after.keys()):
         first, second = before.get(name, {}), after.get(name, {})
@@ -29,13 +30,13 @@ def differences(before: dict[str, dict[str, str]], after: dict[str, dict[str, st
 
 
 def is_at_hand(commit: str) -> bool:
-    """Whether this repository has the commit: a shallow clone may not."""
+    """Whether this repository has the commit; a shallow clone may lack it."""
     git = ["git", "-C", str(REPOSITORY), "cat-file", "-e", f"{commit}^{{commit}}"]
     return subprocess.run(git, capture_output=True, check=False).returncode == 0
 
 
 def run_cases(tree: Path, work: Path, output: Path, only: list[str] | None) -> dict[str, dict[str, str]]:
-    """The digests that the package in `tree` gives on the cases of this tree."""
+    """The digests of this tree's cases, run with the package in `tree`."""
     command = [sys.executable, str(CASES), str(work), "--output", str(output)]
     command += ["--only", *only] if only else []
     environment = os.environ | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -46,13 +47,13 @@ def run_cases(tree: Path, work: Path, output: Path, only: list[str] | None) -> d
 
 
 def compare(commit: str, work: Path, only: list[str] | None = None) -> list[str]:
-    """What differs between a commit and this tree; RuntimeError where a case does not run on one of them."""
+    """The differences between a commit and this tree. RuntimeError if a case fails on one of them."""
     with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch) / "commit"
         git = ["git", "-C", str(REPOSITORY), "worktree"]
         subprocess.run([*git, "add", "--detach", str(other), commit], check=True, capture_output=True)
         try:
-            # this tree first: it makes the inputs of both
+            # this tree first, because it builds the inputs of both
             after = run_cases(REPOSITORY, work, Path(scratch) / "after.json", only)
             before = run_cases(other, work, Path(scratch) / "before.json", only)
         finally:
@@ -61,7 +62,7 @@ def compare(commit: str, work: Path, only: list[str] | None = None) -> list[str]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Golden weights of a commit and of this tree.")
+    parser = argparse.ArgumentParser(description="Compares the golden weights of a commit and of this tree.")
     parser.add_argument("commit")
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--work", type=Path)

@@ -1,4 +1,4 @@
-"""What training leaves is the same to the bit as when the golden weights were recorded."""
+"""Training gives the same weights, to the bit, as when the golden weights were recorded."""
 
 import json
 from pathlib import Path
@@ -34,9 +34,12 @@ def test_a_changed_weight_and_a_missing_rung_are_named():
 
 
 @pytest.mark.slow
-def test_the_golden_weights_hold(tmp_path):
-    """Of a few cases; all of them: `python tests/golden/compare.py COMMIT`. Against the recorded digests where this CPU's
-    kernels are those of the record, else against its commit, run here."""
+def test_training_reproduces_the_golden_weights(tmp_path):
+    """Checks a few cases; `python tests/golden/compare.py COMMIT` checks all of them.
+
+    Compares with the recorded digests if this CPU's kernels are those of the record, otherwise with the recorded commit,
+    which is run here.
+    """
     golden = json.loads(GOLDEN.read_text())
     if golden["kernels"] == kernels():
         recorded = {name: golden["cases"][name] for name in FEW}

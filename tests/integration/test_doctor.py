@@ -104,9 +104,9 @@ def test_remedies_name_the_key_that_cures(tmp_path, pictures):
     options = [f"data.source={pictures}", "data.min_side=256", "data.num_images=null"]
     config = tiny_config(tmp_path, *options)
     (small,) = [f for f in problems(config) if "image_too_small" in f.about]
-    assert "70 x 80; allowed: 256 pixels a side at least (data.min_side)" in small.about
+    assert "70 x 80; allowed: at least 256 pixels per side (data.min_side)" in small.about
     assert small.remedy.startswith("data.min_side (now 256), ")
-    (least,) = [f for f in examine(config) if "as small as the teacher's 32 pixels" in f.about]
+    (least,) = [f for f in examine(config) if "as large as the 32 pixels to train on" in f.about]
     assert least.remedy == "data.min_side=16"
     with pytest.raises(ValueError, match=r"mend: data\.min_side \(now 256\), other samples"):
         prepare(config)

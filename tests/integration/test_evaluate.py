@@ -174,7 +174,7 @@ def test_an_interrupted_measuring_leaves_the_rows_that_were_measured_on_the_page
     few = ("evaluation.diversity_prompts=0", "evaluation.lora_scales=[]", "evaluation.cost_batch_sizes=[]")
     few = (*few, "evaluation.floor=false")
     config = copy_of(scorer, *few)
-    with pytest.raises(ValueError, match=r"score_cmd: .* left with 1: gone"):
+    with pytest.raises(ValueError, match=r"score_cmd: .* exited with code 1: gone"):
         evaluate(config)
     results = saved(config)
     assert [row["row"] for row in results["rows"]] == ["teacher-2", "teacher-1"]
@@ -183,11 +183,13 @@ def test_an_interrupted_measuring_leaves_the_rows_that_were_measured_on_the_page
     folder = stages.report(config)
     page = (folder / "index.html").read_text(encoding="utf-8")
     assert "no numbers yet" not in page
-    assert "is not measured to the end, `stepdistill evaluate` goes on: not yet student-32, student-8" in page
+    assert (
+        "is only partly evaluated; `stepdistill evaluate` continues. Missing: student-32, student-8" in page
+    )
     assert "Not measured yet: student-32, student-8" in (folder / "results.md").read_text()
     (tmp_path / "scorer.py").write_text("print('{\"taste\": 1}')")
     assert evaluate(config)["unmeasured"] == []
-    assert "not measured to the end" not in (stages.report(config) / "index.html").read_text(encoding="utf-8")
+    assert "only partly evaluated" not in (stages.report(config) / "index.html").read_text(encoding="utf-8")
     whole = saved(config)
     (tmp_path / "scorer.py").write_text("import sys; sys.exit('gone again')")
     with pytest.raises(ValueError, match="gone again"):
@@ -213,7 +215,7 @@ def test_a_net_that_learned_measures_and_without_any_the_table_says_what_it_lack
     assert not [key for key in results["metrics"] if "fid" in key or "kid" in key]
     assert results["rows"][1]["latent_mse_to_teacher"] > 0
     page = (build_report(config.run_dir) / "index.html").read_text(encoding="utf-8")
-    assert "What is not in the table, and why" in page
+    assert "Missing columns, and why" in page
     assert "there are no weights of Inception at" in page
 
 

@@ -225,7 +225,7 @@ def test_diffusers_own_file_says_that_it_is_diffusers_alone(tmp_path):
             hint = file.metadata()["usage_hint"]
         assert "leave out the rest without an error" in hint
         card = " ".join((place / "README.md").read_text().split())
-        assert "`pytorch_lora_weights.safetensors` is diffusers' alone" in card
+        assert "`pytorch_lora_weights.safetensors` is for diffusers only" in card
     assert read_lora(folder).layers
 
 
@@ -323,7 +323,7 @@ def test_an_active_adapter_is_asked(tmp_path):
             "v_prediction",
             True,
             "sampling v_prediction, zsnr true",
-            "CFG scale 1; the base set up",
+            "CFG scale 1; set up the base",
         ),
         ("v_prediction", "epsilon", False, "sampling eps, zsnr false", "not with this LoRA"),
     ],
@@ -353,18 +353,20 @@ def test_a_unet_of_other_depth_is_not_offered_to_a1111():
     """Its name map counts three places a block, two layers and a resampler."""
     whole = unet_config("sd15")
     assert "CFG scale 1." in card_of_tools(whole)
-    assert "do not open it" not in card_of_tools(whole)
+    assert "cannot open it" not in card_of_tools(whole)
     shallow = card_of_tools(whole | {"layers_per_block": 1})
     assert (
-        "A1111, Forge: not with this LoRA. They name its layers as if every block of the U-Net had two"
-        in shallow
+        "A1111, Forge: not with this LoRA. They expect two layers in every block of the U-Net, and" in shallow
     )
     assert "KSampler with 1 step, cfg 1.0" in shallow
     letters = card_of_tools(json.loads((embedded_folder("teacher") / "unet" / "config.json").read_text()))
-    assert "and this one's have 1." in letters
-    assert "has others (64 channels in the first block, 64 of the text), and they do not open it" in letters
+    assert "and this one has 1." in letters
+    assert (
+        "other widths (64 channels in the first block, 64 in the text embeddings), so the unmodified tools cannot open it"
+        in letters
+    )
     for unet in (unet_config("sd21_v"), unet_config("sdxl")):
-        assert "do not open it" not in card_of_tools(unet)
+        assert "cannot open it" not in card_of_tools(unet)
 
 
 def test_a_rung_with_start_timestep_is_offered_to_comfyui_and_to_ddim_alone(tmp_path):
@@ -374,7 +376,7 @@ def test_a_rung_with_start_timestep_is_offered_to_comfyui_and_to_ddim_alone(tmp_
     assert "SDTurboScheduler (steps 1, denoise 0.4) -> AddNoise" in card
     assert "-> LatentMultiply 1.32 -> SamplerCustomAdvanced with DisableNoise, BasicGuider and euler" in card
     assert "EulerDiscreteScheduler begins with the noise scaled by 0.76" in card
-    assert "Their samplers cannot tell the U-Net timestep 399 with pure noise" in card
+    assert "Their samplers cannot give the U-Net pure noise at timestep 399" in card
     assert "KSampler with" not in card
 
 

@@ -145,7 +145,7 @@ def test_a_quantised_base_is_not_merged_into(tmp_path):
     )
     done = stepdistill("export", config.run_dir, "--steps", "4")
     assert done.returncode == 2
-    assert "quantised weights in unet; allowed: weights of a floating point" in done.stderr
+    assert "quantised weights in unet; allowed: floating-point weights" in done.stderr
     assert not (config.run_dir / "rungs" / "4" / "fused").exists()
 
 

@@ -68,7 +68,7 @@ def test_a_wrong_scheduler_is_replaced_before_and_warned_of_after(rung, schedule
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"guidance_scale": 7.0}, "guidance_scale=7: the LoRA has guidance in it already"),
+        ({"guidance_scale": 7.0}, "guidance_scale=7: guidance is already distilled into the LoRA"),
         ({"num_inference_steps": 20}, "num_inference_steps=20: this LoRA is trained for 4"),
         ({"eta": 1.0}, "eta=1 adds noise"),
     ],

@@ -105,11 +105,11 @@ def test_a_lora_of_another_unet_is_refused(rung, kind):
 
 def test_what_is_no_rung_is_refused_with_what_to_do(rung, tmp_path):
     pipeline = pipeline_of(rung[1])
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         load_few_step(pipeline, tmp_path / "nothing")
     with pytest.raises(ValueError, match="run `stepdistill export`"):
         load_few_step(pipeline, tmp_path)
-    with pytest.raises(ValueError, match="does not say how it is sampled"):
+    with pytest.raises(ValueError, match="has no sampling settings in its header"):
         load_few_step(pipeline, rung[2] / "pytorch_lora_weights.safetensors")
 
 
@@ -138,7 +138,7 @@ def test_a_base_that_cannot_be_looked_at_is_said(rung, tmp_path):
     ("damage", "says"),
     [
         (lambda path: path.write_bytes(path.read_bytes()[:3000]), "cannot read"),
-        (lambda path: reheaded(path, {}), "does not say how it is sampled"),
+        (lambda path: reheaded(path, {}), "has no sampling settings in its header"),
         (lambda path: reheaded(path, {"stepdistill": "{"}), "header that cannot be read"),
         (lambda path: reheaded(path, {"stepdistill": "{}"}), "header that cannot be read"),
     ],

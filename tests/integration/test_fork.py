@@ -39,7 +39,7 @@ def test_a_forked_runs_weights_are_those_of_the_run_that_went_on(trained_run, tm
     stages.distill(config)
     assert weights(config, 1) == weights(trained_run, 1)
     page = (stages.report(config) / "index.html").read_text(encoding="utf-8")
-    assert f"begun at {rung_folder(first, 4)}" in page
+    assert f"started from {rung_folder(first, 4)}" in page
     assert f"taken over from {rung_folder(first, 8)}" in page
 
 

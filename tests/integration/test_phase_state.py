@@ -78,13 +78,13 @@ def test_a_state_of_another_phase_is_refused_before_anything_is_loaded(trained_r
     before = states["mse"].state_dict()
     for name, said in (("single", "has discriminator"), ("cached", "has teacher_samples")):
         with pytest.raises(
-            ValueError, match=f"the phase's state {said}: it is of a phase with other settings"
+            ValueError, match=f"the phase's state {said}: it belongs to a phase with other settings"
         ):
             states["mse"].load_state_dict(states[name].state_dict())
     assert_equal(states["mse"].state_dict(), before)
     lacking = states["single"].state_dict()
     del lacking["optimizers"]["discriminator"]
-    with pytest.raises(ValueError, match=r"optimisers of student, this phase of student, discriminator"):
+    with pytest.raises(ValueError, match=r"optimisers for student, this phase needs student, discriminator"):
         states["single"].load_state_dict(lacking)
 
 

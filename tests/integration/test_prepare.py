@@ -186,7 +186,7 @@ def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_pa
     counts = f"2 sizes (width x height): 64 x 64: 26, {wide[1]} x {wide[0]}: 12"
     notes = {finding.about: finding for finding in examine(config)}
     assert f"data: all 38 pictures are cut to {counts}" in notes
-    note = notes["data: 2 pictures are cut to the ratio of others, as fewer than 4 have their own"]
+    note = notes["data: 2 pictures are cut to another ratio, as fewer than 4 have their own"]
     assert (note.state, "data.min_per_bucket=1" in note.remedy) == ("note", True)
 
     before = stamps(config)

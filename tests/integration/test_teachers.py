@@ -109,7 +109,7 @@ def test_a_lora_of_another_model_or_no_lora_at_all_is_refused(folders, tmp_path)
         with pytest.raises(ConfigError, match=r"teacher\.loras"):
             make_teacher_of(config)
     config = tiny_config(tmp_path, teacher, 'teacher.loras=[{"path": "/nowhere"}]')
-    with pytest.raises(ConfigError, match=r"teacher\.loras\.0\.path: got '/nowhere', which is not there"):
+    with pytest.raises(ConfigError, match=r"teacher\.loras\.0\.path: got '/nowhere', which does not exist"):
         open_run(config)
 
 
@@ -119,7 +119,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     save_file({"lora.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
     for name, said in (
         ("model.ckpt", "allowed: .safetensors"),
-        ("missing.safetensors", "which is not there"),
+        ("missing.safetensors", "which does not exist"),
         ("broken.safetensors", "as safetensors"),
         ("lora.safetensors", "holds no whole model"),
     ):

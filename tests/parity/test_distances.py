@@ -39,8 +39,8 @@ def test_fid_equals_scipys_matrix_square_root():
     assert fid(x.float(), y.float()) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_fid_of_moments_is_what_torchmetrics_makes_of_the_samples():
-    """Its state is filled by hand (distances._filled): fails where torchmetrics keeps other sums, and where it warns."""
+def test_fid_of_moments_equals_torchmetrics_fid_of_the_samples():
+    """distances._filled sets torchmetrics' state by hand: fails if torchmetrics stores other sums, or warns."""
     x, y = two_sets()
     theirs = FrechetInceptionDistance(feature=_Identity(12), normalize=True).set_dtype(torch.float64)
     for features, real in ((x, True), (y, False)):
@@ -68,7 +68,7 @@ def test_fid_of_a_set_with_itself_is_zero():
     assert fid(x, x) < 1e-6 * float(x.var(dim=0).sum())
 
 
-def test_the_bias_of_fid_is_as_the_protocol_says():
+def test_the_bias_of_fid_is_as_documented_in_the_protocol():
     generator, text = torch.Generator().manual_seed(0), " ".join(Path("eval/protocol.md").read_text().split())
     for count in (1000, 5000, 10_000, 30_000):
         apart = fid(*(torch.randn(count, 256, generator=generator) for _ in range(2)))
@@ -85,7 +85,7 @@ def test_fid_from_a_file_of_moments(tmp_path):
 @pytest.mark.parametrize(
     "content", ["text", "missing", "shapes", "nan", "asymmetric", "cut", "flipped", "array"]
 )
-def test_a_file_that_holds_no_moments_is_named(tmp_path, content):
+def test_a_file_without_moments_is_named(tmp_path, content):
     path = tmp_path / "stats.npz"
     if content == "text":
         path.write_text("not numpy")
@@ -124,7 +124,7 @@ def test_kid_equals_a_direct_loop_over_pairs():
     assert deviation == pytest.approx(0, abs=1e-6 * abs(mean))  # every subset is the whole set
 
 
-def test_kid_is_unbiased_and_says_how_sure_it_is():
+def test_kid_is_unbiased_and_has_a_deviation():
     rng = np.random.default_rng(1)
     x, y = (torch.from_numpy(rng.normal(size=(400, 16))) for _ in range(2))
     mean, deviation = kid(x, y, subsets=50, subset_size=100)
@@ -133,7 +133,7 @@ def test_kid_is_unbiased_and_says_how_sure_it_is():
     assert kid(x, y, subsets=5, subset_size=100, seed=1) != kid(x, y, subsets=5, subset_size=100, seed=2)
 
 
-def test_kid_of_paired_sets_does_not_count_what_pairs_have_in_common():
+def test_kid_of_paired_sets_is_not_lowered_by_what_pairs_have_in_common():
     rng = np.random.default_rng(2)
     common = rng.normal(size=(1000, 16))
     x, y = (torch.from_numpy(common + 0.1 * rng.normal(size=common.shape)) for _ in range(2))
@@ -164,7 +164,7 @@ def test_precision_recall_density_coverage_equal_brute_force(k):
     assert density_coverage(x, y, k=k) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_the_edge_of_a_ball_is_inside_for_precision_and_outside_for_density():
+def test_points_on_the_edge_of_a_ball_count_for_precision_but_not_for_density():
     real, generated = (torch.tensor(values)[:, None].double() for values in ([0, 1, 2, 3], [4, 6]))
     assert precision_recall(real, generated, k=1) == (0.5, 0.5)  # 4 is 1 from 3; 2 and 3 are up to 2 from 4
     assert density_coverage(real, generated, k=1) == (0, 0)
@@ -205,7 +205,7 @@ def test_no_metric_touches_global_randomness():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_what_cannot_be_measured_is_said():
+def test_impossible_measurements_raise_errors():
     x, _ = two_sets()
     for metric in (fid, kid, precision_recall, density_coverage, cmmd):
         with pytest.raises(ValueError, match="extractors differ"):

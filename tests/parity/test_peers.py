@@ -51,7 +51,7 @@ def ddim_map(noise_path, timesteps):
     return slope, offset
 
 
-def test_boundary_scalings_are_those_of_the_scheduler_that_samples_the_lora():
+def test_boundary_scalings_equal_those_of_lcm_scheduler():
     scheduler = LCMScheduler()
     for t in (0, 1, 19, 499, 999):
         skip, out = lcm.boundary_scalings(torch.tensor([t]))
@@ -61,7 +61,7 @@ def test_boundary_scalings_are_those_of_the_scheduler_that_samples_the_lora():
 
 
 def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(noise_path):
-    """f(x_t) = DDIM's map to 0 has no loss; the slope alone, without the offset, has."""
+    """If f(x_t) is DDIM's map to timestep 0, the loss is 0; with the slope but without the offset, it is not."""
     timesteps = noise_path.nodes(lcm.NODES)
     sample = torch.linspace(-2, 2, len(timesteps), dtype=torch.float64)[:, None]
 
@@ -95,7 +95,7 @@ def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(noise_path)
 
 
 def test_consistency_training_learns_the_flow(noise_path):
-    """A table of affine maps, trained with the loss, ends at DDIM's own map of the 50 nodes."""
+    """A table of affine maps, trained with the loss, converges to DDIM's map on the 50 nodes."""
     nodes = noise_path.nodes(lcm.NODES)
     row = torch.full((1001,), -1)
     row[nodes] = torch.arange(lcm.NODES)
@@ -105,7 +105,7 @@ def test_consistency_training_learns_the_flow(noise_path):
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3000)
 
     def student(x, t):
-        """epsilon that implies x_0 = slope x + offset; at timestep 0 whatever, f is x there."""
+        """The epsilon for x_0 = slope x + offset; at timestep 0 it does not matter, because f is x there."""
         weights = table[row[t].clamp(min=0)]
         original = weights[:, :1] * x + weights[:, 1:]
         alpha, sigma = noise_path.alpha_sigma(t, ndim=2)
@@ -139,7 +139,7 @@ def test_consistency_training_learns_the_flow(noise_path):
     assert ((found[:, 0] - slope) * spread).abs().max() < 0.03
 
 
-def test_distribution_matching_pulls_along_the_difference_of_the_scores(noise_path):
+def test_the_gradient_of_distribution_matching_is_the_difference_of_the_scores(noise_path):
     """For two Gaussians the gradient is g / n with both x_0 predictions in closed form."""
     original = torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None].requires_grad_()
     timesteps = torch.tensor([30, 100, 300, 500, 700, 900])
@@ -161,7 +161,7 @@ def test_distribution_matching_pulls_along_the_difference_of_the_scores(noise_pa
 
 
 def test_dmd2_training_matches_the_data(noise_path):
-    """An affine one-step generator with the exact score of its own output as fake ends at the data's mean and spread."""
+    """An affine one-step generator, with the exact score of its output as fake score, learns the data's mean and spread."""
     weights = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam([weights], lr=0.02)
@@ -193,7 +193,7 @@ def test_dmd2_training_matches_the_data(noise_path):
     assert abs(std) == pytest.approx(STD, abs=0.02)
 
 
-def test_the_fake_scores_loss_is_least_at_the_exact_score(noise_path):
+def test_the_loss_of_the_fake_score_is_lowest_at_the_exact_score(noise_path):
     generator = torch.Generator().manual_seed(0)
     x0 = MEAN + STD * torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
     noise = torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
@@ -212,8 +212,8 @@ def test_the_fake_scores_loss_is_least_at_the_exact_score(noise_path):
     assert all(best < loss(m, s) for m, s in ((0.6, STD), (0.8, STD), (MEAN, 0.3), (MEAN, 0.5)))
 
 
-def test_backward_simulation_with_the_exact_denoiser_of_a_point_gives_its_noised_nodes(noise_path):
-    """Where x_0 is known whatever the input, x at node k is alpha_k x_0 + sigma_k noise_k; node 0 is the noise."""
+def test_backward_simulation_with_the_exact_denoiser_of_one_point_gives_that_point_noised(noise_path):
+    """If the denoiser always returns x_0, x at node k is alpha_k x_0 + sigma_k noise_k; at node 0 it is the noise."""
     nodes, generator = noise_path.nodes(4), torch.Generator().manual_seed(0)
     noises = torch.randn(4, 8, 3, generator=generator, dtype=torch.float64)
     stops = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
@@ -272,8 +272,8 @@ def test_progressive_distillation_learns_the_two_steps_of_its_teacher(noise_path
 
 
 @pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
-def test_the_adversary_brings_mean_and_spread_to_the_reals(noise_path, kind):
-    """A critic with the logits that tell two Gaussians apart, a + b x + c x^2, and an affine student."""
+def test_the_adversarial_loss_brings_mean_and_spread_to_those_of_the_real_samples(noise_path, kind):
+    """The critic has logits a + b x + c x^2, which can tell two Gaussians apart; the student is affine."""
     student = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
     critic = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Our explicit pairs against diffusers' schedulers."""
+"""Our noise schedules, timesteps and moves against diffusers' schedulers."""
 
 import itertools
 
@@ -53,7 +53,7 @@ def test_moves_equal_ddim(noise_path, steps, kind):
 
 @pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
 def test_moves_equal_euler_trailing(noise_path, steps):
-    """Euler lives in sigma space: its sample is ours over alpha_t, its derivative is epsilon."""
+    """Euler works in sigma space: its sample is ours divided by alpha_t, its derivative is epsilon."""
     scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing", **BETAS)
     scheduler.set_timesteps(steps)
     for t, s in itertools.pairwise([*trailing_nodes(steps), CLEAN]):
@@ -77,8 +77,10 @@ def test_add_noise_is_diffusers(noise_path):
 @pytest.mark.parametrize("start", [249, 499, 999])
 @pytest.mark.parametrize("name", ["scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_one_step_told_an_earlier_timestep_is_one_step_of_the_exported_scheduler(start, name, kind):
-    """Betas that end at `start`: DDIM takes the pure noise for the sample there."""
+def test_one_step_with_an_earlier_conditioning_timestep_is_one_step_of_the_exported_scheduler(
+    start, name, kind
+):
+    """The exported betas end at `start`, so DDIM takes pure noise for the sample at that timestep."""
     teacher = {"beta_schedule": name, "num_train_timesteps": 1000, **BETAS}
     exported = student_scheduler(teacher, kind, start_timestep=start)
     noise_path = VariancePreserving.from_betas(make_betas(name, num_train_timesteps=1000, **BETAS))

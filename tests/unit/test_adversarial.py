@@ -1,3 +1,5 @@
+"""The adversarial losses, the discriminator's accuracy, and the perturbation of clean samples."""
+
 import math
 
 import pytest
@@ -29,13 +31,13 @@ def test_losses_at_chance_are_logs_of_two():
     assert generator_loss(zero, zero).item() == pytest.approx(math.log(2))
 
 
-def test_generator_gradient_does_not_saturate_where_d_is_sure():
+def test_generator_gradient_does_not_saturate_when_the_discriminator_is_sure():
     logits = torch.full((1, 1), -20.0, requires_grad=True)
     generator_loss(logits, logits.detach()).backward()
     assert logits.grad.item() == pytest.approx(-1.0, abs=1e-6)
 
 
-def test_relativistic_losses_see_the_difference_alone():
+def test_relativistic_losses_depend_only_on_the_difference_of_logits():
     real, fake = randn(8, 2), randn(8, 2, seed=1)
     for shift in (0.0, 7.0):
         found = discriminator_loss(real + shift, fake + shift, kind="relativistic")
@@ -44,7 +46,7 @@ def test_relativistic_losses_see_the_difference_alone():
         assert torch.allclose(other, -torch.sigmoid(fake - real).log().mean(), atol=1e-5)
 
 
-def test_accuracy_counts_the_right_side():
+def test_accuracy_counts_logits_on_the_correct_side():
     teacher, student = (
         torch.tensor([[1.0], [2.0], [-1.0], [3.0]]),
         torch.tensor([[1.0], [-2.0], [4.0], [5.0]]),
@@ -54,7 +56,7 @@ def test_accuracy_counts_the_right_side():
     assert [a.item() for a in right] == [0.25, 0.25]  # one pair of four, whatever both are shifted by
 
 
-def test_unknown_kind_of_loss_is_refused():
+def test_an_unknown_kind_of_loss_is_refused():
     zero = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="non_saturating, relativistic"):
         discriminator_loss(zero, zero, kind="hinge")
@@ -63,7 +65,7 @@ def test_unknown_kind_of_loss_is_refused():
 
 
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1], [5, 1, 1, 1]])
-def test_perturbation_is_drawn_by_weight_and_only_where_the_sample_is_clean(weights):
+def test_perturbation_is_drawn_by_weight_and_only_for_clean_samples(weights):
     uniform = torch.arange(8000, dtype=torch.float64) / 8000
     ends = torch.full((8000,), CLEAN)
     drawn = draw_perturbation(ends, uniform, weights=weights)
@@ -73,7 +75,7 @@ def test_perturbation_is_drawn_by_weight_and_only_where_the_sample_is_clean(weig
     assert kept.tolist() == [249] * 4
 
 
-def test_perturbation_noises_clean_rows_alone_and_alike(noise_path):
+def test_perturbation_adds_noise_to_clean_rows_only(noise_path):
     sample, noise = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
     ends, seen_at = torch.tensor([CLEAN, 249]), torch.tensor([749, 249])
     found = perturb(sample, noise, ends, seen_at, noise_path=noise_path)
@@ -85,7 +87,7 @@ def test_perturbation_noises_clean_rows_alone_and_alike(noise_path):
 
 
 @pytest.mark.parametrize(("count", "timesteps"), [(1000, [9, 249, 499, 749]), (500, [4, 124, 249, 374])])
-def test_perturbation_is_at_the_same_shares_of_any_schedule(count, timesteps):
+def test_perturbation_timesteps_are_the_same_shares_of_any_schedule(count, timesteps):
     assert perturbation_timesteps(count) == timesteps
     uniform = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
     ends = torch.full((4,), CLEAN)
@@ -93,6 +95,6 @@ def test_perturbation_is_at_the_same_shares_of_any_schedule(count, timesteps):
     assert drawn.tolist() == timesteps
 
 
-def test_wrong_weights_are_refused():
+def test_wrong_perturbation_weights_are_refused():
     with pytest.raises(ValueError, match="4 numbers"):
         draw_perturbation(torch.tensor([CLEAN]), torch.tensor([0.5]), weights=[1, 1])

@@ -1,4 +1,4 @@
-"""Which samples and noise an update sees: the same whatever the processes, the micro-batch and the drawing ahead."""
+"""An update sees the same samples and noise for any number of processes, any micro-batch and with prefetching."""
 
 import threading
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def two_sizes(folder):
 
 
 def setup_of(folder, micro, accumulation):
-    """Three updates of an adversarial phase."""
+    """The setup of an adversarial phase with three updates."""
     training = Training(train_batch_size=micro, gradient_accumulation_steps=accumulation)
     phase = Phase(objective="single", max_train_steps=3)
     rung = Rung(teacher_steps=8, student_steps=4, phases=(phase,))
@@ -47,7 +47,7 @@ def setup_of(folder, micro, accumulation):
 
 
 def split(folder, processes, micro, accumulation):
-    """Three updates of eight samples each, sample after sample, over all processes."""
+    """The samples of three updates with eight samples each, in order, gathered from all processes."""
     setup = setup_of(folder, micro, accumulation)
     updates = [[] for _ in range(3)]
     for index in range(processes):
@@ -67,7 +67,7 @@ def split(folder, processes, micro, accumulation):
     return updates
 
 
-def test_going_on_at_an_update_gives_the_batches_that_come_then(tmp_path):
+def test_resuming_at_an_update_gives_the_batches_from_there_on(tmp_path):
     runtime = SimpleNamespace(
         num_processes=1, process_index=0, device=torch.device("cpu"), weight_dtype=torch.float32
     )
@@ -78,7 +78,7 @@ def test_going_on_at_an_update_gives_the_batches_that_come_then(tmp_path):
     assert all(torch.equal(a.noise, b.noise) for (_, a), (_, b) in zip(rest, whole[2:], strict=True))
 
 
-def test_what_comes_next_is_drawn_while_the_last_is_worked_on_and_in_order():
+def test_the_next_batch_is_drawn_in_order_while_the_last_one_is_processed():
     started = [threading.Event() for _ in range(4)]
 
     def draw(number):
@@ -93,7 +93,7 @@ def test_what_comes_next_is_drawn_while_the_last_is_worked_on_and_in_order():
     assert seen == [(0, 0), (1, 10), (2, 20), (3, 30)]
 
 
-def test_a_draw_that_fails_is_raised_where_it_is_used():
+def test_a_failed_draw_is_raised_when_its_batch_is_used():
     def draw(number):
         if number == 2:
             raise ValueError("a broken shard")
@@ -105,8 +105,8 @@ def test_a_draw_that_fails_is_raised_where_it_is_used():
         next(found)
 
 
-def test_d_sees_clean_samples_at_timesteps_that_a_short_path_has(tmp_path):
-    """The largest t* of 500 timesteps is 374, three quarters of them."""
+def test_perturbation_timesteps_exist_on_a_path_of_500_timesteps(tmp_path):
+    """With 500 timesteps the largest t* is 374, at three quarters of the schedule."""
     path = VariancePreserving(torch.linspace(1, 0, 500, dtype=torch.float64))
     batch = draw_batch(
         two_sizes(tmp_path / "a"),

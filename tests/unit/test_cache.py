@@ -1,4 +1,4 @@
-"""Reading the cache: samples by number, in the order that the seed says, in memory that does not grow with the data."""
+"""Reading the cache: samples by number, in the order that the seed determines, in constant memory."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from stepdistill.models.network.conditioning import Conditioning
 
 
 def shard(path, numbers, *, size=(16, 16), more=None, dtype=torch.float16):
-    """Samples whose latents, and whose captions' embeddings, are their numbers."""
+    """A shard whose latents and caption embeddings are filled with the number of their sample."""
     count, name = len(numbers), f"{size[0]}x{size[1]}"
     latents = torch.tensor(numbers, dtype=dtype).view(-1, 1, 1, 1)
     rows = torch.tensor([[k, 1001, 70_000, 3, 5] for k in range(count)], dtype=torch.int32).view(-1, 5)
@@ -41,7 +41,7 @@ def drawn(found):
     return found.latents[:, 0, 0, 0].long().tolist()
 
 
-def test_a_number_is_found_in_its_shard_past_empty_ones():
+def test_a_sample_number_is_found_in_its_shard_past_empty_shards():
     places = Places([0, 3, 0, 0, 2, 0])
     shards, index = places.find(torch.arange(5))
     assert len(places) == 5
@@ -66,7 +66,7 @@ def test_time_ids_are_exact_in_a_cache_of_any_precision(tmp_path, dtype):
     assert found.conditioning.added_cond_kwargs["time_ids"].tolist() == [[1001, 70_000, 3, 5, 16, 16]]
 
 
-def test_one_size_is_drawn_in_the_order_of_the_named_randomness(tmp_path):
+def test_samples_of_one_size_are_drawn_in_the_order_of_the_seed(tmp_path):
     whole = cache([shard(tmp_path / f"{k}", list(range(7 * k, 7 * k + 7))) for k in range(3)])
     indices = list(range(63))
     found = drawn(whole.draw(indices, seed=5, group=4))
@@ -75,7 +75,7 @@ def test_one_size_is_drawn_in_the_order_of_the_named_randomness(tmp_path):
         assert sorted(found[21 * epoch : 21 * epoch + 21]) == list(range(21))
 
 
-def test_several_sizes_come_an_update_at_a_time_in_proportion(tmp_path):
+def test_each_update_has_one_size_and_sizes_come_in_proportion(tmp_path):
     tall = {
         "latents/32x8": torch.full((9, 4, 4, 1), 100.0),
         "rows/32x8": torch.zeros(9, 5, dtype=torch.int32),
@@ -104,7 +104,7 @@ def test_several_sizes_come_an_update_at_a_time_in_proportion(tmp_path):
         whole.draw([3, 4], seed=3, group=4)
 
 
-def test_any_bit_of_a_shard_that_flips_is_noticed(tmp_path):
+def test_a_flipped_bit_in_a_shard_is_detected(tmp_path):
     path = shard(tmp_path / "0", list(range(5))).path
     assert is_intact(path)
     content, told = path.read_bytes(), read_about(path)

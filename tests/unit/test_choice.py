@@ -1,4 +1,4 @@
-"""Which extractor a table is measured by: the reader for letters alone, others by what is on disk, and why by none."""
+"""The choice of feature extractor: the reader for letters only, others by what is on disk, or a reason for none."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def chosen(tmp_path, source, *overrides):
     return config, evaluation_set, choose_features(config, evaluation_set)
 
 
-def test_letters_are_read_by_the_reader(tmp_path):
+def test_letters_are_measured_by_the_reader(tmp_path):
     config, evaluation_set, choice = chosen(tmp_path, "letters")
     assert (choice.spec, choice.warnings) == ("reader", ())
     assert Distances(choice.options(config)).main.extractor.name == "reader"
@@ -36,7 +36,7 @@ def test_letters_are_read_by_the_reader(tmp_path):
     assert set(lacking) == {"patch FID", "CLIP score, CMMD", "FD-DINOv2"}
 
 
-def test_other_pictures_are_measured_by_the_reader_only_where_it_is_named(tmp_path):
+def test_other_pictures_are_measured_by_the_reader_only_if_the_config_names_it(tmp_path):
     source = pictures(tmp_path / "walls", numbered(30))
     config, evaluation_set, choice = chosen(tmp_path, source, "evaluation.features=reader")
     assert choice.spec == "reader"
@@ -46,7 +46,7 @@ def test_other_pictures_are_measured_by_the_reader_only_where_it_is_named(tmp_pa
     )
     config, evaluation_set, choice = chosen(tmp_path, source)
     assert choice.spec is None
-    assert f"30 pictures to learn from, of {FEWEST_PICTURES}" in choice.why
+    assert f"only 30 pictures to learn from, fewer than the {FEWEST_PICTURES}" in choice.why
     assert "nowhere.pt" in choice.why
     lacking = {one["columns"]: one["why"] for one in absent_columns(config, evaluation_set, choice)}
     assert lacking["FID, KID, precision, recall, density, coverage, diversity"].startswith(choice.why)
@@ -54,7 +54,7 @@ def test_other_pictures_are_measured_by_the_reader_only_where_it_is_named(tmp_pa
     assert Distances(choice.options(config)).main is None
 
 
-def test_enough_pictures_of_ones_own_are_learned_from(tmp_path):
+def test_a_net_is_trained_if_there_are_enough_pictures(tmp_path):
     source = pictures(tmp_path / "walls", numbered(FEWEST_PICTURES))
     config, _, choice = chosen(tmp_path, source)
     assert choice.learns
@@ -65,18 +65,20 @@ def test_enough_pictures_of_ones_own_are_learned_from(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluation\.resize: got none"):
         chosen(tmp_path, source, "evaluation.resize=none")
     few = pictures(tmp_path / "few", numbered(20))
-    with pytest.raises(ConfigError, match=r"evaluation\.features: got trained, but there are 20 pictures"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.features: got trained, but there are only 20 pictures"
+    ):
         chosen(tmp_path, few, "evaluation.features=trained")
 
 
-def test_inception_goes_first_where_its_weights_are_on_disk(tmp_path, monkeypatch):
+def test_inception_is_preferred_if_its_weights_are_on_disk(tmp_path, monkeypatch):
     (tmp_path / "inception.pt").write_bytes(b"looked at when it is built")
     monkeypatch.setenv("STEPDISTILL_INCEPTION", str(tmp_path / "inception.pt"))
     _, _, choice = chosen(tmp_path, pictures(tmp_path / "walls", numbered(FEWEST_PICTURES)))
     assert choice.spec == "inception"
 
 
-def test_real_images_are_learned_from_where_there_are_prompts_alone(tmp_path):
+def test_with_prompts_only_the_net_is_trained_on_the_real_images(tmp_path):
     (tmp_path / "prompts.txt").write_text("a wall\na door\n")
     (tmp_path / "real").mkdir()
     for k in range(FEWEST_PICTURES):
@@ -88,13 +90,13 @@ def test_real_images_are_learned_from_where_there_are_prompts_alone(tmp_path):
     named = chosen(tmp_path, source, "evaluation.features=reader")[2]
     lacking = {one["columns"]: one["why"] for one in absent_columns(config, evaluation_set, named)}
     assert (
-        "evaluation.real_images names a folder"
+        "set evaluation.real_images to a folder"
         in lacking["FID and KID to real, precision, recall, density, coverage"]
     )
 
 
 @pytest.mark.slow
-def test_the_net_of_a_run_is_kept_with_its_grades_and_made_again_for_other_pictures(tmp_path):
+def test_the_net_of_a_run_is_stored_with_its_grades_and_retrained_for_other_pictures(tmp_path):
     source = tmp_path / "walls"
     source.mkdir()
     noise = np.random.default_rng(0)
@@ -118,6 +120,6 @@ def test_the_net_of_a_run_is_kept_with_its_grades_and_made_again_for_other_pictu
     assert trained_facts(folder)["pictures"] == 180
 
 
-def test_no_shipped_config_names_an_extractor_that_may_not_be_at_hand():
+def test_no_shipped_config_names_an_extractor_that_may_be_missing():
     for path in sorted(Path("configs").glob("*.yaml")):
         assert load_config(path).evaluation.features is None, path

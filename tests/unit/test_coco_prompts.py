@@ -1,3 +1,5 @@
+"""eval/coco_prompts.py: a fixed subset of COCO, and errors in one line."""
+
 import json
 
 from PIL import Image
@@ -14,14 +16,14 @@ ANNOTATIONS = {
 }
 
 
-def test_one_caption_of_each_picture_the_lowest_id_in_a_fixed_order():
+def test_the_subset_has_a_fixed_order_and_each_pictures_caption_of_the_lowest_id():
     chosen = subset(ANNOTATIONS, num_images=5, seed=0)
     assert sorted(chosen) == [(f"{n:03d}.jpg", f"picture {n} caption 1") for n in range(5)]
     assert subset(ANNOTATIONS, num_images=3, seed=0) == chosen[:3]
     assert subset(ANNOTATIONS, num_images=5, seed=1) != chosen
 
 
-def test_the_command_writes_prompts_and_links_and_refuses_in_one_line(tmp_path, capsys):
+def test_the_command_writes_prompts_and_links_and_its_errors_are_one_line(tmp_path, capsys):
     (tmp_path / "captions.json").write_text(json.dumps(ANNOTATIONS))
     command = [str(tmp_path / "captions.json"), str(tmp_path / "pictures"), "--output", str(tmp_path / "out")]
     assert main([*command, "--num-images", "4"]) == 2

@@ -1,4 +1,9 @@
+"""Configs: mistakes are named, overrides apply, saved configs read back; the plan counts their forwards."""
+
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -6,6 +11,7 @@ import yaml
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config, parse_config
 from stepdistill.config.saved import read_run_config, resolved
+from stepdistill.config.shipped import shipped_configs
 from stepdistill.plan import describe, evaluation_forwards, phase_forwards
 from stepdistill.stages import check_run, open_run
 
@@ -13,7 +19,7 @@ CONFIG = "configs/letters.yaml"
 
 
 def several(objectives):
-    """An override: the demo's second rung with one phase of these objectives."""
+    """An override that gives the demo's second rung one phase with these objectives."""
     return f"ladder.1.phases=[{{objectives: {objectives}}}]"
 
 
@@ -103,16 +109,18 @@ def test_mistakes_name_key_value_and_what_is_allowed(override, parts):
 
 
 def adversarial_rung(*phases):
-    """Phases (objective, discriminator options) on the rung 32 -> 8."""
+    """The rung 32 -> 8 with these phases, each given as (objective, discriminator options)."""
     found = [{"objective": o, "max_train_steps": 2, "discriminator": options} for o, options in phases]
     return load_config(CONFIG, [f"ladder.1.phases={json.dumps(found)}"]).ladder[1]
 
 
-def test_a_discriminator_is_carried_over_to_a_phase_that_it_fits():
+def test_a_carried_discriminator_must_fit_its_phase():
     carried = {"start": "carried", "trunk": "full"}
     rung = adversarial_rung(("paired", {"trunk": "full"}), ("mse", {}), ("single", carried))
     assert [p.discriminator.start for p in rung.phases] == ["fresh", "fresh", "carried"]
-    with pytest.raises(ConfigError, match=r"phases\.1\.discriminator\.start: .*before, lora, this has full"):
+    with pytest.raises(
+        ConfigError, match=r"phases\.1\.discriminator\.start: .*before, which has lora; this has full"
+    ):
         adversarial_rung(("paired", {}), ("single", carried))
     frozen = {"trunk": "frozen"}
     adversarial_rung(("single", frozen), ("single", frozen | {"start": "carried"}))
@@ -120,10 +128,28 @@ def test_a_discriminator_is_carried_over_to_a_phase_that_it_fits():
         adversarial_rung(("paired", frozen), ("single", frozen | {"start": "carried"}))
 
 
+def test_a_shipped_config_goes_by_its_name_from_any_folder(tmp_path, monkeypatch):
+    by_file = {path.stem: load_config(path) for path in Path("configs").glob("*.yaml")}
+    monkeypatch.chdir(tmp_path)
+    assert {name: load_config(name) for name in shipped_configs()} == by_file
+    (tmp_path / "small").mkdir()  # a folder that is no run's
+    assert load_config("small") == by_file["small"]
+
+
+def test_an_installed_package_has_the_shipped_configs(tmp_path):
+    """The build that `pip install .` runs, without its network."""
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    subprocess.run(command, check=True, capture_output=True)
+    built = sorted((tmp_path / "build").glob("lib*/stepdistill/configs/*.yaml"))
+    assert [(path.name, path.read_text()) for path in built] == [
+        (path.name, path.read_text()) for path in sorted(Path("configs").glob("*.yaml"))
+    ]
+
+
 def test_a_missing_key_and_a_missing_file_are_named(tmp_path):
     with pytest.raises(ConfigError, match="ladder: got nothing"):
         parse_config({"name": "x", "preview": {"prompts": ["a"]}})
-    with pytest.raises(ConfigError, match=r"configs/letters\.yaml"):
+    with pytest.raises(ConfigError, match="did you mean letters, which ships"):
         load_config("letter.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")
@@ -149,7 +175,7 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
     assert parse_config(yaml.safe_load(yaml.safe_dump(resolved(config)))) == config
 
 
-def test_another_runs_folder_is_refused_and_left_alone(tmp_path):
+def test_the_folder_of_another_run_is_refused_and_left_unchanged(tmp_path):
     first = load_config(CONFIG, [f"output_dir={tmp_path}"])
     open_run(first)
     before = (first.run_dir / "config.yaml").read_bytes()
@@ -165,7 +191,7 @@ def test_another_runs_folder_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
-def test_a_run_of_a_version_without_some_keys_goes_on(tmp_path):
+def test_a_run_of_a_version_without_some_keys_resumes(tmp_path):
     config = load_config(CONFIG, [f"output_dir={tmp_path}"])
     open_run(config)
     saved = yaml.safe_load((config.run_dir / "config.yaml").read_text())
@@ -176,7 +202,7 @@ def test_a_run_of_a_version_without_some_keys_goes_on(tmp_path):
         check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "data.held_out=0.1"]))
 
 
-def test_a_run_folder_tells_its_config_wherever_it_was_moved(tmp_path):
+def test_the_config_of_a_moved_run_folder_can_be_read(tmp_path):
     config = load_config(CONFIG, [f"output_dir={tmp_path / 'a'}"])
     open_run(config)
     (tmp_path / "a" / "letters").rename(tmp_path / "moved")
@@ -205,7 +231,7 @@ def test_an_incomplete_teacher_names_what_it_lacks(tmp_path, missing):
 
 
 def test_the_plan_counts_the_recipes_forwards():
-    """10.35 for 128 -> 32 from the bare base, then 4 and 2 teacher forwards with a LoRA, evaluation at its NFE."""
+    """10.35 forwards for 128 -> 32 from the base model, then 4 and 2 teacher forwards with a LoRA; the table by its NFE."""
     config = load_config(CONFIG, ["ladder.0.teacher_steps=128"])
     first = config.ladder[0]
     assert phase_forwards(config, first, first.phases[0]) == pytest.approx(10.35, abs=0.01)
@@ -231,7 +257,7 @@ def test_the_plan_counts_the_recipes_forwards():
     assert "32 -> 8" in describe(config)
 
 
-def test_a_first_rung_of_equal_steps_learns_guidance_at_two_forwards():
+def test_a_first_rung_of_equal_steps_learns_guidance_with_two_teacher_forwards():
     config = load_config(CONFIG)
     first = config.ladder[0]
     assert phase_forwards(config, first, first.phases[0]) == pytest.approx(2 + 2.351, abs=0.01)
@@ -239,7 +265,7 @@ def test_a_first_rung_of_equal_steps_learns_guidance_at_two_forwards():
         load_config(CONFIG, ["ladder.1.student_steps=32"])
 
 
-def test_several_objectives_have_the_short_form_of_one():
+def test_a_single_objective_can_be_written_in_short_form():
     short, listed = (
         load_config(CONFIG, [f"ladder.1.phases=[{{{form}, max_train_steps: 5}}]"]).ladder[1].phases[0]
         for form in ("objective: single", "objectives: [{kind: single}]")

@@ -1,4 +1,4 @@
-"""docs/configuration.md says of every key what the package's own fields say."""
+"""docs/configuration.md is generated from the config's fields and documents every key."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from docs.make_configuration import PAGE, configuration
 SHIPPED = sorted(Path("configs").glob("*.yaml"))
 
 
-def test_the_page_is_what_its_command_writes():
+def test_the_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == configuration(), "run: python docs/make_configuration.py"
 
 

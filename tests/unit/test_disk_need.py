@@ -1,4 +1,4 @@
-"""What a run is said to take on the disk, against what its parts have."""
+"""The disk space that a run is expected to need, against the sizes of its parts."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def need_of(*overrides):
 
 
 @pytest.mark.parametrize("rank", [4, 12])
-def test_a_loras_numbers_are_those_that_peft_adds(rank):
+def test_the_parameters_of_a_lora_are_counted_as_peft_adds_them(rank):
     unet = build_tiny_unet()
     counted = lora_parameters(layer_shapes(unet), rank)
     assert counted == sum(
@@ -28,8 +28,8 @@ def test_a_loras_numbers_are_those_that_peft_adds(rank):
     )
 
 
-def test_texts_count_once_a_caption_and_shard(tmp_path):
-    """20 pictures under one caption: 20 latents of 4 x 8 x 8 and one text of 24 x 64, in float32."""
+def test_text_embeddings_count_once_per_caption_and_shard(tmp_path):
+    """20 pictures with one caption need 20 latents of 4 x 8 x 8 and one text embedding of 24 x 64, in float32."""
     for k in range(20):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{k}.png")
         (tmp_path / f"{k}.txt").write_text("a wall")
@@ -50,7 +50,7 @@ def read_size(key):
     return json.loads((TEACHER / part / "config.json").read_text())[key]
 
 
-def test_rungs_grow_with_rank_and_formats_and_rows_with_their_images():
+def test_rungs_grow_with_rank_and_formats_and_rows_with_the_number_of_images():
     usual = need_of()
     assert need_of("lora.rank=64").rungs > 1.9 * usual.rungs
     assert need_of("export.formats=[diffusers,kohya,fused]").rungs > usual.rungs
@@ -58,13 +58,13 @@ def test_rungs_grow_with_rank_and_formats_and_rows_with_their_images():
     assert usual.teacher == 0
 
 
-def test_prompts_going_round_are_counted_without_going_round(tmp_path):
+def test_repeated_prompts_are_counted_without_iterating(tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     need = need_of(f"data.source={tmp_path / 'prompts.txt'}", "data.num_images=1000000000")
     assert need.cache > 10**9 * 4 * 8 * 8 * 4
 
 
-def test_what_is_there_is_what_lies_in_the_folder(tmp_path):
+def test_folder_bytes_counts_the_files_in_a_folder(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "x").write_bytes(b"12345")
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "x")

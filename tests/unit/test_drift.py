@@ -1,3 +1,5 @@
+"""Drift of colour, contrast and sharpness between two sets of pictures."""
+
 import pytest
 import torch
 from torch.nn.functional import avg_pool2d
@@ -11,14 +13,14 @@ def pictures(seed=0, n=40):
     )
 
 
-def test_equal_images_have_no_drift_however_they_come():
+def test_equal_images_have_no_drift_in_batches_of_any_size():
     x = pictures()
     assert image_drift([x], x.split(7)) == pytest.approx(
         {"colour_drift": 0, "contrast_drift": 0, "sharpness_drift": 0}, abs=1e-12
     )
 
 
-def test_each_change_moves_its_own_number():
+def test_each_change_moves_its_measure():
     x = pictures()
     redder = x.clone()
     redder[:, 0] += 10
@@ -47,7 +49,7 @@ def test_a_gradient_of_brightness_is_not_sharpness():
     assert image_drift([brighter], [x])["sharpness_drift"] == pytest.approx(0, abs=1e-9)
 
 
-def test_flat_pictures_have_no_drift_to_flat_ones():
+def test_flat_pictures_have_no_drift_from_flat_pictures():
     flat = torch.full((2, 3, 8, 8), 99, dtype=torch.uint8)
     found = image_drift([flat], [flat // 3])
     assert found == {"colour_drift": pytest.approx(66), "contrast_drift": 0, "sharpness_drift": 0}

@@ -1,3 +1,5 @@
+"""Files on disk: complete or absent, sealed with a hash, and errors with their remedy."""
+
 import errno
 import json
 import os
@@ -19,7 +21,7 @@ from stepdistill.disk.durable import (
 )
 
 
-def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
+def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path):
     tensors = {f"t{k}": torch.arange(k + 1.0) for k in range(3)}
     metadata = {f"key{k}": f'value "{k}" \u00e9' for k in range(8)}
     found = set()
@@ -35,7 +37,7 @@ def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
             assert torch.equal(file.get_tensor(name), tensor)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})
     monkeypatch.setattr("os.fsync", lambda _fd: (_ for _ in ()).throw(OSError("no space")))
@@ -45,7 +47,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_a_sealed_object_comes_back_and_a_changed_one_does_not(tmp_path):
+def test_a_sealed_object_reads_back_and_a_changed_one_does_not(tmp_path):
     path, value = (
         tmp_path / "x.json",
         {"a": 0.1, "b": [1, {"c": None}], "n": float("nan"), "d": {10: 1, 9: 2}},
@@ -71,12 +73,12 @@ def test_a_sealed_object_comes_back_and_a_changed_one_does_not(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\0" * 100, b"\xff\xfe{", b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000]
 )
-def test_what_is_no_json_is_none_in_no_time(tmp_path, content):
+def test_content_that_is_not_json_reads_as_none_and_fast(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     assert read_json(tmp_path / "x.json") is None
 
 
-def test_a_pipe_or_a_huge_file_in_the_place_of_json_is_not_read(tmp_path):
+def test_a_pipe_or_a_huge_file_instead_of_json_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(2**40)
@@ -93,7 +95,7 @@ def test_a_pipe_or_a_huge_file_in_the_place_of_json_is_not_read(tmp_path):
         (errno.ENAMETOOLONG, "a shorter name"),
     ],
 )
-def test_what_cannot_be_written_is_one_line_with_its_remedy(tmp_path, number, remedy):
+def test_a_failed_write_is_reported_in_one_line_with_its_remedy(tmp_path, number, remedy):
     with (
         pytest.raises(ValueError, match=rf"cannot write {tmp_path}/x: .*mend: {remedy}"),
         writing(tmp_path / "x"),
@@ -101,7 +103,7 @@ def test_what_cannot_be_written_is_one_line_with_its_remedy(tmp_path, number, re
         raise OSError(number, os.strerror(number), "elsewhere")
 
 
-def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+def test_a_file_instead_of_a_folder_is_named(tmp_path):
     (tmp_path / "runs").write_text("mine")
     with pytest.raises(ValueError, match=rf"mend: move the file {tmp_path}/runs away"):
         write_text(tmp_path / "runs" / "letters" / "config.yaml", "x")
@@ -111,7 +113,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     assert (tmp_path / "runs").read_text() == "mine"
 
 
-def test_unreadable_json_is_none_and_hashes_ignore_order(tmp_path):
+def test_unreadable_json_reads_as_none_and_hashes_ignore_key_order(tmp_path):
     (tmp_path / "x.json").write_text("{")
     assert read_json(tmp_path / "x.json") is None
     assert read_json(tmp_path / "y.json") is None

@@ -1,4 +1,4 @@
-"""Rows that earlier calls of a comparison measured count where settings and the method's rate are the same."""
+"""Rows from earlier calls of a comparison are reused if the settings and the method's learning rate are the same."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def result(folder, name, *, seeds, methods, value=1.0, rates=None, **changed):
     return path
 
 
-def test_each_method_comes_from_the_first_file_that_has_it_at_its_rate(tmp_path):
+def test_each_method_comes_from_the_first_file_with_its_learning_rate(tmp_path):
     first = result(tmp_path, "a.json", seeds=[0, 1], methods=["ours", "dmd2"], rates={"dmd2": 9.0})
     second = result(tmp_path, "b.json", seeds=[0], methods=["dmd2"], value=5.0, rates={"dmd2": 3.0})
     earlier = read_earlier([first, second], SETTINGS, {"dmd2": 3.0})
@@ -41,7 +41,7 @@ def test_each_method_comes_from_the_first_file_that_has_it_at_its_rate(tmp_path)
     assert table.run_dir is None
 
 
-def test_what_is_measured_here_stands_beside_what_was(tmp_path):
+def test_new_rows_and_earlier_rows_are_joined(tmp_path):
     file = result(tmp_path, "a.json", seeds=[2], methods=["ours"])
     earlier = read_earlier([file], SETTINGS, {})
     here = Table(rows(7.0, "teacher", "lcm"), {"fid_to_real": 9.0}, Path("runs"), {"lcm-4": {}})
@@ -51,13 +51,13 @@ def test_what_is_measured_here_stands_beside_what_was(tmp_path):
 
 
 @pytest.mark.parametrize("key", SETTINGS)
-def test_other_settings_are_refused_by_name(tmp_path, key):
+def test_a_file_with_other_settings_is_refused_and_the_setting_named(tmp_path, key):
     file = result(tmp_path, "a.json", seeds=[0], methods=["ours"], **{key: "another"})
     with pytest.raises(ConfigError, match=rf"a\.json, whose {key} is another; allowed: .* as in this call"):
         read_earlier([file], SETTINGS, {})
 
 
-def test_a_file_that_is_no_result_is_refused(tmp_path):
+def test_a_file_that_is_not_a_result_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     for name in ("x.json", "none.json"):
         with pytest.raises(ConfigError, match=r"allowed: the OUTPUT\.json of a comparison"):

@@ -1,3 +1,5 @@
+"""The prompts and the real images that a table uses."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ def config_with(*overrides):
     return load_config("configs/letters.yaml", ["evaluation.num_images=9", *overrides])
 
 
-def test_the_letters_world_is_its_own_subject():
+def test_the_letters_world_gives_its_prompts_and_real_images():
     evaluation_set = evaluation_set_of(config_with())
     assert len(evaluation_set.prompts) == 9
     assert evaluation_set.world.name == "letters"
@@ -26,7 +28,7 @@ def test_the_letters_world_is_its_own_subject():
     assert torch.equal(real, torch.cat(list(evaluation_set_of(config_with()).real.batches(9))))
 
 
-def test_prompts_of_a_file_are_used_in_order_and_again(tmp_path):
+def test_prompts_of_a_file_are_used_in_order_and_repeated(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa cat\r\n\r\n  <b>&amp;</b> ../../x  \n\u202eright to left\n".encode())
     evaluation_set = evaluation_set_of(config_with(f"evaluation.prompts={file}"))
@@ -36,7 +38,7 @@ def test_prompts_of_a_file_are_used_in_order_and_again(tmp_path):
     assert evaluation_set.real is None
 
 
-def test_captions_of_the_letters_world_in_a_file_keep_what_they_show(tmp_path):
+def test_letters_captions_in_a_file_have_renderings_as_real_images(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red letter a on white\na purple letter m on pink\n")
     evaluation_set = evaluation_set_of(config_with(f"evaluation.prompts={tmp_path / 'prompts.txt'}"))
     assert evaluation_set.real.captions[1] == "a purple letter m on pink"
@@ -44,7 +46,7 @@ def test_captions_of_the_letters_world_in_a_file_keep_what_they_show(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"\xff\xfe\x00"])
-def test_a_prompt_file_that_cannot_be_is_refused_in_one_line(tmp_path, content):
+def test_an_unusable_prompt_file_is_refused_in_one_line(tmp_path, content):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
@@ -53,7 +55,7 @@ def test_a_prompt_file_that_cannot_be_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_pictures_of_several_sizes_and_kinds(tmp_path):
+def test_a_folder_of_real_images_may_have_several_sizes_and_kinds(tmp_path):
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
     for k, (size, mode) in enumerate([((8, 6), "RGB"), ((8, 6), "RGBA"), ((5, 5), "L"), ((5, 5), "P")] * 2):
@@ -77,8 +79,8 @@ def test_a_folder_without_pictures_and_a_broken_picture_are_named(tmp_path):
         list(ImageFolder.open(str(tmp_path)).batches())
 
 
-def test_a_folder_of_captioned_pictures_is_its_own_subject(tmp_path):
-    """Prompts are the held-out captions in order and again; real images these pictures at the teacher's size."""
+def test_a_folder_of_captioned_pictures_gives_its_prompts_and_real_images(tmp_path):
+    """Prompts are the held-out captions in order, repeated; real images are their pictures at the teacher's size."""
     for k in range(80):
         Image.new("RGB", (50, 40), (3 * k, 0, 0)).save(tmp_path / f"{k:02d}.png")
         (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
@@ -106,7 +108,7 @@ def test_a_folder_of_captioned_pictures_is_its_own_subject(tmp_path):
     assert evaluation_set.real.key != before
 
 
-def test_few_real_images_and_a_missing_floor_are_warned_of(tmp_path):
+def test_few_real_images_and_a_missing_floor_cause_warnings(tmp_path):
     for k in range(80):
         Image.new("RGB", (50, 40), (3 * k, 0, 0)).save(tmp_path / f"{k:02d}.png")
         (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")

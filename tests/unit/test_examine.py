@@ -1,4 +1,4 @@
-"""Numbers of weights files: which of them are not finite, in every dtype that weights come in."""
+"""Weights files with numbers that are not finite are found, in every dtype of weights."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("place", [0, 500, 999])
-def test_one_number_among_a_thousand_is_found(dtype, place, tmp_path):
+def test_one_non_finite_number_among_a_thousand_is_found(dtype, place, tmp_path):
     good = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
     largest = torch.full((1000,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
     others = {"a": good, "largest": largest, "empty": torch.zeros(0, dtype=dtype), "count": torch.tensor(3)}

@@ -1,4 +1,4 @@
-"""Extractors of the real classes in small: random weights, saved to disk, loaded as a user's files are."""
+"""Feature extractors: tiny models of the real classes, with random weights, saved and loaded as a user's files are."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def images(n=5, size=40, seed=0):
 
 
 class Layers(nn.Module):
-    """Stands where the Inception file has its layers: (B, 3, 299, 299) in -1..1 to (B, 2048)."""
+    """Stands for the layers of the Inception file: (B, 3, 299, 299) in -1..1 -> (B, 2048)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def dinov2_folder(tmp_path_factory):
     return build_dinov2(tmp_path_factory.mktemp("dinov2"))
 
 
-def test_features_do_not_depend_on_the_batches(clip_folder):
+def test_features_do_not_depend_on_the_batch_size(clip_folder):
     extractor = build_extractor(f"clip:{clip_folder}")
     x = images(9)
     whole = extract([x], extractor, resize="pil_bicubic")
@@ -74,8 +74,8 @@ def test_features_do_not_depend_on_the_batches(clip_folder):
     assert torch.allclose(whole, parts, atol=1e-6)
 
 
-def test_clip_and_dinov2_give_what_transformers_gives_for_its_own_preprocessing(clip_folder, dinov2_folder):
-    """Pictures of the right size already, so that only scaling and normalisation remain."""
+def test_clip_and_dinov2_features_equal_those_of_transformers_own_preprocessing(clip_folder, dinov2_folder):
+    """The pictures already have the right size, so only scaling and normalisation remain."""
     x = images(3, size=32)
     processor = CLIPImageProcessor.from_pretrained(clip_folder)
     model = CLIPModel.from_pretrained(clip_folder)
@@ -96,8 +96,8 @@ def test_clip_and_dinov2_give_what_transformers_gives_for_its_own_preprocessing(
     assert torch.allclose(extract([x], extractor, resize="none"), wanted, atol=1e-5)
 
 
-def test_clip_score_is_the_cosine_with_long_prompts_cut(clip_folder):
-    """A negative cosine is shown as 0, which would hide a wrong one: the projection is negated for those."""
+def test_clip_score_is_the_cosine_and_long_prompts_are_truncated(clip_folder):
+    """A negative cosine is reported as 0, which would hide a wrong value, so the projection is negated for those."""
     extractor = build_extractor(f"clip:{clip_folder}")
     prompts = ["a red letter a on white", "a blue letter b on gray " * 300, "<b>\u202e../../x"]
     x = images(3, size=32)
@@ -123,7 +123,7 @@ def test_clip_score_is_the_cosine_with_long_prompts_cut(clip_folder):
         clip_score(build_extractor("reader"), [x], prompts)
 
 
-def test_inceptions_file_is_checked_and_called_on_its_own_range(scripted, monkeypatch):
+def test_the_inception_file_is_checked_and_gets_inputs_in_its_range(scripted, monkeypatch):
     with pytest.raises(ValueError, match=r"sha256 .* expected f58cb9b6ec323ed6"):
         build_extractor(f"inception:{scripted}")
     spec = f"inception:{scripted}#sha256={sha256_file(scripted)}"
@@ -159,7 +159,7 @@ def test_weights_in_half_precision_still_give_float32_features(kind, clip_folder
     )
 
 
-def test_a_folder_without_all_weights_is_refused_instead_of_left_random(clip_folder, tmp_path):
+def test_a_folder_with_missing_weights_is_refused_instead_of_left_random(clip_folder, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(clip_folder, folder)
     weights = load_file(folder / "model.safetensors")
@@ -174,7 +174,7 @@ def test_a_folder_without_all_weights_is_refused_instead_of_left_random(clip_fol
         build_extractor(f"clip:{folder}")
 
 
-def test_what_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):
+def test_a_missing_file_is_named_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.delenv(INCEPTION_VARIABLE, raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ValueError, match=r"no Inception weights at .*STEPDISTILL_INCEPTION"):
@@ -190,7 +190,7 @@ def test_what_is_missing_is_named_with_the_remedy(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_the_reader_reads_its_own_size_only():
+def test_the_reader_accepts_only_its_own_size():
     extractor = build_extractor("reader")
     assert extract([images(size=32)], extractor, resize="none").shape == (5, 96)
     assert extract([images(size=64)], extractor, resize="torchmetrics").shape == (5, 96)
@@ -198,7 +198,7 @@ def test_the_reader_reads_its_own_size_only():
         extract([images(size=64)], extractor, resize="none")
 
 
-def test_a_crop_is_seen_without_resize():
+def test_a_crop_is_not_resized():
     extractor = build_extractor("reader")
     x = images(size=50)
     inner = x[:, :, 9:41, 9:41]

@@ -60,7 +60,7 @@ def test_rollouts_converge_to_the_exact_flow_at_first_order(noise_path, kind):
     assert errors[2] < errors[1] / 2.5
 
 
-def test_predictions_of_three_kinds_give_one_rollout(noise_path):
+def test_all_three_prediction_types_give_the_same_rollout(noise_path):
     sample = randn(16, 1, dtype=torch.float64)
     found = [
         rollout(
@@ -77,7 +77,7 @@ def test_predictions_of_three_kinds_give_one_rollout(noise_path):
 
 
 def test_a_student_equal_to_its_teacher_has_loss_zero(noise_path):
-    """The student whose epsilon is the teacher's whole segment in one move: the loss is 0 in every space."""
+    """If the student's epsilon makes the teacher's whole segment in one move, the loss is 0 in every space."""
     timesteps = noise_path.nodes(4)
     ends = ends_of(noise_path, timesteps, 4)
     sample = randn(4, 1, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_a_student_equal_to_its_teacher_has_loss_zero(noise_path):
         assert mse_loss(other, target, timesteps, ends, noise_path=noise_path, space=space).item() > 1e-6
 
 
-def test_rows_that_arrived_are_not_evaluated(noise_path):
+def test_rows_that_have_arrived_are_not_evaluated(noise_path):
     timesteps = [999, 249]
     moves = noise_path.substeps(timesteps, noise_path.jump(timesteps, 2), 4)
     asked = []
@@ -115,7 +115,7 @@ def test_rows_that_arrived_are_not_evaluated(noise_path):
 
 
 class GaussianNetwork(torch.nn.Module):
-    """The exact denoiser of data with this spread, whose mean is the conditioning; its output is of one kind."""
+    """The exact denoiser of Gaussian data with spread `std` and the conditioning as mean; `kind` is its prediction type."""
 
     def __init__(self, noise_path, kind, std):
         super().__init__()
@@ -131,7 +131,7 @@ class GaussianNetwork(torch.nn.Module):
 
 
 class GaussianKind:
-    """How it is asked: a new kind of network is such a class and one line in KINDS."""
+    """The interface of GaussianNetwork: a new kind of network needs such a class and one line in KINDS."""
 
     network_class = GaussianNetwork
 
@@ -141,7 +141,9 @@ class GaussianKind:
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("loss_space", ["prev_sample", "sample", "truncated_snr"])
-def test_teachers_of_three_kinds_that_describe_one_gaussian_teach_the_same(zero_snr, loss_space, monkeypatch):
+def test_teachers_of_three_prediction_types_for_one_gaussian_give_the_same_loss(
+    zero_snr, loss_space, monkeypatch
+):
     monkeypatch.setattr(network_kind, "KINDS", [*network_kind.KINDS, GaussianKind()])
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=zero_snr)
@@ -174,6 +176,6 @@ def test_teachers_of_three_kinds_that_describe_one_gaussian_teach_the_same(zero_
     assert all(float(loss) == pytest.approx(float(losses[0]), rel=1e-9) and loss > 1e-3 for loss in losses)
 
 
-def test_a_network_of_a_class_that_nobody_answers_for_is_refused():
+def test_a_network_of_an_unsupported_class_is_refused():
     with pytest.raises(ValueError, match="got Linear; allowed: UNet2DConditionModel"):
         SharedNetwork(torch.nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Who computes what and who gets gradient, against separate U-Nets."""
+"""Which network computes what and which gets gradients, compared with separate U-Nets."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ MSE = Phase(objective="mse")
 
 
 def make_batch(noise_path, *, teacher_steps=8, timesteps=(999, 499, 249), ends=(749, 249, CLEAN)):
-    """Clean samples are seen at the largest t*."""
+    """A batch in which the discriminator sees clean samples at the largest t*."""
     seen_at = torch.tensor([e if e != CLEAN else 749 for e in ends])
     return Batch(
         original_samples=randn(BATCH, 4, 8, 8),
@@ -38,7 +38,7 @@ def make_batch(noise_path, *, teacher_steps=8, timesteps=(999, 499, 249), ends=(
 
 
 def fill(unet, name, seed):
-    """Gives an adapter weights that do something: B away from zero."""
+    """Gives an adapter weights that have an effect: B is not zero."""
     state = adapters.adapter_state(unet, name)
     filled = {k: randn(*v.shape, seed=seed + i) * 0.05 for i, (k, v) in enumerate(sorted(state.items()))}
     adapters.load_adapter_state(unet, name, filled)
@@ -46,7 +46,7 @@ def fill(unet, name, seed):
 
 
 class Pair(NamedTuple):
-    """Student and teacher on one network, each with an adapter of its own."""
+    """Student and teacher on one network, each with its adapter."""
 
     student: Denoiser
     teacher: Denoiser
@@ -95,7 +95,7 @@ def make_discriminator(network, **options):
 
 
 def separate(denoiser):
-    """The same denoiser on a U-Net of its own."""
+    """The same denoiser on a separate U-Net."""
     network = SharedNetwork(build_tiny_unet())
     network.add_adapter(denoiser.adapter, rank=4, seed=0, trains=denoiser.trains)
     state = adapters.adapter_state(denoiser.network.model, denoiser.adapter)
@@ -124,8 +124,8 @@ def test_zero_lora_leaves_the_unet_bit_identical():
             assert torch.equal(network.ask(x, t, c), expected)
 
 
-def test_a_network_is_asked_on_a_device_that_knows_no_autocast():
-    """eval/full_size.py counts on the meta device."""
+def test_a_network_runs_on_a_device_without_autocast():
+    """The meta device has no autocast; eval/full_size.py counts memory on it."""
     network = SharedNetwork(build_tiny_unet().to("meta"))
     with torch.device("meta"):
         discriminator = Discriminator(
@@ -138,7 +138,7 @@ def test_a_network_is_asked_on_a_device_that_knows_no_autocast():
         assert discriminator.logits(features).shape == (2, 1)
 
 
-def test_lora_covers_lcms_list_and_nothing_else():
+def test_lora_covers_the_layers_of_lcm_lora_and_no_others():
     unet = build_tiny_unet()
     adapters.add_adapter(unet, STUDENT, rank=4, seed=0)
     carried = {n for n, m in unet.named_modules() if m in adapters.lora_layers(unet)}
@@ -191,7 +191,7 @@ def test_adversarial_gradients_equal_those_of_separate_unets(noise_path, checkpo
 
 @pytest.mark.parametrize("trunk", TRUNKS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_after_each_loss_only_its_own_role_has_gradients(noise_path, trunk, checkpointing):
+def test_each_loss_gives_gradients_to_its_own_role_only(noise_path, trunk, checkpointing):
     pair, batch = make_pair(noise_path, checkpointing=checkpointing), make_batch(noise_path)
     discriminator = make_discriminator(pair.network, trunk=trunk)
     losses = pair.losses(batch, Phase(objective="paired"), discriminator).by_role
@@ -210,8 +210,8 @@ def test_after_each_loss_only_its_own_role_has_gradients(noise_path, trunk, chec
 
 
 @pytest.mark.parametrize("objective", ["paired", "single"])
-def test_with_the_data_as_real_the_teacher_is_not_asked(noise_path, objective):
-    """Real is x_0 noised to s with the noise of x_t: at a clean s x_0 itself; the student's side stays as it was."""
+def test_with_data_as_real_the_teacher_is_not_evaluated(noise_path, objective):
+    """The real sample is x_0 noised to s with the noise of x_t (x_0 if s is clean); the student's side is unchanged."""
     pair, batch = make_pair(noise_path), make_batch(noise_path)
     discriminator = make_discriminator(pair.network, paired=objective == "paired")
     by_teacher = pair.losses(batch, Phase(objective=objective), discriminator)
@@ -229,7 +229,7 @@ def test_with_the_data_as_real_the_teacher_is_not_asked(noise_path, objective):
     )
 
 
-def test_a_network_restores_what_was_also_on_exceptions(noise_path):
+def test_a_network_restores_its_state_also_after_exceptions(noise_path):
     pair = make_pair(noise_path)
     network, discriminator = pair.network, make_discriminator(pair.network, trunk="frozen")
     before = network.state
@@ -251,7 +251,7 @@ def test_a_network_restores_what_was_also_on_exceptions(noise_path):
     assert torch.is_grad_enabled()
 
 
-def test_who_does_not_train_computes_no_gradient(noise_path):
+def test_only_the_student_computes_gradients(noise_path):
     pair, batch = make_pair(noise_path), make_batch(noise_path)
     asked = (batch.noise, batch.timesteps, batch.conditioning)
     assert pair.student.output(*asked).requires_grad
@@ -260,7 +260,7 @@ def test_who_does_not_train_computes_no_gradient(noise_path):
         assert not pair.student.output(*asked).requires_grad
 
 
-def test_a_frozen_discriminator_thaws_again(noise_path):
+def test_a_frozen_discriminator_becomes_trainable_again(noise_path):
     pair = make_pair(noise_path)
     discriminator = make_discriminator(pair.network)
     with discriminator.active(trains=False):
@@ -284,7 +284,7 @@ def test_features_are_those_of_the_unets_own_encoder():
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)
-def test_every_trunk_starts_as_the_base_and_trains_what_it_says(trunk):
+def test_every_trunk_starts_as_the_base_and_trains_the_documented_parameters(trunk):
     network = make_network()
     options = {"trunk": trunk, "heads": "multi", "paired": False, "rank": 4, "sample_size": 8}
     discriminator = Discriminator(network, seed=3, base=build_tiny_unet(), **options)
@@ -307,7 +307,7 @@ def test_every_trunk_starts_as_the_base_and_trains_what_it_says(trunk):
         assert set(in_trunk) == {"frozen": set(), "full": encoder}[trunk]
 
 
-def test_a_closed_discriminator_leaves_nothing_behind(noise_path):
+def test_a_closed_discriminator_leaves_nothing_on_the_network(noise_path):
     pair, batch = make_pair(noise_path), make_batch(noise_path)
     discriminator = make_discriminator(pair.network)
     count = len(discriminator.trained)
@@ -328,7 +328,7 @@ def logits_of(discriminator):
 
 @pytest.mark.parametrize("before", ["paired", "single"])
 @pytest.mark.parametrize("trunk", ["lora", "full"])
-def test_a_carried_discriminator_has_the_trunk_and_those_heads_that_fit(trunk, before):
+def test_a_carried_discriminator_keeps_the_trunk_and_the_heads_that_fit(trunk, before):
     network = make_network()
     first = make_discriminator(network, trunk=trunk, paired=before == "paired")
     with torch.no_grad():
@@ -352,14 +352,14 @@ def test_a_carried_discriminator_has_the_trunk_and_those_heads_that_fit(trunk, b
     assert all(p.requires_grad for p in second.trained.values())
 
 
-def test_options_of_config_and_code_are_the_same():
+def test_config_and_code_have_the_same_discriminator_options():
     fields = DiscriminatorOptions.model_fields
     assert fields["trunk"].annotation.__args__ == TRUNKS
     assert fields["heads"].annotation.__args__ == HEADS
 
 
-def test_pefts_layers_answer_with_the_adapters_that_are_set_active_and_keep_their_gradients():
-    """Fails where peft no longer reads `_active_adapter`, and where its set_adapter would do: it changes requires_grad."""
+def test_peft_layers_use_the_adapters_that_are_set_active_and_keep_requires_grad():
+    """Fails if peft no longer reads `_active_adapter`, or if its set_adapter no longer changes requires_grad."""
     network = make_network()
     fill(network.model, STUDENT, 100)
     fill(network.model, TEACHER, 200)

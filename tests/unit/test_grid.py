@@ -1,3 +1,5 @@
+"""The grid of pictures and its headings."""
+
 from PIL import Image
 
 from stepdistill.images.image_grid import image_grid
@@ -7,7 +9,7 @@ def solid(color):
     return Image.new("RGB", (32, 32), color)
 
 
-def test_headings_stand_over_their_columns_and_move_the_tiles_down_alone():
+def test_headings_are_above_their_columns_and_only_move_the_tiles_down():
     rows = {"teacher": [solid("red"), solid("green")], "ours": [solid("blue"), solid("white")]}
     plain = image_grid(rows)
     headed = image_grid(rows, headings=["a red letter a on white", "b"])

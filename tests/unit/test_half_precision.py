@@ -1,4 +1,4 @@
-"""A base in half precision under autocast: no copies that change nothing, and logits of D that keep their differences."""
+"""A half-precision base under autocast: no needless copies, and logits that keep small differences."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.unit.test_gradients import MSE, grads, make_batch, make_discriminator
 
 
 def as_peft_does(self, x, dtype):
-    """peft's default: the input in the dtype of the adapter's weights."""
+    """peft's default behaviour: casts the input to the dtype of the adapter's weights."""
     return None if x is None else x.to(dtype)
 
 
@@ -30,7 +30,7 @@ class Copies(TorchDispatchMode):
 
 
 def in_dtype(noise_path, dtype, *, checkpointing=False):
-    """Student and teacher, D and a batch on a base in that dtype; what trains is float32."""
+    """Student, teacher, discriminator and a batch on a base in this dtype; trained parameters are float32."""
     pair = make_pair(noise_path, checkpointing=checkpointing)
     discriminator = make_discriminator(pair.network, heads="multi")
     for name, parameter in pair.network.model.named_parameters():
@@ -60,7 +60,7 @@ def losses_and_gradients(noise_path, dtype, checkpointing):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_pefts_copies_losses_and_gradients_are_equal_to_the_bit(
+def test_without_pefts_copies_losses_and_gradients_are_bit_identical(
     noise_path, monkeypatch, dtype, checkpointing
 ):
     ours = losses_and_gradients(noise_path, dtype, checkpointing)
@@ -86,15 +86,15 @@ def test_under_autocast_no_layer_copies_its_input(noise_path, monkeypatch):
     assert copies() - ours > len(adapters.lora_layers(network.model)) / 2
 
 
-def test_outside_autocast_a_half_precision_base_still_runs(noise_path):
+def test_a_half_precision_base_runs_outside_autocast(noise_path):
     pair, _, batch = in_dtype(noise_path, torch.bfloat16)
     conditioning = make_conditioning(len(batch.noise)).to(torch.device("cpu"), torch.bfloat16)
     with torch.no_grad(), pair.network.using(STUDENT):
         assert pair.network.ask(batch.noise, batch.timesteps, conditioning).isfinite().all()
 
 
-def test_logits_under_autocast_keep_the_difference_of_a_pair():
-    """Features of a pair that differ by a hundredth: in bfloat16 the error of the difference is as large as itself."""
+def test_logits_under_autocast_keep_the_difference_between_similar_samples():
+    """The features of the pair differ by a hundredth. In bfloat16 the error of the difference would be as large as it."""
     torch.manual_seed(0)
     head = Head(32, 32, 8)
     real = randn(64, 32, 8, 8).bfloat16()

@@ -1,4 +1,4 @@
-"""Pictures kept apart for the table without being asked: when, how many, and what the report says of them."""
+"""Which captions are held out by default: when, how many, and what the report says about them."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from stepdistill.stages import check_run, open_run
 
 
 def pictures(folder, captions, *, first=0):
-    """A row of metadata.jsonl for each caption, all of one small picture."""
+    """A folder with one small picture, and a row of metadata.jsonl with it for each caption."""
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (32, 32), (9, 9, 9)).save(folder / "wall.png")
     rows = [json.dumps({"file_name": "wall.png", "text": caption}) for caption in captions]
@@ -43,7 +43,7 @@ def config_of(tmp_path, source, *overrides):
     return load_config("configs/letters.yaml", [*options, "evaluation.num_images=50", *overrides])
 
 
-def test_enough_pictures_leave_a_twentieth_for_the_table(tmp_path):
+def test_a_twentieth_of_the_captions_is_held_out_if_there_are_enough(tmp_path):
     data = Data(source=pictures(tmp_path / "many", numbered(1600)))
     assert held_out_share(data) == AUTO_SHARE
     trained = {record.read_caption() for record in training_records(data, seed=0)}
@@ -54,24 +54,24 @@ def test_enough_pictures_leave_a_twentieth_for_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("captions", [numbered(600), ["a dog", "a cat", "a bird"] * 600])
-def test_few_pictures_and_few_captions_are_all_trained_on(tmp_path, captions):
+def test_few_pictures_or_few_captions_are_all_trained_on(tmp_path, captions):
     assert held_out_share(Data(source=pictures(tmp_path / "few", captions))) == 0
 
 
-def test_a_caption_that_most_pictures_share_is_never_held_out_unasked(tmp_path):
-    """Its hash is in the share: held out with it would go two thirds of the pictures."""
+def test_a_caption_that_most_pictures_share_is_not_held_out_by_default(tmp_path):
+    """The hash of this caption is in the share, so two thirds of the pictures would be held out."""
     shared = next(c for c in numbered(200) if is_held_out(c, AUTO_SHARE))
     mixed = [c for caption in numbered(1600) for c in (caption, shared, shared)]
     assert held_out_share(Data(source=pictures(tmp_path / "mixed", mixed))) == 0
 
 
 @pytest.mark.parametrize("source", ["letters", "prompts.txt"])
-def test_letters_and_prompts_alone_hold_nothing_out_without_a_look(source):
+def test_letters_and_prompts_hold_nothing_out_and_are_not_read(source):
     assert Data(source=source).held_out == 0.0
     assert Data(source=source, held_out=0.3).held_out == 0.3
 
 
-def test_looking_ends_as_soon_as_it_is_clear():
+def test_counting_captions_stops_as_soon_as_the_answer_is_clear():
     stream = iter([Record(str(k), lambda k=k: f"wall {k}", None) for k in range(9000)])
     assert leaves_enough(stream)
     assert len(list(stream)) > 7000
@@ -80,7 +80,7 @@ def test_looking_ends_as_soon_as_it_is_clear():
     assert len(list(stream)) == 9000 - MOST_LOOKED_AT
 
 
-def test_a_run_stays_with_the_share_that_it_was_begun_with(tmp_path):
+def test_a_run_keeps_the_share_that_it_began_with(tmp_path):
     source = pictures(tmp_path / "growing", numbered(100))
     auto, fixed = config_of(tmp_path, source), config_of(tmp_path, source, "data.held_out=0.2", "name=fixed")
     for config in (auto, fixed):
@@ -113,7 +113,7 @@ def test_the_table_says_what_training_has_seen(tmp_path):
     assert f"Real images: {kept.real.about}." in markdown("x", {"rows": [], "protocol": protocol})
 
 
-def test_another_runs_cache_takes_its_share_and_its_pictures(tmp_path):
+def test_a_borrowed_cache_keeps_the_share_and_pictures_of_its_run(tmp_path):
     source = pictures(tmp_path / "many", numbered(1600))
     cache = tmp_path / "lender" / "cache"
     cache.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Data flows one way: a room imports from its floor and those below, and one file owns each heavy dependency."""
+"""Imports point down: a room imports only from its floor and those below, and each heavy dependency has one owner."""
 
 import ast
 import graphlib
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("stepdistill")
-# Floors from the ground. A room is a folder, or a file at the top.
+# The floors from the ground up. A room is a folder of the package, or a file beside these folders.
 FLOORS = [
     {"messages", "rng", "jackknife", "runtime", "disk", "images", "diffusion"},
     {"config", "objectives", "demo"},
@@ -33,7 +33,7 @@ NO_TORCH |= {f"teacher.{name}" for name in ("facts", "files", "folder", "ladder_
 
 
 def modules():
-    """Every file with code in it; __init__.py stands for its folder."""
+    """All files of the package that contain code."""
     return sorted(p for p in PACKAGE.rglob("*.py") if p.stat().st_size)
 
 
@@ -82,8 +82,8 @@ def test_imports_point_down(path):
 
 
 @pytest.mark.parametrize("part", [room_of, str], ids=["rooms", "files"])
-def test_nothing_imports_in_a_circle(part):
-    """A folder's __init__.py that only hands on what its files hold is no file of its own here."""
+def test_there_are_no_circular_imports(part):
+    """Ignores __init__.py files, which only re-export what the files of their folder define."""
     graph = {}
     for path in (path for path in modules() if path.name != "__init__.py"):
         name = part(name_of(path))
@@ -105,27 +105,27 @@ def test_heavy_dependencies_have_one_owner(path):
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)
-def test_what_runs_before_the_config_is_right_imports_no_torch(path):
+def test_code_that_runs_before_the_config_is_checked_imports_no_torch(path):
     if {name_of(path), room_of(name_of(path))} & NO_TORCH:
         roots = {i.split(".")[0] for i in imports(path, top_level_only=True)}
         assert not roots & {"torch", "diffusers", "transformers", "peft", "accelerate"}, path
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)
-def test_files_say_what_they_are(path):
+def test_every_file_has_a_docstring_and_a_telling_name(path):
     assert ast.get_docstring(ast.parse(path.read_text())), path
     assert path.stem not in {"utils", "misc", "common", "helpers"}
 
 
 def lines_of(function):
-    """Without the docstring."""
+    """Number of lines of a function without its docstring."""
     documented = bool(ast.get_docstring(function)) and len(function.body) > 1
     signature = function.body[0].lineno - function.lineno
     return signature + function.end_lineno - function.body[documented].lineno + 1
 
 
 def test_functions_fit_on_a_screen():
-    """40 lines without the docstring, 60 of one that is a loop and reads from top to bottom."""
+    """At most 40 lines without the docstring; 60 if the function has a loop at its top level."""
     long = []
     folders = (PACKAGE, Path("pipelines"), Path("eval"), Path("docs"))
     for path in sorted(file for folder in folders for file in folder.rglob("*.py")):
@@ -142,8 +142,8 @@ def test_stage_scripts_are_thin():
         assert len(path.read_text().splitlines()) <= 100, path
 
 
-def test_only_the_demo_knows_letters():
-    """Elsewhere a world is asked (demo/world.py): its name alone stands in defaults."""
+def test_only_the_demo_imports_the_letters_world():
+    """All other code goes through demo/world.py; only the name "letters" may appear, in defaults."""
     for path in modules():
         if path.parts[1] != "demo":
             assert "stepdistill.demo.letters" not in set(imports(path)), path

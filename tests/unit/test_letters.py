@@ -1,3 +1,5 @@
+"""The letters world, its reader, and the embedded teacher."""
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ def test_captions_read_back():
         letters.parse_caption("a dog")
 
 
-def test_a_picture_depends_on_seed_and_index_alone():
+def test_a_picture_depends_only_on_seed_and_index():
     triple = letters.Triple(0, 0, 0)
     first, again, other = (
         np.asarray(letters.render_at(triple, seed=s, index=i)) for s, i in ((1, 7), (1, 7), (1, 8))
@@ -40,7 +42,7 @@ def test_pictures_have_their_ink_and_paper():
         assert np.abs(pixels - ink).sum(1).min() < 60
 
 
-def test_a_style_changes_what_a_caption_leaves_free():
+def test_a_style_changes_only_what_a_caption_does_not_fix():
     triple = letters.Triple(3, 1, 0)
 
     def picture(index, **style):
@@ -60,7 +62,7 @@ def test_a_style_changes_what_a_caption_leaves_free():
     )
 
 
-def test_every_caption_comes_equally_often():
+def test_every_caption_is_drawn_equally_often():
     triples = letters.sample_triples(1040, seed=0)
     assert sorted(triples.count(t) for t in set(triples)) == [2] * 520
 

@@ -1,3 +1,5 @@
+"""Measuring a row: cached features, paired and unpaired distances, reference statistics."""
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ def image_set(folder, name, seed, *, n=40, by_prompt=True):
     return ImageSet(f"{name}{seed}", folder / name, batches, by_prompt), calls
 
 
-def test_features_are_made_once_and_again_for_other_images_or_another_protocol(tmp_path):
+def test_features_are_computed_once_and_again_for_other_images_or_another_protocol(tmp_path):
     first, calls = image_set(tmp_path, "first", 0)
     second, others = image_set(tmp_path, "second", 1)
     distances = Distances(Evaluation(features="reader"))
@@ -43,7 +45,7 @@ def test_features_are_made_once_and_again_for_other_images_or_another_protocol(t
     assert len(changed_calls) == 1
 
 
-def test_distances_at_equal_noise_are_0_for_the_teacher_itself_and_the_others_are_not(tmp_path):
+def test_only_paired_distances_are_0_for_the_teacher_itself(tmp_path):
     teacher, _ = image_set(tmp_path, "teacher", 0)
     other_seeds, _ = image_set(tmp_path, "floor", 1)
     distances = Distances(Evaluation(features="reader"))
@@ -55,7 +57,7 @@ def test_distances_at_equal_noise_are_0_for_the_teacher_itself_and_the_others_ar
     assert len(distances.fid_replicates(teacher, other_seeds)) == 8
 
 
-def test_reference_stats_stand_for_real_images(tmp_path):
+def test_reference_stats_replace_real_images(tmp_path):
     first, _ = image_set(tmp_path, "first", 0)
     second, _ = image_set(tmp_path, "second", 1)
     plain = Distances(Evaluation(features="reader"))
@@ -68,7 +70,7 @@ def test_reference_stats_stand_for_real_images(tmp_path):
     assert plain.to_real(first, None) == {}
 
 
-def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(tmp_path):
+def test_unusable_measures_are_refused_before_anything_is_drawn(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluation\.patch_size: got 299; allowed: 32"):
         Distances(Evaluation(features="reader", patch_size=299))
     with pytest.raises(ValueError, match=r"stats\.npz"):

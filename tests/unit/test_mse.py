@@ -1,3 +1,5 @@
+"""The mse loss in each loss space, and the convert loss."""
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.conftest import ends_of, randn
 
 
 @pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
-def test_the_prev_sample_loss_is_k_squared_times_the_epsilon_one(noise_path, steps):
+def test_the_prev_sample_loss_is_the_epsilon_loss_times_the_squared_gain(noise_path, steps):
     timesteps = noise_path.nodes(steps)
     ends = ends_of(noise_path, timesteps, steps)
     x_t = randn(steps, 4, 8, 8, dtype=torch.float64)
@@ -27,14 +29,14 @@ def test_the_prev_sample_loss_is_k_squared_times_the_epsilon_one(noise_path, ste
 
 
 @pytest.mark.parametrize(("steps", "mean_square"), [(32, 0.014), (8, 0.33), (4, 2.3), (2, 24.8), (1, 213.6)])
-def test_mean_gain_of_each_rung_is_the_recipes(noise_path, steps, mean_square):
+def test_the_mean_squared_gain_of_each_rung_is_as_documented(noise_path, steps, mean_square):
     timesteps = noise_path.nodes(steps)
     gain = move_gain(timesteps, ends_of(noise_path, timesteps, steps), noise_path=noise_path)
     assert gain.square().mean().item() == pytest.approx(mean_square, rel=0.04)
 
 
 @pytest.mark.parametrize("space", ["epsilon", "sample", "v_prediction"])
-def test_each_space_measures_the_error_of_that_prediction(noise_path, space):
+def test_each_loss_space_measures_the_error_of_that_prediction(noise_path, space):
     timesteps = noise_path.nodes(4)
     ends = ends_of(noise_path, timesteps, 4)
     x_t = randn(4, 4, 8, 8, dtype=torch.float64)
@@ -51,7 +53,7 @@ def test_each_space_measures_the_error_of_that_prediction(noise_path, space):
     assert torch.allclose(found, (as_space[0] - as_space[1]).square().mean(), rtol=1e-9)
 
 
-def test_unknown_space_is_refused(noise_path):
+def test_an_unknown_loss_space_is_refused(noise_path):
     with pytest.raises(ValueError, match=", ".join(LOSS_SPACES)):
         space_weight(torch.tensor([999]), torch.tensor([499]), noise_path=noise_path, space="latent")
 
@@ -74,7 +76,7 @@ def test_truncated_snr_is_the_x0_error_weighed_by_the_larger_of_snr_and_one(nois
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 @pytest.mark.parametrize("space", ["sample", "v_prediction", "truncated_snr", "prev_sample"])
 def test_every_space_but_epsilon_holds_at_zero_terminal_snr(kind, space, steps):
-    """The error of two students that predict v or x0, against the one that their predictions have in that space."""
+    """The loss between two students that predict v or x0 equals the error of their predictions, converted to that space."""
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=True)
     timesteps = noise_path.nodes(steps)

@@ -1,3 +1,5 @@
+"""Timestep grids, moves and noise schedules."""
+
 import itertools
 
 import pytest
@@ -40,8 +42,8 @@ def test_substeps_from_every_student_node_land_on_the_next_one(count, fine, coar
         assert route == sorted(route, reverse=True)
 
 
-def test_a_jump_from_between_the_students_own_nodes_ends_at_clean():
-    """Section 2 of the recipe: t in {250, 500, 750, 1000}, jump 500, clamped at 0."""
+def test_a_jump_from_between_two_student_nodes_ends_at_clean_at_the_latest():
+    """For t in {250, 500, 750, 1000} and a jump of 500, the end is clamped at 0."""
     nodes = [999, 749, 499, 249]
     assert [grid.next_node(t, 2) for t in nodes] == [499, 249, CLEAN, CLEAN]
     assert [grid.next_node(t, 1) for t in nodes] == [CLEAN] * 4
@@ -49,7 +51,7 @@ def test_a_jump_from_between_the_students_own_nodes_ends_at_clean():
     assert routes == [[999, 749, 499], [749, 499, 249], [499, 249, CLEAN], [249, CLEAN]]
 
 
-def test_moves_are_of_the_rows_that_have_not_arrived(noise_path):
+def test_moves_contain_only_rows_that_have_not_arrived(noise_path):
     nodes = [999, 749, 499, 249]
     first, second = noise_path.substeps(nodes, noise_path.jump(nodes, 2), 4)
     assert first.rows is None
@@ -65,7 +67,7 @@ def test_a_whole_sampling_visits_every_node_of_the_grid(noise_path):
     assert all(move.rows is None for move in moves)
 
 
-def test_a_move_that_goes_up_is_refused(noise_path):
+def test_a_move_towards_more_noise_is_refused(noise_path):
     with pytest.raises(ValueError, match="noisy to clean"):
         noise_path.substeps([499], [749], 4)
 
@@ -78,7 +80,7 @@ def test_alpha_and_sigma_are_a_unit_vector_and_clean_is_exact(noise_path):
     assert alpha.dtype == torch.float64
 
 
-def test_add_noise_is_pure_noise_at_the_last_timestep_alone(noise_path):
+def test_add_noise_gives_pure_noise_only_at_the_last_timestep(noise_path):
     clean, noise = randn(3, 4, 8, 8), randn(3, 4, 8, 8, seed=1)
     timesteps = torch.tensor([999, 998, CLEAN])
     noisy = noise_path.add_noise(clean, noise, timesteps, pure_noise_at_last=True)

@@ -1,4 +1,4 @@
-"""The learning rate of a phase: warm-up, peak, decay."""
+"""The learning rate over a phase: warm-up, peak, decay."""
 
 from pathlib import Path
 
@@ -28,13 +28,13 @@ def rates(max_train_steps, *, lr_warmup_steps=10, learning_rate=1.0):
 
 
 @pytest.mark.parametrize("updates", [1, 5, 9, 10, 12, 15, 20, 80, 99])
-def test_a_short_phase_trains_at_its_rate(updates):
+def test_a_short_phase_reaches_its_learning_rate(updates):
     seen = rates(updates)
     assert max(seen) > 0.97
     assert seen.index(max(seen)) == updates // 10
 
 
-def test_warm_up_is_the_config_s_where_a_tenth_of_the_phase_is_more():
+def test_a_long_phase_has_the_warm_up_of_the_config():
     seen = rates(250)
     assert seen[:10] == pytest.approx([(k + 1) / 11 for k in range(10)], rel=0.01)
     assert seen.index(max(seen)) == 10
@@ -43,7 +43,7 @@ def test_warm_up_is_the_config_s_where_a_tenth_of_the_phase_is_more():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_phase_trains_at_its_rate(path):
+def test_every_shipped_phase_reaches_its_learning_rate(path):
     config = load_config(path)
     for phase in (phase for rung in config.ladder for phase in rung.phases):
         seen = rates(phase.max_train_steps, lr_warmup_steps=config.training.lr_warmup_steps)

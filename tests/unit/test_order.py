@@ -1,4 +1,4 @@
-"""What updates see of pictures in several sizes: one size each, and every picture equally often."""
+"""The order of pictures in several sizes: one size per update, and every picture equally often."""
 
 import collections
 
@@ -12,7 +12,7 @@ from stepdistill.data.order import samples_of_update
 
 
 class Numbers(LatentCache):
-    """A cache whose samples are their sizes and numbers."""
+    """A cache that returns sizes and numbers in place of samples."""
 
     def __init__(self, sizes):
         self.sizes = sizes
@@ -22,7 +22,7 @@ class Numbers(LatentCache):
 
 
 def photographs(count):
-    """Heights and widths as a camera roll and a few panoramas have them."""
+    """Heights and widths like those of a camera roll with a few panoramas."""
     generator = np.random.default_rng(0)
     ratios = generator.choice([3 / 2, 2 / 3, 4 / 3, 3 / 4, 1.0, 16 / 9, 2.1, 0.45], count, p=PARTS)
     return collections.Counter((1500, round(1500 * ratio)) for ratio in ratios)
@@ -37,7 +37,7 @@ def sdxl():
 
 @pytest.mark.parametrize("group", [64, 512])
 def test_every_picture_is_seen_equally_often_in_sdxls_buckets(group):
-    """After each of 40 passes over 1,000 pictures no one was seen more than once more often than another."""
+    """After each of 40 passes over 1,000 pictures, the counts of any two pictures differ by at most 1."""
     pictures, every = photographs(1000), sdxl()
     assert len(every.all) == 11
     assert min(every.tally(pictures).values()) < 64 <= max(every.tally(pictures).values())
@@ -59,7 +59,7 @@ def test_every_picture_is_seen_equally_often_in_sdxls_buckets(group):
     assert update == pytest.approx(40 * 1000 / group, abs=len(sizes))
 
 
-def test_small_buckets_go_to_the_nearest_that_has_enough():
+def test_pictures_of_small_buckets_go_to_the_nearest_bucket_with_enough():
     pictures, every = photographs(1000), sdxl()
     used = every.without_small(pictures, least=64)
     panorama = (1500, 3150)
@@ -79,15 +79,15 @@ def test_small_buckets_go_to_the_nearest_that_has_enough():
         ({(8, 8): 5, (8, 16): 6}, 512),
     ],
 )
-def test_what_fills_no_update_is_carried_on(sizes, group):
-    """In many passes each size has its share of updates to within one, also where it has fewer samples than one takes."""
+def test_each_size_has_its_share_of_updates(sizes, group):
+    """Over many passes, even a size with fewer samples than one update takes gets its share of the updates."""
     total = 120 if group == 64 else 300
     counts = collections.Counter(samples_of_update(sizes, u, group=group, seed=1)[0] for u in range(total))
     for size, count in sizes.items():
         assert abs(counts[size] - total * count / sum(sizes.values())) <= len(sizes)
 
 
-def test_updates_are_functions_of_their_number_and_of_the_seed():
+def test_the_samples_of_an_update_depend_only_on_its_number_and_the_seed():
     sizes = {(8, 8): 400, (8, 16): 100, (16, 8): 301}
     forth = [samples_of_update(sizes, u, group=16, seed=1) for u in range(120)]
     back = [samples_of_update(sizes, u, group=16, seed=1) for u in reversed(range(120))]

@@ -1,4 +1,4 @@
-"""Whether two readers order methods alike: tau against scipy, flips against planted ones."""
+"""Whether two readers order methods alike: tau against scipy, and flips in made-up tables."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from side_by_side import Table
 from stepdistill.jackknife import difference_error
 
 
-def test_tau_is_scipys_with_and_without_ties():
+def test_tau_equals_scipys_with_and_without_ties():
     generator = torch.Generator().manual_seed(0)
     for high in (3, 100):
         first, second = (torch.randint(0, high, (8,), generator=generator).tolist() for _ in range(2))
@@ -37,7 +37,7 @@ def test_a_pair_flips_only_beyond_both_deviations():
     assert orders.flips(first, first) == []
 
 
-def test_of_one_seed_the_jackknife_says_what_is_beyond_chance():
+def test_with_one_seed_the_jackknife_gives_the_spread():
     steady, shaky = [9.9, 10.1, 10.0, 10.0], [9.0, 11.0, 8.0, 12.0]
     others = [11.9, 12.1, 12.0, 12.0]
     first = orders.Side({"a": [10.0], "b": [12.0]}, {"a": steady, "b": others})

@@ -1,3 +1,5 @@
+"""evaluation.score_cmd: a user's own scoring command."""
+
 import sys
 import time
 
@@ -16,14 +18,14 @@ def score(tmp_path, code, *, timeout=20.0, command=None):
     )
 
 
-def test_the_last_line_is_the_scores_and_placeholders_are_filled_in_without_a_shell(tmp_path):
+def test_scores_are_read_from_the_last_line_and_placeholders_are_filled_in_without_a_shell(tmp_path):
     code = "import sys, json\nprint('loading')\nprint(json.dumps({'words': len(sys.argv), 'hps': .25}))"
     assert score(tmp_path, code) == {"words": 4, "hps": 0.25}
     code = "import sys, json\nassert sys.argv[2].endswith('my images; rm -rf'), sys.argv\nprint('{}')"
     assert score(tmp_path, code) == {}
 
 
-def test_bytes_that_are_no_text_do_not_matter(tmp_path):
+def test_output_that_is_not_utf8_is_accepted(tmp_path):
     code = (
         "import sys\nfor s in (sys.stdout, sys.stderr): s.buffer.write(b'caf\\xe9\\n')\nprint('{\"a\": 1}')"
     )
@@ -35,7 +37,7 @@ def test_bytes_that_are_no_text_do_not_matter(tmp_path):
     [
         (
             "import sys; print('torch is too old', file=sys.stderr); sys.exit(3)",
-            "left with 3: torch is too old",
+            "exited with code 3: torch is too old",
         ),
         ("print('0.5')", "allowed: a JSON object of numbers"),
         ('print(\'{"a": "b"}\')', "allowed: a JSON object of numbers"),
@@ -47,14 +49,14 @@ def test_bytes_that_are_no_text_do_not_matter(tmp_path):
         ("input()", "EOF"),
     ],
 )
-def test_what_a_scorer_does_wrong_is_one_line(tmp_path, code, said):
+def test_errors_of_a_scorer_are_one_line(tmp_path, code, said):
     with pytest.raises(ValueError, match=r"evaluation\.score_cmd") as caught:
         score(tmp_path, code)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_command_that_is_not_there_or_takes_too_long(tmp_path):
+def test_a_missing_command_and_a_timeout_are_reported(tmp_path):
     with pytest.raises(ValueError, match="cannot run no-such-scorer"):
         score(tmp_path, "", command="no-such-scorer {images}")
     with pytest.raises(ValueError, match=r"evaluation\.score_cmd: cannot read .*No closing quotation"):
@@ -63,8 +65,8 @@ def test_a_command_that_is_not_there_or_takes_too_long(tmp_path):
         score(tmp_path, "import time; time.sleep(30)", timeout=1.0)
 
 
-def test_what_a_late_command_started_ends_with_it(tmp_path):
-    """As `conda run python score.py` would: the scorer proper is a grandchild."""
+def test_a_timeout_also_ends_the_commands_child_processes(tmp_path):
+    """With a command such as `conda run python score.py`, the scorer itself is a grandchild process."""
     code = (
         "import pathlib, subprocess\n"
         "child = subprocess.Popen(['sleep', '60'])\n"

@@ -1,4 +1,4 @@
-"""The phase that moved sharpness, contrast or colour is named, and advice says no more than the numbers do."""
+"""The report names the phase that changed sharpness, contrast or colour, and advises only what the numbers support."""
 
 import json
 
@@ -18,7 +18,7 @@ PHASES = ("mse", "paired", "single")
 
 
 def blurred(run, *, drift=-0.2, steps=(4,), look="sharpness"):
-    """Advice where rows of the table drift."""
+    """The advice if these rows of the table drift."""
     results = results_of(["a red letter a on white"])
     for row in results["rows"]:
         if row["kind"] == "student" and row["steps"] in steps:
@@ -54,7 +54,7 @@ def still(run):
 
 
 def after(run, steps, place, **drift):
-    """Looks of the 3 phases of a rung, and of those after it, from phase `place` on."""
+    """Writes drifts for the phases of a rung and of all later rungs, from phase `place` on."""
     phases = {8: PHASES, 4: PHASES, 2: PHASES, 1: ("mse", "single")}
     for rung, objectives in phases.items():
         for number, objective in enumerate(objectives):
@@ -62,7 +62,7 @@ def after(run, steps, place, **drift):
                 write_looks(run, rung, number, objective, **drift)
 
 
-def test_changes_add_up_to_the_drift_and_know_their_error(run):
+def test_changes_by_phase_add_up_to_the_drift_and_have_errors(run):
     after(run, 8, 1, sharpness=-0.1, noise=0)
     after(run, 4, 2, sharpness=-0.3, noise=0)
     read = read_run(run)
@@ -83,8 +83,13 @@ def test_changes_add_up_to_the_drift_and_know_their_error(run):
 def test_an_adversarial_phase_that_blurs_gets_fewer_updates_not_more(run):
     after(run, 4, 2, sharpness=-0.2)
     (advice,) = blurred(run, steps=(4, 2))
-    assert advice.finding.startswith("4 steps: 20 % less sharp than the teacher (4 steps, phase 2, single: -")
-    assert "; 2 steps: 20 % less sharp than the teacher (4 steps, phase 2, single: -" in advice.finding
+    assert advice.finding.startswith(
+        "4 steps: 20 % less sharp than the teacher (largest change in 4 steps, phase 2, single: -"
+    )
+    assert (
+        "; 2 steps: 20 % less sharp than the teacher (largest change in 4 steps, phase 2, single: -"
+        in advice.finding
+    )
     assert advice.changes == {
         "ladder.2.phases.2.learning_rate": 2.9e-05,
         "ladder.2.phases.2.max_train_steps": 10,
@@ -92,18 +97,18 @@ def test_an_adversarial_phase_that_blurs_gets_fewer_updates_not_more(run):
     assert "fewer updates" in advice.remedy
 
 
-def test_the_data_are_named_where_the_phase_leads_to_them(run):
+def test_the_training_images_are_named_if_the_phase_pulls_towards_them(run):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("real: teacher", "real: data"))
     after(run, 4, 2, sharpness=-0.2, data={"sharpness": -0.25})
     (advice,) = blurred(run)
-    assert advice.remedy.startswith("It leads to the data, which drift the same way from the teacher:")
+    assert advice.remedy.startswith("That phase pulls the pictures towards the training images, which differ")
     after(run, 4, 2, sharpness=-0.2, data={"sharpness": 0.1})
     (advice,) = blurred(run)
-    assert "data" not in advice.remedy
+    assert "training images" not in advice.remedy
 
 
-def test_an_adversarial_phase_that_won_sharpness_back_gets_more_updates(run):
+def test_an_adversarial_phase_that_restored_sharpness_gets_more_updates(run):
     still(run)
     after(run, 4, 0, sharpness=-0.4)
     after(run, 4, 1, sharpness=-0.2)
@@ -112,22 +117,24 @@ def test_an_adversarial_phase_that_won_sharpness_back_gets_more_updates(run):
     assert advice.changes == {"ladder.2.phases.1.max_train_steps": 40}
 
 
-def test_an_mse_phase_that_was_still_learning_gets_more_updates(run):
+def test_an_mse_phase_whose_loss_still_fell_gets_more_updates(run):
     after(run, 4, 0, sharpness=-0.4)
     after(run, 4, 1, sharpness=-0.2)
     (advice,) = blurred(run)
     assert advice.changes == {"ladder.2.phases.0.max_train_steps": 160}
 
 
-def test_a_run_without_an_adversary_is_not_told_to_add_one(mse_only):
+def test_a_run_without_an_adversary_gets_no_advice_to_add_one(mse_only):
     for steps in (4, 2, 1):
         write_looks(mse_only, steps, 0, "mse", sharpness=-0.2)
     (advice,) = blurred(mse_only)
-    assert advice.finding.startswith("4 steps: 20 % less sharp than the teacher (4 steps, phase 0, mse: -")
+    assert advice.finding.startswith(
+        "4 steps: 20 % less sharp than the teacher (largest change in 4 steps, phase 0, mse: -"
+    )
     assert (advice.remedy, advice.changes) == ("", {})
 
 
-def test_a_rung_without_an_adversary_gets_one_where_another_rungs_won_sharpness(tmp_path):
+def test_a_rung_gets_an_adversarial_phase_if_that_of_another_rung_restored_sharpness(tmp_path):
     config = resolved(load_config("configs/letters.yaml"))
     config["ladder"][2]["phases"] = config["ladder"][2]["phases"][:1]
     (tmp_path / "it.yaml").write_text(json.dumps(config))
@@ -144,7 +151,7 @@ def test_a_rung_without_an_adversary_gets_one_where_another_rungs_won_sharpness(
     assert advice.remedy == ""
     write_looks(run, 2, 1, "single", sharpness=-0.05)
     (advice,) = blurred(run, drift=-0.3)
-    assert advice.remedy.startswith("The adversarial phase at 2 steps won sharpness (+")
+    assert advice.remedy.startswith("The adversarial phase at 2 steps increased sharpness (+")
     (setting,) = advice.settings
     then = load_config(tmp_path / "it.yaml", [setting])
     assert then.ladder[2].phases == (*then.ladder[2].phases[:1], then.ladder[3].phases[1])
@@ -155,20 +162,22 @@ def test_contrast_and_colour_are_judged_by_phase_too(run, look):
     moved = {"contrast": 0.3, "colour": 20.0}[look]
     after(run, 4, 1, **{look: moved})
     (advice,) = blurred(run, drift=moved, look=look)
-    start = {"contrast": "4 steps: 30 % more contrast", "colour": "4 steps: 20.0 grey levels from"}[look]
+    start = {"contrast": "4 steps: 30 % more contrast", "colour": "4 steps: 20.0 grey levels away from"}[look]
     assert advice.finding.startswith(start)
-    assert "(4 steps, phase 1, paired: +" in advice.finding
+    assert "(largest change in 4 steps, phase 1, paired: +" in advice.finding
     assert advice.keys == ("ladder.2.phases.1.learning_rate", "ladder.2.phases.1.max_train_steps")
 
 
-def test_too_sharp_is_laid_to_the_phase_that_sharpened(run):
+def test_too_much_sharpness_is_attributed_to_the_phase_that_sharpened(run):
     after(run, 4, 1, sharpness=0.5)
     (advice,) = blurred(run, drift=0.5)
-    assert advice.finding.startswith("4 steps: 50 % sharper than the teacher (4 steps, phase 1, paired: +")
+    assert advice.finding.startswith(
+        "4 steps: 50 % sharper than the teacher (largest change in 4 steps, phase 1, paired: +"
+    )
     assert advice.changes["ladder.2.phases.1.max_train_steps"] == 10
 
 
-def test_nothing_is_advised_on_what_is_not_known(run):
+def test_there_is_no_remedy_without_numbers_by_phase(run):
     (advice,) = blurred(run)  # the pictures at the phases' ends do not show it
     assert (advice.finding, advice.remedy) == ("4 steps: 20 % less sharp than the teacher.", "")
     after(run, 4, 2, sharpness=-0.2)
@@ -182,14 +191,14 @@ def test_nothing_is_advised_on_what_is_not_known(run):
     assert looks_table(read_run(run)) is None
 
 
-def test_a_change_within_its_error_is_not_laid_to_a_phase(run):
+def test_a_change_within_its_error_is_not_attributed_to_a_phase(run):
     after(run, 4, 2, sharpness=-0.2, noise=1.0)
     (advice,) = blurred(run)
     assert advice.remedy == ""
 
 
 @pytest.mark.parametrize("damage", ["", "null", "another digit", "one picture", "another shape"])
-def test_a_damaged_file_is_as_none(run, damage):
+def test_a_damaged_file_counts_as_missing(run, damage):
     path = run / "rungs" / "32" / "previews" / "phase0-mse-end.json"
     if damage == "another digit":
         path.write_text(path.read_text().replace("3.0", "4.0", 1))
@@ -206,7 +215,7 @@ def test_a_damaged_file_is_as_none(run, damage):
     assert table.lines[0].cells[0].extra == ""
 
 
-def test_numbers_of_other_pictures_are_not_compared(run):
+def test_numbers_from_other_pictures_are_not_compared(run):
     after(run, 4, 2, sharpness=-0.2)
     path = run / "rungs" / "32" / "previews" / "phase0-mse-end.json"
     looks = read_sealed(path)
@@ -215,10 +224,10 @@ def test_numbers_of_other_pictures_are_not_compared(run):
     assert blurred(run)[0].remedy == ""
 
 
-def test_the_page_shows_them(run):
+def test_the_page_shows_the_drift_of_each_phase(run):
     after(run, 4, 2, sharpness=-0.2, noise=0, data={"colour": 3.0})
     page = render([read_run(run)], columns=1)
-    assert "8 pictures at the end of each phase, against the undistilled teacher&#39;s" in page
+    assert "8 pictures at the end of each phase, compared with the undistilled teacher&#39;s" in page
     start = page.index("4 steps, phase 2 (single)")
     assert "<td>-20 % <small>-" in page[start : start + 200]
-    assert "the data themselves" in page
+    assert "training images" in page

@@ -1,4 +1,4 @@
-"""What a run is said to cost, against what it does."""
+"""The planned cost of a run, compared with what the run does."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ CONFIGS = ("configs/letters.yaml", "configs/letters_lightning.yaml")
 
 
 def mean_moves(timesteps, node_steps, student_steps, teacher_steps):
-    """Rows that a roll-out from every node evaluates, per node."""
+    """The mean number of network evaluations of a roll-out per start node."""
     path = VariancePreserving(torch.linspace(1, 0, timesteps, dtype=torch.float64))
     nodes = path.nodes(node_steps).tolist()
     moves = path.substeps(nodes, path.jump(nodes, student_steps), teacher_steps)
@@ -39,8 +39,8 @@ def mean_moves(timesteps, node_steps, student_steps, teacher_steps):
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_teacher_moves_are_counted_as_the_solver_takes_them(path):
-    """The mean length of the teacher's paths over the nodes that a rung is trained at: twice the bare U-Net for the guided
-    base, once with a LoRA for the student of another rung."""
+    """The plan counts the mean length of the teacher's paths over the nodes that a rung trains at: times two bare U-Net
+    passes for the guided base, times one LoRA pass for the student of another rung."""
     config = load_config(path)
     for rung in config.ladder:
         for phase in rung.phases:
@@ -53,7 +53,7 @@ def test_teacher_moves_are_counted_as_the_solver_takes_them(path):
             assert phase_forwards(config, rung, phase) == pytest.approx(each * moves + alone, abs=1e-3)
 
 
-def test_convert_asks_the_rung_before_which_has_a_lora():
+def test_the_teacher_of_a_convert_phase_costs_a_forward_with_or_without_lora():
     last = load_config(CONFIGS[1]).ladder[-1]
     found = phase_forwards(load_config(CONFIGS[1]), last, last.phases[0])
     assert found == pytest.approx(1.083 + 1.083 + 1.268)
@@ -98,8 +98,8 @@ def test_lightnings_rungs_above_one_step_have_the_whole_budget():
     assert "no row at 1 step" in method.note
 
 
-def test_objectives_together_share_the_students_pass_and_the_teachers():
-    """mse beside an adversary on the data costs what mse costs, and the discriminator."""
+def test_several_objectives_share_the_passes_of_student_and_teacher():
+    """mse together with an adversarial loss on the data costs as much as mse plus the discriminator."""
     config = load_config(CONFIGS[0])
     rung = config.ladder[1]
     mse, single = rung.phases
@@ -112,7 +112,7 @@ def test_objectives_together_share_the_students_pass_and_the_teachers():
     assert phase_forwards(config, rung, both) == pytest.approx(phase_forwards(config, rung, mse) + 3.55)
 
 
-def test_half_of_the_targets_kept_costs_half_of_the_teacher():
+def test_reusing_half_of_the_targets_halves_the_teachers_cost():
     config = load_config(CONFIGS[0])
     rung = config.ladder[1]
     phase = rung.phases[0]
@@ -125,7 +125,7 @@ def last_number(line):
     return float(line.rpartition(": ")[2].removesuffix(" passes").replace(",", ""))
 
 
-def test_the_plan_adds_up_to_all_passes_of_what_is_left():
+def test_the_parts_of_the_plan_add_up_to_the_remaining_passes():
     config = load_config(CONFIGS[0])
     lines = describe(config).splitlines()
     training = [line for line in lines if line.startswith("distill")]
@@ -139,7 +139,7 @@ def test_the_plan_adds_up_to_all_passes_of_what_is_left():
     assert left[-1].startswith(f"in all     {expected:,.0f} U-Net passes")
 
 
-def test_the_plan_of_a_stage_is_its_own_part():
+def test_the_plan_of_a_stage_has_only_its_part():
     config = load_config(CONFIGS[0])
     assert [line.split()[0] for line in describe(config, stages=["evaluate"]).splitlines()] == [
         *("run", "evaluate", "in")
@@ -168,7 +168,7 @@ def test_hours_come_from_the_updates_that_the_run_has_logged(tmp_path):
     assert f"about {hours:,.1f} hours at 0.25 s a pass" in describe(config, seconds_per_pass=pace)
 
 
-def test_pictures_that_the_teacher_makes_of_prompts_are_counted(tmp_path):
+def test_pictures_that_the_teacher_draws_for_prompts_are_counted(tmp_path):
     (tmp_path / "prompts.txt").write_text("a\n\nb\nc\n")
     config = load_config(CONFIGS[0], [f"data.source={tmp_path / 'prompts.txt'}", "data.num_images=null"])
     assert preparation_forwards(config) == 3 * 32 * 2

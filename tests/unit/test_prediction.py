@@ -1,3 +1,5 @@
+"""Conversions between epsilon, v and x0, moves, and guidance."""
+
 import itertools
 
 import pytest
@@ -19,7 +21,7 @@ def test_round_trips_in_float64(noise_path, first, second):
     assert torch.allclose(back, output, atol=1e-11)
 
 
-def test_the_three_predictions_of_one_noised_sample(noise_path):
+def test_the_three_prediction_types_agree_on_a_noised_sample(noise_path):
     """x_t = a x0 + s e and v = a e - s x0: each conversion gives back what x_t was made of."""
     original, noise = (randn(4, 4, 8, 8, seed=k, dtype=torch.float64) for k in (0, 1))
     x_t = noise_path.add_noise(original, noise, TIMESTEPS)
@@ -72,7 +74,7 @@ def test_implied_noise_is_the_epsilon_that_makes_the_move(noise_path):
     assert torch.allclose(implied_noise(x_t, there, start, end, noise_path=noise_path), noise, atol=1e-11)
 
 
-def test_epsilon_says_nothing_at_zero_terminal_snr():
+def test_epsilon_cannot_be_converted_at_zero_terminal_snr():
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=True)
     x_t, last = randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([999])
@@ -83,14 +85,14 @@ def test_epsilon_says_nothing_at_zero_terminal_snr():
     assert torch.allclose(found, -v)
 
 
-def test_guidance_one_is_none_and_zero_is_unconditional():
+def test_guidance_1_is_off_and_guidance_0_is_unconditional():
     uncond, cond = randn(2, 3), randn(2, 3, seed=1)
     assert torch.allclose(guide(uncond, cond, 1.0), cond, atol=1e-6)
     assert torch.equal(guide(uncond, cond, 0.0), uncond)
     assert torch.allclose(guide(uncond, cond, 3.0), cond + 2 * (cond - uncond), atol=1e-5)
 
 
-def test_unknown_prediction_type_is_refused(noise_path):
+def test_an_unknown_prediction_type_is_refused(noise_path):
     x = randn(1, 4, 8, 8)
     with pytest.raises(ValueError, match="epsilon, sample, v_prediction"):
         convert(x, x, torch.tensor([3]), noise_path=noise_path, prediction_type="x0", target="sample")

@@ -1,4 +1,4 @@
-"""Ranks by singular values, against closed forms and numpy."""
+"""Lower ranks by singular values, against closed forms and numpy."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def of_singular_values(values, out=12, inside=9):
     return LoraLayer(right.T, left * torch.tensor(values), 1.0)
 
 
-def test_the_energy_kept_is_that_of_the_largest_singular_values():
+def test_the_kept_energy_is_that_of_the_largest_singular_values():
     lora = Lora({"a": of_singular_values([4.0, 2.0, 1.0]), "b": of_singular_values([3.0, 3.0, 0.0])}, {})
     reduced = reduce_rank(lora, 1)
     assert reduced.kept == pytest.approx({"a": 16 / 21, "b": 9 / 18})
@@ -30,7 +30,7 @@ def test_the_energy_kept_is_that_of_the_largest_singular_values():
 
 
 @pytest.mark.parametrize("layer", [random_layer(20, 14, 8, scale=0.3), random_layer(6, 5, 4, kernel=(3, 3))])
-def test_it_is_the_best_matrix_of_that_rank(layer):
+def test_the_reduced_layer_is_the_best_matrix_of_its_rank(layer):
     reduced = reduce_rank(Lora({"x": layer}, {"r": layer.rank, "use_rslora": True}), 3)
     found = reduced.lora.layers["x"]
     u, s, vh = np.linalg.svd(layer.delta().double().flatten(1).numpy(), full_matrices=False)
@@ -42,19 +42,19 @@ def test_it_is_the_best_matrix_of_that_rank(layer):
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 3, False)
 
 
-def test_every_layer_gets_the_rank_also_where_its_matrix_has_fewer():
+def test_every_layer_gets_the_rank_even_if_its_matrix_has_a_lower_rank():
     lora = Lora({"small": random_layer(2, 9, 2), "large": random_layer(9, 9, 8)}, {})
     reduced = reduce_rank(lora, 4)
     assert {layer.rank for layer in reduced.lora.layers.values()} == {4}
     assert torch.allclose(reduced.lora.layers["small"].delta(), lora.layers["small"].delta(), atol=1e-5)
 
 
-def test_a_rank_that_is_no_less_is_refused():
+def test_a_rank_that_is_not_lower_is_refused():
     with pytest.raises(ValueError, match=r"export\.rank: got 4; allowed: below 4"):
         reduce_rank(Lora({"x": random_layer(9, 9, 4)}, {}), 4)
 
 
-def test_a_lora_is_found_again_in_the_weights_that_it_was_merged_into():
+def test_a_lora_is_recovered_from_the_weights_that_it_was_merged_into():
     layers = {"line": random_layer(10, 8, 3), "conv": random_layer(6, 5, 3, kernel=(3, 3), seed=4)}
     base = {f"{name}.weight": torch.randn(layer.weight_shape) for name, layer in layers.items()}
     tuned = {f"{name}.weight": base[f"{name}.weight"] + layer.delta() for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""The numbers of README and docs/ are those of the committed commands; the README is short."""
+"""The numbers in README.md and docs/ are those of the committed results; README.md is short."""
 
 import json
 import re
@@ -14,7 +14,7 @@ PAGE = Path("docs/results.md")
 
 
 def rows():
-    """The measures' means over the seeds, by row."""
+    """The means of all measures over the seeds, by row."""
     table = json.loads(RESULTS.read_text())["table"]
     return {row.pop("row"): {k: v["mean"] for k, v in row.items() if isinstance(v, dict)} for row in table}
 
@@ -38,16 +38,16 @@ def test_the_agreement_of_the_readers_is_the_committed_result():
     assert f"tau {' / '.join(taus['fid_to_teacher', n] for n in (8, 4, 2, 1))} at" in page
     assert f"({taus['fid_to_real', 2]} / {taus['fid_to_real', 1]})" in page
     assert f"({taus['fid_to_real', 8]} / {taus['fid_to_real', 4]})" in page
-    assert "It turns no pair round beyond the deviations" in page
+    assert "No pair of methods changes its order beyond the deviations" in page
     assert [flip for order in orders for flip in order["flips"]] == []
     table = rows()
-    for n in (8, 4, 2, 1):  # "ahead of every peer .. by the shipped reader and by a second one"
+    for n in (8, 4, 2, 1):  # "ahead of every peer ... for the shipped reader and for a second one"
         for measure in ("fid_to_real", "second_fid_to_real"):
             peers = [table[f"{peer}-{n}"] for peer in PEERS if f"{peer}-{n}" in table]
             assert table[f"stepdistill-{n}"][measure] < min(peer[measure] for peer in peers)
 
 
-def test_what_is_said_of_our_rows_is_the_committed_result():
+def test_the_statements_about_our_rows_are_the_committed_result():
     table, page = rows(), " ".join(PAGE.read_text().split())
     floors = json.loads(RESULTS.read_text())["floors"]
     floor = statistics.fmean(f["fid_to_teacher"] for f in floors)
@@ -74,8 +74,8 @@ def test_students_beat_the_undistilled_teacher_on_the_committed_numbers():
         assert found[student]["prompt_accuracy"] >= accuracy
 
 
-def test_few_steps_are_as_good_as_the_teachers_many_on_the_committed_numbers():
-    """Three seeds: FID to real within 6 % of the teacher's at 4 steps, 15 % at one; prompts, and typefaces over seeds."""
+def test_few_step_students_are_as_good_as_the_teacher_on_the_committed_numbers():
+    """FID to real is within 6 % of the teacher's at 4 steps and 15 % at one; prompt accuracy and diversity are kept."""
     facts = json.loads(RESULTS.read_text())
     assert len(facts["seeds"]) >= 3
     assert facts["num_images"] >= 500
@@ -88,8 +88,8 @@ def test_few_steps_are_as_good_as_the_teachers_many_on_the_committed_numbers():
 
 
 def test_no_peer_is_ahead_on_the_committed_numbers():
-    """At every step count: FID to real, prompt accuracy to half a point, and beside ours by mse paired FID of the methods
-    that keep the teacher's noise; the samplers of LCM and DMD2 add their own."""
+    """At every step count, ours is ahead in FID to real, and in prompt accuracy to within half a point. Our mse students are
+    ahead in paired FID of those peers that keep the teacher's noise (the samplers of LCM and DMD2 add noise)."""
     found = rows()
     for n in (8, 4, 2, 1):
         ours, by_mse = found[f"stepdistill-{n}"], found[f"stepdistill-mse-{n}"]
@@ -125,7 +125,7 @@ def test_the_speed_is_the_committed_result():
     assert preparing <= 1.15
 
 
-def test_the_notes_on_the_other_world_are_the_committed_results():
+def test_the_numbers_of_the_digits_world_are_the_committed_results():
     table = {row["row"]: row for row in json.loads(Path("eval/results/digits.json").read_text())["table"]}
     notes = Path("eval/recipe_notes.md").read_text().partition("## A world that it was not tuned on")[2]
     lines = re.findall(

@@ -1,4 +1,4 @@
-"""Records of every kind of source: in order, with what belongs to them; what cannot be used is named, nothing hangs."""
+"""Records of every kind of data source: in order, complete, errors named, and nothing hangs."""
 
 import csv
 import io
@@ -27,8 +27,8 @@ def write(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def asked(read):
-    """What a reader gives, or the kind of what is wrong; it has five seconds."""
+def result_of(read):
+    """The result of a reader, or the kind of its BadSample; fails after five seconds."""
     found = []
 
     def run():
@@ -44,19 +44,19 @@ def asked(read):
     return found[0]
 
 
-def told(source):
+def read_all(source):
     """name -> (caption, picture), in order."""
-    return {r.name: (asked(r.read_caption), asked(r.read_image)) for r in records(str(source))}
+    return {r.name: (result_of(r.read_caption), result_of(r.read_image)) for r in records(str(source))}
 
 
-def test_a_folder_is_read_by_name_with_the_texts_beside(tmp_path):
+def test_a_folder_is_read_in_order_of_names_with_the_texts_beside_the_pictures(tmp_path):
     for name in ("b.png", "a.JPG", "sub/deeper/d.webp", "sub/c.jpeg", "z.bmp"):
         write(tmp_path / name, f"picture {name}")
         write((tmp_path / name).with_suffix(".txt"), f"caption {name}")
     write(tmp_path / "notes.md", "no picture")
     write(tmp_path / "alone.txt", "no picture")
     write(tmp_path / "mute.png", b"x")
-    found = told(tmp_path)
+    found = read_all(tmp_path)
     assert list(found) == ["a.JPG", "b.png", "mute.png", "z.bmp", "sub/c.jpeg", "sub/deeper/d.webp"]
     assert found.pop("mute.png") == ("caption_missing", b"x")
     for name, (caption, picture) in found.items():
@@ -66,8 +66,8 @@ def test_a_folder_is_read_by_name_with_the_texts_beside(tmp_path):
     assert len(set(versions.values())) == len(versions)
 
 
-def test_a_pictures_version_is_the_same_in_a_folder_and_in_an_archive(tmp_path):
-    """Length and 64 bytes of the middle: 1 byte, no byte, and another picture of equal length."""
+def test_the_version_of_a_picture_is_the_same_in_a_folder_and_in_an_archive(tmp_path):
+    """The version is the length and 64 bytes from the middle: for 1 byte, no byte, and another picture of equal length."""
     contents = [b"", b"x", bytes(range(256)) * 9, bytes(range(255, -1, -1)) * 9]
     with tarfile.open(tmp_path / "many.tar", "w") as archive:
         for k, content in enumerate(contents):
@@ -80,7 +80,7 @@ def test_a_pictures_version_is_the_same_in_a_folder_and_in_an_archive(tmp_path):
     assert expected[2].endswith(bytes(range(128, 192)).hex())
 
 
-def test_links_are_followed_to_files_and_what_is_no_file_is_refused(tmp_path):
+def test_links_to_files_are_followed_and_links_to_anything_else_refused(tmp_path):
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "pictures"
     write(elsewhere / "real.png", b"x")
     write(folder / "b.txt", "a caption")
@@ -94,7 +94,7 @@ def test_links_are_followed_to_files_and_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(folder / "pipe2.txt")
     for name in ("dangling", "loop", "pipe", "zero"):
         write(folder / f"{name}.txt", "a caption")
-    assert told(folder) == {
+    assert read_all(folder) == {
         "dangling.png": (b"a caption", "image_missing"),
         "linked.png": (b"a caption", b"x"),
         "loop.png": (b"a caption", "image_missing"),
@@ -104,18 +104,18 @@ def test_links_are_followed_to_files_and_what_is_no_file_is_refused(tmp_path):
     }
 
 
-def test_names_that_are_no_text_are_read(tmp_path):
+def test_files_whose_names_are_not_utf8_are_read(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     write(tmp_path / name, b"x")
     write((tmp_path / name).with_suffix(".txt"), "coffee")
-    assert list(told(tmp_path).values()) == [(b"coffee", b"x")]
+    assert list(read_all(tmp_path).values()) == [(b"coffee", b"x")]
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     write(tmp_path / "a.txt", b"a" * (2**17 + 1))
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(2**40)
-    assert told(tmp_path) == {"a.png": ("caption_too_long", "image_too_large")}
+    assert read_all(tmp_path) == {"a.png": ("caption_too_long", "image_too_large")}
 
 
 def test_metadata_lines_name_pictures_and_captions(tmp_path):
@@ -138,7 +138,7 @@ def test_metadata_lines_name_pictures_and_captions(tmp_path):
         "[" * 100_000,
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    found = [(asked(r.read_caption), asked(r.read_image)) for r in records(str(tmp_path))]
+    found = [(result_of(r.read_caption), result_of(r.read_image)) for r in records(str(tmp_path))]
     assert found == [
         ("a wall", b"x"),
         ("again", b"x"),
@@ -157,13 +157,13 @@ def test_metadata_lines_name_pictures_and_captions(tmp_path):
     ]
 
 
-def test_a_metadata_table_goes_on_after_rows_that_are_wrong(tmp_path):
+def test_a_metadata_table_is_read_past_wrong_rows(tmp_path):
     write(tmp_path / "a.png", b"x")
     with (tmp_path / "metadata.csv").open("w", newline="", encoding="utf-8-sig") as file:
         table = csv.writer(file)
         table.writerows([["file_name", "text"], ["a.png", 'two\nlines, "quoted"'], ["../a.png", "out"]])
         table.writerows([["a.png"], ["a.png", "one", "more"], ["a.png", "w" * 200_000], ["a.png", "last"]])
-    found = [(asked(r.read_caption), asked(r.read_image)) for r in records(str(tmp_path))]
+    found = [(result_of(r.read_caption), result_of(r.read_image)) for r in records(str(tmp_path))]
     assert found[:4] == [
         ('two\nlines, "quoted"', b"x"),
         ("unsafe_member", "unsafe_member"),
@@ -187,7 +187,7 @@ def packed(path, *members):
     return path
 
 
-def test_members_of_one_name_are_a_sample_of_an_archive(tmp_path):
+def test_members_of_an_archive_with_the_same_stem_are_one_sample(tmp_path):
     members = [
         ("0.png", b"zero"),
         ("0.txt", b"caption 0"),
@@ -209,7 +209,7 @@ def test_members_of_one_name_are_a_sample_of_an_archive(tmp_path):
         ("9.png", b"nine"),
         ("9.txt", b"w" * 200_000),
     ]
-    assert told(packed(tmp_path / "a.tar", *members)) == {
+    assert read_all(packed(tmp_path / "a.tar", *members)) == {
         "a.tar:0.png": (b"caption 0", b"zero"),
         "a.tar:1.jpg": ("caption 1", b"one"),
         "a.tar:2.png": (b"caption 2", b"two"),
@@ -229,7 +229,7 @@ def test_a_folder_of_archives_is_read_in_order_and_past_a_broken_one(tmp_path):
     whole = packed(tmp_path / "1.tar", ("1.png", png()), ("1.txt", b"y")).read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[:1024] + b"garbage" * 100)
     os.mkfifo(tmp_path / "3.tar")
-    found = told(tmp_path)
+    found = read_all(tmp_path)
     assert list(found) == ["0.tar:0.png", "1.tar", "2.tar:2.png"]
     assert found["1.tar"] == ("archive_broken", "archive_broken")
 
@@ -253,7 +253,7 @@ def test_prompts_are_lines_and_a_line_too_long_is_one_bad_sample(tmp_path):
 
 
 @pytest.mark.parametrize("count", [3, 1000])
-def test_records_are_found_one_by_one(tmp_path, count):
+def test_records_are_generated_one_by_one(tmp_path, count):
     for k in range(count):
         write(tmp_path / f"{k:04d}.png", b"x")
     assert len(list(itertools.islice(records(str(tmp_path)), 3))) == 3

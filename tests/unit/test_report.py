@@ -1,4 +1,4 @@
-"""The page is self-contained, hostile text stays text, and it says what the numbers at hand say."""
+"""The report page: self-contained, safe against hostile text, and in agreement with the numbers."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ MANIFEST = {
 
 
 class Page(HTMLParser):
-    """Every tag with its attributes, and the text between tags."""
+    """Collects all tags with their attributes, and the text between tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -69,7 +69,7 @@ def page(run):
 
 
 def changed(run, tmp_path, change):
-    """A copy of the run's files with results.json changed; its pictures stay where they are."""
+    """A copy of the run's files with a changed results.json; its pictures are not copied."""
     folder = tmp_path / "changed"
     folder.mkdir()
     for name in ("config.yaml", "environment.json", "log.jsonl", "rungs"):
@@ -83,7 +83,7 @@ def changed(run, tmp_path, change):
     return folder
 
 
-def test_nothing_can_load_but_the_pages_own_pictures_and_style(page):
+def test_the_page_loads_nothing_but_its_own_pictures_and_style(page):
     policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     styles = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(styles[0].encode()).digest()).decode()
@@ -99,12 +99,12 @@ def test_nothing_can_load_but_the_pages_own_pictures_and_style(page):
         assert attributes.get("href", "#").startswith("#")
 
 
-def test_links_lead_to_sections_that_are_there(page):
+def test_links_lead_to_existing_sections(page):
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     assert {a["href"].removeprefix("#") for a in page.all("a")} <= ids
 
 
-def test_every_picture_can_be_read_and_says_what_it_is(page):
+def test_every_picture_can_be_decoded_and_has_a_description(page):
     pictures = page.all("img")
     assert len(pictures) > 80
     for attributes in pictures:
@@ -120,7 +120,7 @@ def test_every_picture_can_be_read_and_says_what_it_is(page):
             Image.open(io.BytesIO(content)).load()
 
 
-def test_small_pictures_are_kept_whole_and_shown_larger_without_smoothing(page):
+def test_small_pictures_are_embedded_unchanged_and_enlarged_without_smoothing(page):
     tile = next(a for a in page.all("img") if a["alt"].startswith("student-4: "))
     found = Image.open(io.BytesIO(base64.b64decode(tile["src"].split(",")[1])))
     assert found.size == (32, 32)
@@ -149,7 +149,7 @@ def test_hostile_prompts_are_text(page, run):
     assert max(len(html.unescape(heading)) for heading in headings) <= 60
 
 
-def test_a_row_called_like_a_path_outside_shows_no_picture(run, tmp_path):
+def test_a_row_named_like_an_outside_path_shows_no_picture(run, tmp_path):
     def escape(results):
         results["rows"][6]["row"] = "../../../letters/evaluation/student-8"
         results["matrix"]["cells"][0]["adapter"] = "../.."
@@ -158,10 +158,10 @@ def test_a_row_called_like_a_path_outside_shows_no_picture(run, tmp_path):
     assert not [a for a in page.all("img") if a["alt"].startswith("../")]
 
 
-def test_the_page_says_what_the_numbers_say(page):
+def test_the_text_of_the_page_agrees_with_the_numbers(page):
     for sentence in (
         "FID to teacher 3.05 (undistilled 50.80 at equal U-Net passes; floor 2.60), "
-        "paired FID 1.12 (the teacher with other noise: 2.60), prompts read right 99 %, "
+        "paired FID 1.12 (teacher with other noise: 2.60), prompt accuracy 99 %, "
         "0.97 of the teacher's diversity, 8.0 x faster than teacher-32.",
         "500 images: below 5,000 a Frechet distance is mostly bias",
         "resize.mode none",
@@ -181,7 +181,7 @@ def test_the_table_marks_the_best_in_words_and_ends_with_the_yardsticks(page):
     assert "0.0023 <small>± 0.0002</small>" in re.sub(r"</?strong>|<span.*?</span>", "", rows["student-4"])
 
 
-def test_a_page_is_equal_bytes_for_an_equal_run(run, tmp_path):
+def test_equal_runs_give_equal_pages(run, tmp_path):
     first, second = (build_report(run, tmp_path / name, grid_columns=4) for name in ("one", "two"))
     for name in ("index.html", "results.json", "results.md", "grid.png"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
@@ -214,7 +214,7 @@ def test_a_run_in_training_shows_how_far_it_is(tmp_path):
     assert not (tmp_path / "going" / "report" / "results.md").exists()
 
 
-def test_columns_that_are_not_there_are_named_with_why(run, tmp_path):
+def test_missing_columns_are_named_with_the_reason(run, tmp_path):
     def lacking(results):
         results["absent"] = [{"columns": "FD-DINOv2", "why": "no <b>folder</b> is named"}]
         results["protocol"]["real_images"] = "80 pictures held out from training, 32 x 32"
@@ -222,26 +222,26 @@ def test_columns_that_are_not_there_are_named_with_why(run, tmp_path):
     folder = changed(run, tmp_path, lacking)
     shown = page_of(folder)
     assert "FD-DINOv2 no <b>folder</b> is named." in shown.text
-    assert "equal prompts and noise, real images: 80 pictures held out from training, 32 x 32" in shown.text
+    assert "same prompts and noise, real images: 80 pictures held out from training, 32 x 32" in shown.text
     assert (
         "Not in the table:\n- FD-DINOv2: no <b>folder</b> is named"
         in (folder / "report" / "results.md").read_text()
     )
 
 
-def test_what_was_left_out_of_the_data_is_counted_by_kind(tmp_path):
+def test_samples_that_were_left_out_are_counted_by_kind(tmp_path):
     folder = make_run(tmp_path / "letters")
     (folder / "cache").mkdir()
     (folder / "cache/manifest.json").write_text(json.dumps(MANIFEST))
     page = page_of(folder, grid_columns=4)
-    assert "Learned from 1,990 samples; 10 of 2,000 were left out." in page.text
+    assert "Trained on 1,990 samples; 10 of 2,000 were left out." in page.text
     assert "caption_empty 3 b.png: an empty <b>caption</b>" in page.text
     assert "image_unreadable 7 a.png: no picture" in page.text
     text = (folder / "report" / "results.md").read_text()
     assert "10 of 2,000 were left out.\n- caption_empty: 3\n- image_unreadable: 7\n" in text
     (folder / "cache/manifest.json").write_text('{"samples": 2000, "bad": {}, "bad_examples": {}}')
     page = page_of(folder, grid_columns=4)
-    assert "Learned from 2,000 samples; none was left out." in page.text
+    assert "Trained on 2,000 samples; none was left out." in page.text
     assert "width x height" not in page.text
     sizes = {"sizes": {"64x96": 1500, "64x64": 500}, "moved": 12, "min_per_bucket": 64}
     told = {"samples": 2000, "bad": {}, "bad_examples": {}} | sizes
@@ -284,7 +284,7 @@ def test_several_runs_are_compared_rung_by_rung(run, tmp_path):
     assert spoken["FID to real images"].endswith("The floor is 5.8.")
 
 
-def test_a_floor_is_drawn_where_all_runs_have_it(run, tmp_path):
+def test_a_floor_is_drawn_only_if_all_runs_have_it(run, tmp_path):
     def without(results):
         del results["floor"]["fid_to_real"]
 
@@ -296,7 +296,7 @@ def test_a_floor_is_drawn_where_all_runs_have_it(run, tmp_path):
     assert not [alt for alt in spoken if "floor" in alt]
 
 
-def test_a_comparisons_folder_is_beside_the_runs(run, tmp_path):
+def test_the_folder_of_a_comparison_is_beside_the_runs(run, tmp_path):
     for name in ("one", "two"):
         write_training(tmp_path / name, updates=10, finished=())
     assert build_report([tmp_path / "one", tmp_path / "two"]) == tmp_path / "comparison"
@@ -318,7 +318,7 @@ def test_a_comparisons_folder_is_beside_the_runs(run, tmp_path):
         ),
     ],
 )
-def test_what_is_no_run_is_refused_in_one_line(tmp_path, make, said):
+def test_a_folder_that_is_not_a_run_is_refused_in_one_line(tmp_path, make, said):
     make(tmp_path / "what")
     with pytest.raises(ValueError, match=said) as caught:
         build_report(tmp_path / "what")
@@ -330,7 +330,7 @@ def test_the_same_run_twice_is_refused(run):
         build_report([run, run])
 
 
-def test_the_markdown_tables_columns_are_the_readmes_or_the_metrics(run):
+def test_the_markdown_table_has_the_standard_columns_or_the_chosen_ones(run):
     rows = load(run)["rows"][:1]
     head, _, body = markdown_table(rows).splitlines()
     assert head.split(" | ")[2:7] == [
@@ -347,18 +347,18 @@ def test_the_markdown_tables_columns_are_the_readmes_or_the_metrics(run):
     )
 
 
-def test_the_tables_notes_say_what_each_number_is_compared_with(run):
+def test_the_notes_below_the_table_say_what_each_number_is_compared_with(run):
     results = load(run)
     results["protocol"] |= {"prompts": "a file's", "real_images": "80 pictures held out from training"}
     results["protocol"]["other_real_images"] = "80 pictures that were trained on"
     notes = table_notes(results)
     for said in (
-        "FID to teacher: against images of teacher-32 from other seeds.",
-        "Paired FID and latent MSE: against images of teacher-32 of the same noise, 0 for itself.",
+        "FID to teacher: against images of teacher-32 with other seeds.",
+        "Paired FID and latent MSE: against images of teacher-32 with the same noise; teacher-32 itself has 0.",
         "Real images: 80 pictures held out from training.",
-        "Floor of FID to real, two sets of real images (the other: 80 pictures that were trained on): 5.8.",
-        "Floor of FID to teacher, teacher-32 against its own images of other seeds: 2.60.",
-        "teacher-32 with other noise against itself: paired FID 2.60, latent MSE to teacher 0.9000.",
+        "Floor of FID to real, between two sets of real images (the second: 80 pictures that were trained on): 5.8.",
+        "Floor of FID to teacher, between images of teacher-32 with two sets of seeds: 2.60.",
+        "teacher-32 against itself with other noise: paired FID 2.60, latent MSE to teacher 0.9000.",
     ):
         assert said in notes
     del results["floor"], results["other_noise"]

@@ -1,4 +1,4 @@
-"""Advice is chosen by the numbers, and names keys that a config has."""
+"""Advice follows from the numbers and names existing keys of the config."""
 
 import json
 
@@ -28,7 +28,7 @@ def advised(run, **numbers):
 
 
 def with_log(run, phase, **values):
-    """The log's lines of a phase of the 4-step rung, with values by share of the phase."""
+    """Rewrites the log of a phase of the 4-step rung; each value is a function of the share of the phase that is over."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     chosen = [line for line in lines if (line["rung"], line["phase"]) == (4, phase)]
     for place, line in enumerate(chosen):
@@ -40,7 +40,7 @@ def accuracy(of):
     return {"discriminator_accuracy_teacher": of, "discriminator_accuracy_student": of}
 
 
-def test_good_numbers_call_for_nothing(run):
+def test_good_numbers_cause_no_advice(run):
     assert advised(run) == []
 
 
@@ -65,10 +65,14 @@ def test_a_student_worse_than_the_bare_teacher_at_equal_passes_comes_first(run):
         ),
         (
             {"prompt_accuracy": 0.8},
-            "4 steps: prompts read right 80 %, the teacher's 99 %",
+            "4 steps: prompt accuracy 80 %, the teacher has 99 %",
             "ladder.2.phases.0.max_train_steps",
         ),
-        ({"diversity": 0.6}, "4 steps: its seeds differ 0.60 times", "ladder.2.phases.1.learning_rate"),
+        (
+            {"diversity": 0.6},
+            "4 steps: pictures of different seeds differ 0.60 times",
+            "ladder.2.phases.1.learning_rate",
+        ),
     ],
 )
 def test_a_bad_number_picks_its_advice(run, numbers, found, key):
@@ -77,7 +81,7 @@ def test_a_bad_number_picks_its_advice(run, numbers, found, key):
     assert key in advice.keys
 
 
-def test_rungs_whose_difference_is_within_its_error_want_more_images(run):
+def test_for_rungs_whose_difference_is_within_its_error_more_images_are_advised(run):
     results = load(run)
     rows = {row["row"]: row for row in results["rows"]}
     rows["student-8"]["fid_to_teacher"], rows["student-4"]["fid_to_teacher"] = 2.7, 2.8
@@ -90,7 +94,7 @@ def test_rungs_whose_difference_is_within_its_error_want_more_images(run):
     assert advice.keys == ("evaluation.num_images",)
 
 
-def test_a_difference_beyond_its_error_is_not_called_chance_however_near_the_floor(run):
+def test_a_difference_beyond_its_error_is_not_called_chance_even_near_the_floor(run):
     results = load(run)
     rows = {row["row"]: row for row in results["rows"]}
     rows["student-8"]["fid_to_teacher"], rows["student-4"]["fid_to_teacher"] = 2.70, 2.75
@@ -98,9 +102,12 @@ def test_a_difference_beyond_its_error_is_not_called_chance_however_near_the_flo
     assert advice_for(read_run(run)) == []
 
 
-def test_a_rung_far_above_the_floor_is_named_where_its_loss_is_certain(run):
+def test_a_rung_far_above_the_floor_is_named_if_the_difference_is_certain(run):
     (advice,) = advised(run, fid_to_teacher=4.2)
-    assert advice.finding == "4 steps: FID to teacher 4.20, 2.92 at the rung before; the floor is 2.60."
+    assert (
+        advice.finding
+        == "4 steps: FID to teacher 4.20, 2.92 at the rung before; floor (the teacher with other seeds): 2.60."
+    )
     results = load(run)
     results["replicates"]["student-4"]["fid_to_teacher"] = replicates(4.2, error=5.0)
     save(run, results)
@@ -120,15 +127,15 @@ def test_results_of_a_version_that_measured_at_equal_noise_are_called_paired(run
     assert "at equal noise" in old.part("warnings")[-1]
 
 
-def test_a_discriminator_at_chance_wants_a_higher_rate(run):
+def test_for_a_discriminator_at_chance_a_higher_rate_is_advised(run):
     with_log(run, 1, **accuracy(lambda share: 0.5))
     (advice,) = advised(run)
-    assert advice.finding.startswith("4 steps, paired: the discriminator tells 50 % right")
+    assert advice.finding.startswith("4 steps, paired: the discriminator's accuracy is 50 %")
     assert advice.keys[0] == "ladder.2.phases.1.discriminator.learning_rate"
     assert "raise" in advice.remedy
 
 
-def test_a_discriminator_too_far_ahead_wants_a_lower_rate(run):
+def test_for_a_discriminator_too_far_ahead_a_lower_rate_is_advised(run):
     with_log(run, 2, **accuracy(lambda share: 0.6 + 0.4 * share), student_loss=lambda share: 1 + share)
     assert advised(run) == []
     with_log(run, 2, **accuracy(lambda share: 1.0), student_loss=lambda share: 1 + share)
@@ -140,7 +147,7 @@ def test_a_discriminator_too_far_ahead_wants_a_lower_rate(run):
 @pytest.mark.parametrize(
     ("best", "key"), [(0.5, "phases.2.learning_rate"), (1.25, "phases.0.max_train_steps")]
 )
-def test_a_lora_that_is_better_at_another_scale(run, best, key):
+def test_a_better_lora_scale_is_reported(run, best, key):
     results = load(run)
     results["scale_sweep"]["cells"].append({"row": "student-4", "scale": 1.25, "latent_mse_to_teacher": 0.35})
     for cell in results["scale_sweep"]["cells"]:
@@ -149,12 +156,12 @@ def test_a_lora_that_is_better_at_another_scale(run, best, key):
     save(run, results)
     (advice,) = advice_for(read_run(run))
     assert advice.finding.startswith(
-        f"4 steps: nearer to the teacher at LoRA scale {best:g} (0.0500) than at 1 (0.1000)"
+        f"4 steps: closer to the teacher at LoRA scale {best:g} (latent MSE 0.0500) than at scale 1 (0.1000)"
     )
     assert advice.keys[0] == f"ladder.2.{key}"
 
 
-def test_alike_findings_are_one_entry(run):
+def test_similar_findings_are_merged_into_one_entry(run):
     results = load(run)
     for row in results["rows"]:
         if row["kind"] == "student" and row["steps"] in (4, 2):
@@ -162,12 +169,12 @@ def test_alike_findings_are_one_entry(run):
     save(run, results)
     (advice,) = advice_for(read_run(run))
     assert advice.finding == (
-        "4 steps: prompts read right 80 %, the teacher's 99 %; 2 steps: prompts read right 80 %, the teacher's 99 %."
+        "4 steps: prompt accuracy 80 %, the teacher has 99 %; 2 steps: prompt accuracy 80 %, the teacher has 99 %."
     )
     assert advice.settings == ("ladder.2.phases.0.max_train_steps=160",)
 
 
-def test_every_key_is_one_of_the_config(run):
+def test_every_advised_key_exists_in_the_config(run):
     with_log(run, 1, **accuracy(lambda share: 0.5))
     with_log(run, 2, **accuracy(lambda share: 1.0), student_loss=lambda share: 1 + share)
     results = load(run)

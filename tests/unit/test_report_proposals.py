@@ -1,4 +1,4 @@
-"""Whatever is wrong with a run of whatever config: the settings that the report proposes are such as that config takes."""
+"""Settings that the report proposes are accepted by the run's config, whatever is wrong with the run."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ ILLS = {
 
 
 def ill_run(folder, path, change, ill):
-    """A run of a config, as it is or changed, in which every number is bad."""
+    """A run of a config, unchanged or changed, in which every number is bad."""
     row_numbers, log_numbers, best_scale, loss, looks = ILLS[ill]
     config = resolved(load_config(path))
     if change is not None:
@@ -104,7 +104,7 @@ def ill_run(folder, path, change, ill):
 
 @pytest.mark.parametrize("ill", ILLS)
 @pytest.mark.parametrize(("path", "change"), KINDS, ids=lambda v: getattr(v, "__name__", str(v)))
-def test_every_setting_is_one_that_the_config_takes(tmp_path, path, change, ill):
+def test_every_proposed_setting_is_accepted_by_the_config(tmp_path, path, change, ill):
     run = ill_run(tmp_path, path, change, ill)
     advised = advice_for(read_run(run))
     before = load_config(tmp_path / "it.yaml")
@@ -120,7 +120,7 @@ def test_every_setting_is_one_that_the_config_takes(tmp_path, path, change, ill)
         assert rung.start_timestep is None or f"ladder.{index}.node_steps" not in keys
 
 
-def test_what_the_config_refuses_is_not_proposed():
+def test_settings_that_the_config_refuses_are_not_proposed():
     config = resolved(load_config("configs/letters.yaml"))
     refused = Proposal("Other nodes.", {"ladder.4.node_steps": 4})
     taken = Proposal("More updates.", {"ladder.4.phases.0.max_train_steps": 400})
@@ -133,7 +133,7 @@ def test_what_the_config_refuses_is_not_proposed():
     assert advice.settings == ("ladder.4.phases.0.max_train_steps=400",)
 
 
-def test_what_the_teacher_refuses_is_not_proposed(tmp_path):
+def test_settings_that_do_not_fit_the_teacher_are_not_proposed(tmp_path):
     teacher = tmp_path / "teacher" / "scheduler"
     teacher.mkdir(parents=True)
     (teacher / "scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 400}))
@@ -143,7 +143,7 @@ def test_what_the_teacher_refuses_is_not_proposed(tmp_path):
     assert accepted(Advice("Bad.", (late, early)), config).proposals == (early,)
 
 
-def test_a_config_of_a_version_that_is_not_read_any_more_gets_findings_alone():
+def test_a_config_that_can_no_longer_be_read_gets_findings_without_settings():
     config = resolved(load_config("configs/letters.yaml")) | {"gone": 1}
     proposal = Proposal("More updates.", {"ladder.4.phases.0.max_train_steps": 400})
     assert accepted(Advice("Bad.", (proposal,)), config) == Advice("Bad.")

@@ -18,7 +18,7 @@ def noise():
 
 
 def test_protocols_keep_the_variance_of_white_noise_as_documented():
-    """Down by 4, tf1 picks pixels and keeps it all; a triangle of twice the width leaves the sum of its squares, 1/36."""
+    """Downscaling by 4, tf1 picks single pixels and keeps all variance; an antialiasing triangle leaves (1/6)^2 of it."""
     big = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (1, 3, 1024, 1024), dtype=np.uint8))
     share = {
         size: {name: float(resize(big, name, size=size).var() / big.float().var()) for name in RESIZES[1:]}
@@ -48,7 +48,7 @@ def test_tf1_equals_a_loop_over_pixels(noise):
     assert np.allclose(resize(noise, "tf1", size=size)[0, 1].numpy(), wanted, atol=1e-3)
 
 
-def test_tf1_enlarges_by_the_same_rule():
+def test_tf1_enlarges_with_the_same_formula():
     ramp = torch.arange(4, dtype=torch.uint8).mul(10).expand(1, 3, 4, 4)
     assert resize(ramp, "tf1", size=8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]
 
@@ -86,13 +86,13 @@ def test_lanczos512_goes_through_512_in_8_bit(noise):
     assert torch.equal(resize(noise[:1], "lanczos512", size=99), resize(middle, "torchmetrics", size=99))
 
 
-def test_none_leaves_pixels_and_an_unknown_protocol_is_refused(noise):
+def test_none_leaves_the_pixels_unchanged_and_an_unknown_protocol_is_refused(noise):
     assert torch.equal(resize(noise, "none", size=5), noise.float())
     with pytest.raises(ValueError, match="allowed: none, torchmetrics"):
         resize(noise, "bicubic", size=5)
 
 
-def test_the_crop_is_the_centre(noise):
+def test_center_crop_returns_the_centre(noise):
     crop = center_crop(noise, 32)
     assert torch.equal(crop, noise[:, :, 32:64, 48:80])
     with pytest.raises(ValueError, match=r"patch_size: got 97; allowed: up to 96"):

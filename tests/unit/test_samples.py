@@ -1,4 +1,4 @@
-"""Pictures and captions as they come: what is right is read as it looks, what is not is refused by its kind, at no cost."""
+"""Pictures and captions as users have them: good ones are read correctly, bad ones refused by kind and at low cost."""
 
 import io
 import resource
@@ -15,7 +15,7 @@ RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)
 
 
 def colours(height=48, width=64):
-    """A smooth RGB picture, another colour in every corner."""
+    """A smooth RGB picture with a different colour in every corner."""
     down, across = np.mgrid[0:height, 0:width]
     parts = [across * 255 / (width - 1), down * 255 / (height - 1), 255 - across * 255 / (width - 1)]
     return Image.fromarray(np.stack(parts, axis=-1).round().astype(np.uint8))
@@ -49,7 +49,7 @@ def chunk(name, data):
 
 
 def png(width, height, depth, colour, rows=b""):
-    """A PNG written by hand: Pillow writes no 16-bit colours and no pictures that are not there."""
+    """A PNG written by hand, because Pillow cannot write 16-bit colours or headers without pixels."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
@@ -72,7 +72,7 @@ def test_a_cmyk_jpeg_looks_like_the_picture_that_it_was_made_from():
     assert np.abs(found - np.asarray(colours()).astype(int)).mean() < 8
 
 
-def test_transparency_lies_over_white_however_it_is_stored():
+def test_transparent_pictures_are_composited_over_white():
     left = np.arange(64) < 32
     for mode in ("RGBA", "LA"):
         image = Image.new("RGB", (64, 48), (90, 90, 90)).convert(mode)
@@ -90,7 +90,7 @@ def test_transparency_lies_over_white_however_it_is_stored():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_as_its_exif_says(orientation):
+def test_a_picture_is_rotated_by_its_exif_orientation(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     found = pixels(saved(colours(), exif=exif))
@@ -108,12 +108,12 @@ def test_a_picture_is_turned_as_its_exif_says(orientation):
     assert np.array_equal(found, turned)
 
 
-def test_exif_that_is_no_exif_turns_nothing():
+def test_broken_exif_does_not_rotate_the_picture():
     found = pixels(saved(colours(), exif=b"Exif\0\0no TIFF header at all"))
     assert np.array_equal(found, np.asarray(colours()))
 
 
-def test_a_colour_profile_is_followed_and_a_broken_one_ignored():
+def test_a_colour_profile_is_applied_and_a_broken_one_ignored():
     plain = np.asarray(colours()).astype(int)
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.abs(pixels(saved(colours(), icc_profile=own)) - plain).max() <= 2
@@ -125,7 +125,7 @@ def test_a_colour_profile_is_followed_and_a_broken_one_ignored():
 
 
 def red_and_blue_swapped(profile):
-    """The profile's tag table with the names of its red and blue primaries exchanged."""
+    """The profile with the names of its red and blue primaries exchanged in the tag table."""
     head, count = bytearray(profile), int.from_bytes(profile[128:132], "big")
     names = {b"rXYZ": b"bXYZ", b"bXYZ": b"rXYZ"}
     for at in range(132, 132 + 12 * count, 12):
@@ -140,12 +140,12 @@ def test_an_animation_is_refused_and_one_frame_is_a_picture(kind):
     assert decoded(saved(frames[0], kind, save_all=True)).size == (64, 48)
 
 
-def test_a_telephones_jpeg_with_a_second_picture_behind_it_is_its_first():
+def test_of_a_jpeg_with_a_second_embedded_picture_the_first_is_read():
     content = saved(colours(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))], quality=95)
     assert np.abs(pixels(content) - np.asarray(colours()).astype(int)).mean() < 8
 
 
-def test_sizes_are_allowed_as_the_config_says():
+def test_the_size_limits_of_the_config_apply():
     assert refused(saved(Image.new("RGB", (1, 1)))) == "image_too_small"
     assert refused(saved(Image.new("RGB", (400, 15)))) == "image_too_small"
     assert decoded(saved(Image.new("RGB", (400, 16)))).size == (400, 16)
@@ -169,7 +169,7 @@ def webp_canvas(width, height):
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
 
 
-def test_a_bomb_is_refused_before_a_pixel_of_it_is_decoded():
+def test_a_decompression_bomb_is_refused_before_decoding():
     black = saved(Image.new("1", (12000, 12000)))
     bombs = [black, png(12000, 12000, 8, 2), png(2**31 - 1, 2**31 - 1, 16, 6), webp_canvas(16000, 16000)]
     assert len(black) < 100_000
@@ -179,7 +179,7 @@ def test_a_bomb_is_refused_before_a_pixel_of_it_is_decoded():
     assert refused(bytes(2**28 + 1)) == "image_too_large"
 
 
-def test_a_file_that_is_no_whole_picture_is_unreadable():
+def test_a_truncated_or_foreign_file_is_unreadable():
     for kind in ("PNG", "JPEG", "WEBP", "BMP"):
         whole = saved(colours(), kind)
         for share in (0.05, 0.5, 0.9):
@@ -211,12 +211,12 @@ def captioned(content):
     return error.value.kind
 
 
-def test_signs_that_join_others_stay():
+def test_zero_width_joiners_are_kept():
     family = "\N{MAN}\N{ZERO WIDTH JOINER}\N{WOMAN}"
     assert read_caption(f"a {family}\x00 at  home") == f"a {family} at home"
 
 
-def test_captions_that_are_none_are_refused_by_kind():
+def test_unusable_captions_are_refused_by_kind():
     assert captioned(None) == "caption_missing"
     for empty in (b"", "", b" \t\r\n", "\x00\x01", b"\xef\xbb\xbf", "\u200b"):
         assert captioned(empty) == "caption_empty", empty
@@ -234,7 +234,7 @@ def test_a_caption_is_one_line_without_control_characters():
     assert read_caption("\n".join(words).encode()) == " ".join(words)
 
 
-def test_cover_cuts_the_middle_out_and_says_where():
+def test_cover_crops_the_centre_and_returns_the_offsets():
     wide = colours(40, 100)
     cut, corner = cover(wide, (40, 60))
     assert corner == (0, 20)
@@ -252,7 +252,7 @@ def test_cover_cuts_the_middle_out_and_says_where():
         assert np.abs(cut.astype(int) - beside).max() <= 2, size
 
 
-def test_cover_of_a_very_long_picture_holds_no_more_than_what_it_cuts():
+def test_cover_of_a_very_long_picture_needs_little_memory():
     long = Image.new("RGB", (400_000, 16), (10, 200, 30))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cut, (top, left) = cover(long, (256, 256))
@@ -263,7 +263,7 @@ def test_cover_of_a_very_long_picture_holds_no_more_than_what_it_cuts():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
-def test_the_size_in_a_header_is_that_of_the_decoded_picture(kind, orientation):
+def test_the_size_read_from_the_header_is_that_of_the_decoded_picture(kind, orientation):
     exif = Image.Exif()
     if orientation is not None:
         exif[ExifTags.Base.Orientation] = orientation
@@ -282,7 +282,7 @@ def test_the_size_in_a_header_is_that_of_the_decoded_picture(kind, orientation):
         (saved(Image.new("RGB", (20, 20))), {"min_side": 32}, "image_too_small"),
     ],
 )
-def test_a_header_tells_what_is_no_picture_or_of_a_wrong_size(content, options, kind):
+def test_files_that_are_no_picture_or_of_a_wrong_size_are_refused_from_the_header(content, options, kind):
     with pytest.raises(BadSample) as caught:
         picture_size(content, **{"max_pixels": 2**26, "min_side": 16} | options)
     assert caught.value.kind == kind

@@ -1,4 +1,4 @@
-"""What one update computes beside its gradients: where x_t comes from, which timesteps a network gets, what D is asked."""
+"""What one update computes: where x_t comes from, which timesteps a network is given, what the discriminator sees."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ def student_sample(pair, batch):
     return Samples(batch, student=pair.student, teacher=pair.teacher).student_sample.detach()
 
 
-def test_with_pure_noise_the_network_gets_the_start_timestep_and_nowhere_else(noise_path):
-    """x_s = a_s x_0 + s_s e with x_0 = (z - s_499 e) / a_499, e of the U-Net at 499; other rows as ever."""
+def test_only_for_pure_noise_the_network_is_given_the_start_timestep(noise_path):
+    """x_s = a_s x_0 + s_s e with x_0 = (z - s_499 e) / a_499, and e from the U-Net at 499; other rows are unchanged."""
     plain = make_pair(noise_path)
     pair = plain._replace(student=dataclasses.replace(plain.student, start_timestep=499))
     batch = dataclasses.replace(make_batch(noise_path), prev_timesteps=torch.tensor([CLEAN, 249, CLEAN]))
@@ -44,7 +44,7 @@ def test_each_sample_is_computed_once(noise_path, monkeypatch):
     assert asked == ["teacher"] * len(batch.teacher_moves) + ["student"]
 
 
-def test_kept_teacher_samples_are_used_again(noise_path):
+def test_cached_teacher_samples_are_reused(noise_path):
     pair, batch, kept = make_pair(noise_path), make_batch(noise_path), {}
     first = pair.losses(batch, MSE, teacher_samples=kept, number=7).by_role["student"]
     assert set(kept) == {7}
@@ -55,7 +55,7 @@ def test_kept_teacher_samples_are_used_again(noise_path):
 
 @pytest.mark.parametrize("count", [1000, 512])
 def test_the_teacher_moves_as_ddim_does_on_a_path_of_any_length(count):
-    """Two moves of a teacher of 8 steps within one of 4, against diffusers' sampler of so many training timesteps."""
+    """Two moves of an 8-step teacher within one 4-step move, against diffusers' sampler with `count` training timesteps."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     noise_path = VariancePreserving.from_betas(make_betas(**betas, num_train_timesteps=count))
     pair = make_pair(noise_path)
@@ -88,12 +88,12 @@ def test_an_automatic_loss_space_is_what_the_student_predicts(noise_path, kind):
 
 
 def phase_of(kind):
-    """A phase of one objective that no config knows."""
+    """A phase with one objective that need not exist in the config."""
     return Phase.model_construct(objectives=(WeightedObjective.model_construct(kind=kind),))
 
 
-def test_several_objectives_are_added_on_the_same_samples(noise_path):
-    """Gradients are the weighted sum of each one's own; the discriminator's loss takes no weight; the student moves once."""
+def test_the_losses_of_several_objectives_are_added_on_the_same_samples(noise_path):
+    """Gradients are the weighted sum over objectives; the discriminator's loss has no weight; the student moves once."""
     weighted = ({"kind": "mse", "weight": 2.0}, {"kind": "single", "weight": 0.25})
     phases = {"both": Phase(objectives=weighted), "mse": MSE, "single": Phase(objective="single")}
     losses, gradients = {}, {}
@@ -125,8 +125,8 @@ def test_the_student_moves_once_for_all_objectives(noise_path, monkeypatch):
     assert asked == [*["teacher"] * len(batch.teacher_moves), "student"]
 
 
-def test_an_objective_is_a_function_of_samples_and_one_line(noise_path, monkeypatch):
-    """A toy from outside: the student's sample is to be small."""
+def test_a_new_objective_needs_one_function_and_one_entry(noise_path, monkeypatch):
+    """A toy objective from outside the package: make the student's sample small."""
     toy = Objective(
         lambda samples, _phase: Losses({"student": samples.student_sample.square().mean()}),
         needs_teacher_moves=lambda _phase: False,

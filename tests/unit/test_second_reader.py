@@ -1,4 +1,4 @@
-"""The second reader: what is committed is what its record says, and it measures a table's pictures as they are."""
+"""The second reader: its committed weights agree with their record, and it measures a table's pictures."""
 
 import json
 import statistics
@@ -20,7 +20,7 @@ from stepdistill.teacher.folder import embedded_folder
 NUM_IMAGES = 64
 
 
-def test_the_committed_reader_is_the_one_of_its_record():
+def test_the_committed_reader_agrees_with_its_record():
     record = json.loads(second_reader.ASSET.with_suffix(".json").read_text())
     weights = second_reader.weights_of(second_reader.ASSET)
     assert sha256_file(weights) == record["sha256"]
@@ -33,7 +33,7 @@ def test_the_committed_reader_is_the_one_of_its_record():
     assert seen | unseen == set(letters.TYPEFACES)
 
 
-def test_it_reads_new_renderings_and_sees_them_with_eyes_of_its_own():
+def test_the_second_reader_reads_new_renderings_and_has_other_features():
     reader = load_reader(second_reader.weights_of(second_reader.ASSET))
     shares = second_reader.accuracies(reader, seed=4321, num_images=104)
     assert min(shares.values()) >= 0.95
@@ -51,7 +51,7 @@ def draw(folder, pictures):
     row.add(0, pictures, torch.zeros(len(pictures), 4, 8, 8), seconds=1.0)
 
 
-def test_a_table_is_measured_again(tmp_path):
+def test_a_table_is_measured_by_the_second_reader(tmp_path):
     config = load_config(
         "configs/letters.yaml", [f"output_dir={tmp_path}", f"evaluation.num_images={NUM_IMAGES}"]
     )
@@ -79,7 +79,7 @@ def test_a_table_is_measured_again(tmp_path):
     assert second_reader.measured_again(config, ["right"]).rows["right"] == rows["right"]
 
 
-def test_a_table_of_other_pictures_is_left_alone(tmp_path):
+def test_a_table_of_other_pictures_is_not_measured_again(tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
     config = load_config("configs/letters.yaml", [f"evaluation.prompts={tmp_path / 'prompts.txt'}"])
     assert second_reader.measured_again(config, ["teacher-32"]) == second_reader.Again({}, {}, {})

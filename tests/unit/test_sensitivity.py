@@ -20,7 +20,7 @@ def rendered(triples, seed):
 
 @pytest.fixture(scope="module")
 def seen():
-    """Per change: features and images; "same" is another draw of the same world."""
+    """Features and images of each change; "same" is another draw from the same world."""
     triples = letters.sample_triples(N, seed=0)
     real, same = rendered(triples, 1), rendered(triples, 2)
     one_ink = rendered([letters.Triple(t.letter, 0, t.paper) for t in triples], 2)
@@ -45,33 +45,33 @@ def seen():
     ("change", "times"), [("blur", 3), ("noise", 1.5), ("lost mode", 10), ("two at once", 5), ("colour", 3)]
 )
 def test_fid_sees_every_change(seen, change, times):
-    """Noise least: the reader was made to read through it."""
+    """Noise has the smallest effect, because the reader was trained to ignore it."""
     real, same, changed = seen["real"][0], seen["same"][0], seen[change][0]
     assert fid(real, changed) > times * fid(real, same)
 
 
 @pytest.mark.parametrize("change", ["lost mode", "two at once", "colour"])
-def test_kid_sees_what_is_more_than_its_deviation(seen, change):
+def test_kid_sees_every_change_beyond_its_deviation(seen, change):
     real, same, changed = seen["real"][0], seen["same"][0], seen[change][0]
     near, far = (kid(real, x, gamma=1e-4, subset_size=200, subsets=20, paired=True) for x in (same, changed))
     assert abs(near[0]) < near[1]
     assert far[0] > near[0] + 2 * near[1]
 
 
-def test_a_lost_mode_is_lost_recall_and_coverage_not_precision(seen):
+def test_a_lost_mode_lowers_recall_and_coverage_but_not_precision(seen):
     real, same, lost = seen["real"][0], seen["same"][0], seen["lost mode"][0]
     assert precision_recall(real, lost)[0] > 0.95
     assert precision_recall(real, lost)[1] < precision_recall(real, same)[1] - 0.5
     assert density_coverage(real, lost)[1] < density_coverage(real, same)[1] - 0.05
 
 
-def test_pictures_of_two_things_at_once_are_lost_precision_and_density(seen):
+def test_blends_of_two_pictures_lower_precision_and_density(seen):
     real, same, mixed = seen["real"][0], seen["same"][0], seen["two at once"][0]
     assert precision_recall(real, mixed)[0] < precision_recall(real, same)[0] - 0.1
     assert density_coverage(real, mixed)[0] < density_coverage(real, same)[0] - 0.15
 
 
-def test_seeds_that_draw_less_differently_are_lost_diversity():
+def test_seeds_that_differ_less_lower_diversity():
     triples = letters.sample_triples(8, seed=5)
 
     def spread(mixing):

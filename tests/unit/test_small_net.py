@@ -1,4 +1,4 @@
-"""The extractor that learns from pictures alone: it sees damage and lost classes, is the same again, and is kept whole."""
+"""The extractor that is trained on the run's pictures: it sees damage and lost classes, and is reproducible."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ N = 200
 
 
 def damages(pictures):
-    """Each damage at growing strengths, first to last."""
+    """Pictures with each kind of damage, in order of growing strength."""
     plain = pictures.float()
     grain = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
     mixed = {share: share * plain + (1 - share) * plain.roll(7, 0) for share in (0.8, 0.5)}
@@ -40,7 +40,7 @@ def damages(pictures):
 
 
 def distances(schooling, folder):
-    """FID to other pictures of the same kind: of such, of each damage, and of a third of the letters alone."""
+    """FID to other pictures of the same kind, for undamaged pictures, each damage, and a third of the letters only."""
     triples = letters.sample_triples(N, seed=0)
     few = [dataclasses.replace(t, letter=t.letter % 8) for t in triples]
     net, grades = train_small_net(
@@ -66,13 +66,13 @@ def check(found, times):
         assert grown[1] > times[name] * floor, (name, floor, grown)
 
 
-def test_fid_grows_with_every_damage_after_a_short_schooling(tmp_path):
+def test_fid_grows_with_every_damage_after_short_training(tmp_path):
     found, _ = distances(Schooling(steps=40, batch_size=24), tmp_path)
     check(found, {"lost letters": 2, "blur": 5, "noise": 1.8, "two at once": 4})
 
 
 @pytest.mark.slow
-def test_fid_grows_with_every_damage_and_unseen_pictures_are_found_again(tmp_path):
+def test_fid_grows_with_every_damage_and_unseen_pictures_are_recognised(tmp_path):
     found, grades = distances(Schooling(), tmp_path)
     check(found, {"lost letters": 4, "blur": 50, "noise": 10, "two at once": 50})
     assert grades.among == 100
@@ -81,13 +81,13 @@ def test_fid_grows_with_every_damage_and_unseen_pictures_are_found_again(tmp_pat
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_every_side_gives_128_features_and_smaller_pictures_are_not_blown_up_far(side):
+def test_every_input_size_gives_128_features_and_small_pictures_are_not_enlarged_much(side):
     assert SmallNet(side)(torch.zeros(2, 3, side, side)).shape == (2, 128)
     assert side_for((side, side - 8)) == side
     assert side_for((768, 1024)) == 128
 
 
-def test_the_same_pictures_give_the_same_net_to_the_bit_and_global_randomness_is_left_alone(tmp_path):
+def test_the_same_pictures_give_a_bit_identical_net_and_global_randomness_is_unchanged(tmp_path):
     pictures = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
     before = torch.get_rng_state()
     for name in ("first", "second"):
@@ -100,7 +100,7 @@ def test_the_same_pictures_give_the_same_net_to_the_bit_and_global_randomness_is
     assert not torch.equal(other.trunk[0].weight, net.trunk[0].weight)
 
 
-def test_what_is_kept_reads_back_and_what_is_damaged_is_refused(tmp_path):
+def test_a_stored_net_reads_back_and_a_damaged_one_is_refused(tmp_path):
     pictures = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     net, _ = train_small_net(pictures, pictures, Schooling(steps=1, batch_size=8))
     write_small_net(tmp_path, net, {})
@@ -118,7 +118,7 @@ def test_what_is_kept_reads_back_and_what_is_damaged_is_refused(tmp_path):
         build_extractor("trained:nowhere")
 
 
-def test_every_damage_changes_its_pictures_and_no_others():
+def test_every_damage_changes_only_its_own_pictures():
     batch = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for kind, name in enumerate(DAMAGES):
         kinds = torch.zeros(12, dtype=torch.int64)

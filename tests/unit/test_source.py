@@ -1,4 +1,4 @@
-"""Captions held out by their own text; the records that are trained on and those that the table is about."""
+"""Captions are held out by their own text; which records are trained on and which ones the table uses."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def captions_of(data):
     return [read_caption(record.read_caption()) for record in training_records(data, seed=0)]
 
 
-def test_the_held_out_share_is_about_as_asked_and_nested():
+def test_the_held_out_share_is_as_requested_and_larger_shares_contain_smaller_ones():
     captions = [f"caption {k}" for k in range(4000)]
     tenth, quarter = ({c for c in captions if is_held_out(c, share)} for share in (0.1, 0.25))
     assert len(tenth) == pytest.approx(400, abs=4 * np.sqrt(360))
@@ -35,7 +35,7 @@ def test_the_held_out_share_is_about_as_asked_and_nested():
     assert tenth < quarter
 
 
-def test_letters_training_never_shows_what_the_table_is_about():
+def test_training_on_letters_never_shows_held_out_captions():
     data = Data(num_images=1200, held_out=0.1)
     captions = captions_of(data)
     asked = set(measured_captions(world_of("letters"), data))
@@ -45,7 +45,7 @@ def test_letters_training_never_shows_what_the_table_is_about():
     assert len(asked) + len(set(captions)) == 520
 
 
-def test_a_share_that_leaves_nothing_to_measure_is_refused():
+def test_a_held_out_share_with_no_captions_is_refused():
     with pytest.raises(ConfigError, match=r"data\.held_out: got 1e-09"):
         measured_captions(world_of("letters"), Data(held_out=1e-9))
 
@@ -64,8 +64,8 @@ def test_training_and_table_share_no_caption_of_a_folder(tmp_path):
     assert captions_of(Data(source=str(tmp_path), held_out=SHARE, num_images=5)) == captions[:5]
 
 
-def test_a_source_that_is_none_is_named(tmp_path):
+def test_an_unusable_source_is_named(tmp_path):
     with pytest.raises(ConfigError, match="holds no pictures with captions"):
         training_records(Data(source=str(tmp_path)), seed=0)
-    with pytest.raises(ConfigError, match="which is not there"):
+    with pytest.raises(ConfigError, match="which does not exist"):
         training_records(Data(source=str(tmp_path / "missing")), seed=0)

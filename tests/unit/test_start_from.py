@@ -1,4 +1,4 @@
-"""A run that begins at another's rung: what fits is taken, what does not is refused before anything is trained."""
+"""A run that starts from another run's rung: fitting rungs are copied, others refused before anything is trained."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def first(tmp_path):
     return run_dir
 
 
-def test_the_rung_and_those_before_it_are_taken(tmp_path, first):
+def test_the_rung_and_those_before_it_are_copied(tmp_path, first):
     config = forked(tmp_path, rung_folder(first, 8))
     check_run(config)
     assert [
@@ -80,7 +80,7 @@ def test_a_rung_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_no_rung_and_a_rung_whose_ancestors_are_gone_are_named(tmp_path, first):
+def test_a_folder_that_is_not_a_rung_and_missing_earlier_rungs_are_named(tmp_path, first):
     with pytest.raises(
         ConfigError, match=r"start_from: got '.*first', which is no finished rung; allowed: a rung's"
     ):
@@ -92,7 +92,7 @@ def test_what_is_no_rung_and_a_rung_whose_ancestors_are_gone_are_named(tmp_path,
         check_run(forked(tmp_path, lone))
 
 
-def test_a_run_whose_rungs_were_taken_goes_on_when_the_other_is_gone(tmp_path, first):
+def test_a_run_with_copied_rungs_resumes_when_the_other_run_is_gone(tmp_path, first):
     config = forked(tmp_path, rung_folder(first, 32))
     open_run(config)
     rung_folder(config.run_dir, 32).parent.mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_a_run_whose_rungs_were_taken_goes_on_when_the_other_is_gone(tmp_path, f
         check_run(load_config("configs/letters.yaml", [f"output_dir={tmp_path / 'runs'}", "name=other"]))
 
 
-def test_a_rung_trained_anew_is_no_longer_another_runs(tmp_path):
+def test_a_retrained_rung_no_longer_counts_as_copied(tmp_path):
     write_json(tmp_path / TAKEN, {"32": {"from": "runs/first/rungs/32", "sha256": "ab"}})
     assert taken_from(tmp_path, 32, "ab") == "runs/first/rungs/32"
     assert taken_from(tmp_path, 32, "cd") is None

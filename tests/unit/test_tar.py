@@ -1,4 +1,4 @@
-"""Our reader of tar archives against the standard library's, and against archives made to do harm."""
+"""The tar reader against the standard library's, and against harmful archives."""
 
 import io
 import tarfile
@@ -40,7 +40,7 @@ def archive(path, *parts):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_members_are_those_that_the_standard_library_finds(tmp_path, form):
+def test_members_are_the_same_as_with_the_standard_library(tmp_path, form):
     names = list(NAMES)
     if form != "ustar":
         names += [f"{LONG * 3}d.png", "after.png"]
@@ -72,7 +72,7 @@ def test_a_folders_long_name_is_not_given_to_the_file_after_it(tmp_path, form):
     assert [m.name for m in members(path)] == ["a.png"]
 
 
-def test_a_link_with_a_long_name_and_a_long_aim_is_one_unsafe_member(tmp_path):
+def test_a_link_with_a_long_name_and_a_long_target_is_one_unsafe_member(tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         link = tarfile.TarInfo(f"{LONG * 3}link.png")
@@ -82,7 +82,7 @@ def test_a_link_with_a_long_name_and_a_long_aim_is_one_unsafe_member(tmp_path):
     assert [(m.name, bool(m.unsafe)) for m in members(path)] == [(link.name, True), ("a.png", False)]
 
 
-def test_what_is_no_plain_file_inside_the_archive_is_named_unsafe(tmp_path):
+def test_members_that_are_not_plain_files_inside_the_archive_are_unsafe(tmp_path):
     kinds = {
         "symlink.png": tarfile.SYMTYPE,
         "hardlink.png": tarfile.LNKTYPE,
@@ -104,9 +104,11 @@ def test_what_is_no_plain_file_inside_the_archive_is_named_unsafe(tmp_path):
     assert [m.name for m in found[:-1] if m.unsafe is None] == []
     unsafe = [*kinds, *paths, "sparse.png", "sparse2.png", "long.png"]
     assert [m.name for m in found] == [*unsafe, "good.png"]
-    assert [m.unsafe for m in found[: len(kinds)]] == ["no regular file"] * len(kinds)
+    assert [m.unsafe for m in found[: len(kinds)]] == ["not a regular file"] * len(kinds)
     assert {m.unsafe for m in found[5:9]} == {"a path that leaves the archive"}
-    assert [m.unsafe for m in found[9:12]] == ["a sparse file"] * 2 + ["a length outside its header"]
+    assert [m.unsafe for m in found[9:12]] == ["a sparse file"] * 2 + [
+        "a member whose length is not in its header"
+    ]
     assert read_member(tmp_path / "a.tar", found[-1]) == b"abc"
 
 
@@ -128,7 +130,7 @@ def broken(path):
         list(members(path))
 
 
-def test_an_archive_that_was_cut_off_is_broken_and_gives_what_it_has(tmp_path):
+def test_a_truncated_archive_is_broken_and_gives_its_complete_members(tmp_path):
     path = tmp_path / "a.tar"
     content = header("a.png", size=3) + padded(b"abc") + header("b.png", size=1000) + padded(b"b" * 1000)
     for length in (100, 511, 513, 1024 + 200, 1024 + 512, 1024 + 512 + 999):
@@ -141,7 +143,7 @@ def test_an_archive_that_was_cut_off_is_broken_and_gives_what_it_has(tmp_path):
         next(reader)
 
 
-def test_what_is_no_archive_is_broken(tmp_path):
+def test_a_file_that_is_not_an_archive_is_broken(tmp_path):
     path = tmp_path / "a.tar"
     flipped = bytearray(header("a.png"))
     flipped[3] ^= 1
@@ -153,7 +155,7 @@ def test_what_is_no_archive_is_broken(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [b"x", b"L", b"g", b"K"])
-def test_a_record_of_a_gibibyte_is_refused_unread(tmp_path, kind):
+def test_a_pax_record_of_a_gibibyte_is_refused_unread(tmp_path, kind):
     path = tmp_path / "a.tar"
     for real in (False, True):
         with path.open("wb") as file:

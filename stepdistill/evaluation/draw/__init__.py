@@ -1,1 +1,1 @@
-"""The pictures of the table: which rows there are, and who draws them."""
+"""Draws the pictures of the evaluation: the table's rows, the sampler, and the folders of pictures."""

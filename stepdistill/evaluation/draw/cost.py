@@ -1,4 +1,4 @@
-"""What a row costs: seconds, images/s and memory at several batches. Owns psutil."""
+"""Measures the cost of a row: seconds, images per second and memory at several batch sizes. Owns psutil."""
 
 import threading
 import time
@@ -17,8 +17,8 @@ _MIB = 2**20
 
 
 class PeakMemory:
-    """Peak memory inside a `with`, in MiB: what CUDA has allocated, or on the CPU the process's resident set, looked at
-    a hundred times a second."""
+    """Context manager that measures peak memory in MiB: CUDA's peak allocation, or on the CPU the process's largest resident
+    set, sampled a hundred times a second."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -53,9 +53,10 @@ class PeakMemory:
 def measure_cost(
     sampler: Sampler, row: Row, prompts: Sequence[str], *, batch_sizes: Sequence[int], device: torch.device
 ) -> dict[str, Any]:
-    """Seconds at the smallest batch, and the batch with the most images a second; a batch that does not fit ends it.
+    """Seconds and peak memory at the smallest batch size, and at the one with the most images per second.
 
-    Each batch is drawn twice and the faster one counts, so the first call's compilation does not.
+    Each size is drawn COST_REPEATS times and the fastest draw counts, so warm-up is left out. Sizes are tried in ascending
+    order until one runs out of memory; {} if even the smallest does.
     """
     measured: dict[int, tuple[float, float]] = {}
     for size in sorted(batch_sizes):

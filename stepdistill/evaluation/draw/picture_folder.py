@@ -1,9 +1,9 @@
-"""A folder of pictures drawn for one row: written chunk by chunk, resumed where it stopped, read without loading it all.
+"""A folder of pictures drawn for one row: written chunk by chunk, resumable, and read in batches.
 
-images/, latents/, chunks/   pictures, final latents and the markers of whole chunks (run/drawn_pictures.py)
-manifest.json                the key of all they depend on; "finished" is set last
+images/, latents/, chunks/   pictures, final latents, and markers of complete chunks (run/drawn_pictures.py)
+manifest.json                the key, a hash of everything the pictures depend on; "finished" is set last
 
-A chunk with a file that is not as it was drawn is drawn again.
+A chunk with a missing or changed file is drawn again.
 """
 
 import hashlib
@@ -37,20 +37,21 @@ from stepdistill.run.drawn_pictures import (
     read_chunk,
 )
 
-LATENTS_KEPT = 2048  # of the first images: enough for a mean, 0.5 GB at SDXL's 4 x 128 x 128
+LATENTS_KEPT = 2048
+"""Latents of the first images only are stored: enough for a mean, 0.5 GB at SDXL's 4 x 128 x 128."""
 _UNREADABLE = (OSError, ValueError, SyntaxError, KeyError, SafetensorError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """Pictures 0 .. num_images - 1 under a key; see the legend for the files."""
+    """Pictures 0 .. num_images - 1 that were drawn under one key; the legend above lists the files."""
 
     path: Path
 
     def begin(self, key: str, about: dict[str, Any]) -> None:
-        """Keeps what is there under this key, removes what another key left, and notes the key.
+        """Prepares the folder for pictures of `key`: keeps those of this key, removes any others, writes the manifest.
 
-        Where the manifest is damaged the chunks stay: each says itself what it was drawn for (`drop_damaged`).
+        If the manifest is damaged, the chunks stay if any of them has this key; `drop_damaged` checks each chunk's key.
         """
         manifest = read_sealed(self.path / "manifest.json")
         if manifest is not None and manifest.get("key") == key:
@@ -66,17 +67,17 @@ class PictureFolder:
 
     @property
     def key(self) -> str | None:
-        """The key of what is there."""
+        """The key in the manifest; None if there is no intact manifest."""
         return (read_sealed(self.path / "manifest.json") or {}).get("key")
 
     def markers(self) -> list[Path]:
-        """The markers of its chunks, for `drop_damaged`."""
+        """The markers of the folder's chunks, for `drop_damaged`."""
         return markers(self.path)
 
     def drop_damaged(self, several: Iterable[Path]) -> None:
-        """Removes the markers whose chunks are damaged or were drawn for something else; their pictures count as missing.
+        """Removes the markers of chunks that are damaged or have another key, so that their pictures count as missing.
 
-        A chunk of an earlier version, which knew no sha256, is taken as it is where its files can be read.
+        A chunk written by an earlier version has no sha256; it is accepted if its files can be read.
         """
         key = self.key
         for marker in several:
@@ -87,17 +88,17 @@ class PictureFolder:
                     marker.unlink()
 
     def _damaged(self, marker: Path, key: str | None) -> Path | None:
-        """What of a chunk is not as it was drawn; its marker where that is damaged or of another key."""
+        """The first missing or changed file of a chunk; the marker if that is damaged or has another key; else None."""
         chunk = read_chunk(marker)
         if chunk is not None and chunk.key is None:
-            return self._taken_over(chunk)
+            return self._adopt(chunk)
         return marker if chunk is None or chunk.key != key else chunk.changed_file(self.path)
 
     def missing(self, num_images: int, batch_size: int) -> list[range]:
-        """The pictures that are not there yet, in runs of at most `batch_size`."""
-        there = {index for chunk in chunks_of(self.path) for index in chunk.indices}
+        """The numbers of the missing pictures, in ranges of at most `batch_size`."""
+        present = {index for chunk in chunks_of(self.path) for index in chunk.indices}
         runs: list[range] = []
-        for index in (k for k in range(num_images) if k not in there):
+        for index in (k for k in range(num_images) if k not in present):
             if runs and runs[-1].stop == index and index % batch_size:
                 runs[-1] = range(runs[-1].start, index + 1)
             else:
@@ -105,7 +106,7 @@ class PictureFolder:
         return runs
 
     def add(self, first: int, images: list[Image.Image], latents: torch.Tensor, *, seconds: float) -> None:
-        """Pictures first .. first + len(images) - 1, their final latents (n, C, h, w), and the seconds of one."""
+        """Writes pictures first .. first + len(images) - 1 and their final latents (n, C, h, w); seconds: time per image."""
         pictures = tuple(
             _written(picture_file(self.path, first + k), picture_bytes(image, compress_level=1))
             for k, image in enumerate(images)
@@ -117,7 +118,7 @@ class PictureFolder:
         Chunk(first, len(images), seconds, self.key, pictures, latents_sha256).write(self.path)
 
     def finish(self) -> dict[str, Any]:
-        """Notes that all is there; returns the manifest, with the median of the chunks' seconds_per_image."""
+        """Marks the folder as complete; returns the manifest, with the median of the chunks' seconds_per_image."""
         before = read_sealed(self.path / "manifest.json") or {}
         seconds = statistics.median(chunk.seconds_per_image for chunk in chunks_of(self.path))
         manifest = before | {"finished": True, "seconds_per_image": seconds}
@@ -126,13 +127,13 @@ class PictureFolder:
         return manifest
 
     def batches(self, num_images: int, batch_size: int = 256) -> Iterator[torch.Tensor]:
-        """uint8 (B, 3, H, W), in order; as many in memory as a batch has. ValueError for a picture that cannot be read."""
+        """uint8 (B, 3, H, W), in order, one batch in memory at a time; ValueError if a picture cannot be read."""
         for start in range(0, num_images, batch_size):
             pixels = [self._pixels(k) for k in range(start, min(start + batch_size, num_images))]
             yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
     def latents(self) -> torch.Tensor:
-        """Final latents (n, C, h, w) of the first images. ValueError for a file that cannot be read."""
+        """Final latents (n, C, h, w) of the first LATENTS_KEPT images or fewer; ValueError if a file cannot be read."""
         parts, end = [], 0
         for chunk in chunks_of(self.path):
             if chunk.latents is not None:  # chunks of an earlier version may overlap
@@ -148,8 +149,8 @@ class PictureFolder:
         except _UNREADABLE as error:
             raise ValueError(_cannot_read(file, error)) from None
 
-    def _taken_over(self, chunk: Chunk) -> Path | None:
-        """Gives a chunk of an earlier version its key and sha256; the file that cannot be read where there is one."""
+    def _adopt(self, chunk: Chunk) -> Path | None:
+        """Adds key and sha256 to a chunk of an earlier version; returns the file that cannot be read, if there is one."""
         for index in chunk.indices:
             try:
                 self._pixels(index)
@@ -176,11 +177,11 @@ def _read_latents(file: Path) -> torch.Tensor:
 
 
 def _cannot_read(file: Path, error: Exception) -> str:
-    return f"cannot read {file}: {' '.join(str(error).split())}; mend: the same command draws it again"
+    return f"cannot read {file}: {' '.join(str(error).split())}; mend: run the same command again, which draws it anew"
 
 
 def _written(file: Path, content: bytes) -> str:
-    """Writes a file that counts only once its chunk's marker is there; returns its sha256."""
+    """Writes a file, not atomically, as it counts only after its chunk's marker is written; returns its sha256."""
     with writing(file):
         file.write_bytes(content)
     return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""The rows of the table: who draws, in how many steps, with which LoRA, scheduler and guidance."""
+"""The rows of the evaluation table: which model draws, in how many steps, with which LoRA, scheduler and guidance scale."""
 
 import inspect
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ from stepdistill.teacher.scheduler import MOST_TIMESTEPS
 
 @dataclass(frozen=True)
 class Row:
-    """One way to draw. `student_steps` names the rung whose LoRA is loaded, `lora` another LoRA; with neither it is the
-    undistilled teacher."""
+    """One way to draw images: with the LoRA of rung `student_steps`, with another LoRA (`lora`), or with the undistilled
+    teacher if both are None."""
 
     name: str
     steps: int
@@ -32,18 +32,18 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """teacher, student or lora."""
+        """Which kind of model draws: "teacher", "student" or "lora"."""
         if self.lora is not None:
             return "lora"
         return "teacher" if self.student_steps is None else "student"
 
     @property
     def nfe(self) -> int:
-        """U-Net evaluations per image; guidance counts two a step."""
+        """Number of U-Net evaluations per image: two per step with classifier-free guidance, else one."""
         return self.steps * (2 if self.guidance_scale > 1 else 1)
 
     def weights(self, run_dir: Path) -> Path | None:
-        """The LoRA's file, None for the teacher."""
+        """The LoRA's file; None for the teacher."""
         if self.lora is not None:
             return lora_file(self.lora)
         if self.student_steps is None:
@@ -52,9 +52,9 @@ class Row:
 
 
 def rows_of(config: RunConfig) -> list[Row]:
-    """The table's rows: the teacher at its step counts, every rung of the ladder, then the LoRAs that the user names.
+    """The table's rows: the teacher at its step counts, every rung of the ladder, then the LoRAs of evaluation.loras.
 
-    ConfigError where one of those has no file or a scheduler that diffusers does not know.
+    ConfigError if such a LoRA has no usable file or scheduler.
     """
     teachers = [
         Row(f"teacher-{n}", n, config.teacher.guidance_scale) for n in config.evaluation.teacher_steps
@@ -67,7 +67,7 @@ def rows_of(config: RunConfig) -> list[Row]:
 
 
 def lora_row(lora: LoraRow) -> Row:
-    """The row of another LoRA; ConfigError where its file or its scheduler is not there, or cannot be used."""
+    """The row of a LoRA of evaluation.loras; ConfigError if its file or its scheduler is missing or cannot be used."""
     weights = lora_file(lora)
     if not weights.is_file() or weights.suffix != ".safetensors":
         raise ConfigError(
@@ -79,26 +79,32 @@ def lora_row(lora: LoraRow) -> Row:
     except ValueError as error:
         raise ConfigError(f"evaluation.loras: {lora.name}: {error}") from None
     if not any("lora" in key.lower() for key in header):
-        raise ConfigError(f"evaluation.loras: {lora.name}: {weights} holds no LoRA, but {len(header)} others")
+        raise ConfigError(
+            f"evaluation.loras: {lora.name}: {weights} holds no LoRA, only {len(header)} other tensors"
+        )
     _try_scheduler(lora)
     return Row(lora.name, lora.steps, lora.guidance_scale, lora=lora, lora_scale=lora.scale)
 
 
 def lora_file(lora: LoraRow) -> Path:
-    """The safetensors file that its path names."""
+    """The safetensors file of a LoRA, whose path may be the file or its folder."""
     path = Path(lora.path)
     return path / WEIGHT_NAME if path.is_dir() else path
 
 
 def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMixin:
-    """What samples it: the class that is named on the base's config, else the scheduler beside the weights, else DDIM;
-    changed by scheduler_options. ConfigError for a class that is none of diffusers'."""
+    """The scheduler that samples with a LoRA, changed by its scheduler_options.
+
+    The class that `lora.scheduler` names, built from the base model's scheduler config; if it names none, the scheduler in
+    scheduler/ beside the weights; if there is none, DDIM from the base model's config. ConfigError if the class is not one
+    of diffusers, or the file beside the weights is damaged.
+    """
     file = scheduler_file(lora_file(lora).parent)
     if lora.scheduler is None and file.exists():
         beside = read_json(file)
         if not isinstance(beside, dict):
             raise ConfigError(
-                f"evaluation.loras: {lora.name}: {file} is damaged; mend: copy it again, or name a scheduler"
+                f"evaluation.loras: {lora.name}: {file} is damaged; mend: copy it again, or set `scheduler`"
             )
         kind = scheduler_class(str(beside.get("_class_name")))
         return kind.from_config(beside, **(lora.scheduler_options or {}))
@@ -107,7 +113,7 @@ def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMi
 
 
 def _try_scheduler(lora: LoraRow) -> None:
-    """ConfigError for options that no scheduler can be built or asked for timesteps with."""
+    """ConfigError if the scheduler cannot be built with its options, or cannot give the timesteps of the row."""
     options = lora.scheduler_options or {}
     count = options.get("num_train_timesteps", 1)
     if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
@@ -127,7 +133,7 @@ def _try_scheduler(lora: LoraRow) -> None:
             raise ValueError(f"timesteps from {times.min():g} to {times.max():g}")
     except ConfigError:
         raise
-    except Exception as error:  # diffusers' schedulers raise what odd options lead them to
+    except Exception as error:  # diffusers' schedulers raise many types of errors for bad options
         raise ConfigError(
             f"evaluation.loras: {lora.name}: its scheduler cannot sample in {lora.steps} steps: {first_line(error)}; "
             f"allowed: a scheduler of diffusers with options that it takes"
@@ -136,11 +142,11 @@ def _try_scheduler(lora: LoraRow) -> None:
 
 def _require_own_timesteps(scheduler: SchedulerMixin) -> None:
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise ValueError(f"{type(scheduler).__name__} takes no timesteps of one's own")
+        raise ValueError(f"{type(scheduler).__name__} does not accept custom timesteps")
 
 
 def scheduler_class(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler of that name; ConfigError for another."""
+    """The diffusers scheduler class of that name; ConfigError if there is none."""
     scheduler_type = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if not (isinstance(scheduler_type, type) and issubclass(scheduler_type, SchedulerMixin)):
         raise ConfigError(

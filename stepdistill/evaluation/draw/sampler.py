@@ -1,5 +1,7 @@
-"""Images by the vanilla diffusers pipeline, its LoRA loaded from disk; one generator per image, so image k depends on
-its prompt and on (seed, k) alone: not on the batch, the number of processes or where an interruption was.
+"""Draws images with the plain diffusers pipeline and a LoRA loaded from disk.
+
+Each image has its own random generator, so image k depends on its prompt and on (seed, k) alone: not on the batch size, the
+number of processes or interruptions.
 """
 
 import time
@@ -44,8 +46,10 @@ def draw(
     first: int,
     **options: Any,
 ) -> tuple[list[Image.Image], torch.Tensor]:
-    """Images of prompts, and their final latents (n, C, h, w) in float32 on the CPU: image k of the call comes from a
-    generator of its own, seeded by (seed, first + k). `options` go to the pipeline."""
+    """Images of the prompts, and their final latents (n, C, h, w), float32 on the CPU.
+
+    Image k of the call has its own generator, seeded by (seed, first + k). `options` are passed to the pipeline.
+    """
     last: dict[str, torch.Tensor] = {}
 
     def keep(_pipeline: DiffusionPipeline, _step: int, _timestep: int, state: dict) -> dict:
@@ -65,11 +69,11 @@ def draw(
 
 
 class Sampler:
-    """One pipeline that draws as one row after another.
+    """Draws the images of any row with one pipeline, which loads each row's LoRA and scheduler when needed.
 
     Args:
-        config: the run.
-        device: where to draw.
+        config: the run's config.
+        device: device of the pipeline.
     """
 
     def __init__(self, config: RunConfig, *, device: torch.device | str = "cpu") -> None:
@@ -87,9 +91,9 @@ class Sampler:
     def draw(
         self, row: Row, prompts: Sequence[str], *, seed: int, first: int = 0
     ) -> tuple[list[Image.Image], torch.Tensor]:
-        """`draw` as this row says."""
+        """`draw` with the LoRA, scheduler, steps and guidance scale of a row."""
         pipeline = self._ready(row)
-        options = self._without_prompt(len(prompts)) if row.guidance_scale > 1 else {}
+        options = self._unconditional_options(len(prompts)) if row.guidance_scale > 1 else {}
         if row.lora is not None:
             options["eta"] = row.lora.eta
             if row.lora.timesteps is not None:
@@ -104,8 +108,11 @@ class Sampler:
             **options,
         )
 
-    def _without_prompt(self, count: int) -> dict[str, Any]:
-        """What the pipeline is told so that no prompt is what the config says: for SD, whose own is the embedding of ""."""
+    def _unconditional_options(self, count: int) -> dict[str, Any]:
+        """Pipeline arguments for teacher.unconditional: zeros as the unconditional embedding if SD is to use them.
+
+        By default SD's pipeline uses the embedding of ""; SDXL's is configured once in `_ready`.
+        """
         pipeline = self._pipeline
         if pipeline is None or self._config.teacher.unconditional != "zeros":
             return {}
@@ -119,7 +126,7 @@ class Sampler:
         }
 
     def key(self, row: Row, prompts: Sequence[str], *, seed: int) -> str:
-        """A hash of all that the images of a row depend on."""
+        """A hash of everything that the images of a row depend on."""
         weights = row.weights(self._config.run_dir)
         what = asdict(row) | {"lora": row.lora and row.lora.model_dump(mode="json", exclude={"path"})}
         made_by = [*self._base_key, weights and sha256_file(weights), self._config.evaluation.dtype]
@@ -131,8 +138,11 @@ class Sampler:
     def ensure(
         self, row: Row, folder: Path, prompts: Sequence[str], *, seed: int, processes: Processes
     ) -> dict[str, Any]:
-        """Draws the images of a row that are not in the folder yet, each process its share; returns the manifest: key,
-        nfe, and seconds_per_image, the median over chunks, which leaves the warm-up out."""
+        """Draws the missing images of a row into the folder, each process its share.
+
+        Returns the manifest in the main process, {} in others; its seconds_per_image is the median over chunks, which
+        leaves the warm-up out.
+        """
         pictures, size = PictureFolder(folder), self._config.evaluation.batch_size
         if processes.is_main:
             about = {"name": row.name, "steps": row.steps, "nfe": row.nfe, "num_images": len(prompts)}
@@ -144,7 +154,7 @@ class Sampler:
         pictures.drop_damaged(processes.share(markers))
         processes.wait()
         missing = pictures.missing(len(prompts), size)
-        processes.wait()  # nobody draws before everybody has looked
+        processes.wait()  # no process draws before all have listed the missing images
         mine = processes.share(missing)
         total = sum(map(len, mine))
         shown = processes.is_main and total >= 2 * size
@@ -172,18 +182,18 @@ class Sampler:
                 zeros = unconditional_is_zeros(self._pipeline, self._config.teacher.unconditional)
                 self._pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
         self._load(self._pipeline, row)
-        if row.lora_scale != self._scale:  # reading a LoRA again takes longer than a few images do
+        if row.lora_scale != self._scale:  # cheaper than loading the LoRA again
             active = self._pipeline.get_active_adapters()
             self._pipeline.set_adapters(active, [row.lora_scale] * len(active))
             self._scale = row.lora_scale
         return self._pipeline
 
     def _load(self, pipeline: DiffusionPipeline, row: Row) -> None:
-        """The row's LoRA at weight 1, and its scheduler; nothing where they are loaded."""
+        """Loads the row's LoRA at weight 1, and its scheduler, unless they are already loaded."""
         loaded = (row.student_steps, row.lora)
         if loaded == self._loaded:
             return
-        self._loaded, self._scale = None, 1.0  # until all of it is
+        self._loaded, self._scale = None, 1.0  # stays None if loading fails
         pipeline.unload_lora_weights()
         config = dict(self._base_scheduler.config)
         if row.student_steps is not None:

@@ -1,8 +1,8 @@
-"""Small studies beside the table, each a folder of pictures and a number per cell.
+"""Small studies besides the table, each with its own folder of pictures.
 
-seeds    a few prompts, each from several seeds: does the student draw as differently as the teacher does?
-scales   every rung's LoRA at other weights than 1
-matrix   every rung's LoRA sampled at the steps of every other rung
+seeds    a few prompts with several seeds each: are the student's images as diverse as the teacher's?
+scales   every student's LoRA at several weights
+matrix   every student's LoRA sampled at the step count of every student
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ class Studies:
     """The studies of one run.
 
     Args:
-        config: the run.
-        sampler: what draws.
-        processes: who shares the drawing.
-        prompts: of the table's images.
-        folder: evaluation/.
+        config: the run's config.
+        sampler: draws the pictures.
+        processes: the processes that share the drawing.
+        prompts: the prompts of the table's images.
+        folder: the run's evaluation/ folder.
     """
 
     def __init__(
@@ -42,7 +42,10 @@ class Studies:
         self._seed = derive_seed(config.seed, "studies")
 
     def draw_seeds(self, rows: Sequence[Row]) -> dict[str, Any] | None:
-        """Draws every row's pictures, picture number prompt * seeds + seed; what the report needs of them."""
+        """Draws the seed study of these rows; picture number prompt * seeds + seed.
+
+        Returns the prompts, the number of seeds and the row names; None if evaluation.diversity_prompts is 0.
+        """
         options = self._config.evaluation
         if not options.diversity_prompts:
             return None
@@ -56,13 +59,13 @@ class Studies:
     def seed_diversity(
         self, row: Row, grid: dict[str, Any], extractor: FeatureExtractor, *, resize: str
     ) -> float:
-        """Mean feature distance between the pictures of one prompt from several seeds."""
+        """Mean feature distance between two pictures of one prompt with different seeds, of a drawn seed study."""
         prompts, seeds = len(grid["prompts"]), grid["seeds"]
         batches = PictureFolder(self._seeds_folder(row)).batches(prompts * seeds)
         return diversity(extract(batches, extractor, resize=resize).reshape(prompts, seeds, -1))
 
     def scale_sweep(self, students: Sequence[Row], reference: Row) -> dict[str, Any] | None:
-        """Each student's LoRA at each weight, with the latent distance to the teacher."""
+        """Each student's LoRA at each weight, with the latent MSE to the teacher; None without evaluation.lora_scales."""
         scales, count = self._config.evaluation.lora_scales, self._config.evaluation.study_images
         if not scales:
             return None
@@ -75,7 +78,8 @@ class Studies:
         return {"scales": list(scales), "images": count, "cells": cells}
 
     def matrix(self, students: Sequence[Row], reference: Row) -> dict[str, Any] | None:
-        """Each student's LoRA at each student's steps, with the latent distance to the teacher."""
+        """Each student's LoRA at each student's step count, with the latent MSE to the teacher; None if evaluation.matrix is
+        off."""
         count = self._config.evaluation.study_images
         if not self._config.evaluation.matrix:
             return None
@@ -96,8 +100,8 @@ class Studies:
         self._ensure(row, self._folder / folder, prompts)
         if not self._processes.is_main:
             return {}
-        apart = latent_mse(self._latents(self._folder / folder), self._latents(teacher))
-        return {"latent_mse_to_teacher": apart}
+        distance = latent_mse(self._latents(self._folder / folder), self._latents(teacher))
+        return {"latent_mse_to_teacher": distance}
 
     def _latents(self, folder: Path) -> torch.Tensor:
         return PictureFolder(folder).latents()

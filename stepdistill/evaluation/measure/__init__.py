@@ -1,1 +1,1 @@
-"""The numbers of the table: features of pictures and distances between sets of them."""
+"""Measures the pictures of the evaluation: feature extractors, and distances between sets of pictures."""

@@ -1,8 +1,8 @@
-"""Which extractor `evaluation.features` comes to, and why where it comes to none.
+"""Chooses the feature extractor for FID and related metrics from `evaluation.features`.
 
-Where nothing is named: the reader for the letters world; for other pictures Inception where its weights are on disk, else a
-small net that learns from the run's own pictures, where there are enough of them. The reader knows letters alone: other
-pictures are measured by it only where it is named.
+Default: the reader for the letters world; for other pictures Inception if its weights are on disk, else a small net trained
+on the run's own pictures if there are enough of them, else none. The reader was trained on letters only, so it measures
+other pictures only if the config names it.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,20 @@ from stepdistill.evaluation.measure.trained import (
 
 TRAINED = "trained"
 _OF_LETTERS = (
-    "distances are measured by the reader of the letters world, which these pictures are not of: it overlooks most damage "
-    "to them; evaluation.features=trained, inception, clip:FOLDER or dinov2:FOLDER sees it"
+    "distances use the reader of the letters world, but these pictures are not from it, and the reader overlooks most "
+    "damage to them; evaluation.features=trained, inception, clip:FOLDER or dinov2:FOLDER detects it"
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """spec: what build_extractor takes, "trained" where it is yet to learn, None where nothing is at hand; why: that, in
-    words; is_named: whether the config names it; warnings: what a reader of the table must know."""
+    """The chosen extractor.
+
+    spec      the argument of build_extractor; "trained" if the net is still to be trained; None if no extractor is available
+    why       the reason, if spec is None
+    is_named  whether the config names the extractor
+    warnings  for the reader of the table
+    """
 
     spec: str | None
     why: str = ""
@@ -38,22 +43,26 @@ class Choice:
 
     @property
     def learns(self) -> bool:
-        """Whether it is yet to be trained, which is done once the pictures are drawn."""
+        """Whether the extractor is still to be trained, which happens after the pictures are drawn."""
         return self.spec == TRAINED
 
     def options(self, config: RunConfig) -> Evaluation:
-        """The evaluation section with what can be built before anything is drawn: nothing of what is yet to learn."""
+        """The evaluation section with the chosen extractor as `features`, or None there if it is still to be trained."""
         return config.evaluation.model_copy(update={"features": None if self.learns else self.spec})
 
     def learned(self, config: RunConfig) -> tuple[Evaluation, dict[str, object]]:
-        """The evaluation section with the net that has learned by now, and what the protocol says of that."""
+        """Trains the extractor if needed; returns the evaluation section that names it, and how it was trained, for the
+        protocol."""
         folder = trained_extractor(config)
         options = config.evaluation.model_copy(update={"features": f"{TRAINED}:{folder}"})
         return options, trained_facts(folder)
 
 
 def choose_features(config: RunConfig, evaluation_set: EvaluationSet) -> Choice:
-    """ConfigError where the net that learns is named or comes next, and cannot: too few pictures, another side or resize."""
+    """The extractor for a config and its evaluation set.
+
+    ConfigError if it is the trained one and that cannot work: too few pictures, or an unsuitable resize or patch_size.
+    """
     spec = config.evaluation.features
     world = world_of(config.data.source) or evaluation_set.world
     if spec is None and world is not None:
@@ -66,13 +75,13 @@ def choose_features(config: RunConfig, evaluation_set: EvaluationSet) -> Choice:
     if count >= FEWEST_PICTURES:
         _check_settings(config)
         return Choice(TRAINED, is_named=spec is not None)
-    few = f"{count} pictures to learn from, of {FEWEST_PICTURES} that it takes"
+    few = f"only {count} pictures to learn from, fewer than the {FEWEST_PICTURES} that it needs"
     if spec == TRAINED:
         raise ConfigError(
             f"evaluation.features: got trained, but there are {few}; allowed: more pictures as data.source or "
             f"evaluation.real_images, or inception, clip:FOLDER, dinov2:FOLDER"
         )
-    why = f"there are no weights of Inception at {inception_file()}, and a net of the run's own has {few}"
+    why = f"there are no weights of Inception at {inception_file()}, and a net trained on the run's own pictures has {few}"
     return Choice(None, why, is_named=False)
 
 
@@ -80,10 +89,10 @@ def _check_settings(config: RunConfig) -> None:
     options, side = config.evaluation, trained_side(config)
     if options.resize == "none":
         raise ConfigError(
-            f"evaluation.resize: got none; the trained extractor wants {side} pixels; "
+            f"evaluation.resize: got none; the trained extractor takes pictures of {side} pixels; "
             f"allowed: torchmetrics, tf1, pil_bicubic, lanczos512"
         )
     if options.patch_size not in (None, side):
         raise ConfigError(
-            f"evaluation.patch_size: got {options.patch_size}; allowed: {side}, the side that the trained extractor wants"
+            f"evaluation.patch_size: got {options.patch_size}; allowed: {side}, the side that the trained extractor takes"
         )

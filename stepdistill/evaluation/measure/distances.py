@@ -1,4 +1,4 @@
-"""Distances between two sets of features (N, D), float64 throughout. FID and KID are torchmetrics'."""
+"""Distances between two sets of features (N, D), computed in float64. FID and KID come from torchmetrics."""
 
 import warnings
 import zipfile
@@ -14,10 +14,10 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from stepdistill.teacher.files import require_file
 
-# Under torchrun the main process measures alone; torchmetrics would wait for the others to sync with.
+# Under torchrun only the main process measures; torchmetrics would wait for the other processes to synchronise.
 ALONE = {"sync_on_compute": False}
-_MOST_BYTES = 2**28  # of mu and of sigma, which has 2048 x 2048 numbers for Inception
-_CHUNK = 1024  # rows of a distance matrix held at a time
+_MOST_BYTES = 2**28  # for mu and for sigma each; Inception's sigma has 2048 x 2048 numbers
+_CHUNK = 1024  # rows of a distance matrix that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Moments:
 
     @classmethod
     def from_features(cls, features: torch.Tensor) -> "Moments":
-        """Of features (N, D); ValueError for fewer than 2."""
+        """The moments of features (N, D); ValueError if N < 2."""
         x = _checked(features)
         return cls(x.mean(dim=0), torch.cov(x.T).reshape(x.shape[1], x.shape[1]), len(x))
 
     @classmethod
     def from_npz(cls, path: Path) -> "Moments":
-        """From the field's file of `mu` and `sigma`; ValueError where it has none, or they are no moments."""
+        """The moments in the usual .npz file with `mu` and `sigma`; ValueError if these are missing or not valid moments."""
         try:
             require_file(path)
             with zipfile.ZipFile(path) as members:
@@ -49,19 +49,23 @@ class Moments:
                 )
         except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"{path}: no reference stats: {error}; allowed: an .npz with mu and sigma"
+                f"{path}: cannot read reference stats: {error}; allowed: an .npz with mu and sigma"
             ) from None
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit")
+            raise ValueError(
+                f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not match"
+            )
         finite = bool(mean.isfinite().all() and covariance.isfinite().all())
-        # files of float32 origin are not symmetric to the last digit
+        # a sigma that was computed in float32 is symmetric only up to rounding
         if not finite or (covariance - covariance.T).norm() > 1e-4 * covariance.norm():
-            raise ValueError(f"{path}: mu and sigma are no moments: not finite, or sigma is not symmetric")
+            raise ValueError(
+                f"{path}: mu and sigma are not valid moments: not finite, or sigma is not symmetric"
+            )
         return cls(mean, covariance, 2)
 
 
 class _Identity(nn.Module):
-    """Features in, features out: torchmetrics' metrics on features that are there already."""
+    """Returns its input: lets torchmetrics' metrics work on features that are already computed."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -72,9 +76,9 @@ class _Identity(nn.Module):
 
 
 def fid(first: torch.Tensor | Moments, second: torch.Tensor | Moments) -> float:
-    """Frechet distance of the Gaussians with the sets' moments, never below 0 (Heusel et al. 2017, Eq 6).
+    """Frechet distance between the Gaussians with the sets' moments, never below 0 (Heusel et al. 2017, Eq 6).
 
-    ValueError where the sets have another number of features, or one fewer than 2 samples.
+    ValueError if the sets differ in the number of features, or one has fewer than 2 samples.
     """
     moments = [x if isinstance(x, Moments) else Moments.from_features(x) for x in (first, second)]
     size = len(moments[0].mean)
@@ -84,10 +88,10 @@ def fid(first: torch.Tensor | Moments, second: torch.Tensor | Moments) -> float:
 
 
 def _filled(moments: Sequence[Moments], size: int) -> FrechetInceptionDistance:
-    """torchmetrics' FID with its sums filled from moments of real and fake: its own update takes samples alone.
+    """torchmetrics' FID with its state set from two moments, real and fake, because its update() accepts samples only.
 
-    The one place that writes torchmetrics' state: the sums, the dtype to answer in, and the count without which compute()
-    warns that nothing was given. tests/parity/test_distances.py compares it with torchmetrics' own update.
+    This is the only place that writes torchmetrics' state: the sums, the dtype of the result, and the update count, without
+    which compute() warns. tests/parity/test_distances.py compares the result with that of torchmetrics' update().
     """
     metric = FrechetInceptionDistance(feature=_Identity(size), **ALONE).set_dtype(torch.float64)
     for name, m in zip(("real", "fake"), moments, strict=True):
@@ -103,9 +107,9 @@ def _filled(moments: Sequence[Moments], size: int) -> FrechetInceptionDistance:
 def fid_without_each_group(images: torch.Tensor, reference: torch.Tensor, *, groups: int = 8) -> list[float]:
     """FID of images (N, D) to a reference (M, D) with every `groups`-th image left out, once for each of the groups.
 
-    These are the replicates of jackknife.py: their spread gives the standard error of the FID, and their differences
-    between two rows that share prompts give that of the rows' difference. Fewer groups where there are fewer than two
-    images for each. The reference is whole throughout.
+    These are the replicates of jackknife.py: their spread gives the standard error of the FID, and, for two rows with the
+    same prompts, the spread of their differences gives the standard error of the rows' difference. There are fewer groups
+    if a group would have fewer than two images. The reference is always complete.
     """
     x, mean, root = _checked(images), _checked(reference).mean(dim=0), _root_of_covariance(reference)
     groups = min(groups, len(x) // 2)
@@ -129,8 +133,10 @@ def _root_of_covariance(features: torch.Tensor) -> torch.Tensor:
 def _frechet(
     mean: torch.Tensor, root: torch.Tensor, other_mean: torch.Tensor, other_covariance: torch.Tensor
 ) -> float:
-    """Frechet distance of two Gaussians, `root` being the symmetric square root of the first one's covariance S:
-    |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2)."""
+    """Frechet distance between two Gaussians: |m - m'|^2 + tr(S + S' - 2 (S^1/2 S' S^1/2)^1/2).
+
+    root: S^1/2, the symmetric square root of the first covariance.
+    """
     inner = root @ other_covariance @ root
     cross = torch.linalg.eigvalsh((inner + inner.T) / 2).clamp(min=0).sqrt().sum()
     squared = (mean - other_mean).square().sum()
@@ -147,12 +153,15 @@ def kid(
     paired: bool = False,
     gamma: float | None = None,
 ) -> tuple[float, float]:
-    """(mean, standard deviation) over random subsets of the unbiased squared MMD with the kernel (gamma x.y + 1)^3
-    (Binkowski et al. 2018, Section 4). Global randomness is left alone.
+    """KID: (mean, standard deviation) over random subsets of the unbiased squared MMD with the kernel (gamma x.y + 1)^3
+    (Binkowski et al. 2018, Section 4). The global random state is not changed.
 
-    gamma is 1 / D where not given, as published. subset_size is cut to the smaller set's. `paired` is for sets whose
-    k-th images have something in common (prompt, noise): the estimate holds for independent ones only, so the even
-    images of one meet the odd ones of the other, and subsets are at most half of those.
+    gamma: default 1 / D, as published.
+    subset_size: reduced to the size of the smaller set.
+    paired: whether the k-th images of both sets share something (prompt, noise). The estimate assumes independent images, so
+        the even images of the first set are then compared with the odd ones of the second, in subsets of at most half of
+        those.
+    ValueError if there are too few features.
     """
     x, y = _checked_pair(first, second)
     if paired:
@@ -162,7 +171,7 @@ def kid(
     if size < 2:
         raise ValueError(f"KID of {len(first)} and {len(second)} features: too few")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features, which it is given
+        warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns that it stores all features
         identity = _Identity(x.shape[1])
         metric = KernelInceptionDistance(
             feature=identity, subsets=subsets, subset_size=size, gamma=gamma, **ALONE
@@ -175,15 +184,21 @@ def kid(
 
 
 def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, Eq 1-2): the share of generated features inside some
-    real feature's ball to its k-th neighbour, and the share of real ones inside some generated feature's."""
+    """Improved precision and recall (Kynkaanniemi et al. 2019, Eq 1-2).
+
+    Each feature has a ball that reaches to its k-th nearest neighbour in its set. Precision is the share of generated
+    features inside the ball of a real one, recall the share of real features inside the ball of a generated one.
+    """
     x, y = _checked_pair(real, generated)
     return _share_inside(y, x, _radii(x, k)), _share_inside(x, y, _radii(y, k))
 
 
 def density_coverage(real: torch.Tensor, generated: torch.Tensor, *, k: int = 5) -> tuple[float, float]:
-    """Density and coverage (Naeem et al. 2020, Eq 3-4): how many real balls a generated feature lies in, over k, and the
-    share of real balls with a generated feature inside."""
+    """Density and coverage (Naeem et al. 2020, Eq 3-4).
+
+    The ball of a real feature reaches to its k-th nearest real neighbour. Density is the mean number of real balls that a
+    generated feature lies in, divided by k; coverage is the share of real balls with a generated feature inside.
+    """
     x, y = _checked_pair(real, generated)
     radii = _radii(x, k)
     inside, covered = 0, 0
@@ -197,13 +212,13 @@ def density_coverage(real: torch.Tensor, generated: torch.Tensor, *, k: int = 5)
 def cmmd(first: torch.Tensor, second: torch.Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
     """Squared MMD of unit-length embeddings under a Gaussian kernel, times 1000 (Jayasumana et al. 2024, Section 4).
 
-    The V-statistic: pairs of a sample with itself count, as in its authors' code, so it is never below 0.
+    This is the V-statistic, as in the authors' code: pairs of a sample with itself count, so it is never below 0.
     """
     x, y = (nn.functional.normalize(features, dim=1) for features in _checked_pair(first, second))
     gamma = 1 / (2 * sigma**2)
 
     def mean_kernel(a: torch.Tensor, b: torch.Tensor) -> float:
-        # Of unit length, |x - y|^2 = 2 - 2 x.y: a matrix product is as exact here, and many times faster.
+        # For unit vectors |x - y|^2 = 2 - 2 x.y: a matrix product is as exact here, and many times faster.
         total = sum(float(torch.exp(-2 * gamma * (1 - part @ b.T)).sum()) for part in a.split(_CHUNK))
         return total / (len(a) * len(b))
 
@@ -211,7 +226,10 @@ def cmmd(first: torch.Tensor, second: torch.Tensor, *, sigma: float = 10.0, scal
 
 
 def diversity(features: torch.Tensor) -> float:
-    """Mean distance between two seeds of one prompt, of features (P, S, D) with S >= 2, averaged over prompts."""
+    """Mean distance between the features of two seeds of one prompt, averaged over prompts; features (P, S, D).
+
+    ValueError if there are fewer than 2 seeds.
+    """
     seeds = features.shape[1]
     if seeds < 2:
         raise ValueError(f"diversity of {seeds} seeds a prompt; allowed: 2 or more")
@@ -236,12 +254,12 @@ def _checked_pair(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tens
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Euclidean by a matrix product: in float64 14 digits are left, and 2048 features take an eighteenth of the time."""
+    """Euclidean distances by a matrix product: exact to about 14 digits in float64, 18 times faster for 2048 features."""
     return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
 
 
 def _radii(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Distance of every feature (N, D) to its k-th neighbour other than itself."""
+    """Distance (N,) of every feature (N, D) to its k-th nearest neighbour; ValueError unless N > k."""
     if len(x) <= k:
         raise ValueError(f"{len(x)} features have no {k}-th neighbour; allowed: more than {k}")
     return torch.cat([_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(_CHUNK)])

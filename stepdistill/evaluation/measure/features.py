@@ -1,6 +1,6 @@
-"""Networks that turn images into features, all local files: reader, Inception, CLIP, DINOv2, one trained on the run's data.
+"""Feature extractors: the reader, Inception, CLIP, DINOv2, and a small net trained on the run's pictures.
 
-Nothing is downloaded here: a file that is missing is an error that names it.
+All weights are local files. Nothing is downloaded; the error for a missing file names it.
 """
 
 import hashlib
@@ -39,8 +39,14 @@ _ALLOWED = (
 
 
 class FeatureExtractor(nn.Module):
-    """Images (B, 3, H, W), float in 0..255, to features (B, num_features). `input_size` is the side it wants, None for
-    any; `sha256` is of its files; `kid_gamma` is for features whose squared length is far from their number."""
+    """Base class: images (B, 3, H, W), float in 0..255 -> features (B, num_features).
+
+    sha256          hash of the extractor's files
+    input_size      side in pixels of the pictures that it takes; None for any
+    kid_gamma       gamma of KID's kernel; None: 1 / num_features, as published. Set for features whose squared length is far
+                    from num_features
+    default_resize  resize protocol if evaluation.resize is not set
+    """
 
     kid_gamma: float | None = None
     default_resize: str = "pil_bicubic"
@@ -52,8 +58,8 @@ class FeatureExtractor(nn.Module):
 
 
 class ReaderFeatures(FeatureExtractor):
-    """A reader of the letters world, the embedded one where no other file is given: 96 features of 32 x 32 images, of mean
-    squared length 7,600."""
+    """A reader of the letters world, by default the embedded one: 96 features of 32 x 32 images, of mean squared length
+    7,600."""
 
     kid_gamma = 1e-4
     default_resize = "none"
@@ -70,7 +76,7 @@ class ReaderFeatures(FeatureExtractor):
 
 
 class InceptionFeatures(FeatureExtractor):
-    """2048-d pool features of FID's Inception, from a TorchScript file or through torch-fidelity."""
+    """The 2048 pool features of FID's Inception, from a TorchScript file or through torch-fidelity."""
 
     default_resize = "torchmetrics"
 
@@ -88,7 +94,7 @@ class InceptionFeatures(FeatureExtractor):
 
             try:
                 self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
-            except Exception as error:  # torch and torch-fidelity raise what another file leads them to
+            except Exception as error:  # torch and torch-fidelity raise many types of errors for other files
                 raise ValueError(
                     f"evaluation.features: cannot read {path}: {first_line(error)}; {where_to_get_it()}"
                 ) from None
@@ -98,7 +104,8 @@ class InceptionFeatures(FeatureExtractor):
             )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 299, 299) -> (B, 2048), ValueError for another size. torch-fidelity's graph gets rounded 8 bit."""
+        """(B, 3, 299, 299) -> (B, 2048); ValueError for another size. Images are rounded for torch-fidelity's network, which
+        takes uint8."""
         _require_size(images, self)
         if self._scripted:
             return self.net.layers((images - 128) / 128).flatten(1)
@@ -106,7 +113,7 @@ class InceptionFeatures(FeatureExtractor):
 
 
 class TransformersFeatures(FeatureExtractor):
-    """CLIP image embeddings or DINOv2's class token, from a local folder in safetensors."""
+    """CLIP's image embedding or DINOv2's class token, from a local folder with safetensors weights."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -121,7 +128,7 @@ class TransformersFeatures(FeatureExtractor):
                 raise ValueError(f"it holds {model_type}")
             options = LOCAL | {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
             net, loaded = loader.from_pretrained(folder, **options)
-            if loaded["missing_keys"]:  # transformers would leave them random
+            if loaded["missing_keys"]:  # transformers would initialise them randomly
                 raise ValueError(f"no weights for {min(loaded['missing_keys'])}")
             processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
             size = net.config.vision_config.image_size if kind == "clip" else _crop_size(processor)
@@ -129,7 +136,7 @@ class TransformersFeatures(FeatureExtractor):
             check_numbers(size, normal["std"])
             if kind == "clip":
                 read_processor(folder)(text=["a photo"], return_tensors="pt", padding=True)
-        except Exception as error:  # transformers raises a dozen kinds, as a broken file leads it to
+        except Exception as error:  # transformers raises many types of errors for broken files
             raise ValueError(
                 f"evaluation.{kind}: cannot load {folder}: {first_line(error)}; "
                 f"allowed: a folder with config.json, preprocessor_config.json and model.safetensors"
@@ -155,7 +162,7 @@ class TransformersFeatures(FeatureExtractor):
 
 
 class TrainedFeatures(FeatureExtractor):
-    """A small net that learned from the pictures of a run (small_net.py), from the folder that trained.py writes."""
+    """The small net (small_net.py) that was trained on a run's pictures, read from the folder that trained.py writes."""
 
     def __init__(self, folder: Path) -> None:
         net, sha256 = read_small_net(folder)
@@ -169,7 +176,7 @@ class TrainedFeatures(FeatureExtractor):
 
 
 def build_extractor(spec: str, *, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The extractor that `spec` names, in eval mode; ValueError for another name or a file that is not there."""
+    """The extractor that `spec` names, in eval mode; ValueError if the name is unknown or a file is missing."""
     kind, _, rest = spec.partition(":")
     if spec == "reader":
         made: FeatureExtractor = ReaderFeatures()
@@ -194,7 +201,10 @@ def extract(
     crop: int | None = None,
     batch_size: int = 64,
 ) -> torch.Tensor:
-    """Features (N, D), float32 on the CPU, of uint8 batches (B, 3, H, W), cropped and resized, batch_size at a time."""
+    """Features (N, D), float32 on the CPU, of uint8 batches (B, 3, H, W), which are cropped and resized first.
+
+    batch_size: most images per forward pass of the extractor.
+    """
     features = [
         _features(part, extractor, protocol=resize, crop=crop)
         for batch in batches
@@ -205,14 +215,17 @@ def extract(
 
 @torch.no_grad()
 def clip_score(extractor: FeatureExtractor, batches: Iterable[torch.Tensor], prompts: Sequence[str]) -> float:
-    """100 max(mean cos(image, prompt), 0) by torchmetrics (Hessel et al. 2021, Eq 1); prompts are cut to the context."""
+    """100 max(mean cos(image, prompt), 0) by torchmetrics (Hessel et al. 2021, Eq 1); long prompts are truncated.
+
+    ValueError if the extractor is not CLIP.
+    """
     if not isinstance(extractor, TransformersFeatures) or extractor.name != "clip":
         raise ValueError(f"CLIP score needs CLIP, got {extractor.name}")
     processor, net = read_processor(extractor.folder), extractor.net
     context = net.config.text_config.max_position_embeddings
 
     def read(*, text: list[str] | None = None, **options: Any) -> Any:
-        """The processor, cutting prompts before their end token; torchmetrics would cut that token off."""
+        """The processor, with prompts truncated so that their end token stays; torchmetrics would cut that token off."""
         if text is None:
             return processor(**options)
         return processor.tokenizer(text, truncation=True, max_length=context, **options)
@@ -227,7 +240,7 @@ def clip_score(extractor: FeatureExtractor, batches: Iterable[torch.Tensor], pro
 
 
 class _Unwrapped(nn.Module):
-    """CLIP whose get_*_features give tensors: those of transformers 5 give objects, which torchmetrics cannot use."""
+    """CLIP whose get_*_features return tensors; those of transformers 5 return objects, which torchmetrics cannot use."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Distances between sets of images: features once per set, kept with a hash, then every metric on them."""
+"""Distances between sets of images: features are computed once per set and cached by a hash; every metric uses them."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,8 +24,13 @@ from stepdistill.messages import first_line
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images under a key. `cache` is where their features are kept; `batches` begins anew at each call; `by_prompt` says
-    that image k belongs to prompt k of the table."""
+    """A set of images.
+
+    key        identifies the images
+    cache      folder for their features
+    batches    returns a new iterator over the images at each call
+    by_prompt  whether image k belongs to prompt k of the table
+    """
 
     key: str
     cache: Path
@@ -35,7 +40,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class View:
-    """How images become features: extractor, resize protocol, centre crop."""
+    """How images become features: centre crop of `crop` pixels (None: no crop), resize protocol, extractor."""
 
     name: str
     extractor: FeatureExtractor
@@ -43,7 +48,7 @@ class View:
     crop: int | None = None
 
     def features(self, images: ImageSet) -> torch.Tensor:
-        """(N, D) float32, from the cache where images, extractor and protocol are the same."""
+        """Features (N, D), float32; read from the cache if images, extractor, resize and crop are the same."""
         key = sha256_json([images.key, self.extractor.sha256, self.resize, self.crop])
         path = images.cache / f"{self.name}.safetensors"
         features = read_features(path, key)
@@ -54,12 +59,12 @@ class View:
 
 
 class Distances:
-    """Every distance that the config asks for.
+    """Computes every distance that the config asks for.
 
     Args:
-        options: the evaluation section; without `features`, which choice.py fills in, there is no main view: no FID, KID,
-            precision, density.
-        device: where features are computed.
+        options: the evaluation section, with `features` set by choice.py. If that is None, there is no main view, and so no
+            FID, KID, precision, recall, density or coverage.
+        device: device of the extractors.
     """
 
     def __init__(self, options: Evaluation, *, device: torch.device | str = "cpu") -> None:
@@ -81,49 +86,54 @@ class Distances:
             self._views.append(View("dinov2", dinov2, "pil_bicubic"))
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """ValueError where an extractor cannot read pictures of a size (height, width) as they are resized: one is tried."""
+        """Tries every extractor on a black picture of `size` (height, width); ValueError if one cannot read it."""
         picture = torch.zeros(1, 3, *size, dtype=torch.uint8)
         for view in self._views:
             try:
                 features = extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
-            except (RuntimeError, TypeError, AttributeError) as error:  # of a file that holds another net
+            except (RuntimeError, TypeError, AttributeError) as error:  # the file holds another network
                 raise ValueError(
                     f"evaluation: {view.extractor.name} cannot read a picture: {first_line(error)}; mend: another copy of "
                     f"its files"
                 ) from None
             if features.shape != (1, view.extractor.num_features) or not bool(features.isfinite().all()):
                 raise ValueError(
-                    f"evaluation: {view.extractor.name} makes no {view.extractor.num_features} finite features of a "
-                    f"picture; mend: another copy of its files"
+                    f"evaluation: {view.extractor.name} does not give {view.extractor.num_features} finite features "
+                    f"for a picture; mend: another copy of its files"
                 )
 
     def to_teacher(self, images: ImageSet, other_seeds: ImageSet) -> dict[str, float]:
-        """`*_to_teacher` of a set of images: against the teacher's images of the same prompts from other seeds.
+        """The `*_to_teacher` metrics: `images` against the teacher's images of the same prompts with other seeds.
 
-        No method's noise is in the reference, so methods that keep the teacher's map from noise to image and methods that
-        add noise while sampling are measured alike; the teacher's own images give the floor.
+        The reference shares no noise with any row. So methods that keep the teacher's map from noise to image have no
+        advantage over methods that add noise while sampling. The teacher's own images give the floor.
         """
         return self._pairwise(images, other_seeds, "teacher")
 
     def paired_to_teacher(self, images: ImageSet, same_noise: ImageSet) -> dict[str, float]:
-        """`paired_fid_to_teacher`: against the teacher's images of the same prompts and noise, 0 for the teacher itself.
+        """`paired_fid_to_teacher`: `images` against the teacher's of the same prompts and noise; {} without a main view.
 
-        It says how faithful a student is to the teacher's map from noise to image. Whoever draws with other noise, the
-        teacher included, is as far away as the floor of `fid_to_teacher`.
+        It measures how well a student keeps the teacher's map from noise to image: 0 for the teacher itself. Images drawn
+        with other noise, even the teacher's, are as far away as the floor of `fid_to_teacher`.
         """
         if self.main is None:
             return {}
         return {"paired_fid_to_teacher": fid(self.main.features(same_noise), self.main.features(images))}
 
     def fid_replicates(self, images: ImageSet, reference: ImageSet) -> list[float] | None:
-        """`fid_without_each_group` on the main features: what the spread of FIDs and of their differences is told from;
-        None without a main view."""
+        """`fid_without_each_group` on the main view's features, for the standard errors of FIDs and of their differences.
+
+        None without a main view.
+        """
         if self.main is None:
             return None
         return fid_without_each_group(self.main.features(images), self.main.features(reference))
 
     def to_real(self, images: ImageSet, real: ImageSet | None) -> dict[str, float]:
-        """`*_to_real`, precision, recall, density and coverage; nothing where there is nothing real."""
+        """The `*_to_real` metrics, precision, recall, density and coverage; {} if there is nothing to compare with.
+
+        FID uses evaluation.reference_stats if that is set; without `real` it is then the only metric.
+        """
         measures: dict[str, float] = {}
         if real is not None:
             measures = self._pairwise(images, real, "real")
@@ -152,16 +162,16 @@ class Distances:
 
 
 def _main_view(options: Evaluation, extractor: FeatureExtractor) -> View:
-    """ConfigError where it cannot read pictures as they are, or patches of another size."""
+    """The view for FID; ConfigError if the extractor needs a resize and has none, or patch_size is not its input size."""
     protocol = options.resize or extractor.default_resize
     if protocol == "none" and extractor.name != "reader":
         raise ConfigError(
-            f"evaluation.resize: got none; {extractor.name} wants {extractor.input_size} pixels; "
+            f"evaluation.resize: got none; {extractor.name} takes pictures of {extractor.input_size} pixels; "
             f"allowed: torchmetrics, tf1, pil_bicubic, lanczos512"
         )
     if options.patch_size is not None and options.patch_size != extractor.input_size:
         raise ConfigError(
             f"evaluation.patch_size: got {options.patch_size}; allowed: {extractor.input_size}, the side that "
-            f"{extractor.name} wants without resize"
+            f"{extractor.name} takes without resize"
         )
     return View("main", extractor, protocol)

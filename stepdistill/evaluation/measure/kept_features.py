@@ -1,4 +1,4 @@
-"""Features of a set of images in a file, with the key of all that they depend on and the sha256 of their bytes."""
+"""Cache files for the features of a set of images, with a key of everything they depend on and the sha256 of their bytes."""
 
 import hashlib
 from pathlib import Path
@@ -11,8 +11,10 @@ from stepdistill.disk.durable import canonical, warn_of_damage, write_bytes
 
 
 def read_features(path: Path, key: str) -> torch.Tensor | None:
-    """(N, D) float32 that `write_features` wrote under this key; None where there are none, they are of another key, or the
-    file is damaged, which is warned of."""
+    """Features (N, D), float32, that `write_features` wrote under `key`.
+
+    None if the file is missing, has another key, or is damaged; a damaged file is logged as a warning.
+    """
     if not path.exists():
         return None
     try:
@@ -22,14 +24,14 @@ def read_features(path: Path, key: str) -> torch.Tensor | None:
         warn_of_damage(path, "the features are computed again")
         return None
     if about.get("sha256") != _digest(features, about.get("key", "")):
-        if "sha256" in about:  # an earlier version wrote none
+        if "sha256" in about:  # files of an earlier version have none
             warn_of_damage(path, "the features are computed again")
         return None
     return features if about["key"] == key else None
 
 
 def write_features(path: Path, features: torch.Tensor, key: str) -> None:
-    """Writes (N, D) float32 features in one step, equal ones as equal bytes; ValueError where that cannot be done."""
+    """Writes features (N, D), float32, atomically; equal features give equal bytes. ValueError if writing fails."""
     about = {"key": key, "sha256": _digest(features, key)}
     write_bytes(path, canonical(save({"features": features.contiguous()}, metadata=about)))
 

@@ -1,4 +1,4 @@
-"""A scorer of somebody else's (HPS, ImageReward), run as a command: its old packages stay in its own environment."""
+"""Runs a third-party scorer (HPS, ImageReward) as a command, so that its packages stay in an environment of their own."""
 
 import json
 import math
@@ -10,10 +10,11 @@ from pathlib import Path
 
 
 def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) -> dict[str, float]:
-    """Runs `command` with {images} (a folder of 000000.png ..) and {prompts} (a prompt a line) filled in, without a
-    shell, and reads the JSON object of numbers on its last line.
+    """Runs `command` without a shell; returns the scores by name, from the JSON object on the last line of its output.
 
-    ValueError in one line where it cannot start, fails, takes longer than `timeout` seconds or prints something else.
+    {images} in the command is replaced by a folder of 000000.png .., {prompts} by a file with one prompt per line.
+    ValueError, with a message of one line, if it cannot start, fails, takes longer than `timeout` seconds, or prints
+    anything else.
     """
     try:
         parts = shlex.split(command)
@@ -22,13 +23,13 @@ def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) 
     words = [part.replace("{images}", str(images)).replace("{prompts}", str(prompts)) for part in parts]
     if not words:
         raise ValueError("evaluation.score_cmd: got an empty command")
-    code, printed, complaints = _run(words, timeout)
+    code, stdout, stderr = _run(words, timeout)
     if code:
-        said = complaints.strip().splitlines()
+        errors = stderr.strip().splitlines()
         raise ValueError(
-            f"evaluation.score_cmd: {words[0]} left with {code}: {said[-1] if said else 'no message'}"
+            f"evaluation.score_cmd: {words[0]} exited with code {code}: {errors[-1] if errors else 'no message'}"
         )
-    lines = printed.strip().splitlines()
+    lines = stdout.strip().splitlines()
     try:
         scores = {str(name): _number(value) for name, value in json.loads(lines[-1] if lines else "").items()}
     except (ValueError, AttributeError, TypeError, OverflowError):
@@ -43,7 +44,7 @@ def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) 
 
 
 def _run(words: list[str], timeout: float) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr; past the timeout the command goes with every process it started."""
+    """Exit code, stdout and stderr; after the timeout the command and every process that it started are killed."""
     try:
         process = subprocess.Popen(
             words,
@@ -57,14 +58,14 @@ def _run(words: list[str], timeout: float) -> tuple[int, str, str]:
     except OSError as error:
         raise ValueError(f"evaluation.score_cmd: cannot run {words[0]}: {error.strerror}") from None
     try:
-        printed, complaints = process.communicate(timeout=timeout)
-    except BaseException as error:  # Ctrl-C too, which does not reach a group of its own
+        stdout, stderr = process.communicate(timeout=timeout)
+    except BaseException as error:  # Ctrl-C too: the command is in another process group and does not get it
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
             raise ValueError(f"evaluation.score_cmd: {words[0]} took longer than {timeout:.0f} s") from None
         raise
-    return process.returncode, printed, complaints
+    return process.returncode, stdout, stderr
 
 
 def _number(value: object) -> float:

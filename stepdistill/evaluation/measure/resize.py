@@ -1,9 +1,9 @@
-"""Named ways to bring images to a feature extractor's size; a distance means nothing without this name.
+"""Resize protocols: ways to bring images to a feature extractor's size. Distances compare only under the same protocol.
 
 torchmetrics   bilinear, antialiased, floating point (torchmetrics with antialias=True)
-tf1            TensorFlow 1's bilinear: sample k is at k * in / out, neighbours without antialiasing (FID's first code)
+tf1            TensorFlow 1's bilinear: output pixel k samples at k * in / out, no antialiasing (the original FID code)
 pil_bicubic    PIL bicubic per channel in floating point, clipped to 0..255 (clean-fid)
-lanczos512     PIL Lanczos to 512 on 8 bit, then torchmetrics' (tables on COCO 10k)
+lanczos512     PIL Lanczos to 512 in 8 bit, then torchmetrics (as in published tables on COCO 10k)
 """
 
 import numpy as np
@@ -14,8 +14,10 @@ RESIZES = ("none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512")
 
 
 def resize(images: torch.Tensor, protocol: str, *, size: int) -> torch.Tensor:
-    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..255, whatever the sides' ratio; ValueError for an unknown
-    protocol."""
+    """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in 0..255, without regard to the aspect ratio.
+
+    Protocol "none" keeps the size. ValueError for an unknown protocol.
+    """
     if protocol not in RESIZES:
         raise ValueError(f"resize: got {protocol!r}; allowed: {', '.join(RESIZES)}")
     if protocol == "none":
@@ -30,7 +32,7 @@ def resize(images: torch.Tensor, protocol: str, *, size: int) -> torch.Tensor:
 
 
 def center_crop(images: torch.Tensor, size: int) -> torch.Tensor:
-    """The size x size centre of (B, 3, H, W); ValueError where images are smaller."""
+    """The size x size centre of images (B, 3, H, W); ValueError if the images are smaller."""
     height, width = images.shape[-2:]
     if min(height, width) < size:
         raise ValueError(

@@ -1,12 +1,13 @@
-"""A small feature extractor that learns from pictures alone, in minutes on a CPU, for FID where no large one is at hand.
+"""A small feature extractor for FID if no large one is available; it is trained without labels, in minutes on a CPU.
 
-Two tasks without labels. To find a picture again by another crop of it among a batch (instance discrimination: Wu et al.
-2018, arXiv 1805.01978, by the loss of SimCLR, Chen et al. 2020, arXiv 2002.05709, Eq 1), which needs what the picture shows.
-And to tell what was done to a picture, as Gidaris et al. 2018 (arXiv 1803.07728) and Zhang et al. 2019 (arXiv 1901.04596) do
-with rotations and warps: blurred, noisy, two pictures at once, parts exchanged, colours moved, or nothing. Views that are
-blurred and recoloured, as SimCLR's, teach features not to see that; here crops alone make the two views, and damage is a
-task. Features learned without labels measure generators well (Morozov, Voynov and Babenko 2021, ICLR), and so do those
-that learned from pictures of the kind that is measured (Cetin et al. 2024, arXiv 2406.18430).
+It learns two tasks. The first is to find a picture in a batch by another crop of it: instance discrimination (Wu et al.
+2018, arXiv 1805.01978) with SimCLR's loss (Chen et al. 2020, arXiv 2002.05709, Eq 1), which needs features of the content.
+The second is to classify the damage to a picture (DAMAGES), as Gidaris et al. 2018 (arXiv 1803.07728) and Zhang et al.
+2019 (arXiv 1901.04596) classify rotations and warps.
+
+SimCLR's views are also blurred and recoloured, which makes features blind to such damage; here the views differ by crops
+only. Features learned without labels measure generators well (Morozov, Voynov and Babenko 2021, ICLR), and so do features
+learned from pictures of the kind that is measured (Cetin et al. 2024, arXiv 2406.18430).
 """
 
 import dataclasses
@@ -30,14 +31,14 @@ SIDES = (32, 64, 128)
 NUM_FEATURES = 128
 DAMAGES = ("none", "blur", "noise", "two at once", "parts exchanged", "colours moved")
 _TEMPERATURE = 0.2
-_SMALLEST_CROP = 0.6  # of a side
+_SMALLEST_CROP = 0.6  # share of a side
 _DAMAGE_WEIGHT = 0.5
 _EMBEDDING = 64
 
 
 @dataclass(frozen=True)
 class Schooling:
-    """How long and how fast: updates, pictures in a batch, AdamW's learning rate with a cosine to 0."""
+    """Training settings: number of updates, batch size, AdamW's learning rate (with cosine decay to 0) and seed."""
 
     steps: int = 400
     batch_size: int = 64
@@ -47,19 +48,23 @@ class Schooling:
 
 @dataclass(frozen=True)
 class Grades:
-    """On pictures kept apart: the share found again by another crop among `among`, and the share of damages named right."""
+    """Accuracy of both tasks on validation pictures.
+
+    found_again   share of pictures that are found by another crop among `among` pictures
+    damage_named  share of damages that are classified correctly
+    """
 
     found_again: float
     among: int
     damage_named: float
 
     def as_json(self) -> dict[str, float]:
-        """As plain data."""
+        """The fields as a dictionary for JSON."""
         return dataclasses.asdict(self)
 
 
 class SmallNet(nn.Module):
-    """Images (B, 3, side, side) in -1..1 to features (B, 128), scaled so that each has a variance of about 1."""
+    """Images (B, 3, side, side) in -1..1 -> features (B, 128); after training each has a variance of about 1."""
 
     scale: torch.Tensor
 
@@ -68,15 +73,15 @@ class SmallNet(nn.Module):
         self.side = side
         stride = 4 if side > 64 else 2
         blocks: list[nn.Module] = [nn.Conv2d(3, 24, 2 * stride + 1, stride=stride, padding=stride)]
-        channels, here = 24, side // stride
+        channels, width = 24, side // stride
         while True:
             blocks += [nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1)]
             blocks += [nn.GroupNorm(8, channels), nn.SiLU()]
-            if here == 4:
+            if width == 4:
                 break
             wider = min(128, 2 * channels)
             blocks.append(nn.Conv2d(channels, wider, 3, stride=2, padding=1))
-            channels, here = wider, here // 2
+            channels, width = wider, width // 2
         self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(channels * 16, NUM_FEATURES))
         self.register_buffer("scale", torch.ones(NUM_FEATURES))
 
@@ -86,7 +91,7 @@ class SmallNet(nn.Module):
 
 
 class _Heads(nn.Module):
-    """What the two tasks read from the features; thrown away after training."""
+    """The heads of the two tasks on top of the features; discarded after training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +100,7 @@ class _Heads(nn.Module):
 
 
 def side_for(size: tuple[int, int]) -> int:
-    """The side that pictures of (height, width) are looked at in: 32, 64 or 128."""
+    """The side, 32, 64 or 128 pixels, that pictures of (height, width) are resized to."""
     return next((side for side in SIDES if max(size) <= side), SIDES[-1])
 
 
@@ -105,13 +110,15 @@ def train_small_net(
     schooling: Schooling,
     progress: Callable[[int, float], None] = lambda _step, _loss: None,
 ) -> tuple[SmallNet, Grades]:
-    """The net after its schooling, and its grades.
+    """Trains a net; returns it with its accuracy on validation pictures.
+
+    The same pictures and settings give the same bits on one machine with the same number of threads.
 
     Args:
-        pictures: uint8 (N, 3, side, side) to learn from.
-        kept_apart: uint8 (M, 3, side, side) to be graded on.
-        schooling: what it depends on besides the pictures; with as many threads on the same machine, to the bit.
-        progress: told of every update, from 1, and its loss.
+        pictures: training pictures, uint8 (N, 3, side, side).
+        kept_apart: validation pictures, uint8 (M, 3, side, side).
+        schooling: training settings.
+        progress: called after every update with its number, from 1, and its loss.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(schooling.seed)
@@ -138,7 +145,7 @@ def train_small_net(
 
 
 def _batches(count: int, schooling: Schooling, draws: torch.Generator) -> Iterator[torch.Tensor]:
-    """Rows of each update's pictures: passes in random order."""
+    """The picture indices of each update, from passes over all pictures in random order."""
     size, order = min(schooling.batch_size, count), torch.empty(0, dtype=torch.int64)
     for _ in range(schooling.steps):
         if len(order) < size:
@@ -167,7 +174,7 @@ def _losses(
 
 
 def _crop(batch: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-    """A crop of each picture, somewhere, of .6 to 1 of its sides, resized back."""
+    """A random crop of each picture, with 0.6 to 1 of its side, resized to the full side."""
     count = len(batch)
     share = _SMALLEST_CROP + (1 - _SMALLEST_CROP) * torch.rand(count, 1, generator=draws)
     middle = (2 * torch.rand(count, 2, generator=draws) - 1) * (1 - share)
@@ -179,7 +186,7 @@ def _crop(batch: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
 
 
 def damaged(batch: torch.Tensor, kinds: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-    """The pictures (B, 3, S, S) in -1..1, each with its kind of DAMAGES at some strength."""
+    """The pictures (B, 3, S, S) in -1..1, each with the damage DAMAGES[kind] at a random strength; kinds (B,)."""
     made = batch.clone()
     for kind, name in enumerate(DAMAGES):
         rows = (kinds == kind).nonzero()[:, 0]
@@ -211,7 +218,7 @@ def _two_at_once(batch: torch.Tensor, rows: torch.Tensor, draws: torch.Generator
 
 
 def _parts_exchanged(batch: torch.Tensor, rows: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-    """Halves across or down change places, cut somewhere."""
+    """Cuts each picture in two at a random row or column and exchanges the parts."""
     side, made = batch.shape[-1], []
     for row in rows.tolist():
         axis, at = (
@@ -246,14 +253,14 @@ def _grade(net: SmallNet, heads: _Heads, kept_apart: torch.Tensor, draws: torch.
 
 
 def write_small_net(folder: Path, net: SmallNet, about: Mapping[str, Any]) -> None:
-    """Writes model.safetensors, then extractor.json with what is said about it, its side and its sha256."""
+    """Writes model.safetensors, then extractor.json with `about`, the net's side and the sha256 of the weights."""
     content = canonical(save({name: tensor.contiguous() for name, tensor in net.state_dict().items()}))
     write_bytes(folder / WEIGHTS, content)
     write_sealed(folder / RECORD, {**about, "side": net.side, "sha256": hashlib.sha256(content).hexdigest()})
 
 
 def read_small_net(folder: Path) -> tuple[SmallNet, str]:
-    """The net that `write_small_net` wrote, without gradients, and its sha256; ValueError for another folder."""
+    """The net written by `write_small_net`, without gradients, and its sha256; ValueError if the folder has none."""
     record = read_sealed(folder / RECORD) or {}
     side, sha256 = record.get("side"), record.get("sha256")
     try:

@@ -1,7 +1,7 @@
-"""`evaluation.features: trained`: a small net (small_net.py) that learns from the run's own pictures, once.
+"""`evaluation.features: trained`: a small net (small_net.py) that is trained once on the run's own pictures.
 
 RUN/evaluation/extractor/model.safetensors   the net
-RUN/evaluation/extractor/extractor.json      what it depends on, its sha256, how it learned, its grades; written last
+RUN/evaluation/extractor/extractor.json      key of what it depends on, sha256, training settings, accuracy; written last
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from stepdistill.data.file_version import version_of_file
 from stepdistill.data.held_out import pictured_data
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.samples import BadSample, cover
+from stepdistill.data.size_counts import data_seed
 from stepdistill.data.source import picture_of, training_records
 from stepdistill.demo.world import world_of
 from stepdistill.disk.durable import read_sealed, sha256_json, warn_of_damage
@@ -35,22 +36,25 @@ from stepdistill.evaluation.measure.small_net import (
     train_small_net,
     write_small_net,
 )
-from stepdistill.rng import derive_seed
 from stepdistill.run.log import PhaseProgress
 from stepdistill.teacher.source import teacher_facts
 
 logger = logging.getLogger(__name__)
 FEWEST_PICTURES = 200
 MOST_PICTURES = 4096
-"""That it learns from."""
+"""Most pictures that the net is trained on and validated with."""
 RESIZE = "pil_bicubic"
-_APART = 10  # every tenth picture is kept apart for its grades
-_FORM = 1  # of all this; another number makes the nets of earlier versions again
+_APART = 10  # every tenth picture is used for validation
+_FORM = 1  # version of this file's method; raise it so that nets of earlier versions are trained again
 
 
 @dataclasses.dataclass(frozen=True)
 class _Picture:
-    """name and version: which picture it is; pixels: uint8 (H, W, 3) of a size, or BadSample."""
+    """One picture, not read yet.
+
+    name, version  identify the picture
+    pixels         returns uint8 (H, W, 3) cropped to a size (H, W); may raise BadSample
+    """
 
     name: str
     version: Callable[[], str]
@@ -61,17 +65,17 @@ Size = tuple[int, int]
 
 
 def pictures_at_hand(config: RunConfig) -> int:
-    """How many pictures of its own a run has to learn from, counted up to FEWEST_PICTURES."""
+    """Number of pictures that the net could be trained on, counted up to FEWEST_PICTURES."""
     return sum(1 for _ in itertools.islice(_pictures(config), FEWEST_PICTURES))
 
 
 def trained_side(config: RunConfig) -> int:
-    """The side in pixels that the net looks at pictures in."""
+    """The side in pixels that the net takes."""
     return side_for(teacher_facts(config).image_size)
 
 
 def trained_extractor(config: RunConfig) -> Path:
-    """The folder of the run's extractor; trained where it is not there, or other pictures are."""
+    """The folder of the run's extractor, which is trained if it is missing or its pictures or settings changed."""
     folder = config.run_dir / "evaluation" / "extractor"
     chosen = list(itertools.islice(_pictures(config), MOST_PICTURES))
     size, schooling = teacher_facts(config).image_size, Schooling()
@@ -88,9 +92,9 @@ def trained_extractor(config: RunConfig) -> Path:
     elif record is None and (folder / RECORD).exists():
         warn_of_damage(folder / RECORD, "the extractor is trained again")
     logger.info(
-        "evaluate: a feature extractor learns from %d pictures; it is kept in %s", len(chosen), folder
+        "evaluate: training a feature extractor on %d pictures, to be stored in %s", len(chosen), folder
     )
-    pixels = torch.cat(list(_looked_at(chosen, size, how, side)))
+    pixels = torch.cat(list(_resized(chosen, size, how, side)))
     apart = torch.arange(len(pixels)) % _APART == 0
     with PhaseProgress("extractor", schooling.steps, logging_steps=100, enabled=True) as bar:
         net, grades = train_small_net(
@@ -107,16 +111,16 @@ def trained_extractor(config: RunConfig) -> Path:
 
 
 def trained_facts(folder: Path) -> dict[str, object]:
-    """For the protocol: from how many pictures it learned, how, and its grades on others."""
+    """For the protocol: the number of training pictures, side, training settings and validation accuracy."""
     record = read_sealed(folder / RECORD) or {}
     return {name: record.get(name) for name in ("pictures", "side", "schooling", "grades")}
 
 
 def _pictures(config: RunConfig) -> Iterator[_Picture]:
-    """Those that the students learn from; where these are prompts or latents alone, those of evaluation.real_images."""
+    """The run's training pictures; if the data has only prompts or latents, those of evaluation.real_images, if set."""
     data = pictured_data(config)
     if not (is_prompts_only(data.source) or is_cache(data.source)):
-        for record in training_records(data, seed=derive_seed(config.seed, "data") % 2**32):
+        for record in training_records(data, seed=data_seed(config)):
             yield _Picture(record.name, record.version, functools.partial(_of_record, record, data))
     elif config.evaluation.real_images is not None:
         folder = ImageFolder.open(config.evaluation.real_images)
@@ -134,8 +138,8 @@ def _of_file(file: Path, size: Size) -> np.ndarray:
     return cover(Image.fromarray(read_picture(file)), size)[0]
 
 
-def _looked_at(chosen: Sequence[_Picture], size: Size, how: str, side: int) -> Iterator[torch.Tensor]:
-    """uint8 (1, 3, side, side) of each picture that can be read, brought to that side as pictures of a table are."""
+def _resized(chosen: Sequence[_Picture], size: Size, how: str, side: int) -> Iterator[torch.Tensor]:
+    """uint8 (1, 3, side, side) of each readable picture, resized by the evaluation's protocol `how`."""
     for picture in chosen:
         with contextlib.suppress(BadSample):  # counted by `prepare`
             pixels = torch.from_numpy(picture.pixels(size)).permute(2, 0, 1)[None].contiguous()

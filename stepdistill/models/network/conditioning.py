@@ -1,4 +1,4 @@
-"""What a network gets besides sample and time: text embeddings, and the sizes of the picture where it is SDXL."""
+"""The inputs of a network besides sample and timestep: text embeddings, and for SDXL also the sizes of the picture."""
 
 from dataclasses import dataclass, field
 
@@ -16,14 +16,14 @@ class Conditioning:
         return len(self.encoder_hidden_states)
 
     def rows(self, index: torch.Tensor) -> "Conditioning":
-        """The rows named by index (n,), int64."""
+        """The rows at index (n,), int64."""
         return Conditioning(
             self.encoder_hidden_states[index],
             {name: value[index] for name, value in self.added_cond_kwargs.items()},
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "Conditioning":
-        """On another device, in another dtype; time ids stay float32: bfloat16 has no 1023."""
+        """A copy on another device in another dtype; time_ids stay float32, since bfloat16 cannot represent 1023."""
         return Conditioning(
             self.encoder_hidden_states.to(device, dtype),
             {
@@ -33,7 +33,7 @@ class Conditioning:
         )
 
     def beside(self, conditional: "Conditioning") -> "Conditioning":
-        """Repeats the unconditional row once per row of `conditional`, with that row's time_ids."""
+        """Repeats this unconditional row once per row of `conditional`, with the time_ids of that row."""
         device = self.encoder_hidden_states.device
         rows = self.rows(torch.zeros(len(conditional), dtype=torch.int64, device=device))
         sizes = {k: v for k, v in conditional.added_cond_kwargs.items() if k == "time_ids"}
@@ -41,7 +41,7 @@ class Conditioning:
 
     @staticmethod
     def concat(*parts: "Conditioning") -> "Conditioning":
-        """The rows of all parts in order, such as the unconditional and the conditional half of one forward."""
+        """The rows of all parts in order, such as the unconditional and the conditional half of one forward pass."""
         return Conditioning(
             torch.cat([part.encoder_hidden_states for part in parts]),
             {

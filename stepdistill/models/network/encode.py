@@ -1,4 +1,4 @@
-"""Prompts, and no prompt, as conditioning: by the pipeline's own text encoders, as its kind of network takes them."""
+"""Encodes prompts, and the absence of a prompt, into conditioning, with the pipeline's own text encoders."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +11,7 @@ from stepdistill.models.network.kind import kind_of_pipeline
 def encode_prompts(
     pipeline: DiffusionPipeline, prompts: list[str], *, image_size: tuple[int, int], batch_size: int = 32
 ) -> Conditioning:
-    """A row for each prompt; image_size is the (height, width) in pixels that the network is asked for."""
+    """One row of conditioning per prompt; image_size: (height, width) in pixels, which SDXL is conditioned on."""
     kind = kind_of_pipeline(pipeline)
     chunks = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     return Conditioning.concat(*(kind.encode(pipeline, chunk, image_size=image_size) for chunk in chunks))
@@ -21,7 +21,10 @@ def encode_prompts(
 def encode_unconditional(
     pipeline: DiffusionPipeline, *, image_size: tuple[int, int], kind: str = "auto"
 ) -> Conditioning:
-    """One row that stands for no prompt: the embedding of "" or zeros; auto: zeros for SDXL where its config says so."""
+    """One row of conditioning that stands for no prompt: the embedding of "" or zeros.
+
+    kind: as `teacher.unconditional`; "auto" means zeros if the pipeline's config says so, as SDXL's does.
+    """
     empty = encode_prompts(pipeline, [""], image_size=image_size)
     if not unconditional_is_zeros(pipeline, kind):
         return empty
@@ -30,7 +33,7 @@ def encode_unconditional(
 
 
 def unconditional_is_zeros(pipeline: DiffusionPipeline, kind: str) -> bool:
-    """Of `teacher.unconditional`: whether no prompt is zeros with this pipeline."""
+    """Whether `kind`, a value of `teacher.unconditional`, means zeros for this pipeline, not the embedding of ""."""
     return kind == "zeros" or (
         kind == "auto" and bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", False))
     )

@@ -1,7 +1,7 @@
-"""What the package asks of a network, whatever its architecture; `KINDS` says which class answers for which model.
+"""What the package needs from a network of any architecture; `KINDS` lists the architectures that are supported.
 
-A new architecture is one file beside unet.py with a class that answers, and one line in `KINDS`. The checks of a teacher's
-folder (teacher/folder.py) and the exports for other tools (export/) know the architecture too.
+A new architecture takes one file beside unet.py with a class that implements NetworkKind, and one entry in `KINDS`. The
+checks of a teacher's folder (teacher/folder.py) and the exports for other tools (export/) depend on the architecture too.
 """
 
 from collections.abc import Sequence
@@ -18,32 +18,32 @@ from stepdistill.teacher.loading import load_part
 
 
 class NetworkKind(Protocol):
-    """What is known of one architecture. Networks are passed in, so an answer holds for every adapter on them."""
+    """One architecture. Each method gets the network as an argument, so it works with any adapter on that network."""
 
     @property
     def component(self) -> str:
-        """The part of a pipeline that is the network, such as "unet"; also its folder."""
+        """Name of the network among the pipeline's components and folders, such as "unet"."""
 
     @property
     def network_class(self) -> type[Any]:
-        """Its class in diffusers."""
+        """The network's class in diffusers."""
 
     @property
     def pipeline_classes(self) -> tuple[type[Any], ...]:
-        """The pipelines that it is the network of."""
+        """The pipeline classes that use this network."""
 
     @property
     def lora_targets(self) -> Sequence[str]:
-        """Names of the modules that a LoRA trains, as peft takes them."""
+        """Names of the modules that a LoRA adapts, in the form that peft expects."""
 
     @property
     def encoder_lora_targets(self) -> str:
-        """The same of the part that `features` runs, as peft's regular expression: what a discriminator's trunk trains."""
+        """Regular expression, for peft, of the modules that a discriminator's LoRA adapts: those that `features` runs."""
 
     def ask(
         self, network: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """The network's output (B, C, H, W) in the dtype of `sample`."""
+        """Forward pass: the network's output (B, C, H, W) in the dtype of `sample`."""
 
     def features(
         self, network: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
@@ -51,32 +51,33 @@ class NetworkKind(Protocol):
         """Features (B, C_i, H_i, W_i) inside the network, from shallow to deep."""
 
     def encode(self, pipeline: Any, prompts: list[str], *, image_size: tuple[int, int]) -> Conditioning:
-        """A row of conditioning for each prompt, by the pipeline's text encoders; image_size: (height, width) in pixels."""
+        """One row of conditioning per prompt, from the pipeline's text encoders; image_size: (height, width) in pixels."""
 
     def feature_shapes(self, network: Any, sample_size: int) -> list[tuple[int, int]]:
-        """(channels, smaller side) of each of these features for latents of this smaller side."""
+        """(channels, smaller side) of each of these features, for latents whose smaller side is sample_size."""
 
     def encoder_copy(self, network: Any) -> Any:
-        """A copy of what `features` needs, to be trained whole."""
+        """A copy of the part that `features` runs, so that all its weights can be trained."""
 
 
 KINDS: list[NetworkKind] = [UNetKind()]
 
 
 def kind_of(network: object) -> NetworkKind:
-    """Who answers for this network; ValueError for an architecture that nobody answers for."""
+    """The NetworkKind of this network; ValueError if its architecture is not supported."""
     return _first("network", network, [(kind.network_class, kind) for kind in KINDS])
 
 
 def kind_of_pipeline(pipeline: object) -> NetworkKind:
-    """Who answers for this pipeline's network, which need not be loaded; ValueError as above."""
+    """The NetworkKind of this pipeline's network, which need not be loaded; ValueError if it is not supported."""
     return _first("pipeline", pipeline, [(p, kind) for kind in KINDS for p in kind.pipeline_classes])
 
 
 def load_network(folder: Path, *, dtype: torch.dtype = torch.float32, quantization: str = "none") -> Any:
     """The network of a pipeline's folder, frozen, in eval mode.
 
-    ConfigError where it cannot be loaded to the last weight, and where "int8" is asked for and torchao is not installed.
+    ConfigError if the pipeline is not supported, if a weight is missing or cannot be loaded, or if quantization is "int8"
+    and torchao is not installed.
     """
     named = TeacherFacts.of_folder(folder).pipeline_class
     kinds = {pipeline.__name__: kind for kind in KINDS for pipeline in kind.pipeline_classes}

@@ -1,4 +1,4 @@
-"""Stable Diffusion's U-Net. What tells SD from SDXL ends here."""
+"""The U-Net of Stable Diffusion and SDXL. Users of UNetKind need not know which of the two they have."""
 
 import copy
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from stepdistill.models.network.conditioning import Conditioning
 
-# LCM-LoRA's list: every convolution and linear except conv_in, conv_out and the shared time embedding.
+# LCM-LoRA's list: every convolution and linear layer except conv_in, conv_out and the shared time embedding.
 LORA_TARGETS = (
     "to_q",
     "to_k",
@@ -33,7 +33,7 @@ LORA_TARGETS = (
 
 
 class UNetKind:
-    """The answers of models/network/kind.py for UNet2DConditionModel; the features are those of the encoder."""
+    """The NetworkKind of UNet2DConditionModel; its features are those of the U-Net's encoder."""
 
     component = "unet"
     network_class = UNet2DConditionModel
@@ -50,7 +50,7 @@ class UNetKind:
         timesteps: torch.Tensor,
         conditioning: Conditioning,
     ) -> torch.Tensor:
-        """The output (B, C, H, W) in the dtype of `sample`; the input goes in the U-Net's own dtype."""
+        """Forward pass: the output (B, C, H, W) in the dtype of `sample`; the input is cast to the U-Net's dtype."""
         output = network(
             sample.to(network.dtype),
             timesteps,
@@ -67,7 +67,7 @@ class UNetKind:
         timesteps: torch.Tensor,
         conditioning: Conditioning,
     ) -> list[torch.Tensor]:
-        """Features (B, C_i, H_i, W_i) after each down block and the mid-block: a U-Net without its decoder."""
+        """Features (B, C_i, H_i, W_i) after each down block and the mid-block: the U-Net without its decoder."""
         hidden_states = conditioning.encoder_hidden_states
         added = conditioning.added_cond_kwargs or None
         sample = sample.to(network.dtype)
@@ -93,7 +93,7 @@ class UNetKind:
     def encode(
         self, pipeline: DiffusionPipeline, prompts: list[str], *, image_size: tuple[int, int]
     ) -> Conditioning:
-        """Text embeddings; with SDXL the pooled ones, and time_ids of an image_size that is neither scaled nor cropped."""
+        """Text embeddings; for SDXL also pooled ones, and time_ids of an image_size that is neither scaled nor cropped."""
         encoded = pipeline.encode_prompt(
             prompt=prompts, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -105,7 +105,7 @@ class UNetKind:
         return Conditioning(encoded[0], added)
 
     def feature_shapes(self, network: UNet2DConditionModel, sample_size: int) -> list[tuple[int, int]]:
-        """(channels, smaller side) of each feature; every block but the last halves the side."""
+        """(channels, smaller side) of each feature; every down block but the last halves the side."""
         channels = list(network.config.block_out_channels)
         last = len(channels) - 1
         blocks = [(c, max(1, sample_size >> min(i + 1, last))) for i, c in enumerate(channels)]
