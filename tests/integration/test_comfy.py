@@ -175,5 +175,5 @@ def test_another_noise_schedule_has_none_and_the_card_says_so(tmp_path):
     folder = export_rung(config, 4)
     assert not list((folder / "kohya").glob("*.json"))
     card = " ".join((folder / "README.md").read_text().split())
-    assert "ComfyUI: not with this LoRA: it draws with Stable Diffusion's noise schedule" in card
+    assert "ComfyUI: not with this LoRA. It samples with Stable Diffusion's noise schedule" in card
     assert "A1111, Forge: not with this LoRA. They draw with Stable Diffusion's noise schedule" in card

@@ -201,7 +201,7 @@ def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_pa
     prepare(kept)
     assert load_cache(kept).sizes == {(64, 64): 24, wide: 12, wide[::-1]: 2}
     distill(kept)
-    assert "2 of 38 pictures have a size that fewer than the 4 samples of an update have" in caplog.text
+    assert "2 of 38 pictures have sizes with fewer pictures than the 4 samples of an update" in caplog.text
 
 
 def test_training_on_buckets_does_not_depend_on_the_micro_batch(tmp_path):

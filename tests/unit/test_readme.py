@@ -23,6 +23,20 @@ def shown_tables(text):
     return re.findall(r"<!-- table: eval/results/peers.md -->\n(.*?)\n<!-- end -->", text, flags=re.DOTALL)
 
 
+def test_every_table_is_that_of_the_file_it_names():
+    pages = [README, *PAGE.parent.glob("*.md")]
+    blocks = [
+        block
+        for page in pages
+        for block in re.findall(
+            r"<!-- table: (\S+) -->\n(.*?)\n<!-- end -->", page.read_text(), flags=re.DOTALL
+        )
+    ]
+    assert len(blocks) >= 6
+    for file, table in blocks:
+        assert table in Path(file).read_text(), file
+
+
 def test_the_tables_are_the_committed_results():
     results = RESULTS.with_suffix(".md").read_text()
     assert len(shown_tables(PAGE.read_text())) == 4
