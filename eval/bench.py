@@ -27,10 +27,10 @@ from stepdistill.config.load import load_config
 from stepdistill.data.batches import Batch, draw_batch
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.cache import LatentCache, load_cache
+from stepdistill.data.decode import cover
 from stepdistill.data.encode import Encoder, encode_pictures
 from stepdistill.data.prepare import prepare
 from stepdistill.data.records import records
-from stepdistill.data.samples import cover
 from stepdistill.data.source import picture_of
 from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.ladder import distill

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
-from stepdistill.diffusion.noise_path import VariancePreserving
-from stepdistill.disk.durable import sha256_file, writing
+from stepdistill.diffusion.noise_path import NoisePath
+from stepdistill.disk.durable import replace_folder, sha256_file, writing
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
@@ -63,8 +63,8 @@ class Shared:
     runtime: Runtime
 
     @property
-    def noise_path(self) -> VariancePreserving:
-        """The noise schedule of the base model."""
+    def noise_path(self) -> NoisePath:
+        """The noise path of the base model."""
         return self.undistilled.noise_path
 
 
@@ -225,8 +225,7 @@ def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: 
     record.write(partial)
     final = rung_folder(shared.config.run_dir, rung.student_steps)
     with writing(final):
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        replace_folder(partial, final)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
 
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
-    if "mse" not in phase.kinds and phase.discriminator.real == "data":
+    if phase.adversary is not None and len(phase.kinds) == 1 and phase.discriminator.real == "data":
         return 0.0
     each = _LORA_FORWARD
     if _is_base(config, rung, phase):

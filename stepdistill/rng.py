@@ -1,6 +1,6 @@
 """Named randomness: every draw depends only on the seed, on keys that name its purpose, and on the global sample index.
 
-So a resumed run, another micro-batch size or another number of processes gets the same samples and the same noise.
+So sample n has the same noise after a resume, in any micro-batch, and on any number of processes.
 """
 
 import functools

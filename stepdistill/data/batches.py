@@ -1,5 +1,7 @@
-"""The samples and the randomness of one update, a function of the sample index alone: the micro-batch size and the number of
-processes change nothing.
+"""The samples and the randomness of one update, a function of the sample's number alone.
+
+Sample n has the same noise and timestep in any micro-batch of any process. An update takes `group` samples: micro-batch size
+times micro-batches times processes. Any split of the same group gives the same updates.
 
 Everything that depends on timesteps alone is computed here, on the CPU and before the update, so that the update does not
 wait for the GPU.
@@ -14,7 +16,7 @@ import torch
 
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
-from stepdistill.diffusion.noise_path import Move, VariancePreserving, moves_to
+from stepdistill.diffusion.noise_path import Move, NoisePath, moves_to
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.objectives.adversarial import draw_perturbation
 
@@ -67,7 +69,7 @@ def draw_batch(
     cache: LatentCache,
     indices: list[int],
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
     student_steps: int,
     node_steps: int,
     teacher_steps: int | None = None,
@@ -83,7 +85,7 @@ def draw_batch(
     Args:
         cache: latents and text embeddings.
         indices: sample numbers, counted from the start of the phase.
-        noise_path: the noise schedule.
+        noise_path: of the base model.
         student_steps: steps of the student's sampler; each sample moves to the next node of its grid.
         node_steps: steps of the sampler whose nodes the timesteps are drawn from.
         teacher_steps: steps of the teacher's sampler; default: teacher_moves is None.

@@ -24,7 +24,7 @@ TEXT = "text.safetensors"
 
 
 @dataclass(frozen=True)
-class Samples:
+class CachedSamples:
     """latents (B, C, h, w) in float32, and their conditioning (B rows)."""
 
     latents: torch.Tensor
@@ -81,7 +81,7 @@ class LatentCache:
         """Conditioning of these prompts, one row each; ValueError if one is not a prompt of the preview."""
         return self._conditioning.rows(torch.tensor([self._prompts.index(prompt) for prompt in prompts]))
 
-    def samples(self, size: Size, numbers: list[int]) -> Samples:
+    def samples(self, size: Size, numbers: list[int]) -> CachedSamples:
         """Samples of one size, in the order of `numbers`, which count the samples of that size only."""
         shards, index = self._places[size].find(torch.tensor(numbers))
         order = torch.argsort(shards, stable=True)
@@ -92,9 +92,9 @@ class LatentCache:
             conditionings.append(self._shards[shard].conditioning(size, here))
         back = torch.argsort(order)
         conditioning = functools.reduce(Conditioning.concat, conditionings).rows(back)
-        return Samples(torch.cat(latents)[back].float(), conditioning)
+        return CachedSamples(torch.cat(latents)[back].float(), conditioning)
 
-    def draw(self, indices: list[int], *, seed: int, group: int) -> Samples:
+    def draw(self, indices: list[int], *, seed: int, group: int) -> CachedSamples:
         """The samples of the global `indices`, all of one size: shuffled passes over the data, no sample twice in a pass.
 
         With several sizes, an update (`group` consecutive indices) has samples of one size (order.py); ValueError if the

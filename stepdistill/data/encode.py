@@ -18,8 +18,8 @@ from diffusers import DiffusionPipeline
 from stepdistill.config import Data
 from stepdistill.config.data import Kind
 from stepdistill.data.buckets import Size, Sizes
+from stepdistill.data.decode import BadSample, cover, read_caption
 from stepdistill.data.records import Record
-from stepdistill.data.samples import BadSample, cover, read_caption
 from stepdistill.data.shards import caption_bytes, size_name
 from stepdistill.data.source import picture_of
 from stepdistill.data.synthesis import Synthesis

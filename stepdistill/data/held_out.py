@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from stepdistill.config import Data, RunConfig
+from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.records import Record, is_cache, is_prompts_only, records
-from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.demo.world import world_of
 from stepdistill.disk.durable import read_sealed
 from stepdistill.run.folder import saved_held_out

@@ -6,8 +6,8 @@ that do not fill an update are carried into the next pass. So after p passes, a 
 samples was seen p or p - 1 times. A smaller size has one update in about group / c passes, and that update uses each of its
 samples group / c times: this is why `prepare` crops such pictures to the nearest size that has enough (buckets.py).
 
-The order depends on the seed and the update's number alone: a resumed run, any number of processes and any micro-batch size
-give the same samples.
+The order depends on the seed, `group` and the update's number alone: a resumed run gives the same samples, and so does any
+split of the same `group` into processes and micro-batches.
 """
 
 from collections.abc import Mapping

@@ -22,10 +22,10 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import KINDS
 from stepdistill.data.buckets import least_per_bucket
 from stepdistill.data.cache import TEXT, is_whole, pack
+from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.encode import Bad, Encoder, stopping
 from stepdistill.data.held_out import settled
 from stepdistill.data.records import Record, is_cache, is_prompts_only
-from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.shards import FORMAT, Shard, is_intact, read_about, size_name, write_shard
 from stepdistill.data.size_counts import UsedSizes, data_seed, used_sizes
 from stepdistill.data.source import not_empty, training_records

@@ -24,8 +24,8 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config.data import Kind
+from stepdistill.data.decode import MOST_BYTES, MOST_CAPTION_BYTES, BadSample
 from stepdistill.data.file_version import version_of_bytes, version_of_file, version_of_part
-from stepdistill.data.samples import MOST_BYTES, MOST_CAPTION_BYTES, BadSample
 from stepdistill.data.shards import Shard
 from stepdistill.data.tar import BrokenArchive, Member, members, read_member
 

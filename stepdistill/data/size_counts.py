@@ -16,9 +16,9 @@ from PIL import Image
 
 from stepdistill.config import ConfigError, Data, RunConfig
 from stepdistill.data.buckets import Size, Sizes, least_per_bucket
+from stepdistill.data.decode import BadSample, picture_size, read_caption
 from stepdistill.data.held_out import settled
 from stepdistill.data.records import Record, is_cache, is_prompts_only
-from stepdistill.data.samples import BadSample, picture_size, read_caption
 from stepdistill.data.shards import size_name
 from stepdistill.data.source import training_records
 from stepdistill.demo.world import world_of

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, Data
+from stepdistill.data.decode import BadSample, cover, decode_image, read_caption
 from stepdistill.data.held_out import held_out_share, is_held_out, is_record_held_out
 from stepdistill.data.records import Record, is_cache, is_prompts_only, records
-from stepdistill.data.samples import BadSample, cover, decode_image, read_caption
 from stepdistill.demo.world import World, world_of
 
 MOST_PICTURES = 50_000

@@ -9,6 +9,7 @@ Legend, with the equation numbers of SDXL-Lightning (arXiv 2402.13929):
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -64,6 +65,48 @@ def moves_to(moves: Sequence[Move], device: torch.device | str) -> list[Move]:
     parts = [part for m in moves for part in (m.rows, m.timesteps, m.prev_timesteps) if part is not None]
     packed = iter(torch.cat(parts).to(device).split([len(part) for part in parts]))
     return [Move(None if m.rows is None else next(packed), next(packed), next(packed)) for m in moves]
+
+
+class NoisePath(Protocol):
+    """What training asks of a noise path; `VariancePreserving` says what each answer is."""
+
+    def to(self, device: torch.device | str) -> "NoisePath":
+        """The same path on another device."""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+
+    @property
+    def last_timestep(self) -> int:
+        """The noisiest timestep."""
+
+    def alpha_sigma(
+        self, timesteps: torch.Tensor, *, ndim: int = 1, dtype: torch.dtype = torch.float64
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t e."""
+
+    def add_noise(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        *,
+        pure_noise_at_last: bool = False,
+    ) -> torch.Tensor:
+        """x_t."""
+
+    def nodes(self, steps: int) -> torch.Tensor:
+        """The timesteps that an N-step sampler visits."""
+
+    def jump(self, timesteps: Sequence[int], student_steps: int) -> list[int]:
+        """Where the student's one step ends."""
+
+    def substeps(self, timesteps: Sequence[int], prev_timesteps: Sequence[int], steps: int) -> list[Move]:
+        """The moves of an N-step sampler on the way."""
+
+    def sampling(self, steps: int, batch_size: int) -> list[Move]:
+        """The moves of a whole N-step sampling."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ v   = alpha_t e - sigma_t x_0                 e   = (x_t - alpha_t x_0) / sigma_
 
 import torch
 
-from stepdistill.diffusion.noise_path import VariancePreserving
+from stepdistill.diffusion.noise_path import NoisePath
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
@@ -16,7 +16,7 @@ def convert(
     sample: torch.Tensor,
     timesteps: torch.Tensor,
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
     prediction_type: str,
     target: str,
 ) -> torch.Tensor:
@@ -57,7 +57,7 @@ def to_original_and_noise(
     sample: torch.Tensor,
     timesteps: torch.Tensor,
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
     prediction_type: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(predicted x_0, predicted e), each (B, ...): the two terms of a solver step."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from stepdistill.diffusion.noise_path import Move, VariancePreserving
+from stepdistill.diffusion.noise_path import Move, NoisePath
 from stepdistill.diffusion.prediction import to_original_and_noise
 
 # (rows (n,) of the batch or None for all, sample (n, ...), timesteps (n,)) -> model output (n, ...)
@@ -26,7 +26,7 @@ def move(
     timesteps: torch.Tensor,
     prev_timesteps: torch.Tensor,
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
     prediction_type: str,
 ) -> torch.Tensor:
     """One step to prev_sample (B, ...) at prev_timesteps (B,) (Eq 5); a row stays if both its timesteps are equal."""
@@ -42,7 +42,7 @@ def rollout(
     sample: torch.Tensor,
     moves: Sequence[Move],
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
     prediction_type: str,
 ) -> torch.Tensor:
     """Moves sample (B, ...) along `moves`, with one model evaluation per move.
@@ -71,7 +71,7 @@ def implied_noise(
     timesteps: torch.Tensor,
     prev_timesteps: torch.Tensor,
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
 ) -> torch.Tensor:
     """The epsilon e* for which move(sample, e*) = prev_sample: e* = (x_s - (a_s / a_t) x_t) / k_ts, (B, ...)."""
     alpha_t, _ = noise_path.alpha_sigma(timesteps, ndim=sample.ndim, dtype=sample.dtype)
@@ -84,7 +84,7 @@ def move_gain(
     timesteps: torch.Tensor,
     prev_timesteps: torch.Tensor,
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
     ndim: int = 1,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:

@@ -174,10 +174,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             yield partial
             for path in partial.rglob("*.safetensors"):
                 readable(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Renames a finished folder to its place. The old folder is renamed away first and removed at the end, so that at no
+    moment only a part of it is there."""
+    replaced = folder.with_name(f".{folder.name}.replaced.partial")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def canonical_safetensors(path: Path, *, metadata: Mapping[str, str] | None = None) -> None:

@@ -11,10 +11,10 @@ from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Data, RunConfig
 from stepdistill.data.buckets import Sizes
+from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import settled
 from stepdistill.data.prepare import PROMPTS_A_SHARD, SHARD
 from stepdistill.data.records import is_cache, is_prompts_only
-from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.source import training_records
 from stepdistill.demo.world import world_of
 from stepdistill.evaluation.draw.picture_folder import LATENTS_KEPT

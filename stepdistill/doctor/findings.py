@@ -14,9 +14,9 @@ from packaging.requirements import Requirement
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import Kind
 from stepdistill.data.buckets import Sizes
+from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import held_out_share
 from stepdistill.data.records import is_cache, is_prompts_only, records
-from stepdistill.data.samples import BadSample, read_caption
 from stepdistill.data.size_counts import bucket_notes
 from stepdistill.data.source import picture_of
 from stepdistill.demo.world import world_of

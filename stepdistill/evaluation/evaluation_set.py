@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from stepdistill.config import ConfigError, Data, RunConfig
+from stepdistill.data.decode import BadSample
 from stepdistill.data.held_out import measured_data
 from stepdistill.data.records import PICTURE_SUFFIXES, is_cache, is_prompts_only
-from stepdistill.data.samples import BadSample
 from stepdistill.data.source import (
     CaptionedPicture,
     evaluation_captions,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stepdistill.diffusion.noise_path import Move, VariancePreserving
+from stepdistill.diffusion.noise_path import Move, NoisePath
 from stepdistill.diffusion.prediction import convert
 from stepdistill.diffusion.solver import guide, move, rollout
 from stepdistill.models.network.conditioning import Conditioning
@@ -33,7 +33,7 @@ class Denoiser:
 
     network: SharedNetwork
     adapter: str | None
-    noise_path: VariancePreserving
+    noise_path: NoisePath
     prediction_type: str
     guidance_scale: float = 1.0
     unconditional: Conditioning | None = None

@@ -1,12 +1,13 @@
 """Adversarial losses on logits of the discriminator D, and the perturbation, so that D never sees clean samples.
 
-non_saturating (Eq 18-21)   L_D = softplus(-D(teacher_sample)) + softplus(D(student_sample))
+non_saturating (Eq 18-21)   L_D = softplus(-D(real_sample)) + softplus(D(student_sample))
                             L_G = softplus(-D(student_sample))
-relativistic                L_D = softplus(D(student_sample) - D(teacher_sample)),   L_G with the signs swapped:
+relativistic                L_D = softplus(D(student_sample) - D(real_sample)),   L_G with the signs swapped:
                             both samples of a pair share x_t, prompt and noise, so D has to see only their difference
                             (Jolicoeur-Martineau 2018, arXiv 1807.00734)
-perturbation (Eq 25-26)     if s is clean, both samples are re-noised to the same t* in {10, 250, 500, 750} of 1000, with the
-                            same noise
+perturbation (Eq 25-26)     if the student's step ends at the clean sample, both samples are re-noised to the same t* in
+                            {10, 250, 500, 750} of 1000, with the same noise
+real_sample                 the teacher's, or the data noised to the same timestep (discriminator.real)
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import softplus
 
-from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving
+from stepdistill.diffusion.noise_path import CLEAN, NoisePath
 
 PERTURBATION_TIMES = (0.01, 0.25, 0.5, 0.75)
 """As fractions of T: the paper's times 10, 250, 500 and 750 of 1000."""
@@ -23,38 +24,38 @@ ADVERSARIAL_LOSSES = ("non_saturating", "relativistic")
 
 
 def discriminator_loss(
-    teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "non_saturating"
+    real_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "non_saturating"
 ) -> torch.Tensor:
     """L_D of logits (B, heads), averaged over heads and batch: a scalar. ValueError for an unknown kind."""
     if kind == "relativistic":
-        return softplus(student_logits - teacher_logits).mean()
+        return softplus(student_logits - real_logits).mean()
     _check(kind)
-    return softplus(-teacher_logits).mean() + softplus(student_logits).mean()
+    return softplus(-real_logits).mean() + softplus(student_logits).mean()
 
 
 def generator_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, kind: str = "non_saturating"
+    student_logits: torch.Tensor, real_logits: torch.Tensor, *, kind: str = "non_saturating"
 ) -> torch.Tensor:
-    """L_G of logits (B, heads), averaged over heads and batch: a scalar. Only "relativistic" uses teacher_logits."""
+    """L_G of logits (B, heads), averaged over heads and batch: a scalar. Only "relativistic" uses real_logits."""
     if kind == "relativistic":
-        return softplus(teacher_logits - student_logits).mean()
+        return softplus(real_logits - student_logits).mean()
     _check(kind)
     return softplus(-student_logits).mean()
 
 
 def accuracy(
-    teacher_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "non_saturating"
+    real_logits: torch.Tensor, student_logits: torch.Tensor, *, kind: str = "non_saturating"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fractions of teacher and of student samples that D classifies correctly, by the mean over heads; .5 is chance.
+    """The fractions of real and of student samples that D classifies correctly, by the mean over heads; .5 is chance.
 
-    Correct means a logit above 0 for a teacher sample, below 0 for a student sample. A single relativistic logit means
-    nothing: then both values are the fraction of pairs in which the teacher sample has the larger logit.
+    Correct means a logit above 0 for a real sample, below 0 for a student sample. A single relativistic logit means
+    nothing: then both values are the fraction of pairs in which the real sample has the larger logit.
     """
-    teacher, student = teacher_logits.float().mean(dim=1), student_logits.float().mean(dim=1)
+    real, student = real_logits.float().mean(dim=1), student_logits.float().mean(dim=1)
     if kind == "relativistic":
-        right = (teacher > student).float().mean()
+        right = (real > student).float().mean()
         return right, right
-    return (teacher > 0).float().mean(), (student < 0).float().mean()
+    return (real > 0).float().mean(), (student < 0).float().mean()
 
 
 def _check(kind: str) -> None:
@@ -93,7 +94,7 @@ def perturb(
     prev_timesteps: torch.Tensor,
     perturbed_timesteps: torch.Tensor,
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
 ) -> torch.Tensor:
     """x_s (B, ...), re-noised to perturbed_timesteps in rows whose s is CLEAN and unchanged in the others."""
     renoised = noise_path.add_noise(sample, noise, perturbed_timesteps)

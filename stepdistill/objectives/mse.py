@@ -10,14 +10,14 @@ truncated_snr the larger of epsilon and sample: the x_0 error weighted by max(SN
 
 import torch
 
-from stepdistill.diffusion.noise_path import VariancePreserving
+from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.diffusion.solver import move_gain
 
 LOSS_SPACES = ("prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr")
 
 
 def space_weight(
-    timesteps: torch.Tensor, prev_timesteps: torch.Tensor, *, noise_path: VariancePreserving, space: str
+    timesteps: torch.Tensor, prev_timesteps: torch.Tensor, *, noise_path: NoisePath, space: str
 ) -> torch.Tensor:
     """The factors (B,), float64, from a squared error in x_s to one in `space`; ValueError for an unknown space."""
     if space == "prev_sample":
@@ -43,7 +43,7 @@ def mse_loss(
     timesteps: torch.Tensor,
     prev_timesteps: torch.Tensor,
     *,
-    noise_path: VariancePreserving,
+    noise_path: NoisePath,
     space: str,
 ) -> torch.Tensor:
     """Squared error between two x_s (B, ...), weighted as in `space`, averaged over batch and elements: a scalar."""

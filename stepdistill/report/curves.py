@@ -89,7 +89,8 @@ def _alt_text(title: str, x_label: str, series: Sequence[Series], floor: float |
 
 
 def _losses(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
-    """MSE of every phase: mse and convert phases minimise it, adversarial phases log it beside their own loss."""
+    """MSE of the phases that compare with the teacher: mse and convert minimise it, adversarial ones whose real samples are
+    the teacher's log it beside their own loss."""
 
     def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
         name = "mse" if phase.is_adversarial else "student_loss"
@@ -110,12 +111,10 @@ def _accuracy(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
     def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
         if not phase.is_adversarial:
             return []
-        teacher, student = (f"discriminator_accuracy_{of}" for of in ("teacher", "student"))
-        if phase.values(teacher) == phase.values(
-            student
-        ):  # a relativistic loss judges pairs, so both are equal
-            return [(teacher, "pairs", False)]
-        return [(teacher, "real samples", False), (student, "student's samples", True)]
+        real, student = (f"discriminator_accuracy_{of}" for of in ("real", "student"))
+        if phase.values(real) == phase.values(student):  # a relativistic loss judges pairs, so both are equal
+            return [(real, "pairs", False)]
+        return [(real, "real samples", False), (student, "student's samples", True)]
 
     return _plot(
         rungs, lines, title="Discriminator accuracy", y_label="share judged correctly", log=False, chance=0.5

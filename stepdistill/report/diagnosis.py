@@ -34,7 +34,7 @@ def still_falling(phase: PhaseLog) -> bool | None:
 def adversary(phase: PhaseLog) -> Adversary | None:
     """The discriminator's problem: at chance in every quarter of the log, or nearly always right in the last quarter while
     the student's loss rose; None if neither holds, or the log is too short."""
-    both = (phase.values(f"discriminator_accuracy_{of}") for of in ("teacher", "student"))
+    both = (phase.values(f"discriminator_accuracy_{of}") for of in ("real", "student"))
     accuracy = [(a + b) / 2 for a, b in zip(*both, strict=False)]
     losses = phase.values("student_loss")
     if min(len(accuracy), len(losses)) < _FEWEST_UPDATES:

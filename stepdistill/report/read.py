@@ -22,6 +22,7 @@ from stepdistill.run.log import read_log
 from stepdistill.run.rungs import RECORD_NAME, rung_folder
 
 ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
+_FORMER_NAMES = {"discriminator_accuracy_real": "discriminator_accuracy_teacher"}
 _LOOKS = ("sharpness", "contrast", "colour")
 _EQUAL_NOISE_WARNING = (
     "measured by an earlier version, which compared student and teacher at equal noise only: run `stepdistill evaluate` to "
@@ -52,7 +53,8 @@ class PhaseLog:
 
     def values(self, name: str) -> list[float]:
         """The finite numbers logged under `name`, in order."""
-        numbers = (number(record.get(name)) for record in self.records)
+        former = _FORMER_NAMES.get(name, name)  # of an earlier version
+        numbers = (number(record.get(name, record.get(former))) for record in self.records)
         return [float(value) for value in numbers if value is not None]
 
 

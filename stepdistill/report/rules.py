@@ -119,14 +119,14 @@ def prompts(
         if student_value is None or teacher_value is None or student_value >= teacher_value - lost:
             continue
         begins = _first_below(students, run, key, teacher_value - lost) or rung
-        changes = scaled(run.config, MORE, f"{begins.main_phase.key}.max_train_steps")
+        settings = scaled(run.config, MORE, f"{begins.main_phase.key}.max_train_steps")
         text = f"The problem begins at {begins.title}: give that rung more updates."
         if begins is run.rungs[0]:
             text = f"The problem begins at {begins.title}: give that rung more updates, or raise teacher.guidance_scale."
-            changes |= scaled(run.config, _MORE_GUIDANCE, "teacher.guidance_scale")
+            settings |= scaled(run.config, _MORE_GUIDANCE, "teacher.guidance_scale")
         yield Advice(
             f"{rung.title}: {title} {as_text(student_value)}, the teacher has {as_text(teacher_value)}.",
-            (Proposal(text, changes),),
+            (Proposal(text, settings),),
         )
 
 
@@ -152,11 +152,11 @@ def discriminator(phase: PhaseLog, rung: RungLog, run: Run) -> Iterator[Advice]:
     where, key = f"{rung.title}, {phase.objective}", f"{phase.key}.discriminator"
 
     def rated(factor: float) -> dict[str, Any]:
-        changes = scaled(run.config, factor, f"{key}.learning_rate")
-        if not changes:  # the discriminator uses the phase's learning rate
+        settings = scaled(run.config, factor, f"{key}.learning_rate")
+        if not settings:  # the discriminator uses the phase's learning rate
             phase_rate = scaled(run.config, factor, f"{phase.key}.learning_rate")
-            changes = {f"{key}.learning_rate": rate for rate in phase_rate.values()}
-        return changes
+            settings = {f"{key}.learning_rate": rate for rate in phase_rate.values()}
+        return settings
 
     def switched(option: str, value: str, text: str) -> Iterator[Proposal]:
         if setting(run.config, f"{key}.{option}") != value:
@@ -203,13 +203,15 @@ def scales(run: Run) -> Iterator[Advice]:
                 f"than at scale 1 ({distances[1]:.4f})."
             )
             if best < 1:
-                changes = scaled(run.config, LESS, f"{rung.phases[-1].key}.learning_rate")
-                yield Advice(finding, (Proposal("The LoRA overshoots: lower the learning rate.", changes),))
+                settings = scaled(run.config, LESS, f"{rung.phases[-1].key}.learning_rate")
+                yield Advice(finding, (Proposal("The LoRA overshoots: lower the learning rate.", settings),))
             else:
                 without_discriminator = [phase for phase in rung.phases if not phase.is_adversarial]
                 phase = (without_discriminator or rung.phases)[-1]
-                changes = scaled(run.config, MORE, f"{phase.key}.max_train_steps")
-                yield Advice(finding, (Proposal("The LoRA is undertrained: give it more updates.", changes),))
+                settings = scaled(run.config, MORE, f"{phase.key}.max_train_steps")
+                yield Advice(
+                    finding, (Proposal("The LoRA is undertrained: give it more updates.", settings),)
+                )
 
 
 def _gentler(run: Run, phases: list[PhaseLog]) -> dict[str, Any]:

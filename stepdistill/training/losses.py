@@ -63,10 +63,10 @@ def adversarial_pair(samples: Samples, phase: Phase) -> Losses:
     kind, real = options.loss, options.real
     logits = samples.logits(real=real)
     of_discriminator = adversarial.discriminator_loss(logits.real, logits.student, kind=kind)
-    of_student = adversarial.generator_loss(logits.generated, logits.real.detach(), kind=kind)
-    on_teacher, on_student = adversarial.accuracy(logits.real.detach(), logits.student.detach(), kind=kind)
+    of_student = adversarial.generator_loss(logits.student_frozen, logits.real.detach(), kind=kind)
+    on_real, on_student = adversarial.accuracy(logits.real.detach(), logits.student.detach(), kind=kind)
     error = (samples.student_sample.detach() - samples.real_sample(real)).square().mean()
-    metrics = {"discriminator_accuracy_teacher": on_teacher, "discriminator_accuracy_student": on_student}
+    metrics = {"discriminator_accuracy_real": on_real, "discriminator_accuracy_student": on_student}
     metrics["mse" if real == "teacher" else "mse_to_data"] = error
     return Losses({"discriminator": of_discriminator, "student": of_student}, metrics)
 

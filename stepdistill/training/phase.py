@@ -56,7 +56,8 @@ class PhaseSetup:
 
 
 class PhaseState:
-    """Everything that a phase must remember between two updates. Batches and noise follow from the step's number.
+    """Everything that a phase must remember between two updates. Batches and noise follow from the step's number. A run does
+    not save it yet: a rung that is stopped starts again at its first phase.
 
     step             number of updates done
     overflows        float16 overflows in a row, up to the last update
@@ -325,7 +326,7 @@ def _for_console(numbers: dict[str, float]) -> dict[str, float]:
     short = {
         "student_loss": "loss",
         "discriminator_loss": "D loss",
-        "discriminator_accuracy_teacher": "D acc teacher",
+        "discriminator_accuracy_real": "D acc real",
         "discriminator_accuracy_student": "student",
         "images_per_second": "img/s",
     }

@@ -17,13 +17,13 @@ from stepdistill.objectives.adversarial import perturb
 class Logits:
     """D's logits in one update, each (B, heads).
 
-    real, student  of detached samples, with D's graph: for D's loss
-    generated      of the student's samples, with the student's graph and D frozen: for the student's loss
+    real, student   of detached samples, with D's graph: for D's loss
+    student_frozen  of the student's samples, with the student's graph and D frozen: for the student's loss
     """
 
     real: torch.Tensor
     student: torch.Tensor
-    generated: torch.Tensor
+    student_frozen: torch.Tensor
 
 
 class Samples:
@@ -131,8 +131,8 @@ class Samples:
         with discriminator.active(trains=False):
             features = discriminator.features(student_seen, seen_at, batch.conditioning)
             still = None if context is None else [f.detach() for f in context]
-            generated = discriminator.logits(features, still)
-        return Logits(real_logits, student_logits, generated)
+            student_frozen = discriminator.logits(features, still)
+        return Logits(real_logits, student_logits, student_frozen)
 
     def _perturbed(self, sample: torch.Tensor) -> torch.Tensor:
         perturbation = self.batch.perturbation

@@ -118,7 +118,7 @@ def record(rung, phase, objective, step):
     line = {"rung": rung, "phase": phase, "objective": objective, "step": step}
     line["student_loss"] = 0.5 / (step + 5)
     if objective in ("paired", "single"):
-        line |= {"discriminator_loss": 0.6, "mse": 0.1, "discriminator_accuracy_teacher": 0.7}
+        line |= {"discriminator_loss": 0.6, "mse": 0.1, "discriminator_accuracy_real": 0.7}
         line["discriminator_accuracy_student"] = 0.75
     return line
 

@@ -332,7 +332,7 @@ def test_the_adversarial_ladder_trains_every_role_and_logs_it(tmp_path, mixed_pr
     for record in records:
         assert record["student_grad_norm"] > 0
         assert record["discriminator_grad_norm"] > 0
-        assert 0 <= record["discriminator_accuracy_teacher"] <= 1
+        assert 0 <= record["discriminator_accuracy_real"] <= 1
         assert 0 <= record["discriminator_accuracy_student"] <= 1
         assert record["images_per_second"] > 0
 

@@ -99,9 +99,15 @@ def test_heavy_dependencies_have_one_owner(path):
         if root in OWNERS:
             assert relative in OWNERS[root], f"{path} imports {root}"
         if relative.startswith(TORCH_ONLY):
-            assert root in {"torch", "stepdistill", "collections", "dataclasses", "itertools", "math"}, (
-                f"{path} imports {root}"
-            )
+            assert root in {
+                "torch",
+                "stepdistill",
+                "collections",
+                "dataclasses",
+                "itertools",
+                "math",
+                "typing",
+            }, f"{path} imports {root}"
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)

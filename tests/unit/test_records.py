@@ -11,9 +11,9 @@ import threading
 import pytest
 from PIL import Image
 
+from stepdistill.data.decode import BadSample
 from stepdistill.data.file_version import version_of_bytes
 from stepdistill.data.records import records
-from stepdistill.data.samples import BadSample
 
 
 def png(colour=(200, 10, 10)):

@@ -37,7 +37,7 @@ def with_log(run, phase, **values):
 
 
 def accuracy(of):
-    return {"discriminator_accuracy_teacher": of, "discriminator_accuracy_student": of}
+    return {"discriminator_accuracy_real": of, "discriminator_accuracy_student": of}
 
 
 def test_good_numbers_cause_no_advice(run):

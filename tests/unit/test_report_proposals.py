@@ -39,10 +39,10 @@ def carried_discriminator(config):
 KINDS = [(path, None) for path in CONFIGS]
 KINDS += [("configs/letters.yaml", how) for how in (mse_only, told_the_last_timestep, carried_discriminator)]
 
-CHANCE = {"discriminator_accuracy_teacher": 0.5, "discriminator_accuracy_student": 0.5}
+CHANCE = {"discriminator_accuracy_real": 0.5, "discriminator_accuracy_student": 0.5}
 BLURRED = {"sharpness_drift": -0.3, "contrast_drift": -0.3, "colour_drift": 40.0, "prompt_accuracy": 0.2}
 HARSH = {"sharpness_drift": 0.6, "contrast_drift": 0.4, "colour_drift": 40.0, "diversity": 0.3}
-AHEAD = {"discriminator_accuracy_teacher": 1.0, "discriminator_accuracy_student": 1.0}
+AHEAD = {"discriminator_accuracy_real": 1.0, "discriminator_accuracy_student": 1.0}
 # What is wrong with the rows, with D's accuracy, the best LoRA scale, the loss, and looks after mse and adversarial phases.
 ILLS = {
     "undertrained": (

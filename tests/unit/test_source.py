@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from stepdistill.config import ConfigError, Data
-from stepdistill.data.samples import read_caption
+from stepdistill.data.decode import read_caption
 from stepdistill.data.source import (
     evaluation_pictures,
     is_held_out,

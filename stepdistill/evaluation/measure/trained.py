@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from stepdistill.config import Data, RunConfig
+from stepdistill.data.decode import BadSample, cover
 from stepdistill.data.file_version import version_of_file
 from stepdistill.data.held_out import pictured_data
 from stepdistill.data.records import Record, is_cache, is_prompts_only
-from stepdistill.data.samples import BadSample, cover
 from stepdistill.data.size_counts import data_seed
 from stepdistill.data.source import picture_of, training_records
 from stepdistill.demo.world import world_of

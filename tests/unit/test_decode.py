@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from stepdistill.data.samples import BadSample, cover, decode_image, picture_size, read_caption
+from stepdistill.data.decode import BadSample, cover, decode_image, picture_size, read_caption
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)
 
