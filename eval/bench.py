@@ -130,9 +130,8 @@ def first_batch(
         perturbation_weights=phase.discriminator.perturbation_weights,
         seed=0,
         keys=("bench",),
-        device=device,
         dtype=torch.float32,
-    )
+    ).to(device)
 
 
 def bare_seconds(

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from peers.methods import Method, ladder_method
+from peers.methods import ADVERSARIAL, Method, kinds_of, ladder_method
 
 from stepdistill.config import RunConfig
 from stepdistill.config.load import parse_config
@@ -16,12 +16,11 @@ from stepdistill.config.saved import resolved
 
 Raw = dict[str, Any]
 Change = Callable[[Raw], None]
-ADVERSARIAL = ("paired", "single")
 
 
 def phases(raw: Raw, kinds: tuple[str, ...] = ADVERSARIAL) -> list[dict[str, Any]]:
-    """The phases of all rungs whose objective is one of `kinds`."""
-    return [phase for rung in raw["ladder"] for phase in rung["phases"] if phase["objective"] in kinds]
+    """The phases of all rungs that have an objective among `kinds`."""
+    return [phase for rung in raw["ladder"] for phase in rung["phases"] if kinds_of(phase) & set(kinds)]
 
 
 def with_discriminator(**options: Any) -> Change:
@@ -65,7 +64,7 @@ def adversary_times(factor: float) -> Change:
     def change(raw: Raw) -> None:
         for rung in raw["ladder"]:
             rung["phases"] = [
-                phase for phase in rung["phases"] if factor or phase["objective"] not in ADVERSARIAL
+                phase for phase in rung["phases"] if factor or not kinds_of(phase) & set(ADVERSARIAL)
             ]
         for phase in phases(raw):
             phase["max_train_steps"] = round(phase["max_train_steps"] * factor)
@@ -86,7 +85,7 @@ def paired_then_single(raw: Raw) -> None:
 
 
 def _halves(phase: dict[str, Any]) -> list[dict[str, Any]]:
-    if phase["objective"] not in ADVERSARIAL:
+    if not kinds_of(phase) & set(ADVERSARIAL):
         return [phase]
     updates = max(1, phase["max_train_steps"] // 2)
     return [copy.deepcopy(phase) | {"objective": kind, "max_train_steps": updates} for kind in ADVERSARIAL]
@@ -96,7 +95,7 @@ def skip_level(raw: Raw) -> None:
     """For every rung below the second, the teacher of the mse phases is the student of the rung two before."""
     for before, rung in zip(raw["ladder"], raw["ladder"][2:], strict=False):
         for phase in rung["phases"]:
-            if phase["objective"] == "mse":
+            if "mse" in kinds_of(phase):
                 phase["teacher_steps"] = before["student_steps"]
 
 

@@ -47,7 +47,7 @@ def sizes_text(counts: Mapping[str, int], *, moved: int = 0, least: int = 0) -> 
     """How many pictures have each size, as text such as "2 sizes (width x height): 96 x 64: 30, ...".
 
     counts: number of pictures by the name of a size in the cache, height first, such as "64x96".
-    moved: how many of the pictures were cropped to another ratio than the nearest, because fewer than `least` had that one.
+    moved: how many of the pictures were not cropped to their nearest ratio, because fewer than `least` pictures have it.
     """
     named = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     listed = ", ".join(f"{width} x {height}: {count:,}" for (height, width), count in map(_split, named))

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
+from stepdistill.config.objective_kinds import OBJECTIVES
 from stepdistill.diffusion.grid import next_node, substeps, trailing_nodes
 from stepdistill.run.log import read_log
 from stepdistill.run.start_from import taken_steps
@@ -15,7 +16,6 @@ from stepdistill.teacher.source import teacher_timesteps
 # an earlier rung's student as a teacher has a LoRA.
 _LORA_FORWARD = 1.083
 _STUDENT = _LORA_FORWARD + 1.268
-_DISCRIMINATOR = {"paired": 5.25, "single": 3.55}
 _FROZEN_TRUNK = -2.2  # a frozen trunk has no backward pass and no adapter: a single phase's 3.55 becomes 1.35
 
 
@@ -27,14 +27,13 @@ COST_REPEATS = 2
 
 def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     """Cost of one phase per sample and update, in forward passes of the bare U-Net; a pass with a LoRA counts 1.083."""
-    if "convert" in phase.kinds:
-        return (1.0 if _is_base(config, rung, phase) else _LORA_FORWARD) + _STUDENT
     return _teacher_forwards(config, rung, phase) + _STUDENT + _discriminator_forwards(rung, phase)
 
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
-    if phase.adversary is not None and len(phase.kinds) == 1 and phase.discriminator.real == "data":
-        return 0.0
+    if not phase.needs_teacher_moves:
+        asks = any(OBJECTIVES[kind].teacher == "prediction" for kind in phase.kinds)
+        return asks * (1.0 if _is_base(config, rung, phase) else _LORA_FORWARD)
     each = _LORA_FORWARD
     if _is_base(config, rung, phase):
         each = 2.0 if config.teacher.guidance_scale > 1 else 1.0
@@ -50,10 +49,10 @@ def _is_base(config: RunConfig, rung: Rung, phase: Phase) -> bool:
 
 
 def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
-    if phase.adversary is None:
+    forwards = None if phase.adversary is None else OBJECTIVES[phase.adversary].discriminator_forwards
+    if forwards is None:
         return 0.0
-    frozen = phase.discriminator.trunk == "frozen"
-    return _DISCRIMINATOR[phase.adversary] + (_FROZEN_TRUNK if frozen else 0.0)
+    return forwards + (_FROZEN_TRUNK if phase.discriminator.trunk == "frozen" else 0.0)
 
 
 def _teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:

@@ -37,14 +37,14 @@ def tiny_unet() -> UNet2DConditionModel:
 
 @pytest.fixture
 def noise_path() -> VariancePreserving:
-    """Stable Diffusion's."""
+    """Stable Diffusion's noise schedule."""
     return VariancePreserving.from_betas(
         make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     )
 
 
 def ends_of(noise_path, timesteps: torch.Tensor, student_steps: int) -> torch.Tensor:
-    """Where one move of the student leads from each of timesteps (B,)."""
+    """The timestep (B,) at which one move of the student from each of `timesteps` (B,) ends."""
     return torch.tensor(noise_path.jump(timesteps.tolist(), student_steps))
 
 

@@ -51,7 +51,8 @@ def original_state(pipeline) -> dict[str, torch.Tensor]:
 
 
 def unet_name(key: str, attended: set[str]) -> str:
-    """`attended`: numbers of the up blocks that have attention, whose upsampler is one place further down."""
+    """The original name of a U-Net weight. attended: numbers of the up blocks with attention, whose upsampler is one place
+    further down."""
     for ours, theirs in OUTSIDE.items():
         if key.startswith(f"{ours}."):
             return key.replace(ours, theirs, 1)
@@ -112,10 +113,10 @@ def _open_clip(prefix: str, encoder) -> dict[str, torch.Tensor]:
     names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     names |= {"self_attn.out_proj": "attn.out_proj"}
     for layer in range(encoder.config.num_hidden_layers):
-        own, place = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"
+        layer_name, place = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"
         for kind in ("weight", "bias"):
             for name, theirs in names.items():
-                state[f"{place}.{theirs}.{kind}"] = ours[f"{own}.{name}.{kind}"]
-            parts = [ours[f"{own}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+                state[f"{place}.{theirs}.{kind}"] = ours[f"{layer_name}.{name}.{kind}"]
+            parts = [ours[f"{layer_name}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
             state[f"{place}.attn.in_proj_{kind}"] = torch.cat(parts)
     return {f"{prefix}.{key}": value for key, value in state.items()}

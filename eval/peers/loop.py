@@ -1,5 +1,6 @@
 """What the training loops of the peers share: batches and noise by index, clipped updates, student, and saving the LoRA."""
 
+import math
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.run.log import PhaseProgress
 from stepdistill.runtime import Runtime
-from stepdistill.training.optim import RoleOptimizer
+from stepdistill.training.optim import NonFiniteError, RoleOptimizer
 
 TIMESTEPS = 1000
 
@@ -56,9 +57,8 @@ class Loop:
             node_steps=self._nodes,
             seed=self._config.seed,
             keys=self._keys,
-            device=self.shared.runtime.device,
             dtype=self.shared.runtime.weight_dtype,
-        )
+        ).to(self.shared.runtime.device)
 
     def uniform(self, number: int, name: str) -> torch.Tensor:
         """Uniform random numbers (B,) in [0, 1) for an update; `name` distinguishes its draws."""
@@ -85,10 +85,12 @@ class Loop:
         )
 
     def update(self, optimizer: RoleOptimizer, loss: torch.Tensor) -> float:
-        """One clipped update; returns the loss."""
+        """One clipped update; returns the loss. NonFiniteError, without an update, if loss or gradient is not finite."""
         optimizer.zero_grad()
         loss.backward()
-        optimizer.clip(self._config.training.max_grad_norm)
+        norm = float(optimizer.clip(self._config.training.max_grad_norm))
+        if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+            raise NonFiniteError(f"loss {loss.item()}, gradient norm {norm}; nothing was updated")
         optimizer.step()
         return loss.item()
 

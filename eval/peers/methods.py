@@ -1,9 +1,10 @@
 """The compared methods: each trains its LoRAs within a budget of U-Net forwards, and defines how they are sampled."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from side_by_side import STEPS
@@ -11,6 +12,7 @@ from side_by_side import STEPS
 from stepdistill import plan, stages
 from stepdistill.config import LoraRow, RunConfig
 from stepdistill.config.load import parse_config
+from stepdistill.config.objective_kinds import OBJECTIVES, is_adversarial
 from stepdistill.config.saved import resolved
 from stepdistill.disk.durable import read_json
 from stepdistill.run.rungs import WEIGHT_NAME, read_rung, rung_folder
@@ -20,6 +22,14 @@ from .train import train_dmd2, train_lcm
 
 HERE = Path(__file__).parent
 LIGHTNING = HERE.parents[1] / "configs" / "letters_lightning.yaml"
+ADVERSARIAL = tuple(filter(is_adversarial, OBJECTIVES))
+
+
+def kinds_of(phase: Mapping[str, Any]) -> set[str]:
+    """The names of a phase's objectives, in either form."""
+    return {objective["kind"] for objective in phase["objectives"]} or {phase["objective"]}
+
+
 LIGHTNING_NOTE = (
     "Lightning has no row at 1 step: what it takes to convert its 2-step student to x0 output is not in this budget "
     "(eval/conversion.py). The rungs above have the forwards that this rung would have."
@@ -184,7 +194,7 @@ def without_adversary(config: RunConfig) -> RunConfig:
     """The config with only the mse and convert phases of its ladder. A rung that has none keeps its phases."""
     raw = resolved(config)
     for rung in raw["ladder"]:
-        non_adversarial = [phase for phase in rung["phases"] if phase["objective"] in ("mse", "convert")]
+        non_adversarial = [phase for phase in rung["phases"] if not kinds_of(phase) & set(ADVERSARIAL)]
         rung["phases"] = non_adversarial or rung["phases"]
     return parse_config(raw)
 

@@ -1,13 +1,11 @@
 """The `ladder` section of a config: rungs, phases, discriminators, and the checks that they fit together. No torch."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from stepdistill.config.objective_kinds import OBJECTIVES, check_kind, is_adversarial
 from stepdistill.config.section import ConfigError, PositiveFloat, PositiveInt, Section, Steps
-
-ADVERSARIAL = ("paired", "single")
-"""The objectives that need a discriminator."""
 
 
 class DiscriminatorOptions(Section):
@@ -36,13 +34,15 @@ class DiscriminatorOptions(Section):
     discriminator sees them. SDXL-Lightning uses 1:1:1:1, and 5:1:1:1 in its last phases."""
 
 
-ObjectiveKind = Literal["mse", "convert", "paired", "single"]
+ObjectiveName = Annotated[
+    str, AfterValidator(check_kind), Field(json_schema_extra={"enum": list(OBJECTIVES)})
+]
 
 
 class WeightedObjective(Section):
     """One of several objectives of a phase."""
 
-    kind: ObjectiveKind
+    kind: ObjectiveName
     """The objective; the values mean the same as those of the phase's `objective`."""
     weight: PositiveFloat = 1.0
     """Factor of this objective's student loss; the discriminator's loss is not multiplied."""
@@ -51,7 +51,7 @@ class WeightedObjective(Section):
 class Phase(Section):
     """A number of updates that minimise the same objective or objectives."""
 
-    objective: ObjectiveKind | None = None
+    objective: ObjectiveName | None = None
     """mse: mean squared error between the results of one student step and of the teacher's steps; convert: learn to output
     the rung's prediction_type, allowed only as the rung's first phase; paired and single: adversarial, with a discriminator
     that sees each sample beside the x_t from which the step starts (paired) or alone (single)."""
@@ -96,7 +96,13 @@ class Phase(Section):
     @property
     def adversary(self) -> str | None:
         """The kind of the phase's adversarial objective; None if it has none."""
-        return next((kind for kind in self.kinds if kind in ADVERSARIAL), None)
+        return next((kind for kind in self.kinds if is_adversarial(kind)), None)
+
+    @property
+    def needs_teacher_moves(self) -> bool:
+        """Whether an objective asks for the teacher's moves from t to s."""
+        asked = {OBJECTIVES[kind].teacher for kind in self.kinds}
+        return "moves" in asked or ("real" in asked and self.discriminator.real == "teacher")
 
     def loss_space_for(self, student_prediction_type: str) -> str:
         """loss_space, with `auto` replaced by what the student predicts."""
@@ -186,7 +192,7 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
 def _check_objectives(key: str, phase: Phase) -> None:
     """ConfigError if a phase has no objective, both `objective` and `objectives`, or objectives that do not go together."""
     if not phase.weighted:
-        raise ConfigError(f"{key}.objective: got nothing; allowed: {', '.join(get_args(ObjectiveKind))}")
+        raise ConfigError(f"{key}.objective: got nothing; allowed: {', '.join(OBJECTIVES)}")
     if not phase.objectives:
         return
     key = f"{key}.objectives"
@@ -197,7 +203,7 @@ def _check_objectives(key: str, phase: Phase) -> None:
     twice = next((kind for kind in phase.kinds if phase.kinds.count(kind) > 1), None)
     if twice is not None:
         raise ConfigError(f"{key}: got {twice} twice; allowed: each kind once, with its weight")
-    if len(set(phase.kinds) & set(ADVERSARIAL)) > 1:
+    if sum(map(is_adversarial, phase.kinds)) > 1:
         raise ConfigError(
             f"{key}: got paired and single; allowed: one of them, as a phase has one discriminator"
         )

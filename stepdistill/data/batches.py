@@ -3,8 +3,8 @@
 Sample n has the same noise and timestep in any micro-batch of any process. An update takes `group` samples: micro-batch size
 times micro-batches times processes. Any split of the same group gives the same updates.
 
-Everything that depends on timesteps alone is computed here, on the CPU and before the update, so that the update does not
-wait for the GPU.
+Everything that depends on timesteps alone is computed here, on the CPU and before the update, and copied from page-locked
+memory, so that the update does not wait for the GPU.
 """
 
 import concurrent.futures
@@ -16,7 +16,7 @@ import torch
 
 from stepdistill import rng
 from stepdistill.data.cache import LatentCache
-from stepdistill.diffusion.noise_path import Move, NoisePath, moves_to
+from stepdistill.diffusion.noise_path import Move, NoisePath
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.objectives.adversarial import draw_perturbation
 
@@ -52,6 +52,27 @@ class Batch:
     teacher_moves: Sequence[Move] | None = None
     perturbation: Perturbation | None = None
 
+    def pinned(self) -> "Batch":
+        """A copy in page-locked memory, from which `to` copies to a GPU without waiting for it."""
+        return self._changed(torch.Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "Batch":
+        """A copy on another device. From a pinned batch, the copies are queued behind the GPU's work and not waited for."""
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch with every tensor changed."""
+        moves, seen = self.teacher_moves, self.perturbation
+        return Batch(
+            original_samples=change(self.original_samples),
+            noise=change(self.noise),
+            timesteps=change(self.timesteps),
+            prev_timesteps=change(self.prev_timesteps),
+            conditioning=self.conditioning.changed(change),
+            teacher_moves=None if moves is None else [move.changed(change) for move in moves],
+            perturbation=None if seen is None else Perturbation(change(seen.timesteps), change(seen.noise)),
+        )
+
 
 def ahead(draw: Callable[[int], Batch], firsts: Iterable[int]) -> Generator[tuple[int, Batch]]:
     """Yields (first, draw(first)) for each of `firsts` in order; a thread draws the next batch in the meantime."""
@@ -76,11 +97,11 @@ def draw_batch(
     perturbation_weights: Sequence[float] | None = None,
     seed: int,
     keys: tuple[rng.Key, ...],
-    device: torch.device,
     dtype: torch.dtype,
     group: int | None = None,
 ) -> Batch:
-    """The batch of the global sample `indices` of the phase named by `keys`; timesteps are uniform over the node_steps grid.
+    """The batch of the global sample `indices` of the phase named by `keys`, on the CPU; timesteps are uniform over the
+    node_steps grid.
 
     Args:
         cache: latents and text embeddings.
@@ -92,7 +113,6 @@ def draw_batch(
         perturbation_weights: weights of the timesteps t* (objectives/adversarial.py); default: perturbation is None.
         seed: the run's seed.
         keys: names the random stream, together with the seed.
-        device: device of all tensors.
         dtype: dtype of the conditioning; latents and noise are float32.
         group: number of samples in an update, all of one image size; default: `indices` are one whole update.
     """
@@ -110,14 +130,14 @@ def draw_batch(
             num_train_timesteps=noise_path.num_train_timesteps,
         )
         noise = rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise"))
-        perturbation = Perturbation(seen_at.to(device), noise.to(device))
+        perturbation = Perturbation(seen_at, noise)
     moves = None if teacher_steps is None else noise_path.substeps(nodes, ends, teacher_steps)
     return Batch(
-        original_samples=samples.latents.to(device),
-        noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "noise")).to(device),
-        timesteps=torch.tensor(nodes).to(device),
-        prev_timesteps=torch.tensor(ends).to(device),
-        conditioning=samples.conditioning.to(device, dtype),
-        teacher_moves=None if moves is None else moves_to(moves, device),
+        original_samples=samples.latents,
+        noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "noise")),
+        timesteps=torch.tensor(nodes),
+        prev_timesteps=torch.tensor(ends),
+        conditioning=samples.conditioning.to("cpu", dtype),
+        teacher_moves=moves,
         perturbation=perturbation,
     )

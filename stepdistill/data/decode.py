@@ -80,7 +80,7 @@ def picture_size(content: bytes, *, max_pixels: int, min_side: int) -> tuple[int
 def _lies_on_its_side(image: Image.Image, content: bytes) -> bool:
     """Whether the EXIF orientation swaps height and width.
 
-    Pillow decodes the whole PNG to look for EXIF, so a PNG without any mark of it is not asked.
+    Pillow decodes the whole PNG to look for EXIF, so a PNG without an EXIF marker is skipped.
     """
     if image.format == "PNG" and not any(mark in content for mark in _ORIENTATION_IN_PNG):
         return False

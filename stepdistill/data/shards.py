@@ -47,7 +47,7 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[
 
 
 def read_about(path: Path) -> dict[str, str] | None:
-    """The metadata in a shard's header; None if the file is no shard of this format or has the wrong length."""
+    """The metadata in a shard's header; None if the file is not a shard of this format or has the wrong length."""
     try:
         header, start = _read_header(path)
         end = max((part["data_offsets"][1] for part in header.values() if "data_offsets" in part), default=0)
@@ -59,7 +59,7 @@ def read_about(path: Path) -> dict[str, str] | None:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether every byte of a shard is as it was written; False if the file is no shard."""
+    """Whether every byte of a shard is as it was written; False if the file is not a shard."""
     about = read_about(path)
     if about is None:
         return False
@@ -158,7 +158,7 @@ def _split(content: bytes) -> tuple[dict, memoryview]:
 
 
 def _read_header(path: Path) -> tuple[dict, int]:
-    """The header and the offset of the tensors in bytes; ValueError if the file is no safetensors file."""
+    """The header and the offset of the tensors in bytes; ValueError if the file is not a safetensors file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length < 2**26:

@@ -7,7 +7,7 @@ Legend, with the equation numbers of SDXL-Lightning (arXiv 2402.13929):
     timestep        int64: 999 (noisiest) down to 0, then CLEAN = -1 (alpha 1, sigma 0)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +58,11 @@ class Move:
     rows: torch.Tensor | None
     timesteps: torch.Tensor
     prev_timesteps: torch.Tensor
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Move":
+        """The move with every tensor changed."""
+        rows = None if self.rows is None else change(self.rows)
+        return Move(rows, change(self.timesteps), change(self.prev_timesteps))
 
 
 def moves_to(moves: Sequence[Move], device: torch.device | str) -> list[Move]:

@@ -1,14 +1,29 @@
-"""Converts a U-Net's output between epsilon, x0 and v, so that all other code just names the target it needs.
+"""What a network predicts, as one linear form of x_0 and noise e, so that callers ask for the prediction that they want.
 
-x_t = alpha_t x_0 + sigma_t e   (Eq 1)        x_0 = (x_t - sigma_t e) / alpha_t   (Eq 3)
-v   = alpha_t e - sigma_t x_0                 e   = (x_t - alpha_t x_0) / sigma_t (Eq 4)
+x_t = alpha_t x_0 + sigma_t e   (Eq 1)
+o   = a x_0 + b e               the network's output, with a and b by its prediction type (COEFFICIENTS)
+x_0 = (b x_t - sigma_t o) / det (Eq 3)      e = (alpha_t o - a x_t) / det (Eq 4)      det = alpha_t b - sigma_t a
+
+det is 0 for epsilon at zero terminal SNR, where alpha_T = 0: the output then says nothing about x_0. Denoiser refuses that.
 """
+
+from collections.abc import Callable
 
 import torch
 
 from stepdistill.diffusion.noise_path import NoisePath
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+Coefficient = torch.Tensor | int
+COEFFICIENTS: dict[
+    str, Callable[[torch.Tensor, torch.Tensor], tuple[Coefficient, Coefficient, Coefficient]]
+] = {
+    "epsilon": lambda alpha, _sigma: (0, 1, alpha),
+    "sample": lambda _alpha, sigma: (1, 0, -sigma),
+    "v_prediction": lambda alpha, sigma: (-sigma, alpha, 1),
+}
+"""(a, b, det) by prediction type. det of v_prediction is alpha_t^2 + sigma_t^2, which is 1 on a variance-preserving path. A
+whole number stands for a factor that is not computed, so that it changes no bit of the result."""
+PREDICTION_TYPES = tuple(COEFFICIENTS)
 
 
 def convert(
@@ -20,36 +35,21 @@ def convert(
     prediction_type: str,
     target: str,
 ) -> torch.Tensor:
-    """Converts model_output (B, ...) at sample (B, ...) from `prediction_type` to `target`, both of PREDICTION_TYPES.
+    """Converts model_output (B, ...) of `prediction_type` at sample (B, ...) to `target`, both of PREDICTION_TYPES.
 
-    As in diffusers, "sample" means x_0. The arithmetic is float32, or float64 if an input is float64. ValueError for an
-    unknown name, and if the result is undefined: from epsilon at zero terminal SNR, where alpha_T is 0. On a GPU this last
-    check is skipped, because it would wait for the device; checking the config excludes that case (teacher/ladder_fit.py).
+    "sample" is x_0, in diffusers' words. The arithmetic is float32, or float64 if an input is. ValueError for an unknown
+    name.
     """
-    for name in (prediction_type, target):
-        if name not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type: got {name!r}; allowed: {', '.join(PREDICTION_TYPES)}")
-    dtype = torch.promote_types(torch.promote_types(model_output.dtype, sample.dtype), torch.float32)
-    output, x_t = model_output.to(dtype), sample.to(dtype)
+    _check_names(prediction_type, target)
+    output, x_t = _in_one_dtype(model_output, sample)
     if prediction_type == target:
         return output
-    alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=x_t.ndim, dtype=dtype)
-    if prediction_type == "epsilon" and alpha.device.type == "cpu" and not bool((alpha > 0).all()):
-        raise ValueError(
-            "epsilon says nothing about x0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample"
-        )
-    if prediction_type == "epsilon":
-        original, noise = (x_t - sigma * output) / alpha, output
-    elif prediction_type == "sample":
-        original = output
-        noise = (x_t - alpha * output) / sigma if target != "sample" else output
-    else:
-        original, noise = alpha * x_t - sigma * output, sigma * x_t + alpha * output
-    if target == "sample":
-        return original
-    if target == "epsilon":
-        return noise
-    return alpha * noise - sigma * original
+    alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=x_t.ndim, dtype=x_t.dtype)
+    a, b, _ = COEFFICIENTS[target](alpha, sigma)
+    original = None if _is(a, 0) else _original(output, x_t, alpha, sigma, prediction_type)
+    noise = None if _is(b, 0) else _noise(output, x_t, alpha, sigma, prediction_type)
+    terms = [_times(factor, part) for factor, part in ((b, noise), (a, original)) if part is not None]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 def to_original_and_noise(
@@ -60,16 +60,53 @@ def to_original_and_noise(
     noise_path: NoisePath,
     prediction_type: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(predicted x_0, predicted e), each (B, ...): the two terms of a solver step."""
-    original, noise = (
-        convert(
-            model_output,
-            sample,
-            timesteps,
-            noise_path=noise_path,
-            prediction_type=prediction_type,
-            target=target,
-        )
-        for target in ("sample", "epsilon")
-    )
-    return original, noise
+    """The predicted x_0 and e, each (B, ...), that a solver moves with; as `convert` gives them."""
+    _check_names(prediction_type)
+    output, x_t = _in_one_dtype(model_output, sample)
+    alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=x_t.ndim, dtype=x_t.dtype)
+    original = _original(output, x_t, alpha, sigma, prediction_type)
+    return original, _noise(output, x_t, alpha, sigma, prediction_type)
+
+
+def _original(
+    output: torch.Tensor, x_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """x_0 = (b x_t - sigma_t o) / det; the output itself if it is x_0."""
+    a, b, det = COEFFICIENTS[prediction_type](alpha, sigma)
+    if _is(a, 1):
+        return output
+    return _over(_times(b, x_t) - sigma * output, det)
+
+
+def _noise(
+    output: torch.Tensor, x_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """e = (alpha_t o - a x_t) / det; the output itself if it is e."""
+    a, b, det = COEFFICIENTS[prediction_type](alpha, sigma)
+    if _is(b, 1):
+        return output
+    return _over(alpha * output - _times(a, x_t), det)
+
+
+def _is(coefficient: Coefficient, number: int) -> bool:
+    """Whether a coefficient is this whole number, which no tensor is asked."""
+    return isinstance(coefficient, int) and coefficient == number
+
+
+def _times(factor: Coefficient, value: torch.Tensor) -> torch.Tensor:
+    return value if _is(factor, 1) else factor * value
+
+
+def _over(value: torch.Tensor, divisor: Coefficient) -> torch.Tensor:
+    return value if _is(divisor, 1) else value / divisor
+
+
+def _in_one_dtype(output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(torch.promote_types(output.dtype, sample.dtype), torch.float32)
+    return output.to(dtype), sample.to(dtype)
+
+
+def _check_names(*names: str) -> None:
+    for name in names:
+        if name not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type: got {name!r}; allowed: {', '.join(PREDICTION_TYPES)}")

@@ -97,7 +97,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(stored: Any) -> dict[str, Any] | None:
-    """The object that was sealed, without its checksum; None if `stored` is no object or was changed since. An object
+    """The object that was sealed, without its checksum; None if `stored` is not an object or was changed since. An object
     without a checksum, as earlier versions wrote it, is returned as it is."""
     if not isinstance(stored, dict):
         return None

@@ -86,8 +86,8 @@ def activate(
 ) -> None:
     """Activates one adapter, or with None the base alone. Leaves requires_grad unchanged.
 
-    Outside autocast peft has to cast each layer's input to float32, the dtype of the adapter's weights. Autocast brings both
-    to one dtype and would undo that cast, so under autocast this call also turns it off.
+    Outside autocast peft must cast each layer's input to float32, the dtype of the adapter's weights. Under autocast, which
+    casts input and weights to one dtype, peft's cast is wasted, so it is switched off there.
     """
     device = unet.device.type
     casts = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))

@@ -40,6 +40,15 @@ class Denoiser:
     start_timestep: int | None = None
     trains: bool = False
 
+    def __post_init__(self) -> None:
+        """ValueError if the output says nothing about x_0 at the last timestep: epsilon at zero terminal SNR."""
+        if self.prediction_type == "epsilon" and self.start_timestep is None:
+            alpha, _ = self.noise_path.alpha_sigma(torch.tensor([self.noise_path.last_timestep]))
+            if not float(alpha) > 0:
+                raise ValueError(
+                    "epsilon says nothing about x_0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample"
+                )
+
     def network_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The timesteps (B,) that the network is given: start_timestep in place of the last one."""
         if self.start_timestep is None:

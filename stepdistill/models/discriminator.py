@@ -1,4 +1,4 @@
-"""The discriminator D: a trunk, which is the feature-giving part of the base network, and heads that give one logit each.
+"""The discriminator D: a trunk, which is the U-Net's encoder and mid-block, and heads that give one logit each.
 
 trunk   lora    the shared base with an adapter for D (fits on one card)
         full    a copy of that part of the base, all of whose weights are trained (the paper's form)
@@ -98,7 +98,9 @@ class Discriminator(nn.Module):
                 f"discriminator: got trunk {trunk!r}, heads {heads!r}; allowed: {TRUNKS}, {HEADS}"
             )
         self.paired, self._heads_at, self._trunk = paired, heads, trunk
-        object.__setattr__(self, "_network", network)  # shared: past nn.Module, so not among D's parameters
+        object.__setattr__(
+            self, "_network", network
+        )  # the base is shared: not registered, so not among D's parameters
         places = network.kind.feature_shapes(network.model, sample_size)
         if heads == "mid":
             places = places[-1:]

@@ -132,7 +132,7 @@ def read_lora(path: Path) -> Lora:
     config = _config(header.get(_METADATA))
     if config.get("use_dora") or any("lora_magnitude_vector" in key or "dora_scale" in key for key in state):
         raise ValueError(
-            f"{path} is a DoRA, whose update is no product of two matrices; allowed: LoRA, rsLoRA"
+            f"{path} is a DoRA, whose update is not a product of two matrices; allowed: LoRA, rsLoRA"
         )
     layers = _layers(path, state, config)
     if not all(bool(t.isfinite().all()) for t in state.values()):

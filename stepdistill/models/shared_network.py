@@ -124,7 +124,8 @@ class SharedNetwork:
                 parameter.requires_grad_(name not in self._state.frozen)
 
     def _layers_changed(self) -> None:
-        """Restores the current state: adding or removing an adapter, peft changes the active one and requires_grad."""
+        """Restores the current state, because peft changes the active adapter and requires_grad when an adapter is added or
+        removed."""
         self._layers = lora_layers(self.model)
         activate(self.model, self._state.adapter, layers=self._layers)
         self._set_requires_grad(list(self._groups))

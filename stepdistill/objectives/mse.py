@@ -2,9 +2,9 @@
 
 prev_sample   || y_hat - y ||^2 on x_s, the paper's form; it equals k_ts^2 times the epsilon form, where
               k_ts = sigma_s - alpha_s sigma_t / alpha_t, and grows 15,000-fold from the 32-step rung to one step
-epsilon       the same error read as epsilon:  (y_hat - y) / k_ts
-sample        ... as x_0:                      (y_hat - y) / (alpha_s - sigma_s alpha_t / sigma_t)
-v_prediction  ... as v:                        the x_0 error / sigma_t
+epsilon       the error expressed in epsilon:  (y_hat - y) / k_ts
+sample        the error expressed in x_0:      (y_hat - y) / (alpha_s - sigma_s alpha_t / sigma_t)
+v_prediction  the error expressed in v:        the x_0 error / sigma_t
 truncated_snr the larger of epsilon and sample: the x_0 error weighted by max(SNR, 1) (Salimans and Ho 2022, 2202.00512)
 """
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stepdistill.config.objective_kinds import is_adversarial
 from stepdistill.config.saved import saved_config
 from stepdistill.disk.durable import read_sealed, warn_of_damage
 from stepdistill.messages import sizes_text
@@ -21,7 +22,6 @@ from stepdistill.report.results import read_results
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import RECORD_NAME, rung_folder
 
-ADVERSARIAL = ("paired", "single")  # objectives with a discriminator
 _FORMER_NAMES = {"discriminator_accuracy_real": "discriminator_accuracy_teacher"}
 _LOOKS = ("sharpness", "contrast", "colour")
 _EQUAL_NOISE_WARNING = (
@@ -44,7 +44,7 @@ class PhaseLog:
     @property
     def is_adversarial(self) -> bool:
         """Whether the phase has a discriminator."""
-        return not set(self.objective.split("+")).isdisjoint(ADVERSARIAL)
+        return any(map(is_adversarial, self.objective.split("+")))
 
     @property
     def updates(self) -> int:

@@ -1,15 +1,18 @@
 """The losses of one update: each objective is a function of samples. No backward pass, no optimiser.
 
-A new objective takes such a function, an entry in `OBJECTIVES`, which also says what its batches must contain, its name in
-`config.ladder.ObjectiveKind`, and its forward passes in `plan.phase_forwards`.
+`OBJECTIVES` (config/objective_kinds.py) names the function of each. A new one is a function in a file of its own and one
+line there.
 """
 
+import functools
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from stepdistill.config import Phase
+from stepdistill.config.objective_kinds import OBJECTIVES
 from stepdistill.objectives import adversarial
 from stepdistill.objectives.mse import convert_loss, mse_loss
 from stepdistill.training.samples import Samples
@@ -21,20 +24,6 @@ class Losses:
 
     by_role: dict[str, torch.Tensor]
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a phase minimises.
-
-    losses               computes the losses of samples under a phase's settings
-    needs_teacher_moves  whether the teacher is rolled out from t to s
-    needs_perturbation   whether a discriminator sees the samples, with clean ones re-noised
-    """
-
-    losses: Callable[[Samples, Phase], Losses]
-    needs_teacher_moves: Callable[[Phase], bool]
-    needs_perturbation: bool = False
 
 
 def mse(samples: Samples, phase: Phase) -> Losses:
@@ -71,17 +60,10 @@ def adversarial_pair(samples: Samples, phase: Phase) -> Losses:
     return Losses({"discriminator": of_discriminator, "student": of_student}, metrics)
 
 
-_ADVERSARIAL = Objective(
-    adversarial_pair,
-    needs_teacher_moves=lambda phase: phase.discriminator.real == "teacher",
-    needs_perturbation=True,
-)
-OBJECTIVES: dict[str, Objective] = {
-    "mse": Objective(mse, needs_teacher_moves=lambda _phase: True),
-    "convert": Objective(convert, needs_teacher_moves=lambda _phase: False),
-    "paired": _ADVERSARIAL,
-    "single": _ADVERSARIAL,
-}
+@functools.cache
+def function_of(kind: str) -> Callable[[Samples, Phase], Losses]:
+    """The function that computes an objective."""
+    return pkgutil.resolve_name(OBJECTIVES[kind].losses)
 
 
 def losses_of(samples: Samples, phase: Phase) -> Losses:
@@ -92,7 +74,7 @@ def losses_of(samples: Samples, phase: Phase) -> Losses:
     by_role: dict[str, torch.Tensor] = {}
     metrics: dict[str, torch.Tensor] = {}
     for objective in phase.weighted:
-        losses = OBJECTIVES[objective.kind].losses(samples, phase)
+        losses = function_of(objective.kind)(samples, phase)
         metrics |= losses.metrics
         if len(phase.weighted) > 1:
             metrics[f"{objective.kind}_loss"] = losses.by_role["student"].detach()

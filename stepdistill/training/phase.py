@@ -1,5 +1,6 @@
 """The training loop of one phase (batch, losses, backward pass, clipping, step, log), and its state between updates."""
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from stepdistill.models.discriminator import Discriminator, DiscriminatorState
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime
-from stepdistill.training.losses import OBJECTIVES, Losses, losses_of
+from stepdistill.training.losses import Losses, losses_of
 from stepdistill.training.optim import MovingAverage, NonFiniteError, RoleOptimizer
 from stepdistill.training.samples import Samples
 
@@ -177,13 +178,18 @@ def update(
 def batches_of(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -> Generator[tuple[int, Batch]]:
     """The micro-batches of this process from update first_step on, each with the global number of its first sample.
 
-    On a GPU a thread draws them ahead. On the CPU, a second thread that calls torch would get its own OpenMP pool: with more
-    threads than cores, the main thread would then sleep at every barrier.
+    On a GPU a thread draws them ahead into page-locked memory, and they are copied without waiting. On the CPU, a second
+    thread that calls torch would get its own OpenMP pool: with more threads than cores, the main thread would then sleep at
+    every barrier.
     """
     firsts = first_samples(setup, runtime, first_step=first_step)
     if runtime.device.type == "cpu":
-        return ((first, _draw(setup, runtime, first)) for first in firsts)
-    return ahead(lambda first: _draw(setup, runtime, first), firsts)
+        for first in firsts:
+            yield first, _draw(setup, runtime, first)
+        return
+    with contextlib.closing(ahead(lambda first: _draw(setup, runtime, first).pinned(), firsts)) as drawn:
+        for first, batch in drawn:
+            yield first, batch.to(runtime.device)
 
 
 def first_samples(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -> Iterator[int]:
@@ -200,21 +206,17 @@ def first_samples(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -
 def _draw(setup: PhaseSetup, runtime: Runtime, first: int) -> Batch:
     """The micro-batch that begins at global sample `first`."""
     phase, training, rung = setup.phase, setup.training, setup.rung
-    objectives = [OBJECTIVES[kind] for kind in phase.kinds]
-    needs_teacher = any(objective.needs_teacher_moves(phase) for objective in objectives)
-    needs_perturbation = any(objective.needs_perturbation for objective in objectives)
     return draw_batch(
         setup.cache,
         list(range(first, first + training.train_batch_size)),
         noise_path=setup.student.noise_path,
         student_steps=rung.student_steps,
         node_steps=rung.node_steps or rung.student_steps,
-        teacher_steps=setup.teacher_steps if needs_teacher else None,
-        perturbation_weights=phase.discriminator.perturbation_weights if needs_perturbation else None,
+        teacher_steps=setup.teacher_steps if phase.needs_teacher_moves else None,
+        perturbation_weights=None if phase.adversary is None else phase.discriminator.perturbation_weights,
         seed=setup.seed,
         keys=setup.keys,
         group=training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes,
-        device=runtime.device,
         dtype=runtime.weight_dtype,
     )
 

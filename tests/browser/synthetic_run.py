@@ -94,7 +94,9 @@ def write_training(folder, *, config="configs/letters.yaml", updates=None, finis
 
 
 def write_looks(folder, steps, place, objective, *, data=None, noise=0.02, **drift):
-    """What pictures looked like at a phase's end: sharpness, contrast and colour drifts, the same of the data, and how much
+    """Writes the looks of the pictures at a phase's end.
+
+    drift: sharpness, contrast and colour drift of the student; data: the same drifts of the training data; noise: how much
     single pictures scatter."""
     scatter = random.Random(steps * 10 + place)
     per_image = {
@@ -213,7 +215,7 @@ def results_of(prompts):
 
 
 def write_results(folder, *, size, prompts, columns):
-    """evaluation/: results.json and every picture that it speaks of."""
+    """Writes evaluation/: results.json and every picture that it names."""
     evaluation, results = folder / "evaluation", results_of(prompts)
     for one in results["rows"]:
         write_pictures(evaluation / one["row"], columns, size)

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: nothing is refused or broken, nothing runs over the edge, all text can be read.
+"""The report page in headless Chromium: no request is refused, nothing overflows the page, all text has enough contrast.
 
 STEPDISTILL_SCREENSHOTS names a folder for screenshots.
 """
@@ -74,7 +74,7 @@ def pages(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("name", ["finished", "large", "training", "comparison"])
-def test_the_page_in_a_browser(browser, pages, tmp_path, name, width):
+def test_the_page_renders_without_errors_overflow_or_low_contrast(browser, pages, tmp_path, name, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(pages[name].as_uri())
@@ -86,11 +86,11 @@ def test_the_page_in_a_browser(browser, pages, tmp_path, name, width):
     assert [image for image in images if not image[0] or not image[1].strip()] == []
     contrasts = browser.execute_script(CONTRASTS)
     assert len(contrasts) > 40
-    assert [found for found in contrasts if found[0] < 4.5] == []
+    assert [contrast for contrast in contrasts if contrast[0] < 4.5] == []
     screenshot(browser, tmp_path, f"{name}-{width}")
 
 
-def test_the_checks_see_what_is_wrong(browser, pages, tmp_path):
+def test_the_page_checks_detect_faults(browser, pages, tmp_path):
     text = pages["training"].read_text(encoding="utf-8")
     wrong = '<p style="color: red">red</p><img src="https://localhost/x.png" alt="elsewhere"></main>'
     (tmp_path / "wrong.html").write_text(text.replace("</main>", wrong), encoding="utf-8")
@@ -102,7 +102,7 @@ def test_the_checks_see_what_is_wrong(browser, pages, tmp_path):
     browser.execute_script(
         "Object.assign(document.querySelector('h1').style, {color: '#999', width: '9000px'})"
     )
-    assert [found for found in browser.execute_script(CONTRASTS) if found[0] < 4.5]
+    assert [contrast for contrast in browser.execute_script(CONTRASTS) if contrast[0] < 4.5]
     assert not browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 

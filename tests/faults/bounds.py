@@ -1,4 +1,4 @@
-"""What a hostile file may cost: seconds and memory, and one line."""
+"""Bounds for hostile files: the seconds, the memory and the one line of output that a command may take."""
 
 import contextlib
 import faulthandler
@@ -14,36 +14,36 @@ _PEAK = Path("/proc/self/clear_refs")
 
 
 class TooSlow(BaseException):
-    """No Exception, so that nobody who expects those of a library takes it for one."""
+    """Not an Exception, so that code that catches a library's exceptions does not catch this one."""
 
 
 @contextlib.contextmanager
 def bounded(seconds=SECONDS, most_bytes=BYTES):
-    """Fails where its body takes longer, or more memory than there was before."""
+    """Fails if its body takes more than `seconds`, or needs more than `most_bytes` of additional memory."""
 
-    def late(_number, _frame):
+    def stop(_number, _frame):
         raise TooSlow(f"it takes longer than {seconds} seconds")
 
-    before = signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
     faulthandler.dump_traceback_later(
         4 * seconds, exit=True, file=sys.__stderr__
-    )  # of code that no signal interrupts
+    )  # for code that no signal interrupts
     with contextlib.suppress(OSError):
-        _PEAK.write_text("5")  # the peak begins anew
-    held = _resident("VmRSS")
+        _PEAK.write_text("5")  # resets the peak of the resident memory
+    resident_before = _resident("VmRSS")
     try:
         yield
     finally:
         signal.alarm(0)
         faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
-    grown = _resident("VmHWM") - held
-    assert grown < most_bytes, f"it takes {grown / 2**20:.0f} MiB"
+    growth = _resident("VmHWM") - resident_before
+    assert growth < most_bytes, f"it takes {growth / 2**20:.0f} MiB"
 
 
 def command(capsys, *words):
-    """(exit code, standard output, standard error) of the command line within bounds, in this process."""
+    """Runs the command line in this process within bounds: (exit code, standard output, standard error)."""
     capsys.readouterr()
     with bounded():
         code = guarded(lambda: app(list(map(str, words))))
@@ -51,7 +51,7 @@ def command(capsys, *words):
 
 
 def one_line(error):
-    """The line that a refused command says on standard error; AssertionError where it is another number of lines."""
+    """The one line that a refused command writes on standard error; AssertionError if there is not exactly one line."""
     lines = [line for line in error.splitlines() if line.startswith("stepdistill: ")]
     assert len(lines) == 1, error
     assert "Traceback" not in error
@@ -59,7 +59,7 @@ def one_line(error):
 
 
 def problems(out):
-    """What `doctor` calls a problem on standard output, each with its remedy in one line."""
+    """The problems that `doctor` prints on standard output, each joined with its remedy into one line."""
     lines = out.replace("\n         mend: ", "; allowed: ").splitlines()
     return [line for line in lines if line.startswith("problem ")]
 

@@ -1,12 +1,12 @@
 import pytest
 
 from eval.random_teacher import build
-from tests.faults.small_run import answer, copy_of, make_run
+from tests.faults.small_run import copy_of, make_run, outcome_of
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """A tiny SD1.5 of random weights; not to be changed."""
+def tiny_teacher(tmp_path_factory):
+    """The folder of a tiny SD1.5 with random weights, which tests must not change."""
     folder = tmp_path_factory.mktemp("whole") / "teacher"
     build("sd15", tiny=True).save_pretrained(folder, safe_serialization=True)
     return folder
@@ -14,7 +14,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def options(tmp_path):
-    """Of a run on a teacher in the test's folder, of prompts alone."""
+    """Overrides for a run with prompts only, whose teacher is a folder inside the test's folder."""
     (tmp_path / "prompts.txt").write_text("a thing\n")
     return (
         "configs/letters.yaml",
@@ -28,17 +28,17 @@ def options(tmp_path):
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """The config of a finished run, nothing of which a test may change."""
+    """The config of a finished run, which tests must not change."""
     return make_run(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
 def copy(whole_run, tmp_path):
-    """The config of a copy of it, to be damaged."""
+    """The config of a copy of the finished run, which a test may damage."""
     return copy_of(whole_run, tmp_path)
 
 
 @pytest.fixture
-def asked(capsys, caplog):
-    """What a command comes to, as the command line runs it."""
-    return lambda command: answer(command, capsys, caplog)
+def run_command(capsys, caplog):
+    """A function that runs a command as the command line does and returns its Outcome."""
+    return lambda command: outcome_of(command, capsys, caplog)

@@ -1,4 +1,4 @@
-"""Ways in which a teacher's folder is hostile or broken: what is done to a whole one, and what is to be said of it."""
+"""Ways in which a teacher's folder is hostile or broken: how an intact folder is changed, and what the message must say."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def replaced(name, content):
-    """A file with other bytes."""
+    """A change that replaces a file's bytes."""
 
     def change(folder):
         (folder / name).unlink(missing_ok=True)
@@ -34,12 +34,12 @@ def removed(*names):
 
 
 def cut(name, size):
-    """A file's first bytes alone; negative: without the last ones."""
+    """A change that keeps only the first `size` bytes of a file; if negative, drops that many at its end."""
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
 def edited(name, **values):
-    """A JSON object with other values; None of Ellipsis removes a key."""
+    """A change that sets values in a JSON object; Ellipsis as a value removes the key."""
 
     def change(folder):
         content = json.loads((folder / name).read_text()) | values
@@ -50,7 +50,7 @@ def edited(name, **values):
 
 
 def retyped(name, change_state):
-    """Weights changed as tensors."""
+    """A change that applies `change_state` to a file's tensors."""
 
     def change(folder):
         state = load_file(folder / name)
@@ -85,7 +85,7 @@ def narrower(fragment):
 
 
 def in_place_of(name, make):
-    """Something else where a file was."""
+    """A change that replaces a file by what `make` creates at its path."""
 
     def change(folder):
         (folder / name).unlink()
@@ -95,12 +95,12 @@ def in_place_of(name, make):
 
 
 def with_header(name, length, header=b""):
-    """A weights file whose header says so many bytes."""
+    """A change that writes a weights file whose header claims to be `length` bytes long."""
     return replaced(name, struct.pack("<Q", length) + header)
 
 
 def tensors(**entries):
-    """A weights file of a header alone."""
+    """The bytes of a weights file that consists of the header only."""
     header = json.dumps(entries).encode()
     return with_header(UNET, len(header), header)
 
@@ -175,7 +175,7 @@ def scheduler(**values):
     return edited(SCHEDULER, **values)
 
 
-# name -> (what is done to a whole folder, what a line about it says)
+# name -> (how an intact folder is changed, pattern that the message must match)
 FOLDERS = {
     # weights: files
     "no weights": (removed(UNET), r"lacks unet/diffusion_pytorch_model\.safetensors"),
@@ -256,7 +256,7 @@ FOLDERS = {
         retyped(UNET, lambda state: {k: v.to(torch.int32) for k, v in state.items()}),
         r"unet/.* is stored as I32",
     ),
-    "a weight that is no number": (
+    "a weight that is not a number": (
         retyped(UNET, with_number("conv_in.weight", float("nan"))),
         r"unet: conv_in\.weight .* not finite",
     ),
@@ -264,7 +264,7 @@ FOLDERS = {
         retyped(VAE, with_number("decoder.conv_in.weight", float("inf"))),
         r"vae: decoder\.conv_in\.weight .* not finite",
     ),
-    "a weight of the text encoder that is no number": (
+    "a weight of the text encoder that is not a number": (
         retyped(TEXT, with_number("position_embedding", float("nan"))),
         r"text_encoder: .*position_embedding\.weight .* not finite",
     ),
@@ -275,7 +275,7 @@ FOLDERS = {
         replaced("unet/config.json", b"[]"),
         r"config\.json holds list; allowed: a JSON",
     ),
-    "a config that is no text": (replaced("unet/config.json", b"\xff\xfe{"), r"config\.json is not UTF-8"),
+    "a config that is not text": (replaced("unet/config.json", b"\xff\xfe{"), r"config\.json is not UTF-8"),
     "a config in 100,000 brackets": (
         replaced("unet/config.json", b'{"a":' + b"[" * 100_000),
         r"config\.json is not JSON: RecursionError",
@@ -318,7 +318,7 @@ FOLDERS = {
     "an inpainting U-Net": (unet(in_channels=9), r"9 input channels"),
     "a U-Net of another class": (unet(_class_name="UNet3DConditionModel"), r"a UNet3DConditionModel"),
     "a quantised U-Net": (unet(quantization_config={"quant_method": "x"}), r"quantised weights in unet"),
-    # the VAE's and the text encoder's
+    # the configs of the VAE and of the text encoder
     "a VAE that scales by nothing": (vae(scaling_factor=0), r"scaling_factor: 0; allowed: a number above 0"),
     "a VAE that scales by no number": (vae(scaling_factor=float("nan")), r"scaling_factor: nan"),
     "a VAE of other channels": (vae(latent_channels=16), r"4 channels and a VAE of 16"),
@@ -372,7 +372,7 @@ FOLDERS = {
     "timesteps in words": (scheduler(num_train_timesteps="1000"), r"num_train_timesteps: '1000'; allowed"),
     "timesteps of null": (scheduler(num_train_timesteps=None), r"num_train_timesteps: None; allowed"),
     "no betas": (scheduler(beta_start=...), r"without betas"),
-    "a beta that is no number": (scheduler(beta_start=float("nan")), r"beta_start: nan; allowed"),
+    "a beta that is not a number": (scheduler(beta_start=float("nan")), r"beta_start: nan; allowed"),
     "a beta that is a word": (scheduler(beta_end="much"), r"beta_end: 'much'; allowed"),
     "a beta above 1": (scheduler(beta_end=2.0), r"beta_end: 2\.0; allowed"),
     "a negative beta": (scheduler(beta_start=-0.1), r"beta_start: -0\.1; allowed"),

@@ -1,4 +1,4 @@
-"""A whole run in a few seconds, to be damaged: two rungs of one update, a table of eight images, every kind of study."""
+"""A complete run that takes a few seconds: two rungs of one update, a table of eight images, every kind of study."""
 
 import contextlib
 import ctypes
@@ -16,10 +16,8 @@ from stepdistill.disk.durable import warn_of_damage
 from stepdistill.stages import open_run
 from tests.faults.bounds import bounded
 
-SECONDS, BYTES = (
-    120,
-    2**30,
-)  # that a command may take on a damaged run: it may train, draw and measure all of it again
+# The limits of a command on a damaged run, which may train, draw and measure everything again.
+SECONDS, BYTES = 120, 2**30
 LADDER = [
     {"teacher_steps": t, "student_steps": s, "phases": [{"objective": "mse", "max_train_steps": 1}]}
     for t, s in ((4, 2), (2, 1))
@@ -52,7 +50,7 @@ def small_config(output_dir, *overrides):
 
 
 def make_run(output_dir):
-    """Every stage in sequence, the cards with their numbers; returns the config."""
+    """Runs every stage in order, and `export` again so that the cards contain the numbers; returns the config."""
     config = small_config(output_dir)
     for stage in (
         stages.prepare,
@@ -67,15 +65,15 @@ def make_run(output_dir):
 
 
 def copy_of(config, place):
-    """The config of a copy of a run."""
+    """Copies a run into the folder `place`; returns the copy's config."""
     shutil.copytree(config.run_dir, place / config.name)
-    there = config.model_copy(update={"output_dir": str(place)})
-    open_run(there)
-    return there
+    copied = config.model_copy(update={"output_dir": str(place)})
+    open_run(copied)
+    return copied
 
 
 def tree(folder):
-    """sha256 of every file by its place."""
+    """sha256 of every file by its path inside the folder."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -84,33 +82,33 @@ def tree(folder):
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a command came to: its exit code, the lines on standard error, the warnings."""
+class Outcome:
+    """The outcome of a command: its exit code, the lines on standard error, the warnings."""
 
     code: int
     errors: list[str]
     warnings: list[str]
 
     @property
-    def said(self):
-        """All that a user reads on standard error."""
+    def messages(self):
+        """Everything that a user reads on standard error."""
         return "\n".join([*self.errors, *self.warnings])
 
 
-def answer(command, capsys, caplog):
-    """A command as the command line runs it; what is no message to the user stays an exception, and fails the test."""
+def outcome_of(command, capsys, caplog):
+    """Runs a command as the command line does. Exceptions that are not messages to the user are raised and fail the test."""
     warn_of_damage.cache_clear()
     capsys.readouterr()
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="stepdistill"), bounded(SECONDS, BYTES):
         code = guarded(command)
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("stepdistill")]
-    return Answer(code, capsys.readouterr().err.strip().splitlines(), warnings)
+    return Outcome(code, capsys.readouterr().err.strip().splitlines(), warnings)
 
 
 @contextlib.contextmanager
 def room_for(largest):
-    """No file may grow beyond so many bytes, as where the disk is full."""
+    """Lets no file grow beyond `largest` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
     try:
@@ -136,7 +134,7 @@ _OVERRIDE, _SEARCH = 1 << 1, 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH of 
 
 @contextlib.contextmanager
 def read_only(*folders):
-    """Nothing may be made or removed in these folders, by root either: this thread goes without its right to."""
+    """Makes these folders read-only, for root too: this thread drops the capabilities that let root write anywhere."""
     libc, header, rights = ctypes.CDLL(None), _Header(0x20080522, 0), (_Rights * 2)()
     modes = {folder: folder.stat().st_mode for folder in folders}
     libc.capget(ctypes.byref(header), rights)

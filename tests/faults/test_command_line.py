@@ -9,14 +9,14 @@ import pytest
 
 def stepdistill(*arguments, cwd=None):
     started = time.monotonic()
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "stepdistill", *arguments],
         capture_output=True,
         text=True,
         check=False,
         cwd=cwd,
     )
-    return done, time.monotonic() - started
+    return completed, time.monotonic() - started
 
 
 @pytest.mark.parametrize(
@@ -30,20 +30,20 @@ def stepdistill(*arguments, cwd=None):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_in_under_two_seconds(tmp_path, override, says):
-    done, _ = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", override)
+    completed, _ = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", override)
     again, seconds = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", override)
-    assert done.returncode == again.returncode == 2
-    assert says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert completed.returncode == again.returncode == 2
+    assert says in completed.stderr
+    assert len(completed.stderr.strip().splitlines()) == 1
     assert seconds < 2
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_the_table_cannot_measure_is_said_before_the_ladder_is_climbed(tmp_path):
+def test_pictures_that_the_table_cannot_measure_are_reported_before_training(tmp_path):
     options = (f"output_dir={tmp_path / 'runs'}", "evaluation.patch_size=64")
-    done, _ = stepdistill("run", "configs/letters.yaml", *options)
-    assert done.returncode == 2
-    assert "evaluation.patch_size: got 64; allowed: 32" in done.stderr
+    completed, _ = stepdistill("run", "configs/letters.yaml", *options)
+    assert completed.returncode == 2
+    assert "evaluation.patch_size: got 64; allowed: 32" in completed.stderr
     assert not (tmp_path / "runs" / "letters" / "rungs").exists()
 
 
@@ -55,45 +55,45 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path, command):
         *(["--dry-run"] if command == "run" else []),
     ]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "stepdistill", command, *words],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
             check=False,
         )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("stepdistill: cannot ")
-    assert "No space left on device" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
+    assert completed.returncode == 2
+    assert completed.stderr.splitlines()[-1].startswith("stepdistill: cannot ")
+    assert "No space left on device" in completed.stderr.splitlines()[-1]
+    assert "Traceback" not in completed.stderr
+    assert "Exception ignored" not in completed.stderr
 
 
 def test_an_output_folder_of_another_run_is_refused(tmp_path):
     folder = tmp_path / "runs" / "letters"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    done, _ = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}")
-    assert done.returncode == 2
-    assert "holds files that are no run's" in done.stderr
+    completed, _ = stepdistill("run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}")
+    assert completed.returncode == 2
+    assert "holds files that are no run's" in completed.stderr
     assert [p.name for p in folder.iterdir()] == ["notes.txt"]
 
 
 def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
-    done, _ = stepdistill(
+    completed, _ = stepdistill(
         "run", "configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", "seed=9", "--dry-run"
     )
-    assert done.returncode == 0
-    assert "seed: 9" in done.stdout
-    assert "32 -> 8" in done.stdout
-    assert "U-Net passes of one sample" in done.stdout
+    assert completed.returncode == 0
+    assert "seed: 9" in completed.stdout
+    assert "32 -> 8" in completed.stdout
+    assert "U-Net passes of one sample" in completed.stdout
     assert not (tmp_path / "runs").exists()
 
 
-def test_dry_run_of_a_stage_prints_its_part(tmp_path):
+def test_dry_run_of_a_stage_prints_only_its_part_of_the_plan(tmp_path):
     options = ("configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", "--dry-run")
-    done, _ = stepdistill("distill", *options, "--rung", "32:8")
-    plan = done.stdout.partition("run folder")[2]
+    completed, _ = stepdistill("distill", *options, "--rung", "32:8")
+    plan = completed.stdout.partition("run folder")[2]
     assert "distill    32 -> 8" in plan
     assert "32 -> 32" not in plan
     assert "evaluate" not in plan
@@ -103,29 +103,29 @@ def test_dry_run_of_a_stage_prints_its_part(tmp_path):
 @pytest.mark.parametrize(
     "stage", ["distill", *(pytest.param(s, marks=pytest.mark.slow) for s in ("export", "evaluate", "report"))]
 )
-def test_a_stage_script_says_which_stage_comes_before_it(tmp_path, stage):
-    done = subprocess.run(
+def test_a_stage_script_names_the_stage_that_must_run_first(tmp_path, stage):
+    completed = subprocess.run(
         [sys.executable, f"pipelines/{stage}.py", "configs/letters.yaml", f"output_dir={tmp_path}"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 2
+    assert completed.returncode == 2
     before = {"distill": "prepare", "export": "distill", "evaluate": "distill", "report": "distill"}[stage]
-    assert f"stepdistill {before}" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"stepdistill {before}" in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 def test_a_rung_that_is_not_in_the_ladder_is_refused(tmp_path):
-    done, _ = stepdistill("distill", "configs/letters.yaml", f"output_dir={tmp_path}", "--rung", "16:8")
-    assert done.returncode == 2
-    assert "32:32, 32:8" in done.stderr
-    done, _ = stepdistill("distill", "configs/letters.yaml", f"output_dir={tmp_path}", "--rung", "32-8")
-    assert done.returncode == 2
-    assert "TEACHER:STUDENT" in done.stderr
+    completed, _ = stepdistill("distill", "configs/letters.yaml", f"output_dir={tmp_path}", "--rung", "16:8")
+    assert completed.returncode == 2
+    assert "32:32, 32:8" in completed.stderr
+    completed, _ = stepdistill("distill", "configs/letters.yaml", f"output_dir={tmp_path}", "--rung", "32-8")
+    assert completed.returncode == 2
+    assert "TEACHER:STUDENT" in completed.stderr
 
 
-def test_sample_of_no_run_and_of_no_rung_is_refused(tmp_path):
-    done, _ = stepdistill("sample", str(tmp_path), "--prompt", "a red letter a on white")
-    assert done.returncode == 2
-    assert "no run folder" in done.stderr
+def test_sample_of_a_folder_that_is_not_a_run_is_refused(tmp_path):
+    completed, _ = stepdistill("sample", str(tmp_path), "--prompt", "a red letter a on white")
+    assert completed.returncode == 2
+    assert "no run folder" in completed.stderr

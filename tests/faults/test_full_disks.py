@@ -1,5 +1,5 @@
-"""No room, or no right to write, at every file of a run: one line with the path and the remedy, exit code 2, what was there
-is there still, and the same command goes on afterwards."""
+"""A full disk or a read-only folder at every file of a run: one line with the path and the remedy and exit code 2. Existing
+files stay, and the same command resumes afterwards."""
 
 import shutil
 
@@ -24,7 +24,7 @@ FULL, CLOSED = (
 
 
 def with_options(config, **changes):
-    """The config with other values in evaluation and export."""
+    """The config with changed values in the evaluation and export sections."""
     sections = {name: getattr(config, name).model_copy(update=options) for name, options in changes.items()}
     return config.model_copy(update=sections)
 
@@ -36,45 +36,49 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def assert_stopped(found, path, reason, before, after, *, rewritten=()):
-    """One line about `path`; no other file is lost or changed, nothing half-written is left."""
-    assert (found.code, len(found.errors)) == (2, 1), found
-    assert found.errors[0].startswith(f"stepdistill: cannot write {path}"), found.errors[0]
-    assert reason in found.errors[0]
-    kept = {name: digest for name, digest in before.items() if not name.startswith(rewritten or "\0")}
-    assert {name: after.get(name) for name in kept} == kept
+def assert_stopped(outcome, path, reason, before, after, *, rewritten=()):
+    """Asserts that there is one line about `path`, no other file is lost or changed, and nothing half-written is left.
+
+    outcome: what `run_command` returned; before, after: the sha256 of all files by path; rewritten: prefixes of paths that
+    may have changed."""
+    assert (outcome.code, len(outcome.errors)) == (2, 1), outcome
+    assert outcome.errors[0].startswith(f"stepdistill: cannot write {path}"), outcome.errors[0]
+    assert reason in outcome.errors[0]
+    untouched = {name: digest for name, digest in before.items() if not name.startswith(rewritten or "\0")}
+    assert {name: after.get(name) for name in untouched} == untouched
     assert not [name for name in after if name.endswith(".partial")]
 
 
 def middle(smaller, larger):
-    """A limit that one file fits in and another does not."""
+    """A size limit in bytes between the sizes of two files."""
     low, high = (path.stat().st_size for path in (smaller, larger))
     assert low + 1 < high, (smaller, larger)
     return (low + high) // 2
 
 
-# Each step removes something more and stops earlier than the step before it; one command heals all of it.
+# Each step removes more files than the step before it, so the command fails at an earlier file; one command at the end
+# writes all of them again.
 
 
-def full_steps(asked, root, command, steps, *, rewritten=()):
-    """Steps of (what is removed, the largest file that there is room for, the file that is named)."""
-    stopped_steps(asked, root, command, steps, room_for, FULL, rewritten)
+def full_steps(run_command, root, command, steps, *, rewritten=()):
+    """steps: tuples of (files to remove, the largest size in bytes that can be written, the file that the message names)."""
+    stopped_steps(run_command, root, command, steps, room_for, FULL, rewritten)
 
 
-def closed_steps(asked, root, command, steps, *, rewritten=()):
-    """Steps of (what is removed, the folder that nothing can be written in, the file that is named)."""
-    stopped_steps(asked, root, command, steps, read_only, CLOSED, rewritten)
+def closed_steps(run_command, root, command, steps, *, rewritten=()):
+    """steps: tuples of (files to remove, the read-only folder, the file that the message names)."""
+    stopped_steps(run_command, root, command, steps, read_only, CLOSED, rewritten)
 
 
-def stopped_steps(asked, root, command, steps, hindrance, said, rewritten):
-    for gone, where, named in steps:
-        for path in gone:
+def stopped_steps(run_command, root, command, steps, hindrance, reason, rewritten):
+    for removed, place, named in steps:
+        for path in removed:
             remove(path)
         before = tree(root)
-        with hindrance(where):
-            found = asked(command)
-        assert_stopped(found, named, said, before, tree(root), rewritten=rewritten)
-    assert asked(command).code == 0
+        with hindrance(place):
+            outcome = run_command(command)
+        assert_stopped(outcome, named, reason, before, tree(root), rewritten=rewritten)
+    assert run_command(command).code == 0
 
 
 def evaluation_places(copy):
@@ -89,13 +93,13 @@ def evaluation_places(copy):
     )
 
 
-def test_a_full_disk_during_evaluate(whole_run, copy, asked):
+def test_a_full_disk_during_evaluate(whole_run, copy, run_command):
     folder, row, image, latents, marker = evaluation_places(copy)
     scored = with_options(copy, evaluation={"score_cmd": "echo {}"})
     before = tree(folder)
     with room_for(0):
-        found = asked(lambda: stages.evaluate(scored))
-    assert_stopped(found, copy.run_dir / "config.yaml", FULL, before, tree(folder))
+        outcome = run_command(lambda: stages.evaluate(scored))
+    assert_stopped(outcome, copy.run_dir / "config.yaml", FULL, before, tree(folder))
     largest = max(path.stat().st_size for path in (row / "images").glob("*"))
     images_fit = (largest + latents.stat().st_size) // 2
     assert largest < latents.stat().st_size
@@ -107,14 +111,14 @@ def test_a_full_disk_during_evaluate(whole_run, copy, asked):
         ([image], 0, image),
         ([row], 0, row / "manifest.json"),
     ]
-    full_steps(asked, copy.run_dir, lambda: stages.evaluate(copy), steps)
-    drawn = {k: v for k, v in tree(folder).items() if not k.endswith(".json")}
-    assert drawn == {
+    full_steps(run_command, copy.run_dir, lambda: stages.evaluate(copy), steps)
+    files = {k: v for k, v in tree(folder).items() if not k.endswith(".json")}
+    assert files == {
         k: v for k, v in tree(whole_run.run_dir / "evaluation").items() if not k.endswith(".json")
     }
 
 
-def test_a_read_only_folder_during_evaluate(whole_run, copy, asked):
+def test_a_read_only_folder_during_evaluate(whole_run, copy, run_command):
     folder, row, image, latents, marker = evaluation_places(copy)
     steps = [
         ([], folder, folder / "results.json"),
@@ -125,19 +129,19 @@ def test_a_read_only_folder_during_evaluate(whole_run, copy, asked):
         ([marker, image], row / "images", image),
         ([row], folder, row),
     ]
-    closed_steps(asked, copy.run_dir, lambda: stages.evaluate(copy), steps)
+    closed_steps(run_command, copy.run_dir, lambda: stages.evaluate(copy), steps)
 
 
-def test_a_full_disk_where_a_scorers_prompts_are_written(copy, asked):
+def test_a_full_disk_where_a_scorers_prompts_are_written(copy, run_command):
     scored = with_options(copy, evaluation={"score_cmd": "echo {}"})
     config = copy.run_dir / "config.yaml"
-    assert asked(lambda: stages.evaluate(scored)).code == 0
+    assert run_command(lambda: stages.evaluate(scored)).code == 0
     prompts = copy.run_dir / "evaluation/teacher-4/prompts.txt"
-    full_steps(asked, copy.run_dir, lambda: stages.evaluate(scored), [([prompts], 0, prompts)])
+    full_steps(run_command, copy.run_dir, lambda: stages.evaluate(scored), [([prompts], 0, prompts)])
     assert "score_cmd: echo {}" in config.read_text()
 
 
-def test_a_full_disk_during_prepare(whole_run, copy, asked):
+def test_a_full_disk_during_prepare(whole_run, copy, run_command):
     cache, environment = copy.run_dir / "cache", copy.run_dir / "environment.json"
     shard, text, manifest = (
         cache / "shards/00000.safetensors",
@@ -152,12 +156,12 @@ def test_a_full_disk_during_prepare(whole_run, copy, asked):
         ([], 0, environment),
         ([copy.run_dir], 0, copy.run_dir / "config.yaml"),
     ]
-    full_steps(asked, copy.run_dir.parent, lambda: stages.prepare(copy), steps)
+    full_steps(run_command, copy.run_dir.parent, lambda: stages.prepare(copy), steps)
     assert tree(cache) == tree(whole_run.run_dir / "cache")
 
 
 @pytest.mark.slow
-def test_a_read_only_folder_during_prepare(whole_run, copy, asked):
+def test_a_read_only_folder_during_prepare(whole_run, copy, run_command):
     cache = copy.run_dir / "cache"
     shards, manifest = cache / "shards", cache / "manifest.json"
     steps = [
@@ -167,12 +171,12 @@ def test_a_read_only_folder_during_prepare(whole_run, copy, asked):
         ([], copy.run_dir, copy.run_dir / "environment.json"),
         ([copy.run_dir], copy.run_dir.parent, copy.run_dir / "config.yaml"),
     ]
-    closed_steps(asked, copy.run_dir.parent, lambda: stages.prepare(copy), steps)
+    closed_steps(run_command, copy.run_dir.parent, lambda: stages.prepare(copy), steps)
     assert tree(cache) == tree(whole_run.run_dir / "cache")
 
 
-def test_a_full_disk_during_distill(whole_run, copy, asked):
-    """The finished rung stays, whatever the next one cannot write."""
+def test_a_full_disk_during_distill(whole_run, copy, run_command):
+    """The finished rung stays if the next one cannot be written."""
     log, rungs = copy.run_dir / "log.jsonl", copy.run_dir / "rungs"
     preview = next(rungs.glob("1/previews/*.png"))
     steps = [
@@ -181,23 +185,27 @@ def test_a_full_disk_during_distill(whole_run, copy, asked):
         ([], 0, log),
     ]
     full_steps(
-        asked, copy.run_dir, lambda: stages.distill(copy), steps, rewritten=("log.jsonl", "rungs/.1.partial")
+        run_command,
+        copy.run_dir,
+        lambda: stages.distill(copy),
+        steps,
+        rewritten=("log.jsonl", "rungs/.1.partial"),
     )
     assert tree(rungs)[f"1/{WEIGHT_NAME}"] == tree(whole_run.run_dir / "rungs")[f"1/{WEIGHT_NAME}"]
 
 
 @pytest.mark.slow
-def test_a_read_only_folder_during_distill(whole_run, copy, asked):
+def test_a_read_only_folder_during_distill(whole_run, copy, run_command):
     rungs = copy.run_dir / "rungs"
     steps = [
         ([rungs / "1"], rungs, rungs / ".1.partial"),
         ([], copy.run_dir, copy.run_dir / "log.jsonl"),
     ]
-    closed_steps(asked, copy.run_dir, lambda: stages.distill(copy), steps, rewritten=("log.jsonl",))
+    closed_steps(run_command, copy.run_dir, lambda: stages.distill(copy), steps, rewritten=("log.jsonl",))
     assert tree(rungs)[f"1/{WEIGHT_NAME}"] == tree(whole_run.run_dir / "rungs")[f"1/{WEIGHT_NAME}"]
 
 
-def test_a_full_disk_during_export(whole_run, copy, asked):
+def test_a_full_disk_during_export(whole_run, copy, run_command):
     rung, grid = copy.run_dir / "rungs/2", copy.run_dir / "report/grid.png"
     (kohya,) = (rung / "kohya").glob("*.safetensors")
     scheduler, base = rung / "scheduler/scheduler_config.json", rung / "base.json"
@@ -206,53 +214,53 @@ def test_a_full_disk_during_export(whole_run, copy, asked):
         ([], middle(scheduler, base), base),
         ([], 0, scheduler),
     ]
-    full_steps(asked, copy.run_dir, lambda: stages.export(copy, steps=[2]), steps)
+    full_steps(run_command, copy.run_dir, lambda: stages.export(copy, steps=[2]), steps)
     lower = with_options(copy, export={"rank": 2})
-    for _ in range(2):  # of a folder that is not there yet, and of one that is
+    for _ in range(2):  # first without the folder, then with it
         steps = [([], 500, rung / "rank2" / WEIGHT_NAME), ([], 0, rung / "rank2/kept.json")]
-        full_steps(asked, copy.run_dir, lambda: stages.export(lower, steps=[2]), steps)
+        full_steps(run_command, copy.run_dir, lambda: stages.export(lower, steps=[2]), steps)
     plain = with_options(copy, export={"formats": ("diffusers",)})
     Image.effect_noise((256, 256), 90).save(grid)
     largest = max(rung / "README.md", base, key=lambda path: path.stat().st_size)
     steps = [([], middle(largest, grid), rung / "grid.png")]
-    full_steps(asked, copy.run_dir, lambda: stages.export(plain, steps=[2]), steps)
+    full_steps(run_command, copy.run_dir, lambda: stages.export(plain, steps=[2]), steps)
     remove(grid)
     long = plain.model_copy(
         update={"preview": plain.preview.model_copy(update={"prompts": ("a word " * 500,)})}
     )
     steps = [([], base.stat().st_size, rung / "README.md")]
-    full_steps(asked, copy.run_dir, lambda: stages.export(long, steps=[2]), steps)
+    full_steps(run_command, copy.run_dir, lambda: stages.export(long, steps=[2]), steps)
 
 
-def test_a_read_only_folder_during_export(whole_run, copy, asked):
+def test_a_read_only_folder_during_export(whole_run, copy, run_command):
     rung = copy.run_dir / "rungs/2"
     steps = [
         ([rung / "kohya"], rung, rung / "base.json"),
         ([rung / "scheduler"], rung, rung / "scheduler/scheduler_config.json"),
     ]
-    closed_steps(asked, copy.run_dir, lambda: stages.export(copy, steps=[2]), steps)
+    closed_steps(run_command, copy.run_dir, lambda: stages.export(copy, steps=[2]), steps)
     (kohya,) = (rung / "kohya").glob("*.safetensors")
     steps = [([], rung / "kohya", kohya), ([], rung / "scheduler", rung / "scheduler/scheduler_config.json")]
-    closed_steps(asked, copy.run_dir, lambda: stages.export(copy, steps=[2]), steps)
+    closed_steps(run_command, copy.run_dir, lambda: stages.export(copy, steps=[2]), steps)
     fused = with_options(copy, export={"formats": ("fused",)})
     (rung / "fused").mkdir()
     steps = [([], rung / "fused", rung / "fused/unet")]
-    closed_steps(asked, copy.run_dir, lambda: stages.export(fused, steps=[2]), steps)
+    closed_steps(run_command, copy.run_dir, lambda: stages.export(fused, steps=[2]), steps)
 
 
 @pytest.mark.parametrize("of_two", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one", "two"])
-def test_a_report_that_cannot_be_written(whole_run, copy, asked, of_two):
-    """Of a run, or of two compared."""
+def test_a_report_that_cannot_be_written(whole_run, copy, run_command, of_two):
+    """The report of one run or the comparison of two."""
     other = copy.run_dir.rename(copy.run_dir.with_name("other"))
     runs, folder = [other], other / "report"
     if of_two:
         runs, folder = [other, whole_run.run_dir], other.parent / "comparison"
     command = lambda: stages.report_runs(runs)  # noqa: E731
-    full_steps(asked, copy.run_dir.parent, command, [([], 0, folder / "index.html")])
-    closed_steps(asked, copy.run_dir.parent, command, [([], folder, folder / "index.html")])
+    full_steps(run_command, copy.run_dir.parent, command, [([], 0, folder / "index.html")])
+    closed_steps(run_command, copy.run_dir.parent, command, [([], folder, folder / "index.html")])
 
 
-def test_a_picture_that_cannot_be_written(copy, asked, tmp_path):
+def test_a_picture_that_cannot_be_written(copy, run_command, tmp_path):
     place = tmp_path / "pictures"
     place.mkdir()
     (place / "old.png").write_bytes(b"the old one")
@@ -260,29 +268,29 @@ def test_a_picture_that_cannot_be_written(copy, asked, tmp_path):
     def command(name):
         return lambda: stages.sample(copy.run_dir, steps=1, prompt=PROMPT, seed=0, output=place / name)
 
-    full_steps(asked, place, command("old.png"), [([], 0, place / "old.png")])
-    closed_steps(asked, place, command("new.png"), [([], place, place / "new.png")])
+    full_steps(run_command, place, command("old.png"), [([], 0, place / "old.png")])
+    closed_steps(run_command, place, command("new.png"), [([], place, place / "new.png")])
     for name in ("picture.exe", "picture", "."):
-        found = asked(command(name))
-        assert (found.code, len(found.errors)) == (2, 1)
-        assert "allowed: a file that ends in .png" in found.errors[0]
-    found = asked(command("old.png/inside.png"))
-    assert f"mend: move the file {place / 'old.png'} away" in found.errors[0]
+        outcome = run_command(command(name))
+        assert (outcome.code, len(outcome.errors)) == (2, 1)
+        assert "allowed: a file that ends in .png" in outcome.errors[0]
+    outcome = run_command(command("old.png/inside.png"))
+    assert f"mend: move the file {place / 'old.png'} away" in outcome.errors[0]
 
 
-def test_a_teacher_that_cannot_be_written(tmp_path, asked):
+def test_a_teacher_that_cannot_be_written(tmp_path, run_command):
     save_lora(random_student(embedded_folder("teacher")), tmp_path / "lora")
     config = small_config(tmp_path / "runs", f"teacher.loras=[{{path: {tmp_path / 'lora'}}}]")
     config.run_dir.mkdir(parents=True)
     steps = [([], 20_000, config.run_dir / "teacher")]
-    full_steps(asked, config.run_dir, lambda: make_teacher(config), steps)
+    full_steps(run_command, config.run_dir, lambda: make_teacher(config), steps)
     before = tree(config.run_dir)
     steps = [([config.run_dir / "teacher.json"], config.run_dir, config.run_dir / "teacher")]
-    closed_steps(asked, config.run_dir, lambda: make_teacher(config), steps)
+    closed_steps(run_command, config.run_dir, lambda: make_teacher(config), steps)
     assert tree(config.run_dir) == before
 
 
-def test_an_extract_and_a_push_that_cannot_be_written(copy, asked, tmp_path):
+def test_an_extract_and_a_push_that_cannot_be_written(copy, run_command, tmp_path):
     tuned = tmp_path / "tuned"
     unet = load_network(embedded_folder("teacher"))
     for parameter in unet.parameters():
@@ -291,17 +299,17 @@ def test_an_extract_and_a_push_that_cannot_be_written(copy, asked, tmp_path):
     output = tmp_path / "extracted"
     command = lambda: stages.extract(embedded_folder("teacher"), tuned, rank=2, output=output)  # noqa: E731
     with room_for(500):
-        found = asked(command)
-    assert_stopped(found, output / WEIGHT_NAME, FULL, {}, {})
-    assert asked(command).code == 0
+        outcome = run_command(command)
+    assert_stopped(outcome, output / WEIGHT_NAME, FULL, {}, {})
+    assert run_command(command).code == 0
     rung = copy.run_dir / "rungs/2"
     with room_for(500):
-        found = asked(lambda: stage_for_the_hub(copy, 2, rung, "me/mine", tmp_path))
-    assert_stopped(found, tmp_path / "2", "mend: ", {}, {})
+        outcome = run_command(lambda: stage_for_the_hub(copy, 2, rung, "me/mine", tmp_path))
+    assert_stopped(outcome, tmp_path / "2", "mend: ", {}, {})
 
 
-def test_what_lies_in_the_place_of_a_folder_is_named(whole_run, copy, asked):
-    """For every user, also one whom no right stops."""
+def test_a_file_in_the_place_of_a_folder_is_named(whole_run, copy, run_command):
+    """This holds for every user, including root."""
     for name, command in (
         ("cache/shards", stages.prepare),
         ("evaluation/student-1", stages.evaluate),
@@ -309,11 +317,13 @@ def test_what_lies_in_the_place_of_a_folder_is_named(whole_run, copy, asked):
         ("rungs/2/scheduler", stages.export),
     ):
         path = copy.run_dir / name
-        kept = path.rename(path.with_name("elsewhere"))
+        moved = path.rename(path.with_name("elsewhere"))
         path.write_text("mine")
-        found = asked(lambda c=command: c(copy))
-        assert (found.code, len(found.errors)) == (2, 1), name
-        assert f"mend: move the file {path} away, then the same command" in found.errors[0], found.errors[0]
+        outcome = run_command(lambda c=command: c(copy))
+        assert (outcome.code, len(outcome.errors)) == (2, 1), name
+        assert f"mend: move the file {path} away, then the same command" in outcome.errors[0], outcome.errors[
+            0
+        ]
         assert path.read_text() == "mine"
         path.unlink()
-        kept.rename(path)
+        moved.rename(path)

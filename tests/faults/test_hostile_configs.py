@@ -1,4 +1,4 @@
-"""Values of a config that no run can have: each is one line and exit code 2 at once, by `run` and by `doctor` alike."""
+"""Impossible config values: `run` and `doctor` both refuse each in one line with exit code 2, at once."""
 
 import os
 
@@ -39,7 +39,7 @@ VALUES = {
     "ladder.0.phases.0.max_train_steps=1e30": "ladder.0.phases.0.max_train_steps",
     f"seed={'9' * 5000}": "the value is not valid YAML",
     f"seed=0x{'f' * 5000}": "seed: got a whole number of about 6020 digits",
-    # numbers that are none
+    # numbers that are not finite
     "ladder.0.phases.0.learning_rate=.inf": "learning_rate: got inf (float); allowed: input should be a finite number",
     "teacher.guidance_scale=.nan": "teacher.guidance_scale: got nan",
     "training.max_grad_norm=1e999": "training.max_grad_norm: got inf",
@@ -76,7 +76,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: value[:50])
-def test_a_value_that_no_run_can_have_is_refused_at_once(value, tmp_path, capsys, monkeypatch):
+def test_an_impossible_config_value_is_refused_at_once(value, tmp_path, capsys, monkeypatch):
     places = [] if value.startswith("output_dir") else [f"output_dir={tmp_path / 'runs'}"]
     code, _, error = command(capsys, "doctor", CONFIG, *places, value)
     assert code == 2
@@ -126,7 +126,7 @@ def test_a_config_that_names_itself_a_billion_times_costs_nothing(tmp_path, caps
     assert len(one_line(error)) < 1000
 
 
-def test_configs_that_are_no_files_are_one_line(tmp_path, capsys):
+def test_a_config_path_that_is_not_a_file_is_refused_in_one_line(tmp_path, capsys):
     for place in (tmp_path / LONG, "/dev/zero", "/proc/self/mem", tmp_path / "nowhere"):
         code, _, error = command(capsys, "run", place)
         assert code == 2
@@ -144,7 +144,7 @@ def test_a_place_where_no_folder_can_be_made_is_one_line(place, capsys):
     assert place in one_line(error)
 
 
-def test_a_run_s_folder_that_is_something_else_is_one_line(tmp_path, capsys):
+def test_a_run_folder_that_is_not_a_folder_is_refused_in_one_line(tmp_path, capsys):
     os.mkfifo(tmp_path / "letters")
     code, _, error = command(capsys, "prepare", CONFIG, f"output_dir={tmp_path}")
     assert code == 2

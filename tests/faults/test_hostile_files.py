@@ -1,5 +1,5 @@
-"""Files that a config names beside a teacher's folder: one checkpoint, LoRAs, extractors. Hostile or broken, each is one
-line and exit code 2 by `doctor`, within seconds and without memory, and no code of theirs is run."""
+"""Hostile or broken files other than a teacher's folder: one-file checkpoints, LoRAs, extractors. `doctor` refuses each in
+one line with exit code 2, within seconds and with little memory, and no code in them is run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ LORA = "pytorch_lora_weights.safetensors"
 
 
 def refused(capsys, says, *options, stages=("doctor",)):
-    """Each stage says so in one line; what `doctor` says is among its problems."""
+    """Asserts that each stage refuses in one line that matches `says`; for `doctor` one of its problems must match."""
     for stage in stages:
         code, out, error = command(capsys, stage, *options)
         assert code == 2, out + error
@@ -38,7 +38,7 @@ def refused(capsys, says, *options, stages=("doctor",)):
 
 
 def not_measured(says, *options):
-    """What `doctor` and `run` ask before anything is trained says so in one line."""
+    """Asserts that the check before training, in `doctor` and `run`, raises an error in one line that matches `says`."""
     path, *overrides = options
     config = load_config(path, overrides)
     with bounded(), pytest.raises(ValueError, match=says) as caught:
@@ -48,11 +48,11 @@ def not_measured(says, *options):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(whole, tmp_path_factory):
-    """The teacher as one file, and its configs in a folder beside it."""
+def checkpoint(tiny_teacher, tmp_path_factory):
+    """A folder with the teacher as one file, and its configs in a folder beside that file."""
     place = tmp_path_factory.mktemp("checkpoint")
-    save_file(original_state(DiffusionPipeline.from_pretrained(whole)), place / "model.safetensors")
-    shutil.copytree(whole, place / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(original_state(DiffusionPipeline.from_pretrained(tiny_teacher)), place / "model.safetensors")
+    shutil.copytree(tiny_teacher, place / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
     return place
 
 
@@ -60,7 +60,7 @@ def evil(*parts):
     return edited("configs/model_index.json", unet=list(parts))
 
 
-# name -> (what is done to the checkpoint's folder, what `doctor` says, whether `prepare` alone can tell)
+# name -> (how the checkpoint's folder is changed, pattern of `doctor`'s message, whether only `prepare` can detect it)
 CHECKPOINTS = {
     "cut short": (
         lambda place: os.truncate(place / "model.safetensors", 10_000),
@@ -73,7 +73,7 @@ CHECKPOINTS = {
         retyped("model.safetensors", lambda _: {"lora_A.weight": torch.zeros(2)}),
         r"holds no whole model .*a LoRA goes into teacher\.loras",
     ),
-    "configs that are no pipeline's": (
+    "configs that are not a pipeline's": (
         removed("configs/model_index.json"),
         r"teacher\.config: .* lacks model_index\.json",
     ),
@@ -103,7 +103,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_of_one_file(name, checkpoint, tmp_path, options, capsys):
+def test_a_bad_checkpoint_file_is_refused(name, checkpoint, tmp_path, options, capsys):
     change, says = CHECKPOINTS[name]
     place = tmp_path / "one"
     shutil.copytree(checkpoint, place)
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_one_file(name, checkpoint, tmp_path, options, capsys):
 
 
 CHECKPOINTS_MADE = {
-    "a weight that is no number": (with_number("out.2.weight", float("nan")), r"not finite"),
+    "a weight that is not a number": (with_number("out.2.weight", float("nan")), r"not finite"),
     "a tensor missing": (without("middle_block.*weight"), r"cannot read|lacks"),
     "a text encoder missing": (
         lambda state: {k: v for k, v in state.items() if not k.startswith("cond_stage")},
@@ -122,27 +122,27 @@ CHECKPOINTS_MADE = {
 }
 
 
-TOLD_BY_DOCTOR = ("a weight that is no number",)
+DETECTED_BY_DOCTOR = ("a weight that is not a number",)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS_MADE)
-def test_a_checkpoint_that_only_reading_tells_of(name, checkpoint, tmp_path, options, capsys):
+def test_a_bad_checkpoint_that_only_prepare_detects(name, checkpoint, tmp_path, options, capsys):
     change, says = CHECKPOINTS_MADE[name]
     place = tmp_path / "one"
     shutil.copytree(checkpoint, place)
     retyped("model.safetensors", change)(place)
     teacher = (f"teacher.path={place / 'model.safetensors'}", f"teacher.config={place / 'configs'}")
-    stages = ("doctor", "prepare") if name in TOLD_BY_DOCTOR else ("prepare",)
+    stages = ("doctor", "prepare") if name in DETECTED_BY_DOCTOR else ("prepare",)
     refused(capsys, says, *options, *teacher, stages=stages)
     assert not (tmp_path / "runs" / "letters" / "cache").exists()
     assert not (tmp_path / "runs" / "letters" / "teacher.json").exists()
 
 
 @pytest.fixture(scope="session")
-def style(whole, tmp_path_factory):
-    """A LoRA that goes onto the teacher."""
+def style(tiny_teacher, tmp_path_factory):
+    """The folder of a LoRA that fits the teacher."""
     place = tmp_path_factory.mktemp("style")
-    style_lora(whole, place)
+    style_lora(tiny_teacher, place)
     return place
 
 
@@ -177,12 +177,12 @@ TEACHERS_LORAS = LORAS | {
 
 
 @pytest.mark.parametrize("name", TEACHERS_LORAS)
-def test_a_lora_of_the_teacher(name, whole, style, tmp_path, options, capsys):
+def test_a_bad_lora_of_the_teacher_is_refused(name, tiny_teacher, style, tmp_path, options, capsys):
     change, says = TEACHERS_LORAS[name]
     shutil.copytree(style, tmp_path / "style")
     change(tmp_path / "style")
     loras = json.dumps([{"path": str(tmp_path / "style")}])
-    settings = (f"teacher.path={whole}", f"teacher.loras={loras}")
+    settings = (f"teacher.path={tiny_teacher}", f"teacher.loras={loras}")
     refused(capsys, rf"teacher\.loras\.0\.path: .*({says})", *options, *settings, stages=("doctor",))
     code, _, error = command(capsys, "prepare", *options, *settings)
     assert code == 2
@@ -194,11 +194,11 @@ def row(path, **values):
 
 
 @pytest.mark.parametrize("name", LORAS)
-def test_a_lora_of_the_table(name, whole, style, tmp_path, options):
+def test_a_bad_lora_row_of_the_table_is_refused(name, tiny_teacher, style, tmp_path, options):
     change, says = LORAS[name]
     shutil.copytree(style, tmp_path / "style")
     change(tmp_path / "style")
-    settings = (f"teacher.path={whole}", row(tmp_path / "style"))
+    settings = (f"teacher.path={tiny_teacher}", row(tmp_path / "style"))
     not_measured(rf"evaluation\.loras: theirs: .*({says})", *options, *settings)
 
 
@@ -221,14 +221,14 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_scheduler_of_the_table(name, whole, style, options):
+def test_a_bad_scheduler_of_a_table_row_is_refused(name, tiny_teacher, style, options):
     values, says = SCHEDULERS[name]
-    not_measured(says, *options, f"teacher.path={whole}", row(style, **values))
+    not_measured(says, *options, f"teacher.path={tiny_teacher}", row(style, **values))
 
 
 @pytest.fixture(scope="session")
 def extractors(tmp_path_factory):
-    """CLIP and DINOv2 as folders."""
+    """A folder with a tiny CLIP and a tiny DINOv2, each in a folder."""
     place = tmp_path_factory.mktemp("extractors")
     (place / "clip").mkdir()
     (place / "dinov2").mkdir()
@@ -238,7 +238,7 @@ def extractors(tmp_path_factory):
 
 
 def processor(**values):
-    """Other values of the picture's processor, which CLIP's folder has inside another object."""
+    """A change that sets values of the image processor's config, which CLIP's folder holds inside another object."""
 
     def change(folder):
         if not (folder / "processor_config.json").is_file():
@@ -264,7 +264,7 @@ EXTRACTORS = {
     ),
     "weights that are a pipe": (in_place_of(WEIGHTS, os.mkfifo), r"is a pipe or a device"),
     "a weight missing": (retyped(WEIGHTS, without("layer.*weight")), r"no weights for"),
-    "a weight that is no number": (
+    "a weight that is not a number": (
         retyped(WEIGHTS, with_number("layer.*weight", float("nan"))),
         r"not finite",
     ),
@@ -304,11 +304,11 @@ OF_DINOV2 = EXTRACTORS | {
     ("kind", "name"),
     [*(("clip", name) for name in OF_CLIP), *(("dinov2", name) for name in OF_DINOV2)],
 )
-def test_an_extractor_of_transformers(kind, name, whole, extractors, tmp_path, options):
+def test_a_bad_clip_or_dinov2_folder_is_refused(kind, name, tiny_teacher, extractors, tmp_path, options):
     change, says = {"clip": OF_CLIP, "dinov2": OF_DINOV2}[kind][name]
     shutil.copytree(extractors / kind, tmp_path / kind)
     change(tmp_path / kind)
-    settings = (f"teacher.path={whole}", f"evaluation.{kind}={tmp_path / kind}")
+    settings = (f"teacher.path={tiny_teacher}", f"evaluation.{kind}={tmp_path / kind}")
     not_measured(rf"evaluation\.{kind}: cannot load .*({says})", *options, *settings)
 
 
@@ -326,37 +326,37 @@ INCEPTIONS = {
 
 
 @pytest.mark.parametrize("name", INCEPTIONS)
-def test_an_inception_that_is_none(name, whole, tmp_path, options):
+def test_a_bad_inception_file_is_refused(name, tiny_teacher, tmp_path, options):
     make, trust, says = INCEPTIONS[name]
     path = tmp_path / "inception-2015-12-05.pt"
     make(path)
     word = f"#sha256={sha256_file(path)}" if trust else ""
-    settings = (f"teacher.path={whole}", f"evaluation.features=inception:{path}{word}")
+    settings = (f"teacher.path={tiny_teacher}", f"evaluation.features=inception:{path}{word}")
     not_measured(says, *options, *settings)
 
 
-def test_statistics_that_are_pickled_are_not_read(whole, tmp_path, options, capsys):
+def test_statistics_that_are_pickled_are_not_read(tiny_teacher, tmp_path, options, capsys):
     np.savez(tmp_path / "stats.npz", mu=np.array([Evil()], dtype=object), sigma=np.eye(1))
-    settings = (f"teacher.path={whole}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
+    settings = (f"teacher.path={tiny_teacher}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
     refused(capsys, r"cannot read reference stats", *options, *settings)
     assert not Path("/tmp/it-ran").exists()
 
 
 @pytest.mark.parametrize(("key", "name"), [("prompts", "prompts.txt"), ("reference_stats", "stats.npz")])
-def test_pipes_and_devices_are_no_prompts_and_no_statistics(key, name, whole, tmp_path, options):
+def test_pipes_and_devices_are_refused_as_prompts_and_statistics(key, name, tiny_teacher, tmp_path, options):
     os.mkfifo(tmp_path / f"a-{name}")
     (tmp_path / f"b-{name}").symlink_to("/dev/zero")
     for letter in "ab":
         place = f"evaluation.{key}={tmp_path / f'{letter}-{name}'}"
-        not_measured("is a pipe or a device, not a file", *options, f"teacher.path={whole}", place)
+        not_measured("is a pipe or a device, not a file", *options, f"teacher.path={tiny_teacher}", place)
 
 
-def test_statistics_of_gigabytes_are_not_unpacked(whole, tmp_path, options):
+def test_statistics_of_gigabytes_are_not_unpacked(tiny_teacher, tmp_path, options):
     packed = zipfile.ZipFile(tmp_path / "stats.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
     with packed, packed.open("mu.npy", "w") as member:
         for _ in range(257):
             member.write(bytes(2**20))
-    settings = (f"teacher.path={whole}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
+    settings = (f"teacher.path={tiny_teacher}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
     not_measured("mu.npy has more than 268435456 bytes", *options, *settings)
 
 

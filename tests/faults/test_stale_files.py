@@ -1,4 +1,4 @@
-"""What a killed process leaves half-written: the next start takes no offence at it and clears it, and nothing else."""
+"""Half-written files of a killed process: the next start is not disturbed by them and removes them, and nothing else."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from stepdistill.disk.places import clear_half_written, half_written
 from stepdistill.stages import open_run
 from tests.integration.conftest import tiny_config
 
-# A start that dies where the first file of the run is on the disk, but not yet in its place.
+# Starts a run and kills the process after the run's first file is written under its temporary name, before it is renamed.
 KILLED = """
 import os, sys
 os.fsync = lambda _: os._exit(9)
@@ -26,7 +26,7 @@ open_run(load_config("configs/letters.yaml", sys.argv[1:]))
 
 
 def aged(path):
-    """Of a process that stopped a minute ago."""
+    """Makes a file look as if it was written by a process that stopped a minute ago."""
     then = time.time() - 60
     os.utime(path, (then, then))
     return path
@@ -38,20 +38,20 @@ def half(path):
     return aged(path)
 
 
-def test_a_start_that_was_killed_before_its_first_file_is_no_other_run(tmp_path):
+def test_a_start_killed_before_its_first_file_does_not_block_the_next_start(tmp_path):
     places = f"output_dir={tmp_path}"
     dead = subprocess.run([sys.executable, "-c", KILLED, places], check=False)
     assert dead.returncode == 9
-    (left,) = (tmp_path / "letters").iterdir()
-    assert half_written(left) == "config.yaml"
+    (leftover,) = (tmp_path / "letters").iterdir()
+    assert half_written(leftover) == "config.yaml"
     config = load_config("configs/letters.yaml", [places])
     open_run(config)
-    aged(left)  # it may have been another process's of this start
+    aged(leftover)  # a recent file could belong to another process of the same start
     open_run(config)
     assert [path.name for path in config.run_dir.iterdir()] == ["config.yaml"]
 
 
-def test_files_of_the_user_s_beside_it_are_still_no_run_s(tmp_path):
+def test_a_folder_with_the_users_files_is_still_refused(tmp_path):
     half(tmp_path / "letters" / ".config.yaml.7.partial")
     half(tmp_path / "letters" / ".notes.txt.partial")
     with pytest.raises(ConfigError, match="holds files that are no run's"):
@@ -82,7 +82,7 @@ def test_a_file_that_another_process_may_be_writing_stays(tmp_path):
         ("partial/", None),
     ],
 )
-def test_what_is_half_written_is_told_by_its_name(name, is_half, tmp_path):
+def test_half_written_files_are_recognised_by_name(name, is_half, tmp_path):
     path = tmp_path / name
     path.mkdir() if name.endswith("/") else path.touch()
     assert half_written(path) == is_half
@@ -136,7 +136,7 @@ OF_THE_USER = ["rungs/.notes.partial", "rungs/4/mine.7.partial", "cache/.hidden"
 
 
 @pytest.mark.parametrize("stage", STALE)
-def test_the_next_start_of_a_stage_clears_what_it_left_and_nothing_else(stage, small_run):
+def test_the_next_start_of_a_stage_removes_only_its_half_written_files(stage, small_run):
     run_dir = small_run.run_dir
     getattr(stages, stage)(small_run)
     before = {path for path in run_dir.rglob("*") if path.is_file()}

@@ -233,14 +233,14 @@ def _stage(stage: str, config: Path, processes: int) -> None:
             f"--nproc_per_node={processes}",
         ]
         launch += ["-m", "stepdistill", stage, str(config)]
-        done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=SECONDS)
-        code, said = done.returncode, done.stderr[-3000:]
+        completed = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=SECONDS)
+        code, stderr = completed.returncode, completed.stderr[-3000:]
     else:
         from stepdistill.cli import app, guarded
 
-        code, said = guarded(lambda: app([stage, str(config)])), ""
+        code, stderr = guarded(lambda: app([stage, str(config)])), ""
     if code:
-        raise RuntimeError(f"{config.stem}: {stage} ended with {code}\n{said}")
+        raise RuntimeError(f"{config.stem}: {stage} ended with {code}\n{stderr}")
 
 
 def digest(file: Path) -> str:
@@ -274,10 +274,10 @@ def commit_of_package() -> str:
     import stepdistill
 
     folder = str(Path(stepdistill.__file__).parent)
-    done = subprocess.run(
+    completed = subprocess.run(
         ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     )
-    return done.stdout.strip()
+    return completed.stdout.strip()
 
 
 def all_digests(work: Path, only: list[str] | None = None) -> Iterator[tuple[str, dict[str, str]]]:

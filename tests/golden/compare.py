@@ -19,7 +19,7 @@ CASES = REPOSITORY / "tests" / "golden" / "cases.py"
 
 
 def differences(before: dict[str, dict[str, str]], after: dict[str, dict[str, str]]) -> list[str]:
-    """A line for each rung whose weights differ, or that one side lacks."""
+    """One line per rung whose weights differ or that is missing on one side."""
     lines = []
     for name in sorted(before.keys() | after.keys()):
         first, second = before.get(name, {}), after.get(name, {})
@@ -40,9 +40,11 @@ def run_cases(tree: Path, work: Path, output: Path, only: list[str] | None) -> d
     command = [sys.executable, str(CASES), str(work), "--output", str(output)]
     command += ["--only", *only] if only else []
     environment = os.environ | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the cases failed in {tree}:\n{done.stderr[-3000:]}")
+    completed = subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    if completed.returncode:
+        raise RuntimeError(f"the cases failed in {tree}:\n{completed.stderr[-3000:]}")
     return json.loads(output.read_text())["cases"]
 
 

@@ -1,8 +1,8 @@
-"""ComfyUI's core nodes by their public description: what each takes and puts out, and the few formulas that draw.
+"""ComfyUI's core nodes after their public description: inputs and outputs of each, and the formulas of the samplers.
 
-A workflow is checked against the nodes' declared slots and then run on a tiny pipeline. A sampler's samples are diffusers'
-over alpha_t, with sigma = sigma_t / alpha_t over 1000 timesteps of Stable Diffusion's betas; outside of samplers a latent is
-divided by the VAE's factor.
+A workflow is checked against the nodes' declared slots and then run on a tiny pipeline. Samples inside a sampler are
+diffusers' samples divided by alpha_t, with sigma = sigma_t / alpha_t over 1000 timesteps of Stable Diffusion's betas.
+Outside samplers, latents are divided by the VAE's factor.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from stepdistill.models.network.kind import load_network
 from tests.integration.kohya_reader import merged
 from tests.original_layout import unet_name
 
-# Per node: inputs by links in their order, widgets in theirs, outputs. "control" is the frontend's after-generate widget.
+# Per node: inputs by links in order, widgets in order, outputs. "control" is the frontend's after-generate widget.
 NODES = {
     "CheckpointLoaderSimple": ([], ["ckpt_name"], ["MODEL", "CLIP", "VAE"]),
     "LoraLoader": (
@@ -78,7 +78,7 @@ RANGES = {
 
 
 def check_structure(workflow):
-    """AssertionError where a node, slot, link, type or widget is not as the nodes declare it."""
+    """AssertionError if a node, slot, link, type or widget differs from what the nodes declare."""
     assert workflow["version"] == 0.4
     nodes = {node["id"]: node for node in workflow["nodes"]}
     links = {link[0]: link for link in workflow["links"]}
@@ -97,17 +97,17 @@ def check_structure(workflow):
         for place, entry in enumerate(node["inputs"]):
             _, source, slot, target, target_slot, kind = links[entry["link"]]
             assert (target, target_slot, kind) == (node["id"], place, entry["type"])
-            made = nodes[source]["outputs"][slot]
-            assert made["type"] == kind
-            assert entry["link"] in made["links"]
+            output = nodes[source]["outputs"][slot]
+            assert output["type"] == kind
+            assert entry["link"] in output["links"]
             assert nodes[source]["order"] < node["order"]
-        for slot, made in enumerate(node["outputs"]):
-            assert all(links[number][1:3] == [node["id"], slot] for number in made["links"])
+        for slot, output in enumerate(node["outputs"]):
+            assert all(links[number][1:3] == [node["id"], slot] for number in output["links"])
 
 
 @dataclass(frozen=True)
 class Model:
-    """A U-Net with what ComfyUI's sampling takes of it."""
+    """A U-Net with the settings that ComfyUI's sampling uses."""
 
     unet: Any
     factor: float
@@ -130,13 +130,13 @@ class Model:
     @torch.no_grad()
     def denoised(self, x, sigma, conditioning):
         timestep = (sigma.log() - self.sigmas.log()).abs().argmin()
-        given = x / (sigma**2 + 1) ** 0.5
+        scaled = x / (sigma**2 + 1) ** 0.5
         height, width = (8 * side for side in x.shape[2:])
         added = None
         if "pooled" in conditioning:
             ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
             added = {"text_embeds": conditioning["pooled"], "time_ids": ids}
-        out = self.unet(given, timestep, conditioning["embeds"], added_cond_kwargs=added, return_dict=False)[
+        out = self.unet(scaled, timestep, conditioning["embeds"], added_cond_kwargs=added, return_dict=False)[
             0
         ]
         if self.sampling == "eps":
@@ -147,7 +147,7 @@ class Model:
         return out
 
     def sampled(self, noise, latent, sigmas, conditioning):
-        """Euler without churn from noise on a latent, both as they are outside of a sampler."""
+        """Euler without churn, from noise added to a latent; both are given as they are outside a sampler."""
         if latent.count_nonzero():
             latent = latent * self.factor
         most = sigmas[0] > self.sigmas[-1] or math.isclose(sigmas[0], self.sigmas[-1], rel_tol=1e-5)
@@ -163,15 +163,15 @@ def random_noise(seed, latent):
 
 
 def with_lora(model, file):
-    """A copy of the U-Net with kohya's file merged, by that file's own spelling."""
+    """A copy of the model with kohya's file merged into its U-Net, by the file's spelling of the names."""
     unet = load_network(file.parents[3].parent / "teacher")
     unet.load_state_dict(model.unet.state_dict())
     weights = {key: w.detach() for key, w in unet.named_parameters()}
     attended = {key.split(".")[1] for key in weights if key.startswith("up_blocks") and "attentions" in key}
     sgm = unet.config.addition_embed_type == "text_time"
     spelt = {key: unet_name(key, attended) if sgm else key for key in weights}
-    found = merged(file, {spelt[key]: w for key, w in weights.items()})
-    unet.load_state_dict({key: found[spelt[key]] for key in weights})
+    merged_weights = merged(file, {spelt[key]: w for key, w in weights.items()})
+    unet.load_state_dict({key: merged_weights[spelt[key]] for key in weights})
     return replace(model, unet=unet)
 
 
@@ -184,12 +184,12 @@ def encoded(pipeline, text):
 
 
 def run(workflow, pipeline, loras):
-    """What the node VAEDecode is given, in the pipeline's latents (B, C, h, w).
+    """The input of the node VAEDecode, as the pipeline's latents (B, C, h, w).
 
     Args:
-        workflow: checked.
+        workflow: a workflow that check_structure accepts.
         pipeline: the base, without LoRA.
-        loras: folder of kohya's files.
+        loras: the folder of kohya's files.
     """
     values, decoded = {}, None
     sources = {link[0]: (link[1], link[2]) for link in workflow["links"]}
@@ -248,12 +248,12 @@ def _outputs(kind, w, i, pipeline, loras):
         case "SamplerCustomAdvanced":
             model, conditioning = i["guider"]
             noise = i["noise"](i["latent_image"])
-            found = model.sampled(noise, i["latent_image"], i["sigmas"], conditioning)
-            return found, found
+            samples = model.sampled(noise, i["latent_image"], i["sigmas"], conditioning)
+            return samples, samples
     return (None,)
 
 
 def simple(sigmas, steps):
-    """The scheduler of that name: every T / N-th sigma from the end."""
+    """The sigmas of ComfyUI's scheduler "simple": every T / N-th from the end."""
     chosen = [sigmas[-(1 + int(k * len(sigmas) / steps))] for k in range(steps)]
     return torch.cat([torch.stack(chosen), torch.zeros(1)])

@@ -14,13 +14,13 @@ MSE = {"objective": "mse", "max_train_steps": 2}
 
 
 def student_of(shared):
-    """The student on what the rungs of a letters run share."""
+    """The student on the network that the rungs of a letters run share."""
     return Denoiser(shared.network, STUDENT, shared.noise_path, "epsilon", trains=True)
 
 
 def tiny_config(output_dir, *overrides):
-    """The letters teacher down 128 -> 32 -> 8 -> 4 -> 2 -> 1 with two updates a phase, the last rung converted to x0, and 16
-    images a row."""
+    """The letters teacher distilled 128 -> 32 -> 8 -> 4 -> 2 -> 1 with two updates per phase, the last rung converted to x0,
+    and 16 images per row."""
     ladder = [{"teacher_steps": t, "student_steps": s, "phases": [MSE]} for t, s in itertools.pairwise(STEPS)]
     ladder[-1] |= {"prediction_type": "sample", "phases": [MSE | {"objective": "convert"}, MSE]}
     return load_config(
@@ -45,7 +45,7 @@ def tiny_config(output_dir, *overrides):
 
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory):
-    """The tiny ladder climbed and exported, not evaluated."""
+    """The config of the tiny ladder, trained and exported but not evaluated."""
     config = tiny_config(tmp_path_factory.mktemp("finished"))
     stages.prepare(config)
     stages.distill(config)
@@ -55,7 +55,7 @@ def trained_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(trained_run):
-    """One whole run of the tiny ladder: every stage in sequence."""
+    """The config of a complete run of the tiny ladder: every stage in order."""
     stages.run_all(trained_run)
     return trained_run
 

@@ -1,4 +1,4 @@
-"""Finished rungs without a training: a tiny pipeline of a real family, and a random LoRA in a run's folder."""
+"""Finished rungs without training: a tiny pipeline of a real family, and a random LoRA in a run's folder."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ RANK = 4
 
 
 def random_student(teacher, *, rank=RANK, seed=0):
-    """The teacher's U-Net with a student that changes its output by a tenth or so."""
+    """The teacher's U-Net with a random student LoRA that changes its output by about a tenth."""
     network = SharedNetwork(load_network(teacher))
     parameters = network.add_adapter(STUDENT, rank=rank, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +31,7 @@ def random_student(teacher, *, rank=RANK, seed=0):
 
 
 def write_rung(config, teacher, steps, *, rank=RANK, seed=0, prediction_type="epsilon", start_timestep=None):
-    """rungs/<steps> as `distill` leaves it; returns the trained network."""
+    """Writes rungs/<steps> as `distill` does; returns the network with the student."""
     network = random_student(teacher, rank=rank, seed=seed)
     folder = rung_folder(config.run_dir, steps)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,13 +50,13 @@ def write_rung(config, teacher, steps, *, rank=RANK, seed=0, prediction_type="ep
 
 
 def sign_again(folder):
-    """rung.json for the LoRA that lies there now, as if it had been trained."""
+    """Writes rung.json for the LoRA that is now in the folder, as if it had been trained."""
     record = RungRecord.read(folder)
     dataclasses.replace(record, sha256=sha256_file(folder / WEIGHT_NAME)).write(folder)
 
 
 def rung_of(place, family, *overrides, steps=4, **options):
-    """(config, teacher's folder, trained network) of a run with one finished rung on a tiny pipeline of a family."""
+    """A run with one finished rung on a tiny pipeline of a family: (config, teacher's folder, network with the student)."""
     teacher = place / "teacher"
     if not teacher.is_dir():
         build(family, tiny=True).save_pretrained(teacher, safe_serialization=True)
@@ -74,18 +74,18 @@ def rung_of(place, family, *overrides, steps=4, **options):
 
 
 def with_export(config, **options):
-    """The config with other values in its export section."""
+    """The config with changed values in its export section."""
     return parse_config(resolved(config) | {"export": {**resolved(config)["export"], **options}})
 
 
 @torch.no_grad()
-def answer(unet, told):
-    """What a U-Net says to the inputs of onnx_unet.inputs_of, (B, C, H, W)."""
-    added = {key: told[key] for key in ("text_embeds", "time_ids") if key in told} or None
+def answer(unet, inputs):
+    """The output (B, C, H, W) of a U-Net for inputs from onnx_unet.inputs_of."""
+    added = {key: inputs[key] for key in ("text_embeds", "time_ids") if key in inputs} or None
     return unet(
-        told["sample"],
-        told["timestep"],
-        told["encoder_hidden_states"],
+        inputs["sample"],
+        inputs["timestep"],
+        inputs["encoder_hidden_states"],
         added_cond_kwargs=added,
         return_dict=False,
     )[0]

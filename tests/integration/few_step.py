@@ -1,4 +1,4 @@
-"""What the tests of load_few_step share: a pipeline, its latents, and what the card says done by hand."""
+"""Helpers for the tests of load_few_step: a pipeline, its latents, and the card's instructions carried out by hand."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def without_warning(action, *args, **options):
 
 
 def by_hand(teacher, folder, **options):
-    """What the card says: LoRA, scheduler, steps, no guidance."""
+    """Latents of a pipeline set up as the card says: LoRA, scheduler, steps, no guidance."""
     pipeline = pipeline_of(teacher)
     pipeline.load_lora_weights(folder)
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")

@@ -1,4 +1,4 @@
-"""ComfyUI's workflow beside kohya's file: its nodes fit together, and what they draw is what load_few_step draws."""
+"""ComfyUI's workflow beside kohya's file: its nodes fit together and draw the same latents as load_few_step."""
 
 import json
 
@@ -44,17 +44,17 @@ MORE_RUNGS = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The folder with a family's tiny teacher, and a run of every step count in it."""
-    made = {}
+    """A function from a name in FAMILIES to (a folder with that family's tiny teacher, the name of the family)."""
+    by_name = {}
 
     def of(name):
-        if name not in made:
+        if name not in by_name:
             family, scheduler = FAMILIES[name]
-            made[name] = tmp_path_factory.mktemp(name)
+            by_name[name] = tmp_path_factory.mktemp(name)
             pipeline = build(family, tiny=True)
             pipeline.scheduler.register_to_config(**scheduler)
-            pipeline.save_pretrained(made[name] / "teacher", safe_serialization=True)
-        return made[name], FAMILIES[name][0]
+            pipeline.save_pretrained(by_name[name] / "teacher", safe_serialization=True)
+        return by_name[name], FAMILIES[name][0]
 
     return of
 
@@ -77,37 +77,37 @@ def ours(teacher, folder):
         return without_warning(pipeline, "a (red) letter a", generator=generator, output_type="latent").images
 
 
-def off(found, expected):
-    return float((found - expected).abs().max() / expected.abs().max())
+def relative_error(latents, expected):
+    return float((latents - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "options"),
     [*RUNGS, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_RUNGS)],
 )
-def test_it_draws_what_load_few_step_draws(folders, name, steps, options):
+def test_the_comfyui_workflow_gives_the_same_latents_as_load_few_step(folders, name, steps, options):
     _, teacher, folder, workflow = exported(folders, name, steps, options)
     check_structure(workflow)
-    found = run(workflow, DiffusionPipeline.from_pretrained(teacher), folder / "kohya")
-    assert off(found, ours(teacher, folder)) < 2e-4
+    latents = run(workflow, DiffusionPipeline.from_pretrained(teacher), folder / "kohya")
+    assert relative_error(latents, ours(teacher, folder)) < 2e-4
 
 
 @pytest.mark.parametrize("start", [399, 499])
-def test_without_the_multiplication_it_is_far_off(folders, start):
+def test_without_the_latent_multiplication_the_workflow_draws_something_else(folders, start):
     _, teacher, folder, workflow = exported(folders, "sd15", 1, {"start_timestep": start})
     (node,) = (n for n in workflow["nodes"] if n["type"] == "LatentMultiply")
     node["widgets_values"] = [1.0]
-    found = run(workflow, DiffusionPipeline.from_pretrained(teacher), folder / "kohya")
-    assert off(found, ours(teacher, folder)) > 0.03
+    latents = run(workflow, DiffusionPipeline.from_pretrained(teacher), folder / "kohya")
+    assert relative_error(latents, ours(teacher, folder)) > 0.03
 
 
 @pytest.mark.parametrize(("name", "options"), [("sd21_v", {}), ("sd15", {"prediction_type": "sample"})])
-def test_without_model_sampling_it_is_far_off(folders, name, options):
+def test_without_model_sampling_the_workflow_draws_something_else(folders, name, options):
     _, teacher, folder, workflow = exported(folders, name, 2, options)
     (node,) = (n for n in workflow["nodes"] if n["type"] == "ModelSamplingDiscrete")
     node["widgets_values"] = ["eps", False]
-    found = run(workflow, DiffusionPipeline.from_pretrained(teacher), folder / "kohya")
-    assert off(found, ours(teacher, folder)) > 0.03
+    latents = run(workflow, DiffusionPipeline.from_pretrained(teacher), folder / "kohya")
+    assert relative_error(latents, ours(teacher, folder)) > 0.03
 
 
 @pytest.mark.parametrize(
@@ -129,17 +129,17 @@ def test_a_start_timestep_is_computed_from_the_schedule(folders, start, denoise,
 
 
 def record_of(**options):
-    known = {"student_steps": 1, "teacher_steps": 2, "prediction_type": "epsilon", "lora_rank": 4}
-    return RungRecord(**known, base_fingerprint="", sha256="", **options)
+    fields = {"student_steps": 1, "teacher_steps": 2, "prediction_type": "epsilon", "lora_rank": 4}
+    return RungRecord(**fields, base_fingerprint="", sha256="", **options)
 
 
-def test_the_last_timestep_needs_no_nodes_of_its_own(folders):
+def test_the_last_timestep_needs_no_extra_nodes(folders):
     base = TeacherFacts.of_folder(folders("sd15")[0] / "teacher").scheduler
     assert comfy.setting_of(record_of(start_timestep=999), base) == comfy.setting_of(record_of(), base)
 
 
-def test_it_names_files_and_size_and_no_place_of_this_machine(folders):
-    found = comfy.workflow(
+def test_the_workflow_names_files_and_size_but_no_local_path(folders):
+    workflow = comfy.workflow(
         comfy.setting_of(record_of(), TeacherFacts.of_folder(folders("sd15")[0] / "teacher").scheduler),
         checkpoint=comfy.file_name("/somewhere/my-model.safetensors"),
         lora="mine_1step_lora.safetensors",
@@ -148,17 +148,17 @@ def test_it_names_files_and_size_and_no_place_of_this_machine(folders):
         prompt="a cat",
         title="mine_1step",
     )
-    check_structure(found)
-    widgets = {node["type"]: node["widgets_values"] for node in found["nodes"]}
+    check_structure(workflow)
+    widgets = {node["type"]: node["widgets_values"] for node in workflow["nodes"]}
     assert widgets["CheckpointLoaderSimple"] == ["my-model.safetensors"]
     assert widgets["LoraLoader"] == ["style.safetensors", 0.8, 0.8]
     assert widgets["LoraLoaderModelOnly"] == ["mine_1step_lora.safetensors", 1.0]
     assert widgets["EmptyLatentImage"] == [512, 768, 1]
     assert widgets["SaveImage"] == ["mine_1step"]
-    assert "somewhere" not in json.dumps(found)
+    assert "somewhere" not in json.dumps(workflow)
 
 
-def test_a_lower_rank_has_its_own(folders):
+def test_a_lower_rank_has_a_separate_workflow(folders):
     config, _, folder, _ = exported(folders, "sd15", 8, {})
     lower = export_rung(with_export(config, rank=2), 8)
     for place, name in ((folder, "letters_8step"), (lower, "letters_8step_rank2")):
@@ -168,7 +168,7 @@ def test_a_lower_rank_has_its_own(folders):
         assert f"`kohya/{name}_comfyui.json`" in (place / "README.md").read_text()
 
 
-def test_another_noise_schedule_has_none_and_the_card_says_so(tmp_path):
+def test_another_noise_schedule_gets_no_workflow_and_the_card_says_so(tmp_path):
     config, teacher, _ = rung_of(tmp_path, "sd15")
     path = teacher / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.02}))

@@ -1,4 +1,4 @@
-"""The comparison as a user runs it: another world than letters, tiny budget, then again where it stopped."""
+"""The comparison of peers as a user runs it, on other pictures than letters and with a tiny budget; then resumed."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ METHODS = ["stepdistill", "lcm-lora", "dmd2-lora"]
 
 @pytest.fixture
 def world(tmp_path):
-    """A folder of pictures that are no letters, each with its caption, and a config that names it."""
+    """A folder of captioned pictures that are not letters, and a config that names it."""
     folder = tmp_path / "walls"
     folder.mkdir()
     for k in range(240):
@@ -58,15 +58,15 @@ def test_peers_are_compared_on_any_folder_of_captioned_pictures(world, tmp_path)
 
 @pytest.mark.slow
 def test_letters_are_measured_by_both_readers_at_tuned_rates(tmp_path):
-    """Four rates on the same pictures of the teacher, the best one kept and used; then two readers' measures and orders."""
+    """Four rates are tried on the same pictures of the teacher and the best is used; then both readers measure and order."""
     output, runs = tmp_path / "peers", tmp_path / "runs"
     options = ["--seeds", "0", "--budget", "400", "--tune", "--methods", "lcm-lora", "stepdistill-mse"]
     options += ["--output-dir", str(runs), "--output", str(output), "data.num_images=40"]
     options += ["training.train_batch_size=2", "evaluation.num_images=8", "evaluation.teacher_steps=[8, 4]"]
     options += ["evaluation.diversity_prompts=0"]
     command = [sys.executable, "eval/compare_peers.py", *options]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    completed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr[-3000:]
     for row in ("teacher-8", "floor"):
         manifests = {file.read_bytes() for file in runs.glob(f"tuning-*/*/evaluation/{row}/manifest.json")}
         assert len(manifests) == 1, "the teacher was drawn again"

@@ -1,4 +1,4 @@
-"""`stepdistill doctor`: what would stop a run is named with its remedy, and nothing is written."""
+"""`stepdistill doctor` names everything that would stop a run, with its remedy, and writes nothing."""
 
 import re
 
@@ -47,15 +47,15 @@ def run(*words):
 
 def test_nothing_is_wrong_with_the_demo_and_nothing_is_written(tmp_path, capsys):
     assert run("doctor", "configs/letters.yaml", f"output_dir={tmp_path}") == 0
-    said = capsys.readouterr().out.splitlines()
-    assert {line.split(":")[0].split()[1] for line in said} == {
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(":")[0].split()[1] for line in lines} == {
         *("packages", "device", "run", "teacher", "data", "evaluation", "disk")
     }
-    assert all(line.startswith("ok ") for line in said)
+    assert all(line.startswith("ok ") for line in lines)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_mistake_is_a_line_with_its_remedy_and_the_others_are_looked_at_too(tmp_path, pictures, capsys):
+def test_each_mistake_is_reported_with_its_remedy_and_does_not_hide_the_others(tmp_path, pictures, capsys):
     (pictures / "03.png").write_bytes(b"no picture")
     (pictures / "04.txt").write_text(" ")
     options = [f"output_dir={tmp_path}", f"data.source={pictures}", "evaluation.features=inception:/nowhere"]
@@ -73,10 +73,10 @@ def test_small_pictures_long_captions_and_missing_repositories_are_notes(tmp_pat
     (pictures / "00.txt").write_text("word " * 80)
     Image.new("RGB", (20, 20)).save(pictures / "01.png")
     options = [f"data.source={pictures}", "evaluation.real_images=null"]
-    found = {finding.about: finding for finding in examine(tiny_config(tmp_path, *options))}
-    small = next(f for about, f in found.items() if "are smaller than the 32 pixels" in about)
+    findings = {finding.about: finding for finding in examine(tiny_config(tmp_path, *options))}
+    small = next(f for about, f in findings.items() if "are smaller than the 32 pixels" in about)
     assert (small.state, "data.min_side=32" in small.remedy) == ("note", True)
-    assert any("captions of up to 80 words" in about for about in found)
+    assert any("captions of up to 80 words" in about for about in findings)
     absent = examine(tiny_config(tmp_path, "teacher.path=nobody/nothing", f"data.source={pictures}"))
     assert any(f.state == "note" and "nobody/nothing is not in the Hub's cache" in f.about for f in absent)
 
@@ -90,17 +90,17 @@ def test_a_run_that_needs_more_than_the_disk_has_is_a_problem(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_disk_is_said_to_need_is_what_a_run_takes(finished_run):
-    """Of the tiny ladder, whose pictures take a block of the disk each."""
+def test_the_predicted_disk_need_is_close_to_what_a_run_takes(finished_run):
+    """On the tiny ladder, whose pictures take one block of the disk each."""
     need = disk_need(finished_run, teacher_facts(finished_run))
     run_dir = finished_run.run_dir
-    for part, said in (("cache", need.cache), ("rungs", need.rungs), ("evaluation", need.evaluation)):
+    for part, expected in (("cache", need.cache), ("rungs", need.rungs), ("evaluation", need.evaluation)):
         blocks = sum(path.stat().st_blocks * 512 for path in (run_dir / part).rglob("*") if path.is_file())
-        assert 0.5 * blocks < said < 1.5 * blocks, (part, said, blocks)
+        assert 0.5 * blocks < expected < 1.5 * blocks, (part, expected, blocks)
 
 
-def test_remedies_name_the_key_that_cures(tmp_path, pictures):
-    """Pictures of 70 x 80 under a config for larger ones: doctor and prepare both say which key leaves them out."""
+def test_remedies_name_the_key_that_helps(tmp_path, pictures):
+    """Pictures of 70 x 80 with a config for larger ones: doctor and prepare both name the key that leaves them out."""
     options = [f"data.source={pictures}", "data.min_side=256", "data.num_images=null"]
     config = tiny_config(tmp_path, *options)
     (small,) = [f for f in problems(config) if "image_too_small" in f.about]
@@ -117,7 +117,7 @@ def test_remedies_name_the_key_that_cures(tmp_path, pictures):
         prepare(large)
 
 
-def test_a_teacher_that_is_not_there_is_one_problem(tmp_path, capsys):
+def test_a_missing_teacher_is_one_problem(tmp_path, capsys):
     assert run("doctor", "configs/letters.yaml", f"output_dir={tmp_path}", "teacher.path=teacher-x") == 2
     out, err = capsys.readouterr()
     assert "got 'teacher-x', but there is no folder at " in out
@@ -132,33 +132,33 @@ def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path
     assert run("doctor", f"configs/{name}.yaml", *options) == 0
     assert "problem" not in capsys.readouterr().out
     assert run("run", f"configs/{name}.yaml", "--dry-run", *options) == 0
-    said = capsys.readouterr().out
-    assert f"32 -> 8  single: {20 if name == 'small' else 100} updates of" in said
+    output = capsys.readouterr().out
+    assert f"32 -> 8  single: {20 if name == 'small' else 100} updates of" in output
     assert not (tmp_path / name.replace("_", "-")).exists()
 
 
-def test_pictures_that_the_extractor_cannot_read_are_said_before_anything_is_drawn(tmp_path):
+def test_pictures_that_the_extractor_cannot_read_are_reported_before_drawing(tmp_path):
     """The reader takes 32 x 32 and does not resize; the tiny SD1.5 draws 64 x 64."""
     build("sd15", tiny=True).save_pretrained(tmp_path / "teacher", safe_serialization=True)
     (tmp_path / "prompts.txt").write_text("a thing\n")
     options = [f"teacher.path={tmp_path / 'teacher'}", f"data.source={tmp_path / 'prompts.txt'}"]
-    found = examine(load_config("configs/letters.yaml", [f"output_dir={tmp_path}", *options]))
-    assert not [f for f in found if f.state == "problem"]
+    findings = examine(load_config("configs/letters.yaml", [f"output_dir={tmp_path}", *options]))
+    assert not [f for f in findings if f.state == "problem"]
     (note,) = [
-        f for f in found if f.about.startswith("evaluation: no FID: there are no weights of Inception")
+        f for f in findings if f.about.startswith("evaluation: no FID: there are no weights of Inception")
     ]
     assert "inception:FILE" in note.remedy
     options.append("evaluation.features=reader")
     config = load_config("configs/letters.yaml", [f"output_dir={tmp_path}", *options])
-    said = "evaluation.resize: reader takes 32 x 32 pictures, got 64 x 64"
-    assert [f for f in examine(config) if f.state == "problem" and said in f.about]
+    problem = "evaluation.resize: reader takes 32 x 32 pictures, got 64 x 64"
+    assert [f for f in examine(config) if f.state == "problem" and problem in f.about]
     better = load_config(
         "configs/letters.yaml", [f"output_dir={tmp_path}", *options, "evaluation.resize=torchmetrics"]
     )
     assert not [f for f in examine(better) if f.state == "problem"]
 
 
-def test_settings_of_an_epsilon_teacher_are_noted_where_a_v_prediction_teacher_gets_them(tmp_path, pictures):
+def test_settings_meant_for_an_epsilon_teacher_are_noted_for_a_v_prediction_teacher(tmp_path, pictures):
     options = [f"output_dir={tmp_path}", f"data.source={pictures}", "evaluation.features=reader"]
     notes = {}
     for family in ("sdxl", "sd21_v"):
@@ -186,7 +186,7 @@ def test_settings_of_an_epsilon_teacher_are_noted_where_a_v_prediction_teacher_g
 
 
 def sd21_v_as(kind, place):
-    """The tiny v-prediction teacher as a folder, as one file with configs beside it, or with a LoRA: a config's options."""
+    """Overrides for the tiny v-prediction teacher as a folder, as one file with configs beside it, or with a LoRA."""
     folder = place / "sd21_v"
     build("sd21_v", tiny=True).save_pretrained(folder)
     if kind == "folder":
@@ -202,17 +202,19 @@ def sd21_v_as(kind, place):
 
 
 @pytest.mark.parametrize("kind", ["file", "lora"])
-def test_a_teacher_that_is_no_folder_yet_is_looked_at_as_its_folder_would_be(tmp_path, pictures, kind):
-    """By its configs: what the ladder does not fit, the sizes of pictures, the extractor, the disk."""
+def test_doctor_checks_a_teacher_that_prepare_must_write_first_like_one_in_a_folder(tmp_path, pictures, kind):
+    """From the teacher's configs, doctor checks the ladder, the sizes of the pictures, the extractor and the disk."""
     options = [f"output_dir={tmp_path}", f"data.source={pictures}", "data.buckets=true", "data.min_side=8"]
 
-    def about(kind):
+    def examined(kind):
         config = load_config("configs/sdxl.yaml", [*options, *sd21_v_as(kind, tmp_path / kind)])
-        found = examine(config)
+        findings = examine(config)
         assert not (tmp_path / "sdxl").exists()
-        return found, [f.about for f in found if f.about.startswith(("ladder.", "data: ", "evaluation: "))]
+        return findings, [
+            f.about for f in findings if f.about.startswith(("ladder.", "data: ", "evaluation: "))
+        ]
 
-    as_folder, as_kind = about("folder"), about(kind)
+    as_folder, as_kind = examined("folder"), examined(kind)
     assert as_folder[1] == as_kind[1]
     assert [f for f in as_kind[0] if "ladder.4.start_timestep: 399" in f.about]
     assert [f for f in as_kind[0] if "pictures are cut to" in f.about]
@@ -221,44 +223,46 @@ def test_a_teacher_that_is_no_folder_yet_is_looked_at_as_its_folder_would_be(tmp
 
 
 @pytest.mark.parametrize("kind", ["file", "lora"])
-def test_a_made_teacher_takes_the_room_that_was_said(tmp_path, kind):
-    """A folder in float16 with a LoRA is written in float32."""
+def test_disk_need_counts_the_teacher_that_prepare_writes(tmp_path, kind):
+    """A float16 teacher with a LoRA is written in float32."""
     (tmp_path / "prompts.txt").write_text("a wall\na door\n")
     options = [
         f"data.source={tmp_path / 'prompts.txt'}",
         "data.num_images=2",
         *sd21_v_as(kind, tmp_path / kind),
     ]
-    folder = tmp_path / kind / "sd21_v"
-    DiffusionPipeline.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    base = tmp_path / kind / "sd21_v"
+    DiffusionPipeline.from_pretrained(base, dtype=torch.float16).save_pretrained(base)
     config = tiny_config(tmp_path, *options)
-    said = disk_need(config, teacher_facts(config)).teacher
+    expected = disk_need(config, teacher_facts(config)).teacher
     open_run(config)
-    made = make_teacher(config)
-    weights = sum(path.stat().st_size for path in made.rglob("*.safetensors"))
-    assert said == pytest.approx(weights, rel=0.05)
+    folder = make_teacher(config)
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    assert expected == pytest.approx(weights, rel=0.05)
 
 
-def test_what_is_no_repositorys_name_is_a_problem(tmp_path, pictures):
+def test_an_invalid_repository_name_is_a_problem(tmp_path, pictures):
     config = tiny_config(tmp_path, "teacher.path=models/my--model", f"data.source={pictures}")
     assert [f for f in problems(config) if "'models/my--model', which is no repository" in f.about]
 
 
-def test_a_teacher_whose_configs_are_nowhere_is_said_to_be_unknown(tmp_path, pictures):
+def test_checks_that_need_the_configs_of_an_absent_teacher_are_noted_as_skipped(tmp_path, pictures):
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
     options = [
         f"output_dir={tmp_path}",
         f"data.source={pictures}",
         f"teacher.path={tmp_path / 'model.safetensors'}",
     ]
-    found = examine(load_config("configs/sd15.yaml", options))
+    findings = examine(load_config("configs/sd15.yaml", options))
     for part in ("ladder", "evaluation"):
         assert [
-            f for f in found if f.state == "note" and f.about.startswith(part) and "configs are on" in f.about
+            f
+            for f in findings
+            if f.state == "note" and f.about.startswith(part) and "configs are on" in f.about
         ]
 
 
-def test_what_does_not_fit_the_teacher_is_said_when_the_run_begins(tmp_path, caplog):
+def test_settings_that_do_not_fit_the_teacher_are_logged_when_the_run_begins(tmp_path, caplog):
     (tmp_path / "prompts.txt").write_text("a wall\na door\n")
     options = [*sd21_v_as("folder", tmp_path), f"data.source={tmp_path / 'prompts.txt'}", "data.num_images=2"]
     config = tiny_config(tmp_path, *options, "ladder.4.start_timestep=399")

@@ -80,8 +80,8 @@ def test_the_table_has_every_kind_of_row_floor_and_study(finished_run):
 
 
 def test_distances_to_the_teacher_are_to_other_seeds_and_paired_ones_to_equal_noise(finished_run):
-    """The teacher's own row is the floor of the one and 0 in the other; the teacher with other noise is the yardstick of
-    the paired measures. Both sets have the same images, so FID gives one number for both."""
+    """For the teacher's row the distance to other seeds is the floor and the paired distance is 0; the teacher with other
+    noise is the yardstick of the paired measures. FID is the same number in both, because both compare the same images."""
     results = saved(finished_run)
     rows, floor = {row["row"]: row for row in results["rows"]}, results["floor"]["fid_to_teacher"]
     teacher, other_noise = rows["teacher-32"], results["other_noise"]
@@ -95,7 +95,7 @@ def test_distances_to_the_teacher_are_to_other_seeds_and_paired_ones_to_equal_no
     assert results["protocol"]["teacher_images"] == "other seeds"
 
 
-def test_measuring_again_gives_every_number_again_without_drawing(finished_run):
+def test_measuring_again_gives_the_same_numbers_without_drawing(finished_run):
     before = saved(finished_run)
     stamp = (finished_run.run_dir / "evaluation/student-4/images/000003.png").stat().st_mtime_ns
     assert json.loads(json.dumps(evaluate(finished_run))) == before
@@ -104,23 +104,23 @@ def test_measuring_again_gives_every_number_again_without_drawing(finished_run):
 
 @pytest.mark.slow
 def test_the_stage_script_under_torchrun_measures_what_one_process_does(copy_of):
-    """Every row drawn anew by two processes, measured by the first: all numbers but those of cost."""
+    """Two processes draw every row again and the first measures: all numbers but the costs are those of one process."""
     config = copy_of("evaluation.num_images=12", "evaluation.batch_size=4")
     repository, alone = Path(__file__).parents[2], evaluate(config)
     shutil.rmtree(config.run_dir / "evaluation")
     open_run(config)
     arguments = [str(config.run_dir / "config.yaml"), f"output_dir={config.output_dir}"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*launch, str(repository / "pipelines" / "evaluate.py"), *arguments],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = " ".join((done.stdout + done.stderr).split()).count("12 images of teacher-2 are in")
-    assert said == 2  # the row and the floor, by one process
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    count = " ".join((completed.stdout + completed.stderr).split()).count("12 images of teacher-2 are in")
+    assert count == 2  # once for the row and once for the floor: only one process prints it
     together = saved(config)
     for ours, theirs in zip(alone["rows"], together["rows"], strict=True):
         for key in ("fid_to_real", "fid_to_teacher", "kid_to_real", "precision", "prompt_accuracy"):
@@ -154,7 +154,7 @@ def test_hostile_prompts_are_drawn_and_reported_as_text(copy_of, tmp_path):
     assert not list(tmp_path.parent.glob("x*"))
 
 
-def test_without_other_seeds_there_are_paired_distances_alone(copy_of):
+def test_without_other_seeds_only_paired_distances_are_measured(copy_of):
     config = copy_of("evaluation.floor=false", "evaluation.diversity_prompts=0", "evaluation.lora_scales=[]")
     results = evaluate(config)
     assert not (config.run_dir / "evaluation" / "floor").exists()
@@ -166,8 +166,8 @@ def test_without_other_seeds_there_are_paired_distances_alone(copy_of):
     stages.report(config)
 
 
-def test_an_interrupted_measuring_leaves_the_rows_that_were_measured_on_the_page(copy_of, tmp_path):
-    """By a scorer that fails at the third row, as Ctrl-C or a full disk would."""
+def test_an_interrupted_evaluation_shows_the_measured_rows_on_the_page(copy_of, tmp_path):
+    """A scorer fails at the third row, as Ctrl-C or a full disk would."""
     scorer = "import sys\nif 'student-32' in sys.argv[1]: sys.exit('gone')\nprint('{\"taste\": 1}')\n"
     (tmp_path / "scorer.py").write_text(scorer)
     scorer = f"evaluation.score_cmd='{sys.executable} {tmp_path / 'scorer.py'} {{images}}'"
@@ -190,15 +190,15 @@ def test_an_interrupted_measuring_leaves_the_rows_that_were_measured_on_the_page
     (tmp_path / "scorer.py").write_text("print('{\"taste\": 1}')")
     assert evaluate(config)["unmeasured"] == []
     assert "only partly evaluated" not in (stages.report(config) / "index.html").read_text(encoding="utf-8")
-    whole = saved(config)
+    complete = saved(config)
     (tmp_path / "scorer.py").write_text("import sys; sys.exit('gone again')")
     with pytest.raises(ValueError, match="gone again"):
         evaluate(config)
-    assert saved(config) == whole  # a part of the same rows would say less
+    assert saved(config) == complete  # complete results are not replaced by a part of the same rows
 
 
-def test_a_net_that_learned_measures_and_without_any_the_table_says_what_it_lacks(copy_of, tmp_path):
-    """Prompts that are none of the letters world's; first with a net of another run, then with nothing at hand."""
+def test_a_stored_net_measures_and_without_any_extractor_the_table_says_what_is_missing(copy_of, tmp_path):
+    """Prompts that are not letters captions: first with the net of another run, then without any extractor."""
     noise = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
     net, grades = train_small_net(noise, noise[:8], Schooling(steps=1, batch_size=8))
     write_small_net(tmp_path / "extractor", net, {"grades": grades.as_json()})
@@ -219,7 +219,7 @@ def test_a_net_that_learned_measures_and_without_any_the_table_says_what_it_lack
     assert "there are no weights of Inception at" in page
 
 
-def test_what_is_wrong_is_said_before_anything_is_drawn(copy_of):
+def test_mistakes_are_reported_before_anything_is_drawn(copy_of):
     config = copy_of("evaluation.features=vgg")
     with pytest.raises(ValueError, match="allowed: reader, inception"):
         evaluate(config)
@@ -230,7 +230,7 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(copy_of):
 
 
 @pytest.mark.parametrize("wrong", ["prompts=nowhere.txt", "features=clip:nowhere", "real_images=nowhere"])
-def test_a_table_that_cannot_be_made_stops_the_run_before_the_ladder(tmp_path, wrong):
+def test_a_table_that_cannot_be_measured_stops_the_run_before_training(tmp_path, wrong):
     config = tiny_config(tmp_path, f"evaluation.{wrong}")
     with pytest.raises(ValueError, match=r"evaluation\..*nowhere"):
         stages.run_all(config)

@@ -1,4 +1,4 @@
-"""Every file of an exported rung gives the U-Net that was trained, in a fresh process, whatever reads it."""
+"""Every file of an exported rung gives the trained U-Net in a new process, whichever tool reads it."""
 
 import dataclasses
 import json
@@ -46,15 +46,15 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 teacher, rung, inputs, output = sys.argv[1:]
-told = load_file(inputs)
-added = {key: told[key] for key in ("text_embeds", "time_ids") if key in told} or None
+tensors = load_file(inputs)
+added = {key: tensors[key] for key in ("text_embeds", "time_ids") if key in tensors} or None
 pipeline = DiffusionPipeline.from_pretrained(teacher)
-found = {}
+outputs = {}
 
 @torch.no_grad()
 def ask(unet, name):
-    found[name] = unet(
-        told["sample"], told["timestep"], told["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False
+    outputs[name] = unet(
+        tensors["sample"], tensors["timestep"], tensors["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False
     )[0].contiguous()
 
 def loaded(name, *place, **options):
@@ -69,7 +69,7 @@ loaded("diffusers", rung)
 for file in sorted(pathlib.Path(rung, "kohya").glob("*.safetensors")):
     loaded(file.stem, str(file))
 ask(UNet2DConditionModel.from_pretrained(f"{rung}/fused/unet"), "fused")
-save_file(found, output)
+save_file(outputs, output)
 """
 
 
@@ -94,12 +94,12 @@ def family(request, tmp_path_factory):
     return config, teacher, network, folder
 
 
-def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
+def test_a_fresh_process_loads_the_trained_unet(family, tmp_path):
     _, teacher, network, folder = family
     from safetensors.torch import save_file
 
-    told = inputs_for(network.model)
-    save_file(told, tmp_path / "inputs.safetensors")
+    inputs = inputs_for(network.model)
+    save_file(inputs, tmp_path / "inputs.safetensors")
     script = FRESH.replace("{rung}/kohya_{spelling}", "{rung}/kohya/kohya_{spelling}")
     command = [
         sys.executable,
@@ -110,25 +110,25 @@ def test_what_a_fresh_process_loads_is_what_was_trained(family, tmp_path):
         tmp_path / "inputs.safetensors",
         tmp_path / "out.safetensors",
     ]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "out.safetensors")
+    completed = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    outputs = load_file(tmp_path / "out.safetensors")
     with network.using(STUDENT):
-        whole = answer(network.model, told)
+        trained = answer(network.model, inputs)
     half_unet = load_network(teacher)
     for name, layer in read_lora(folder).layers.items():
         half_unet.get_submodule(name).weight.data += 0.5 * layer.delta()
-    half = answer(half_unet, told)
-    size = whole.abs().max()
-    assert (found["base"] - whole).abs().max() > 0.01 * size  # the LoRA does something
-    assert (half - whole).abs().max() > 0.01 * size
-    names = {name for name in found if name.startswith("kohya") and "half" not in name}
-    is_xl = "text_embeds" in told
+    half = answer(half_unet, inputs)
+    size = trained.abs().max()
+    assert (outputs["base"] - trained).abs().max() > 0.01 * size  # the LoRA does something
+    assert (half - trained).abs().max() > 0.01 * size
+    names = {name for name in outputs if name.startswith("kohya") and "half" not in name}
+    is_xl = "text_embeds" in inputs
     assert names == ({"kohya_diffusers", "kohya_sgm"} if is_xl else {"kohya_diffusers"})
     for name in ("diffusers", *names):
-        assert (found[name] - whole).abs().max() <= 1e-6 * max(1, size), name
-        assert (found[f"{name} half"] - half).abs().max() <= 2e-6 * max(1, size), name
-    assert (found["fused"] - whole).abs().max() <= 2e-6 * max(1, size)
+        assert (outputs[name] - trained).abs().max() <= 1e-6 * max(1, size), name
+        assert (outputs[f"{name} half"] - half).abs().max() <= 2e-6 * max(1, size), name
+    assert (outputs["fused"] - trained).abs().max() <= 2e-6 * max(1, size)
 
 
 @pytest.mark.parametrize("spelling", ["diffusers", "sgm"])
@@ -139,13 +139,13 @@ def test_kohyas_file_is_right_for_a_reader_of_its_documentation(family, spelling
     weights = {key: w.detach() for key, w in load_network(teacher).named_parameters()}
     attended = {key.split(".")[1] for key in weights if key.startswith("up_blocks") and "attentions" in key}
     spelt = {key: unet_name(key, attended) if spelling == "sgm" else key for key in weights}
-    found = merged(
+    merged_weights = merged(
         folder / "kohya" / f"kohya_{spelling}.safetensors", {spelt[key]: w for key, w in weights.items()}
     )
     expected = dict(UNet2DConditionModel.from_pretrained(folder / "fused" / "unet").named_parameters())
     changed = 0
     for key, weight in expected.items():
-        assert torch.allclose(found[spelt[key]], weight, rtol=0, atol=1e-6), key
+        assert torch.allclose(merged_weights[spelt[key]], weight, rtol=0, atol=1e-6), key
         changed += not torch.equal(weight, weights[key])
     assert changed == len(read_lora(folder).layers) > 50
 
@@ -198,7 +198,9 @@ def test_kohyas_header_says_what_the_tools_look_for(tmp_path, family_name, versi
     )
     before = path.read_bytes()
     path.unlink()
-    export_rung(with_export(config, formats=["kohya", "fused"]), 4)  # what else is exported changes no byte
+    export_rung(
+        with_export(config, formats=["kohya", "fused"]), 4
+    )  # exporting other formats too changes no byte
     assert path.read_bytes() == before
 
 
@@ -216,7 +218,7 @@ def test_equal_weights_are_equal_bytes_however_long_they_took_to_train(tmp_path)
     assert content[0] == content[1]
 
 
-def test_diffusers_own_file_says_that_it_is_diffusers_alone(tmp_path):
+def test_the_diffusers_lora_file_says_that_it_is_for_diffusers_only(tmp_path):
     config, _, _ = rung_of(tmp_path, "sd15")
     folder = export_rung(config, 4)
     lower = export_rung(with_export(config, rank=2), 4)
@@ -239,7 +241,7 @@ def test_diffusers_own_file_says_that_it_is_diffusers_alone(tmp_path):
     ],
 )
 def test_alpha_that_is_not_the_rank_is_in_kohyas_file_and_in_the_fused_unet(tmp_path, changes):
-    """Against peft, which is asked with that config."""
+    """Compares with peft's output for that config."""
     config, teacher, _ = rung_of(tmp_path, "sd15", "export.dtype=float32")
     folder = config.run_dir / "rungs" / "4"
     path = folder / "pytorch_lora_weights.safetensors"
@@ -248,17 +250,17 @@ def test_alpha_that_is_not_the_rank_is_in_kohyas_file_and_in_the_fused_unet(tmp_
     exported = export_rung(with_export(config, formats=["kohya", "fused"]), 4)
     unet = load_network(teacher)
     unet.load_lora_adapter(load_file(path), prefix="unet", metadata=_peft_config(path), adapter_name="x")
-    told = inputs_for(unet)
-    expected = answer(unet, told)
+    inputs = inputs_for(unet)
+    expected = answer(unet, inputs)
     (file,) = (exported / "kohya").glob("*.safetensors")
     weights = {key: w.detach() for key, w in load_network(teacher).named_parameters()}
     by_kohya = load_network(teacher)
     by_kohya.load_state_dict(merged(file, weights))
     scale = expected.abs().max()
-    assert (answer(by_kohya, told) - expected).abs().max() <= 3e-6 * scale
-    assert (answer(fused_unet(teacher, read_lora(path)), told) - expected).abs().max() <= 3e-6 * scale
+    assert (answer(by_kohya, inputs) - expected).abs().max() <= 3e-6 * scale
+    assert (answer(fused_unet(teacher, read_lora(path)), inputs) - expected).abs().max() <= 3e-6 * scale
     plain = _with_peft_config(path, {"lora_alpha": 4, "use_rslora": False, "alpha_pattern": {}})
-    assert (answer(fused_unet(teacher, read_lora(plain)), told) - expected).abs().max() > 1e-3 * scale
+    assert (answer(fused_unet(teacher, read_lora(plain)), inputs) - expected).abs().max() > 1e-3 * scale
 
 
 def _peft_config(path):
@@ -275,8 +277,8 @@ def _with_peft_config(path, changes):
     return path
 
 
-def test_all_rungs_have_one_shape(tmp_path):
-    """What a server needs to swap 8, 4 and 2 steps in one compiled network."""
+def test_all_exported_rungs_have_equal_shapes(tmp_path):
+    """A server needs this to swap the 8-, 4- and 2-step rungs in one compiled network."""
     config, teacher, _ = rung_of(tmp_path, "sd15", steps=8)
     write_rung(config, teacher, 4, seed=1)
     shapes = []
@@ -296,14 +298,14 @@ def second_weight(network):
     return list(network.group(STUDENT).values())[1]
 
 
-def test_an_active_adapter_is_asked(tmp_path):
-    """The check of the checks: without the adapter the answers above would differ."""
+def test_the_active_adapter_takes_part_in_the_forward_pass(tmp_path):
+    """Guards the tests above: outputs with and without the adapter differ."""
     _, teacher, network = rung_of(tmp_path, "sd15")
-    told = inputs_for(network.model)
+    inputs = inputs_for(network.model)
     with network.using(STUDENT):
-        first = answer(network.model, told)
+        first = answer(network.model, inputs)
     activate(network.model, None)
-    assert not torch.allclose(answer(network.model, told), first, atol=1e-3)
+    assert not torch.allclose(answer(network.model, inputs), first, atol=1e-3)
     assert not torch.equal(second_weight(random_student(teacher, seed=1)), second_weight(network))
 
 
@@ -328,7 +330,7 @@ def test_an_active_adapter_is_asked(tmp_path):
         ("v_prediction", "epsilon", False, "sampling eps, zsnr false", "not with this LoRA"),
     ],
 )
-def test_the_card_says_what_each_tool_must_be_told(
+def test_the_card_names_the_settings_for_each_tool(
     tmp_path, teacher_kind, student_kind, zero_snr, comfy, elsewhere
 ):
     config, teacher, _ = rung_of(tmp_path, "sd15", prediction_type=student_kind)
@@ -341,7 +343,7 @@ def test_the_card_says_what_each_tool_must_be_told(
 
 
 def card_of_tools(unet, **options):
-    """The section for a rung on the letters' teacher with another U-Net."""
+    """The card's section about tools, for a rung on the letters teacher with another U-Net."""
     record = RungRecord(1, 2, "epsilon", RANK, "", "", **options)
     facts = TeacherFacts.of_folder(embedded_folder("teacher"))
     teacher = dataclasses.replace(facts, configs={**facts.configs, "unet": unet})
@@ -350,11 +352,11 @@ def card_of_tools(unet, **options):
 
 
 def test_a_unet_of_other_depth_is_not_offered_to_a1111():
-    """Its name map counts three places a block, two layers and a resampler."""
-    whole = unet_config("sd15")
-    assert "CFG scale 1." in card_of_tools(whole)
-    assert "cannot open it" not in card_of_tools(whole)
-    shallow = card_of_tools(whole | {"layers_per_block": 1})
+    """A1111's map of names has three places per block, for two layers and a resampler."""
+    config = unet_config("sd15")
+    assert "CFG scale 1." in card_of_tools(config)
+    assert "cannot open it" not in card_of_tools(config)
+    shallow = card_of_tools(config | {"layers_per_block": 1})
     assert (
         "A1111, Forge: not with this LoRA. They expect two layers in every block of the U-Net, and" in shallow
     )
@@ -380,7 +382,7 @@ def test_a_rung_with_start_timestep_is_offered_to_comfyui_and_to_ddim_alone(tmp_
     assert "KSampler with" not in card
 
 
-def test_what_goes_to_the_hub_names_the_repository_and_no_place_of_this_machine(tmp_path):
+def test_the_folder_for_the_hub_names_the_repository_but_no_local_path(tmp_path):
     from stepdistill.export.hub import stage
 
     config, _, _ = rung_of(tmp_path, "sd15", "export.base_model=some/base", "export.license=mit")
@@ -389,8 +391,8 @@ def test_what_goes_to_the_hub_names_the_repository_and_no_place_of_this_machine(
     (folder / "previews" / "a.png").write_bytes(b"x")
     export_rung(with_export(config, rank=2), 4)
     copy = stage(config, 4, folder, "me/mine", tmp_path / "up")
-    found = sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file())
-    assert found == [
+    files = sorted(str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file())
+    assert files == [
         "README.md",
         "base.json",
         "fused/unet/config.json",

@@ -1,4 +1,4 @@
-"""`stepdistill export` and `extract` as a user runs them: every format, lower ranks, what is refused, a full disk."""
+"""`stepdistill export` and `extract` as a user runs them: every format, lower ranks, refused exports, a full disk."""
 
 import json
 import os
@@ -27,31 +27,31 @@ def files_of(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-# Every test starts the command afresh, which takes seconds each.
+# Every test runs the command in a new process, which takes several seconds.
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(config, teacher) of a run whose 4-step rung is finished and nothing else."""
+    """(config, teacher) of a run of which only the 4-step rung is finished."""
     config, teacher, _ = rung_of(tmp_path_factory.mktemp("export"), "sd15", "name=mine")
     return config, teacher
 
 
 def test_a_run_is_exported_in_every_format_by_one_command(run):
     config, _ = run
-    done = stepdistill(
+    completed = stepdistill(
         "export", config.run_dir, "--steps", "4", "--format", "diffusers,kohya,fused", "export.license=mit"
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     folder = config.run_dir / "rungs" / "4"
-    found = files_of(folder)
-    assert [name for name in found if name.startswith("kohya")] == [
+    files = files_of(folder)
+    assert [name for name in files if name.startswith("kohya")] == [
         "kohya/mine_4step_comfyui.json",
         "kohya/mine_4step_lora.safetensors",
     ]
-    assert {"README.md", "base.json", "rung.json", "scheduler/scheduler_config.json"} < set(found)
-    assert "fused/unet/diffusion_pytorch_model.safetensors" in found
+    assert {"README.md", "base.json", "rung.json", "scheduler/scheduler_config.json"} < set(files)
+    assert "fused/unet/diffusion_pytorch_model.safetensors" in files
     half = UNet2DConditionModel.from_pretrained(folder / "fused" / "unet", dtype=torch.float16)
     assert {p.dtype for p in half.parameters()} == {torch.float16}
     _, front, _ = (folder / "README.md").read_text().split("---\n", 2)
@@ -61,15 +61,15 @@ def test_a_run_is_exported_in_every_format_by_one_command(run):
         "diffusers",
         "text-to-image",
     )
-    assert "base_model" not in card  # a folder is no repository
+    assert "base_model" not in card  # a folder is not a repository
     assert "kohya/mine_4step_lora.safetensors" in (folder / "README.md").read_text()
 
 
-def test_a_lower_rank_has_a_folder_of_its_own_that_loads(run):
+def test_a_lower_rank_is_exported_into_a_separate_folder_that_loads(run):
     config, teacher = run
-    done = stepdistill("export", config.run_dir, "--steps", "4", "--rank", "2", "export.dtype=float32")
-    assert done.returncode == 0, done.stderr
-    assert "rank 2 keeps" in done.stderr
+    completed = stepdistill("export", config.run_dir, "--steps", "4", "--rank", "2", "export.dtype=float32")
+    assert completed.returncode == 0, completed.stderr
+    assert "rank 2 keeps" in completed.stderr
     folder = config.run_dir / "rungs" / "4" / "rank2"
     assert {layer.rank for layer in read_lora(folder).layers.values()} == {2}
     assert json.loads((folder / "rung.json").read_text())["lora_rank"] == 2
@@ -89,11 +89,11 @@ def test_a_lower_rank_has_a_folder_of_its_own_that_loads(run):
         (["--steps", "4", "--push", "no/such/name"], "--push: got no/such/name"),
     ],
 )
-def test_what_cannot_be_exported_is_one_line(run, arguments, says):
+def test_an_impossible_export_is_refused_in_one_line(run, arguments, says):
     config, _ = run
-    done = stepdistill("export", config.run_dir, *arguments, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 2
-    assert says in done.stderr.strip().splitlines()[-1]
+    completed = stepdistill("export", config.run_dir, *arguments, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert completed.returncode == 2
+    assert says in completed.stderr.strip().splitlines()[-1]
 
 
 def test_a_full_disk_leaves_no_half_a_file(tmp_path):
@@ -103,9 +103,9 @@ def test_a_full_disk_leaves_no_half_a_file(tmp_path):
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    done = stepdistill("export", config.run_dir, "--steps", "4", preexec_fn=little_room)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+    completed = stepdistill("export", config.run_dir, "--steps", "4", preexec_fn=little_room)
+    assert completed.returncode == 2
+    last = completed.stderr.strip().splitlines()[-1]
     assert last.startswith("stepdistill: cannot write ")
     assert "make room there, then the same command" in last
     assert not list((folder / "kohya").glob("*"))
@@ -113,22 +113,22 @@ def test_a_full_disk_leaves_no_half_a_file(tmp_path):
     assert len(list((folder / "kohya").glob("*"))) == 2
 
 
-def test_a_lora_is_extracted_from_a_unet_that_was_trained_whole(run, tmp_path):
+def test_a_lora_is_extracted_from_a_fully_fine_tuned_unet(run, tmp_path):
     config, teacher = run
     lora = read_lora(config.run_dir / "rungs" / "4" / "pytorch_lora_weights.safetensors")
     tuned = load_network(teacher)
     for name, layer in lora.layers.items():
         tuned.get_submodule(name).weight.data += layer.delta()
     tuned.save_pretrained(tmp_path / "tuned")
-    done = stepdistill(
+    completed = stepdistill(
         "extract", teacher, tmp_path / "tuned", "--rank", "4", "--output", tmp_path / "extracted"
     )
-    assert done.returncode == 0, done.stderr
-    assert "rank 4 keeps 100.00 % of the change" in done.stderr
-    found = read_lora(tmp_path / "extracted")
-    assert found.layers.keys() == lora.layers.keys()
+    assert completed.returncode == 0, completed.stderr
+    assert "rank 4 keeps 100.00 % of the change" in completed.stderr
+    extracted = read_lora(tmp_path / "extracted")
+    assert extracted.layers.keys() == lora.layers.keys()
     for name, layer in lora.layers.items():
-        assert torch.allclose(found.layers[name].delta(), layer.delta(), atol=1e-5)
+        assert torch.allclose(extracted.layers[name].delta(), layer.delta(), atol=1e-5)
     DiffusionPipeline.from_pretrained(teacher).load_lora_weights(tmp_path / "extracted")
     same = stepdistill("extract", teacher, teacher, "--rank", "4", "--output", tmp_path / "none")
     assert same.returncode == 2
@@ -143,9 +143,9 @@ def test_a_quantised_base_is_not_merged_into(tmp_path):
     path.write_text(
         json.dumps(raw | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
     )
-    done = stepdistill("export", config.run_dir, "--steps", "4")
-    assert done.returncode == 2
-    assert "quantised weights in unet; allowed: floating-point weights" in done.stderr
+    completed = stepdistill("export", config.run_dir, "--steps", "4")
+    assert completed.returncode == 2
+    assert "quantised weights in unet; allowed: floating-point weights" in completed.stderr
     assert not (config.run_dir / "rungs" / "4" / "fused").exists()
 
 
@@ -158,6 +158,6 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
     next(iter(state.values())).view(-1)[0] = 1e6
     save_file(state, path, metadata={"format": "pt"})
     sign_again(path.parent)
-    done = stepdistill("export", config.run_dir, "--steps", "4")
-    assert done.returncode == 2
-    assert "does not fit into torch.float16; allowed: export.dtype=float32" in done.stderr
+    completed = stepdistill("export", config.run_dir, "--steps", "4")
+    assert completed.returncode == 2
+    assert "does not fit into torch.float16; allowed: export.dtype=float32" in completed.stderr

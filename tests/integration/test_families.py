@@ -54,7 +54,7 @@ def run_config(place, family, source, *overrides):
         f"ladder={json.dumps(ladder())}",
         "evaluation.num_images=8",
         "evaluation.teacher_steps=[2]",
-        "evaluation.features=reader",  # by name: these pictures are no letters
+        "evaluation.features=reader",  # must be named, because these pictures are not letters
         "evaluation.resize=torchmetrics",
         "evaluation.diversity_prompts=0",
         "evaluation.lora_scales=[]",
@@ -101,21 +101,21 @@ def test_the_whole_ladder_of_a_family_ends_in_loras_that_a_vanilla_pipeline_load
     assert vanilla.scheduler.config.prediction_type == kind
 
 
-def test_sdxl_is_told_the_true_size_and_cut_of_each_picture(tmp_path):
+def test_sdxl_gets_the_original_size_and_crop_of_each_picture(tmp_path):
     config = run_config(tmp_path, "sdxl", pictures(tmp_path / "pictures"), "data.buckets=true")
     prepare(config)
     cache = load_cache(config)
-    told = {}
+    offsets_by_size = {}
     for size, count in cache.sizes.items():
         for row in (
             cache.samples(size, list(range(count))).conditioning.added_cond_kwargs["time_ids"].tolist()
         ):
-            told.setdefault(tuple(map(int, row[:2])), set()).add(
+            offsets_by_size.setdefault(tuple(map(int, row[:2])), set()).add(
                 (tuple(map(int, row[2:4])), tuple(map(int, row[4:])))
             )
-    assert set(told) == {(64, 64), (60, 90), (96, 64), (200, 100)}
-    for (height, width), cuts in told.items():
-        ((corner, target),) = cuts
+    assert set(offsets_by_size) == {(64, 64), (60, 90), (96, 64), (200, 100)}
+    for (height, width), offsets in offsets_by_size.items():
+        ((corner, target),) = offsets
         scale = max(target[0] / height, target[1] / width)
         assert corner == (
             int(round(height * scale) - target[0]) // 2,
@@ -123,7 +123,7 @@ def test_sdxl_is_told_the_true_size_and_cut_of_each_picture(tmp_path):
         )
 
 
-def test_latents_of_another_run_are_used_as_they_are_and_another_model_s_are_refused(tmp_path):
+def test_another_runs_cache_is_reused_unless_it_was_made_by_another_model(tmp_path):
     first = run_config(tmp_path, "sd15", pictures(tmp_path / "pictures"), "name=first")
     prepare(first)
     second = run_config(tmp_path, "sd15", first.run_dir / "cache", "name=second", "data.num_images=10")
@@ -140,7 +140,7 @@ def test_latents_of_another_run_are_used_as_they_are_and_another_model_s_are_ref
         prepare(run_config(tmp_path, "sd15", first.run_dir / "cache", *other))
 
 
-def test_the_teacher_s_pictures_are_the_same_however_they_were_made(tmp_path):
+def test_the_teachers_pictures_do_not_depend_on_the_batch_size(tmp_path):
     (tmp_path / "prompts.txt").write_text("a thing\n\nanother thing\n")
     latents = []
     for name, batch in (("whole", 10), ("small", 3)):

@@ -1,4 +1,4 @@
-"""load_few_step: all of it set, what does not fit warned of or refused."""
+"""load_few_step sets LoRA, scheduler and call defaults, and warns of or refuses what does not fit."""
 
 import pytest
 import torch
@@ -22,16 +22,16 @@ from tests.integration.few_step import PROMPT, by_hand, latents, pipeline_of, wi
 
 
 @pytest.mark.parametrize("kind", ["folder", "kohya"])
-def test_the_defaults_of_the_call_are_the_rungs(rung, kind):
+def test_the_defaults_of_the_call_are_the_rungs_settings(rung, kind):
     _, teacher, folder = rung
     (file,) = (folder / "kohya").glob("*.safetensors")
     pipeline = pipeline_of(teacher)
     record = without_warning(load_few_step, pipeline, folder if kind == "folder" else file)
     assert record.student_steps == 4
-    found = without_warning(latents, pipeline, PROMPT)
-    assert torch.allclose(found, by_hand(teacher, folder), atol=1e-5)
+    drawn = without_warning(latents, pipeline, PROMPT)
+    assert torch.allclose(drawn, by_hand(teacher, folder), atol=1e-5)
     assert torch.equal(
-        found, without_warning(latents, pipeline, PROMPT, num_inference_steps=4, guidance_scale=1.0)
+        drawn, without_warning(latents, pipeline, PROMPT, num_inference_steps=4, guidance_scale=1.0)
     )
     assert isinstance(pipeline, StableDiffusionPipeline)
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
@@ -73,16 +73,16 @@ def test_a_wrong_scheduler_is_replaced_before_and_warned_of_after(rung, schedule
         ({"eta": 1.0}, "eta=1 adds noise"),
     ],
 )
-def test_other_steps_and_guidance_are_warned_of_and_obeyed(rung, options, says):
+def test_other_steps_and_guidance_are_warned_of_and_used(rung, options, says):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
     load_few_step(pipeline, folder)
     with pytest.warns(FewStepWarning, match=says):
-        found = latents(pipeline, PROMPT, **options)
-    assert torch.allclose(found, by_hand(teacher, folder, **options), atol=1e-4)
+        drawn = latents(pipeline, PROMPT, **options)
+    assert torch.allclose(drawn, by_hand(teacher, folder, **options), atol=1e-4)
 
 
-def test_a_style_beside_it_stays_and_another_rung_takes_its_place(rung, tmp_path):
+def test_loading_another_rung_replaces_the_rung_and_keeps_the_style_lora(rung, tmp_path):
     config, teacher, folder = rung
     write_rung(config, teacher, 2, seed=5)
     two = export_rung(config, 2)
@@ -109,7 +109,7 @@ def test_a_style_beside_it_stays_and_another_rung_takes_its_place(rung, tmp_path
     )
 
 
-def test_a_pipeline_made_of_it_keeps_lora_and_scheduler_and_takes_the_defaults_again(rung):
+def test_from_pipe_keeps_lora_and_scheduler_and_loading_again_sets_the_defaults(rung):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
     load_few_step(pipeline, folder)
@@ -118,17 +118,17 @@ def test_a_pipeline_made_of_it_keeps_lora_and_scheduler_and_takes_the_defaults_a
     load_few_step(other, folder)
     assert pipeline.get_list_adapters()["unet"] == [ADAPTER]
 
-    def drawn(**options):
+    def draw(**options):
         generator = torch.Generator().manual_seed(0)
         return other(
             PROMPT, image=image, strength=0.5, generator=generator, output_type="latent", **options
         ).images
 
-    given = drawn(num_inference_steps=4, guidance_scale=1.0)
-    assert torch.equal(drawn(), given)
+    explicit = draw(num_inference_steps=4, guidance_scale=1.0)
+    assert torch.equal(draw(), explicit)
 
 
-def test_it_is_saved_as_the_vanilla_pipeline_that_it_is(rung, tmp_path):
+def test_a_few_step_pipeline_is_saved_as_a_vanilla_pipeline(rung, tmp_path):
     pipeline = pipeline_of(rung[1])
     load_few_step(pipeline, rung[2])
     pipeline.fuse_lora()
@@ -136,12 +136,12 @@ def test_it_is_saved_as_the_vanilla_pipeline_that_it_is(rung, tmp_path):
     pipeline.save_pretrained(tmp_path / "saved")
     again = pipeline_of(tmp_path / "saved")
     assert type(again) is StableDiffusionPipeline
-    found = latents(again, PROMPT, num_inference_steps=4, guidance_scale=1.0)
-    assert torch.allclose(found, by_hand(rung[1], rung[2]), atol=1e-4)
+    drawn = latents(again, PROMPT, num_inference_steps=4, guidance_scale=1.0)
+    assert torch.allclose(drawn, by_hand(rung[1], rung[2]), atol=1e-4)
 
 
 def attention_style(teacher, folder):
-    """A LoRA on to_q and to_v alone, as most styles are."""
+    """A LoRA on to_q and to_v only, like most style LoRAs."""
     unet = load_network(teacher)
     unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
     generator = torch.Generator().manual_seed(9)
@@ -198,12 +198,12 @@ def weakened(pipeline, _style):
         (weakened, "has weight 0.3, not 1"),
     ],
 )
-def test_a_lora_that_is_no_longer_at_work_is_warned_of(rung, tmp_path, change, says):
+def test_a_lora_that_was_removed_or_weakened_is_warned_of(rung, tmp_path, change, says):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
     load_few_step(pipeline, folder)
     change(pipeline, attention_style(teacher, tmp_path / "style"))
-    for _ in range(2):  # at every call
+    for _ in range(2):  # the warning is repeated at every call
         with pytest.warns(FewStepWarning, match=says):
             latents(pipeline, PROMPT)
     load_few_step(pipeline, folder)
@@ -250,14 +250,14 @@ def test_a_compiled_unet_is_the_same_unet(rung):
     assert torch.allclose(without_warning(latents, pipeline, PROMPT), by_hand(teacher, folder), atol=1e-4)
 
 
-def test_a_pipeline_of_its_parts_is_a_vanilla_one(rung):
+def test_a_pipeline_built_from_its_components_is_a_vanilla_one(rung):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
     load_few_step(pipeline, folder)
     other = type(pipeline)(**pipeline.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    found = latents(other, PROMPT, num_inference_steps=4, guidance_scale=1.0)
-    assert torch.equal(found, latents(pipeline, PROMPT))
+    drawn = latents(other, PROMPT, num_inference_steps=4, guidance_scale=1.0)
+    assert torch.equal(drawn, latents(pipeline, PROMPT))
 
 
 def test_a_strength_that_leaves_no_step_is_refused(rung):

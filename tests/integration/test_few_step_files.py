@@ -1,4 +1,4 @@
-"""load_few_step and the file it is given: damaged, of another base, of another U-Net, no rung at all."""
+"""load_few_step with files that do not fit: damaged, of another base, of another U-Net, or not a rung."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from tests.integration.exported import sign_again
 from tests.integration.few_step import pipeline_of, without_warning
 
 
-def test_another_base_of_equal_shapes_is_warned_of_and_half_precision_is_none(rung, tmp_path):
+def test_another_base_of_equal_shapes_is_warned_of_but_the_same_base_in_half_precision_is_not(rung, tmp_path):
     _, teacher, folder = rung
     other = build("sd15", tiny=True, seed=7)
     with pytest.warns(FewStepWarning, match="trained on another base"):
@@ -28,7 +28,7 @@ def test_another_base_of_equal_shapes_is_warned_of_and_half_precision_is_none(ru
 
 
 def damaged(rung, place, change):
-    """A copy of the exported folder with the file changed, and rung.json for that file."""
+    """A copy of the exported folder with a changed LoRA file, and rung.json adapted to that file."""
     copy = shutil.copytree(rung[2], place / "4")
     path = copy / "pytorch_lora_weights.safetensors"
     change(path)
@@ -103,7 +103,7 @@ def test_a_lora_of_another_unet_is_refused(rung, kind):
         load_few_step(shallower, rung[2] if kind == "folder" else file)
 
 
-def test_what_is_no_rung_is_refused_with_what_to_do(rung, tmp_path):
+def test_a_folder_or_file_that_is_not_a_rung_is_refused_with_the_remedy(rung, tmp_path):
     pipeline = pipeline_of(rung[1])
     with pytest.raises(ValueError, match="does not exist"):
         load_few_step(pipeline, tmp_path / "nothing")
@@ -114,7 +114,7 @@ def test_what_is_no_rung_is_refused_with_what_to_do(rung, tmp_path):
 
 
 def test_a_lora_of_a_shallower_unet_is_refused(rung):
-    """All its layers fit: the deeper one has more."""
+    """All layers of the LoRA fit the deeper U-Net, which has more of them."""
     shallow = pipeline_of(rung[1])
     options = dict(shallow.unet.config) | {"transformer_layers_per_block": 2}
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def test_a_lora_of_a_shallower_unet_is_refused(rung):
             load_few_step(deeper, path)
 
 
-def test_a_base_that_cannot_be_looked_at_is_said(rung, tmp_path):
+def test_a_base_that_cannot_be_checked_is_warned_of(rung, tmp_path):
     copy = shutil.copytree(rung[2], tmp_path / "4")
     (copy / "base.json").unlink()
     with pytest.warns(FewStepWarning, match="could not be checked"):

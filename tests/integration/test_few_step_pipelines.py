@@ -1,4 +1,4 @@
-"""A few-step pipeline as an object: pickled, copied, saved, and of parts whose dtypes do not go together."""
+"""A few-step pipeline as an object: pickled, copied, saved, and built from parts whose dtypes do not match."""
 
 import copy
 import pickle
@@ -14,17 +14,17 @@ from tests.integration.few_step import PROMPT, by_hand, latents, pipeline_of, wi
 
 
 @pytest.mark.parametrize("copied", [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy, copy.copy])
-def test_a_pickle_and_a_copy_draw_as_it_does(rung, copied):
+def test_pickled_and_copied_pipelines_draw_the_same_as_the_original(rung, copied):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
     load_few_step(pipeline, folder)
     other = copied(pipeline)
     assert isinstance(other, StableDiffusionPipeline)
     assert type(other).__name__ == "StableDiffusionPipeline"
-    found = without_warning(latents, other, PROMPT)
-    assert torch.allclose(found, without_warning(latents, pipeline, PROMPT), atol=1e-4)
-    assert torch.allclose(found, by_hand(teacher, folder), atol=1e-4)
-    with pytest.warns(FewStepWarning, match="trained for 4"):  # its checks came along
+    drawn = without_warning(latents, other, PROMPT)
+    assert torch.allclose(drawn, without_warning(latents, pipeline, PROMPT), atol=1e-4)
+    assert torch.allclose(drawn, by_hand(teacher, folder), atol=1e-4)
+    with pytest.warns(FewStepWarning, match="trained for 4"):  # the copy makes the same checks
         latents(other, PROMPT, num_inference_steps=5)
     load_few_step(other, folder)
     assert isinstance(StableDiffusionImg2ImgPipeline.from_pipe(other), StableDiffusionImg2ImgPipeline)
@@ -43,8 +43,8 @@ def test_a_pickle_is_read_in_another_process(rung, tmp_path):
         "torch.save(without_warning(latents, pipeline, PROMPT), sys.argv[2])\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "pipeline.pkl"), str(tmp_path / "latents.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr[-3000:]
     assert torch.allclose(torch.load(tmp_path / "latents.pt"), latents(pipeline, PROMPT), atol=1e-4)
 
 
@@ -57,7 +57,9 @@ def test_saving_it_with_the_lora_beside_the_weights_is_refused_with_what_to_call
         pipeline.save_pretrained(tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
     pipeline.fuse_lora()
-    with pytest.raises(ValueError, match="unload_lora_weights"):  # merged, and still beside them
+    with pytest.raises(
+        ValueError, match="unload_lora_weights"
+    ):  # fused into the weights, but still present as an adapter
         pipeline.save_pretrained(tmp_path / "broken")
     pipeline.unload_lora_weights()
     pipeline.save_pretrained(tmp_path / "merged")
@@ -79,7 +81,7 @@ def test_the_base_alone_is_saved_after_unloading(rung, tmp_path):
     )
 
 
-def test_a_half_text_encoder_beside_a_whole_unet_is_said_before_the_call_that_stops(rung, tmp_path):
+def test_a_float16_text_encoder_beside_a_float32_unet_is_warned_of_before_the_call_fails(rung, tmp_path):
     _, teacher, folder = rung
     DiffusionPipeline.from_pretrained(teacher, dtype=torch.float16).save_pretrained(tmp_path / "half")
     mixed = StableDiffusionPipeline.from_pretrained(tmp_path / "half")

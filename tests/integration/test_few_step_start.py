@@ -1,4 +1,4 @@
-"""A one-step rung that is told an earlier timestep: drawn as it is trained, and no scheduler but DDIM does that."""
+"""A one-step rung with start_timestep: it is drawn as it is trained, which only DDIM does."""
 
 import pytest
 import torch
@@ -29,18 +29,18 @@ def one_step(request, tmp_path_factory):
 
 @torch.no_grad()
 def as_trained(pipeline, teacher, network, start):
-    """The training's own move from pure noise, the U-Net told `start`, to the clean latents."""
+    """The move of training from pure noise to the clean latents; the U-Net is given the timestep `start`."""
     noise_path, kind = load_noise_path(TeacherFacts.of_folder(teacher).scheduler)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 4, 32 // 8, 32 // 8, generator=generator)
     embeds = pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0]
-    told = torch.tensor([start])
+    timestep = torch.tensor([start])
     with network.using(STUDENT):
-        output = network.model(noise, told, embeds, return_dict=False)[0]
-    return move(output, noise, told, torch.tensor([-1]), noise_path=noise_path, prediction_type=kind)
+        output = network.model(noise, timestep, embeds, return_dict=False)[0]
+    return move(output, noise, timestep, torch.tensor([-1]), noise_path=noise_path, prediction_type=kind)
 
 
-def test_it_is_drawn_as_it_is_trained(one_step):
+def test_a_rung_with_start_timestep_is_drawn_as_it_is_trained(one_step):
     start, teacher, folder, network = one_step
     pipeline = pipeline_of(teacher)
     load_few_step(pipeline, folder)
@@ -49,7 +49,7 @@ def test_it_is_drawn_as_it_is_trained(one_step):
     assert (drawn - trained).abs().max() <= 1e-5 * trained.abs().max()
 
 
-def test_euler_draws_something_else_and_is_warned_of(one_step):
+def test_euler_gives_another_picture_and_is_warned_of(one_step):
     """Its first call sees the noise times sigma / sqrt(sigma^2 + 1), 24 % less at 399 and 15 % less at 499."""
     start, teacher, folder, network = one_step
     pipeline = pipeline_of(teacher)

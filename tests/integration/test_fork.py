@@ -1,4 +1,4 @@
-"""A run that begins at another's finished rung learns what the other went on to learn, to the bit."""
+"""A run that starts from another run's finished rung gets bit-identical weights to those that the other run gets."""
 
 import shutil
 
@@ -18,8 +18,8 @@ def weights(config, steps):
 
 
 @pytest.mark.slow
-def test_a_forked_runs_weights_are_those_of_the_run_that_went_on(trained_run, tmp_path):
-    """From a copy of the first run that is gone when the second goes on with its last rung."""
+def test_a_forked_run_gets_the_weights_that_the_first_run_gets(trained_run, tmp_path):
+    """The second run starts from a copy of the first one, which is deleted before the second trains its last rung again."""
     first = tmp_path / "first"
     shutil.copytree(trained_run.run_dir / "rungs", first / "rungs")
     shutil.copy(trained_run.run_dir / "config.yaml", first)
@@ -43,7 +43,7 @@ def test_a_forked_runs_weights_are_those_of_the_run_that_went_on(trained_run, tm
     assert f"taken over from {rung_folder(first, 8)}" in page
 
 
-def test_a_rung_of_another_base_and_a_damaged_one_are_refused(trained_run, tmp_path):
+def test_start_from_refuses_a_rung_of_another_base_and_a_damaged_rung(trained_run, tmp_path):
     first = tmp_path / "first"
     shutil.copytree(trained_run.run_dir / "rungs" / "32", first / "rungs" / "32")
     teacher = tmp_path / "teacher"

@@ -47,7 +47,7 @@ def test_image_k_does_not_depend_on_the_batch_size(trained_run, tmp_path):
 
 
 def test_pictures_are_rounded_to_8_bit_not_truncated(trained_run, tmp_path):
-    """What is measured is round(255 x) of the pipeline's floats; truncation would darken by half a grey level."""
+    """The measured pixels are round(255 x) of the pipeline's floats; truncation would darken them by half a grey level."""
     row = Row("teacher-2", 2, 3.0)
     make(trained_run, tmp_path / "drawn", row)
     sampler = Sampler(with_batch(trained_run, 64))
@@ -59,7 +59,7 @@ def test_pictures_are_rounded_to_8_bit_not_truncated(trained_run, tmp_path):
     assert (drawn - exact).mean().abs() < 0.05 < (exact - exact.floor()).mean()
 
 
-def test_interrupted_drawing_goes_on_to_the_same_images(trained_run, tmp_path, monkeypatch):
+def test_interrupted_drawing_resumes_and_gives_the_same_images(trained_run, tmp_path, monkeypatch):
     row = Row("student-2", 2, 1.0, 2)
     make(trained_run, tmp_path / "whole", row, size=4)
     real_add, calls = PictureFolder.add, []
@@ -85,7 +85,7 @@ def test_interrupted_drawing_goes_on_to_the_same_images(trained_run, tmp_path, m
 
 @pytest.fixture
 def one_thread():
-    """As torchrun gives each process: sums come out equal, and two processes do not wait for each other's threads."""
+    """One thread, as under torchrun: sums are then equal, and two processes do not compete for the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -95,7 +95,7 @@ def one_thread():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_draw_the_same_images(trained_run, tmp_path):
-    """Under torchrun: each draws its share, and every row is as one process draws it."""
+    """Under torchrun each process draws its share, and every row equals that drawn by one process."""
     config = tiny_config(trained_run.output_dir, "evaluation.batch_size=4")
     alone = tmp_path / "alone"
     for row in rows_of(config)[3:6]:
@@ -121,8 +121,8 @@ for row in rows_of(config)[3:6]:
     (tmp_path / "draw.py").write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch.append(str(tmp_path / "draw.py"))
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    completed = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=200)
+    assert completed.returncode == 0, completed.stderr[-2000:]
     assert [int((tmp_path / f"drawn{main}").read_text()) for main in (True, False)] == [3 * 8, 3 * 2]
     for row in rows_of(config)[3:6]:
         markers = list((tmp_path / "two" / row.name / "chunks").glob("*.json"))
@@ -141,8 +141,8 @@ def test_rows_are_drawn_once_and_again_when_something_changed(trained_run, tmp_p
     assert len(bytes_of(tmp_path / "again")) == 3
 
 
-def test_a_named_lora_is_the_rung_it_is_a_copy_of(trained_run, tmp_path):
-    """By the scheduler beside it, or DDIM, trailing, no guidance: bit for bit the student's own row."""
+def test_a_lora_row_with_a_copy_of_a_rung_equals_the_students_row(trained_run, tmp_path):
+    """With the scheduler beside the LoRA, or with DDIM, trailing timesteps and no guidance, the images are bit-identical."""
     lora = LoraRow(name="copy", path=str(rung_folder(trained_run.run_dir, 4)), steps=4)
     alone = tmp_path / "alone.safetensors"
     shutil.copy(rung_folder(trained_run.run_dir, 4) / WEIGHT_NAME, alone)
@@ -167,7 +167,7 @@ def test_a_named_lora_is_the_rung_it_is_a_copy_of(trained_run, tmp_path):
     assert np.abs((pixels(tmp_path / "nothing") - pixels(tmp_path / "teacher")).numpy()).max() <= 1
 
 
-def test_a_named_lora_brings_its_own_scheduler_and_timesteps(trained_run, tmp_path):
+def test_a_lora_row_uses_the_scheduler_and_timesteps_given_for_it(trained_run, tmp_path):
     path = str(rung_folder(trained_run.run_dir, 4))
     lcm = LoraRow(name="lcm", path=path, steps=4, scheduler="LCMScheduler", scheduler_options={})
     explicit = LoraRow(**lcm.model_dump() | {"name": "dmd2", "timesteps": (999, 749, 499, 249)})
@@ -184,14 +184,14 @@ def test_a_named_lora_brings_its_own_scheduler_and_timesteps(trained_run, tmp_pa
         ({"scheduler": "LCMScheduler", "scheduler_options": {}}, "leading"),
     ],
 )
-def test_a_named_loras_timesteps_are_trailing_unless_said_otherwise(tmp_path, more, spacing):
+def test_a_lora_rows_timesteps_are_trailing_by_default(tmp_path, more, spacing):
     lora = LoraRow(name="x", path=str(tmp_path / "x.safetensors"), steps=4, **more)
     base = {"timestep_spacing": "leading", "beta_schedule": "scaled_linear"}
     assert lora_scheduler(lora, base).config.timestep_spacing == spacing
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"path": "nowhere.safetensors"}, "allowed: a .safetensors file"),
         ({"path": "."}, "pytorch_lora_weights.safetensors"),
@@ -199,10 +199,10 @@ def test_a_named_loras_timesteps_are_trailing_unless_said_otherwise(tmp_path, mo
         ({"scheduler": "UNet2DConditionModel"}, "allowed: a class of diffusers"),
     ],
 )
-def test_a_named_lora_that_cannot_be_is_refused_in_one_line(trained_run, change, said):
-    good = {"name": "x", "path": str(rung_folder(trained_run.run_dir, 4)), "steps": 4}
-    with pytest.raises(ConfigError, match=said) as caught:
-        lora_row(LoraRow(**good | change))
+def test_a_lora_row_with_wrong_values_is_refused_in_one_line(trained_run, change, message):
+    valid = {"name": "x", "path": str(rung_folder(trained_run.run_dir, 4)), "steps": 4}
+    with pytest.raises(ConfigError, match=message) as caught:
+        lora_row(LoraRow(**valid | change))
     assert "\n" not in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""docs/guide.md: every command and every snippet in it runs, on a tiny stand-in for the model that it names."""
+"""Every command and every snippet in docs/guide.md runs, on a tiny stand-in for the model that the guide names."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ def blocks(language):
 
 
 def shortened(path):
-    """The config that the guide names, with updates, pictures and precision of a test."""
+    """The text of the config that the guide names, with the updates, pictures and precision of a test."""
     config = yaml.safe_load(path.read_text())
     for phase in (phase for rung in config["ladder"] for phase in rung["phases"]):
         phase["max_train_steps"] = 1
@@ -50,8 +50,8 @@ def shortened(path):
 
 @pytest.fixture
 def desk(tmp_path):
-    """What the guide's reader has: a checkpoint in float16, as most are, a pipeline of its family, one trained further,
-    pictures, the configs."""
+    """A folder with what a reader of the guide has: a float16 checkpoint, a pipeline of its family, a fine-tuned one,
+    pictures and the configs."""
     pipeline = build("sd15", tiny=True).to(torch.float16)
     save_file(original_state(pipeline), tmp_path / "my-model.safetensors")
     pipeline.save_pretrained(tmp_path / "stable-diffusion-v1-5", safe_serialization=True)
@@ -86,23 +86,23 @@ def test_every_command_and_snippet_of_the_guide_runs(desk):
         words = shlex.split(line)
         if words[0] == "stepdistill":
             words = [sys.executable, "-m", *words]
-        done = subprocess.run(words, cwd=desk, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+        completed = subprocess.run(words, cwd=desk, capture_output=True, text=True, check=False)
+        assert completed.returncode == 0, f"{line}\n{completed.stderr[-3000:]}"
     (snippet,) = blocks("python")
     strict = "import warnings\nfrom stepdistill.sampling import FewStepWarning\n"
     strict += "warnings.simplefilter('error', FewStepWarning)\n"
     script = f"{strict}{snippet}\nimage.save('snippet.png')\n"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert completed.returncode == 0, completed.stderr[-3000:]
     folder = desk / "runs/my-model/rungs/4"
     (card,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     script = f"{card}\nimage.save('card.png')\n"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert completed.returncode == 0, completed.stderr[-3000:]
     for name in ("bicycle.png", "snippet.png", "card.png"):
         with Image.open(desk / name) as image:
             assert image.size == Image.open(desk / "bicycle.png").size
@@ -125,32 +125,32 @@ def test_the_drawing_snippets_draw_with_a_float16_teacher(tmp_path, page):
     folder = export_rung(config, 4)
     text = ((folder / "README.md") if page == "card" else ROOT / page).read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    for said, meant in (
+    for path, replacement in (
         ('"runs/my-model/teacher"', repr(str(teacher))),
         ('embedded_folder("teacher")', repr(str(teacher))),
         ("runs/my-model/rungs/4", folder.as_posix()),
         ("runs/letters/rungs/4", folder.as_posix()),
     ):
-        lines = lines.replace(said, meant)
+        lines = lines.replace(path, replacement)
     names: dict = {}
     exec(lines, names)
     assert names["image"].size == (64, 64)
     assert names["pipeline"].get_active_adapters()
 
 
-def test_files_that_the_guide_links_to_are_there():
+def test_files_that_the_guide_links_to_exist():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", GUIDE) if "://" not in link]
     assert links
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
 
 
 def test_the_guides_tables_are_the_committed_results():
-    shown = dict(re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", GUIDE, flags=re.DOTALL))
-    assert list(shown) == ["eval/results/wrong_sampler.md"]
-    assert all(table.strip() == (ROOT / path).read_text().strip() for path, table in shown.items())
+    tables = dict(re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", GUIDE, flags=re.DOTALL))
+    assert list(tables) == ["eval/results/wrong_sampler.md"]
+    assert all(table.strip() == (ROOT / path).read_text().strip() for path, table in tables.items())
     largest = [n for name in ("full_size", "full_size_int8") for n in _largest(name)]
-    said = re.findall(r"\| (\d+) GiB \|", GUIDE)
-    assert said == [f"{largest[k]:.0f}" for k in (0, 1, 3, 4, 2)]
+    rounded = re.findall(r"\| (\d+) GiB \|", GUIDE)
+    assert rounded == [f"{largest[k]:.0f}" for k in (0, 1, 3, 4, 2)]
 
 
 def _largest(name):

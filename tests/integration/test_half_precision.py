@@ -1,4 +1,4 @@
-"""float16: the loss is scaled, an update whose gradients overflow is left out, and the scale comes down."""
+"""float16: the loss is scaled; an update whose gradients overflow is skipped, and the scale is lowered."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""8 -> 4 -> 2 steps in one compiled pipeline: no recompilation, and each draws what it draws alone."""
+"""8 -> 4 -> 2 steps in one compiled pipeline: nothing is recompiled, and each rung draws what it draws when loaded alone."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.integration.exported import rung_of, write_rung
 PROMPT = "a red letter a"
 
 
-def drawn(pipeline):
+def draw(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -29,15 +29,15 @@ def test_rungs_are_swapped_without_compiling_again(tmp_path, backend):
     for folder in folders:
         pipeline = DiffusionPipeline.from_pretrained(teacher)
         load_few_step(pipeline, folder)
-        alone.append(drawn(pipeline))
+        alone.append(draw(pipeline))
     torch._dynamo.reset()
     pipeline = DiffusionPipeline.from_pretrained(teacher)
     load_few_step(pipeline, folders[0])
     pipeline.unet.compile(backend=backend, fullgraph=True)
-    assert torch.allclose(drawn(pipeline), alone[0], atol=1e-4)
+    assert torch.allclose(draw(pipeline), alone[0], atol=1e-4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for folder, expected in zip(folders[1:], alone[1:], strict=True):
             load_few_step(pipeline, folder, hotswap=True)
-            assert torch.allclose(drawn(pipeline), expected, atol=1e-4)
+            assert torch.allclose(draw(pipeline), expected, atol=1e-4)
     assert not torch.allclose(alone[0], alone[1], atol=1e-2)
     assert not torch.allclose(alone[1], alone[2], atol=1e-2)

@@ -1,7 +1,7 @@
-"""A rung beside what else people load: ControlNet, a style LoRA, an IP-Adapter; text to image, image to image, inpainting.
+"""A rung together with ControlNet, a style LoRA or an IP-Adapter in text to image, image to image and inpainting.
 
-Three answers to one noise: the bare base, the rung, the rung with the extra; all must differ, and each extra must do with
-the rung merged into the weights what it does with the rung as an adapter.
+From one noise, the base, the rung, and the rung with the extra must give three different outputs, and each extra must give
+the same output whether the rung is merged into the weights or loaded as an adapter.
 """
 
 import pytest
@@ -58,8 +58,8 @@ def inputs_of(task):
     return {"image": picture(1), "strength": 0.75, **more}
 
 
-def drawn(pipeline, task, **options):
-    """Latents at the rung's steps; the pipeline's own defaults are not asked."""
+def draw(pipeline, task, **options):
+    """Latents at the rung's number of steps, given explicitly instead of by the pipeline's defaults."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         return pipeline(
@@ -80,7 +80,7 @@ def bare(teacher, scheduler):
 
 
 def merged(teacher, scheduler, *loras):
-    """The base with LoRAs added to its weights by arithmetic of our own."""
+    """The base with LoRAs added to its weights without peft."""
     pipeline = bare(teacher, scheduler)
     for path, weight in loras:
         for name, layer in read_lora(path).layers.items():
@@ -104,32 +104,32 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_style_lora_and_a_controlnet_act_on_top_of_it(rung, task):
+def test_a_style_lora_and_a_controlnet_work_together_with_the_rung(rung, task):
     family, teacher, folder, style = rung
     few = DiffusionPipeline.from_pretrained(teacher)
     load_few_step(few, folder)
     scheduler = few.scheduler
-    undistilled = drawn(for_task(bare(teacher, scheduler), task), task)
-    plain = drawn(for_task(few, task), task)
+    undistilled = draw(for_task(bare(teacher, scheduler), task), task)
+    plain = draw(for_task(few, task), task)
 
     few.load_lora_weights(style, adapter_name="style")
     few.set_adapters(["few_step", "style"], [1.0, 0.6])
-    styled = drawn(for_task(few, task), task)
+    styled = draw(for_task(few, task), task)
     assert are_apart(undistilled, plain, styled)
     expected = merged(teacher, scheduler, (folder, 1.0), (style, 0.6))
-    assert equal(styled, drawn(for_task(expected, task), task))
+    assert equal(styled, draw(for_task(expected, task), task))
 
     controlnet = control_of(few.unet, family)
     options = controlled(task)
     with_control = WITH_CONTROL[family, task].from_pipe(few, controlnet=controlnet)
-    both = drawn(with_control, task, **options)
+    both = draw(with_control, task, **options)
     assert are_apart(undistilled, plain, styled, both)
     with_control = WITH_CONTROL[family, task].from_pipe(expected, controlnet=controlnet)
-    assert equal(both, drawn(with_control, task, **options))
+    assert equal(both, draw(with_control, task, **options))
 
 
 def control_of(unet, family):
-    """A ControlNet of the base's shapes whose zero convolutions are none."""
+    """A ControlNet of the base's shapes whose zero convolutions have random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         controlnet = ControlNetModel.from_unet(
@@ -142,24 +142,24 @@ def control_of(unet, family):
 
 
 def controlled(task):
-    """The picture that controls: `image` of text to image, `control_image` beside the image elsewhere."""
+    """The control picture as call options: `image` in text to image, otherwise `control_image`."""
     return {"image" if task == "text2img" else "control_image": picture(2)}
 
 
-def test_an_ip_adapters_attention_acts_on_top_of_it(rung):
+def test_an_ip_adapter_works_together_with_the_rung(rung):
     _, teacher, folder, _ = rung
     few = DiffusionPipeline.from_pretrained(teacher)
     load_few_step(few, folder)
-    plain, undistilled = drawn(few, "text2img"), drawn(bare(teacher, few.scheduler), "text2img")
+    plain, undistilled = draw(few, "text2img"), draw(bare(teacher, few.scheduler), "text2img")
     expected = merged(teacher, few.scheduler, (folder, 1.0))
     embeds = [torch.randn(1, 1, 12, generator=torch.Generator().manual_seed(3))]
-    found = []
+    outputs = []
     for pipeline in (few, expected):
         pipeline.unet._load_ip_adapter_weights([ip_adapter(pipeline.unet)])
         pipeline.set_ip_adapter_scale(1.0)
-        found.append(drawn(pipeline, "text2img", ip_adapter_image_embeds=embeds))
-    assert are_apart(undistilled, plain, found[0])
-    assert equal(*found)
+        outputs.append(draw(pipeline, "text2img", ip_adapter_image_embeds=embeds))
+    assert are_apart(undistilled, plain, outputs[0])
+    assert equal(*outputs)
 
 
 def ip_adapter(unet):

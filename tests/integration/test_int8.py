@@ -1,4 +1,4 @@
-"""The base in 8 bits: half its memory, nearly its outputs, and a LoRA that a vanilla pipeline loads."""
+"""The base in 8 bits: the estimated memory, nearly the same outputs, and a LoRA that a vanilla pipeline loads."""
 
 import importlib.util
 
@@ -23,7 +23,7 @@ INT8 = "training.base_quantization=int8"
 
 
 @pytest.mark.slow
-def test_a_rung_on_an_int8_base(tmp_path):
+def test_a_rung_is_trained_and_exported_on_an_int8_base(tmp_path):
     teacher = tmp_path / "teacher"
     build("sdxl", tiny=True).save_pretrained(teacher)
     options = (f"teacher.path={teacher}", "data.num_images=8", "training.mixed_precision=bf16")
@@ -36,9 +36,9 @@ def test_a_rung_on_an_int8_base(tmp_path):
     assert any(bool(tensor.any()) for key, tensor in weights.items() if "lora_B" in key)
     pipeline = StableDiffusionXLPipeline.from_pretrained(teacher, dtype=torch.float32)
     pipeline.load_lora_weights(config.run_dir / "rungs" / "1")
-    told = inputs_of(pipeline.unet, 2, tokens=10)
+    inputs = inputs_of(pipeline.unet, 2, tokens=10)
     loaded, merged, bare = (
-        answer(unet, told)
+        answer(unet, inputs)
         for unet in (
             pipeline.unet,
             fused_unet(teacher, lora_of(config.run_dir / "rungs" / "1")),
@@ -50,26 +50,28 @@ def test_a_rung_on_an_int8_base(tmp_path):
 
 
 @pytest.mark.slow
-def test_int8_is_near_the_whole_base_and_half_its_bytes(tmp_path):
+def test_the_int8_base_is_within_rounding_of_the_base_and_has_the_estimated_size(tmp_path):
     teacher = tmp_path / "teacher"
     build("sdxl", tiny=True).save_pretrained(teacher)
-    whole, small = (load_network(teacher, quantization=kind) for kind in ("none", "int8"))
+    full, small = (load_network(teacher, quantization=kind) for kind in ("none", "int8"))
     assert not any(parameter.requires_grad for parameter in small.parameters())
-    held = sum(
+    stored_bytes = sum(
         (p.qdata.nbytes + p.scale.nbytes) if hasattr(p, "qdata") else p.nbytes for p in small.parameters()
     )
-    assert held == base_bytes(whole, torch.float32, "int8")
+    assert stored_bytes == base_bytes(full, torch.float32, "int8")
     for name, module in small.named_modules():
         if isinstance(module, torch.nn.Linear):
-            exact = whole.get_submodule(name).weight
-            # A step of 8 bits is 1 / 127 of a row's largest; half of it is the most that rounding is off.
+            exact = full.get_submodule(name).weight
+            # One step of int8 is 1 / 127 of the row's largest absolute value; the rounding error is at most half a step.
             most = exact.abs().amax(dim=1, keepdim=True) / 127 * 0.51
             assert bool(((module.weight.dequantize() - exact).abs() <= most).all()), name
 
 
 def test_without_torchao_the_remedy_is_named(tmp_path, monkeypatch):
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else found(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torchao" else find_spec(name)
+    )
     config = tiny_config(tmp_path, "data.num_images=4", INT8)
     prepare(config)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL in the middle, started again by the same command."""
+"""A run that is killed with SIGKILL and started again with the same command."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.integration.conftest import tiny_config
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_gives_the_same_weights_to_the_bit(finished_run, tmp_path):
+def test_a_run_killed_and_started_again_gives_bit_identical_weights(finished_run, tmp_path):
     config = tiny_config(tmp_path / "runs")
     open_run(config)
     prepare(config)
@@ -39,8 +39,8 @@ def test_killed_and_started_again_gives_the_same_weights_to_the_bit(finished_run
     assert again.returncode == 0, again.stderr
     assert os.stat(rung_folder(config.run_dir, 8) / WEIGHT_NAME).st_mtime_ns == stamp
     for steps in (32, 8, 4, 2, 1):
-        found, wanted = (
+        weights, expected = (
             (rung_folder(run, steps) / WEIGHT_NAME).read_bytes()
             for run in (config.run_dir, finished_run.run_dir)
         )
-        assert found == wanted, steps
+        assert weights == expected, steps

@@ -43,7 +43,7 @@ def weights(config, steps):
     return (rung_folder(config.run_dir, steps) / WEIGHT_NAME).read_bytes()
 
 
-def test_a_run_leaves_what_the_architecture_says(finished_run):
+def test_a_run_writes_its_files_and_the_rows_of_its_table(finished_run):
     run_dir = finished_run.run_dir
     for steps in RUNGS:
         folder = rung_folder(run_dir, steps)
@@ -76,7 +76,7 @@ def test_two_runs_of_one_seed_are_bit_identical_and_another_seed_is_not(finished
         assert weights(other, steps) != weights(finished_run, steps), steps
 
 
-def test_interrupted_it_goes_on_at_the_last_finished_rung(finished_run, tmp_path):
+def test_an_interrupted_run_resumes_after_the_last_finished_rung(finished_run, tmp_path):
     config = tiny_config(tmp_path)
     shutil.copytree(finished_run.run_dir, config.run_dir)
     for steps in (2, 1):
@@ -91,7 +91,7 @@ def test_interrupted_it_goes_on_at_the_last_finished_rung(finished_run, tmp_path
     assert distill(config) == []
 
 
-def test_a_damaged_lora_is_not_taken_for_a_finished_rung(finished_run, tmp_path):
+def test_a_rung_with_a_damaged_lora_is_trained_again(finished_run, tmp_path):
     config = tiny_config(tmp_path)
     shutil.copytree(finished_run.run_dir, config.run_dir)
     path = rung_folder(config.run_dir, 1) / WEIGHT_NAME
@@ -103,7 +103,7 @@ def test_a_damaged_lora_is_not_taken_for_a_finished_rung(finished_run, tmp_path)
     assert weights(config, 1) == weights(finished_run, 1)
 
 
-def test_one_rung_anew_is_the_same_rung(finished_run, tmp_path):
+def test_training_one_rung_again_gives_the_same_rung(finished_run, tmp_path):
     config = tiny_config(tmp_path)
     shutil.copytree(finished_run.run_dir, config.run_dir)
     shutil.rmtree(rung_folder(config.run_dir, 8))
@@ -112,7 +112,7 @@ def test_one_rung_anew_is_the_same_rung(finished_run, tmp_path):
 
 
 def test_an_update_does_not_depend_on_the_micro_batch(tmp_path):
-    found = []
+    results = []
     for name, batch, accumulation in (("whole", 4, 1), ("split", 2, 2)):
         config = tiny_config(
             tmp_path,
@@ -124,21 +124,21 @@ def test_an_update_does_not_depend_on_the_micro_batch(tmp_path):
         config = config.model_copy(update={"ladder": config.ladder[:1]})
         prepare(config)
         distill(config)
-        found.append(
+        results.append(
             (load_file(rung_folder(config.run_dir, 32) / WEIGHT_NAME), read_log(config.run_dir / "log.jsonl"))
         )
-    for key, tensor in found[0][0].items():
-        assert torch.allclose(tensor, found[1][0][key], atol=2e-4), key
-    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+    for key, tensor in results[0][0].items():
+        assert torch.allclose(tensor, results[1][0][key], atol=2e-4), key
+    for ours, theirs in zip(results[0][1], results[1][1], strict=True):
         for name in ("student_loss", "discriminator_loss", "student_grad_norm", "discriminator_grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
-def test_a_carried_discriminator_goes_on_where_it_was(tmp_path):
+def test_a_carried_discriminator_continues_from_the_earlier_phase(tmp_path):
     """The same rung with D carried over an mse phase between two adversarial ones, and with a fresh D."""
     logs = {}
     for start in ("fresh", "carried"):
-        # one step from noise beside data, all but clean: what D tells apart at once
+        # one step from noise compared with data at nearly no noise, which D tells apart at once
         options = {"trunk": "full", "real": "data", "learning_rate": 3e-3}
         options["perturbation_weights"] = [1, 0, 0, 0]
         phase = {"objective": "single", "max_train_steps": 8, "learning_rate": 1e-6, "discriminator": options}
@@ -162,7 +162,7 @@ def test_a_carried_discriminator_goes_on_where_it_was(tmp_path):
 
 @pytest.mark.parametrize("steps", RUNGS)
 def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_run, steps):
-    """diffusers' pipeline with the LoRA from disk against our own roll-out of the trained adapter, equal noise."""
+    """diffusers' pipeline with the LoRA from disk against our roll-out of the trained adapter, from equal noise."""
     folder = rung_folder(finished_run.run_dir, steps)
     prompts = ["a purple letter m on pink", "a green letter q on yellow"]
     noise = rng.normal((4, 8, 8), [0, 1], seed=3, keys=("test",))
@@ -182,7 +182,7 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
     kind = read_rung(finished_run.run_dir, steps).prediction_type
     student = Denoiser(network, STUDENT, noise_path, kind)
     ours = student.rollout(noise, noise_path.sampling(steps, 2), conditioning)
-    # DDIM's own pairs are off by one at a quarter of 32 steps; at 8, 4, 2, 1 they are ours.
+    # diffusers' DDIM pairs of timesteps differ from ours by one at a quarter of 32 steps; at 8, 4, 2 and 1 they are equal.
     assert torch.allclose(ours, theirs, atol=0.05 if steps == 32 else 2e-4)
     plain = StableDiffusionPipeline.from_pretrained(embedded_folder("teacher"), dtype=torch.float32)
     plain.scheduler = pipeline.scheduler
@@ -193,7 +193,7 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
     assert (without - theirs).abs().max() > 1e-3
 
 
-def test_one_step_told_an_earlier_timestep_draws_what_was_trained(tmp_path):
+def test_one_step_with_an_earlier_conditioning_timestep_draws_what_was_trained(tmp_path):
     """diffusers' pipeline with the exported scheduler: x_0 = (z - sigma_499 epsilon(z, 499)) / alpha_499."""
     config = tiny_config(
         tmp_path,
@@ -210,18 +210,18 @@ def test_one_step_told_an_earlier_timestep_draws_what_was_trained(tmp_path):
     theirs = pipeline(
         prompts, num_inference_steps=1, guidance_scale=1.0, latents=noise, output_type="latent"
     ).images
-    told = encode_prompts(pipeline, prompts, image_size=(32, 32))
+    conditioning = encode_prompts(pipeline, prompts, image_size=(32, 32))
     start = torch.full((2,), 499)
     with torch.no_grad():
-        epsilon = pipeline.unet(noise, start, told.encoder_hidden_states).sample
+        epsilon = pipeline.unet(noise, start, conditioning.encoder_hidden_states).sample
     alpha, sigma = base_schedule.alpha_sigma(start, ndim=4, dtype=torch.float32)
     assert torch.allclose((noise - sigma * epsilon) / alpha, theirs, atol=1e-4)
 
     lora = LoraRow(name="copy", path=str(folder), steps=1)
     sampler = Sampler(config)
     rows = [lora_row(lora), Row("student-1", 1, 1.0, 1)]
-    (_, copied), (_, own) = (sampler.draw(row, prompts, seed=1) for row in rows)
-    assert torch.equal(copied, own)
+    (_, copied), (_, student) = (sampler.draw(row, prompts, seed=1) for row in rows)
+    assert torch.equal(copied, student)
     _, two = sampler.draw(dataclasses.replace(rows[1], steps=2), prompts, seed=1)
     assert torch.isfinite(two).all()
 
@@ -243,12 +243,12 @@ def test_the_card_has_the_numbers_and_the_picture_of_a_measured_run(finished_run
     rows = re.findall(r"^\| ([a-z]+-\d+) \|", card, flags=re.MULTILINE)
     assert rows == ["teacher-32", "teacher-4", "student-4"]
     assert "](grid.png)" in card
-    for said in (
+    for text in (
         "FID to teacher: against images of teacher-32 with other seeds",
         "Floor of FID to teacher",
         "with other noise",
     ):
-        assert said in card
+        assert text in card
     assert "Real images: 16 renderings of the prompts." in card
     assert (folder / "grid.png").read_bytes() == (finished_run.run_dir / "report" / "grid.png").read_bytes()
     shutil.copytree(finished_run.run_dir, tmp_path / finished_run.name)
@@ -280,16 +280,16 @@ def test_the_card_is_python_whatever_the_prompt_and_the_path_are(finished_run):
     assert "in stages: 128 steps with guidance 3 -> 32 -> 8 -> 4." in card
 
 
-def test_a_number_that_is_not_finite_stops_before_the_update(tmp_path):
+def test_a_non_finite_loss_stops_training_before_the_update(tmp_path):
     config = tiny_config(tmp_path)
     prepare(config)
     path = config.run_dir / "cache" / "shards" / "00000.safetensors"
     tensors = load_file(path)
     tensors["latents/32x32"][:] = float("nan")
     manifest = config.run_dir / "cache" / "manifest.json"
-    told = read_sealed(manifest)
-    told["shards"][0]["sha256"] = write_shard(path, tensors, read_about(path))
-    write_sealed(manifest, told)
+    content = read_sealed(manifest)
+    content["shards"][0]["sha256"] = write_shard(path, tensors, read_about(path))
+    write_sealed(manifest, content)
     with pytest.raises(NonFiniteError, match=r"128 -> 32 mse, phase 0, step \d: student_loss = nan"):
         distill(config)
     assert finished_rungs(config.run_dir) == []

@@ -1,4 +1,4 @@
-"""Drawing and measuring many images holds a batch of them, not all."""
+"""Drawing and measuring many images keeps one batch of them in memory, not all."""
 
 import os
 import subprocess
@@ -42,8 +42,8 @@ for count in map(int, sys.argv[3:]):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(trained_run, tmp_path):
     command = [sys.executable, "-c", WORK, trained_run.run_dir, tmp_path / "row", str(SMALL), str(MANY)]
-    done = subprocess.run(
+    completed = subprocess.run(
         command, env=os.environ | GIVE_BACK_AT_ONCE, capture_output=True, text=True, check=True
     )
-    few, many = (float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("MiB"))
+    few, many = (float(line.split()[1]) for line in completed.stdout.splitlines() if line.startswith("MiB"))
     assert many - few < ALL_AT_ONCE / 2

@@ -1,4 +1,4 @@
-"""The ONNX U-Net: onnxruntime's output is torch's, at other batches than it was traced at. Needs the extra "onnx"."""
+"""The ONNX U-Net: onnxruntime's output equals torch's, also at other batch sizes than the traced one. Needs extra "onnx"."""
 
 from pathlib import Path
 
@@ -35,9 +35,9 @@ def test_onnxruntime_computes_what_torch_does(tmp_path, family):
 
 def test_without_its_packages_the_remedy_is_named(tmp_path, monkeypatch):
     config, _, _ = rung_of(tmp_path, "sd15", "export.formats=[onnx]")
-    found = onnx_unet.importlib.util.find_spec
+    find_spec = onnx_unet.importlib.util.find_spec
     monkeypatch.setattr(
-        onnx_unet.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name)
+        onnx_unet.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
     )
     with pytest.raises(ConfigError, match=r'needs .*onnxruntime.*pip install "stepdistill\[onnx\]"'):
         export_rung(config, 4)

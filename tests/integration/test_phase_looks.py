@@ -1,4 +1,4 @@
-"""Pictures at the end of each phase: against the undistilled teacher whoever the rung's teacher is; nothing changes."""
+"""Looks at the end of each phase: every rung's are compared with the undistilled teacher, and training is unchanged."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def looks_of_phase(run_dir, steps, name):
     return json.loads((rung_folder(run_dir, steps) / "previews" / f"{name}.json").read_text())
 
 
-def test_every_phase_of_a_run_left_its_numbers_beside_its_preview(trained_run):
+def test_every_phase_writes_its_drift_beside_its_preview(trained_run):
     for rung in trained_run.ladder:
         folder = rung_folder(trained_run.run_dir, rung.student_steps) / "previews"
         names = {f"phase{number}-{phase.objective}-end" for number, phase in enumerate(rung.phases)}
@@ -67,7 +67,7 @@ def test_a_student_that_is_the_teacher_has_no_drift(shared, tmp_path):
     assert json.loads((tmp_path / "looks.json").read_text())["colour_drift"] > 1
 
 
-def test_the_drift_is_that_of_the_pictures(shared, tmp_path):
+def test_the_stored_drift_equals_that_of_the_pictures(shared, tmp_path):
     looks = looks_with(shared, guidance_scale=3.0)
     looks.write(tmp_path / "looks.json", student_of(shared), steps=1)
     written = json.loads((tmp_path / "looks.json").read_text())
@@ -78,7 +78,7 @@ def test_the_drift_is_that_of_the_pictures(shared, tmp_path):
     assert {key: written[key] for key in expected} == expected
 
 
-def test_drawing_changes_nothing(shared, tmp_path):
+def test_drawing_the_looks_leaves_weights_random_state_and_adapters_unchanged(shared, tmp_path):
     model = shared.network.model
     before = {name: t.clone() for name, t in model.state_dict().items()}
     random_state, state = torch.get_rng_state(), shared.network.state
@@ -91,7 +91,7 @@ def test_drawing_changes_nothing(shared, tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_no_pictures_are_no_numbers(shared, tmp_path):
+def test_without_pictures_no_drift_is_written(shared, tmp_path):
     looks_with(shared, guidance_scale=3.0, images=0).write(
         tmp_path / "looks.json", student_of(shared), steps=1
     )

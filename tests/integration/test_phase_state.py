@@ -1,4 +1,4 @@
-"""A phase that is stopped between two updates and goes on from its state leaves the same as one that was not."""
+"""A phase that is stopped between two updates and resumed from its state gives the same result as an uninterrupted one."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ PHASES = {
 
 
 def setup_of(config, phase):
-    """The phase on a network of its own, as the ladder sets it up."""
+    """The phase on a separate network, as the ladder sets it up."""
     shared = load_shared(config, Runtime())
     training = config.training.model_copy(update={"ema_decay": 0.5, "train_batch_size": 2})
     discriminator = build_discriminator(
@@ -58,7 +58,7 @@ def go_on(setup, state, runtime, last):
     batches.close()
 
 
-def test_float16_goes_on_at_the_scale_that_its_loss_had(trained_run):
+def test_a_resumed_float16_phase_keeps_its_loss_scale(trained_run):
     config, phase = load_config(trained_run.run_dir), PHASES["mse"]
     first, second = Runtime(mixed_precision="fp16"), Runtime(mixed_precision="fp16")
     state = PhaseState(setup_of(config, phase), first)
@@ -76,9 +76,9 @@ def test_a_state_of_another_phase_is_refused_before_anything_is_loaded(trained_r
         name: PhaseState(setup_of(config, PHASES[name]), runtime) for name in ("mse", "cached", "single")
     }
     before = states["mse"].state_dict()
-    for name, said in (("single", "has discriminator"), ("cached", "has teacher_samples")):
+    for name, message in (("single", "has discriminator"), ("cached", "has teacher_samples")):
         with pytest.raises(
-            ValueError, match=f"the phase's state {said}: it belongs to a phase with other settings"
+            ValueError, match=f"the phase's state {message}: it belongs to a phase with other settings"
         ):
             states["mse"].load_state_dict(states[name].state_dict())
     assert_equal(states["mse"].state_dict(), before)
@@ -104,21 +104,21 @@ def assert_equal(ours, theirs, place="state"):
 
 
 @pytest.mark.parametrize("name", PHASES)
-def test_stopped_and_gone_on_is_equal_to_the_bit(trained_run, name):
+def test_a_phase_stopped_and_resumed_is_bit_identical(trained_run, name):
     config, phase, runtime = load_config(trained_run.run_dir), PHASES[name], Runtime()
     straight = setup_of(config, phase)
-    whole = PhaseState(straight, runtime)
-    go_on(straight, whole, runtime, UPDATES // 2)
-    halfway = whole.state_dict()
-    go_on(straight, whole, runtime, UPDATES)
+    uninterrupted = PhaseState(straight, runtime)
+    go_on(straight, uninterrupted, runtime, UPDATES // 2)
+    halfway = uninterrupted.state_dict()
+    go_on(straight, uninterrupted, runtime, UPDATES)
     other = setup_of(config, phase)
     second = PhaseState(other, runtime)
     second.load_state_dict(halfway)
     assert second.step == UPDATES // 2
     assert_equal(second.state_dict(), halfway)
     go_on(other, second, runtime, UPDATES)
-    assert_equal(second.state_dict(), whole.state_dict())
-    moved = whole.state_dict()["student"]
+    assert_equal(second.state_dict(), uninterrupted.state_dict())
+    moved = uninterrupted.state_dict()["student"]
     assert any(not torch.equal(value, halfway["student"][key]) for key, value in moved.items())
 
 
@@ -139,8 +139,8 @@ def test_a_state_of_other_parameters_is_refused(trained_run):
         "other heads does not fit": lambda saved: saved["discriminator"]["heads"].popitem(),
         "LoRA does not fit": lambda saved: saved["student"].popitem(),
     }
-    for said, change in changes.items():
+    for message, change in changes.items():
         saved = state.state_dict()
         change(saved)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             state.load_state_dict(saved)

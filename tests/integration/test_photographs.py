@@ -1,4 +1,4 @@
-"""Real photographs through `prepare`: those of scikit-image and scikit-learn, in folders and in parquet (datasets)."""
+"""`prepare` with real photographs: those of scikit-image and scikit-learn, in folders and in parquet files of datasets."""
 
 import io
 import json
@@ -66,12 +66,12 @@ def test_photographs_are_prepared_in_their_own_ratios(photographs, tmp_path):
     wholes = {Image.open(photographs / name).size[::-1] for name in CAPTIONS}
     for (height, width), count in cache.sizes.items():
         assert 0.8 < height * width / 256**2 < 1.25
-        found = cache.samples((height, width), list(range(count)))
-        assert found.latents.shape[1:] == (4, height // 8, width // 8)
-        told = found.conditioning.added_cond_kwargs["time_ids"]
-        assert {tuple(map(int, row[:2])) for row in told.tolist()} <= wholes
+        samples = cache.samples((height, width), list(range(count)))
+        assert samples.latents.shape[1:] == (4, height // 8, width // 8)
+        time_ids = samples.conditioning.added_cond_kwargs["time_ids"]
+        assert {tuple(map(int, row[:2])) for row in time_ids.tolist()} <= wholes
         with torch.no_grad():
-            decoded = vae.decode(found.latents / vae.config.scaling_factor).sample
+            decoded = vae.decode(samples.latents / vae.config.scaling_factor).sample
         assert decoded.shape == (count, 3, height, width)
 
 

@@ -1,4 +1,4 @@
-"""Filling the cache from what people have: bad files among good ones, interruptions, processes, pictures of many shapes."""
+"""Filling the cache from real-world folders: bad files among good ones, interruptions, pictures of many shapes."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def picture(number, size=(40, 40)):
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
-def good(folder, count=GOOD, size=(40, 40), name="good"):
+def write_good(folder, count=GOOD, size=(40, 40), name="good"):
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
         picture(k, size).save(folder / f"{name}{k:03d}.png")
@@ -40,12 +40,18 @@ def good(folder, count=GOOD, size=(40, 40), name="good"):
     return folder
 
 
-def bad(folder):
-    """A file of every kind that a folder can have wrong; how many there are of each."""
-    whole = saved(picture(0))
+def write_bad(folder):
+    """Writes bad files of every kind; returns the number of each kind."""
+    intact = saved(picture(0))
     two = [picture(0), picture(1)]
     contents = {
-        "image_unreadable": [whole[:-40], b"", b"\x89PNG garbage", saved(picture(0), "GIF"), b"\xff\xd8\xff"],
+        "image_unreadable": [
+            intact[:-40],
+            b"",
+            b"\x89PNG garbage",
+            saved(picture(0), "GIF"),
+            b"\xff\xd8\xff",
+        ],
         "image_too_large": [saved(Image.new("1", (12000, 12000))), saved(Image.new("L", (9000, 9000)))],
         "image_too_small": [saved(Image.new("RGB", (1, 1)))],
         "image_animated": [saved(two[0], save_all=True, append_images=two[1:])],
@@ -61,9 +67,9 @@ def bad(folder):
             (folder / f"{kind}{k}.txt").write_text("a caption")
     for kind, group in captions.items():
         for k, content in enumerate(group):
-            (folder / f"{kind}{k}.png").write_bytes(whole)
+            (folder / f"{kind}{k}.png").write_bytes(intact)
             (folder / f"{kind}{k}.txt").write_bytes(content)
-    (folder / "mute.png").write_bytes(whole)
+    (folder / "mute.png").write_bytes(intact)
     os.mkfifo(folder / "pipe.png")
     (folder / "pipe.txt").write_text("a caption")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
@@ -72,7 +78,7 @@ def bad(folder):
     return counts | {"caption_missing": 1, "unsafe_member": 1, "image_missing": 1}
 
 
-def of(folder, tmp_path, *overrides):
+def config_of(folder, tmp_path, *overrides):
     return tiny_config(tmp_path / "runs", f"data.source={folder}", "data.num_images=null", *overrides)
 
 
@@ -89,37 +95,37 @@ def stamps(config):
 
 
 def test_bad_files_are_counted_by_kind_and_the_good_ones_are_in_the_cache(tmp_path):
-    folder = good(tmp_path / "pictures")
-    counts = bad(folder)
-    config = of(folder, tmp_path, "data.max_bad_fraction=0.9")
-    alone = of(good(tmp_path / "alone"), tmp_path, "name=alone")
+    folder = write_good(tmp_path / "pictures")
+    counts = write_bad(folder)
+    config = config_of(folder, tmp_path, "data.max_bad_fraction=0.9")
+    alone = config_of(write_good(tmp_path / "alone"), tmp_path, "name=alone")
     for each in (config, alone):
         prepare(each)
-    found = manifest(config)
-    assert found["bad"] == counts
-    assert (found["samples"], len(load_cache(config))) == (GOOD, GOOD)
-    assert all("object at" not in text for group in found["bad_examples"].values() for text in group)
-    assert "gone.png" in found["bad_examples"]["image_missing"][0]
+    content = manifest(config)
+    assert content["bad"] == counts
+    assert (content["samples"], len(load_cache(config))) == (GOOD, GOOD)
+    assert all("object at" not in text for group in content["bad_examples"].values() for text in group)
+    assert "gone.png" in content["bad_examples"]["image_missing"][0]
     indices = list(range(GOOD))
     ours, theirs = (load_cache(c).samples((32, 32), indices) for c in (config, alone))
     assert torch.equal(ours.latents, theirs.latents)
 
 
-def test_too_many_bad_ones_stop_it_and_what_was_prepared_stays(tmp_path):
-    folder = good(tmp_path / "pictures", 12)
+def test_too_many_bad_files_stop_prepare_and_prepared_shards_stay(tmp_path):
+    folder = write_good(tmp_path / "pictures", 12)
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "broken.txt").write_text("a caption")
-    config = of(folder, tmp_path)
+    config = config_of(folder, tmp_path)
     with pytest.raises(ValueError, match=r"1 of 13 samples are bad, allowed: 0\.01: 1 image_unreadable"):
         prepare(config)
     assert not (config.run_dir / "cache" / "manifest.json").exists()
     before = stamps(config)
     assert len(before) == 1
-    more = of(folder, tmp_path, "data.max_bad_fraction=0.2")
+    more = config_of(folder, tmp_path, "data.max_bad_fraction=0.2")
     assert prepare(more) is True
     assert stamps(more) == before
     assert len(load_cache(more)) == 12
-    strict = of(folder, tmp_path, "data.max_bad_fraction=0.2", "data.on_bad.image_unreadable=error")
+    strict = config_of(folder, tmp_path, "data.max_bad_fraction=0.2", "data.on_bad.image_unreadable=error")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"broken\.png.*data\.on_bad\.image_unreadable=skip"):
             prepare(strict)
@@ -133,14 +139,14 @@ def test_a_source_without_one_good_picture_is_an_error(tmp_path):
         (folder / f"{k}.png").write_bytes(b"no picture")
         (folder / f"{k}.txt").write_text("a caption")
     with pytest.raises(ValueError, match="none of whose 3 samples is usable: 3 image_unreadable"):
-        prepare(of(folder, tmp_path, "data.max_bad_fraction=1"))
+        prepare(config_of(folder, tmp_path, "data.max_bad_fraction=1"))
 
 
 def bucketed(tmp_path, *overrides):
-    folder = good(tmp_path / "pictures", 24, size=(64, 64), name="square")
-    good(folder, 12, size=(96, 48), name="wide")
-    good(folder, 12, size=(48, 96), name="tall")
-    return of(folder, tmp_path, "data.buckets=true", "data.resolution=64", *overrides)
+    folder = write_good(tmp_path / "pictures", 24, size=(64, 64), name="square")
+    write_good(folder, 12, size=(96, 48), name="wide")
+    write_good(folder, 12, size=(48, 96), name="tall")
+    return config_of(folder, tmp_path, "data.buckets=true", "data.resolution=64", *overrides)
 
 
 def test_buckets_keep_each_pictures_ratio_and_an_update_sees_one(tmp_path):
@@ -155,34 +161,34 @@ def test_buckets_keep_each_pictures_ratio_and_an_update_sees_one(tmp_path):
     assert {size: shape[1:] for size, shape in cache.latent_shapes.items()} == {
         size: (size[0] * 8 // 32, size[1] * 8 // 32) for size in cache.sizes
     }
-    seen = dict.fromkeys(cache.latent_shapes.values(), 0)
+    counts = dict.fromkeys(cache.latent_shapes.values(), 0)
     latents = set()
     for update in range(12):
         indices = list(range(4 * update, 4 * update + 4))
-        drawn = cache.draw(indices, seed=1, group=4)
-        seen[tuple(drawn.latents.shape[1:])] += 4
-        latents |= {latent.numpy().tobytes() for latent in drawn.latents}
+        batch = cache.draw(indices, seed=1, group=4)
+        counts[tuple(batch.latents.shape[1:])] += 4
+        latents |= {latent.numpy().tobytes() for latent in batch.latents}
         halves = [cache.draw(indices[k : k + 2], seed=1, group=4) for k in (0, 2)]
-        assert torch.equal(torch.cat([half.latents for half in halves]), drawn.latents)
+        assert torch.equal(torch.cat([half.latents for half in halves]), batch.latents)
         hidden = torch.cat([half.conditioning.encoder_hidden_states for half in halves])
-        assert torch.equal(hidden, drawn.conditioning.encoder_hidden_states)
-    assert seen == {cache.latent_shapes[size]: count for size, count in cache.sizes.items()}
+        assert torch.equal(hidden, batch.conditioning.encoder_hidden_states)
+    assert counts == {cache.latent_shapes[size]: count for size, count in cache.sizes.items()}
     assert len(latents) == 48
 
 
 def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_path, caplog):
-    """24 squares, 12 wide and 2 tall ones, in updates of 4: the tall are cut square; manifest and doctor say so."""
-    folder = good(tmp_path / "pictures", 24, size=(64, 64), name="square")
-    good(folder, 12, size=(96, 48), name="wide")
-    good(folder, 2, size=(48, 96), name="tall")
+    """24 square, 12 wide and 2 tall pictures, 4 per update: the tall ones are cropped square; manifest and doctor say so."""
+    folder = write_good(tmp_path / "pictures", 24, size=(64, 64), name="square")
+    write_good(folder, 12, size=(96, 48), name="wide")
+    write_good(folder, 2, size=(48, 96), name="tall")
     options = ["data.buckets=true", "data.resolution=64", "data.held_out=0"]
-    config = of(folder, tmp_path, *options)
+    config = config_of(folder, tmp_path, *options)
     prepare(config)
     (wide,) = (size for size in load_cache(config).sizes if size[1] > size[0])
     assert load_cache(config).sizes == {(64, 64): 26, wide: 12}
-    found = json.loads((config.run_dir / "cache" / "manifest.json").read_text())
-    assert found["sizes"] == {"64x64": 26, f"{wide[0]}x{wide[1]}": 12}
-    assert (found["moved"], found["min_per_bucket"]) == (2, 4)
+    content = json.loads((config.run_dir / "cache" / "manifest.json").read_text())
+    assert content["sizes"] == {"64x64": 26, f"{wide[0]}x{wide[1]}": 12}
+    assert (content["moved"], content["min_per_bucket"]) == (2, 4)
     counts = f"2 sizes (width x height): 64 x 64: 26, {wide[1]} x {wide[0]}: 12"
     notes = {finding.about: finding for finding in examine(config)}
     assert f"data: all 38 pictures are cut to {counts}" in notes
@@ -197,10 +203,10 @@ def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_pa
     assert (prepare(config), stamps(config)) == (False, before)
     assert "25" not in json.loads(tallies.read_text())["pictures"]
 
-    kept = of(folder, tmp_path, *options, "name=kept", "data.min_per_bucket=1", ONE_UPDATE)
-    prepare(kept)
-    assert load_cache(kept).sizes == {(64, 64): 24, wide: 12, wide[::-1]: 2}
-    distill(kept)
+    all_ratios = config_of(folder, tmp_path, *options, "name=kept", "data.min_per_bucket=1", ONE_UPDATE)
+    prepare(all_ratios)
+    assert load_cache(all_ratios).sizes == {(64, 64): 24, wide: 12, wide[::-1]: 2}
+    distill(all_ratios)
     assert "2 of 38 pictures have sizes with fewer pictures than the 4 samples of an update" in caplog.text
 
 
@@ -223,8 +229,8 @@ def test_training_on_buckets_does_not_depend_on_the_micro_batch(tmp_path):
 
 def test_only_the_shards_of_what_changed_are_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.data.prepare.SHARD", 16)
-    folder = good(tmp_path / "pictures", 40)
-    config = of(folder, tmp_path)
+    folder = write_good(tmp_path / "pictures", 40)
+    config = config_of(folder, tmp_path)
     assert prepare(config) is True
     before = stamps(config)
     assert (prepare(config), stamps(config)) == (False, before)
@@ -235,13 +241,13 @@ def test_only_the_shards_of_what_changed_are_made_again(tmp_path, monkeypatch):
     pictured = (folder / "good003.png").read_bytes()
     other = bytearray(pictured)
     other[len(other) // 2] ^= 1
-    (folder / "good003.png").write_bytes(other)  # of equal length, and broken
+    (folder / "good003.png").write_bytes(other)  # of equal length, but broken
     with pytest.raises(ValueError, match=r"1 of 16 samples are bad.*good003\.png"):
         prepare(config)
     (folder / "good003.png").write_bytes(pictured)
     assert prepare(config) is True
     after = stamps(config)
-    good(folder, 1, name="zlast")
+    write_good(folder, 1, name="zlast")
     assert prepare(config) is True
     last = stamps(config)
     assert [name for name in sorted(after) if last[name] != after[name]] == ["00002.safetensors"]
@@ -257,7 +263,7 @@ def test_only_the_shards_of_what_changed_are_made_again(tmp_path, monkeypatch):
 def test_a_flipped_byte_is_refused_and_mended(tmp_path, place):
     config = tiny_config(tmp_path)
     prepare(config)
-    whole = shard_bytes(config)
+    intact = shard_bytes(config)
     path = config.run_dir / "cache/shards/00000.safetensors"
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -265,7 +271,7 @@ def test_a_flipped_byte_is_refused_and_mended(tmp_path, place):
     with pytest.raises(ValueError, match=r"00000\.safetensors is missing or changed"):
         load_cache(config)
     assert prepare(config) is True
-    assert shard_bytes(config) == whole
+    assert shard_bytes(config) == intact
     assert len(load_cache(config)) == 40
 
 
@@ -280,8 +286,8 @@ def test_a_shard_of_another_source_is_refused_until_all_are_made(tmp_path):
     assert prepare(config) is True
 
 
-def test_a_share_that_is_not_named_is_a_number_in_the_manifest_and_the_cache_of_that_number(tmp_path):
-    folder = good(tmp_path / "pictures", 12)
-    assert prepare(of(folder, tmp_path))
-    assert manifest(of(folder, tmp_path))["data"]["held_out"] == 0.0
-    assert not prepare(of(folder, tmp_path, "data.held_out=0"))
+def test_the_default_held_out_share_is_stored_as_a_number_and_fits_the_cache_of_that_number(tmp_path):
+    folder = write_good(tmp_path / "pictures", 12)
+    assert prepare(config_of(folder, tmp_path))
+    assert manifest(config_of(folder, tmp_path))["data"]["held_out"] == 0.0
+    assert not prepare(config_of(folder, tmp_path, "data.held_out=0"))

@@ -1,4 +1,4 @@
-"""Teachers of the real families with random weights: as a folder, as one file, with LoRAs baked in; what is refused."""
+"""Teachers of the real families with random weights: as a folder, as one file, with LoRAs merged in; refused teachers."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
 
 
 def configs_alone(folder, target):
-    """The folder without any weights."""
+    """Copies the folder without any weights."""
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
     return target
 
@@ -57,13 +57,13 @@ def test_one_file_is_read_to_the_last_weight(folders, tmp_path, family, dtype):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), part
     stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
-    made = (folder / "model_index.json").stat().st_mtime_ns
+    written_at = (folder / "model_index.json").stat().st_mtime_ns
     assert make_teacher(config) == folder
-    assert (folder / "model_index.json").stat().st_mtime_ns == made
+    assert (folder / "model_index.json").stat().st_mtime_ns == written_at
 
 
 def style_lora(folder, target, *, seed=3, scale=0.3):
-    """A LoRA on the U-Net that changes what it draws."""
+    """Writes a LoRA for the U-Net that visibly changes the pictures; returns its folder."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     adapters.add_adapter(pipeline.unet, "style", rank=4, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +77,7 @@ def style_lora(folder, target, *, seed=3, scale=0.3):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_loras_baked_into_the_teacher_draw_as_they_do_loaded(folders, tmp_path, family):
+def test_loras_merged_into_the_teacher_draw_the_same_as_loaded_ones(folders, tmp_path, family):
     first = style_lora(folders / family, tmp_path / "a", seed=1)
     second = style_lora(folders / family, tmp_path / "b", seed=2)
     loras = json.dumps([{"path": str(first), "weight": 0.5}, {"path": str(second.parent)}])
@@ -99,7 +99,7 @@ def test_loras_baked_into_the_teacher_draw_as_they_do_loaded(folders, tmp_path, 
     assert not torch.allclose(latents(baked), latents(plain), atol=1e-2)
 
 
-def test_a_lora_of_another_model_or_no_lora_at_all_is_refused(folders, tmp_path):
+def test_a_lora_of_another_model_and_a_file_without_a_lora_are_refused(folders, tmp_path):
     foreign = style_lora(folders / "sdxl", tmp_path / "xl")
     (tmp_path / "none").mkdir()
     save_file({"something.else": torch.zeros(3)}, tmp_path / "none" / "pytorch_lora_weights.safetensors")
@@ -113,18 +113,18 @@ def test_a_lora_of_another_model_or_no_lora_at_all_is_refused(folders, tmp_path)
         open_run(config)
 
 
-def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+def test_files_that_are_not_a_checkpoint_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     (tmp_path / "broken.safetensors").write_bytes(b"no header at all, but long enough to be read")
     save_file({"lora.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
-    for name, said in (
+    for name, message in (
         ("model.ckpt", "allowed: .safetensors"),
         ("missing.safetensors", "which does not exist"),
         ("broken.safetensors", "as safetensors"),
         ("lora.safetensors", "holds no whole model"),
     ):
         config = tiny_config(tmp_path, f"name=of-{name}", f"teacher.path={tmp_path / name}")
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             make_teacher_of(config)
 
 
@@ -134,7 +134,7 @@ def make_teacher_of(config):
 
 
 @pytest.mark.parametrize(
-    ("part", "key", "value", "said"),
+    ("part", "key", "value", "message"),
     [
         ("unet", "in_channels", 9, "9 input channels"),
         ("unet", "time_cond_proj_dim", 256, "time_cond_proj_dim: 256"),
@@ -142,12 +142,12 @@ def make_teacher_of(config):
         ("scheduler", "beta_start", None, "without betas"),
     ],
 )
-def test_models_that_cannot_be_distilled_are_named(folders, tmp_path, part, key, value, said):
+def test_models_that_cannot_be_distilled_are_named(folders, tmp_path, part, key, value, message):
     shutil.copytree(folders / "sd15", tmp_path / "odd")
     path = next((tmp_path / "odd" / part).glob("*config.json"))
     content = json.loads(path.read_text()) | {key: value}
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         open_run(tiny_config(tmp_path, f"teacher.path={tmp_path / 'odd'}"))
 
 
@@ -192,15 +192,15 @@ def test_a_teacher_of_zero_terminal_snr_is_not_asked_for_epsilon(folders, tmp_pa
 
 
 def with_timesteps(folders, place, count):
-    """The tiny Stable Diffusion 1.5, its noise schedule cut into `count` timesteps."""
+    """The tiny Stable Diffusion 1.5 with a noise schedule of `count` timesteps."""
     shutil.copytree(folders / "sd15", place / "short")
     path = place / "short" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": count}))
     return f"teacher.path={place / 'short'}"
 
 
-def test_a_teacher_of_other_than_1000_timesteps_is_trained_at_its_own(folders, tmp_path):
-    """The exported rung in diffusers' pipeline is told 499, the last of 500, and the middle."""
+def test_a_teacher_with_500_timesteps_is_distilled_on_its_own_schedule(folders, tmp_path):
+    """In diffusers' pipeline the U-Net is given timestep 499, the last of 500, and the one in the middle."""
     phases = "phases: [{objective: mse, max_train_steps: 1}, {objective: single, max_train_steps: 1}]"
     ladder = f"ladder=[{{teacher_steps: 4, student_steps: 2, {phases}}}]"
     options = ["data.num_images=8", "training.train_batch_size=2", "export.formats=[diffusers]"]
@@ -229,11 +229,11 @@ def test_a_ladder_of_more_steps_than_the_teacher_has_timesteps_is_refused(folder
 @pytest.mark.parametrize(
     ("family", "kind"), [("sd15", "sample"), ("sd15", "v_prediction"), ("sd21_v", "sample")]
 )
-def test_a_rung_that_predicts_otherwise_begins_with_convert(folders, tmp_path, family, kind):
+def test_a_rung_with_another_prediction_type_must_begin_with_convert(folders, tmp_path, family, kind):
     teacher = f"teacher.path={folders / family}"
     rung = f"teacher_steps: 2, student_steps: 1, prediction_type: {kind}"
-    said = rf"^ladder\.0\.prediction_type: got {kind}, but [^\n]* allowed: [^\n]*objective: convert[^\n]*$"
-    with pytest.raises(ConfigError, match=said):
+    message = rf"^ladder\.0\.prediction_type: got {kind}, but [^\n]* allowed: [^\n]*objective: convert[^\n]*$"
+    with pytest.raises(ConfigError, match=message):
         open_run(tiny_config(tmp_path, teacher, f"ladder=[{{{rung}, phases: [{{objective: mse}}]}}]"))
     phases = "[{objective: convert}, {objective: mse}]"
     open_run(tiny_config(tmp_path, teacher, f"ladder=[{{{rung}, phases: {phases}}}]"))

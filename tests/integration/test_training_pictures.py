@@ -1,4 +1,4 @@
-"""Pictures drawn while a phase trains take little memory: one decoded at a time, and no encoder beside the U-Net."""
+"""Drawing pictures during training takes little memory: one is decoded at a time, and no encoder is kept in memory."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ def vae():
     return load_vae(embedded_folder("teacher"))
 
 
-def asked_of(module):
+def calls_of(module):
     """(rows, dtype, device) of the first argument of every call of a module, filled as it is called."""
     calls = []
 
@@ -35,22 +35,22 @@ def asked_of(module):
     return calls
 
 
-def test_one_picture_is_decoded_at_a_time_as_all_together_are(vae):
+def test_decoding_one_picture_at_a_time_equals_decoding_all_together(vae):
     latents = randn(3, 4, 8, 8, seed=1)
     with torch.no_grad():
         together = vae.decode(latents / vae.config.scaling_factor).sample
-    calls = asked_of(vae.decoder)
+    calls = calls_of(vae.decoder)
     pictures = decode_pictures(vae, latents)
     assert calls == [(1, torch.float32, "cpu")] * 3
     assert pictures.dtype == torch.uint8
     exact = ((together + 1) * 127.5).clamp(0, 255)
-    rounding = 0.5 + 1e-3  # of the same numbers, to the kernels' last digits
+    rounding = 0.5 + 1e-3  # of the same numbers, up to the kernels' last digits
     assert (pictures - exact).abs().max() < rounding
 
 
 def test_the_vae_stays_on_the_cpu_while_another_device_decodes(vae):
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    calls = asked_of(vae.decoder)
+    calls = calls_of(vae.decoder)
     with pytest.raises(NotImplementedError, match="meta"):  # a meta tensor has no data to bring back
         decode_pictures(vae, torch.empty(3, 4, 8, 8, device="meta"))
     assert calls == [(1, torch.float32, "meta")]
@@ -58,29 +58,28 @@ def test_the_vae_stays_on_the_cpu_while_another_device_decodes(vae):
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("config", "expected"),
     [({"force_upcast": True}, torch.float32), ({}, torch.float32), ({"force_upcast": False}, torch.float16)],
 )
-def test_a_vae_decodes_in_half_precision_only_where_it_was_made_for_it(tmp_path, said, expected):
+def test_a_vae_decodes_in_half_precision_only_if_its_config_allows_it(tmp_path, config, expected):
     (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(said))
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
     assert vae_dtype(TeacherFacts.of_folder(tmp_path), torch.float16) == expected
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """What the rungs share after `prepare` ran in the same process, the garbage collector off."""
+    """What the rungs share, and the models alive, after `prepare` in the same process with the garbage collector off."""
     config = tiny_config(tmp_path_factory.mktemp("shared"))
     models = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
-    before = [
-        o for o in gc.get_objects() if isinstance(o, models)
-    ]  # held, so that no new one gets the id of an old one
+    # a list keeps these objects alive, so that no new object gets the id of an old one
+    before = [o for o in gc.get_objects() if isinstance(o, models)]
     gc.disable()
     try:
         stages.prepare(config)
         shared = load_shared(config, Runtime())
-        held = set(map(id, before))
-        alive = [type(o) for o in gc.get_objects() if isinstance(o, models) and id(o) not in held]
+        ids_before = set(map(id, before))
+        alive = [type(o) for o in gc.get_objects() if isinstance(o, models) and id(o) not in ids_before]
     finally:
         gc.enable()
     return shared, alive
@@ -91,17 +90,17 @@ def test_no_encoder_of_prepare_is_alive_while_the_ladder_trains(shared):
     assert sorted(kind.__name__ for kind in alive) == ["AutoencoderKL", "UNet2DConditionModel"]
 
 
-def test_the_unet_is_asked_for_no_more_rows_than_in_training(shared, vae):
+def test_drawing_gives_the_unet_no_more_rows_than_training(shared, vae):
     shared, _ = shared
     conditioning = shared.cache.samples((32, 32), [0, 1, 2]).conditioning
     noise = randn(3, *shared.cache.latent_shapes[32, 32], seed=2)
-    calls = asked_of(shared.network.model)
+    calls = calls_of(shared.network.model)
     drawn = {}
     for batch_size in (2, 3):
         calls.clear()
         painter = Painter(vae, batch_size, Runtime().autocast)
         teacher = painter.draw(shared.undistilled, noise, conditioning, steps=2)
-        assert max(rows for rows, *_ in calls) == 2 * batch_size  # guidance asks twice
+        assert max(rows for rows, *_ in calls) == 2 * batch_size  # guidance needs two rows per sample
         calls.clear()
         drawn[batch_size] = teacher, painter.draw(student_of(shared), noise, conditioning, steps=1)
         assert max(rows for rows, *_ in calls) == batch_size
@@ -109,7 +108,7 @@ def test_the_unet_is_asked_for_no_more_rows_than_in_training(shared, vae):
         assert (few.int() - many.int()).abs().max() <= 1
 
 
-def test_autocast_is_the_unets_alone(shared, vae):
+def test_only_the_unet_runs_under_autocast(shared, vae):
     shared, _ = shared
     conditioning = shared.cache.samples((32, 32), [0]).conditioning
     kinds = {}

@@ -34,9 +34,9 @@ def two_sets(n=150, m=130, size=12):
 def test_fid_equals_scipys_matrix_square_root():
     x, y = two_sets()
     (m1, c1), (m2, c2) = ((a.numpy().mean(0), np.cov(a.numpy().T)) for a in (x, y))
-    wanted = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-    assert fid(x, y) == pytest.approx(wanted, rel=1e-6)
-    assert fid(x.float(), y.float()) == pytest.approx(wanted, rel=1e-5)
+    expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
+    assert fid(x, y) == pytest.approx(expected, rel=1e-6)
+    assert fid(x.float(), y.float()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_fid_of_moments_equals_torchmetrics_fid_of_the_samples():
@@ -59,8 +59,8 @@ def test_fid_equals_the_closed_form_of_two_diagonal_gaussians():
     mean, deviation = torch.linspace(-2, 3, size).double(), torch.linspace(0.1, 4, size).double()
     first = Moments(torch.zeros(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64), 1000)
     second = Moments(mean, torch.diag(deviation**2), 777)
-    wanted = float((mean**2).sum() + ((deviation - 1) ** 2).sum())
-    assert fid(first, second) == pytest.approx(wanted, rel=1e-9)
+    expected = float((mean**2).sum() + ((deviation - 1) ** 2).sum())
+    assert fid(first, second) == pytest.approx(expected, rel=1e-9)
 
 
 def test_fid_of_a_set_with_itself_is_zero():
@@ -98,12 +98,12 @@ def test_a_file_without_moments_is_named(tmp_path, content):
         sigma = {"shapes": np.zeros((2, 2)), "asymmetric": np.array([[1, 5, 0], [0, 1, 0], [0, 0, 1]])}
         mean = np.full(3, np.nan) if content == "nan" else np.zeros(3)
         np.savez(path, mu=mean, sigma=sigma.get(content, np.eye(3)))
-        whole = bytearray(path.read_bytes())
+        intact = bytearray(path.read_bytes())
         if content == "cut":
-            path.write_bytes(whole[: len(whole) // 2])
+            path.write_bytes(intact[: len(intact) // 2])
         elif content == "flipped":
-            whole[whole.index(b"sigma.npy") + 9 + 140] ^= 1
-            path.write_bytes(whole)
+            intact[intact.index(b"sigma.npy") + 9 + 140] ^= 1
+            path.write_bytes(intact)
     with pytest.raises(ValueError, match=r"stats\.npz"):
         Moments.from_npz(path)
 
@@ -140,7 +140,7 @@ def test_kid_of_paired_sets_is_not_lowered_by_what_pairs_have_in_common():
     plain, deviation = kid(x, y, subsets=20)[0], kid(x, y, subsets=20, paired=True)[1]
     assert (
         plain < -0.5 * float(((x * x).sum(1) / 16 + 1).pow(3).mean()) / 1000
-    )  # the diagonal, which is in one term only
+    )  # the diagonal, which is contained in one term only
     assert abs(kid(x, y, subsets=20, paired=True)[0]) < 3 * deviation
 
 
@@ -160,8 +160,8 @@ def test_precision_recall_density_coverage_equal_brute_force(k):
     assert 0 < recall < 1
     assert precision_recall(x, y, k=k) == pytest.approx((precision, recall), rel=1e-6)
     inside = across < brute_radii(a, k)[None]
-    wanted = (inside.sum() / (k * len(b)), inside.any(axis=0).mean())
-    assert density_coverage(x, y, k=k) == pytest.approx(wanted, rel=1e-6)
+    expected = (inside.sum() / (k * len(b)), inside.any(axis=0).mean())
+    assert density_coverage(x, y, k=k) == pytest.approx(expected, rel=1e-6)
 
 
 def test_points_on_the_edge_of_a_ball_count_for_precision_but_not_for_density():
@@ -172,9 +172,11 @@ def test_points_on_the_edge_of_a_ball_count_for_precision_but_not_for_density():
 
 def test_chunks_do_not_change_a_distance(monkeypatch):
     x, y = two_sets()
-    whole = [f(x, y) for f in (precision_recall, density_coverage, cmmd)]
+    unchunked = [f(x, y) for f in (precision_recall, density_coverage, cmmd)]
     monkeypatch.setattr("stepdistill.evaluation.measure.distances._CHUNK", 7)
-    for before, now in zip(whole, [f(x, y) for f in (precision_recall, density_coverage, cmmd)], strict=True):
+    for before, now in zip(
+        unchunked, [f(x, y) for f in (precision_recall, density_coverage, cmmd)], strict=True
+    ):
         assert now == pytest.approx(before, rel=1e-12)
 
 
@@ -185,8 +187,8 @@ def test_cmmd_equals_a_direct_loop_over_pairs():
     def mean_kernel(s, t):
         return np.mean([np.exp(-((u - v) ** 2).sum() / 200) for u in s for v in t])
 
-    wanted = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
-    assert cmmd(x, y) == pytest.approx(wanted, rel=1e-6)
+    expected = 1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b))
+    assert cmmd(x, y) == pytest.approx(expected, rel=1e-6)
     assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
 
 

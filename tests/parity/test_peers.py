@@ -70,8 +70,8 @@ def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(noise_path)
             slope, offset = ddim_map(noise_path, t)
             skip, out = lcm.boundary_scalings(t, ndim=2)
             alpha, sigma = noise_path.alpha_sigma(t, ndim=2)
-            wanted = slope[:, None] * x + shift * offset[:, None]
-            original = torch.where(t[:, None] > 0, (wanted - skip * x) / out.clamp(min=1e-9), x)
+            expected = slope[:, None] * x + shift * offset[:, None]
+            original = torch.where(t[:, None] > 0, (expected - skip * x) / out.clamp(min=1e-9), x)
             return (x - alpha * original) / sigma
 
         return output
@@ -133,10 +133,10 @@ def test_consistency_training_learns_the_flow(noise_path):
     slope, offset = ddim_map(noise_path, nodes)
     a, s = noise_path.alpha_sigma(nodes)
     spread = (a**2 * STD**2 + s**2).sqrt()
-    found = table.detach()
-    wrong = (found[:, 0] - slope) * a * MEAN + found[:, 1] - offset
+    learned = table.detach()
+    wrong = (learned[:, 0] - slope) * a * MEAN + learned[:, 1] - offset
     assert wrong.abs().max() < 0.03
-    assert ((found[:, 0] - slope) * spread).abs().max() < 0.03
+    assert ((learned[:, 0] - slope) * spread).abs().max() < 0.03
 
 
 def test_the_gradient_of_distribution_matching_is_the_difference_of_the_scores(noise_path):
@@ -156,8 +156,8 @@ def test_the_gradient_of_distribution_matching_is_the_difference_of_the_scores(n
     dmd2.distribution_matching_loss(original, real, fake, timesteps, noise, noise_path=noise_path).backward()
     x = original.detach()
     noisy = noise_path.add_noise(x, noise, timesteps)
-    wanted = (fake(noisy, timesteps) - real(noisy, timesteps)) / (x - real(noisy, timesteps)).abs() / 6
-    assert torch.allclose(original.grad, wanted, rtol=1e-9)
+    expected = (fake(noisy, timesteps) - real(noisy, timesteps)) / (x - real(noisy, timesteps)).abs() / 6
+    assert torch.allclose(original.grad, expected, rtol=1e-9)
 
 
 def test_dmd2_training_matches_the_data(noise_path):
@@ -218,18 +218,18 @@ def test_backward_simulation_with_the_exact_denoiser_of_one_point_gives_that_poi
     noises = torch.randn(4, 8, 3, generator=generator, dtype=torch.float64)
     stops = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
     point = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
-    seen = []
+    batch_sizes = []
 
     def denoise(rows, x, t):
-        seen.append(len(rows))
+        batch_sizes.append(len(rows))
         return point[rows]
 
-    found = dmd2.backward_simulation(denoise, noises, nodes, stops, noise_path=noise_path)
+    simulated = dmd2.backward_simulation(denoise, noises, nodes, stops, noise_path=noise_path)
     for k, stop in enumerate(stops.tolist()):
         a, s = noise_path.alpha_sigma(nodes[stop : stop + 1])
-        wanted = noises[0, k] if stop == 0 else a * point[k] + s * noises[stop, k]
-        assert torch.allclose(found[k], wanted)
-    assert seen == [6, 4, 2]
+        expected = noises[0, k] if stop == 0 else a * point[k] + s * noises[stop, k]
+        assert torch.allclose(simulated[k], expected)
+    assert batch_sizes == [6, 4, 2]
 
 
 def test_progressive_distillation_learns_the_two_steps_of_its_teacher(noise_path):
@@ -267,8 +267,8 @@ def test_progressive_distillation_learns_the_two_steps_of_its_teacher(noise_path
             noise_path=noise_path,
             prediction_type="epsilon",
         )
-        wanted = implied_noise(x, target, nodes, ends, noise_path=noise_path)
-        assert torch.allclose(table.detach()[:, :1] * x + table.detach()[:, 1:], wanted, atol=1e-4)
+        expected = implied_noise(x, target, nodes, ends, noise_path=noise_path)
+        assert torch.allclose(table.detach()[:, :1] * x + table.detach()[:, 1:], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
@@ -287,9 +287,9 @@ def test_the_adversarial_loss_brings_mean_and_spread_to_those_of_the_real_sample
     for _ in range(3000):
         real = MEAN + STD * torch.randn(512, generator=generator, dtype=torch.float64)
         fake = student[0] + student[1] * torch.randn(512, generator=generator, dtype=torch.float64)
-        found = [logits(x, critic) for x in (real, fake.detach())]
+        outputs = [logits(x, critic) for x in (real, fake.detach())]
         of_critic.zero_grad()
-        adversarial.discriminator_loss(*found, kind=kind).backward()
+        adversarial.discriminator_loss(*outputs, kind=kind).backward()
         of_critic.step()
         fixed = critic.detach()
         of_student.zero_grad()

@@ -20,8 +20,8 @@ from tests.conftest import randn
 def test_losses_are_binary_cross_entropy_with_logits():
     real, fake = randn(8, 2), randn(8, 2, seed=1)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
-    wanted = bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))
-    assert torch.allclose(discriminator_loss(real, fake), wanted)
+    expected = bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))
+    assert torch.allclose(discriminator_loss(real, fake), expected)
     assert torch.allclose(generator_loss(fake, real), bce(fake, torch.ones_like(fake)))
 
 
@@ -40,8 +40,8 @@ def test_generator_gradient_does_not_saturate_when_the_discriminator_is_sure():
 def test_relativistic_losses_depend_only_on_the_difference_of_logits():
     real, fake = randn(8, 2), randn(8, 2, seed=1)
     for shift in (0.0, 7.0):
-        found = discriminator_loss(real + shift, fake + shift, kind="relativistic")
-        assert torch.allclose(found, -torch.sigmoid(real - fake).log().mean(), atol=1e-5)
+        loss = discriminator_loss(real + shift, fake + shift, kind="relativistic")
+        assert torch.allclose(loss, -torch.sigmoid(real - fake).log().mean(), atol=1e-5)
         other = generator_loss(fake + shift, real + shift, kind="relativistic")
         assert torch.allclose(other, -torch.sigmoid(fake - real).log().mean(), atol=1e-5)
 
@@ -71,19 +71,19 @@ def test_perturbation_is_drawn_by_weight_and_only_for_clean_samples(weights):
     drawn = draw_perturbation(ends, uniform, weights=weights)
     for timestep, weight in zip((9, 249, 499, 749), weights, strict=True):
         assert (drawn == timestep).float().mean().item() == pytest.approx(weight / sum(weights), abs=1e-3)
-    kept = draw_perturbation(torch.full((4,), 249), uniform[:4], weights=weights)
-    assert kept.tolist() == [249] * 4
+    unchanged = draw_perturbation(torch.full((4,), 249), uniform[:4], weights=weights)
+    assert unchanged.tolist() == [249] * 4
 
 
 def test_perturbation_adds_noise_to_clean_rows_only(noise_path):
     sample, noise = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
     ends, seen_at = torch.tensor([CLEAN, 249]), torch.tensor([749, 249])
-    found = perturb(sample, noise, ends, seen_at, noise_path=noise_path)
+    perturbed = perturb(sample, noise, ends, seen_at, noise_path=noise_path)
     alpha, sigma = noise_path.alpha_sigma(seen_at, ndim=4, dtype=torch.float32)
-    assert torch.allclose(found[0], (alpha * sample + sigma * noise)[0])
-    assert torch.equal(found[1], sample[1])
+    assert torch.allclose(perturbed[0], (alpha * sample + sigma * noise)[0])
+    assert torch.equal(perturbed[1], sample[1])
     other = perturb(sample + 1, noise, ends, seen_at, noise_path=noise_path)
-    assert torch.allclose(other[0] - found[0], alpha[0].expand(4, 8, 8), atol=1e-6)
+    assert torch.allclose(other[0] - perturbed[0], alpha[0].expand(4, 8, 8), atol=1e-6)
 
 
 @pytest.mark.parametrize(("count", "timesteps"), [(1000, [9, 249, 499, 749]), (500, [4, 124, 249, 374])])

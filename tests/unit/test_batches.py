@@ -1,4 +1,4 @@
-"""An update sees the same samples and noise for any number of processes, any micro-batch and with prefetching."""
+"""An update sees the same samples and noise for any number of processes and any micro-batch, with prefetching."""
 
 import threading
 from types import SimpleNamespace
@@ -18,12 +18,12 @@ from tests.unit.test_cache import cache, shard
 def test_an_update_sees_the_same_samples_and_noise_however_it_is_split(
     tmp_path, processes, micro, accumulation
 ):
-    whole = [numbers for update in split(tmp_path / "a", 1, 8, 1) for numbers in update]
+    expected = [numbers for update in split(tmp_path / "a", 1, 8, 1) for numbers in update]
     parts = [
         numbers for update in split(tmp_path / "b", processes, micro, accumulation) for numbers in update
     ]
-    assert len(whole) == 3 * 8
-    for ours, theirs in zip(parts, whole, strict=True):
+    assert len(expected) == 3 * 8
+    for ours, theirs in zip(parts, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert torch.equal(value, theirs[name]), name
@@ -42,7 +42,7 @@ def setup_of(folder, micro, accumulation):
     phase = Phase(objective="single", max_train_steps=3)
     rung = Rung(teacher_steps=8, student_steps=4, phases=(phase,))
     path = VariancePreserving(torch.linspace(1, 0, 1000, dtype=torch.float64))
-    student = teacher = Denoiser(None, None, path, "epsilon")
+    student = teacher = Denoiser(None, None, path, "v_prediction")
     return PhaseSetup(rung, phase, 0, training, 5, student, teacher, None, two_sizes(folder), preview=print)
 
 
@@ -72,10 +72,10 @@ def test_resuming_at_an_update_gives_the_batches_from_there_on(tmp_path):
         num_processes=1, process_index=0, device=torch.device("cpu"), weight_dtype=torch.float32
     )
     setup = setup_of(tmp_path / "a", 2, 2)
-    whole = list(batches_of(setup, runtime))
+    expected = list(batches_of(setup, runtime))
     rest = list(batches_of(setup, runtime, first_step=1))
-    assert [first for first, _ in rest] == [first for first, _ in whole[2:]]
-    assert all(torch.equal(a.noise, b.noise) for (_, a), (_, b) in zip(rest, whole[2:], strict=True))
+    assert [first for first, _ in rest] == [first for first, _ in expected[2:]]
+    assert all(torch.equal(a.noise, b.noise) for (_, a), (_, b) in zip(rest, expected[2:], strict=True))
 
 
 def test_the_next_batch_is_drawn_in_order_while_the_last_one_is_processed():
@@ -85,12 +85,12 @@ def test_the_next_batch_is_drawn_in_order_while_the_last_one_is_processed():
         started[number].set()
         return number * 10
 
-    seen = []
+    received = []
     for first, batch in ahead(draw, range(4)):
         if first < 3:
             assert started[first + 1].wait(10)
-        seen.append((first, batch))
-    assert seen == [(0, 0), (1, 10), (2, 20), (3, 30)]
+        received.append((first, batch))
+    assert received == [(0, 0), (1, 10), (2, 20), (3, 30)]
 
 
 def test_a_failed_draw_is_raised_when_its_batch_is_used():
@@ -99,10 +99,10 @@ def test_a_failed_draw_is_raised_when_its_batch_is_used():
             raise ValueError("a broken shard")
         return number
 
-    found = ahead(draw, range(4))
-    assert [next(found), next(found)] == [(0, 0), (1, 1)]
+    batches = ahead(draw, range(4))
+    assert [next(batches), next(batches)] == [(0, 0), (1, 1)]
     with pytest.raises(ValueError, match="a broken shard"):
-        next(found)
+        next(batches)
 
 
 def test_perturbation_timesteps_exist_on_a_path_of_500_timesteps(tmp_path):
@@ -117,7 +117,6 @@ def test_perturbation_timesteps_exist_on_a_path_of_500_timesteps(tmp_path):
         perturbation_weights=(0.0, 0.0, 0.0, 1.0),
         seed=1,
         keys=("short",),
-        device=torch.device("cpu"),
         dtype=torch.float32,
     )
     clean = batch.prev_timesteps == CLEAN

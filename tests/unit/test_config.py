@@ -63,7 +63,7 @@ def several(objectives):
         ("ladder.2.start_timestep=499", ["ladder.2.start_timestep", "got 499", "1 student step"]),
         ("ladder.4.node_steps=4", ["ladder.4.start_timestep", "got 499", "without node_steps"]),
         ("ladder.4.start_timestep=1000", ["ladder.4.start_timestep", "got 1000", "less than 1000"]),
-        ("ladder.0.phases.0.objective=gan", ["ladder.0.phases.0.objective", "'gan'", "'mse'"]),
+        ("ladder.0.phases.0.objective=gan", ["ladder.0.phases.0.objective", "'gan'", "mse, convert"]),
         (
             "ladder.0.phases.0.objective=null",
             ["ladder.0.phases.0.objective", "got nothing", "allowed: mse, convert"],
@@ -110,8 +110,8 @@ def test_mistakes_name_key_value_and_what_is_allowed(override, parts):
 
 def adversarial_rung(*phases):
     """The rung 32 -> 8 with these phases, each given as (objective, discriminator options)."""
-    found = [{"objective": o, "max_train_steps": 2, "discriminator": options} for o, options in phases]
-    return load_config(CONFIG, [f"ladder.1.phases={json.dumps(found)}"]).ladder[1]
+    entries = [{"objective": o, "max_train_steps": 2, "discriminator": options} for o, options in phases]
+    return load_config(CONFIG, [f"ladder.1.phases={json.dumps(entries)}"]).ladder[1]
 
 
 def test_a_carried_discriminator_must_fit_its_phase():
@@ -206,9 +206,9 @@ def test_the_config_of_a_moved_run_folder_can_be_read(tmp_path):
     config = load_config(CONFIG, [f"output_dir={tmp_path / 'a'}"])
     open_run(config)
     (tmp_path / "a" / "letters").rename(tmp_path / "moved")
-    found = read_run_config(tmp_path / "moved")
-    assert found.run_dir == tmp_path / "moved"
-    assert found.ladder == config.ladder
+    moved = read_run_config(tmp_path / "moved")
+    assert moved.run_dir == tmp_path / "moved"
+    assert moved.ladder == config.ladder
     with pytest.raises(ConfigError, match="no run folder"):
         read_run_config(tmp_path)
 
@@ -252,8 +252,8 @@ def test_the_plan_counts_the_recipes_forwards():
     plain.append("evaluation.cost_batch_sizes=[]")
     assert evaluation_forwards(load_config(CONFIG, plain)) == config.evaluation.num_images * per_image
     seeds, sweep, matrix, cost = 32 * (64 + 47), 4 * (3 * 47 + 64), 4 * 5 * 47, 2 * (1 + 32) * per_image
-    whole = config.evaluation.num_images * (per_image + 64) + seeds + sweep + matrix + cost
-    assert evaluation_forwards(config) == whole
+    expected = config.evaluation.num_images * (per_image + 64) + seeds + sweep + matrix + cost
+    assert evaluation_forwards(config) == expected
     assert "32 -> 8" in describe(config)
 
 

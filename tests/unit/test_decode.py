@@ -57,8 +57,8 @@ def png(width, height, depth, colour, rows=b""):
 
 def test_sixteen_bit_gray_is_scaled_to_eight_and_not_clipped():
     deep = (np.tile(RAMP, (32, 1)).astype(np.uint16) * 257).astype(np.uint16)
-    found = pixels(saved(Image.fromarray(deep)))
-    assert np.array_equal(found, np.repeat(np.tile(RAMP, (32, 1))[..., None], 3, axis=2))
+    result = pixels(saved(Image.fromarray(deep)))
+    assert np.array_equal(result, np.repeat(np.tile(RAMP, (32, 1))[..., None], 3, axis=2))
 
 
 def test_sixteen_bit_colours_are_scaled_to_eight():
@@ -68,23 +68,23 @@ def test_sixteen_bit_colours_are_scaled_to_eight():
 
 
 def test_a_cmyk_jpeg_looks_like_the_picture_that_it_was_made_from():
-    found = pixels(saved(colours().convert("CMYK"), "JPEG", quality=95))
-    assert np.abs(found - np.asarray(colours()).astype(int)).mean() < 8
+    result = pixels(saved(colours().convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(result - np.asarray(colours()).astype(int)).mean() < 8
 
 
 def test_transparent_pictures_are_composited_over_white():
-    left = np.arange(64) < 32
+    is_left = np.arange(64) < 32
     for mode in ("RGBA", "LA"):
         image = Image.new("RGB", (64, 48), (90, 90, 90)).convert(mode)
-        image.putalpha(Image.fromarray(np.tile(np.where(left, 0, 128).astype(np.uint8), (48, 1))))
-        found = pixels(saved(image))
-        assert (found[:, :32] == 255).all(), mode
-        assert np.abs(found[:, 32:] - round(90 * 128 / 255 + 127)).max() <= 1, mode
-    palette = Image.fromarray(np.tile(left.astype(np.uint8), (48, 1)), mode="P")
+        image.putalpha(Image.fromarray(np.tile(np.where(is_left, 0, 128).astype(np.uint8), (48, 1))))
+        result = pixels(saved(image))
+        assert (result[:, :32] == 255).all(), mode
+        assert np.abs(result[:, 32:] - round(90 * 128 / 255 + 127)).max() <= 1, mode
+    palette = Image.fromarray(np.tile(is_left.astype(np.uint8), (48, 1)), mode="P")
     palette.putpalette([200, 10, 10, 10, 10, 200])
-    found = pixels(saved(palette, transparency=1))
-    assert (found[:, :32] == 255).all()
-    assert (found[:, 32:] == (200, 10, 10)).all()
+    result = pixels(saved(palette, transparency=1))
+    assert (result[:, :32] == 255).all()
+    assert (result[:, 32:] == (200, 10, 10)).all()
     keyed = pixels(saved(Image.new("RGB", (32, 32), (1, 2, 3)), transparency=(1, 2, 3)))
     assert (keyed == 255).all()
 
@@ -93,7 +93,7 @@ def test_transparent_pictures_are_composited_over_white():
 def test_a_picture_is_rotated_by_its_exif_orientation(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found = pixels(saved(colours(), exif=exif))
+    result = pixels(saved(colours(), exif=exif))
     upright = np.asarray(colours()).astype(int)
     turned = {
         1: upright,
@@ -105,22 +105,22 @@ def test_a_picture_is_rotated_by_its_exif_orientation(orientation):
         7: np.rot90(upright, -1)[:, ::-1][::-1, ::-1][:, ::-1][:, ::-1],
         8: np.rot90(upright),
     }[orientation]
-    assert np.array_equal(found, turned)
+    assert np.array_equal(result, turned)
 
 
 def test_broken_exif_does_not_rotate_the_picture():
-    found = pixels(saved(colours(), exif=b"Exif\0\0no TIFF header at all"))
-    assert np.array_equal(found, np.asarray(colours()))
+    result = pixels(saved(colours(), exif=b"Exif\0\0no TIFF header at all"))
+    assert np.array_equal(result, np.asarray(colours()))
 
 
 def test_a_colour_profile_is_applied_and_a_broken_one_ignored():
     plain = np.asarray(colours()).astype(int)
-    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.abs(pixels(saved(colours(), icc_profile=own)) - plain).max() <= 2
-    swapped = red_and_blue_swapped(own)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.abs(pixels(saved(colours(), icc_profile=srgb)) - plain).max() <= 2
+    swapped = red_and_blue_swapped(srgb)
     assert np.abs(pixels(saved(colours(), icc_profile=swapped)) - plain[..., ::-1]).mean() < 4
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-    for broken in (b"no profile", own[:200], swapped[:-1000], lab, b""):
+    for broken in (b"no profile", srgb[:200], swapped[:-1000], lab, b""):
         assert np.array_equal(pixels(saved(colours(), icc_profile=broken)), plain), broken[:10]
 
 
@@ -140,7 +140,7 @@ def test_an_animation_is_refused_and_one_frame_is_a_picture(kind):
     assert decoded(saved(frames[0], kind, save_all=True)).size == (64, 48)
 
 
-def test_of_a_jpeg_with_a_second_embedded_picture_the_first_is_read():
+def test_the_first_picture_of_a_jpeg_with_two_is_read():
     content = saved(colours(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))], quality=95)
     assert np.abs(pixels(content) - np.asarray(colours()).astype(int)).mean() < 8
 
@@ -181,9 +181,9 @@ def test_a_decompression_bomb_is_refused_before_decoding():
 
 def test_a_truncated_or_foreign_file_is_unreadable():
     for kind in ("PNG", "JPEG", "WEBP", "BMP"):
-        whole = saved(colours(), kind)
+        intact = saved(colours(), kind)
         for share in (0.05, 0.5, 0.9):
-            assert refused(whole[: int(share * len(whole))]) == "image_unreadable", (kind, share)
+            assert refused(intact[: int(share * len(intact))]) == "image_unreadable", (kind, share)
     noise = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8).tobytes()
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>'
     for content in (b"", b"\0", noise, b"\x89PNG\r\n\x1a\n" + noise, b"\xff\xd8\xff\xe0" + noise, svg):
@@ -192,9 +192,9 @@ def test_a_truncated_or_foreign_file_is_unreadable():
 
 def test_a_png_with_any_bit_flipped_is_unreadable():
     generator = np.random.default_rng(0)
-    whole = saved(Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
-    for place in [*range(16), 29, 40, 41, *generator.integers(41, len(whole) - 16, 60)]:
-        damaged = bytearray(whole)
+    intact = saved(Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
+    for place in [*range(16), 29, 40, 41, *generator.integers(41, len(intact) - 16, 60)]:
+        damaged = bytearray(intact)
         damaged[place] ^= 4
         with pytest.raises(BadSample):
             decoded(bytes(damaged))
@@ -246,9 +246,9 @@ def test_cover_crops_the_centre_and_returns_the_offsets():
         cut, (top, left) = cover(image, size)
         assert (cut.shape, cut.dtype) == ((*size, 3), np.uint8)
         scale = max(size[0] / 37, size[1] / 91)
-        whole = image.resize((round(91 * scale), round(37 * scale)), Image.Resampling.LANCZOS)
-        beside = np.asarray(whole)[top : top + size[0], left : left + size[1]]
-        assert (top, left) == ((whole.height - size[0]) // 2, (whole.width - size[1]) // 2)
+        resized = image.resize((round(91 * scale), round(37 * scale)), Image.Resampling.LANCZOS)
+        beside = np.asarray(resized)[top : top + size[0], left : left + size[1]]
+        assert (top, left) == ((resized.height - size[0]) // 2, (resized.width - size[1]) // 2)
         assert np.abs(cut.astype(int) - beside).max() <= 2, size
 
 
@@ -268,9 +268,9 @@ def test_the_size_read_from_the_header_is_that_of_the_decoded_picture(kind, orie
     if orientation is not None:
         exif[ExifTags.Base.Orientation] = orientation
     content = saved(colours(height=48, width=64), kind, exif=exif)
-    whole = decoded(content)
-    assert picture_size(content, max_pixels=2**26, min_side=16) == (whole.height, whole.width)
-    assert (whole.height > whole.width) == (orientation in (6, 8))
+    image = decoded(content)
+    assert picture_size(content, max_pixels=2**26, min_side=16) == (image.height, image.width)
+    assert (image.height > image.width) == (orientation in (6, 8))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,9 @@ def test_the_size_read_from_the_header_is_that_of_the_decoded_picture(kind, orie
         (saved(Image.new("RGB", (20, 20))), {"min_side": 32}, "image_too_small"),
     ],
 )
-def test_files_that_are_no_picture_or_of_a_wrong_size_are_refused_from_the_header(content, options, kind):
+def test_files_that_are_not_a_picture_or_have_a_wrong_size_are_refused_from_the_header(
+    content, options, kind
+):
     with pytest.raises(BadSample) as caught:
         picture_size(content, **{"max_pixels": 2**26, "min_side": 16} | options)
     assert caught.value.kind == kind

@@ -24,13 +24,13 @@ def test_each_change_moves_its_measure():
     x = pictures()
     redder = x.clone()
     redder[:, 0] += 10
-    found = image_drift([redder], [x])
-    assert found["colour_drift"] == pytest.approx(10 / 3**0.5, rel=1e-9)
-    assert found["contrast_drift"] == pytest.approx(0, abs=1e-9)
+    drift = image_drift([redder], [x])
+    assert drift["colour_drift"] == pytest.approx(10 / 3**0.5, rel=1e-9)
+    assert drift["contrast_drift"] == pytest.approx(0, abs=1e-9)
     flatter = ((x.double() - 120) * 0.5 + 120).round().to(torch.uint8)
-    found = image_drift([flatter], [x])
-    assert found["contrast_drift"] == pytest.approx(-0.5, abs=0.01)
-    assert found["sharpness_drift"] == pytest.approx(-0.75, abs=0.01)
+    drift = image_drift([flatter], [x])
+    assert drift["contrast_drift"] == pytest.approx(-0.5, abs=0.01)
+    assert drift["sharpness_drift"] == pytest.approx(-0.75, abs=0.01)
     blurred = avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False).round().to(torch.uint8)
     assert image_drift([blurred], [x])["sharpness_drift"] < -0.9
     assert image_drift([x], [blurred])["sharpness_drift"] > 5
@@ -51,8 +51,8 @@ def test_a_gradient_of_brightness_is_not_sharpness():
 
 def test_flat_pictures_have_no_drift_from_flat_pictures():
     flat = torch.full((2, 3, 8, 8), 99, dtype=torch.uint8)
-    found = image_drift([flat], [flat // 3])
-    assert found == {"colour_drift": pytest.approx(66), "contrast_drift": 0, "sharpness_drift": 0}
+    drift = image_drift([flat], [flat // 3])
+    assert drift == {"colour_drift": pytest.approx(66), "contrast_drift": 0, "sharpness_drift": 0}
 
 
 def test_sets_of_unequal_length_are_refused():

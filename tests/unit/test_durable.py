@@ -24,13 +24,13 @@ from stepdistill.disk.durable import (
 def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path):
     tensors = {f"t{k}": torch.arange(k + 1.0) for k in range(3)}
     metadata = {f"key{k}": f'value "{k}" \u00e9' for k in range(8)}
-    found = set()
+    contents = set()
     for k in range(12):
         path = tmp_path / f"{k}.safetensors"
         save_file(tensors, path, metadata=metadata)
         canonical_safetensors(path)
-        found.add(path.read_bytes())
-    assert len(found) == 1
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
     with safe_open(path, "pt") as file:
         assert file.metadata() == metadata
         for name, tensor in tensors.items():

@@ -93,13 +93,13 @@ def test_a_folder_of_captioned_pictures_gives_its_prompts_and_real_images(tmp_pa
     pictures = torch.cat(list(evaluation_set.real.batches()))
     assert pictures.shape == (len(captions), 3, 32, 32)
     assert pictures[:, 0, 0, 0].tolist() == [3 * int(caption.split()[1]) for caption in captions]
-    # as many that were trained on as a row has images: the floor of FID to real
+    # the floor of FID to real uses as many training pictures as a row has images
     second = torch.cat(list(evaluation_set.other_real.batches()))
     assert second.shape == (50, 3, 32, 32)
     shades = [set(some[:, 0, 0, 0].tolist()) for some in (second, pictures)]
     assert len(shades[0]) == 50
     assert not shades[0] & shades[1]
-    assert max(shades[0]) - min(shades[0]) > 3 * 60  # from all over the source, not its first
+    assert max(shades[0]) - min(shades[0]) > 3 * 60  # chosen from the whole source, not only its beginning
     assert evaluation_set.other_real.about == "50 pictures that were trained on, 32 x 32"
     few = evaluation_set_of(load_config("configs/letters.yaml", [*options, "data.num_images=7"]))
     assert few.other_real is None
@@ -113,20 +113,22 @@ def test_few_real_images_and_a_missing_floor_cause_warnings(tmp_path):
         Image.new("RGB", (50, 40), (3 * k, 0, 0)).save(tmp_path / f"{k:02d}.png")
         (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
     options = [f"data.source={tmp_path}", "evaluation.features=reader"]
-    said = {}
+    warnings_by_share = {}
     for share in (0, 0.25):
         config = load_config("configs/letters.yaml", [*options, f"data.held_out={share}"])
         distances = Distances(config.evaluation)
-        said[share] = real_warnings(config.evaluation, evaluation_set_of(config), distances)
+        warnings_by_share[share] = real_warnings(config.evaluation, evaluation_set_of(config), distances)
         dimension = distances.main.extractor.num_features
     of_few = (
         f"real images for {dimension} features: so few images do not determine the covariance that FID uses"
     )
-    assert len(said[0]) == 2
-    assert f"80 {of_few}" in said[0][0]
-    assert said[0][1] == "FID and KID to real have no floor: there is no second set of real images"
-    assert len(said[0.25]) == 1
-    assert of_few in said[0.25][0]
+    assert len(warnings_by_share[0]) == 2
+    assert f"80 {of_few}" in warnings_by_share[0][0]
+    assert (
+        warnings_by_share[0][1] == "FID and KID to real have no floor: there is no second set of real images"
+    )
+    assert len(warnings_by_share[0.25]) == 1
+    assert of_few in warnings_by_share[0.25][0]
     letters = config_with("evaluation.num_images=300", "evaluation.features=reader")
     assert real_warnings(letters.evaluation, evaluation_set_of(letters), distances) == []
 

@@ -68,10 +68,10 @@ def dinov2_folder(tmp_path_factory):
 def test_features_do_not_depend_on_the_batch_size(clip_folder):
     extractor = build_extractor(f"clip:{clip_folder}")
     x = images(9)
-    whole = extract([x], extractor, resize="pil_bicubic")
+    features = extract([x], extractor, resize="pil_bicubic")
     parts = extract(x.split(4), extractor, resize="pil_bicubic", batch_size=3)
-    assert whole.shape == (9, 8)
-    assert torch.allclose(whole, parts, atol=1e-6)
+    assert features.shape == (9, 8)
+    assert torch.allclose(features, parts, atol=1e-6)
 
 
 def test_clip_and_dinov2_features_equal_those_of_transformers_own_preprocessing(clip_folder, dinov2_folder):
@@ -81,19 +81,19 @@ def test_clip_and_dinov2_features_equal_those_of_transformers_own_preprocessing(
     model = CLIPModel.from_pretrained(clip_folder)
     with torch.no_grad():
         pixels = processor(list(x), return_tensors="pt")["pixel_values"]
-        wanted = model.visual_projection(model.vision_model(pixels).pooler_output)
+        expected = model.visual_projection(model.vision_model(pixels).pooler_output)
     extractor = build_extractor(f"clip:{clip_folder}")
-    assert torch.allclose(extract([x], extractor, resize="none"), wanted, atol=1e-5)
+    assert torch.allclose(extract([x], extractor, resize="none"), expected, atol=1e-5)
     x = images(3, size=28)
     model = Dinov2Model.from_pretrained(dinov2_folder)
     with torch.no_grad():
         pixels = BitImageProcessor.from_pretrained(dinov2_folder)(list(x), return_tensors="pt")[
             "pixel_values"
         ]
-        wanted = model(pixels).last_hidden_state[:, 0]
+        expected = model(pixels).last_hidden_state[:, 0]
     extractor = build_extractor(f"dinov2:{dinov2_folder}")
     assert extractor.num_features == 16
-    assert torch.allclose(extract([x], extractor, resize="none"), wanted, atol=1e-5)
+    assert torch.allclose(extract([x], extractor, resize="none"), expected, atol=1e-5)
 
 
 def test_clip_score_is_the_cosine_and_long_prompts_are_truncated(clip_folder):
@@ -103,12 +103,12 @@ def test_clip_score_is_the_cosine_and_long_prompts_are_truncated(clip_folder):
     x = images(3, size=32)
     model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
     with torch.no_grad():
-        seen = extract([x], extractor, resize="none")
+        features = extract([x], extractor, resize="none")
         tokens = processor.tokenizer(
             prompts, padding=True, truncation=True, max_length=12, return_tensors="pt"
         )
         read = model.text_projection(model.text_model(**tokens).pooler_output)
-        cosines = torch.nn.functional.cosine_similarity(seen, read).tolist()
+        cosines = torch.nn.functional.cosine_similarity(features, read).tolist()
     for k, cosine in enumerate(cosines):
         pair = ([x[k : k + 1]], prompts[k : k + 1])
         assert clip_score(extractor, *pair) == pytest.approx(max(100 * cosine, 0), abs=1e-3)
@@ -116,8 +116,8 @@ def test_clip_score_is_the_cosine_and_long_prompts_are_truncated(clip_folder):
         assert clip_score(extractor, *pair) == pytest.approx(max(-100 * cosine, 0), abs=1e-3)
         extractor.net.visual_projection.weight.neg_()
     for sign in (1, -1):
-        wanted = max(sign * 100 * sum(cosines) / 3, 0)
-        assert clip_score(extractor, x.split(2), prompts) == pytest.approx(wanted, abs=1e-3)
+        expected = max(sign * 100 * sum(cosines) / 3, 0)
+        assert clip_score(extractor, x.split(2), prompts) == pytest.approx(expected, abs=1e-3)
         extractor.net.visual_projection.weight.neg_()
     with pytest.raises(ValueError, match="needs CLIP"):
         clip_score(build_extractor("reader"), [x], prompts)
@@ -128,12 +128,12 @@ def test_the_inception_file_is_checked_and_gets_inputs_in_its_range(scripted, mo
         build_extractor(f"inception:{scripted}")
     spec = f"inception:{scripted}#sha256={sha256_file(scripted)}"
     extractor = build_extractor(spec)
-    found = extract([images()], extractor, resize="torchmetrics")
-    assert found.shape == (5, 2048)
+    features = extract([images()], extractor, resize="torchmetrics")
+    assert features.shape == (5, 2048)
     from stepdistill.evaluation.measure.resize import resize
 
     sized = resize(images(), "torchmetrics", size=299)
-    assert torch.allclose(found, Scripted()(sized).detach(), atol=1e-5)
+    assert torch.allclose(features, Scripted()(sized).detach(), atol=1e-5)
     with pytest.raises(ValueError, match="inception takes 299 x 299 pictures, got 40 x 40"):
         extract([images()], extractor, resize="none")
     monkeypatch.setenv(INCEPTION_VARIABLE, str(scripted))
@@ -153,9 +153,9 @@ def test_weights_in_half_precision_still_give_float32_features(kind, clip_folder
     extractor = build_extractor(f"{kind}:{half}")
     assert {parameter.dtype for parameter in extractor.parameters()} == {torch.float32}
     x = images(2, size=extractor.input_size)
-    found = extract([x], extractor, resize="none")
+    features = extract([x], extractor, resize="none")
     assert torch.allclose(
-        found, extract([x], build_extractor(f"{kind}:{folder}"), resize="none"), atol=0.01, rtol=0.01
+        features, extract([x], build_extractor(f"{kind}:{folder}"), resize="none"), atol=0.01, rtol=0.01
     )
 
 

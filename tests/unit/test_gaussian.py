@@ -1,4 +1,4 @@
-"""Gaussian data N(mean, std^2): the denoiser is known in closed form, and so is the probability flow.
+"""Gaussian data N(mean, std^2), for which the denoiser and the probability flow have closed forms.
 
 E[x0 | x_t] = mean + a std^2 (x_t - a mean) / (a^2 std^2 + s^2), and the flow maps x_t, standardised by its own marginal,
 to the same standardised value at every other time.
@@ -44,17 +44,17 @@ def exact_flow(noise_path, sample, start, end):
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_rollouts_converge_to_the_exact_flow_at_first_order(noise_path, kind):
     sample = randn(64, 1, dtype=torch.float64)
-    wanted = exact_flow(noise_path, sample, 999, CLEAN)
+    expected = exact_flow(noise_path, sample, 999, CLEAN)
     errors = []
     for steps in (8, 32, 128, 1000):
-        found = rollout(
+        result = rollout(
             predictor(noise_path, kind),
             sample,
             noise_path.sampling(steps, 64),
             noise_path=noise_path,
             prediction_type=kind,
         )
-        errors.append((found - wanted).abs().max().item())
+        errors.append((result - expected).abs().max().item())
     assert errors[3] < 0.01
     assert errors[1] < errors[0] / 2.5
     assert errors[2] < errors[1] / 2.5
@@ -62,7 +62,7 @@ def test_rollouts_converge_to_the_exact_flow_at_first_order(noise_path, kind):
 
 def test_all_three_prediction_types_give_the_same_rollout(noise_path):
     sample = randn(16, 1, dtype=torch.float64)
-    found = [
+    rollouts = [
         rollout(
             predictor(noise_path, k),
             sample,
@@ -72,8 +72,8 @@ def test_all_three_prediction_types_give_the_same_rollout(noise_path):
         )
         for k in ("epsilon", "sample", "v_prediction")
     ]
-    assert torch.allclose(found[0], found[1], atol=1e-10)
-    assert torch.allclose(found[0], found[2], atol=1e-10)
+    assert torch.allclose(rollouts[0], rollouts[1], atol=1e-10)
+    assert torch.allclose(rollouts[0], rollouts[2], atol=1e-10)
 
 
 def test_a_student_equal_to_its_teacher_has_loss_zero(noise_path):
@@ -98,16 +98,16 @@ def test_a_student_equal_to_its_teacher_has_loss_zero(noise_path):
 def test_rows_that_have_arrived_are_not_evaluated(noise_path):
     timesteps = [999, 249]
     moves = noise_path.substeps(timesteps, noise_path.jump(timesteps, 2), 4)
-    asked = []
+    calls = []
 
     def predict(rows, sample, times):
-        asked.append((None if rows is None else rows.tolist(), len(sample)))
+        calls.append((None if rows is None else rows.tolist(), len(sample)))
         return predictor(noise_path, "epsilon")(rows, sample, times)
 
     sample = randn(2, 1, dtype=torch.float64)
     options = {"noise_path": noise_path, "prediction_type": "epsilon"}
     together = rollout(predict, sample, moves, **options)
-    assert asked == [(None, 2), ([0], 1)]
+    assert calls == [(None, 2), ([0], 1)]
     alone = rollout(
         predictor(noise_path, "epsilon"), sample[1:], noise_path.substeps([249], [CLEAN], 4), **options
     )

@@ -210,14 +210,14 @@ def test_each_loss_gives_gradients_to_its_own_role_only(noise_path, trunk, check
 
 
 @pytest.mark.parametrize("objective", ["paired", "single"])
-def test_with_data_as_real_the_teacher_is_not_evaluated(noise_path, objective):
+def test_the_teacher_is_not_evaluated_if_the_real_samples_are_data(noise_path, objective):
     """The real sample is x_0 noised to s with the noise of x_t (x_0 if s is clean); the student's side is unchanged."""
     pair, batch = make_pair(noise_path), make_batch(noise_path)
     discriminator = make_discriminator(pair.network, paired=objective == "paired")
     by_teacher = pair.losses(batch, Phase(objective=objective), discriminator)
-    unasked = dataclasses.replace(batch, teacher_moves=None)  # a roll-out would fail on it
+    without_teacher = dataclasses.replace(batch, teacher_moves=None)  # a roll-out would fail
     phase = Phase(objective=objective, discriminator=DiscriminatorOptions(real="data"))
-    by_data = pair.losses(unasked, phase, discriminator)
+    by_data = pair.losses(without_teacher, phase, discriminator)
     moved = Samples(batch, student=pair.student, teacher=pair.teacher).student_sample.detach()
     alpha, sigma = noise_path.alpha_sigma(batch.prev_timesteps, ndim=4, dtype=torch.float32)
     real = alpha * batch.original_samples + sigma * batch.noise
@@ -253,11 +253,11 @@ def test_a_network_restores_its_state_also_after_exceptions(noise_path):
 
 def test_only_the_student_computes_gradients(noise_path):
     pair, batch = make_pair(noise_path), make_batch(noise_path)
-    asked = (batch.noise, batch.timesteps, batch.conditioning)
-    assert pair.student.output(*asked).requires_grad
-    assert not pair.teacher.output(*asked).requires_grad
+    inputs = (batch.noise, batch.timesteps, batch.conditioning)
+    assert pair.student.output(*inputs).requires_grad
+    assert not pair.teacher.output(*inputs).requires_grad
     with torch.no_grad():
-        assert not pair.student.output(*asked).requires_grad
+        assert not pair.student.output(*inputs).requires_grad
 
 
 def test_a_frozen_discriminator_becomes_trainable_again(noise_path):
@@ -270,13 +270,13 @@ def test_a_frozen_discriminator_becomes_trainable_again(noise_path):
 
 def test_features_are_those_of_the_unets_own_encoder():
     unet, x, t, c = build_tiny_unet(), randn(2, 4, 8, 8), torch.tensor([9, 749]), make_conditioning(2)
-    seen = []
+    outputs = []
     for block in (*unet.down_blocks, unet.mid_block):
         block.register_forward_hook(
-            lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+            lambda _m, _i, out: outputs.append(out[0] if isinstance(out, tuple) else out)
         )
     forward(unet, x, t, c)
-    expected = list(seen)
+    expected = list(outputs)
     for feature, other in zip(encode(unet, x, t, c), expected, strict=True):
         assert torch.equal(feature, other)
     shapes = [(f.shape[1], min(f.shape[2:])) for f in expected]
@@ -307,7 +307,7 @@ def test_every_trunk_starts_as_the_base_and_trains_the_documented_parameters(tru
         assert set(in_trunk) == {"frozen": set(), "full": encoder}[trunk]
 
 
-def test_a_closed_discriminator_leaves_nothing_on_the_network(noise_path):
+def test_a_closed_discriminator_leaves_no_adapter_on_the_network(noise_path):
     pair, batch = make_pair(noise_path), make_batch(noise_path)
     discriminator = make_discriminator(pair.network)
     count = len(discriminator.trained)
@@ -336,7 +336,7 @@ def test_a_carried_discriminator_keeps_the_trunk_and_the_heads_that_fit(trunk, b
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(8))
     features, logits = logits_of(first)
     state = first.state()
-    with torch.no_grad():  # what was learned is a copy
+    with torch.no_grad():  # state() returned copies, which this must not change
         for parameter in first.trained.values():
             parameter.zero_()
     first.close()
@@ -364,14 +364,14 @@ def test_peft_layers_use_the_adapters_that_are_set_active_and_keep_requires_grad
     fill(network.model, STUDENT, 100)
     fill(network.model, TEACHER, 200)
     layers, batch = adapters.lora_layers(network.model), randn(1, 4, 8, 8)
-    asked = (batch, torch.tensor([500]), make_conditioning(1))
+    inputs = (batch, torch.tensor([500]), make_conditioning(1))
     before = {name: p.requires_grad for name, p in network.model.named_parameters()}
     outputs = {}
     for names in ((), (STUDENT,), (TEACHER,), (STUDENT, TEACHER)):
         adapters.set_active(layers, names)
         assert all(tuple(layer.active_adapters) == names for layer in layers)
         with torch.no_grad():
-            outputs[names] = network.ask(*asked)
+            outputs[names] = network.ask(*inputs)
     assert {name: p.requires_grad for name, p in network.model.named_parameters()} == before
     different = list(outputs.values())
     assert not any(torch.allclose(a, b, atol=1e-4) for k, a in enumerate(different) for b in different[:k])

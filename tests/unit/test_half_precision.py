@@ -42,7 +42,7 @@ def in_dtype(noise_path, dtype, *, checkpointing=False):
 def losses_and_gradients(noise_path, dtype, checkpointing):
     pair, discriminator, batch = in_dtype(noise_path, dtype, checkpointing=checkpointing)
     trained = [*pair.student_parameters, *pair.discriminator_parameters]
-    seen = []
+    values = []
     for phase in (
         MSE,
         Phase(objective="paired", discriminator=DiscriminatorOptions(loss="relativistic")),
@@ -51,11 +51,11 @@ def losses_and_gradients(noise_path, dtype, checkpointing):
             losses = pair.losses(batch, phase, discriminator).by_role
         for loss in losses.values():
             loss.backward()
-        seen += [loss.detach() for loss in losses.values()]
-        seen += [grad for grad in grads(trained) if grad is not None]
+        values += [loss.detach() for loss in losses.values()]
+        values += [grad for grad in grads(trained) if grad is not None]
         for parameter in trained:
             parameter.grad = None
-    return seen
+    return values
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -82,7 +82,7 @@ def test_under_autocast_no_layer_copies_its_input(noise_path, monkeypatch):
 
     ours = copies()
     monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", as_peft_does)
-    # all layers' inputs are bfloat16, but for those that follow a norm, which autocast leaves in float32
+    # all layers' inputs are bfloat16, except after a norm, whose output autocast leaves in float32
     assert copies() - ours > len(adapters.lora_layers(network.model)) / 2
 
 
@@ -94,7 +94,7 @@ def test_a_half_precision_base_runs_outside_autocast(noise_path):
 
 
 def test_logits_under_autocast_keep_the_difference_between_similar_samples():
-    """The features of the pair differ by a hundredth. In bfloat16 the error of the difference would be as large as it."""
+    """The features of the pair differ by a hundredth; in bfloat16 the rounding error would be as large as the difference."""
     torch.manual_seed(0)
     head = Head(32, 32, 8)
     real = randn(64, 32, 8, 8).bfloat16()

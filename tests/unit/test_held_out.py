@@ -47,10 +47,10 @@ def test_a_twentieth_of_the_captions_is_held_out_if_there_are_enough(tmp_path):
     data = Data(source=pictures(tmp_path / "many", numbered(1600)))
     assert held_out_share(data) == AUTO_SHARE
     trained = {record.read_caption() for record in training_records(data, seed=0)}
-    shown = {picture.caption for picture in evaluation_pictures(data)}
-    assert len(shown) >= 64
-    assert trained | shown == set(numbered(1600))
-    assert not trained & shown
+    measured = {picture.caption for picture in evaluation_pictures(data)}
+    assert len(measured) >= 64
+    assert trained | measured == set(numbered(1600))
+    assert not trained & measured
 
 
 @pytest.mark.parametrize("captions", [numbered(600), ["a dog", "a cat", "a bird"] * 600])
@@ -66,7 +66,7 @@ def test_a_caption_that_most_pictures_share_is_not_held_out_by_default(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["letters", "prompts.txt"])
-def test_letters_and_prompts_hold_nothing_out_and_are_not_read(source):
+def test_letters_and_prompt_files_hold_nothing_out_and_are_not_read(source):
     assert Data(source=source).held_out == 0.0
     assert Data(source=source, held_out=0.3).held_out == 0.3
 
@@ -104,13 +104,13 @@ def test_the_table_says_what_training_has_seen(tmp_path):
     assert "data.held_out" in trained.warnings[0]
     part = evaluation_set_of(config_of(tmp_path, few, "data.num_images=20", "evaluation.num_images=25"))
     assert part.real.about == "30 pictures of which the first 20 were trained on, 32 x 32"
-    kept = evaluation_set_of(config_of(tmp_path, many))
-    assert kept.real.about.endswith("pictures held out from training, 32 x 32")
-    assert (kept.prompts_about, kept.warnings) == ("captions held out from training", ())
+    held_out = evaluation_set_of(config_of(tmp_path, many))
+    assert held_out.real.about.endswith("pictures held out from training, 32 x 32")
+    assert (held_out.prompts_about, held_out.warnings) == ("captions held out from training", ())
     letters = evaluation_set_of(config_of(tmp_path, "letters"))
     assert letters.prompts_about == "captions that were trained on"
-    protocol = {"prompts": kept.prompts_about, "real_images": kept.real.about}
-    assert f"Real images: {kept.real.about}." in markdown("x", {"rows": [], "protocol": protocol})
+    protocol = {"prompts": held_out.prompts_about, "real_images": held_out.real.about}
+    assert f"Real images: {held_out.real.about}." in markdown("x", {"rows": [], "protocol": protocol})
 
 
 def test_a_borrowed_cache_keeps_the_share_and_pictures_of_its_run(tmp_path):

@@ -31,8 +31,8 @@ def test_replicates_are_fids_of_the_remaining_images(size):
     images, reference = normal(30, size, 1), normal(25, size, 2) + 0.5
     replicates = fid_without_each_group(images, reference, groups=5)
     for group, value in enumerate(replicates):
-        left = torch.stack([row for k, row in enumerate(images) if k % 5 != group])
-        assert value == pytest.approx(fid(reference, left), rel=1e-6, abs=1e-6)
+        remaining = torch.stack([row for k, row in enumerate(images) if k % 5 != group])
+        assert value == pytest.approx(fid(reference, remaining), rel=1e-6, abs=1e-6)
 
 
 def test_the_error_equals_the_deviation_of_fids_of_many_sets():

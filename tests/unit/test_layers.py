@@ -1,4 +1,5 @@
-"""Imports point down: a room imports only from its floor and those below, and each heavy dependency has one owner."""
+"""Imports point down: a room (a part of the package) imports only from its floor and lower ones; each heavy dependency has
+one owner."""
 
 import ast
 import graphlib
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("stepdistill")
-# The floors from the ground up. A room is a folder of the package, or a file beside these folders.
+# The floors from bottom to top. A room is a folder of the package, or a file beside these folders.
 FLOORS = [
     {"messages", "rng", "jackknife", "runtime", "disk", "images", "diffusion"},
     {"config", "objectives", "demo"},
@@ -118,7 +119,7 @@ def test_code_that_runs_before_the_config_is_checked_imports_no_torch(path):
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)
-def test_every_file_has_a_docstring_and_a_telling_name(path):
+def test_every_file_has_a_docstring_and_a_descriptive_name(path):
     assert ast.get_docstring(ast.parse(path.read_text())), path
     assert path.stem not in {"utils", "misc", "common", "helpers"}
 

@@ -69,9 +69,9 @@ def test_every_caption_is_drawn_equally_often():
 
 def test_the_reader_reads_new_renderings(reader):
     images, labels = rendered_batch(520, seed=987)
-    wanted = [letters.Triple(*row) for row in labels.tolist()]
-    assert prompt_accuracy([images], wanted, reader=reader) >= 0.995
-    assert prompt_accuracy([images], wanted[1:] + wanted[:1], reader=reader) < 0.05
+    expected = [letters.Triple(*row) for row in labels.tolist()]
+    assert prompt_accuracy([images], expected, reader=reader) >= 0.995
+    assert prompt_accuracy([images], expected[1:] + expected[:1], reader=reader) < 0.05
 
 
 def test_the_reader_refuses_floats(reader):

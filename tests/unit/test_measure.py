@@ -26,16 +26,16 @@ def test_features_are_computed_once_and_again_for_other_images_or_another_protoc
     first, calls = image_set(tmp_path, "first", 0)
     second, others = image_set(tmp_path, "second", 1)
     distances = Distances(Evaluation(features="reader"))
-    found = distances.to_real(first, second) | distances.to_teacher(first, second)
+    values = distances.to_real(first, second) | distances.to_teacher(first, second)
     assert (len(calls), len(others)) == (1, 1)
-    assert found["fid_to_real"] == found["fid_to_teacher"] > 0
-    assert set(found) == {
+    assert values["fid_to_real"] == values["fid_to_teacher"] > 0
+    assert set(values) == {
         *("fid_to_real", "kid_to_real", "kid_to_real_std", "precision", "recall", "density", "coverage"),
         *("fid_to_teacher", "kid_to_teacher", "kid_to_teacher_std"),
     }
     assert (
         Distances(Evaluation(features="reader")).to_teacher(first, second)["fid_to_teacher"]
-        == found["fid_to_teacher"]
+        == values["fid_to_teacher"]
     )
     assert len(calls) == 1
     Distances(Evaluation(features="reader", resize="tf1")).to_teacher(first, second)
@@ -64,9 +64,9 @@ def test_reference_stats_replace_real_images(tmp_path):
     moments = Moments.from_features(plain.main.features(second))
     np.savez(tmp_path / "stats.npz", mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
     distances = Distances(Evaluation(features="reader", reference_stats=str(tmp_path / "stats.npz")))
-    wanted = fid(plain.main.features(second), plain.main.features(first))
+    expected = fid(plain.main.features(second), plain.main.features(first))
     # roots of eigenvalues near 0 differ by CPU
-    assert distances.to_real(first, None) == {"fid_to_real": pytest.approx(wanted, rel=1e-7)}
+    assert distances.to_real(first, None) == {"fid_to_real": pytest.approx(expected, rel=1e-7)}
     assert plain.to_real(first, None) == {}
 
 

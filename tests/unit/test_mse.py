@@ -36,7 +36,7 @@ def test_the_mean_squared_gain_of_each_rung_is_as_documented(noise_path, steps, 
 
 
 @pytest.mark.parametrize("space", ["epsilon", "sample", "v_prediction"])
-def test_each_loss_space_measures_the_error_of_that_prediction(noise_path, space):
+def test_each_loss_space_measures_the_error_of_its_prediction_type(noise_path, space):
     timesteps = noise_path.nodes(4)
     ends = ends_of(noise_path, timesteps, 4)
     x_t = randn(4, 4, 8, 8, dtype=torch.float64)
@@ -49,8 +49,8 @@ def test_each_loss_space_measures_the_error_of_that_prediction(noise_path, space
         move(e, x_t, timesteps, ends, noise_path=noise_path, prediction_type="epsilon")
         for e in (first, second)
     ]
-    found = mse_loss(*moved, timesteps, ends, noise_path=noise_path, space=space)
-    assert torch.allclose(found, (as_space[0] - as_space[1]).square().mean(), rtol=1e-9)
+    loss = mse_loss(*moved, timesteps, ends, noise_path=noise_path, space=space)
+    assert torch.allclose(loss, (as_space[0] - as_space[1]).square().mean(), rtol=1e-9)
 
 
 def test_an_unknown_loss_space_is_refused(noise_path):
@@ -67,15 +67,15 @@ def test_truncated_snr_is_the_x0_error_weighed_by_the_larger_of_snr_and_one(nois
     timesteps = noise_path.nodes(8)
     ends = ends_of(noise_path, timesteps, 8)
     alpha, sigma = noise_path.alpha_sigma(timesteps)
-    found = space_weight(timesteps, ends, noise_path=noise_path, space="truncated_snr")
+    weight = space_weight(timesteps, ends, noise_path=noise_path, space="truncated_snr")
     on_sample = space_weight(timesteps, ends, noise_path=noise_path, space="sample")
-    assert torch.allclose(found, on_sample * ((alpha / sigma) ** 2).clamp(min=1), rtol=1e-9)
+    assert torch.allclose(weight, on_sample * ((alpha / sigma) ** 2).clamp(min=1), rtol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [32, 8, 4, 2, 1])
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 @pytest.mark.parametrize("space", ["sample", "v_prediction", "truncated_snr", "prev_sample"])
-def test_every_space_but_epsilon_holds_at_zero_terminal_snr(kind, space, steps):
+def test_every_loss_space_but_epsilon_is_exact_at_zero_terminal_snr(kind, space, steps):
     """The loss between two students that predict v or x0 equals the error of their predictions, converted to that space."""
     betas = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=True)
@@ -83,7 +83,7 @@ def test_every_space_but_epsilon_holds_at_zero_terminal_snr(kind, space, steps):
     ends = ends_of(noise_path, timesteps, steps)
     x_t, *outputs = (randn(steps, 4, 8, 8, seed=k, dtype=torch.float64) for k in range(3))
     moved = [move(o, x_t, timesteps, ends, noise_path=noise_path, prediction_type=kind) for o in outputs]
-    found = mse_loss(*moved, timesteps, ends, noise_path=noise_path, space=space)
+    loss = mse_loss(*moved, timesteps, ends, noise_path=noise_path, space=space)
 
     def error(target):
         first, second = (
@@ -100,5 +100,5 @@ def test_every_space_but_epsilon_holds_at_zero_terminal_snr(kind, space, steps):
         "prev_sample": (moved[0] - moved[1]).square().flatten(1).mean(1),
     }[space]
     assert bool((expected > 0).all())
-    assert torch.allclose(found, expected.mean(), rtol=1e-9)
+    assert torch.allclose(loss, expected.mean(), rtol=1e-9)
     assert float(space_weight(timesteps, ends, noise_path=noise_path, space="epsilon")[0]) == 0

@@ -20,25 +20,25 @@ def rates(max_train_steps, *, lr_warmup_steps=10, learning_rate=1.0):
         lr_warmup_steps=lr_warmup_steps,
         lr_final_fraction=0.1,
     )
-    seen = []
+    values = []
     for _ in range(max_train_steps):
-        seen.append(optimizer.learning_rate)
+        values.append(optimizer.learning_rate)
         optimizer.step()
-    return seen
+    return values
 
 
 @pytest.mark.parametrize("updates", [1, 5, 9, 10, 12, 15, 20, 80, 99])
 def test_a_short_phase_reaches_its_learning_rate(updates):
-    seen = rates(updates)
-    assert max(seen) > 0.97
-    assert seen.index(max(seen)) == updates // 10
+    values = rates(updates)
+    assert max(values) > 0.97
+    assert values.index(max(values)) == updates // 10
 
 
 def test_a_long_phase_has_the_warm_up_of_the_config():
-    seen = rates(250)
-    assert seen[:10] == pytest.approx([(k + 1) / 11 for k in range(10)], rel=0.01)
-    assert seen.index(max(seen)) == 10
-    assert seen[-1] == pytest.approx(0.1, rel=0.01)
+    values = rates(250)
+    assert values[:10] == pytest.approx([(k + 1) / 11 for k in range(10)], rel=0.01)
+    assert values.index(max(values)) == 10
+    assert values[-1] == pytest.approx(0.1, rel=0.01)
     assert rates(250, lr_warmup_steps=0)[0] == 1.0
 
 
@@ -46,5 +46,5 @@ def test_a_long_phase_has_the_warm_up_of_the_config():
 def test_every_shipped_phase_reaches_its_learning_rate(path):
     config = load_config(path)
     for phase in (phase for rung in config.ladder for phase in rung.phases):
-        seen = rates(phase.max_train_steps, lr_warmup_steps=config.training.lr_warmup_steps)
-        assert max(seen) > 0.97
+        values = rates(phase.max_train_steps, lr_warmup_steps=config.training.lr_warmup_steps)
+        assert max(values) > 0.97

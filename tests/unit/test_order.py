@@ -45,17 +45,17 @@ def test_every_picture_is_seen_equally_often_in_sdxls_buckets(group):
     assert sum(sizes.values()) == 1000
     assert min(sizes.values()) >= group
     cache = Numbers(dict(sorted(sizes.items())))
-    seen = collections.Counter({(size, k): 0 for size, count in sizes.items() for k in range(count)})
+    counts = collections.Counter({(size, k): 0 for size, count in sizes.items() for k in range(count)})
     update = 0
     for passes in range(1, 41):
         while update < sum(passes * count // group for count in sizes.values()):
             drawn = cache.draw(list(range(update * group, update * group + group)), seed=7, group=group)
             assert len({size for size, _ in drawn}) == 1
-            seen.update(drawn)
+            counts.update(drawn)
             update += 1
-        assert max(seen.values()) - min(seen.values()) <= 1
-        assert passes - 1 <= min(seen.values())
-        assert max(seen.values()) <= passes
+        assert max(counts.values()) - min(counts.values()) <= 1
+        assert passes - 1 <= min(counts.values())
+        assert max(counts.values()) <= passes
     assert update == pytest.approx(40 * 1000 / group, abs=len(sizes))
 
 

@@ -70,8 +70,8 @@ def test_the_text_names_tau_and_every_flip():
     assert "| FID to real |  | 0.33 |  |  |" in text
     assert "over the seeds: 1." in text
     spread = {"fid_to_real": [1.0, 2.0, 3.0], "second_fid_to_real": [30.0, 5.0, 40.0]}
-    still = {"fid_to_real": [1.0, 2.0, 3.0], "second_fid_to_real": [1.0, 2.0, 3.0]}
-    unsure = table(numbers[0], turned[0], {"ours-4": spread, "theirs-4": still, "others-4": still})
+    constant = {"fid_to_real": [1.0, 2.0, 3.0], "second_fid_to_real": [1.0, 2.0, 3.0]}
+    unsure = table(numbers[0], turned[0], {"ours-4": spread, "theirs-4": constant, "others-4": constant})
     assert orders.agreement([unsure], methods)[0].endswith("standard errors: 0.")
     assert (
         "- FID to real, 4 steps: ours less theirs is -10.0 ± 0.0 by the shipped reader, +5.0 ± 0.0 by" in text

@@ -33,7 +33,7 @@ def test_output_that_is_not_utf8_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         (
             "import sys; print('torch is too old', file=sys.stderr); sys.exit(3)",
@@ -49,10 +49,10 @@ def test_output_that_is_not_utf8_is_accepted(tmp_path):
         ("input()", "EOF"),
     ],
 )
-def test_errors_of_a_scorer_are_one_line(tmp_path, code, said):
+def test_errors_of_a_scorer_are_one_line(tmp_path, code, message):
     with pytest.raises(ValueError, match=r"evaluation\.score_cmd") as caught:
         score(tmp_path, code)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -77,10 +77,10 @@ def test_a_timeout_also_ends_the_commands_child_processes(tmp_path):
         score(tmp_path, code, timeout=2.0)
     child = int((tmp_path / "pid").read_text())
 
-    def gone():
+    def is_gone():
         return not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
     until = time.monotonic() + 10  # of 60 that it would sleep: a killed process is not gone at once
-    while not gone() and time.monotonic() < until:
+    while not is_gone() and time.monotonic() < until:
         time.sleep(0.05)
-    assert gone()
+    assert is_gone()

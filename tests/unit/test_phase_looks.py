@@ -18,7 +18,7 @@ PHASES = ("mse", "paired", "single")
 
 
 def blurred(run, *, drift=-0.2, steps=(4,), look="sharpness"):
-    """The advice if these rows of the table drift."""
+    """The report's advice after the rows of these steps are changed to drift in one look."""
     results = results_of(["a red letter a on white"])
     for row in results["rows"]:
         if row["kind"] == "student" and row["steps"] in steps:
@@ -42,12 +42,12 @@ def mse_only(tmp_path):
         rung["phases"] = rung["phases"][:1]
     (tmp_path / "it.yaml").write_text(json.dumps(config))
     write_training(tmp_path / "letters", config=str(tmp_path / "it.yaml"))
-    still(tmp_path / "letters")
+    flatten_losses(tmp_path / "letters")
     (tmp_path / "letters" / "evaluation").mkdir()
     return tmp_path / "letters"
 
 
-def still(run):
+def flatten_losses(run):
     log = run / "log.jsonl"
     lines = [json.loads(line) | {"student_loss": 0.5} for line in log.read_text().splitlines()]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -73,7 +73,7 @@ def test_changes_by_phase_add_up_to_the_drift_and_have_errors(run):
     ]
     assert sum(move.by for move in moves) == pytest.approx(moves[-1].drift) == pytest.approx(-0.3)
     assert [move.by for move in moves[2:]] == pytest.approx([-0.1, 0, 0, 0, -0.2], abs=0.03)
-    assert moves[-1].error == pytest.approx(0, abs=1e-12)  # every picture drifts alike
+    assert moves[-1].error == pytest.approx(0, abs=1e-12)  # every picture has the same drift
     assert moves[-1].is_certain
     after(run, 4, 2, sharpness=-0.3, noise=0.5)
     scattered = read_run(run)
@@ -97,7 +97,7 @@ def test_an_adversarial_phase_that_blurs_gets_fewer_updates_not_more(run):
     assert "fewer updates" in advice.remedy
 
 
-def test_the_training_images_are_named_if_the_phase_pulls_towards_them(run):
+def test_the_advice_names_the_training_images_if_the_phase_pulls_towards_them(run):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("real: teacher", "real: data"))
     after(run, 4, 2, sharpness=-0.2, data={"sharpness": -0.25})
@@ -109,7 +109,7 @@ def test_the_training_images_are_named_if_the_phase_pulls_towards_them(run):
 
 
 def test_an_adversarial_phase_that_restored_sharpness_gets_more_updates(run):
-    still(run)
+    flatten_losses(run)
     after(run, 4, 0, sharpness=-0.4)
     after(run, 4, 1, sharpness=-0.2)
     (advice,) = blurred(run)
@@ -140,7 +140,7 @@ def test_a_rung_gets_an_adversarial_phase_if_that_of_another_rung_restored_sharp
     (tmp_path / "it.yaml").write_text(json.dumps(config))
     run = tmp_path / "letters"
     write_training(run, config=str(tmp_path / "it.yaml"))
-    still(run)
+    flatten_losses(run)
     (run / "evaluation").mkdir()
     write_looks(run, 4, 0, "mse", sharpness=-0.3)
     write_looks(run, 2, 0, "mse", sharpness=-0.3)
@@ -177,15 +177,17 @@ def test_too_much_sharpness_is_attributed_to_the_phase_that_sharpened(run):
     assert advice.changes["ladder.2.phases.1.max_train_steps"] == 10
 
 
-def test_there_is_no_remedy_without_numbers_by_phase(run):
+def test_without_numbers_by_phase_no_remedy_is_advised(run):
     (advice,) = blurred(run)  # the pictures at the phases' ends do not show it
     assert (advice.finding, advice.remedy) == ("4 steps: 20 % less sharp than the teacher.", "")
     after(run, 4, 2, sharpness=-0.2)
     (run / "rungs" / "8" / "previews" / "phase1-paired-end.json").unlink()
-    (advice,) = blurred(run)  # which of 8 steps' phases brought it is not known
+    (advice,) = blurred(
+        run
+    )  # the numbers of one 8-step phase are missing, so the change cannot be attributed
     assert (advice.finding, advice.remedy) == ("4 steps: 20 % less sharp than the teacher.", "")
     for path in run.glob("rungs/*/previews/*.json"):
-        path.unlink()  # an older version wrote none
+        path.unlink()  # older versions did not write this file
     (advice,) = blurred(run)
     assert advice.remedy == ""
     assert looks_table(read_run(run)) is None

@@ -55,8 +55,8 @@ def test_teacher_moves_are_counted_as_the_solver_takes_them(path):
 
 def test_the_teacher_of_a_convert_phase_costs_a_forward_with_or_without_lora():
     last = load_config(CONFIGS[1]).ladder[-1]
-    found = phase_forwards(load_config(CONFIGS[1]), last, last.phases[0])
-    assert found == pytest.approx(1.083 + 1.083 + 1.268)
+    forwards = phase_forwards(load_config(CONFIGS[1]), last, last.phases[0])
+    assert forwards == pytest.approx(1.083 + 1.083 + 1.268)
     alone = load_config(
         CONFIGS[0], ["ladder.0.prediction_type=sample", "ladder.0.phases.0.objective=convert"]
     )
@@ -116,8 +116,8 @@ def test_reusing_half_of_the_targets_halves_the_teachers_cost():
     config = load_config(CONFIGS[0])
     rung = config.ladder[1]
     phase = rung.phases[0]
-    kept = phase.model_copy(update={"cached_updates": phase.max_train_steps // 2})
-    saved = phase_forwards(config, rung, phase) - phase_forwards(config, rung, kept)
+    with_reuse = phase.model_copy(update={"cached_updates": phase.max_train_steps // 2})
+    saved = phase_forwards(config, rung, phase) - phase_forwards(config, rung, with_reuse)
     assert saved == pytest.approx(0.5 * 4 * 1.083)
 
 
@@ -133,10 +133,10 @@ def test_the_parts_of_the_plan_add_up_to_the_remaining_passes():
     total = f"in all     {training_forwards(config) + evaluation_forwards(config):,.0f} U-Net passes"
     assert lines[-1].startswith(total)
     assert "times a pass" in lines[-1]
-    left = describe(config, finished=[32, 8]).splitlines()
-    assert "distill    32 -> 8  finished" in left
+    remaining = describe(config, finished=[32, 8]).splitlines()
+    assert "distill    32 -> 8  finished" in remaining
     expected = training_forwards(config, finished=[32, 8]) + evaluation_forwards(config)
-    assert left[-1].startswith(f"in all     {expected:,.0f} U-Net passes")
+    assert remaining[-1].startswith(f"in all     {expected:,.0f} U-Net passes")
 
 
 def test_the_plan_of_a_stage_has_only_its_part():

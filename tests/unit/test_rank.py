@@ -21,7 +21,7 @@ def of_singular_values(values, out=12, inside=9):
     return LoraLayer(right.T, left * torch.tensor(values), 1.0)
 
 
-def test_the_kept_energy_is_that_of_the_largest_singular_values():
+def test_the_energy_kept_is_that_of_the_largest_singular_values():
     lora = Lora({"a": of_singular_values([4.0, 2.0, 1.0]), "b": of_singular_values([3.0, 3.0, 0.0])}, {})
     reduced = reduce_rank(lora, 1)
     assert reduced.kept == pytest.approx({"a": 16 / 21, "b": 9 / 18})
@@ -32,12 +32,12 @@ def test_the_kept_energy_is_that_of_the_largest_singular_values():
 @pytest.mark.parametrize("layer", [random_layer(20, 14, 8, scale=0.3), random_layer(6, 5, 4, kernel=(3, 3))])
 def test_the_reduced_layer_is_the_best_matrix_of_its_rank(layer):
     reduced = reduce_rank(Lora({"x": layer}, {"r": layer.rank, "use_rslora": True}), 3)
-    found = reduced.lora.layers["x"]
+    result = reduced.lora.layers["x"]
     u, s, vh = np.linalg.svd(layer.delta().double().flatten(1).numpy(), full_matrices=False)
     best = (u[:, :3] * s[:3]) @ vh[:3]
-    assert found.delta().shape == layer.delta().shape
-    assert np.abs(found.delta().flatten(1).numpy() - best).max() < 1e-5
-    assert (found.rank, found.scale) == (3, 1.0)
+    assert result.delta().shape == layer.delta().shape
+    assert np.abs(result.delta().flatten(1).numpy() - best).max() < 1e-5
+    assert (result.rank, result.scale) == (3, 1.0)
     config = reduced.lora.config
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 3, False)
 
@@ -58,10 +58,10 @@ def test_a_lora_is_recovered_from_the_weights_that_it_was_merged_into():
     layers = {"line": random_layer(10, 8, 3), "conv": random_layer(6, 5, 3, kernel=(3, 3), seed=4)}
     base = {f"{name}.weight": torch.randn(layer.weight_shape) for name, layer in layers.items()}
     tuned = {f"{name}.weight": base[f"{name}.weight"] + layer.delta() for name, layer in layers.items()}
-    found = extract(base, tuned, layers, 3, {"peft_type": "LORA"})
-    assert found.energy_kept == pytest.approx(1.0, abs=1e-9)
+    extracted = extract(base, tuned, layers, 3, {"peft_type": "LORA"})
+    assert extracted.energy_kept == pytest.approx(1.0, abs=1e-9)
     for name, layer in layers.items():
-        assert torch.allclose(found.lora.layers[name].delta(), layer.delta(), atol=1e-5)
+        assert torch.allclose(extracted.lora.layers[name].delta(), layer.delta(), atol=1e-5)
     less = extract(base, tuned, layers, 1, {})
     assert 0 < less.energy_kept < 0.95
     assert less.left_out == 0

@@ -77,15 +77,15 @@ def test_the_statements_about_our_rows_are_the_committed_result():
 
 def test_students_beat_the_undistilled_teacher_on_the_committed_numbers():
     """At equal U-Net passes the student is far nearer to the 32-step teacher than the undistilled one."""
-    found = rows()
+    means = rows()
     for student, teacher, share, accuracy in (
         ("stepdistill-8", "teacher-4", 0.5, 0.99),
         ("stepdistill-4", "teacher-2", 0.1, 0.99),
         ("stepdistill-2", "teacher-1", 0.05, 0.97),
         ("stepdistill-1", "teacher-1", 0.08, 0.85),
     ):
-        assert found[student]["paired_fid_to_teacher"] <= share * found[teacher]["paired_fid_to_teacher"]
-        assert found[student]["prompt_accuracy"] >= accuracy
+        assert means[student]["paired_fid_to_teacher"] <= share * means[teacher]["paired_fid_to_teacher"]
+        assert means[student]["prompt_accuracy"] >= accuracy
 
 
 def test_few_step_students_are_as_good_as_the_teacher_on_the_committed_numbers():
@@ -93,22 +93,22 @@ def test_few_step_students_are_as_good_as_the_teacher_on_the_committed_numbers()
     facts = json.loads(RESULTS.read_text())
     assert len(facts["seeds"]) >= 3
     assert facts["num_images"] >= 500
-    found = rows()
-    teacher = found["teacher-32"]
+    means = rows()
+    teacher = means["teacher-32"]
     for name, share, lost in (("stepdistill-4", 1.06, 0.01), ("stepdistill-1", 1.15, 0.01)):
-        assert found[name]["fid_to_real"] <= share * teacher["fid_to_real"]
-        assert found[name]["prompt_accuracy"] >= teacher["prompt_accuracy"] - lost
-        assert found[name]["diversity"] >= 0.9
+        assert means[name]["fid_to_real"] <= share * teacher["fid_to_real"]
+        assert means[name]["prompt_accuracy"] >= teacher["prompt_accuracy"] - lost
+        assert means[name]["diversity"] >= 0.9
 
 
 def test_no_peer_is_ahead_on_the_committed_numbers():
     """At every step count, ours is ahead in FID to real, and in prompt accuracy to within half a point. Our mse students are
     ahead in paired FID of those peers that keep the teacher's noise (the samplers of LCM and DMD2 add noise)."""
-    found = rows()
+    means = rows()
     for n in (8, 4, 2, 1):
-        ours, by_mse = found[f"stepdistill-{n}"], found[f"stepdistill-mse-{n}"]
+        ours, by_mse = means[f"stepdistill-{n}"], means[f"stepdistill-mse-{n}"]
         for peer in PEERS:
-            theirs = found.get(f"{peer}-{n}")
+            theirs = means.get(f"{peer}-{n}")
             if theirs is None:
                 assert (peer, n) == ("lightning", 1)  # its conversion does not fit into the budget
                 continue
@@ -121,11 +121,11 @@ def test_no_peer_is_ahead_on_the_committed_numbers():
 def test_the_floors_are_the_committed_result():
     floors = json.loads(RESULTS.read_text())["floors"]
     text = " ".join(PAGE.read_text().split())
-    for key, said in (
+    for key, sentence in (
         ("fid_to_real", "two sets of real images are {:.1f} apart"),
         ("fid_to_teacher", "two sets of the teacher with other seeds are {:.1f} apart"),
     ):
-        assert said.format(statistics.fmean(floor[key] for floor in floors)) in text
+        assert sentence.format(statistics.fmean(floor[key] for floor in floors)) in text
 
 
 def test_the_speed_is_the_committed_result():
@@ -149,8 +149,8 @@ def test_the_numbers_of_the_digits_world_are_the_committed_results():
     key = ""
     for named, method, cells in lines:
         key = named.lower().replace(" ", "_") or key
-        said = [f"{table[f'{method}-{n}'][key]['mean']:.1f}" for n in (8, 4, 2, 1)]
-        assert cells.split(" | ") == said, (method, key)
+        expected = [f"{table[f'{method}-{n}'][key]['mean']:.1f}" for n in (8, 4, 2, 1)]
+        assert cells.split(" | ") == expected, (method, key)
 
 
 def test_the_readme_is_short():

@@ -29,19 +29,19 @@ def write(path, content):
 
 def result_of(read):
     """The result of a reader, or the kind of its BadSample; fails after five seconds."""
-    found = []
+    results = []
 
     def run():
         try:
-            found.append(read())
+            results.append(read())
         except BadSample as error:
-            found.append(error.kind)
+            results.append(error.kind)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(5)
-    assert found, "it hangs"
-    return found[0]
+    assert results, "it hangs"
+    return results[0]
 
 
 def read_all(source):
@@ -56,10 +56,10 @@ def test_a_folder_is_read_in_order_of_names_with_the_texts_beside_the_pictures(t
     write(tmp_path / "notes.md", "no picture")
     write(tmp_path / "alone.txt", "no picture")
     write(tmp_path / "mute.png", b"x")
-    found = read_all(tmp_path)
-    assert list(found) == ["a.JPG", "b.png", "mute.png", "z.bmp", "sub/c.jpeg", "sub/deeper/d.webp"]
-    assert found.pop("mute.png") == ("caption_missing", b"x")
-    for name, (caption, picture) in found.items():
+    samples = read_all(tmp_path)
+    assert list(samples) == ["a.JPG", "b.png", "mute.png", "z.bmp", "sub/c.jpeg", "sub/deeper/d.webp"]
+    assert samples.pop("mute.png") == ("caption_missing", b"x")
+    for name, (caption, picture) in samples.items():
         assert (caption, picture) == (f"caption {name}".encode(), f"picture {name}".encode())
     versions = {r.name: r.version() for r in records(str(tmp_path))}
     assert versions == {name: version_of_bytes((tmp_path / name).read_bytes()) for name in versions}
@@ -138,8 +138,8 @@ def test_metadata_lines_name_pictures_and_captions(tmp_path):
         "[" * 100_000,
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    found = [(result_of(r.read_caption), result_of(r.read_image)) for r in records(str(tmp_path))]
-    assert found == [
+    samples = [(result_of(r.read_caption), result_of(r.read_image)) for r in records(str(tmp_path))]
+    assert samples == [
         ("a wall", b"x"),
         ("again", b"x"),
         ("image_missing", "image_missing"),
@@ -163,15 +163,15 @@ def test_a_metadata_table_is_read_past_wrong_rows(tmp_path):
         table = csv.writer(file)
         table.writerows([["file_name", "text"], ["a.png", 'two\nlines, "quoted"'], ["../a.png", "out"]])
         table.writerows([["a.png"], ["a.png", "one", "more"], ["a.png", "w" * 200_000], ["a.png", "last"]])
-    found = [(result_of(r.read_caption), result_of(r.read_image)) for r in records(str(tmp_path))]
-    assert found[:4] == [
+    samples = [(result_of(r.read_caption), result_of(r.read_image)) for r in records(str(tmp_path))]
+    assert samples[:4] == [
         ('two\nlines, "quoted"', b"x"),
         ("unsafe_member", "unsafe_member"),
         (None, b"x"),
         ("one", b"x"),
     ]
-    assert found[4][0] in ("image_missing", "caption_too_long")
-    assert found[5:] == [("last", b"x")]
+    assert samples[4][0] in ("image_missing", "caption_too_long")
+    assert samples[5:] == [("last", b"x")]
 
 
 def packed(path, *members):
@@ -226,12 +226,12 @@ def test_members_of_an_archive_with_the_same_stem_are_one_sample(tmp_path):
 def test_a_folder_of_archives_is_read_in_order_and_past_a_broken_one(tmp_path):
     for number in (2, 0):
         packed(tmp_path / f"{number}.tar", (f"{number}.png", b"x"), (f"{number}.txt", b"y"))
-    whole = packed(tmp_path / "1.tar", ("1.png", png()), ("1.txt", b"y")).read_bytes()
-    (tmp_path / "1.tar").write_bytes(whole[:1024] + b"garbage" * 100)
+    intact = packed(tmp_path / "1.tar", ("1.png", png()), ("1.txt", b"y")).read_bytes()
+    (tmp_path / "1.tar").write_bytes(intact[:1024] + b"garbage" * 100)
     os.mkfifo(tmp_path / "3.tar")
-    found = read_all(tmp_path)
-    assert list(found) == ["0.tar:0.png", "1.tar", "2.tar:2.png"]
-    assert found["1.tar"] == ("archive_broken", "archive_broken")
+    samples = read_all(tmp_path)
+    assert list(samples) == ["0.tar:0.png", "1.tar", "2.tar:2.png"]
+    assert samples["1.tar"] == ("archive_broken", "archive_broken")
 
 
 def test_prompts_are_lines_and_a_line_too_long_is_one_bad_sample(tmp_path):
@@ -239,10 +239,10 @@ def test_prompts_are_lines_and_a_line_too_long_is_one_bad_sample(tmp_path):
     write(
         tmp_path / "p.txt", b"first\r\n\n  \nsecond\n" + long + b" tail\n" + "größte".encode() + b"\nno end"
     )
-    found = list(records(str(tmp_path / "p.txt")))
-    assert [r.name for r in found] == ["p.txt:1", "p.txt:4", "p.txt:5", "p.txt:6", "p.txt:7"]
-    assert all(r.read_image is None for r in found)
-    captions = [r.read_caption() for r in found]
+    samples = list(records(str(tmp_path / "p.txt")))
+    assert [r.name for r in samples] == ["p.txt:1", "p.txt:4", "p.txt:5", "p.txt:6", "p.txt:7"]
+    assert all(r.read_image is None for r in samples)
+    captions = [r.read_caption() for r in samples]
     assert [c.strip() for c in captions[:2] + captions[3:]] == [
         b"first",
         b"second",

@@ -115,15 +115,15 @@ def test_every_picture_can_be_decoded_and_has_a_description(page):
             assert b"<svg" in content
             assert b"<script" not in content
         else:
-            shown = int(attributes["width"]), int(attributes["height"])
-            assert min(shown) > 0
+            displayed = int(attributes["width"]), int(attributes["height"])
+            assert min(displayed) > 0
             Image.open(io.BytesIO(content)).load()
 
 
 def test_small_pictures_are_embedded_unchanged_and_enlarged_without_smoothing(page):
     tile = next(a for a in page.all("img") if a["alt"].startswith("student-4: "))
-    found = Image.open(io.BytesIO(base64.b64decode(tile["src"].split(",")[1])))
-    assert found.size == (32, 32)
+    image = Image.open(io.BytesIO(base64.b64decode(tile["src"].split(",")[1])))
+    assert image.size == (32, 32)
     assert (tile["width"], tile["class"]) == ("96", "enlarged")
 
 
@@ -131,8 +131,8 @@ def test_large_pictures_become_thumbnails(tmp_path):
     folder = make_run(tmp_path / "large", size=320, columns=2)
     page = page_of(folder, grid_columns=2)
     tile = next(a for a in page.all("img") if a["alt"].startswith("student-4: "))
-    found = Image.open(io.BytesIO(base64.b64decode(tile["src"].split(",")[1])))
-    assert (found.format, found.size) == ("JPEG", (256, 256))
+    image = Image.open(io.BytesIO(base64.b64decode(tile["src"].split(",")[1])))
+    assert (image.format, image.size) == ("JPEG", (256, 256))
     assert Image.open(folder / "report" / "grid.png").width < 3 * 320
 
 
@@ -220,9 +220,9 @@ def test_missing_columns_are_named_with_the_reason(run, tmp_path):
         results["protocol"]["real_images"] = "80 pictures held out from training, 32 x 32"
 
     folder = changed(run, tmp_path, lacking)
-    shown = page_of(folder)
-    assert "FD-DINOv2 no <b>folder</b> is named." in shown.text
-    assert "same prompts and noise, real images: 80 pictures held out from training, 32 x 32" in shown.text
+    page = page_of(folder)
+    assert "FD-DINOv2 no <b>folder</b> is named." in page.text
+    assert "same prompts and noise, real images: 80 pictures held out from training, 32 x 32" in page.text
     assert (
         "Not in the table:\n- FD-DINOv2: no <b>folder</b> is named"
         in (folder / "report" / "results.md").read_text()
@@ -244,12 +244,15 @@ def test_samples_that_were_left_out_are_counted_by_kind(tmp_path):
     assert "Trained on 2,000 samples; none was left out." in page.text
     assert "width x height" not in page.text
     sizes = {"sizes": {"64x96": 1500, "64x64": 500}, "moved": 12, "min_per_bucket": 64}
-    told = {"samples": 2000, "bad": {}, "bad_examples": {}} | sizes
-    (folder / "cache/manifest.json").write_text(json.dumps(told))
+    manifest = {"samples": 2000, "bad": {}, "bad_examples": {}} | sizes
+    (folder / "cache/manifest.json").write_text(json.dumps(manifest))
     page = page_of(folder, grid_columns=4)
-    said = "They have 2 sizes (width x height): 96 x 64: 1,500, 64 x 64: 500; 12 of them were cropped from ratios that fewer"
-    assert said in page.text
-    assert said in (folder / "report" / "results.md").read_text()
+    sentence = (
+        "They have 2 sizes (width x height): 96 x 64: 1,500, 64 x 64: 500; "
+        "12 of them were cropped from ratios that fewer"
+    )
+    assert sentence in page.text
+    assert sentence in (folder / "report" / "results.md").read_text()
     assert not [a for a in page.all("div") if a.get("aria-label") == "Table: samples left out"]
 
 
@@ -303,7 +306,7 @@ def test_the_folder_of_a_comparison_is_beside_the_runs(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda folder: None, "is no run folder"),
         (lambda folder: write_training(folder, updates=0, finished=()), "has nothing to report yet"),
@@ -318,9 +321,9 @@ def test_the_folder_of_a_comparison_is_beside_the_runs(run, tmp_path):
         ),
     ],
 )
-def test_a_folder_that_is_not_a_run_is_refused_in_one_line(tmp_path, make, said):
+def test_a_folder_that_is_not_a_run_is_refused_in_one_line(tmp_path, make, message):
     make(tmp_path / "what")
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         build_report(tmp_path / "what")
     assert "\n" not in str(caught.value)
 
@@ -352,7 +355,7 @@ def test_the_notes_below_the_table_say_what_each_number_is_compared_with(run):
     results["protocol"] |= {"prompts": "a file's", "real_images": "80 pictures held out from training"}
     results["protocol"]["other_real_images"] = "80 pictures that were trained on"
     notes = table_notes(results)
-    for said in (
+    for sentence in (
         "FID to teacher: against images of teacher-32 with other seeds.",
         "Paired FID and latent MSE: against images of teacher-32 with the same noise; teacher-32 itself has 0.",
         "Real images: 80 pictures held out from training.",
@@ -360,7 +363,7 @@ def test_the_notes_below_the_table_say_what_each_number_is_compared_with(run):
         "Floor of FID to teacher, between images of teacher-32 with two sets of seeds: 2.60.",
         "teacher-32 against itself with other noise: paired FID 2.60, latent MSE to teacher 0.9000.",
     ):
-        assert said in notes
+        assert sentence in notes
     del results["floor"], results["other_noise"]
     assert "loor" not in table_notes(results)
     assert "other noise" not in table_notes(results)

@@ -36,8 +36,8 @@ def with_log(run, phase, **values):
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def accuracy(of):
-    return {"discriminator_accuracy_real": of, "discriminator_accuracy_student": of}
+def accuracy(value):
+    return {"discriminator_accuracy_real": value, "discriminator_accuracy_student": value}
 
 
 def test_good_numbers_cause_no_advice(run):
@@ -52,11 +52,11 @@ def test_a_student_worse_than_the_bare_teacher_at_equal_passes_comes_first(run):
         in first.finding
     )
     assert first.keys == ("ladder.2.phases.0.max_train_steps",)
-    assert not any("worse than" in found.finding for found in advised(run, fid_to_teacher=bare - 1))
+    assert not any("worse than" in advice.finding for advice in advised(run, fid_to_teacher=bare - 1))
 
 
 @pytest.mark.parametrize(
-    ("numbers", "found", "key"),
+    ("numbers", "finding", "key"),
     [
         (
             {"fid_to_teacher": 40.0},
@@ -75,13 +75,13 @@ def test_a_student_worse_than_the_bare_teacher_at_equal_passes_comes_first(run):
         ),
     ],
 )
-def test_a_bad_number_picks_its_advice(run, numbers, found, key):
+def test_each_bad_number_gets_its_advice(run, numbers, finding, key):
     (advice,) = advised(run, **numbers)
-    assert advice.finding.startswith(found)
+    assert advice.finding.startswith(finding)
     assert key in advice.keys
 
 
-def test_for_rungs_whose_difference_is_within_its_error_more_images_are_advised(run):
+def test_more_images_are_advised_if_a_difference_is_within_its_error(run):
     results = load(run)
     rows = {row["row"]: row for row in results["rows"]}
     rows["student-8"]["fid_to_teacher"], rows["student-4"]["fid_to_teacher"] = 2.7, 2.8
@@ -94,7 +94,7 @@ def test_for_rungs_whose_difference_is_within_its_error_more_images_are_advised(
     assert advice.keys == ("evaluation.num_images",)
 
 
-def test_a_difference_beyond_its_error_is_not_called_chance_even_near_the_floor(run):
+def test_a_significant_difference_is_not_called_chance_even_near_the_floor(run):
     results = load(run)
     rows = {row["row"]: row for row in results["rows"]}
     rows["student-8"]["fid_to_teacher"], rows["student-4"]["fid_to_teacher"] = 2.70, 2.75

@@ -27,7 +27,7 @@ def mse_only(config):
         rung["phases"] = [phase for phase in rung["phases"] if phase["objective"] == "mse"]
 
 
-def told_the_last_timestep(config):
+def given_the_last_timestep(config):
     config["ladder"][-1]["start_timestep"] = None
 
 
@@ -37,13 +37,13 @@ def carried_discriminator(config):
 
 
 KINDS = [(path, None) for path in CONFIGS]
-KINDS += [("configs/letters.yaml", how) for how in (mse_only, told_the_last_timestep, carried_discriminator)]
+KINDS += [("configs/letters.yaml", how) for how in (mse_only, given_the_last_timestep, carried_discriminator)]
 
 CHANCE = {"discriminator_accuracy_real": 0.5, "discriminator_accuracy_student": 0.5}
 BLURRED = {"sharpness_drift": -0.3, "contrast_drift": -0.3, "colour_drift": 40.0, "prompt_accuracy": 0.2}
 HARSH = {"sharpness_drift": 0.6, "contrast_drift": 0.4, "colour_drift": 40.0, "diversity": 0.3}
 AHEAD = {"discriminator_accuracy_real": 1.0, "discriminator_accuracy_student": 1.0}
-# What is wrong with the rows, with D's accuracy, the best LoRA scale, the loss, and looks after mse and adversarial phases.
+# Faults: changes of the rows, D's accuracy, the best LoRA scale, the loss, and the looks after mse and adversarial phases.
 ILLS = {
     "undertrained": (
         BLURRED | {"clip_score": 1.0},
@@ -62,9 +62,9 @@ ILLS = {
 }
 
 
-def ill_run(folder, path, change, ill):
+def faulty_run(folder, path, change, faults):
     """A run of a config, unchanged or changed, in which every number is bad."""
-    row_numbers, log_numbers, best_scale, loss, looks = ILLS[ill]
+    row_numbers, log_numbers, best_scale, loss, looks = ILLS[faults]
     config = resolved(load_config(path))
     if change is not None:
         change(config)
@@ -102,10 +102,10 @@ def ill_run(folder, path, change, ill):
     return folder / "run"
 
 
-@pytest.mark.parametrize("ill", ILLS)
+@pytest.mark.parametrize("faults", ILLS)
 @pytest.mark.parametrize(("path", "change"), KINDS, ids=lambda v: getattr(v, "__name__", str(v)))
-def test_every_proposed_setting_is_accepted_by_the_config(tmp_path, path, change, ill):
-    run = ill_run(tmp_path, path, change, ill)
+def test_every_proposed_setting_is_accepted_by_the_config(tmp_path, path, change, faults):
+    run = faulty_run(tmp_path, path, change, faults)
     advised = advice_for(read_run(run))
     before = load_config(tmp_path / "it.yaml")
     settings = [change for advice in advised for change in advice.changes.items()]

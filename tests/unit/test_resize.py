@@ -36,7 +36,7 @@ def test_tf1_equals_a_loop_over_pixels(noise):
     size = 50
     image = noise[0, 1].double().numpy()
     height, width = image.shape
-    wanted = np.empty((size, size))
+    expected = np.empty((size, size))
     for i in range(size):
         for j in range(size):
             y, x = i * height / size, j * width / size
@@ -44,8 +44,8 @@ def test_tf1_equals_a_loop_over_pixels(noise):
             below, right = min(top + 1, height - 1), min(left + 1, width - 1)
             upper = image[top, left] + (image[top, right] - image[top, left]) * (x - left)
             lower = image[below, left] + (image[below, right] - image[below, left]) * (x - left)
-            wanted[i, j] = upper + (lower - upper) * (y - top)
-    assert np.allclose(resize(noise, "tf1", size=size)[0, 1].numpy(), wanted, atol=1e-3)
+            expected[i, j] = upper + (lower - upper) * (y - top)
+    assert np.allclose(resize(noise, "tf1", size=size)[0, 1].numpy(), expected, atol=1e-3)
 
 
 def test_tf1_enlarges_with_the_same_formula():
@@ -56,16 +56,16 @@ def test_tf1_enlarges_with_the_same_formula():
 def test_antialiased_bilinear_is_pils_up_to_its_rounding(noise):
     for size in (40, 299):
         picture = Image.fromarray(noise[0].permute(1, 2, 0).numpy())
-        wanted = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
-        got = resize(noise, "torchmetrics", size=size)[0].permute(1, 2, 0).numpy()
-        assert np.abs(got - wanted).max() <= 1.01
+        expected = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
+        result = resize(noise, "torchmetrics", size=size)[0].permute(1, 2, 0).numpy()
+        assert np.abs(result - expected).max() <= 1.01
 
 
 def test_pil_bicubic_is_not_quantised_and_stays_in_range(noise):
-    got = resize(noise, "pil_bicubic", size=64)
-    assert got.min() >= 0
-    assert got.max() <= 255
-    assert (got != got.round()).float().mean() > 0.9
+    result = resize(noise, "pil_bicubic", size=64)
+    assert result.min() >= 0
+    assert result.max() <= 255
+    assert (result != result.round()).float().mean() > 0.9
     edges = (noise > 127).to(torch.uint8) * 255
     overshoot = Image.fromarray(edges[0, 0].numpy().astype(np.float32)).resize(
         (299, 299), Image.Resampling.BICUBIC
@@ -75,9 +75,9 @@ def test_pil_bicubic_is_not_quantised_and_stays_in_range(noise):
     assert (clipped.min(), clipped.max()) == (0, 255)
     middling = noise // 2 + 64  # PIL clips 8 bit between its two passes, which floating point does not
     picture = Image.fromarray(middling[0].permute(1, 2, 0).numpy())
-    wanted = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32)
-    got = resize(middling, "pil_bicubic", size=64)
-    assert np.abs(got[0].permute(1, 2, 0).numpy() - wanted).max() <= 1.01
+    expected = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32)
+    result = resize(middling, "pil_bicubic", size=64)
+    assert np.abs(result[0].permute(1, 2, 0).numpy() - expected).max() <= 1.01
 
 
 def test_lanczos512_goes_through_512_in_8_bit(noise):

@@ -5,12 +5,15 @@ import dataclasses
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.config import Phase
-from stepdistill.config.ladder import WeightedObjective
+from stepdistill.config import ConfigError, Phase
+from stepdistill.config.load import load_config
+from stepdistill.config.objective_kinds import OBJECTIVES, ObjectiveKind
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
-from stepdistill.training.losses import OBJECTIVES, Losses, Objective, losses_of
+from stepdistill.plan import _LORA_FORWARD, phase_forwards
+from stepdistill.training.losses import losses_of
 from stepdistill.training.samples import Samples
 from tests.unit.test_gradients import BATCH, MSE, forward, make_batch, make_discriminator, make_pair
 
@@ -19,7 +22,7 @@ def student_sample(pair, batch):
     return Samples(batch, student=pair.student, teacher=pair.teacher).student_sample.detach()
 
 
-def test_only_for_pure_noise_the_network_is_given_the_start_timestep(noise_path):
+def test_the_network_is_given_the_start_timestep_only_for_pure_noise(noise_path):
     """x_s = a_s x_0 + s_s e with x_0 = (z - s_499 e) / a_499, and e from the U-Net at 499; other rows are unchanged."""
     plain = make_pair(noise_path)
     pair = plain._replace(student=dataclasses.replace(plain.student, start_timestep=499))
@@ -34,22 +37,24 @@ def test_only_for_pure_noise_the_network_is_given_the_start_timestep(noise_path)
 
 def test_each_sample_is_computed_once(noise_path, monkeypatch):
     pair, batch = make_pair(noise_path), make_batch(noise_path)
-    asked = []
+    adapters = []
     ask = pair.network.ask
-    monkeypatch.setattr(pair.network, "ask", lambda *a: asked.append(pair.network.state.adapter) or ask(*a))
+    monkeypatch.setattr(
+        pair.network, "ask", lambda *a: adapters.append(pair.network.state.adapter) or ask(*a)
+    )
     samples = Samples(batch, student=pair.student, teacher=pair.teacher)
-    assert asked == []
+    assert adapters == []
     for _ in range(2):
         losses_of(samples, MSE)
-    assert asked == ["teacher"] * len(batch.teacher_moves) + ["student"]
+    assert adapters == ["teacher"] * len(batch.teacher_moves) + ["student"]
 
 
 def test_cached_teacher_samples_are_reused(noise_path):
-    pair, batch, kept = make_pair(noise_path), make_batch(noise_path), {}
-    first = pair.losses(batch, MSE, teacher_samples=kept, number=7).by_role["student"]
-    assert set(kept) == {7}
-    unasked = dataclasses.replace(batch, teacher_moves=None)  # a roll-out would fail on it
-    again = pair.losses(unasked, MSE, teacher_samples=kept, number=7).by_role["student"]
+    pair, batch, stored = make_pair(noise_path), make_batch(noise_path), {}
+    first = pair.losses(batch, MSE, teacher_samples=stored, number=7).by_role["student"]
+    assert set(stored) == {7}
+    without_teacher = dataclasses.replace(batch, teacher_moves=None)  # a roll-out would fail
+    again = pair.losses(without_teacher, MSE, teacher_samples=stored, number=7).by_role["student"]
     assert torch.equal(again, first)
 
 
@@ -87,12 +92,7 @@ def test_an_automatic_loss_space_is_what_the_student_predicts(noise_path, kind):
     assert automatic != other
 
 
-def phase_of(kind):
-    """A phase with one objective that need not exist in the config."""
-    return Phase.model_construct(objectives=(WeightedObjective.model_construct(kind=kind),))
-
-
-def test_the_losses_of_several_objectives_are_added_on_the_same_samples(noise_path):
+def test_the_losses_of_several_objectives_are_summed_on_the_same_samples(noise_path):
     """Gradients are the weighted sum over objectives; the discriminator's loss has no weight; the student moves once."""
     weighted = ({"kind": "mse", "weight": 2.0}, {"kind": "single", "weight": 0.25})
     phases = {"both": Phase(objectives=weighted), "mse": MSE, "single": Phase(objective="single")}
@@ -119,21 +119,66 @@ def test_the_losses_of_several_objectives_are_added_on_the_same_samples(noise_pa
 def test_the_student_moves_once_for_all_objectives(noise_path, monkeypatch):
     pair, batch = make_pair(noise_path), make_batch(noise_path)
     discriminator = make_discriminator(pair.network, paired=False)
-    asked, ask = [], pair.network.ask
-    monkeypatch.setattr(pair.network, "ask", lambda *a: asked.append(pair.network.state.adapter) or ask(*a))
-    pair.losses(batch, Phase(objectives=({"kind": "mse"}, {"kind": "single"})), discriminator)
-    assert asked == [*["teacher"] * len(batch.teacher_moves), "student"]
-
-
-def test_a_new_objective_needs_one_function_and_one_entry(noise_path, monkeypatch):
-    """A toy objective from outside the package: make the student's sample small."""
-    toy = Objective(
-        lambda samples, _phase: Losses({"student": samples.student_sample.square().mean()}),
-        needs_teacher_moves=lambda _phase: False,
+    adapters, ask = [], pair.network.ask
+    monkeypatch.setattr(
+        pair.network, "ask", lambda *a: adapters.append(pair.network.state.adapter) or ask(*a)
     )
-    monkeypatch.setitem(OBJECTIVES, "small", toy)
+    pair.losses(batch, Phase(objectives=({"kind": "mse"}, {"kind": "single"})), discriminator)
+    assert adapters == [*["teacher"] * len(batch.teacher_moves), "student"]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operations for which the CPU waits until the GPU has computed a value."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in self.WAITING, f"{function} waits for the GPU"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_losses_and_gradients_never_wait_for_the_gpu(noise_path, kind):
     pair, batch = make_pair(noise_path), make_batch(noise_path)
-    loss = pair.losses(batch, phase_of("small")).by_role["student"]
+    phase = Phase(objective=kind)
+    discriminator = make_discriminator(pair.network, paired=kind == "paired") if phase.adversary else None
+    with NoWaiting():
+        losses = pair.losses(batch, phase, discriminator)
+        for loss in losses.by_role.values():
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(pair.student_parameters, 1.0)
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the GPU"):
+        losses.by_role["student"].item()
+
+
+def test_a_new_objective_is_one_file_and_one_line(noise_path, monkeypatch, tmp_path):
+    """A toy objective from outside the package: make the student's sample small."""
+    (tmp_path / "small_objective.py").write_text(
+        "from stepdistill.training.losses import Losses\n\n\n"
+        "def small(samples, phase):\n"
+        "    return Losses({'student': samples.student_sample.square().mean()})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(OBJECTIVES, "small", ObjectiveKind("small_objective:small", "nothing"))
+
+    config = load_config("configs/letters.yaml", ["ladder.1.phases.0.objective=small"])
+    rung, phase = config.ladder[1], config.ladder[1].phases[0]
+    student_alone = phase_forwards(config, rung, phase)
+    assert student_alone == phase_forwards(config, rung, Phase(objective="convert")) - _LORA_FORWARD
+    assert not phase.needs_teacher_moves
+    pair, batch = make_pair(noise_path), make_batch(noise_path)
+    loss = pair.losses(batch, phase).by_role["student"]
     assert torch.allclose(loss, student_sample(pair, batch).square().mean())
     loss.backward()
     assert all(p.grad is not None for p in pair.student_parameters)
+    several = [
+        "ladder.1.phases.0.objective=null",
+        "ladder.1.phases.0.objectives=[{kind: small}, {kind: mse}]",
+    ]
+    both = load_config("configs/letters.yaml", several)
+    assert both.ladder[1].phases[0].title == "small+mse"
+
+
+def test_an_unknown_objective_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"objective: got 'mze'.*allowed: mse, convert, paired, single"):
+        load_config("configs/letters.yaml", ["ladder.0.phases.0.objective=mze"])

@@ -27,10 +27,10 @@ def test_the_committed_reader_agrees_with_its_record():
     assert weights.stat().st_size < 1e6
     assert set(record["accuracy"]) == set(second_reader.TESTED)
     assert record["accuracy"]["the world's renderings"] >= 0.98
-    seen = set(record["trained_on"]["typefaces"])
+    trained = set(record["trained_on"]["typefaces"])
     unseen = set(second_reader.TESTED["the world's renderings in typefaces that it has not seen"].typefaces)
-    assert not seen & unseen
-    assert seen | unseen == set(letters.TYPEFACES)
+    assert not trained & unseen
+    assert trained | unseen == set(letters.TYPEFACES)
 
 
 def test_the_second_reader_reads_new_renderings_and_has_other_features():

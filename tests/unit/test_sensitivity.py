@@ -19,7 +19,7 @@ def rendered(triples, seed):
 
 
 @pytest.fixture(scope="module")
-def seen():
+def sets():
     """Features and images of each change; "same" is another draw from the same world."""
     triples = letters.sample_triples(N, seed=0)
     real, same = rendered(triples, 1), rendered(triples, 2)
@@ -44,29 +44,29 @@ def seen():
 @pytest.mark.parametrize(
     ("change", "times"), [("blur", 3), ("noise", 1.5), ("lost mode", 10), ("two at once", 5), ("colour", 3)]
 )
-def test_fid_sees_every_change(seen, change, times):
+def test_fid_sees_every_change(sets, change, times):
     """Noise has the smallest effect, because the reader was trained to ignore it."""
-    real, same, changed = seen["real"][0], seen["same"][0], seen[change][0]
+    real, same, changed = sets["real"][0], sets["same"][0], sets[change][0]
     assert fid(real, changed) > times * fid(real, same)
 
 
 @pytest.mark.parametrize("change", ["lost mode", "two at once", "colour"])
-def test_kid_sees_every_change_beyond_its_deviation(seen, change):
-    real, same, changed = seen["real"][0], seen["same"][0], seen[change][0]
+def test_kid_sees_every_change_beyond_its_deviation(sets, change):
+    real, same, changed = sets["real"][0], sets["same"][0], sets[change][0]
     near, far = (kid(real, x, gamma=1e-4, subset_size=200, subsets=20, paired=True) for x in (same, changed))
     assert abs(near[0]) < near[1]
     assert far[0] > near[0] + 2 * near[1]
 
 
-def test_a_lost_mode_lowers_recall_and_coverage_but_not_precision(seen):
-    real, same, lost = seen["real"][0], seen["same"][0], seen["lost mode"][0]
+def test_a_lost_mode_lowers_recall_and_coverage_but_not_precision(sets):
+    real, same, lost = sets["real"][0], sets["same"][0], sets["lost mode"][0]
     assert precision_recall(real, lost)[0] > 0.95
     assert precision_recall(real, lost)[1] < precision_recall(real, same)[1] - 0.5
     assert density_coverage(real, lost)[1] < density_coverage(real, same)[1] - 0.05
 
 
-def test_blends_of_two_pictures_lower_precision_and_density(seen):
-    real, same, mixed = seen["real"][0], seen["same"][0], seen["two at once"][0]
+def test_blends_of_two_pictures_lower_precision_and_density(sets):
+    real, same, mixed = sets["real"][0], sets["same"][0], sets["two at once"][0]
     assert precision_recall(real, mixed)[0] < precision_recall(real, same)[0] - 0.1
     assert density_coverage(real, mixed)[0] < density_coverage(real, same)[0] - 0.15
 
@@ -84,8 +84,8 @@ def test_seeds_that_differ_less_lower_diversity():
     assert spread(0.7) < 0.7 * spread(0.0)
 
 
-def test_drifts_have_the_right_sign(seen):
-    drift = {name: image_drift([x], [seen["same"][1]]) for name, (_, x) in seen.items()}
+def test_drifts_have_the_right_sign(sets):
+    drift = {name: image_drift([x], [sets["same"][1]]) for name, (_, x) in sets.items()}
     assert drift["blur"]["sharpness_drift"] < -0.5
     assert drift["noise"]["sharpness_drift"] > 0.5
     assert drift["colour"]["colour_drift"] > 15

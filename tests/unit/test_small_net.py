@@ -51,30 +51,30 @@ def distances(schooling, folder):
     real, same = rendered(triples, 1), rendered(triples, 2)
     sets = {"same": [same], "lost letters": [rendered(few, 2)], **damages(same)}
     reference = extract([real], extractor, resize="pil_bicubic")
-    found = {
+    fids = {
         name: [fid(reference, extract([x], extractor, resize="pil_bicubic")) for x in those]
         for name, those in sets.items()
     }
-    return found, grades
+    return fids, grades
 
 
-def check(found, times):
-    (floor,) = found.pop("same")
-    assert found.pop("lost letters")[0] > times["lost letters"] * floor
-    for name, grown in found.items():
+def check(fids, times):
+    (floor,) = fids.pop("same")
+    assert fids.pop("lost letters")[0] > times["lost letters"] * floor
+    for name, grown in fids.items():
         assert floor < grown[0] < grown[1], (name, floor, grown)
         assert grown[1] > times[name] * floor, (name, floor, grown)
 
 
 def test_fid_grows_with_every_damage_after_short_training(tmp_path):
-    found, _ = distances(Schooling(steps=40, batch_size=24), tmp_path)
-    check(found, {"lost letters": 2, "blur": 5, "noise": 1.8, "two at once": 4})
+    fids, _ = distances(Schooling(steps=40, batch_size=24), tmp_path)
+    check(fids, {"lost letters": 2, "blur": 5, "noise": 1.8, "two at once": 4})
 
 
 @pytest.mark.slow
 def test_fid_grows_with_every_damage_and_unseen_pictures_are_recognised(tmp_path):
-    found, grades = distances(Schooling(), tmp_path)
-    check(found, {"lost letters": 4, "blur": 50, "noise": 10, "two at once": 50})
+    fids, grades = distances(Schooling(), tmp_path)
+    check(fids, {"lost letters": 4, "blur": 50, "noise": 10, "two at once": 50})
     assert grades.among == 100
     assert grades.found_again > 0.7
     assert grades.damage_named > 2 / len(DAMAGES)
@@ -123,6 +123,6 @@ def test_every_damage_changes_only_its_own_pictures():
     for kind, name in enumerate(DAMAGES):
         kinds = torch.zeros(12, dtype=torch.int64)
         kinds[::2] = kind
-        made = damaged(batch, kinds, torch.Generator().manual_seed(1))
-        assert torch.equal(made[1::2], batch[1::2])
-        assert torch.equal(made[::2], batch[::2]) == (name == "none"), name
+        result = damaged(batch, kinds, torch.Generator().manual_seed(1))
+        assert torch.equal(result[1::2], batch[1::2])
+        assert torch.equal(result[::2], batch[::2]) == (name == "none"), name

@@ -38,14 +38,14 @@ def test_the_held_out_share_is_as_requested_and_larger_shares_contain_smaller_on
 def test_training_on_letters_never_shows_held_out_captions():
     data = Data(num_images=1200, held_out=0.1)
     captions = captions_of(data)
-    asked = set(measured_captions(world_of("letters"), data))
+    measured = set(measured_captions(world_of("letters"), data))
     assert len(captions) == 1200
-    assert asked
-    assert not asked & set(captions)
-    assert len(asked) + len(set(captions)) == 520
+    assert measured
+    assert not measured & set(captions)
+    assert len(measured) + len(set(captions)) == 520
 
 
-def test_a_held_out_share_with_no_captions_is_refused():
+def test_a_held_out_share_that_selects_no_captions_is_refused():
     with pytest.raises(ConfigError, match=r"data\.held_out: got 1e-09"):
         measured_captions(world_of("letters"), Data(held_out=1e-9))
 
@@ -54,13 +54,13 @@ def test_training_and_table_share_no_caption_of_a_folder(tmp_path):
     for k in range(40):
         picture(tmp_path / f"{k % 3}" / f"{k:02d}.png", colour=(6 * k, 0, 0), caption=f"wall {k}")
     data = Data(source=str(tmp_path), held_out=SHARE)
-    captions, shown = captions_of(data), evaluation_pictures(data)
+    captions, measured = captions_of(data), evaluation_pictures(data)
     assert captions
-    assert {p.caption for p in shown} == {f"wall {k}" for k in range(40)} - set(captions)
-    for found in shown:
-        pixels = found.pixels((16, 24))
+    assert {p.caption for p in measured} == {f"wall {k}" for k in range(40)} - set(captions)
+    for shown in measured:
+        pixels = shown.pixels((16, 24))
         assert pixels.shape == (16, 24, 3)
-        assert int(pixels[8, 8, 0]) == 6 * int(found.caption.split()[1])
+        assert int(pixels[8, 8, 0]) == 6 * int(shown.caption.split()[1])
     assert captions_of(Data(source=str(tmp_path), held_out=SHARE, num_images=5)) == captions[:5]
 
 

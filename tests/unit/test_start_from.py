@@ -55,7 +55,7 @@ def test_the_rung_and_those_before_it_are_copied(tmp_path, first):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"lora_rank": 8}, r"lora\.rank: got 32, but the rung in .*8 has 8"),
         ({"teacher_steps": 16}, r"ladder\.1\.teacher_steps: got 32, but .* has 16"),
@@ -70,11 +70,11 @@ def test_the_rung_and_those_before_it_are_copied(tmp_path, first):
         ),
     ],
 )
-def test_a_rung_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path, changed, said):
+def test_a_rung_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path, changed, message):
     run_dir = tmp_path / "first"
     rung_of(run_dir, 32, 32)
     folder = rung_of(run_dir, 8, 32, **changed)
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         check_run(forked(tmp_path, folder))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()

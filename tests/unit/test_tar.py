@@ -22,10 +22,10 @@ NAMES = [
 ]
 
 
-def header(name, *, size=0, kind=tarfile.REGTYPE, **told):
+def header(name, *, size=0, kind=tarfile.REGTYPE, **fields):
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind
-    for key, value in told.items():
+    for key, value in fields.items():
         setattr(info, key, value)
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
@@ -51,14 +51,14 @@ def test_members_are_the_same_as_with_the_standard_library(tmp_path, form):
             info = tarfile.TarInfo(name)
             info.size, info.mtime = len(content), 1.5 if form == "pax" else 1
             tar.addfile(info, io.BytesIO(content))
-    found = list(members(path))
+    read = list(members(path))
     with tarfile.open(path) as tar:
-        wanted = [(m.name, m.offset_data, m.size) for m in tar.getmembers()]
+        expected = [(m.name, m.offset_data, m.size) for m in tar.getmembers()]
         contents = [tar.extractfile(m).read() for m in tar.getmembers()]
-    assert [(m.name, m.offset, m.size) for m in found] == wanted
-    assert [m.name for m in found] == names
-    assert [m.unsafe for m in found] == [None] * len(names)
-    assert [read_member(path, m) for m in found] == contents
+    assert [(m.name, m.offset, m.size) for m in read] == expected
+    assert [m.name for m in read] == names
+    assert [m.unsafe for m in read] == [None] * len(names)
+    assert [read_member(path, m) for m in read] == contents
 
 
 @pytest.mark.parametrize("form", ["gnu", "pax"])
@@ -100,16 +100,16 @@ def test_members_that_are_not_plain_files_inside_the_archive_are_unsafe(tmp_path
     record = b"18 size=999999999\n"
     parts += [header("pax", size=len(record), kind=b"x") + padded(record)]
     parts += [header("long.png", size=3) + padded(b"abc"), header("good.png", size=3) + padded(b"abc")]
-    found = list(members(archive(tmp_path / "a.tar", *parts)))
-    assert [m.name for m in found[:-1] if m.unsafe is None] == []
+    read = list(members(archive(tmp_path / "a.tar", *parts)))
+    assert [m.name for m in read[:-1] if m.unsafe is None] == []
     unsafe = [*kinds, *paths, "sparse.png", "sparse2.png", "long.png"]
-    assert [m.name for m in found] == [*unsafe, "good.png"]
-    assert [m.unsafe for m in found[: len(kinds)]] == ["not a regular file"] * len(kinds)
-    assert {m.unsafe for m in found[5:9]} == {"a path that leaves the archive"}
-    assert [m.unsafe for m in found[9:12]] == ["a sparse file"] * 2 + [
+    assert [m.name for m in read] == [*unsafe, "good.png"]
+    assert [m.unsafe for m in read[: len(kinds)]] == ["not a regular file"] * len(kinds)
+    assert {m.unsafe for m in read[5:9]} == {"a path that leaves the archive"}
+    assert [m.unsafe for m in read[9:12]] == ["a sparse file"] * 2 + [
         "a member whose length is not in its header"
     ]
-    assert read_member(tmp_path / "a.tar", found[-1]) == b"abc"
+    assert read_member(tmp_path / "a.tar", read[-1]) == b"abc"
 
 
 def test_a_sparse_file_of_many_parts_does_not_lose_what_follows(tmp_path):
@@ -120,9 +120,9 @@ def test_a_sparse_file_of_many_parts_does_not_lose_what_follows(tmp_path):
     second, third = bytearray(512), bytes(512)
     second[504] = 1
     parts = [bytes(first), bytes(second), third, padded(b"abc"), header("good.png", size=3), padded(b"abc")]
-    found = list(members(archive(tmp_path / "a.tar", *parts)))
-    assert [(m.name, m.unsafe) for m in found] == [("sparse.png", "a sparse file"), ("good.png", None)]
-    assert read_member(tmp_path / "a.tar", found[1]) == b"abc"
+    read = list(members(archive(tmp_path / "a.tar", *parts)))
+    assert [(m.name, m.unsafe) for m in read] == [("sparse.png", "a sparse file"), ("good.png", None)]
+    assert read_member(tmp_path / "a.tar", read[1]) == b"abc"
 
 
 def broken(path):

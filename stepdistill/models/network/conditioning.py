@@ -1,5 +1,6 @@
 """The inputs of a network besides sample and timestep: text embeddings, and for SDXL also the sizes of the picture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,11 @@ class Conditioning:
                 for name, value in self.added_cond_kwargs.items()
             },
         )
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Conditioning":
+        """The conditioning with every tensor changed."""
+        added = {name: change(value) for name, value in self.added_cond_kwargs.items()}
+        return Conditioning(change(self.encoder_hidden_states), added)
 
     def beside(self, conditional: "Conditioning") -> "Conditioning":
         """Repeats this unconditional row once per row of `conditional`, with the time_ids of that row."""
