@@ -3,7 +3,7 @@
 PYTHONS := $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# Freed memory is kept for the next step instead of going back page by page: a tenth to a third of a CPU step.
+# Keep freed memory for the next step: giving it back and taking it again costs a tenth to a third of a step on the CPU.
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
@@ -11,7 +11,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1000000000
 demo: $(VENV)/installed
 	$(BIN)/stepdistill run configs/letters.yaml $(DEMO_ARGS)
 
-# A process a core, a thread each: the tests' models are too small for threads.
+# One test process per core with one thread each: the tests' models are too small for several threads.
 TOGETHER := -n logical --dist loadfile
 test test-slow: export OMP_NUM_THREADS := 1
 
@@ -33,10 +33,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# An environment that is there is brought up to date; a new one is made with the first Python that everything installs on.
+# Updates an existing environment, or makes a new one with the first Python that everything installs on. After a change of
+# PYTHON, `make clean` comes first.
 INSTALL := -m pip install --quiet --constraint constraints.txt --only-binary :all:
 $(VENV)/installed: pyproject.toml constraints.txt setup.py
-	@for python in $(wildcard $(BIN)/python) $(PYTHONS); do \
+	@for python in $(if $(PYTHON),,$(wildcard $(BIN)/python)) $(PYTHONS); do \
 	  case $$python in $(BIN)/*) ;; *) \
 	    command -v $$python >/dev/null && $$python -m venv --clear $(VENV) || continue ;; \
 	  esac; \

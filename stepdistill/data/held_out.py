@@ -96,7 +96,7 @@ def pictured_data(config: RunConfig) -> Data:
 
 
 def _lender_of(data: Data) -> Data | None:
-    """The `data` section that another run's cache was made from; None if data.source is no cache, or the cache's source no
+    """The `data` section that another run's cache was made from; None if data.source is not a cache, or its source no
     longer exists."""
     if not is_cache(data.source):
         return None

@@ -71,17 +71,17 @@ def prepare(config: RunConfig) -> bool:
     Shards that are already written stay.
     """
     config, processes = settled(config), Processes()
-    work = _Work(config, used_sizes(config, processes))
-    made = work.fill(processes)
+    builder = _CacheBuilder(config, used_sizes(config, processes))
+    made = builder.fill(processes)
     processes.wait()
     if processes.is_main:
-        made = work.finish() or made
+        made = builder.finish() or made
     processes.wait()
     return made
 
 
-class _Work:
-    """Fills one cache."""
+class _CacheBuilder:
+    """Writes the missing shards of one cache, then its manifest."""
 
     def __init__(self, config: RunConfig, used: UsedSizes) -> None:
         self._config, self._sizes, self._moved = config, used.sizes, used.moved
@@ -105,14 +105,15 @@ class _Work:
             self._source |= {"made_by": made_by}
         self._key = sha256_json([FORMAT, self._per_shard, self._source, self._sizes.all])
         self._lender = Path(config.data.source).expanduser() if is_cache(config.data.source) else None
+        self._borrowed: dict[str, Any] = {}
         if self._lender is not None:
             self._borrowed = borrowed_manifest(config, self._lender, self._source)
         self._encoder: Encoder | None = None
-        self._bad, self._seen = Bad(), 0
+        self._bad, self._seen, self._count = Bad(), 0, 0
 
     def fill(self, processes: Processes) -> bool:
         """Writes the missing shards of this process; True if there were any."""
-        made, self._count = False, 0
+        made = False
         if self._lender is not None:
             return made
         stream = training_records(self._config.data, seed=data_seed(self._config))
@@ -129,10 +130,10 @@ class _Work:
         about = {"key": self._key, "index": str(number), "records": _digest(records)}
         stored = read_about(path)
         fits = stored is not None and about.items() <= stored.items()
-        there = fits and is_intact(path)
-        if fits and not there:
+        is_done = fits and is_intact(path)
+        if fits and not is_done:
             warn_of_damage(path, "it is made again")
-        if not there:
+        if not is_done:
             if self._encoder is None:
                 self._encoder = self._make_encoder(processes.device)
             tensors, bad = self._encoder.encode(records, first=number * self._per_shard)
@@ -143,9 +144,9 @@ class _Work:
         self._bad.extend(*json.loads(stored["bad"]))
         self._seen += int(stored["seen"])
         self._stop_if_too_bad(final=False)
-        if not there:
+        if not is_done:
             logger.info("prepare: shard %d, %d samples", number, self._seen)
-        return not there
+        return not is_done
 
     @functools.cached_property
     def _pipeline(self) -> DiffusionPipeline:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from stepdistill.demo import letters
+from stepdistill.demo.reader import load_reader as load_reader
 from stepdistill.demo.reader import prompt_accuracy, shipped_reader
 
 

@@ -165,7 +165,7 @@ def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, 
             pairs.setdefault(match[1], {})[match[2]] = tensor
     if foreign:
         raise ValueError(
-            f"{path} holds {len(foreign)} tensors that are no U-Net LoRA of diffusers, first {foreign[0]}; "
+            f"{path} holds {len(foreign)} tensors that are not a U-Net LoRA of diffusers, first {foreign[0]}; "
             f"allowed: keys NAME.lora_A.weight and NAME.lora_B.weight"
         )
     halves = [name for name, pair in pairs.items() if len(pair) != 2]
@@ -177,7 +177,7 @@ def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, 
         down, up = pair["A"], pair["B"]
         if up.ndim != down.ndim or up.ndim not in (2, 4) or up.shape[1] != down.shape[0]:
             raise ValueError(
-                f"{path}: {name} has lora_B {tuple(up.shape)} and lora_A {tuple(down.shape)}, which is no LoRA"
+                f"{path}: {name} has lora_B {tuple(up.shape)} and lora_A {tuple(down.shape)}, which is not a LoRA"
             )
         layers[name] = LoraLayer(down, up, _scale(name, down.shape[0], config))
     return layers

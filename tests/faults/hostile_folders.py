@@ -192,7 +192,7 @@ FOLDERS = {
         r"is a pointer of Git LFS.*git lfs pull",
     ),
     "a header of exabytes": (with_header(UNET, 2**62, b"{}"), r"unet/.*cannot be read as safetensors"),
-    "a header that is no JSON": (with_header(UNET, 8, b"not JSON"), r"unet/.*cannot be read as safetensors"),
+    "a header that is not JSON": (with_header(UNET, 8, b"not JSON"), r"unet/.*cannot be read as safetensors"),
     "a tensor of exabytes": (
         tensors(x={"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}),
         r"unet/.*cannot be read as safetensors",
@@ -270,7 +270,7 @@ FOLDERS = {
     ),
     # the U-Net's config
     "no config": (removed("unet/config.json"), r"lacks unet/config\.json"),
-    "a config that is no JSON": (replaced("unet/config.json", b"{"), r"unet/config\.json is not JSON"),
+    "a config that is not JSON": (replaced("unet/config.json", b"{"), r"unet/config\.json is not JSON"),
     "a config that is a list": (
         replaced("unet/config.json", b"[]"),
         r"config\.json holds list; allowed: a JSON",
@@ -335,14 +335,14 @@ FOLDERS = {
     ),
     "a text encoder whose width is a word": (text(hidden_size="wide"), r"text_encoder"),
     # tokenizers
-    "a tokenizer that is no JSON": (replaced("tokenizer/tokenizer.json", b"{"), r"tokenizer: cannot load"),
+    "a tokenizer that is not JSON": (replaced("tokenizer/tokenizer.json", b"{"), r"tokenizer: cannot load"),
     "a tokenizer that is another JSON": (replaced("tokenizer/tokenizer.json", b"{}"), r"tokenizer: cannot"),
     "no vocabulary": (
         removed("tokenizer/tokenizer.json"),
         r"lacks tokenizer/tokenizer\.json, or vocab\.json",
     ),
     "an empty vocabulary": (without_words, r"tokenizer: .*"),
-    "a tokenizer's config that is no JSON": (
+    "a tokenizer's config that is not JSON": (
         replaced("tokenizer/tokenizer_config.json", b"}"),
         r"tokenizer_config\.json is not JSON",
     ),
@@ -361,7 +361,7 @@ FOLDERS = {
     ),
     # the scheduler
     "no scheduler": (removed(SCHEDULER), r"lacks scheduler/scheduler_config\.json"),
-    "a scheduler that is no JSON": (replaced(SCHEDULER, b"beta"), r"scheduler_config\.json is not JSON"),
+    "a scheduler that is not JSON": (replaced(SCHEDULER, b"beta"), r"scheduler_config\.json is not JSON"),
     "a billion timesteps": (
         scheduler(num_train_timesteps=10**9),
         r"num_train_timesteps: 1000000000; allowed",
@@ -391,7 +391,7 @@ FOLDERS = {
     ),
     # model_index.json
     "no index": (removed("model_index.json"), r"lacks model_index\.json"),
-    "an index that is no JSON": (replaced("model_index.json", b"{"), r"a readable model_index\.json"),
+    "an index that is not JSON": (replaced("model_index.json", b"{"), r"a readable model_index\.json"),
     "an index that is a list": (replaced("model_index.json", b"[1]"), r"model_index\.json.* holds list"),
     "a pipe as index": (in_place_of("model_index.json", os.mkfifo), r"model_index\.json is a pipe"),
     "another pipeline": (index(_class_name="FluxPipeline"), r"model_index\.json says 'FluxPipeline'"),

@@ -37,7 +37,7 @@ def refused(capsys, says, *options, stages=("doctor",)):
         assert any(re.search(says, line) for line in lines), out + error
 
 
-def not_measured(says, *options):
+def refused_before_training(says, *options):
     """Asserts that the check before training, in `doctor` and `run`, raises an error in one line that matches `says`."""
     path, *overrides = options
     config = load_config(path, overrides)
@@ -83,7 +83,7 @@ CHECKPOINTS = {
         evil("diffusers", "AutoencoderKL"),
         r"teacher\.config: .* as its unet; allowed",
     ),
-    "configs that are no JSON": (
+    "configs that are not JSON": (
         replaced("configs/unet/config.json", b"{"),
         r"teacher\.config: .*is not JSON",
     ),
@@ -199,7 +199,7 @@ def test_a_bad_lora_row_of_the_table_is_refused(name, tiny_teacher, style, tmp_p
     shutil.copytree(style, tmp_path / "style")
     change(tmp_path / "style")
     settings = (f"teacher.path={tiny_teacher}", row(tmp_path / "style"))
-    not_measured(rf"evaluation\.loras: theirs: .*({says})", *options, *settings)
+    refused_before_training(rf"evaluation\.loras: theirs: .*({says})", *options, *settings)
 
 
 SCHEDULERS = {
@@ -223,7 +223,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_bad_scheduler_of_a_table_row_is_refused(name, tiny_teacher, style, options):
     values, says = SCHEDULERS[name]
-    not_measured(says, *options, f"teacher.path={tiny_teacher}", row(style, **values))
+    refused_before_training(says, *options, f"teacher.path={tiny_teacher}", row(style, **values))
 
 
 @pytest.fixture(scope="session")
@@ -268,14 +268,14 @@ EXTRACTORS = {
         retyped(WEIGHTS, with_number("layer.*weight", float("nan"))),
         r"not finite",
     ),
-    "a config that is no JSON": (replaced("config.json", b"{"), r"config\.json is not JSON"),
+    "a config that is not JSON": (replaced("config.json", b"{"), r"config\.json is not JSON"),
     "a config that is a pipe": (in_place_of("config.json", os.mkfifo), r"config\.json is a pipe"),
     "another model": (edited("config.json", model_type="bert"), r"it holds bert"),
     "a model with code": (
         edited("config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
         r"custom code",
     ),
-    "a processor that is no JSON": (with_broken_processor, r"not a valid JSON"),
+    "a processor that is not JSON": (with_broken_processor, r"not a valid JSON"),
     "a deviation of nothing": (processor(image_std=[0, 0, 0]), r"image_std"),
     "a mean of one number": (processor(image_mean=0.5), r"shape"),
 }
@@ -289,7 +289,7 @@ OF_CLIP = EXTRACTORS | {
         r"asks for 100000 layers",
     ),
     "no tokenizer": (removed("tokenizer.json"), r"no tokenizer\.json"),
-    "a tokenizer that is no JSON": (replaced("tokenizer.json", b"{"), r"JSON"),
+    "a tokenizer that is not JSON": (replaced("tokenizer.json", b"{"), r"JSON"),
 }
 OF_DINOV2 = EXTRACTORS | {
     "a billion layers": (edited("config.json", num_hidden_layers=10**9), r"num_hidden_layers is 1000000000"),
@@ -309,7 +309,7 @@ def test_a_bad_clip_or_dinov2_folder_is_refused(kind, name, tiny_teacher, extrac
     shutil.copytree(extractors / kind, tmp_path / kind)
     change(tmp_path / kind)
     settings = (f"teacher.path={tiny_teacher}", f"evaluation.{kind}={tmp_path / kind}")
-    not_measured(rf"evaluation\.{kind}: cannot load .*({says})", *options, *settings)
+    refused_before_training(rf"evaluation\.{kind}: cannot load .*({says})", *options, *settings)
 
 
 def of_another_net(path):
@@ -332,7 +332,7 @@ def test_a_bad_inception_file_is_refused(name, tiny_teacher, tmp_path, options):
     make(path)
     word = f"#sha256={sha256_file(path)}" if trust else ""
     settings = (f"teacher.path={tiny_teacher}", f"evaluation.features=inception:{path}{word}")
-    not_measured(says, *options, *settings)
+    refused_before_training(says, *options, *settings)
 
 
 def test_statistics_that_are_pickled_are_not_read(tiny_teacher, tmp_path, options, capsys):
@@ -348,7 +348,9 @@ def test_pipes_and_devices_are_refused_as_prompts_and_statistics(key, name, tiny
     (tmp_path / f"b-{name}").symlink_to("/dev/zero")
     for letter in "ab":
         place = f"evaluation.{key}={tmp_path / f'{letter}-{name}'}"
-        not_measured("is a pipe or a device, not a file", *options, f"teacher.path={tiny_teacher}", place)
+        refused_before_training(
+            "is a pipe or a device, not a file", *options, f"teacher.path={tiny_teacher}", place
+        )
 
 
 def test_statistics_of_gigabytes_are_not_unpacked(tiny_teacher, tmp_path, options):
@@ -357,7 +359,7 @@ def test_statistics_of_gigabytes_are_not_unpacked(tiny_teacher, tmp_path, option
         for _ in range(257):
             member.write(bytes(2**20))
     settings = (f"teacher.path={tiny_teacher}", f"evaluation.reference_stats={tmp_path / 'stats.npz'}")
-    not_measured("mu.npy has more than 268435456 bytes", *options, *settings)
+    refused_before_training("mu.npy has more than 268435456 bytes", *options, *settings)
 
 
 class Evil:

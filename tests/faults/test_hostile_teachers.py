@@ -63,7 +63,7 @@ UNETS = [
         "a tensor of the U-Net is missing",
         "a weight that is not a number",
     ),
-    *("a billion layers", "an unknown block", "a config that is no JSON"),
+    *("a billion layers", "an unknown block", "a config that is not JSON"),
 ]
 
 

@@ -29,7 +29,7 @@ def differences(before: dict[str, dict[str, str]], after: dict[str, dict[str, st
     return lines
 
 
-def is_at_hand(commit: str) -> bool:
+def has_commit(commit: str) -> bool:
     """Whether this repository has the commit; a shallow clone may lack it."""
     git = ["git", "-C", str(REPOSITORY), "cat-file", "-e", f"{commit}^{{commit}}"]
     return subprocess.run(git, capture_output=True, check=False).returncode == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden.cases import all_digests, cases, kernels
-from tests.golden.compare import compare, differences, is_at_hand
+from tests.golden.compare import compare, differences, has_commit
 
 GOLDEN = Path(__file__).with_name("golden.json")
 FEW = [
@@ -44,7 +44,7 @@ def test_training_reproduces_the_golden_weights(tmp_path):
     if golden["kernels"] == kernels():
         recorded = {name: golden["cases"][name] for name in FEW}
         assert differences(recorded, dict(all_digests(tmp_path, FEW))) == []
-    elif is_at_hand(golden["commit"]):
+    elif has_commit(golden["commit"]):
         assert compare(golden["commit"], tmp_path, FEW) == []
     else:
         pytest.skip("another CPU's kernels, and no history with the commit of the golden weights")

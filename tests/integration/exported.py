@@ -49,7 +49,7 @@ def write_rung(config, teacher, steps, *, rank=RANK, seed=0, prediction_type="ep
     return network
 
 
-def sign_again(folder):
+def update_rung_json(folder):
     """Writes rung.json for the LoRA that is now in the folder, as if it had been trained."""
     record = RungRecord.read(folder)
     dataclasses.replace(record, sha256=sha256_file(folder / WEIGHT_NAME)).write(folder)
@@ -79,7 +79,7 @@ def with_export(config, **options):
 
 
 @torch.no_grad()
-def answer(unet, inputs):
+def unet_output(unet, inputs):
     """The output (B, C, H, W) of a U-Net for inputs from onnx_unet.inputs_of."""
     added = {key: inputs[key] for key in ("text_embeds", "time_ids") if key in inputs} or None
     return unet(

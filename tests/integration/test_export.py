@@ -27,10 +27,10 @@ from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.folder import embedded_folder
 from tests.integration.exported import (
     RANK,
-    answer,
     random_student,
     rung_of,
-    sign_again,
+    unet_output,
+    update_rung_json,
     with_export,
     write_rung,
 )
@@ -114,11 +114,11 @@ def test_a_fresh_process_loads_the_trained_unet(family, tmp_path):
     assert completed.returncode == 0, completed.stderr[-3000:]
     outputs = load_file(tmp_path / "out.safetensors")
     with network.using(STUDENT):
-        trained = answer(network.model, inputs)
+        trained = unet_output(network.model, inputs)
     half_unet = load_network(teacher)
     for name, layer in read_lora(folder).layers.items():
         half_unet.get_submodule(name).weight.data += 0.5 * layer.delta()
-    half = answer(half_unet, inputs)
+    half = unet_output(half_unet, inputs)
     size = trained.abs().max()
     assert (outputs["base"] - trained).abs().max() > 0.01 * size  # the LoRA does something
     assert (half - trained).abs().max() > 0.01 * size
@@ -246,21 +246,21 @@ def test_alpha_that_is_not_the_rank_is_in_kohyas_file_and_in_the_fused_unet(tmp_
     folder = config.run_dir / "rungs" / "4"
     path = folder / "pytorch_lora_weights.safetensors"
     _with_peft_config(path, changes)
-    sign_again(folder)
+    update_rung_json(folder)
     exported = export_rung(with_export(config, formats=["kohya", "fused"]), 4)
     unet = load_network(teacher)
     unet.load_lora_adapter(load_file(path), prefix="unet", metadata=_peft_config(path), adapter_name="x")
     inputs = inputs_for(unet)
-    expected = answer(unet, inputs)
+    expected = unet_output(unet, inputs)
     (file,) = (exported / "kohya").glob("*.safetensors")
     weights = {key: w.detach() for key, w in load_network(teacher).named_parameters()}
     by_kohya = load_network(teacher)
     by_kohya.load_state_dict(merged(file, weights))
     scale = expected.abs().max()
-    assert (answer(by_kohya, inputs) - expected).abs().max() <= 3e-6 * scale
-    assert (answer(fused_unet(teacher, read_lora(path)), inputs) - expected).abs().max() <= 3e-6 * scale
+    assert (unet_output(by_kohya, inputs) - expected).abs().max() <= 3e-6 * scale
+    assert (unet_output(fused_unet(teacher, read_lora(path)), inputs) - expected).abs().max() <= 3e-6 * scale
     plain = _with_peft_config(path, {"lora_alpha": 4, "use_rslora": False, "alpha_pattern": {}})
-    assert (answer(fused_unet(teacher, read_lora(plain)), inputs) - expected).abs().max() > 1e-3 * scale
+    assert (unet_output(fused_unet(teacher, read_lora(plain)), inputs) - expected).abs().max() > 1e-3 * scale
 
 
 def _peft_config(path):
@@ -303,9 +303,9 @@ def test_the_active_adapter_takes_part_in_the_forward_pass(tmp_path):
     _, teacher, network = rung_of(tmp_path, "sd15")
     inputs = inputs_for(network.model)
     with network.using(STUDENT):
-        first = answer(network.model, inputs)
+        first = unet_output(network.model, inputs)
     activate(network.model, None)
-    assert not torch.allclose(answer(network.model, inputs), first, atol=1e-3)
+    assert not torch.allclose(unet_output(network.model, inputs), first, atol=1e-3)
     assert not torch.equal(second_weight(random_student(teacher, seed=1)), second_weight(network))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stepdistill.models.lora_file import read_lora
 from stepdistill.models.network.kind import load_network
 from stepdistill.sampling import load_few_step
-from tests.integration.exported import rung_of, sign_again
+from tests.integration.exported import rung_of, update_rung_json
 
 
 def stepdistill(*arguments, **options):
@@ -157,7 +157,7 @@ def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path):
     state = load_file(path)
     next(iter(state.values())).view(-1)[0] = 1e6
     save_file(state, path, metadata={"format": "pt"})
-    sign_again(path.parent)
+    update_rung_json(path.parent)
     completed = stepdistill("export", config.run_dir, "--steps", "4")
     assert completed.returncode == 2
     assert "does not fit into torch.float16; allowed: export.dtype=float32" in completed.stderr

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from eval.random_teacher import build
 from stepdistill.sampling import FewStepWarning, load_few_step
-from tests.integration.exported import sign_again
+from tests.integration.exported import update_rung_json
 from tests.integration.few_step import pipeline_of, without_warning
 
 
@@ -32,7 +32,7 @@ def damaged(rung, place, change):
     copy = shutil.copytree(rung[2], place / "4")
     path = copy / "pytorch_lora_weights.safetensors"
     change(path)
-    sign_again(copy)
+    update_rung_json(copy)
     return copy
 
 

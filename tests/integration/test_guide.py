@@ -49,7 +49,7 @@ def shortened(path):
 
 
 @pytest.fixture
-def desk(tmp_path):
+def readers_folder(tmp_path):
     """A folder with what a reader of the guide has: a float16 checkpoint, a pipeline of its family, a fine-tuned one,
     pictures and the configs."""
     pipeline = build("sd15", tiny=True).to(torch.float16)
@@ -71,7 +71,7 @@ def desk(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_command_and_snippet_of_the_guide_runs(desk):
+def test_every_command_and_snippet_of_the_guide_runs(readers_folder):
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 7
     assert {shlex.split(line)[1] for line in commands if line.startswith("stepdistill")} >= {
@@ -86,26 +86,26 @@ def test_every_command_and_snippet_of_the_guide_runs(desk):
         words = shlex.split(line)
         if words[0] == "stepdistill":
             words = [sys.executable, "-m", *words]
-        completed = subprocess.run(words, cwd=desk, capture_output=True, text=True, check=False)
+        completed = subprocess.run(words, cwd=readers_folder, capture_output=True, text=True, check=False)
         assert completed.returncode == 0, f"{line}\n{completed.stderr[-3000:]}"
     (snippet,) = blocks("python")
     strict = "import warnings\nfrom stepdistill.sampling import FewStepWarning\n"
     strict += "warnings.simplefilter('error', FewStepWarning)\n"
     script = f"{strict}{snippet}\nimage.save('snippet.png')\n"
     completed = subprocess.run(
-        [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=readers_folder, capture_output=True, text=True, check=False
     )
     assert completed.returncode == 0, completed.stderr[-3000:]
-    folder = desk / "runs/my-model/rungs/4"
+    folder = readers_folder / "runs/my-model/rungs/4"
     (card,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     script = f"{card}\nimage.save('card.png')\n"
     completed = subprocess.run(
-        [sys.executable, "-c", script], cwd=desk, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=readers_folder, capture_output=True, text=True, check=False
     )
     assert completed.returncode == 0, completed.stderr[-3000:]
     for name in ("bicycle.png", "snippet.png", "card.png"):
-        with Image.open(desk / name) as image:
-            assert image.size == Image.open(desk / "bicycle.png").size
+        with Image.open(readers_folder / name) as image:
+            assert image.size == Image.open(readers_folder / "bicycle.png").size
     assert "license: openrail" in (folder / "README.md").read_text()
     for name in (
         "kohya/my-model_4step_comfyui.json",
@@ -114,7 +114,7 @@ def test_every_command_and_snippet_of_the_guide_runs(desk):
         "rank16/rung.json",
     ):
         assert (folder / name).is_file(), name
-    assert (desk / "extracted/pytorch_lora_weights.safetensors").is_file()
+    assert (readers_folder / "extracted/pytorch_lora_weights.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", ["docs/guide.md", "README.md", "card"])

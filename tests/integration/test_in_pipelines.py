@@ -92,7 +92,7 @@ def for_task(pipeline, task):
     return pipeline if task == "text2img" else PLAIN[task].from_pipe(pipeline)
 
 
-def are_apart(*outputs):
+def all_differ(*outputs):
     size = max(float(output.abs().max()) for output in outputs)
     return all(
         float((a - b).abs().max()) > 1e-3 * size for i, a in enumerate(outputs) for b in outputs[i + 1 :]
@@ -115,7 +115,7 @@ def test_a_style_lora_and_a_controlnet_work_together_with_the_rung(rung, task):
     few.load_lora_weights(style, adapter_name="style")
     few.set_adapters(["few_step", "style"], [1.0, 0.6])
     styled = draw(for_task(few, task), task)
-    assert are_apart(undistilled, plain, styled)
+    assert all_differ(undistilled, plain, styled)
     expected = merged(teacher, scheduler, (folder, 1.0), (style, 0.6))
     assert equal(styled, draw(for_task(expected, task), task))
 
@@ -123,7 +123,7 @@ def test_a_style_lora_and_a_controlnet_work_together_with_the_rung(rung, task):
     options = controlled(task)
     with_control = WITH_CONTROL[family, task].from_pipe(few, controlnet=controlnet)
     both = draw(with_control, task, **options)
-    assert are_apart(undistilled, plain, styled, both)
+    assert all_differ(undistilled, plain, styled, both)
     with_control = WITH_CONTROL[family, task].from_pipe(expected, controlnet=controlnet)
     assert equal(both, draw(with_control, task, **options))
 
@@ -158,7 +158,7 @@ def test_an_ip_adapter_works_together_with_the_rung(rung):
         pipeline.unet._load_ip_adapter_weights([ip_adapter(pipeline.unet)])
         pipeline.set_ip_adapter_scale(1.0)
         outputs.append(draw(pipeline, "text2img", ip_adapter_image_embeds=embeds))
-    assert are_apart(undistilled, plain, outputs[0])
+    assert all_differ(undistilled, plain, outputs[0])
     assert equal(*outputs)
 
 

@@ -17,7 +17,7 @@ from stepdistill.models.lora_file import read_lora as lora_of
 from stepdistill.models.network.kind import load_network
 from stepdistill.runtime import Runtime
 from tests.integration.conftest import tiny_config
-from tests.integration.exported import answer
+from tests.integration.exported import unet_output
 
 INT8 = "training.base_quantization=int8"
 
@@ -38,7 +38,7 @@ def test_a_rung_is_trained_and_exported_on_an_int8_base(tmp_path):
     pipeline.load_lora_weights(config.run_dir / "rungs" / "1")
     inputs = inputs_of(pipeline.unet, 2, tokens=10)
     loaded, merged, bare = (
-        answer(unet, inputs)
+        unet_output(unet, inputs)
         for unet in (
             pipeline.unet,
             fused_unet(teacher, lora_of(config.run_dir / "rungs" / "1")),

@@ -51,7 +51,7 @@ def moments(saved):
     return saved["optimizers"][STUDENT]["parameters"]
 
 
-def go_on(setup, state, runtime, last):
+def train_until(setup, state, runtime, last):
     batches = batches_of(setup, runtime, first_step=state.step)
     while state.step < last:
         update(setup, state, batches, runtime)
@@ -108,15 +108,15 @@ def test_a_phase_stopped_and_resumed_is_bit_identical(trained_run, name):
     config, phase, runtime = load_config(trained_run.run_dir), PHASES[name], Runtime()
     straight = setup_of(config, phase)
     uninterrupted = PhaseState(straight, runtime)
-    go_on(straight, uninterrupted, runtime, UPDATES // 2)
+    train_until(straight, uninterrupted, runtime, UPDATES // 2)
     halfway = uninterrupted.state_dict()
-    go_on(straight, uninterrupted, runtime, UPDATES)
+    train_until(straight, uninterrupted, runtime, UPDATES)
     other = setup_of(config, phase)
     second = PhaseState(other, runtime)
     second.load_state_dict(halfway)
     assert second.step == UPDATES // 2
     assert_equal(second.state_dict(), halfway)
-    go_on(other, second, runtime, UPDATES)
+    train_until(other, second, runtime, UPDATES)
     assert_equal(second.state_dict(), uninterrupted.state_dict())
     moved = uninterrupted.state_dict()["student"]
     assert any(not torch.equal(value, halfway["student"][key]) for key, value in moved.items())
@@ -126,7 +126,7 @@ def test_a_state_of_other_parameters_is_refused(trained_run):
     config, runtime = load_config(trained_run.run_dir), Runtime()
     setup = setup_of(config, PHASES["single"])
     state = PhaseState(setup, runtime)
-    go_on(setup, state, runtime, 1)
+    train_until(setup, state, runtime, 1)
     changes = {
         "the optimiser's state lacks": lambda saved: moments(saved).pop(next(iter(moments(saved)))),
         "the optimiser's state has other": lambda saved: moments(saved).update(

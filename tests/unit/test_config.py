@@ -132,7 +132,7 @@ def test_a_shipped_config_goes_by_its_name_from_any_folder(tmp_path, monkeypatch
     by_file = {path.stem: load_config(path) for path in Path("configs").glob("*.yaml")}
     monkeypatch.chdir(tmp_path)
     assert {name: load_config(name) for name in shipped_configs()} == by_file
-    (tmp_path / "small").mkdir()  # a folder that is no run's
+    (tmp_path / "small").mkdir()  # a folder that is not a run
     assert load_config("small") == by_file["small"]
 
 

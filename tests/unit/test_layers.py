@@ -149,8 +149,33 @@ def test_stage_scripts_are_thin():
         assert len(path.read_text().splitlines()) <= 100, path
 
 
-def test_only_the_demo_imports_the_letters_world():
-    """All other code goes through demo/world.py; only the name "letters" may appear, in defaults."""
+def test_only_the_demo_imports_letters():
+    """Elsewhere a world is asked (demo/world.py); of letters, only the name stands in defaults."""
     for path in modules():
         if path.parts[1] != "demo":
-            assert "stepdistill.demo.letters" not in set(imports(path)), path
+            imported = {name for name in imports(path) if name.startswith("stepdistill.demo.")}
+            assert all(name.startswith("stepdistill.demo.world") for name in imported), path
+
+
+def attributes_set_by(method):
+    """The names of the attributes of self that a method assigns."""
+    for node in ast.walk(method):
+        is_set = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if is_set and isinstance(node.value, ast.Name) and node.value.id == "self":
+            yield node.attr
+
+
+def test_attributes_are_set_in_init_first():
+    late = []
+    for path in modules():
+        for kind in (
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+        ):
+            methods = {
+                node.name: set(attributes_set_by(node))
+                for node in kind.body
+                if isinstance(node, ast.FunctionDef)
+            }
+            names = set().union(*methods.values()) - methods.get("__init__", set())
+            late += [f"{path}: {kind.name}.{name}" for name in names]
+    assert late == []

@@ -23,13 +23,13 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self.mib = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "PeakMemory":
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            self._over = threading.Event()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
         return self
 

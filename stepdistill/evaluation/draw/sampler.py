@@ -85,6 +85,7 @@ class Sampler:
             dict(TeacherFacts.of_folder(self._base).scheduler),
         ]
         self._pipeline: DiffusionPipeline | None = None
+        self._base_scheduler: Any = None
         self._loaded: tuple[object, ...] | None = None
         self._scale = 1.0
 

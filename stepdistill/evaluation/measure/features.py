@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from stepdistill.demo.reader import load_reader
+from stepdistill.demo.world import load_reader
 from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.measure.distances import ALONE
 from stepdistill.evaluation.measure.feature_files import (
