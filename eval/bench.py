@@ -32,6 +32,7 @@ from stepdistill.data.encode import Encoder, encode_pictures
 from stepdistill.data.prepare import prepare
 from stepdistill.data.records import records
 from stepdistill.data.source import picture_of
+from stepdistill.diffusion.grid import passes_per_step
 from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.ladder import distill
 from stepdistill.models.denoiser import Denoiser
@@ -97,7 +98,7 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
         for loss in losses_of(samples, phase).by_role.values():
             loss.backward()
 
-    evaluations = rung.teacher_steps // rung.student_steps * (2 if teacher.guidance_scale > 1 else 1)
+    evaluations = rung.teacher_steps // rung.student_steps * passes_per_step(teacher.guidance_scale)
     bare = bare_seconds(batch, teacher, discriminator, evaluations, iterations)
     whole = timed(iteration, iterations)
     return {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 from stepdistill.config.objective_kinds import OBJECTIVES
-from stepdistill.diffusion.grid import next_node, substeps, trailing_nodes
+from stepdistill.diffusion.grid import next_node, passes_per_step, substeps, trailing_nodes
 from stepdistill.run.log import read_log
 from stepdistill.run.start_from import taken_steps
 from stepdistill.teacher.source import teacher_timesteps
@@ -36,7 +36,7 @@ def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
         return asks * (1.0 if _is_base(config, rung, phase) else _LORA_FORWARD)
     each = _LORA_FORWARD
     if _is_base(config, rung, phase):
-        each = 2.0 if config.teacher.guidance_scale > 1 else 1.0
+        each = float(passes_per_step(config.teacher.guidance_scale))
     share_of_new = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
     teacher_steps = phase.teacher_steps or rung.teacher_steps
     return share_of_new * _teacher_substeps(rung, teacher_steps, teacher_timesteps(config)) * each
@@ -81,10 +81,10 @@ def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> f
 def evaluation_forwards(config: RunConfig) -> float:
     """Forward passes, of one sample each, for all images that the evaluation draws: rows, floor, studies, cost."""
     options = config.evaluation
-    guided = 2 if config.teacher.guidance_scale > 1 else 1
+    guided = passes_per_step(config.teacher.guidance_scale)
     teachers = [*(guided * n for n in options.teacher_steps), *options.unguided_steps]
     students = [r.student_steps for r in config.ladder]
-    others = [lora.steps * (2 if lora.guidance_scale > 1 else 1) for lora in options.loras]
+    others = [lora.steps * passes_per_step(lora.guidance_scale) for lora in options.loras]
     rows = sum(teachers + students + others)
     images = options.num_images * (rows + (teachers[0] if options.floor else 0))
     seeds = options.diversity_prompts * options.diversity_seeds * (teachers[0] + sum(students + others))
@@ -104,7 +104,7 @@ def preparation_forwards(config: RunConfig) -> float:
     if count is None:
         with prompts.open("rb") as file:
             count = sum(bool(line.strip()) for line in file)
-    return count * data.teacher_steps * (2 if config.teacher.guidance_scale > 1 else 1)
+    return count * data.teacher_steps * passes_per_step(config.teacher.guidance_scale)
 
 
 def describe(

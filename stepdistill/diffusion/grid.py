@@ -8,6 +8,11 @@ move      (timestep, prev_timestep), from noisier to cleaner
 CLEAN = -1
 
 
+def passes_per_step(guidance_scale: float) -> int:
+    """U-Net passes that a sampler's step takes: 2 with classifier-free guidance, which a guidance_scale above 1 turns on."""
+    return 2 if guidance_scale > 1 else 1
+
+
 def trailing_nodes(steps: int, *, num_train_timesteps: int = 1000) -> list[int]:
     """The nodes of an N-step sampler, noisiest first: round(T - k T / N) - 1 for k in 0 .. N - 1.
 

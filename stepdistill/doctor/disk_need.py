@@ -56,9 +56,7 @@ def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
     """The bytes that a run writes into its folder. teacher: facts from the teacher's configs; its weights may be missing."""
     config, size = settled(config), teacher.image_size
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(str(teacher.folder / "unet"))
-        )
+        unet = UNet2DConditionModel.from_config(dict(teacher.unet))
     cache, is_whole = _cache(config.data, teacher)
     pipeline = _pipeline(config, teacher.folder)
     return DiskNeed(

@@ -100,7 +100,7 @@ def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -
     identity = identity_of_folder(base).as_json()
     write_facts(folder, scheduler, identity)
     if "kohya" in formats:
-        _write_kohya(config, record, lora, scheduler, folder, identity)
+        _write_kohya(config, record, lora, scheduler, folder, identity, facts)
     if {"fused", "onnx"} & set(formats):
         unet = fused_unet(base, lora)
         if "onnx" in formats:
@@ -166,8 +166,8 @@ def _write_kohya(
     scheduler: DDIMScheduler,
     folder: Path,
     identity: dict[str, Any],
+    facts: TeacherFacts,
 ) -> None:
-    facts = _facts(config)
     family, names = kohya.family_of(facts), config.export.kohya_names
     sgm = family == "sdxl" if names == "auto" else names == "sgm"
     name = kohya.file_name(config.name, record.student_steps, config.export.rank)
@@ -193,12 +193,13 @@ def _write_kohya(
     kohya.write_kohya(
         folder / "kohya" / name, state, header | {HEADER: json.dumps(sealed(header_facts), sort_keys=True)}
     )
-    _write_workflow(config, record, folder / "kohya", name)
+    _write_workflow(config, record, folder / "kohya", name, facts)
 
 
-def _write_workflow(config: RunConfig, record: RungRecord, folder: Path, lora: str) -> None:
+def _write_workflow(
+    config: RunConfig, record: RungRecord, folder: Path, lora: str, facts: TeacherFacts
+) -> None:
     """Writes ComfyUI's workflow beside the kohya file; nothing if ComfyUI's noise schedule is not the teacher's."""
-    facts = _facts(config)
     setting = comfy.setting_of(record, facts.scheduler)
     if setting is None:
         return

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 
 from stepdistill.messages import first_line
 from stepdistill.teacher.examine import not_finite
-from stepdistill.teacher.files import read_object
+from stepdistill.teacher.facts import TeacherFacts
 
 _PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 _NAME = "tried"
@@ -30,9 +30,10 @@ def check_lora_goes_on(file: Path, folder: Path) -> None:
     A LoRA of the text encoders alone is accepted, since only U-Net weights are tested.
     """
     check_lora_numbers(file)
-    made_by = _PIPELINES[read_object(folder / "model_index.json")["_class_name"]]
+    teacher = TeacherFacts.of_folder(folder)
+    made_by = _PIPELINES[teacher.pipeline_class]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_object(folder / "unet" / "config.json")).eval()
+        unet = UNet2DConditionModel.from_config(dict(teacher.unet)).eval()
     logger = logging.getLogger("diffusers")
     level = logger.level
     try:

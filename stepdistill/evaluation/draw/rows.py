@@ -10,6 +10,7 @@ import diffusers
 from diffusers import SchedulerMixin
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
+from stepdistill.diffusion.grid import passes_per_step
 from stepdistill.disk.durable import read_json
 from stepdistill.export.exported import scheduler_file
 from stepdistill.messages import first_line
@@ -40,7 +41,7 @@ class Row:
     @property
     def nfe(self) -> int:
         """Number of U-Net evaluations per image: two per step with classifier-free guidance, else one."""
-        return self.steps * (2 if self.guidance_scale > 1 else 1)
+        return self.steps * passes_per_step(self.guidance_scale)
 
     def weights(self, run_dir: Path) -> Path | None:
         """The LoRA's file; None for the teacher."""
