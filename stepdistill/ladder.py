@@ -1,10 +1,12 @@
 """Trains the rungs of the ladder in order; each rung's student is the next rung's teacher."""
 
+import functools
 import logging
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,7 +14,8 @@ from safetensors.torch import load_file
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
-from stepdistill.disk.durable import replace_folder, sha256_file, writing
+from stepdistill.disk.durable import read_sealed, replace_folder, sha256_file, sha256_json, writing
+from stepdistill.disk.places import clear_half_written
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
@@ -20,10 +23,11 @@ from stepdistill.models.lora_file import write_lora
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.rng import derive_seed
+from stepdistill.run.folder import config_hash
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, take_rungs
-from stepdistill.runtime import Processes, Runtime, release_memory
+from stepdistill.runtime import Processes, Runtime, environment, release_memory
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import (
     fingerprint,
@@ -32,12 +36,16 @@ from stepdistill.teacher.loading import (
     vae_dtype,
 )
 from stepdistill.teacher.source import teacher_folder
+from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest
 from stepdistill.training.measure_looks import PhaseLooks
 from stepdistill.training.painter import Painter
-from stepdistill.training.phase import PhaseSetup, run_phase
+from stepdistill.training.phase import PhaseSetup, PhaseState, run_phase
 from stepdistill.training.preview import MOST_TEACHER_STEPS, Preview
 
 logger = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints of a rung that is being trained."""
+_VERSIONS = ("python", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 _UNET_PREFIX = "unet."
 
 
@@ -61,6 +69,21 @@ class Shared:
     painter: Painter
     looks: PhaseLooks
     runtime: Runtime
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """What the checkpoints of this run belong to."""
+        training, versions = self.config.training, environment()
+        manifest = read_sealed(self.config.run_dir / "cache" / "manifest.json") or {}
+        return Identity(
+            config=config_hash(self.config),
+            base=fingerprint(self.base),
+            cache=sha256_json(manifest.get("shards")),
+            samples=training.train_batch_size
+            * training.gradient_accumulation_steps
+            * self.runtime.num_processes,
+            versions={name: str(versions[name]) for name in _VERSIONS},
+        )
 
     @property
     def noise_path(self) -> NoisePath:
@@ -89,12 +112,18 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         return []
     runtime = Runtime(mixed_precision=config.training.mixed_precision)
     shared = load_shared(config, runtime)
+    resumed = newest(partial_rung(config, todo[0]) / CHECKPOINTS, shared.identity)
+    runtime.wait()
     log = None
     if runtime.is_main:
         _warn_of_rare_sizes(shared)
-        log = TrainingLog(config.run_dir / "log.jsonl", drop_rungs={r.student_steps for r in todo})
+        starts = {rung.student_steps: (0, 0) for rung in todo}
+        if resumed is not None:
+            starts[todo[0].student_steps] = (resumed.phase, resumed.step)
+        log = TrainingLog(config.run_dir / "log.jsonl", drop_rungs=starts)
     for rung in todo:
-        _train_rung(shared, rung, log)
+        _train_rung(shared, rung, log, resumed)
+        resumed = None
     if log is not None:
         log.close()
     return [rung.student_steps for rung in todo]
@@ -183,28 +212,42 @@ def _warn_of_rare_sizes(shared: Shared) -> None:
         )
 
 
-def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None) -> None:
+def partial_rung(config: RunConfig, rung: Rung) -> Path:
+    """The folder of a rung that is being trained."""
+    return config.run_dir / "rungs" / f".{rung.student_steps}.partial"
+
+
+def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None, resumed: Checkpoint | None) -> None:
+    """Trains a rung from its first phase, or continues it from a checkpoint."""
     config, network = shared.config, shared.network
     position = config.ladder.index(rung)
-    started = time.monotonic()
     if position:
         adapters.load_adapter_state(network.model, STUDENT, read_lora(config.run_dir, rung.teacher_steps))
-    partial = config.run_dir / "rungs" / f".{rung.student_steps}.partial"
+    partial = partial_rung(config, rung)
     if shared.runtime.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        if resumed is None:
+            shutil.rmtree(partial, ignore_errors=True)
         with writing(partial):
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)
+        clear_half_written(partial)
     shared.runtime.wait()
+    options = config.training.checkpoint
+    checkpoints = Checkpoints(
+        partial / CHECKPOINTS,
+        shared.identity,
+        every_minutes=options.every_minutes,
+        keep=options.keep,
+        seconds=0.0 if resumed is None else resumed.seconds,
+    )
     prompts, folder = list(config.preview.prompts), partial / "previews"
     preview = Preview(shared.painter, shared.cache, prompts, seed=config.seed, folder=folder)
     predicted = config.prediction_types(shared.undistilled.prediction_type)
-    training = _RungTraining(shared, rung, predicted, preview, log)
-    carried: DiscriminatorState | None = None
-    for number, phase in enumerate(rung.phases):
-        carried = training.train_phase(number, phase, carried) or carried
+    training = _RungTraining(shared, rung, predicted, preview, log, checkpoints)
+    training.train(resumed)
     shared.runtime.wait()
     if shared.runtime.is_main:
-        seconds = round(time.monotonic() - started, 1)
+        checkpoints.remove()
+        seconds = round(checkpoints.seconds, 1)
         _finish_rung(shared, rung, partial, prediction_type=predicted[position], seconds=seconds)
     shared.runtime.wait()
 
@@ -237,17 +280,64 @@ class _RungTraining:
     prediction_types: list[str]
     preview: Preview
     log: TrainingLog | None
+    checkpoints: Checkpoints
 
-    def train_phase(
-        self, number: int, phase: Phase, carried: DiscriminatorState | None
+    def train(self, resumed: Checkpoint | None) -> None:
+        """Trains the phases in order; from a checkpoint, those that were not finished there."""
+        carried: DiscriminatorState | None = None
+        first, start = 0, None
+        if resumed is not None:
+            first, start = resumed.phase, self._load(resumed)
+            carried = None if resumed.carried is None else DiscriminatorState(**resumed.carried)
+        for number, phase in enumerate(self.rung.phases):
+            if number < first:
+                continue
+            carried = self._train_phase(number, phase, carried, start) or carried
+            start = None
+            if number + 1 < len(self.rung.phases):
+                self._save(number + 1, 0, self._between_phases(), carried)
+
+    def _load(self, resumed: Checkpoint) -> dict[str, Any] | None:
+        """The state in which the checkpoint's phase continues; None if the phase begins there, with the student loaded."""
+        logger.info(
+            "distill: the %d-step rung continues in phase %d after %d of %d updates",
+            self.rung.student_steps,
+            resumed.phase,
+            resumed.step,
+            self.rung.phases[resumed.phase].max_train_steps,
+        )
+        if resumed.step:
+            return resumed.state
+        adapters.load_adapter_state(self.shared.network.model, STUDENT, resumed.state["student"])
+        self.shared.runtime.load_loss_scale_state(resumed.state["loss_scale"])
+        return None
+
+    def _between_phases(self) -> dict[str, Any]:
+        """All that one phase leaves for the next, besides its discriminator."""
+        student = adapters.adapter_state(self.shared.network.model, STUDENT)
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in student.items()}
+        return {"student": copies, "loss_scale": self.shared.runtime.loss_scale_state()}
+
+    def _save(self, phase: int, step: int, state: dict[str, Any], carried: DiscriminatorState | None) -> None:
+        if self.shared.runtime.is_main:
+            self.checkpoints.save(phase, step, state, None if carried is None else vars(carried))
+
+    def _train_phase(
+        self, number: int, phase: Phase, carried: DiscriminatorState | None, start: dict[str, Any] | None
     ) -> DiscriminatorState | None:
         """Trains one phase; returns the discriminator's state, or None if it has none or no later phase starts from it.
 
         carried: the discriminator's state after the previous adversarial phase of this rung.
+        start: the state in which the phase continues; None: from its first update.
         """
         shared, rung = self.shared, self.rung
         setup = self._setup(number, phase, carried)
-        run_phase(setup, runtime=shared.runtime, log=self.log)
+
+        def save_if_due(state: PhaseState) -> None:
+            if self.checkpoints.is_due:
+                self._save(number, state.step, state.state_dict(), carried)
+
+        run_phase(setup, runtime=shared.runtime, log=self.log, start=start, after_update=save_if_due)
         if shared.runtime.is_main:
             path = self.preview.folder / f"phase{number}-{phase.title}-end.json"
             shared.looks.write(path, setup.student, steps=rung.student_steps)

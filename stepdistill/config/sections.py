@@ -58,6 +58,15 @@ class Lora(Section):
     """Rank of every rung's LoRA; alpha equals the rank."""
 
 
+class Checkpoint(Section):
+    """Checkpoints of the rung that is being trained, from which the same command continues after a stop."""
+
+    every_minutes: Annotated[float, Field(ge=0)] | None = 10.0
+    """Minutes between two checkpoints; 0 writes one after every update, null only between two phases."""
+    keep: Annotated[int, Field(ge=1, le=100)] = 2
+    """Number of checkpoints that stay on disk. All are removed when the rung is finished."""
+
+
 class Training(Section):
     """Settings of the optimisation, the same for all phases."""
 
@@ -82,6 +91,8 @@ class Training(Section):
     evaluated on the original one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Checkpoints within a rung."""
     logging_steps: PositiveInt = 20
     """If the output is not a terminal, print a line every so many updates; the JSONL log has every update."""
     preview_steps: Annotated[int, Field(ge=0)] = 0

@@ -179,6 +179,32 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_synced_folder(
+    folder: Path, files: Mapping[str, bytes], objects: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Writes a folder of files, and of JSON objects with a checksum, in one step that survives a power cut: beside its
+    place, synced to the disk, renamed, and its parent synced. ValueError in one line if it cannot be written."""
+    with whole_folder(folder) as partial:
+        texts = {name: json.dumps(sealed(value), indent=2) + "\n" for name, value in objects.items()}
+        for name, content in {**files, **{name: text.encode() for name, text in texts.items()}}.items():
+            with (partial / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(partial)
+    with writing(folder):
+        _sync(folder.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names of a folder's files durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_folder(partial: Path, folder: Path) -> None:
     """Renames a finished folder to its place. The old folder is renamed away first and removed at the end, so that at no
     moment only a part of it is there."""
@@ -218,6 +244,11 @@ def sha256_file(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_bytes(content: bytes) -> str:
+    """sha256 of bytes, hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def sha256_json(value: Any) -> str:

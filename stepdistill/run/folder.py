@@ -20,6 +20,7 @@ _MAY_CHANGE = (
     "export",
     "output_dir",
     "preview",
+    "training.checkpoint",
     "training.logging_steps",
     "training.preview_steps",
 )

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -16,16 +17,20 @@ _PLACE = ("rung", "phase", "step")
 
 
 class TrainingLog:
-    """Appends to a run's log.jsonl, after removing the lines of rungs that are to be trained again.
+    """Appends to a run's log.jsonl, after removing the lines of updates that are to be made again.
 
     Args:
         path: the JSONL file.
-        drop_rungs: student_steps of the rungs about to be trained.
+        drop_rungs: by the student_steps of each rung about to be trained, the (phase, step) of its first update.
     """
 
-    def __init__(self, path: Path, *, drop_rungs: set[int]) -> None:
+    def __init__(self, path: Path, *, drop_rungs: Mapping[int, tuple[int, int]]) -> None:
         self._path = path
-        earlier = [line for line in read_log(path) if line["rung"] not in drop_rungs]
+        earlier = [
+            line
+            for line in read_log(path)
+            if line["rung"] not in drop_rungs or (line["phase"], line["step"]) < drop_rungs[line["rung"]]
+        ]
         write_text(path, "".join(json.dumps(line) + "\n" for line in earlier))
         with writing(path):
             self._file = path.open("ab", buffering=0)

@@ -57,8 +57,8 @@ class PhaseSetup:
 
 
 class PhaseState:
-    """Everything that a phase must remember between two updates. Batches and noise follow from the step's number. A run does
-    not save it yet: a rung that is stopped starts again at its first phase.
+    """Everything that a phase must remember between two updates. Batches, noise and what the
+    teacher makes of them follow from the step's number, so a kept teacher sample is computed again.
 
     step             number of updates done
     overflows        float16 overflows in a row, up to the last update
@@ -86,7 +86,6 @@ class PhaseState:
                 "step": self.step,
                 "overflows": self.overflows,
                 "seconds": self.seconds,
-                "teacher_samples": self.teacher_samples,
                 "student": adapter_state(self._setup.student.network.model, STUDENT),
                 "discriminator": None if learned is None else vars(learned),
                 "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
@@ -98,7 +97,6 @@ class PhaseState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the `state_dict` of a phase with the same setup; ValueError if parts, names or shapes differ."""
         _check_parts(state, self.state_dict())
-        device = self._runtime.device
         load_adapter_state(self._setup.student.network.model, STUDENT, state["student"])
         if self._setup.discriminator is not None:
             self._setup.discriminator.load_state(DiscriminatorState(**state["discriminator"]), strict=True)
@@ -106,18 +104,27 @@ class PhaseState:
             optimizer.load_state_dict(_copied(state["optimizers"][role]))
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        if self.teacher_samples is not None:
-            self.teacher_samples = {
-                k: x.detach().to(device).clone() for k, x in state["teacher_samples"].items()
-            }
         self.step, self.overflows, self.seconds = state["step"], state["overflows"], state["seconds"]
         self._runtime.load_loss_scale_state(state["loss_scale"])
 
 
-def run_phase(setup: PhaseSetup, *, runtime: Runtime, log: TrainingLog | None) -> None:
-    """Trains the student in place. Raises NonFiniteError, before updating, if a loss or gradient is not finite."""
+def run_phase(
+    setup: PhaseSetup,
+    *,
+    runtime: Runtime,
+    log: TrainingLog | None,
+    start: Mapping[str, Any] | None = None,
+    after_update: Callable[[PhaseState], None] = lambda _state: None,
+) -> None:
+    """Trains the student in place. Raises NonFiniteError, before updating, if a loss or gradient is not finite.
+
+    start: a `PhaseState.state_dict` to continue from; default: the phase's first update.
+    after_update: called between two updates, after the update's line is in the log.
+    """
     phase, training = setup.phase, setup.training
     state = PhaseState(setup, runtime)
+    if start is not None:
+        state.load_state_dict(start)
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
     batches = batches_of(setup, runtime, first_step=state.step)
     with PhaseProgress(
@@ -136,6 +143,7 @@ def run_phase(setup: PhaseSetup, *, runtime: Runtime, log: TrainingLog | None) -
                     "objective": phase.title,
                 }
                 log.write({**place, "step": state.step - 1, **numbers})
+            after_update(state)
             progress.update(state.step, _for_console(numbers))
             if training.preview_steps and state.step % training.preview_steps == 0:
                 setup.preview(f"phase{setup.number}-{phase.title}-step{state.step:06d}")

@@ -26,9 +26,8 @@ def bounded(seconds=SECONDS, most_bytes=BYTES):
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
-    faulthandler.dump_traceback_later(
-        4 * seconds, exit=True, file=sys.__stderr__
-    )  # for code that no signal interrupts
+    # for code that no signal interrupts
+    faulthandler.dump_traceback_later(4 * seconds, exit=True, file=sys.__stderr__)
     with contextlib.suppress(OSError):
         _PEAK.write_text("5")  # resets the peak of the resident memory
     resident_before = _resident("VmRSS")

@@ -399,7 +399,7 @@ SHOWN = (
 
 
 @parametrize_damages((cut, noise, flip, deep, a_list, a_text), fast=(cut, a_list))
-def test_a_report_names_what_it_leaves_out(copy, run_command, damage):
+def test_a_report_names_the_damaged_files_it_skips(copy, run_command, damage):
     preview = next(copy.run_dir.glob("rungs/1/previews/*.png"))
     image = copy.run_dir / "evaluation/student-1/images/000001.png"
     write_sealed(copy.run_dir / TAKEN, {"1": {"from": "runs/other/rungs/1", "sha256": "0"}})

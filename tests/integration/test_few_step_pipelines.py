@@ -48,7 +48,7 @@ def test_a_pickle_is_read_in_another_process(rung, tmp_path):
     assert torch.allclose(torch.load(tmp_path / "latents.pt"), latents(pipeline, PROMPT), atol=1e-4)
 
 
-def test_saving_it_with_the_lora_beside_the_weights_is_refused_with_what_to_call(rung, tmp_path):
+def test_saving_with_an_unmerged_lora_is_refused_with_the_call_to_make_first(rung, tmp_path):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
     load_few_step(pipeline, folder)
@@ -57,9 +57,8 @@ def test_saving_it_with_the_lora_beside_the_weights_is_refused_with_what_to_call
         pipeline.save_pretrained(tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
     pipeline.fuse_lora()
-    with pytest.raises(
-        ValueError, match="unload_lora_weights"
-    ):  # fused into the weights, but still present as an adapter
+    # fused into the weights, but still present as an adapter
+    with pytest.raises(ValueError, match="unload_lora_weights"):
         pipeline.save_pretrained(tmp_path / "broken")
     pipeline.unload_lora_weights()
     pipeline.save_pretrained(tmp_path / "merged")

@@ -227,7 +227,7 @@ def test_training_on_buckets_does_not_depend_on_the_micro_batch(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_only_the_shards_of_what_changed_are_made_again(tmp_path, monkeypatch):
+def test_only_shards_of_changed_pictures_are_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.data.prepare.SHARD", 16)
     folder = write_good(tmp_path / "pictures", 40)
     config = config_of(folder, tmp_path)

@@ -87,9 +87,8 @@ def test_a_killed_prepare_resumes_at_the_first_missing_shard(tmp_path):
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path):
     folder = write_good(tmp_path / "pictures", 70)
-    write_good(
-        folder, 3, size=(48, 96), name="tall"
-    )  # fewer than an update takes: one process counts them for both
+    # fewer than an update takes: one process counts them for both
+    write_good(folder, 3, size=(48, 96), name="tall")
     write_bad(folder)
     options = ["data.max_bad_fraction=0.9", "data.buckets=true", "data.resolution=64"]
     one, two = (config_of(folder, tmp_path, f"name={name}", *options) for name in ("one", "two"))

@@ -216,7 +216,7 @@ def test_the_config_of_a_moved_run_folder_can_be_read(tmp_path):
 @pytest.mark.parametrize(
     "missing", ["model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"]
 )
-def test_an_incomplete_teacher_names_what_it_lacks(tmp_path, missing):
+def test_an_incomplete_teacher_is_refused_with_the_missing_part(tmp_path, missing):
     import shutil
 
     from stepdistill.teacher.folder import embedded_folder, missing_parts

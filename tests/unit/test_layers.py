@@ -150,7 +150,7 @@ def test_stage_scripts_are_thin():
 
 
 def test_only_the_demo_imports_letters():
-    """Elsewhere a world is asked (demo/world.py); of letters, only the name stands in defaults."""
+    """All other code uses demo/world.py; only the name "letters" may appear elsewhere, in defaults."""
     for path in modules():
         if path.parts[1] != "demo":
             imported = {name for name in imports(path) if name.startswith("stepdistill.demo.")}
@@ -166,7 +166,7 @@ def attributes_set_by(method):
 
 
 def test_attributes_are_set_in_init_first():
-    late = []
+    set_later = []
     for path in modules():
         for kind in (
             node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
@@ -177,5 +177,5 @@ def test_attributes_are_set_in_init_first():
                 if isinstance(node, ast.FunctionDef)
             }
             names = set().union(*methods.values()) - methods.get("__init__", set())
-            late += [f"{path}: {kind.name}.{name}" for name in names]
-    assert late == []
+            set_later += [f"{path}: {kind.name}.{name}" for name in names]
+    assert set_later == []

@@ -139,8 +139,8 @@ def test_settings_that_do_not_fit_the_teacher_are_not_proposed(tmp_path):
     (teacher / "scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 400}))
     config = resolved(load_config("configs/letters.yaml", [f"teacher.path={teacher.parent}"]))
     config["ladder"][4]["start_timestep"] = None
-    late, early = (Proposal("Told earlier.", {"ladder.4.start_timestep": t}) for t in (499, 199))
-    assert accepted(Advice("Bad.", (late, early)), config).proposals == (early,)
+    last, earlier = (Proposal("Use an earlier timestep.", {"ladder.4.start_timestep": t}) for t in (499, 199))
+    assert accepted(Advice("Bad.", (last, earlier)), config).proposals == (earlier,)
 
 
 def test_a_config_that_can_no_longer_be_read_gets_findings_without_settings():

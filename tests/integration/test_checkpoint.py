@@ -1,0 +1,199 @@
+"""A rung that is stopped between two updates continues from its checkpoint: equal weights, equal log, nothing left over."""
+
+import json
+import shutil
+import threading
+
+import pytest
+
+from stepdistill import ladder, stages
+from stepdistill.config import ConfigError
+from stepdistill.disk.durable import read_json, sealed, write_json
+from stepdistill.run.log import read_log
+from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
+from stepdistill.training import phase as phase_module
+from stepdistill.training.checkpoint import MANIFEST, STATE, folders_of
+from tests.integration.conftest import tiny_config
+
+TIMES = ("images_per_second", "data_seconds")
+UPDATES = 3
+MSE = {"objective": "mse", "max_train_steps": UPDATES, "learning_rate": 1e-3}
+PAIRED, SINGLE = (MSE | {"objective": kind} for kind in ("paired", "single"))
+
+
+def carried(**options):
+    return SINGLE | {"discriminator": {"start": "carried", **options}}
+
+
+LADDERS = {
+    "mse": [MSE],
+    "mse, paired, single": [MSE, PAIRED, SINGLE],
+    "cached": [MSE | {"cached_updates": 2}, SINGLE],
+    "full trunk, carried": [PAIRED | {"discriminator": {"trunk": "full"}}, carried(trunk="full"), MSE],
+    "carried over an mse phase": [PAIRED, MSE, carried()],
+    "several": [{**MSE, "objective": None, "objectives": [{"kind": "mse"}, {"kind": "single"}]}],
+}
+
+
+class Stopped(BaseException):
+    """As a kill between two updates."""
+
+
+def config_of(folder, phases, *overrides):
+    rungs = [
+        {"teacher_steps": 8, "student_steps": 4, "phases": phases},
+        {"teacher_steps": 4, "student_steps": 2, "phases": phases[:1]},
+    ]
+    return tiny_config(
+        folder, f"ladder={json.dumps(rungs)}", "training.checkpoint={every_minutes: 0, keep: 2}", *overrides
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """cache/ of a run, for all of them."""
+    config = config_of(tmp_path_factory.mktemp("cache"), LADDERS["mse"])
+    stages.prepare(config)
+    return config.run_dir / "cache"
+
+
+def prepared(config, cache):
+    stages.open_run(config)
+    shutil.copytree(cache, config.run_dir / "cache")
+    return config
+
+
+def distill_and_stop(config, monkeypatch, *, after):
+    """Trains until this many updates are done, and is stopped before the next one."""
+    done, update = [0], phase_module.update
+
+    def counted(*args):
+        if done[0] == after:
+            raise Stopped
+        done[0] += 1
+        return update(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phase_module, "update", counted)
+        with pytest.raises(Stopped):
+            stages.distill(config)
+    for writer in threading.enumerate():
+        if writer is not threading.main_thread():
+            writer.join()
+
+
+def log_of(config):
+    lines = read_log(config.run_dir / "log.jsonl")
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def weights_of(config):
+    return [(rung_folder(config.run_dir, n) / WEIGHT_NAME).read_bytes() for n in (4, 2)]
+
+
+def files_below(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("name", LADDERS)
+@pytest.mark.parametrize("ema", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_stopped_at_any_update_it_continues_to_equal_weights_and_an_equal_log(
+    cache, tmp_path, monkeypatch, name, ema
+):
+    overrides = [f"training.ema_decay={ema}"]
+    straight = prepared(config_of(tmp_path / "straight", LADDERS[name], *overrides), cache)
+    stages.distill(straight)
+    total = len(log_of(straight))
+    assert total == UPDATES * (len(LADDERS[name]) + 1)
+    stopped = prepared(config_of(tmp_path / "stopped", LADDERS[name], *overrides), cache)
+    for _ in range(total - 1):  # stopped after every single update
+        distill_and_stop(stopped, monkeypatch, after=1)
+    stages.distill(stopped)
+    assert weights_of(stopped) == weights_of(straight)
+    assert log_of(stopped) == log_of(straight)
+    assert files_below(stopped.run_dir / "rungs") == files_below(straight.run_dir / "rungs")
+
+
+@pytest.fixture
+def interrupted(cache, tmp_path, monkeypatch):
+    """A run that was stopped in its second phase, with two checkpoints."""
+    config = prepared(config_of(tmp_path, LADDERS["mse, paired, single"]), cache)
+    distill_and_stop(config, monkeypatch, after=UPDATES + 2)
+    return config
+
+
+def checkpoints_of(config):
+    return list(folders_of(config.run_dir / "rungs" / ".4.partial" / ladder.CHECKPOINTS))
+
+
+def test_only_the_newest_checkpoints_stay_and_hold_nothing_but_safetensors_and_json(interrupted):
+    newest, before = checkpoints_of(interrupted)
+    assert (newest.name, before.name) == ("phase1-step000002", "phase1-step000001")
+    assert files_below(newest.parent) == [
+        f"{p.name}/{f}" for p in (before, newest) for f in (MANIFEST, STATE)
+    ]
+
+
+@pytest.mark.parametrize("part", [STATE, MANIFEST])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(interrupted, caplog, part, damage):
+    newest, before = checkpoints_of(interrupted)
+    caplog.set_level("INFO")
+    content = bytearray((newest / part).read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        (newest / part).unlink()
+    else:
+        (newest / part).write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    stages.distill(interrupted)
+    assert f"{newest} is missing or not as it was written" in caplog.text
+    assert "continues in phase 1 after 1 of 3 updates" in caplog.text
+    assert len({(r["rung"], r["phase"], r["step"]) for r in log_of(interrupted)}) == len(log_of(interrupted))
+    assert before.name not in files_below(interrupted.run_dir)
+
+
+def test_if_all_are_damaged_the_rung_starts_again_with_a_warning(interrupted, caplog):
+    for folder in checkpoints_of(interrupted):
+        (folder / STATE).write_bytes(b"")
+    stages.distill(interrupted)
+    assert caplog.text.count("is missing or not as it was written") == 2
+    assert [(r["phase"], r["step"]) for r in log_of(interrupted)[:2]] == [(0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("base", "0" * 16, "another base model"),
+        ("samples", 8, "updates of 8 samples (now 4)"),
+        ("cache", "", "other latents"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(interrupted, key, value, message):
+    newest = checkpoints_of(interrupted)[0] / MANIFEST
+    about = {k: v for k, v in read_json(newest).items() if k != "checksum"}
+    about["identity"] |= {key: value}
+    write_json(newest, sealed(about))
+    with pytest.raises(ConfigError) as refused:
+        stages.distill(interrupted)
+    assert message in str(refused.value)
+
+
+def test_another_version_is_warned_of(interrupted, caplog):
+    newest = checkpoints_of(interrupted)[0] / MANIFEST
+    about = {k: v for k, v in read_json(newest).items() if k != "checksum"}
+    about["identity"]["versions"]["torch"] = "1.0"
+    write_json(newest, sealed(about))
+    stages.distill(interrupted)
+    assert "written with torch 1.0 (now" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(cache, tmp_path, monkeypatch, caplog):
+    config = prepared(config_of(tmp_path, LADDERS["mse"]), cache)
+
+    def full(*_args):
+        raise ValueError("cannot write: No space left on device")
+
+    monkeypatch.setattr("stepdistill.training.checkpoint.write_synced_folder", full)
+    stages.distill(config)
+    assert "no checkpoint at phase 0, step 1: cannot write" in caplog.text
+    assert len(weights_of(config)) == 2
