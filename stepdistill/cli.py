@@ -22,6 +22,7 @@ from stepdistill.config.saved import resolved
 from stepdistill.disk.places import is_folder
 from stepdistill.messages import printable, short
 from stepdistill.run.rungs import finished_rungs
+from stepdistill.run.stop import ToBeContinued
 
 app = typer.Typer(
     add_completion=False,
@@ -83,7 +84,7 @@ def _stage(
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Run all stages in sequence. After an interruption the same command continues after the last finished rung."""
+    """Run all stages in sequence. After an interruption the same command continues where it stopped."""
     _stage(config, overrides, dry_run, stages.run_all)
 
 
@@ -193,8 +194,8 @@ def sample(
 
 
 def guarded(command: Callable[[], object]) -> int:
-    """Runs a command and returns its exit code: 2 for a user's mistake, 1 for non-finite numbers, 130 for Ctrl-C, each of
-    which is reported in one line.
+    """Runs a command and returns its exit code: 2 for a user's mistake, 1 for non-finite numbers, 75 and 130 for a training
+    that was stopped and can be continued, 130 for Ctrl-C elsewhere; each is reported in one line.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("stepdistill").setLevel(logging.INFO)
@@ -205,6 +206,9 @@ def guarded(command: Callable[[], object]) -> int:
             raise
         print(f"stepdistill: {printable(str(error))}", file=sys.stderr)
         return 2
+    except ToBeContinued as stopped:
+        print(f"stepdistill: {printable(str(stopped))}", file=sys.stderr)
+        return stopped.exit_code
     except RuntimeError as error:
         from stepdistill.training.optim import NonFiniteError
 
@@ -225,7 +229,7 @@ def guarded(command: Callable[[], object]) -> int:
         return leaving.code if isinstance(leaving.code, int) else 0
     except KeyboardInterrupt:
         print(
-            "stepdistill: interrupted; the same command continues after the last finished rung",
+            "stepdistill: interrupted; the same command continues with what is finished",
             file=sys.stderr,
         )
         return 130

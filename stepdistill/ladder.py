@@ -27,6 +27,7 @@ from stepdistill.run.folder import config_hash
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, take_rungs
+from stepdistill.run.stop import StopRequest, ToBeContinued
 from stepdistill.runtime import Processes, Runtime, environment, release_memory
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import (
@@ -110,8 +111,15 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         todo = _unfinished(config)
     if not todo:
         return []
-    runtime = Runtime(mixed_precision=config.training.mixed_precision)
-    shared = load_shared(config, runtime)
+    with StopRequest(max_minutes=config.training.max_minutes) as stop:
+        runtime = Runtime(mixed_precision=config.training.mixed_precision)
+        _train(load_shared(config, runtime), todo, stop)
+    return [rung.student_steps for rung in todo]
+
+
+def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> None:
+    """Trains rungs in order, the first one from its newest checkpoint if it has one. ToBeContinued if asked to stop."""
+    config, runtime = shared.config, shared.runtime
     resumed = newest(partial_rung(config, todo[0]) / CHECKPOINTS, shared.identity)
     runtime.wait()
     log = None
@@ -121,12 +129,13 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         if resumed is not None:
             starts[todo[0].student_steps] = (resumed.phase, resumed.step)
         log = TrainingLog(config.run_dir / "log.jsonl", drop_rungs=starts)
-    for rung in todo:
-        _train_rung(shared, rung, log, resumed)
-        resumed = None
-    if log is not None:
-        log.close()
-    return [rung.student_steps for rung in todo]
+    try:
+        for rung in todo:
+            _train_rung(shared, rung, log, resumed, stop)
+            resumed = None
+    finally:
+        if log is not None:
+            log.close()
 
 
 def rungs_to_copy(config: RunConfig) -> list[TakenRung]:
@@ -217,7 +226,9 @@ def partial_rung(config: RunConfig, rung: Rung) -> Path:
     return config.run_dir / "rungs" / f".{rung.student_steps}.partial"
 
 
-def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None, resumed: Checkpoint | None) -> None:
+def _train_rung(
+    shared: Shared, rung: Rung, log: TrainingLog | None, resumed: Checkpoint | None, stop: StopRequest
+) -> None:
     """Trains a rung from its first phase, or continues it from a checkpoint."""
     config, network = shared.config, shared.network
     position = config.ladder.index(rung)
@@ -242,7 +253,7 @@ def _train_rung(shared: Shared, rung: Rung, log: TrainingLog | None, resumed: Ch
     prompts, folder = list(config.preview.prompts), partial / "previews"
     preview = Preview(shared.painter, shared.cache, prompts, seed=config.seed, folder=folder)
     predicted = config.prediction_types(shared.undistilled.prediction_type)
-    training = _RungTraining(shared, rung, predicted, preview, log, checkpoints)
+    training = _RungTraining(shared, rung, predicted, preview, log, checkpoints, stop)
     training.train(resumed)
     shared.runtime.wait()
     if shared.runtime.is_main:
@@ -281,6 +292,7 @@ class _RungTraining:
     preview: Preview
     log: TrainingLog | None
     checkpoints: Checkpoints
+    stop: StopRequest
 
     def train(self, resumed: Checkpoint | None) -> None:
         """Trains the phases in order; from a checkpoint, those that were not finished there."""
@@ -333,11 +345,19 @@ class _RungTraining:
         shared, rung = self.shared, self.rung
         setup = self._setup(number, phase, carried)
 
-        def save_if_due(state: PhaseState) -> None:
-            if self.checkpoints.is_due:
+        def save_and_stop(state: PhaseState) -> None:
+            exit_code = shared.runtime.largest(self.stop.exit_code)
+            if exit_code or self.checkpoints.is_due:
                 self._save(number, state.step, state.state_dict(), carried)
+            if exit_code:
+                self.checkpoints.wait()
+                raise ToBeContinued(
+                    f"stopped ({self.stop.reason}) after update {state.step} of {phase.max_train_steps} of {setup.title}; "
+                    f"the same command continues there",
+                    exit_code,
+                )
 
-        run_phase(setup, runtime=shared.runtime, log=self.log, start=start, after_update=save_if_due)
+        run_phase(setup, runtime=shared.runtime, log=self.log, start=start, after_update=save_and_stop)
         if shared.runtime.is_main:
             path = self.preview.folder / f"phase{number}-{phase.title}-end.json"
             shared.looks.write(path, setup.student, steps=rung.student_steps)

@@ -92,6 +92,12 @@ class Runtime:
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
 
+    def largest(self, number: int) -> int:
+        """The largest of a number's values over the processes, for decisions that all of them must make alike."""
+        if self.num_processes == 1:
+            return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
+
     def peak_memory(self) -> dict[str, float]:
         """Peak bytes allocated on the GPU since the last call, under the log's key; empty on the CPU."""
         if self.device.type != "cuda":

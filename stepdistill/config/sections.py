@@ -93,6 +93,9 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint: Checkpoint = Checkpoint()
     """Checkpoints within a rung."""
+    max_minutes: PositiveFloat | None = None
+    """Minutes after which a command stops training between two updates, saves the state and exits with code 75, so that the
+    same command continues there; for clusters that end jobs without notice. Default: no limit."""
     logging_steps: PositiveInt = 20
     """If the output is not a terminal, print a line every so many updates; the JSONL log has every update."""
     preview_steps: Annotated[int, Field(ge=0)] = 0

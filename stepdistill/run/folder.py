@@ -22,6 +22,7 @@ _MAY_CHANGE = (
     "preview",
     "training.checkpoint",
     "training.logging_steps",
+    "training.max_minutes",
     "training.preview_steps",
 )
 TEACHER_RECORD = "teacher.json"

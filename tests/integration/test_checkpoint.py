@@ -2,12 +2,18 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
+import yaml
 
 from stepdistill import ladder, stages
 from stepdistill.config import ConfigError
+from stepdistill.config.saved import resolved
 from stepdistill.disk.durable import read_json, sealed, write_json
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
@@ -95,8 +101,21 @@ def files_below(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("name", LADDERS)
-@pytest.mark.parametrize("ema", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+FAST = "mse, paired, single"
+
+
+@pytest.mark.parametrize(
+    ("name", "ema"),
+    [
+        (FAST, 0.0),
+        *(
+            pytest.param(n, e, marks=pytest.mark.slow)
+            for n in LADDERS
+            for e in (0.0, 0.5)
+            if (n, e) != (FAST, 0.0)
+        ),
+    ],
+)
 def test_stopped_at_any_update_it_continues_to_equal_weights_and_an_equal_log(
     cache, tmp_path, monkeypatch, name, ema
 ):
@@ -134,8 +153,14 @@ def test_only_the_newest_checkpoints_stay_and_hold_nothing_but_safetensors_and_j
     ]
 
 
-@pytest.mark.parametrize("part", [STATE, MANIFEST])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [
+        (STATE, "flipped"),
+        *(pytest.param(STATE, damage, marks=pytest.mark.slow) for damage in ("cut", "missing")),
+        *(pytest.param(MANIFEST, damage, marks=pytest.mark.slow) for damage in ("flipped", "cut", "missing")),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(interrupted, caplog, part, damage):
     newest, before = checkpoints_of(interrupted)
     caplog.set_level("INFO")
@@ -197,3 +222,50 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(cache, t
     stages.distill(config)
     assert "no checkpoint at phase 0, step 1: cannot write" in caplog.text
     assert len(weights_of(config)) == 2
+
+
+def started(config, tmp_path, *overrides):
+    """`stepdistill distill` as a process."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(resolved(config)))
+    command = [sys.executable, "-m", "stepdistill", "distill", str(path), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_update(config, process):
+    deadline = time.monotonic() + 300
+    while not (config.run_dir / "log.jsonl").is_file() or not log_of(config):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_update_finish_saves_and_says_how_to_continue(cache, tmp_path, number, code):
+    long = [MSE | {"max_train_steps": 200}]
+    config = prepared(config_of(tmp_path, long, "training.checkpoint.every_minutes=60"), cache)
+    process = started(config, tmp_path)
+    wait_for_update(config, process)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == code, messages
+    steps = len(log_of(config))
+    assert messages.count(f"stopped ({number.name}) after update {steps} of 200 of 8 -> 4 mse") == 1
+    assert [folder.name for folder in checkpoints_of(config)] == [f"phase0-step{steps:06d}"]
+    assert "Traceback" not in messages
+
+
+@pytest.mark.slow
+def test_a_time_budget_stops_a_command_and_the_next_one_continues(cache, tmp_path):
+    config = prepared(config_of(tmp_path / "a", LADDERS["mse"]), cache)
+    straight = prepared(config_of(tmp_path / "b", LADDERS["mse"]), cache)
+    stages.distill(straight)
+    codes = []
+    while not codes or codes[-1] == 75:
+        process = started(config, tmp_path, "training.max_minutes=1e-6")
+        process.communicate(timeout=300)
+        codes.append(process.returncode)
+    assert codes == [75] * (2 * UPDATES) + [0]
+    assert weights_of(config) == weights_of(straight)
+    assert log_of(config) == log_of(straight)

@@ -1,0 +1,66 @@
+"""Stopping a training between two updates: on SIGTERM, on SIGINT (Ctrl-C), or once a time budget is used. No torch.
+
+The first signal lets the update in progress finish, and its state is saved. A second one ends the process at once.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+TO_BE_CONTINUED, INTERRUPTED = 75, 130
+"""Exit codes: EX_TEMPFAIL of sysexits.h, which schedulers take as "start it again", and a shell's for SIGINT."""
+_EXIT_CODES = {signal.SIGTERM: TO_BE_CONTINUED, signal.SIGINT: INTERRUPTED}
+
+
+class ToBeContinued(Exception):
+    """Training stopped between two updates, with its state on disk; `exit_code` is the command's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopRequest:
+    """Context manager that notices requests to stop. Signals are noticed in the main thread only.
+
+    max_minutes: time after which training is to stop; None: no limit.
+    """
+
+    def __init__(self, *, max_minutes: float | None) -> None:
+        self._until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._signal: int | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._notice) for number in _EXIT_CODES}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code to stop with; 0 if training is to go on."""
+        if self._signal is not None:
+            return _EXIT_CODES[signal.Signals(self._signal)]
+        return TO_BE_CONTINUED if self._until is not None and time.monotonic() >= self._until else 0
+
+    @property
+    def reason(self) -> str:
+        """Why training is to stop, for the message."""
+        return "training.max_minutes is used" if self._signal is None else signal.Signals(self._signal).name
+
+    def _notice(self, number: int, _frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os._exit(_EXIT_CODES[signal.Signals(number)])
+        self._signal = number
+        logger.info("%s: stops after this update; a second signal stops at once", signal.Signals(number).name)
