@@ -114,7 +114,9 @@ class Checkpoints:
             "carried": _flattened(carried, "carried", tensors),
         }
         folder = self._folder / f"phase{phase}-step{step:06d}"
-        self._thread = threading.Thread(target=self._write, args=(folder, about, tensors))
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, about, tensors), name="checkpoint writer"
+        )
         self._thread.start()
 
     def remove(self) -> None:
