@@ -40,7 +40,7 @@ from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest
 from stepdistill.training.measure_looks import PhaseLooks
 from stepdistill.training.painter import Painter
-from stepdistill.training.phase import PhaseSetup, PhaseState, run_phase
+from stepdistill.training.phase import PhaseSetup, PhaseState, copied, run_phase
 from stepdistill.training.preview import MOST_TEACHER_STEPS, Preview
 
 logger = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: 
         teacher_steps=rung.teacher_steps,
         prediction_type=prediction_type,
         lora_rank=shared.config.lora.rank,
-        base_fingerprint=fingerprint(shared.base),
+        base_fingerprint=shared.identity.base,
         sha256=sha256_file(partial / WEIGHT_NAME),
         training_seconds=seconds,
         start_timestep=rung.start_timestep,
@@ -306,7 +306,7 @@ class _RungTraining:
                 continue
             carried = self._train_phase(number, phase, carried, start) or carried
             start = None
-            if number + 1 < len(self.rung.phases):
+            if self.shared.runtime.is_main and number + 1 < len(self.rung.phases):
                 self._save(number + 1, 0, self._between_phases(), carried)
 
     def _load(self, resumed: Checkpoint) -> dict[str, Any] | None:
@@ -325,14 +325,12 @@ class _RungTraining:
         return None
 
     def _between_phases(self) -> dict[str, Any]:
-        """All that one phase leaves for the next, besides its discriminator."""
+        """A copy of all that one phase leaves for the next, besides its discriminator."""
         student = adapters.adapter_state(self.shared.network.model, STUDENT)
-        copies = {name: tensor.detach().cpu().clone() for name, tensor in student.items()}
-        return {"student": copies, "loss_scale": self.shared.runtime.loss_scale_state()}
+        return copied({"student": student, "loss_scale": self.shared.runtime.loss_scale_state()})
 
     def _save(self, phase: int, step: int, state: dict[str, Any], carried: DiscriminatorState | None) -> None:
-        if self.shared.runtime.is_main:
-            self.checkpoints.save(phase, step, state, None if carried is None else vars(carried))
+        self.checkpoints.save(phase, step, state, None if carried is None else vars(carried))
 
     def _train_phase(
         self, number: int, phase: Phase, carried: DiscriminatorState | None, start: dict[str, Any] | None
@@ -347,7 +345,7 @@ class _RungTraining:
 
         def save_and_stop(state: PhaseState) -> None:
             exit_code = shared.runtime.largest(self.stop.exit_code)
-            if exit_code or self.checkpoints.is_due:
+            if shared.runtime.is_main and (exit_code or self.checkpoints.is_due):
                 self._save(number, state.step, state.state_dict(), carried)
             if exit_code:
                 self.checkpoints.wait()

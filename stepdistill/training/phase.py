@@ -81,7 +81,7 @@ class PhaseState:
         """A copy of the whole state: numbers, and tensors by name."""
         discriminator = self._setup.discriminator
         learned = None if discriminator is None else discriminator.state()
-        return _copied(
+        return copied(
             {
                 "step": self.step,
                 "overflows": self.overflows,
@@ -101,7 +101,7 @@ class PhaseState:
         if self._setup.discriminator is not None:
             self._setup.discriminator.load_state(DiscriminatorState(**state["discriminator"]), strict=True)
         for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(_copied(state["optimizers"][role]))
+            optimizer.load_state_dict(copied(state["optimizers"][role]))
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step, self.overflows, self.seconds = state["step"], state["overflows"], state["seconds"]
@@ -305,14 +305,14 @@ def _check_parts(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         )
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """Copies nested mappings and lists, with each tensor moved to the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, Mapping):
-        return {key: _copied(part) for key, part in value.items()}
+        return {key: copied(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_copied(part) for part in value]
+        return [copied(part) for part in value]
     return value
 
 

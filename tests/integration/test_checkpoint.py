@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(interrupted, caplog,
     assert f"{newest} is missing or not as it was written" in caplog.text
     assert "continues in phase 1 after 1 of 3 updates" in caplog.text
     assert len({(r["rung"], r["phase"], r["step"]) for r in log_of(interrupted)}) == len(log_of(interrupted))
-    assert before.name not in files_below(interrupted.run_dir)
+    assert not before.parent.exists()
 
 
 def test_if_all_are_damaged_the_rung_starts_again_with_a_warning(interrupted, caplog):
