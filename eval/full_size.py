@@ -26,6 +26,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from random_teacher import build, build_vae, unet_config
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,7 +53,7 @@ def saved_bytes(run: Any) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            bytes_by_storage[storage._cdata] = storage.nbytes()
+            bytes_by_storage[StorageWeakRef(storage).cdata] = storage.nbytes()
             saved.append(tensor)
         return tensor
 
@@ -79,7 +80,7 @@ class _Live(TorchDispatchMode):
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()
+        place, size = StorageWeakRef(storage).cdata, storage.nbytes()
         if not self._holders[place]:
             self._now += size
             self.peak = max(self.peak, self._now)

@@ -60,9 +60,10 @@ def prepare(config: RunConfig) -> None:
 
     write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
-    check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
+    teacher = TeacherFacts.of_folder(teacher_folder(config))
+    check_ladder_fits(config, teacher)
     if Processes().is_main:
-        for about, remedy in unfit_settings(config, TeacherFacts.of_folder(teacher_folder(config))):
+        for about, remedy in unfit_settings(config, teacher):
             logger.warning("prepare: %s; mend: %s", about, remedy)
     manifest = run_dir / "cache" / "manifest.json"
     before = read_sealed(manifest)

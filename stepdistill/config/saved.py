@@ -39,7 +39,7 @@ def saved_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(
-            f"{run_dir} is no run folder: it has no config.yaml; the folder of a run is output_dir/name"
+            f"{run_dir} is not the folder of a run: it has no config.yaml; the folder of a run is output_dir/name"
         )
     try:
         raw = plain_yaml(path.read_text(encoding="utf-8"))

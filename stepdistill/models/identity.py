@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+_COMPILED = "_orig_mod"
+"""Attribute in which torch.compile's wrapper keeps the module. It is private; no public name exists."""
 _COUNT = 32
 _TOLERANCE = 0.02
 """Relative difference up to which two numbers count as equal: bfloat16 rounds to 0.4 %."""
@@ -72,6 +74,11 @@ def identity_of(unet: torch.nn.Module) -> BaseIdentity:
     )
 
 
+def uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module without torch.compile's wrapper."""
+    return getattr(module, _COMPILED, module)
+
+
 def layer_shapes(unet: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Module name -> shape of its weight, (out, in) or (out, in, k, k), for all linear and convolution layers.
 
@@ -93,7 +100,7 @@ def layer_shapes(unet: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _plain_name(name: str) -> str:
     """The name without the parts that compiling and adapters add to it."""
-    return name.removeprefix("_orig_mod.").replace(".base_layer", "")
+    return name.removeprefix(f"{_COMPILED}.").replace(".base_layer", "")
 
 
 def _some(matrices: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, float]:

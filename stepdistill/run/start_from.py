@@ -66,7 +66,7 @@ def rungs_to_take(config: RunConfig, *, base_prediction_type: str | None) -> lis
     record = RungRecord.read(folder)
     if record is None:
         raise ConfigError(
-            f"start_from: got {config.start_from!r}, which is no finished rung; allowed: a rung's folder of another run, "
+            f"start_from: got {config.start_from!r}, which is not a finished rung; allowed: a rung's folder of another run, "
             f"such as runs/NAME/rungs/32"
         )
     students = [rung.student_steps for rung in config.ladder]
@@ -91,7 +91,7 @@ def _rung(config: RunConfig, index: int, start: Path, start_record: RungRecord) 
     record = start_record if is_start else RungRecord.read(folder)
     if record is None:
         raise ConfigError(
-            f"start_from: got {config.start_from!r}, but {folder}, which this ladder has before it, is no finished rung; "
+            f"start_from: got {config.start_from!r}, but {folder}, which this ladder has before it, is not a finished rung; "
             f"allowed: a ladder that begins with {start_record.teacher_steps} -> {start_record.student_steps}"
         )
     return TakenRung(folder, record)

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from stepdistill.export.scheduler import trained_timesteps
 from stepdistill.models.adapters import lora_layers
-from stepdistill.models.identity import BaseIdentity, identity_of, layer_shapes
+from stepdistill.models.identity import BaseIdentity, identity_of, layer_shapes, uncompiled
 from stepdistill.models.lora_file import Lora, check_fits
 from stepdistill.run.rungs import RungRecord
 
@@ -50,7 +50,7 @@ def unet_of(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
         raise ValueError(
             f"a {type(pipeline).__name__} has no U-Net; allowed: pipelines of SD1.5, SD2.x and SDXL"
         )
-    return getattr(unet, "_orig_mod", unet)
+    return uncompiled(unet)
 
 
 def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> None:

@@ -165,7 +165,7 @@ def _use_tokenizer(folder: Path, name: str, kind: str, encoder: CLIPTextConfig) 
 
 
 def _class_of(library: ModuleType, name: str, base: type) -> Any:
-    """The class of that name in a library; None if there is no such class or it is no subclass of `base`."""
+    """The class of that name in a library; None if there is no such class or it is not a subclass of `base`."""
     member = getattr(library, name, None)
     return member if isinstance(member, type) and issubclass(member, base) else None
 

@@ -49,7 +49,7 @@ class TeacherFacts:
         """scheduler/scheduler_config.json; ValueError if it is missing or broken."""
         if not self.configs["scheduler"]:
             path = self.folder / _CONFIG_FILES["scheduler"]
-            raise ValueError(f"{path} is missing or is no JSON object")
+            raise ValueError(f"{path} is missing or is not a JSON object")
         return self.configs["scheduler"]
 
     @property

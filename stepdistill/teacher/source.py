@@ -47,7 +47,7 @@ def _check_teacher(config: RunConfig) -> None:
 
 
 def _check_file(config: RunConfig) -> None:
-    """ConfigError if a single file is no complete checkpoint, or teacher.config holds no configs of a pipeline."""
+    """ConfigError if a single file is not a complete checkpoint, or teacher.config holds no configs of a pipeline."""
     path, configs = Path(config.teacher.path).expanduser(), config.teacher.config
     if not path.exists():
         raise ConfigError(f"teacher.path: got {config.teacher.path!r}, which does not exist")
@@ -194,7 +194,9 @@ def cached_repository(path: str, revision: str | None) -> Path | None:
     try:
         index = try_to_load_from_cache(path, "model_index.json", revision=revision)
     except HFValidationError as error:
-        raise ConfigError(f"teacher.path: got {path!r}, which is no repository of the Hub: {error}") from None
+        raise ConfigError(
+            f"teacher.path: got {path!r}, which is not a repository of the Hub: {error}"
+        ) from None
     return Path(index).parent if isinstance(index, str) else None
 
 

@@ -243,7 +243,7 @@ def test_disk_need_counts_the_teacher_that_prepare_writes(tmp_path, kind):
 
 def test_an_invalid_repository_name_is_a_problem(tmp_path, pictures):
     config = tiny_config(tmp_path, "teacher.path=models/my--model", f"data.source={pictures}")
-    assert [f for f in problems(config) if "'models/my--model', which is no repository" in f.about]
+    assert [f for f in problems(config) if "'models/my--model', which is not a repository" in f.about]
 
 
 def test_checks_that_need_the_configs_of_an_absent_teacher_are_noted_as_skipped(tmp_path, pictures):

@@ -163,6 +163,12 @@ def test_a_missing_key_and_a_missing_file_are_named(tmp_path):
         load_config(broken)
 
 
+def test_an_override_of_a_text_field_is_text():
+    """A commit such as 7112e88 is also a number in scientific notation."""
+    config = load_config(CONFIG, ["teacher.revision=7112e88", "name=1e5"])
+    assert (config.teacher.revision, config.name) == ("7112e88", "1e5")
+
+
 def test_overrides_reach_lists_and_numbers_like_1e_3():
     config = load_config(CONFIG, ["ladder.0.phases.0.learning_rate=1e-3", "seed=7", "ladder.3.node_steps=4"])
     assert config.ladder[0].phases[0].learning_rate == 1e-3
@@ -209,7 +215,7 @@ def test_the_config_of_a_moved_run_folder_can_be_read(tmp_path):
     moved = read_run_config(tmp_path / "moved")
     assert moved.run_dir == tmp_path / "moved"
     assert moved.ladder == config.ladder
-    with pytest.raises(ConfigError, match="no run folder"):
+    with pytest.raises(ConfigError, match="not the folder of a run"):
         read_run_config(tmp_path)
 
 

@@ -308,7 +308,7 @@ def test_the_folder_of_a_comparison_is_beside_the_runs(run, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "is no run folder"),
+        (lambda folder: None, "is not the folder of a run"),
         (lambda folder: write_training(folder, updates=0, finished=()), "has nothing to report yet"),
         (lambda folder: (folder.mkdir(), (folder / "config.yaml").write_text("[1")), "cannot read"),
         (

@@ -82,7 +82,7 @@ def test_a_rung_that_does_not_fit_is_refused_before_anything_is_trained(tmp_path
 
 def test_a_folder_that_is_not_a_rung_and_missing_earlier_rungs_are_named(tmp_path, first):
     with pytest.raises(
-        ConfigError, match=r"start_from: got '.*first', which is no finished rung; allowed: a rung's"
+        ConfigError, match=r"start_from: got '.*first', which is not a finished rung; allowed: a rung's"
     ):
         check_run(forked(tmp_path, first))
     lone = tmp_path / "lone" / "8"
