@@ -128,4 +128,4 @@ def test_a_rung_that_is_not_in_the_ladder_is_refused(tmp_path):
 def test_sample_of_a_folder_that_is_not_a_run_is_refused(tmp_path):
     completed, _ = stepdistill("sample", str(tmp_path), "--prompt", "a red letter a on white")
     assert completed.returncode == 2
-    assert "no run folder" in completed.stderr
+    assert "not the folder of a run" in completed.stderr
