@@ -50,10 +50,10 @@ from side_by_side import (
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import read_json, write_json
+from stepdistill.errors import NonFiniteError
 from stepdistill.evaluation.check import check_evaluation
 from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.runtime import source_commit
-from stepdistill.training.optim import NonFiniteError
 
 PICTURE = {
     "teacher-4": "teacher 4",

@@ -1,30 +1,57 @@
 """`stepdistill run|doctor|prepare|distill|export|extract|evaluate|report|sample`: the command line.
 
-A user's mistake ends in one line on standard error and exit code 2. torch is imported only once the config is valid.
+An error that a user can mend ends in one line on standard error; errors.py lists the exit codes. torch is imported only once
+the config is valid.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
 import yaml
+from typer.core import TyperGroup
 
 from stepdistill import plan, stages
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.load import load_config
 from stepdistill.config.saved import resolved
 from stepdistill.disk.places import is_folder
+from stepdistill.errors import EXPECTED, INTERRUPTED, TO_BE_CONTINUED, ToBeContinued
 from stepdistill.messages import printable, short
 from stepdistill.run.rungs import finished_rungs
-from stepdistill.run.stop import ToBeContinued
+
+
+class _Commands(TyperGroup):
+    """The commands. Turns Ctrl-C and SIGTERM into ToBeContinued, before typer would end the process with a message of its
+    own."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            name, code = (
+                ("SIGTERM", TO_BE_CONTINUED) if isinstance(stop, _Terminated) else ("Ctrl-C", INTERRUPTED)
+            )
+            message = f"stopped ({name}); the same command continues with what is finished"
+            raise ToBeContinued(message, code) from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM; like Ctrl-C, it is not an Exception, so that no code on the way takes it for an error that it can handle."""
+
 
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -194,28 +221,21 @@ def sample(
 
 
 def guarded(command: Callable[[], object]) -> int:
-    """Runs a command and returns its exit code: 2 for a user's mistake, 1 for non-finite numbers, 75 and 130 for a training
-    that was stopped and can be continued, 130 for Ctrl-C elsewhere; each is reported in one line.
-    """
+    """Runs a command and returns its exit code, as listed in errors.py; all but errors of the program itself are reported
+    in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("stepdistill").setLevel(logging.INFO)
     try:
-        command()
+        with _terminable():
+            command()
     except ValueError as error:
         if not _raised_here(error):
             raise
         print(f"stepdistill: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except ToBeContinued as stopped:
-        print(f"stepdistill: {printable(str(stopped))}", file=sys.stderr)
-        return stopped.exit_code
-    except RuntimeError as error:
-        from stepdistill.training.optim import NonFiniteError
-
-        if not isinstance(error, NonFiniteError):
-            raise
+        return getattr(error, "exit_code", 2)
+    except EXPECTED as error:
         print(f"stepdistill: {printable(str(error))}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
@@ -227,13 +247,24 @@ def guarded(command: Callable[[], object]) -> int:
         return 2
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
-    except KeyboardInterrupt:
-        print(
-            "stepdistill: interrupted; the same command continues with what is finished",
-            file=sys.stderr,
-        )
-        return 130
     return 0
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM raise _Terminated in the main thread. While a rung trains, run/stop.py handles it instead."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _OF_THE_DISK = (

@@ -16,6 +16,7 @@ from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.disk.durable import read_sealed, replace_folder, sha256_file, sha256_json, writing
 from stepdistill.disk.places import clear_half_written
+from stepdistill.errors import ToBeContinued
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
@@ -27,7 +28,7 @@ from stepdistill.run.folder import config_hash
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, take_rungs
-from stepdistill.run.stop import StopRequest, ToBeContinued
+from stepdistill.run.stop import StopRequest
 from stepdistill.runtime import Processes, Runtime, environment, release_memory
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import (

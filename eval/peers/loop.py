@@ -10,12 +10,13 @@ from stepdistill import rng
 from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch, draw_batch
 from stepdistill.disk.durable import read_json, write_json
+from stepdistill.errors import NonFiniteError
 from stepdistill.ladder import load_shared, save_lora
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.run.log import PhaseProgress
 from stepdistill.runtime import Runtime
-from stepdistill.training.optim import NonFiniteError, RoleOptimizer
+from stepdistill.training.optim import RoleOptimizer
 
 TIMESTEPS = 1000
 

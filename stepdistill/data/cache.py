@@ -18,6 +18,7 @@ from stepdistill.config import RunConfig
 from stepdistill.data.order import samples_of_update
 from stepdistill.data.shards import Places, Shard, Size, is_intact, read_about
 from stepdistill.disk.durable import read_sealed, sha256_file
+from stepdistill.errors import DataError
 from stepdistill.models.network.conditioning import Conditioning
 
 TEXT = "text.safetensors"
@@ -119,7 +120,7 @@ def open_cache(folder: Path) -> LatentCache:
     manifest = read_sealed(folder / "manifest.json")
     broken = _broken(folder, manifest)
     if manifest is None or broken is not None:
-        raise ValueError(
+        raise DataError(
             f"no intact cache in {folder} ({broken}): run `stepdistill prepare` (pipelines/prepare.py) first"
         )
     text = load_file(folder / TEXT)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from stepdistill.config.data import Kind
+from stepdistill.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _ANIMATED = ("PNG", "WEBP")
@@ -23,7 +24,7 @@ MOST_BYTES = 2**28
 MOST_CAPTION_BYTES = 2**17
 
 
-class BadSample(ValueError):
+class BadSample(DataError):
     """A sample that cannot be trained on; `kind` classifies what is wrong with it, the message describes it."""
 
     def __init__(self, kind: Kind, message: str) -> None:

@@ -41,6 +41,7 @@ from stepdistill.disk.durable import (
     writing,
 )
 from stepdistill.disk.places import clear_half_written
+from stepdistill.errors import DataError, DistributedError
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.encode import encode_prompts, encode_unconditional
 from stepdistill.models.network.kind import load_network
@@ -185,7 +186,7 @@ class _CacheBuilder:
         for number in range(self._count):
             about = read_about(self._path(number))
             if about is None or about["key"] != self._key:
-                raise ValueError(
+                raise DistributedError(
                     f"{self._path(number)} is missing: another process stopped; mend: run the same command again"
                 )
             self._bad.extend(*json.loads(about["bad"]))
@@ -247,14 +248,14 @@ class _CacheBuilder:
         allowed = self._config.data.max_bad_fraction
         seen = self._seen if final else max(self._seen, self._per_shard)
         if self._bad.total > allowed * seen:
-            raise ValueError(
+            raise DataError(
                 f"data.max_bad_fraction: {self._bad.total} of {self._seen} samples are bad, allowed: {allowed:g}: "
                 f"{self._bad}; mend: {self._remedy()}; the shards written so far stay"
             )
         if final:
             not_empty(self._config.data, self._seen)
         if final and self._bad.total == self._seen:
-            raise ConfigError(
+            raise DataError(
                 f"data.source: got {self._config.data.source!r}, none of whose {self._seen} samples is usable: {self._bad}; "
                 f"mend: {self._remedy()}"
             )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from stepdistill.errors import DataError
+
 _BLOCK = tarfile.BLOCKSIZE
 _MOST_HEADER_DATA = 2**16
 _LONG_NAME, _PAX, _GLOBAL_PAX = b"L", b"x", b"g"
@@ -19,7 +21,7 @@ _SPARSE_FURTHER, _SPARSE_FURTHEST = 482, 504
 """Offsets of the byte that says that another header block follows: in a sparse file's header, in each block after it."""
 
 
-class BrokenArchive(ValueError):
+class BrokenArchive(DataError):
     """A tar archive that cannot be read any further."""
 
 

@@ -11,18 +11,10 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from stepdistill.errors import INTERRUPTED, TO_BE_CONTINUED
+
 logger = logging.getLogger(__name__)
-TO_BE_CONTINUED, INTERRUPTED = 75, 130
-"""Exit codes: EX_TEMPFAIL of sysexits.h, which schedulers take as "start it again", and a shell's for SIGINT."""
 _EXIT_CODES = {signal.SIGTERM: TO_BE_CONTINUED, signal.SIGINT: INTERRUPTED}
-
-
-class ToBeContinued(Exception):
-    """Training stopped between two updates, with its state on disk; `exit_code` is the command's."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 class StopRequest:

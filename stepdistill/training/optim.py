@@ -8,10 +8,6 @@ import torch
 from diffusers.training_utils import EMAModel
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient was not finite; nothing was updated."""
-
-
 class RoleOptimizer:
     """Adam on one role's parameters, with linear warm-up and cosine decay, without weight decay.
 

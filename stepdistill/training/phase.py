@@ -12,6 +12,7 @@ from stepdistill import rng
 from stepdistill.config import Phase, Rung, Training
 from stepdistill.data.batches import Batch, ahead, draw_batch
 from stepdistill.data.cache import LatentCache
+from stepdistill.errors import NonFiniteError
 from stepdistill.models.adapters import adapter_state, load_adapter_state
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator, DiscriminatorState
@@ -19,7 +20,7 @@ from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime
 from stepdistill.training.losses import Losses, losses_of
-from stepdistill.training.optim import MovingAverage, NonFiniteError, RoleOptimizer
+from stepdistill.training.optim import MovingAverage, RoleOptimizer
 from stepdistill.training.samples import Samples
 
 _MOST_OVERFLOWS = 20  # of float16 in a row; each one halves the loss scale

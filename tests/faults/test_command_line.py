@@ -1,10 +1,22 @@
 """Mistakes at the command line: one line, exit code 2, under two seconds, nothing written."""
 
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from stepdistill import errors
+from stepdistill.cli import guarded
+from stepdistill.errors import (
+    CheckpointError,
+    DataError,
+    DistributedError,
+    FolderInUseError,
+    NonFiniteError,
+    OutOfMemoryError,
+)
 
 
 def stepdistill(*arguments, cwd=None):
@@ -110,7 +122,7 @@ def test_a_stage_script_names_the_stage_that_must_run_first(tmp_path, stage):
         text=True,
         check=False,
     )
-    assert completed.returncode == 2
+    assert completed.returncode == (4 if stage == "distill" else 2)
     before = {"distill": "prepare", "export": "distill", "evaluate": "distill", "report": "distill"}[stage]
     assert f"stepdistill {before}" in completed.stderr
     assert "Traceback" not in completed.stderr
@@ -129,3 +141,48 @@ def test_sample_of_a_folder_that_is_not_a_run_is_refused(tmp_path):
     completed, _ = stepdistill("sample", str(tmp_path), "--prompt", "a red letter a on white")
     assert completed.returncode == 2
     assert "not the folder of a run" in completed.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FolderInUseError, DataError, CheckpointError, NonFiniteError, OutOfMemoryError, DistributedError],
+)
+def test_each_expected_error_is_one_line_with_its_exit_code(error, capsys):
+    """Raised by code of the package, because a ValueError from elsewhere keeps its traceback."""
+
+    def command():
+        exec(compile("raise error('what went wrong')", errors.__file__, "exec"), {"error": error})
+
+    assert guarded(command) == error.exit_code
+    assert capsys.readouterr().err == "stepdistill: what went wrong\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "name"), [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
+)
+def test_a_signal_outside_training_is_one_line(tmp_path, number, code, name):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "stepdistill",
+            "prepare",
+            "letters",
+            f"output_dir={tmp_path}",
+            "data.num_images=100000",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "letters" / "config.yaml").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (
+        messages.splitlines()[-1]
+        == f"stepdistill: stopped ({name}); the same command continues with what is finished"
+    )
+    assert "Traceback" not in messages

@@ -18,6 +18,7 @@ from stepdistill.data.cache import load_cache
 from stepdistill.data.prepare import prepare
 from stepdistill.data.shards import read_about, write_shard
 from stepdistill.disk.durable import read_sealed, write_sealed
+from stepdistill.errors import NonFiniteError
 from stepdistill.evaluation.draw.rows import Row, lora_row
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.export.card import model_card
@@ -33,7 +34,6 @@ from stepdistill.run.rungs import WEIGHT_NAME, finished_rungs, read_rung, rung_f
 from stepdistill.sampling import load_rung
 from stepdistill.teacher.folder import embedded_folder
 from stepdistill.teacher.loading import load_noise_path, load_pipeline
-from stepdistill.training.optim import NonFiniteError
 from tests.integration.conftest import tiny_config
 
 RUNGS = [32, 8, 4, 2, 1]

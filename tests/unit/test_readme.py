@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from stepdistill import errors
+
 RESULTS = Path("eval/results/peers.json")
 PEERS = ("progressive", "lcm-lora", "dmd2-lora", "lightning")
 README = Path("README.md")
@@ -162,3 +164,15 @@ def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#]+)\)", Path(page).read_text())
     missing = [link for link in links if "://" not in link and not (Path(page).parent / link).exists()]
     assert missing == []
+
+
+def test_the_guide_lists_the_exit_codes_of_errors_py():
+    listed = dict(re.findall(r"^    (\d+) +(.+)$", errors.__doc__, flags=re.MULTILINE))
+    table = Path("docs/guide.md").read_text().split("| exit code | meaning |")[1].split("\n\n")[0]
+    assert dict(re.findall(r"^\| (\d+) \| (.+) \|$", table, flags=re.MULTILINE)) == listed
+    classes = [
+        c
+        for c in vars(errors).values()
+        if isinstance(c, type) and isinstance(getattr(c, "exit_code", None), int)
+    ]
+    assert {str(c.exit_code) for c in classes} == listed.keys() - {"0", "1", "2", "75", "130"}
