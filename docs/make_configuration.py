@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.config import RunConfig
+from stepdistill.config.schema import affects
+from stepdistill.config.section import Affects
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
@@ -17,8 +19,22 @@ A run is one YAML file. Each key stands under its section, with the values it ta
 command takes `key=value` after the file's name, such as `training.train_batch_size=8`; in a list, a number names the entry:
 `ladder.0.phases.0.max_train_steps=100`. A wrong key or value stops the command with one line that names it and what is
 allowed. `python docs/make_configuration.py` writes this page from the fields in the package.
+
+Once a run has started, settings that its weights depend on stay as they are; the exceptions are marked:
+
+- may change: no trained weight depends on it.
+- may change until its rung is finished: finished rungs are kept, and the rung is trained with the new value. If a checkpoint
+  of the rung depends on the old value, the command stops, lists each changed setting, and names the checkpoints to remove;
+  the state at the start of a phase does not depend on that phase's settings, so training then continues there.
+- may change with the other one: `train_batch_size` times `gradient_accumulation_steps` times the number of processes stays
+  the same.
 """
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+_CHANGES = {
+    Affects.NOTHING: "may change",
+    Affects.ITS_RUNG: "may change until its rung is finished",
+    Affects.SPLIT: "may change with the other one",
+}
 _TYPES = {
     "integer": "integer",
     "number": "number",
@@ -60,7 +76,8 @@ def _entry(key: str, field: dict[str, Any], schema: dict[str, Any], *, required:
     if "default" in field and inner is None:
         default = f"default {_shown(field.get('default'))}"
     about = " ".join((field.get("description") or (inner or {}).get("description") or "").split())
-    facts = ", ".join(part for part in (values, default) if part)
+    change = _CHANGES.get(affects(key.replace(".N", ".0"))) if inner is None else None
+    facts = ", ".join(part for part in (values, default, change) if part)
     return f"- `{key}` ({facts}): {about}"
 
 

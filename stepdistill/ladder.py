@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.disk.durable import read_sealed, replace_folder, sha256_file, sha256_json, writing
@@ -24,10 +24,11 @@ from stepdistill.models.lora_file import write_lora
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.rng import derive_seed
-from stepdistill.run.folder import config_hash
+from stepdistill.run.checkpoint_files import CHECKPOINTS, partial_rung
 from stepdistill.run.log import TrainingLog
-from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
-from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, take_rungs
+from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_record, read_rung, rung_folder
+from stepdistill.run.settings import settings_behind
+from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, take_rungs, taken_steps
 from stepdistill.run.stop import StopRequest
 from stepdistill.runtime import Processes, Runtime, environment, release_memory
 from stepdistill.teacher.facts import TeacherFacts
@@ -45,9 +46,7 @@ from stepdistill.training.phase import PhaseSetup, PhaseState, copied, run_phase
 from stepdistill.training.preview import MOST_TEACHER_STEPS, Preview
 
 logger = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"
-"""Folder of the checkpoints of a rung that is being trained."""
-_VERSIONS = ("python", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+_VERSIONS = ("commit", "python", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 _UNET_PREFIX = "unet."
 
 
@@ -73,17 +72,29 @@ class Shared:
     runtime: Runtime
 
     @functools.cached_property
-    def identity(self) -> Identity:
-        """What the checkpoints of this run belong to."""
-        training, versions = self.config.training, environment()
-        manifest = read_sealed(self.config.run_dir / "cache" / "manifest.json") or {}
+    def base_fingerprint(self) -> str:
+        """Identifies the base model."""
+        return fingerprint(self.base)
+
+    @property
+    def samples_per_update(self) -> int:
+        """Number of samples of an update, over all processes."""
+        training = self.config.training
+        return training.train_batch_size * training.gradient_accumulation_steps * self.runtime.num_processes
+
+    def identity(self, position: int, phase: int, step: int) -> Identity:
+        """What the state of rung number `position` after `step` updates of phase number `phase` belongs to."""
+        config, versions = self.config, environment()
+        manifest = read_sealed(config.run_dir / "cache" / "manifest.json") or {}
+        earlier = [
+            (r.student_steps, read_record(config.run_dir, r.student_steps)) for r in config.ladder[:position]
+        ]
         return Identity(
-            config=config_hash(self.config),
-            base=fingerprint(self.base),
+            settings=settings_behind(config, position=position, phase=phase, step=step),
+            rungs={str(steps): record.sha256 for steps, record in earlier if record is not None},
+            base=self.base_fingerprint,
             cache=sha256_json(manifest.get("shards")),
-            samples=training.train_batch_size
-            * training.gradient_accumulation_steps
-            * self.runtime.num_processes,
+            samples=self.samples_per_update,
             versions={name: str(versions[name]) for name in _VERSIONS},
         )
 
@@ -121,7 +132,9 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
 def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> None:
     """Trains rungs in order, the first one from its newest checkpoint if it has one. ToBeContinued if asked to stop."""
     config, runtime = shared.config, shared.runtime
-    resumed = newest(partial_rung(config, todo[0]) / CHECKPOINTS, shared.identity)
+    folder = partial_rung(config.run_dir, todo[0].student_steps) / CHECKPOINTS
+    resumed = newest(folder, functools.partial(shared.identity, config.ladder.index(todo[0])))
+    _check_samples(shared)
     runtime.wait()
     log = None
     if runtime.is_main:
@@ -137,6 +150,20 @@ def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> None:
     finally:
         if log is not None:
             log.close()
+
+
+def _check_samples(shared: Shared) -> None:
+    """ConfigError if a finished rung of this run was trained with another number of samples in an update."""
+    taken = taken_steps(shared.config)
+    for rung in [rung for rung in shared.config.ladder if rung.student_steps not in taken]:
+        record = read_record(shared.config.run_dir, rung.student_steps)
+        before = None if record is None else record.samples_per_update
+        if before not in (None, shared.samples_per_update):
+            raise ConfigError(
+                f"an update has {shared.samples_per_update} samples (training.train_batch_size times "
+                f"gradient_accumulation_steps times the number of processes), but the {rung.student_steps}-step rung was "
+                f"trained with {before}; allowed: other values or another number of processes, with a product of {before}"
+            )
 
 
 def rungs_to_copy(config: RunConfig) -> list[TakenRung]:
@@ -222,11 +249,6 @@ def _warn_of_rare_sizes(shared: Shared) -> None:
         )
 
 
-def partial_rung(config: RunConfig, rung: Rung) -> Path:
-    """The folder of a rung that is being trained."""
-    return config.run_dir / "rungs" / f".{rung.student_steps}.partial"
-
-
 def _train_rung(
     shared: Shared, rung: Rung, log: TrainingLog | None, resumed: Checkpoint | None, stop: StopRequest
 ) -> None:
@@ -235,7 +257,7 @@ def _train_rung(
     position = config.ladder.index(rung)
     if position:
         adapters.load_adapter_state(network.model, STUDENT, read_lora(config.run_dir, rung.teacher_steps))
-    partial = partial_rung(config, rung)
+    partial = partial_rung(config.run_dir, rung.student_steps)
     if shared.runtime.is_main:
         if resumed is None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -246,7 +268,7 @@ def _train_rung(
     options = config.training.checkpoint
     checkpoints = Checkpoints(
         partial / CHECKPOINTS,
-        shared.identity,
+        functools.partial(shared.identity, position),
         every_minutes=options.every_minutes,
         keep=options.keep,
         seconds=0.0 if resumed is None else resumed.seconds,
@@ -272,10 +294,11 @@ def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: 
         teacher_steps=rung.teacher_steps,
         prediction_type=prediction_type,
         lora_rank=shared.config.lora.rank,
-        base_fingerprint=shared.identity.base,
+        base_fingerprint=shared.base_fingerprint,
         sha256=sha256_file(partial / WEIGHT_NAME),
         training_seconds=seconds,
         start_timestep=rung.start_timestep,
+        samples_per_update=shared.samples_per_update,
     )
     record.write(partial)
     final = rung_folder(shared.config.run_dir, rung.student_steps)

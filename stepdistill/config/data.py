@@ -5,7 +5,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from stepdistill.config.section import ConfigError, FilePath, PositiveInt, Section, Steps
+from stepdistill.config.section import Affects, ConfigError, FilePath, PositiveInt, Section, Steps
 
 Kind = Literal[
     "image_missing",
@@ -29,7 +29,7 @@ _CURES = {"image_too_small": "min_side", "image_too_large": "max_pixels"}
 _STOPS: tuple[Kind, ...] = ("archive_broken", "latent_not_finite")
 
 
-class Data(Section):
+class Data(Section, affects=Affects.EVERY_RUNG):
     """The samples to distil on: pictures with captions, prompts alone, or the latents of another run."""
 
     source: FilePath = "letters"
@@ -60,10 +60,10 @@ class Data(Section):
     """A picture is bad (image_too_small) if its shorter side has fewer pixels than this."""
     max_pixels: PositiveInt = 2**26
     """A picture is bad (image_too_large) if it has more pixels than this; it is then not decoded."""
-    on_bad: dict[Kind, Literal["skip", "error"]] = Field(default_factory=dict)
+    on_bad: Annotated[dict[Kind, Literal["skip", "error"]], Affects.NOTHING] = Field(default_factory=dict)
     """What to do with a bad sample, by kind, such as {image_too_small: error}: skip leaves it out and counts it, error stops
     `prepare`. Default: error for archive_broken and latent_not_finite, skip for the other kinds."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1), Affects.NOTHING] = 0.01
     """`prepare` stops if more than this share of the samples is bad; what it has prepared by then is kept."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Data type of the latents and text embeddings in the cache."""

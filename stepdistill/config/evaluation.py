@@ -4,13 +4,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stepdistill.config.section import MOST_STEPS, BatchSize, ConfigError, FilePath, Name, Section, Steps
+from stepdistill.config.section import (
+    MOST_STEPS,
+    Affects,
+    BatchSize,
+    ConfigError,
+    FilePath,
+    Name,
+    Section,
+    Steps,
+)
 
 FewImages = Annotated[int, Field(gt=0, le=10_000)]
 Timestep = Annotated[int, Field(ge=0, lt=1000)]
 
 
-class LoraRow(Section):
+class LoraRow(Section, affects=Affects.NOTHING):
     """A row of the table for another LoRA of the same base model: a published one, or one of another run."""
 
     name: Name
@@ -35,7 +44,7 @@ class LoraRow(Section):
     """Value of eta, for the schedulers that take it (DDIM, TCD)."""
 
 
-class Evaluation(Section):
+class Evaluation(Section, affects=Affects.NOTHING):
     """The table of results: which pictures are drawn and what is measured on them."""
 
     num_images: Annotated[int, Field(ge=8, le=10**6)] = 500

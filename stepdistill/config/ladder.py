@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from stepdistill.config.objective_kinds import OBJECTIVES, check_kind, is_adversarial
-from stepdistill.config.section import ConfigError, PositiveFloat, PositiveInt, Section, Steps
+from stepdistill.config.section import Affects, ConfigError, PositiveFloat, PositiveInt, Section, Steps
 
 
-class DiscriminatorOptions(Section):
+class DiscriminatorOptions(Section, affects=Affects.ITS_RUNG):
     """The discriminator of a phase whose objective is `paired` or `single`."""
 
     trunk: Literal["lora", "full", "frozen"] = "lora"
@@ -39,7 +39,7 @@ ObjectiveName = Annotated[
 ]
 
 
-class WeightedObjective(Section):
+class WeightedObjective(Section, affects=Affects.ITS_RUNG):
     """One of several objectives of a phase."""
 
     kind: ObjectiveName
@@ -48,7 +48,7 @@ class WeightedObjective(Section):
     """Factor of this objective's student loss; the discriminator's loss is not multiplied."""
 
 
-class Phase(Section):
+class Phase(Section, affects=Affects.ITS_RUNG):
     """A number of updates that minimise the same objective or objectives."""
 
     objective: ObjectiveName | None = None
@@ -109,7 +109,7 @@ class Phase(Section):
         return student_prediction_type if self.loss_space == "auto" else self.loss_space
 
 
-class Rung(Section):
+class Rung(Section, affects=Affects.ITS_RUNG):
     """One rung of the ladder: a student learns to draw in student_steps what its teacher draws in teacher_steps."""
 
     teacher_steps: Steps

@@ -3,15 +3,16 @@
 import contextlib
 import copy
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from stepdistill.config import ConfigError, RunConfig, Section
+from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.saved import plain_yaml, read_run_config, resolved
+from stepdistill.config.schema import holds_text, section_at
 from stepdistill.config.shipped import shipped_configs
 from stepdistill.disk.places import is_folder
 from stepdistill.messages import first_line, short
@@ -111,7 +112,7 @@ def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
         value = plain_yaml(text)
     except (yaml.YAMLError, *_UNREADABLE):
         raise ConfigError(f"override {short(override)}: the value is not valid YAML") from None
-    if isinstance(value, str) and not _holds_text(key):
+    if isinstance(value, str) and not holds_text(key):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-3 as text
     return _with(raw, key, value, f"override {short(override)}")
@@ -157,30 +158,6 @@ def _explain(error: ValidationError) -> str:
     return f"{location}: got {short(got)} ({type(got).__name__}); allowed: {message[0].lower()}{message[1:]}"
 
 
-def _holds_text(key: str) -> bool:
-    """Whether the field at a dotted key is text, such as teacher.revision: 7112e88 is then a commit and not a number."""
-    *parents, last = key.split(".")
-    field = _section_at(parents).model_fields.get(last)
-    return field is not None and str in (field.annotation, *get_args(field.annotation))
-
-
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys of the section at a place in the config, such as ("teacher", "loras", 0)."""
-    return sorted(_section_at(location).model_fields)
-
-
-def _section_at(location: Iterable[int | str]) -> type[Section]:
-    """The class of the section at a place in the config; of the nearest one above it if there is no such place."""
-    section: type[Section] = RunConfig
-    for part in location:
-        if part in section.model_fields:
-            section = _section_in(section.model_fields[str(part)].annotation) or section
-    return section
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    """The section class in a field's annotation, which may be the class itself, a tuple of it, or a union with None."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    sections = (_section_in(argument) for argument in get_args(annotation))
-    return next((section for section in sections if section is not None), None)
+    return sorted(section_at(location).model_fields)

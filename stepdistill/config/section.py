@@ -1,8 +1,9 @@
 """The base class of all config sections, value types that they share, and ConfigError. No torch."""
 
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
@@ -44,8 +45,32 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 FilePath = Annotated[str, AfterValidator(_usable_path)]
 
 
+class Affects(Enum):
+    """Which trained weights a setting affects, and so whether it may change after a run has started.
+
+    Each section's class names one for its fields, as in `class Export(Section, affects=Affects.NOTHING)`; a field for which
+    that is wrong has its own in its annotation.
+    """
+
+    EVERY_RUNG = "every rung"
+    """Stays as it is."""
+    ITS_RUNG = "its rung"
+    """May change while the rung is not finished; a checkpoint that depends on it then refuses."""
+    SPLIT = "the split of an update's samples"
+    """May change as long as an update has the same number of samples over all processes."""
+    NOTHING = "nothing"
+    """May change at any time."""
+
+
 class Section(BaseModel):
     """Base of all sections: frozen; rejects unknown keys, numbers that are not finite, and text that is not valid UTF-8."""
+
+    affects: ClassVar[Affects | None] = None
+    """What the section's fields affect; None if each field says it, or is a section."""
+
+    def __init_subclass__(cls, *, affects: Affects | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.affects = affects
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 

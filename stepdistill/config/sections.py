@@ -9,6 +9,7 @@ from stepdistill.config.data import Data
 from stepdistill.config.evaluation import Evaluation
 from stepdistill.config.ladder import Rung, check_ladder
 from stepdistill.config.section import (
+    Affects,
     BatchSize,
     FilePath,
     Name,
@@ -19,7 +20,7 @@ from stepdistill.config.section import (
 )
 
 
-class TeacherLora(Section):
+class TeacherLora(Section, affects=Affects.EVERY_RUNG):
     """A LoRA that is merged into the teacher before distillation."""
 
     path: FilePath
@@ -28,7 +29,7 @@ class TeacherLora(Section):
     """Weight at which the LoRA is merged."""
 
 
-class Teacher(Section):
+class Teacher(Section, affects=Affects.EVERY_RUNG):
     """The model to distil."""
 
     path: FilePath = "letters"
@@ -51,14 +52,14 @@ class Teacher(Section):
     pipeline itself uses, the embedding of "" for SD and zeros for SDXL."""
 
 
-class Lora(Section):
+class Lora(Section, affects=Affects.EVERY_RUNG):
     """The LoRA that is trained on every rung."""
 
     rank: Rank = 32
     """Rank of every rung's LoRA; alpha equals the rank."""
 
 
-class Checkpoint(Section):
+class Checkpoint(Section, affects=Affects.NOTHING):
     """Checkpoints of the rung that is being trained, from which the same command continues after a stop."""
 
     every_minutes: Annotated[float, Field(ge=0)] | None = 10.0
@@ -67,12 +68,12 @@ class Checkpoint(Section):
     """Number of checkpoints that stay on disk. All are removed when the rung is finished."""
 
 
-class Training(Section):
+class Training(Section, affects=Affects.EVERY_RUNG):
     """Settings of the optimisation, the same for all phases."""
 
-    train_batch_size: BatchSize = 32
+    train_batch_size: Annotated[BatchSize, Affects.SPLIT] = 32
     """Number of samples per micro-batch and process."""
-    gradient_accumulation_steps: BatchSize = 1
+    gradient_accumulation_steps: Annotated[BatchSize, Affects.SPLIT] = 1
     """Number of micro-batches per update; the split into micro-batches does not change what an update computes."""
     max_grad_norm: PositiveFloat = 1.0
     """Norm to which gradients are clipped, separately for student and discriminator."""
@@ -89,16 +90,16 @@ class Training(Section):
     """int8 stores the base model's linear layers in 8 bits with one scale per row (torchao's weight-only form; needs the
     extra "quantize"), in half of the memory that they take in bfloat16. The LoRA is trained on the quantised base model and
     evaluated on the original one."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint: Checkpoint = Checkpoint()
     """Checkpoints within a rung."""
-    max_minutes: PositiveFloat | None = None
+    max_minutes: Annotated[PositiveFloat | None, Affects.NOTHING] = None
     """Minutes after which a command stops training between two updates, saves the state and exits with code 75, so that the
     same command continues there; for clusters that end jobs without notice. Default: no limit."""
-    logging_steps: PositiveInt = 20
+    logging_steps: Annotated[PositiveInt, Affects.NOTHING] = 20
     """If the output is not a terminal, print a line every so many updates; the JSONL log has every update."""
-    preview_steps: Annotated[int, Field(ge=0)] = 0
+    preview_steps: Annotated[int, Field(ge=0), Affects.NOTHING] = 0
     """Draw a preview picture every so many updates, besides the one at the end of each phase; 0 draws that one alone."""
 
     @field_validator("mixed_precision", mode="before")
@@ -107,7 +108,7 @@ class Training(Section):
         return "no" if value is False else value  # YAML 1.1 reads a bare no as false
 
 
-class Preview(Section):
+class Preview(Section, affects=Affects.NOTHING):
     """Pictures that are drawn during training."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
@@ -117,7 +118,7 @@ class Preview(Section):
     which phase changed sharpness, contrast or colour; 0 leaves this out."""
 
 
-class Export(Section):
+class Export(Section, affects=Affects.NOTHING):
     """The files that are written for every finished rung."""
 
     formats: Annotated[tuple[Literal["diffusers", "kohya", "fused", "onnx"], ...], Field(min_length=1)] = (
@@ -140,12 +141,12 @@ class Export(Section):
     """Licence of the LoRA, for the model card and the kohya file's header. Default: none is stated."""
 
 
-class RunConfig(Section):
+class RunConfig(Section, affects=Affects.EVERY_RUNG):
     """A whole run."""
 
-    name: Name
+    name: Annotated[Name, Affects.NOTHING]
     """Name of the run; its folder is output_dir/name."""
-    output_dir: FilePath = "runs"
+    output_dir: Annotated[FilePath, Affects.NOTHING] = "runs"
     """Folder that holds the runs' folders."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Seed from which all randomness of the run is derived."""

@@ -39,8 +39,8 @@ from stepdistill.export.rank import reduce_rank
 from stepdistill.export.scheduler import student_scheduler, trained_timesteps
 from stepdistill.models.identity import identity_of_folder
 from stepdistill.models.lora_file import Lora, read_lora, write_lora
-from stepdistill.run.folder import config_hash
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, require_rung, rung_folder
+from stepdistill.run.settings import config_hash
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.source import teacher_folder
 

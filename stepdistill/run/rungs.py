@@ -27,6 +27,8 @@ class RungRecord:
     training_seconds: float | None = None
     """None in the header of a kohya file, whose bytes must depend on the weights alone."""
     start_timestep: int | None = None
+    samples_per_update: int | None = None
+    """Over all processes; None in records of earlier versions."""
 
     def write(self, folder: Path) -> None:
         """Writes rung.json."""
@@ -58,12 +60,24 @@ class RungRecord:
             and all(isinstance(text, str) for text in texts)
             and type(seconds) in (int, float, type(None))
             and (start is None or (type(start) is int and start >= 0))
+            and type(self.samples_per_update) in (int, type(None))
         )
 
 
 def rung_folder(run_dir: Path, student_steps: int) -> Path:
     """The folder of a rung, rungs/<student_steps> of its run."""
     return run_dir / "rungs" / str(student_steps)
+
+
+def read_record(run_dir: Path, student_steps: int) -> RungRecord | None:
+    """The record of a rung, whose files are not examined; None if it is missing or was changed."""
+    return RungRecord.read(rung_folder(run_dir, student_steps))
+
+
+def folders_of_rungs(run_dir: Path) -> list[int]:
+    """student_steps of the rungs that have a folder, finished and intact or damaged, largest first."""
+    names = [folder.name for folder in (run_dir / "rungs").glob("*")]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def read_rung(run_dir: Path, student_steps: int) -> RungRecord | None:
@@ -105,6 +119,4 @@ def require_rung(run_dir: Path, student_steps: int) -> RungRecord:
 
 def finished_rungs(run_dir: Path) -> list[int]:
     """student_steps of a run's finished rungs, largest first."""
-    names = [folder.name for folder in (run_dir / "rungs").glob("*")]
-    steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-    return [n for n in steps if read_rung(run_dir, n) is not None]
+    return [n for n in folders_of_rungs(run_dir) if read_rung(run_dir, n) is not None]

@@ -9,11 +9,10 @@ safetensors and all else is in JSON: no file is unpickled.
 """
 
 import logging
-import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +21,31 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from stepdistill.config import ConfigError
 from stepdistill.disk.durable import read_sealed, sha256_bytes, warn_of_damage, write_synced_folder
+from stepdistill.errors import CheckpointError
+from stepdistill.run.checkpoint_files import MANIFEST, STATE, checkpoint_name, folders_of, place_of
+from stepdistill.run.settings import differences, differences_text
 
 logger = logging.getLogger(__name__)
-STATE, MANIFEST = "state.safetensors", "manifest.json"
-_NAME = re.compile(r"phase(\d+)-step(\d+)")
 _TENSOR = "tensor"
 """Key of an object that stands for a tensor in the JSON of a state; its value is the tensor's name in state.safetensors."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Identity:
     """What a checkpoint belongs to. A run continues from it only if all of it is equal, except versions, which warn.
 
-    config    hash of all settings that the weights depend on
+    settings  by dotted key, those that the state depends on (run/settings.py)
+    rungs     sha256 of the LoRAs of the earlier rungs, by student_steps
     base      fingerprint of the base model
     cache     hash of the latents' and text embeddings' shards
     samples   number of samples of an update, over all processes
     versions  of torch, diffusers and the like, by name
     """
 
-    config: str
+    settings: Mapping[str, Any]
+    rungs: Mapping[str, str]
     base: str
     cache: str
     samples: int
@@ -72,14 +73,20 @@ class Checkpoints:
 
     Args:
         folder: checkpoints/ of the rung.
-        identity: what they belong to.
+        identity: what the state after `step` updates of phase number `phase` belongs to, by (phase, step).
         every_minutes: time between two of them; None: only between phases.
         keep: how many stay.
         seconds: training time of the rung before this process.
     """
 
     def __init__(
-        self, folder: Path, identity: Identity, *, every_minutes: float | None, keep: int, seconds: float
+        self,
+        folder: Path,
+        identity: Callable[[int, int], Identity],
+        *,
+        every_minutes: float | None,
+        keep: int,
+        seconds: float,
     ) -> None:
         self._folder, self._identity, self._keep = folder, identity, keep
         self._every = None if every_minutes is None else 60 * every_minutes
@@ -109,11 +116,11 @@ class Checkpoints:
             "phase": phase,
             "step": step,
             "seconds": self.seconds,
-            "identity": vars(self._identity) | {"versions": dict(self._identity.versions)},
+            "identity": {name: _plain(part) for name, part in vars(self._identity(phase, step)).items()},
             "state": _flattened(state, "state", tensors),
             "carried": _flattened(carried, "carried", tensors),
         }
-        folder = self._folder / f"phase{phase}-step{step:06d}"
+        folder = self._folder / checkpoint_name(phase, step)
         self._thread = threading.Thread(
             target=self._write, args=(folder, about, tensors), name="checkpoint writer"
         )
@@ -135,25 +142,26 @@ class Checkpoints:
             content = save(tensors)
             about["sha256"] = sha256_bytes(content)
             write_synced_folder(folder, {STATE: content}, {MANIFEST: about})
-            for old in list(folders_of(self._folder))[self._keep :]:
-                shutil.rmtree(old, ignore_errors=True)
+            self._remove_old()
         except (OSError, ValueError) as error:
             logger.warning(
                 "distill: no checkpoint at phase %d, step %d: %s", about["phase"], about["step"], error
             )
 
+    def _remove_old(self) -> None:
+        """Removes all but the newest ones, and the one at the start of the newest one's phase: a phase whose settings are
+        changed after it diverged is then trained again by itself."""
+        folders = list(folders_of(self._folder))
+        phase_start = self._folder / checkpoint_name(place_of(folders[0])[0], 0)
+        for old in folders[self._keep :]:
+            if old != phase_start:
+                shutil.rmtree(old, ignore_errors=True)
 
-def folders_of(folder: Path) -> Iterator[Path]:
-    """The checkpoints in a folder, damaged ones too, the latest phase and step first."""
-    named = [(match, path) for path in folder.glob("phase*-step*") if (match := _NAME.fullmatch(path.name))]
-    for _, path in sorted(named, key=lambda item: (int(item[0][1]), int(item[0][2])), reverse=True):
-        yield path
 
-
-def newest(folder: Path, identity: Identity) -> Checkpoint | None:
+def newest(folder: Path, identity: Callable[[int, int], Identity]) -> Checkpoint | None:
     """The newest intact checkpoint of a rung, or None if it has none. Damaged ones are passed over with a warning.
 
-    ConfigError if the checkpoint belongs to another config or base model, or to other latents.
+    identity: what the state must belong to, by (phase, step). CheckpointError if it belongs to something else.
     """
     for path in folders_of(folder):
         try:
@@ -161,7 +169,7 @@ def newest(folder: Path, identity: Identity) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             warn_of_damage(path, "training continues from the checkpoint before it, or starts the rung again")
             continue
-        _check_identity(path, taken_of, identity)
+        _check_identity(path, taken_of, identity(checkpoint.phase, checkpoint.step))
         return checkpoint
     return None
 
@@ -179,21 +187,39 @@ def _read(path: Path) -> tuple[Checkpoint, Identity]:
 
 
 def _check_identity(path: Path, taken_of: Identity, now: Identity) -> None:
-    """ConfigError if a checkpoint belongs to something else than this run; a warning if the versions differ."""
-    meanings = {"config": "another config", "base": "another base model", "cache": "other latents"}
-    meanings["samples"] = f"updates of {taken_of.samples} samples (now {now.samples})"
-    other = [meaning for name, meaning in meanings.items() if getattr(taken_of, name) != getattr(now, name)]
+    """CheckpointError if a checkpoint belongs to something else than this run; a warning if the versions differ."""
+    other = [
+        meaning
+        for name, meaning in _meanings(taken_of, now).items()
+        if getattr(taken_of, name) != getattr(now, name)
+    ]
     if other:
-        raise ConfigError(
+        raise CheckpointError(
             f"{path} belongs to {' and '.join(other)}; allowed: what the run was started with; mend: put that back, or "
             f"remove {path.parent}, and the rung is trained again"
         )
-    changed = {k: v for k, v in taken_of.versions.items() if now.versions.get(k) != v}
+    changed = differences(taken_of.versions, now.versions)
     if changed:
-        listed = ", ".join(
-            f"{name} {before} (now {now.versions.get(name)})" for name, before in changed.items()
+        logger.warning(
+            "distill: %s was written with other versions (%s); weights may differ in their last bits",
+            path,
+            differences_text(changed),
         )
-        logger.warning("distill: %s was written with %s; weights may differ in their last bits", path, listed)
+
+
+def _meanings(taken_of: Identity, now: Identity) -> dict[str, str]:
+    """What it means, by the field's name, that two identities differ in it."""
+    return {
+        "settings": f"other settings ({differences_text(differences(taken_of.settings, now.settings))})",
+        "rungs": "another LoRA of an earlier rung",
+        "base": "another base model",
+        "cache": "other latents",
+        "samples": f"updates of {taken_of.samples} samples (now {now.samples})",
+    }
+
+
+def _plain(part: Any) -> Any:
+    return dict(part) if isinstance(part, Mapping) else part
 
 
 def _flattened(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -9,16 +9,19 @@ import threading
 import time
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
-from stepdistill import ladder, stages
-from stepdistill.config import ConfigError
+from stepdistill import stages
+from stepdistill.config.load import load_config
 from stepdistill.config.saved import resolved
 from stepdistill.disk.durable import read_json, sealed, write_json
+from stepdistill.errors import CheckpointError
+from stepdistill.run.checkpoint_files import CHECKPOINTS, MANIFEST, STATE, folders_of, partial_rung
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.training import phase as phase_module
-from stepdistill.training.checkpoint import MANIFEST, STATE, folders_of
 from tests.integration.conftest import tiny_config
 
 TIMES = ("images_per_second", "data_seconds")
@@ -133,23 +136,35 @@ def test_stopped_at_any_update_it_continues_to_equal_weights_and_an_equal_log(
     assert files_below(stopped.run_dir / "rungs") == files_below(straight.run_dir / "rungs")
 
 
+@pytest.fixture(scope="module")
+def interrupted_once(cache, tmp_path_factory):
+    """The folder of a run that was stopped after two updates of its second phase."""
+    config = prepared(
+        config_of(tmp_path_factory.mktemp("interrupted"), LADDERS["mse, paired, single"]), cache
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        distill_and_stop(config, patch, after=UPDATES + 2)
+    return config.run_dir
+
+
 @pytest.fixture
-def interrupted(cache, tmp_path, monkeypatch):
-    """A run that was stopped in its second phase, with two checkpoints."""
-    config = prepared(config_of(tmp_path, LADDERS["mse, paired, single"]), cache)
-    distill_and_stop(config, monkeypatch, after=UPDATES + 2)
+def interrupted(interrupted_once, tmp_path):
+    """A copy of that run, which a test may change."""
+    config = config_of(tmp_path, LADDERS["mse, paired, single"])
+    shutil.copytree(interrupted_once, config.run_dir)
     return config
 
 
 def checkpoints_of(config):
-    return list(folders_of(config.run_dir / "rungs" / ".4.partial" / ladder.CHECKPOINTS))
+    return list(folders_of(partial_rung(config.run_dir, 4) / CHECKPOINTS))
 
 
 def test_only_the_newest_checkpoints_stay_and_hold_nothing_but_safetensors_and_json(interrupted):
-    newest, before = checkpoints_of(interrupted)
-    assert (newest.name, before.name) == ("phase1-step000002", "phase1-step000001")
+    """The newest two, and the state at the start of the phase."""
+    newest, before, first = checkpoints_of(interrupted)
+    assert [p.name for p in (newest, before, first)] == [f"phase1-step00000{step}" for step in (2, 1, 0)]
     assert files_below(newest.parent) == [
-        f"{p.name}/{f}" for p in (before, newest) for f in (MANIFEST, STATE)
+        f"{p.name}/{f}" for p in (first, before, newest) for f in (MANIFEST, STATE)
     ]
 
 
@@ -162,7 +177,7 @@ def test_only_the_newest_checkpoints_stay_and_hold_nothing_but_safetensors_and_j
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(interrupted, caplog, part, damage):
-    newest, before = checkpoints_of(interrupted)
+    newest, before, _ = checkpoints_of(interrupted)
     caplog.set_level("INFO")
     content = bytearray((newest / part).read_bytes())
     content[len(content) // 2] ^= 1
@@ -181,7 +196,7 @@ def test_if_all_are_damaged_the_rung_starts_again_with_a_warning(interrupted, ca
     for folder in checkpoints_of(interrupted):
         (folder / STATE).write_bytes(b"")
     stages.distill(interrupted)
-    assert caplog.text.count("is missing or not as it was written") == 2
+    assert caplog.text.count("is missing or not as it was written") == 3
     assert [(r["phase"], r["step"]) for r in log_of(interrupted)[:2]] == [(0, 0), (0, 1)]
 
 
@@ -189,7 +204,7 @@ def test_if_all_are_damaged_the_rung_starts_again_with_a_warning(interrupted, ca
     ("key", "value", "message"),
     [
         ("base", "0" * 16, "another base model"),
-        ("samples", 8, "updates of 8 samples (now 4)"),
+        ("rungs", {"8": "0"}, "another LoRA of an earlier rung"),
         ("cache", "", "other latents"),
     ],
 )
@@ -198,9 +213,75 @@ def test_a_checkpoint_of_something_else_is_refused(interrupted, key, value, mess
     about = {k: v for k, v in read_json(newest).items() if k != "checksum"}
     about["identity"] |= {key: value}
     write_json(newest, sealed(about))
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(CheckpointError) as refused:
         stages.distill(interrupted)
     assert message in str(refused.value)
+
+
+def changed(config, *overrides):
+    """The config with overrides, for the same folder."""
+    return load_config(config.run_dir, list(overrides))
+
+
+def test_a_changed_setting_refuses_with_its_values_and_names_what_to_remove(
+    cache, interrupted, tmp_path, caplog
+):
+    """After the named checkpoints are removed, the phase is trained with the new rate; the phase before it is kept."""
+    rate = "ladder.0.phases.1.learning_rate=5e-4"
+    newest, before, first = checkpoints_of(interrupted)
+    with pytest.raises(CheckpointError) as refused:
+        stages.distill(changed(interrupted, rate))
+    assert "ladder.0.phases.1.learning_rate: 0.001 -> 0.0005" in str(refused.value)
+    assert f"remove {newest} and {before}, and training continues from {first.name}" in str(refused.value)
+    assert load_config(interrupted.run_dir) == interrupted
+    for folder in (newest, before):
+        shutil.rmtree(folder)
+    caplog.set_level("INFO")
+    stages.distill(changed(interrupted, rate))
+    assert "continues in phase 1 after 0 of 3 updates" in caplog.text
+    straight = prepared(config_of(tmp_path / "straight", LADDERS["mse, paired, single"], rate), cache)
+    stages.distill(straight)
+    assert weights_of(interrupted) == weights_of(straight)
+    assert log_of(interrupted) == log_of(straight)
+
+
+def test_settings_of_later_phases_may_change(interrupted, caplog):
+    caplog.set_level("INFO")
+    stages.check_run(changed(interrupted, "ladder.0.phases.2.learning_rate=5e-4", "ladder.1.node_steps=4"))
+    with pytest.raises(CheckpointError, match=r"the rung of 4 steps: 'in the ladder' -> 'not in the ladder'"):
+        stages.check_run(
+            changed(
+                interrupted,
+                "ladder.0.student_steps=2",
+                "ladder.1.teacher_steps=2",
+                "ladder.1.student_steps=1",
+            )
+        )
+
+
+@pytest.mark.slow
+def test_the_split_of_an_updates_samples_and_recomputed_activations_may_change(cache, interrupted, tmp_path):
+    """Recomputing gives equal bits; other micro-batches round differently."""
+    straight = prepared(config_of(tmp_path / "straight", LADDERS["mse, paired, single"]), cache)
+    stages.distill(straight)
+    again = tmp_path / "again"
+    shutil.copytree(interrupted.run_dir, again / interrupted.name)
+    recomputed = changed(interrupted, "training.gradient_checkpointing=true")
+    stages.distill(recomputed)
+    assert weights_of(recomputed) == weights_of(straight)
+    split = load_config(
+        again / interrupted.name, ["training.train_batch_size=2", "training.gradient_accumulation_steps=2"]
+    )
+    stages.distill(split)
+    for steps in (4, 2):
+        one, other = (load_file(rung_folder(c.run_dir, steps) / WEIGHT_NAME) for c in (straight, split))
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
+
+
+def test_another_number_of_samples_is_refused(interrupted):
+    with pytest.raises(CheckpointError, match=r"updates of 4 samples \(now 8\)"):
+        stages.distill(changed(interrupted, "training.gradient_accumulation_steps=2"))
 
 
 def test_another_version_is_warned_of(interrupted, caplog):
@@ -209,7 +290,7 @@ def test_another_version_is_warned_of(interrupted, caplog):
     about["identity"]["versions"]["torch"] = "1.0"
     write_json(newest, sealed(about))
     stages.distill(interrupted)
-    assert "written with torch 1.0 (now" in caplog.text
+    assert "other versions (torch: '1.0' -> " in caplog.text
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(cache, tmp_path, monkeypatch, caplog):

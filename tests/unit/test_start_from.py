@@ -9,8 +9,8 @@ from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
 from stepdistill.disk.durable import sha256_file, write_json
 from stepdistill.plan import describe, training_forwards
-from stepdistill.run.folder import config_hash
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, rung_folder
+from stepdistill.run.settings import config_hash
 from stepdistill.run.start_from import TAKEN, rungs_to_take, taken_from, taken_steps
 from stepdistill.stages import check_run, open_run
 
