@@ -42,7 +42,8 @@ from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest
 from stepdistill.training.measure_looks import PhaseLooks
 from stepdistill.training.painter import Painter
-from stepdistill.training.phase import PhaseSetup, PhaseState, copied, run_phase
+from stepdistill.training.phase import PhaseState, copied, run_phase
+from stepdistill.training.phase_setup import PhaseSetup
 from stepdistill.training.preview import MOST_TEACHER_STEPS, Preview
 
 logger = logging.getLogger(__name__)

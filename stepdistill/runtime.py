@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 
 WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data type of the base model's weights by `training.mixed_precision`; trained weights are always float32."""
@@ -143,6 +144,11 @@ class Processes:
     def wait(self) -> None:
         """Waits until every process has called this."""
         self._state.wait_for_everyone()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def default_device() -> torch.device:

@@ -138,6 +138,15 @@ class Checkpoints:
             self._thread = None
 
     def _write(self, folder: Path, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        infinite = next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+        if infinite is not None:
+            logger.warning(
+                "distill: no checkpoint at phase %d, step %d: %s is not finite",
+                about["phase"],
+                about["step"],
+                infinite,
+            )
+            return
         try:
             content = save(tensors)
             about["sha256"] = sha256_bytes(content)
@@ -156,6 +165,10 @@ class Checkpoints:
         for old in folders[self._keep :]:
             if old != phase_start:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def newest(folder: Path, identity: Callable[[int, int], Identity]) -> Checkpoint | None:

@@ -2,59 +2,25 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from stepdistill import rng
-from stepdistill.config import Phase, Rung, Training
-from stepdistill.data.batches import Batch, ahead, draw_batch
-from stepdistill.data.cache import LatentCache
+from stepdistill.data.batches import Batch
 from stepdistill.errors import NonFiniteError
 from stepdistill.models.adapters import adapter_state, load_adapter_state
-from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.discriminator import Discriminator, DiscriminatorState
+from stepdistill.models.discriminator import DiscriminatorState
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.run.log import PhaseProgress, TrainingLog
-from stepdistill.runtime import Runtime
+from stepdistill.runtime import Runtime, is_out_of_memory, release_memory
 from stepdistill.training.losses import Losses, losses_of
+from stepdistill.training.micro_batches import MicroBatches
 from stepdistill.training.optim import MovingAverage, RoleOptimizer
+from stepdistill.training.phase_setup import PhaseSetup
 from stepdistill.training.samples import Samples
 
 _MOST_OVERFLOWS = 20  # of float16 in a row; each one halves the loss scale
-
-
-@dataclass(frozen=True)
-class PhaseSetup:
-    """One phase of one rung, ready to run. `number` is its index in the rung; `preview(name)` writes a preview picture."""
-
-    rung: Rung
-    phase: Phase
-    number: int
-    training: Training
-    seed: int
-    student: Denoiser
-    teacher: Denoiser
-    discriminator: Discriminator | None
-    cache: LatentCache
-    preview: Callable[[str], None]
-
-    @property
-    def keys(self) -> tuple[rng.Key, ...]:
-        """Keys that set this phase's random numbers apart from those of others."""
-        return (self.rung.student_steps, self.number, self.phase.title)
-
-    @property
-    def title(self) -> str:
-        """The phase's title in the progress display and in messages, such as "32 -> 8 mse"."""
-        return f"{self.rung.teacher_steps} -> {self.rung.student_steps} {self.phase.title}"
-
-    @property
-    def teacher_steps(self) -> int:
-        """Steps of the sampler whose moves the student learns to make in one."""
-        return self.phase.teacher_steps or self.rung.teacher_steps
 
 
 class PhaseState:
@@ -117,7 +83,8 @@ def run_phase(
     start: Mapping[str, Any] | None = None,
     after_update: Callable[[PhaseState], None] = lambda _state: None,
 ) -> None:
-    """Trains the student in place. Raises NonFiniteError, before updating, if a loss or gradient is not finite.
+    """Trains the student in place. NonFiniteError, before updating, if a loss or gradient is not finite, and at the end if
+    the student's loss is not. OutOfMemoryError if not even micro-batches of one sample fit.
 
     start: a `PhaseState.state_dict` to continue from; default: the phase's first update.
     after_update: called between two updates, after the update's line is in the log.
@@ -127,10 +94,12 @@ def run_phase(
     if start is not None:
         state.load_state_dict(start)
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
-    batches = batches_of(setup, runtime, first_step=state.step)
-    with PhaseProgress(
-        setup.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
-    ) as progress:
+    with (
+        contextlib.closing(MicroBatches(setup, runtime, first_step=state.step)) as batches,
+        PhaseProgress(
+            setup.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
+        ) as progress,
+    ):
         while state.step < phase.max_train_steps:
             started = time.monotonic()
             numbers = update(setup, state, batches, runtime)
@@ -148,21 +117,19 @@ def run_phase(
             progress.update(state.step, _for_console(numbers))
             if training.preview_steps and state.step % training.preview_steps == 0:
                 setup.preview(f"phase{setup.number}-{phase.title}-step{state.step:06d}")
-    batches.close()
-    if state.average is not None:
-        state.average.copy_to_parameters()
+        if state.average is not None:
+            state.average.copy_to_parameters()
+        check_result(setup, state, batches, runtime)
     setup.preview(f"phase{setup.number}-{phase.title}-end")
 
 
-def update(
-    setup: PhaseSetup, state: PhaseState, batches: Iterator[tuple[int, Batch]], runtime: Runtime
-) -> dict[str, float]:
+def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime: Runtime) -> dict[str, float]:
     """One update on the next micro-batches; returns its numbers for the log.
 
     With float16, an overflow of the scaled gradients skips the update, up to _MOST_OVERFLOWS times in a row. Any other loss
     or gradient that is not finite raises NonFiniteError, and nothing is updated.
     """
-    means, waited = _accumulate(setup, state, batches, runtime)
+    means, waited = _accumulate_in_memory(setup, state, batches, runtime)
     for role, optimizer in state.optimizers.items():
         runtime.average_gradients(optimizer.parameters)
         runtime.unscale([optimizer.optimizer])
@@ -182,52 +149,6 @@ def update(
     runtime.adapt_scale()
     state.step += 1
     return numbers | runtime.peak_memory()
-
-
-def batches_of(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -> Generator[tuple[int, Batch]]:
-    """The micro-batches of this process from update first_step on, each with the global number of its first sample.
-
-    On a GPU a thread draws them ahead into page-locked memory, and they are copied without waiting. On the CPU, a second
-    thread that calls torch would get its own OpenMP pool: with more threads than cores, the main thread would then sleep at
-    every barrier.
-    """
-    firsts = first_samples(setup, runtime, first_step=first_step)
-    if runtime.device.type == "cpu":
-        for first in firsts:
-            yield first, _draw(setup, runtime, first)
-        return
-    with contextlib.closing(ahead(lambda first: _draw(setup, runtime, first).pinned(), firsts)) as drawn:
-        for first, batch in drawn:
-            yield first, batch.to(runtime.device)
-
-
-def first_samples(setup: PhaseSetup, runtime: Runtime, *, first_step: int = 0) -> Iterator[int]:
-    """The global number of the first sample of each micro-batch of this process, from update first_step on."""
-    phase, training = setup.phase, setup.training
-    parts = training.gradient_accumulation_steps
-    for step in range(first_step, phase.max_train_steps):
-        repeated = step % (phase.cached_updates or step + 1)
-        first_part = (repeated * runtime.num_processes + runtime.process_index) * parts
-        for part in range(first_part, first_part + parts):
-            yield part * training.train_batch_size
-
-
-def _draw(setup: PhaseSetup, runtime: Runtime, first: int) -> Batch:
-    """The micro-batch that begins at global sample `first`."""
-    phase, training, rung = setup.phase, setup.training, setup.rung
-    return draw_batch(
-        setup.cache,
-        list(range(first, first + training.train_batch_size)),
-        noise_path=setup.student.noise_path,
-        student_steps=rung.student_steps,
-        node_steps=rung.node_steps or rung.student_steps,
-        teacher_steps=setup.teacher_steps if phase.needs_teacher_moves else None,
-        perturbation_weights=None if phase.adversary is None else phase.discriminator.perturbation_weights,
-        seed=setup.seed,
-        keys=setup.keys,
-        group=training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes,
-        dtype=runtime.weight_dtype,
-    )
 
 
 def _losses(setup: PhaseSetup, state: PhaseState, runtime: Runtime, first: int, batch: Batch) -> Losses:
@@ -262,29 +183,68 @@ def _optimizers(setup: PhaseSetup) -> dict[str, RoleOptimizer]:
     }
 
 
-def _accumulate(
-    setup: PhaseSetup, state: PhaseState, batches: Iterator[tuple[int, Batch]], runtime: Runtime
+def _accumulate_in_memory(
+    setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime: Runtime
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Runs the backward passes over this process's next micro-batches.
+    """`_accumulate`, repeated with the same samples in smaller micro-batches as long as a process runs out of memory."""
+    while True:
+        result = None
+        try:
+            result = _accumulate(setup, state, batches, runtime)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # outside of the except clause, whose error would keep the tensors of the failed pass alive
+        if not runtime.largest(int(result is None)):
+            assert result is not None
+            return result
+        del result
+        for optimizer in state.optimizers.values():
+            optimizer.zero_grad()
+        if state.teacher_samples is not None:
+            state.teacher_samples.clear()  # their numbers are those of the larger micro-batches
+        release_memory()
+        batches.split(state.step)
+
+
+def _accumulate(
+    setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime: Runtime
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Runs the backward passes over this process's micro-batches of one update.
 
     Returns the means of losses and metrics, and the seconds spent waiting for the micro-batches.
     """
-    count = setup.training.gradient_accumulation_steps
     sums: dict[str, torch.Tensor] = {}
     waited = 0.0
     for optimizer in state.optimizers.values():
         optimizer.zero_grad()
-    for _ in range(count):
+    for _ in range(batches.per_update):
         asked = time.monotonic()
         first, batch = next(batches)
         waited += time.monotonic() - asked
         losses = _losses(setup, state, runtime, first, batch)
         for loss in losses.by_role.values():
-            runtime.backward(loss / count)
-        named = {f"{role}_loss": loss.detach() for role, loss in losses.by_role.items()} | losses.metrics
-        for name, value in named.items():
-            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / count
+            runtime.backward(loss / batches.per_update)
+        for name, value in _scalars(losses).items():
+            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / batches.per_update
     return sums, waited
+
+
+def _scalars(losses: Losses) -> dict[str, torch.Tensor]:
+    """Losses and metrics by their names in the log."""
+    return {f"{role}_loss": loss.detach() for role, loss in losses.by_role.items()} | losses.metrics
+
+
+def check_result(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime: Runtime) -> None:
+    """NonFiniteError if the weights that the phase leaves give a loss that is not finite.
+
+    Each update's loss shows whether the update before left finite weights; this is that test for the last one. It takes the
+    samples that the next update would have, and changes nothing.
+    """
+    with torch.no_grad():
+        losses = _losses(setup, state, runtime, *batches.one_of(setup.phase.max_train_steps))
+        numbers = _read(runtime.average_scalars(_scalars(losses)))
+    _stop_if_not_finite(setup, state.step, numbers)
 
 
 def _read(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -9,7 +9,9 @@ from stepdistill.ladder import load_shared
 from stepdistill.models.discriminator import build_discriminator
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.runtime import Runtime
-from stepdistill.training.phase import PhaseSetup, PhaseState, batches_of, update
+from stepdistill.training.micro_batches import MicroBatches
+from stepdistill.training.phase import PhaseState, update
+from stepdistill.training.phase_setup import PhaseSetup
 from tests.integration.conftest import student_of
 
 UPDATES = 4
@@ -52,7 +54,7 @@ def moments(saved):
 
 
 def train_until(setup, state, runtime, last):
-    batches = batches_of(setup, runtime, first_step=state.step)
+    batches = MicroBatches(setup, runtime, first_step=state.step)
     while state.step < last:
         update(setup, state, batches, runtime)
     batches.close()

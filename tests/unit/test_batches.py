@@ -9,8 +9,10 @@ import torch
 from stepdistill.config import Phase, Rung, Training
 from stepdistill.data.batches import ahead, draw_batch
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving
+from stepdistill.errors import OutOfMemoryError
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.training.phase import PhaseSetup, batches_of, first_samples
+from stepdistill.training.micro_batches import MicroBatches
+from stepdistill.training.phase_setup import PhaseSetup
 from tests.unit.test_cache import cache, shard
 
 
@@ -57,8 +59,7 @@ def split(folder, processes, micro, accumulation):
             device=torch.device("cpu"),
             weight_dtype=torch.float32,
         )
-        drawn = list(batches_of(setup, runtime))
-        assert [first for first, _ in drawn] == list(first_samples(setup, runtime))
+        drawn = list(MicroBatches(setup, runtime))
         for place, (_, batch) in enumerate(drawn):
             for row in range(micro):
                 values = vars(batch) | {f"perturbed {k}": v for k, v in vars(batch.perturbation).items()}
@@ -68,14 +69,44 @@ def split(folder, processes, micro, accumulation):
 
 
 def test_resuming_at_an_update_gives_the_batches_from_there_on(tmp_path):
-    runtime = SimpleNamespace(
-        num_processes=1, process_index=0, device=torch.device("cpu"), weight_dtype=torch.float32
-    )
+    runtime = one_process()
     setup = setup_of(tmp_path / "a", 2, 2)
-    expected = list(batches_of(setup, runtime))
-    rest = list(batches_of(setup, runtime, first_step=1))
+    expected = list(MicroBatches(setup, runtime))
+    rest = list(MicroBatches(setup, runtime, first_step=1))
     assert [first for first, _ in rest] == [first for first, _ in expected[2:]]
     assert all(torch.equal(a.noise, b.noise) for (_, a), (_, b) in zip(rest, expected[2:], strict=True))
+
+
+def one_process(**more):
+    return SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        is_main=True,
+        device=torch.device("cpu"),
+        weight_dtype=torch.float32,
+        **more,
+    )
+
+
+def test_an_update_is_begun_again_with_the_same_samples_in_smaller_micro_batches(tmp_path, caplog):
+    setup = setup_of(tmp_path / "a", 6, 1)
+    expected = [batch for _, batch in MicroBatches(setup, one_process())]
+    batches = MicroBatches(setup, one_process())
+    next(batches)
+    next(batches)  # the second update, which does not fit
+    sizes = []
+    for _ in range(2):
+        batches.split(1)
+        sizes.append((batches.size, batches.per_update))
+    assert sizes == [(3, 2), (1, 6)]
+    assert "training.train_batch_size=3 training.gradient_accumulation_steps=2" in caplog.text
+    rest = list(batches)
+    assert [first for first, _ in rest] == list(range(6, 18))
+    for name in ("original_samples", "noise", "timesteps"):
+        joined = torch.cat([getattr(batch, name) for _, batch in rest])
+        assert torch.equal(joined, torch.cat([getattr(batch, name) for batch in expected[1:]]))
+    with pytest.raises(OutOfMemoryError, match="update 1, with one sample in a micro-batch"):
+        batches.split(1)
 
 
 def test_the_next_batch_is_drawn_in_order_while_the_last_one_is_processed():

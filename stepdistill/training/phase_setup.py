@@ -1,0 +1,41 @@
+"""One phase of one rung, ready to run: its settings, networks and data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stepdistill import rng
+from stepdistill.config import Phase, Rung, Training
+from stepdistill.data.cache import LatentCache
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.discriminator import Discriminator
+
+
+@dataclass(frozen=True)
+class PhaseSetup:
+    """One phase of one rung, ready to run. `number` is its index in the rung; `preview(name)` writes a preview picture."""
+
+    rung: Rung
+    phase: Phase
+    number: int
+    training: Training
+    seed: int
+    student: Denoiser
+    teacher: Denoiser
+    discriminator: Discriminator | None
+    cache: LatentCache
+    preview: Callable[[str], None]
+
+    @property
+    def keys(self) -> tuple[rng.Key, ...]:
+        """Keys that set this phase's random numbers apart from those of others."""
+        return (self.rung.student_steps, self.number, self.phase.title)
+
+    @property
+    def title(self) -> str:
+        """The phase's title in the progress display and in messages, such as "32 -> 8 mse"."""
+        return f"{self.rung.teacher_steps} -> {self.rung.student_steps} {self.phase.title}"
+
+    @property
+    def teacher_steps(self) -> int:
+        """Steps of the sampler whose moves the student learns to make in one."""
+        return self.phase.teacher_steps or self.rung.teacher_steps
