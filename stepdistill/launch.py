@@ -147,11 +147,11 @@ def collective() -> Iterator[None]:
     except RuntimeError as error:
         if not is_of_another_process(error) and type(error) is not RuntimeError:
             raise  # such as out of memory
-        cause = first_line(error)
+        cause = (
+            first_line(error).split("] ", 1)[-1].split(". ")[0][:_LONGEST_CAUSE]
+        )  # without gloo's file and advice
         what = "did not answer within training.distributed_timeout" if "imed out" in cause else "ended"
-        raise DistributedError(
-            f"another process of the launch {what} ({cause[:_LONGEST_CAUSE]}); {_MEND}"
-        ) from error
+        raise DistributedError(f"another process of the launch {what} ({cause}); {_MEND}") from error
 
 
 def is_of_another_process(error: BaseException) -> bool:

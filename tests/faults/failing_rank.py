@@ -2,7 +2,7 @@
 
 python -m tests.faults.failing_rank PLACE FAILURE RANK STAGE CONFIG [key=value ...]
 
-PLACE    update (the second one), save (of the second checkpoint), rung (its end), drawing (of the table's pictures), none
+PLACE    update, save and half_saved (the second one), rung (its end), drawing (of the table's pictures), none
 FAILURE  killed (SIGKILL), stopped (SIGSTOP) or raised
 RANK     the process that fails, in the first attempt of the launch only
 """
@@ -19,7 +19,7 @@ from stepdistill.training import phase
 from stepdistill.training.checkpoint import Checkpoints
 
 MESSAGE = "the wind has blown the papers away"
-# owner and name of a function, and which of its calls fails; half_saved: all files of a checkpoint are written, beside its place
+# owner and name of a function, and which of its calls fails; at half_saved, a checkpoint's files are written beside its place
 PLACES = {
     "update": (phase, "update", 2),
     "save": (Checkpoints, "save", 2),
