@@ -64,7 +64,9 @@ class Runtime:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward pass of a scalar loss. With float16 the loss is scaled: call `unscale` before the gradients are used."""
-        self.accelerator.backward(self._scaler.scale(loss))
+        self._scaler.scale(
+            loss
+        ).backward()  # accelerate's would divide by the accumulation steps of its own settings
 
     def unscale(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Divides the gradients of these optimisers by the loss scale; an overflow stays inf or nan."""

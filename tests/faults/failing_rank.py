@@ -19,7 +19,7 @@ from stepdistill.training import phase
 from stepdistill.training.checkpoint import Checkpoints
 
 MESSAGE = "the wind has blown the papers away"
-# owner and name of a function, and which of its calls fails; at half_saved, a checkpoint's files are written beside its place
+# owner and name of a function, and which of its calls fails; at half_saved, a checkpoint's files lie beside its place
 PLACES = {
     "update": (phase, "update", 2),
     "save": (Checkpoints, "save", 2),
