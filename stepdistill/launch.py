@@ -35,12 +35,11 @@ class Launch:
     Args:
         store: a connection to the store that nothing else uses.
         name: sets this start of the launch apart from earlier ones, whose notes may still be in the store.
-        index: the number of this process, from 0.
         launcher: process id of torchrun or accelerate; None if there is none that waits for the processes.
     """
 
-    def __init__(self, store: Any, *, name: str, index: int, launcher: int | None) -> None:
-        self._store, self._index, self._launcher = store, index, launcher
+    def __init__(self, store: Any, *, name: str, launcher: int | None) -> None:
+        self._store, self._launcher = store, launcher
         self._prefix, self._last_answer = f"stepdistill/{name}", time.monotonic()
         self._ends = threading.Lock()  # taken by the thread that ends this process, and never released
 
@@ -96,7 +95,7 @@ class Launch:
 _launch: Launch | None = None
 
 
-def join(name: str, *, index: int) -> None:
+def join(name: str) -> None:
     """Connects this process to the store, starts the watch, and lets `ending` tell the other processes. Called once in each
     process of a launch, when they have met. name: the same in all of them, and other in every start of the launch."""
     global _launch
@@ -105,7 +104,7 @@ def join(name: str, *, index: int) -> None:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
-    _launch = Launch(store, name=name, index=index, launcher=launcher)
+    _launch = Launch(store, name=name, launcher=launcher)
     _launch.watch()
 
 

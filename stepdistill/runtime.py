@@ -177,7 +177,8 @@ class Processes:
         """ValueError, in all processes, if one of them does not see what the main process writes into the folder."""
         if self.count == 1:
             return
-        mark = folder / f".shared.{self.broadcast(uuid.uuid4().hex)}.partial"
+        nonce, place = self.broadcast((uuid.uuid4().hex, str(folder.absolute())))
+        mark = folder / f".shared.{nonce}.partial"
         if self.is_main:
             mark.touch()
         self.wait()
@@ -190,7 +191,7 @@ class Processes:
         for number, host in enumerate(blind):
             if host is not None:
                 raise ValueError(
-                    f"output_dir: process {number}, on {host}, does not see what process 0 writes into {folder.absolute()}; "
+                    f"output_dir: process {number}, on {host}, does not see what process 0 writes into {place}; "
                     f"allowed: a folder that all machines of the launch share; mend: output_dir=... on a shared file system"
                 )
 
@@ -214,7 +215,7 @@ def meet(run_dir: Path, *, timeout_minutes: float) -> None:
         PartialState(cpu=_ON_CPU, **options)
     processes = Processes()
     if processes.count > 1 and not is_met:
-        launch.join(processes.broadcast(uuid.uuid4().hex), index=processes.index)
+        launch.join(processes.broadcast(uuid.uuid4().hex))
         processes.check_shared(run_dir)
 
 

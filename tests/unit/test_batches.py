@@ -1,5 +1,6 @@
 """An update sees the same samples and noise for any number of processes and any micro-batch, with prefetching."""
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -27,6 +28,23 @@ def test_an_update_sees_the_same_samples_and_noise_however_it_is_split(
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+def test_every_update_takes_the_same_samples_however_it_is_split(tmp_path, cached):
+    """From any update on, also if updates are repeated (cached_updates)."""
+    expected = [set(range(8 * (n % (cached or 5)), 8 * (n % (cached or 5)) + 8)) for n in range(5)]
+    for processes, micro, accumulation in ((1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 1, 4), (4, 1, 2), (8, 1, 1)):
+        setup = setup_of(tmp_path / f"{processes} {micro}", micro, accumulation)
+        phase = setup.phase.model_copy(update={"max_train_steps": 5, "cached_updates": cached})
+        setup = dataclasses.replace(setup, phase=phase)
+        for first_step in (0, 3):
+            updates = [set() for _ in range(first_step, 5)]
+            for index in range(processes):
+                runtime = SimpleNamespace(num_processes=processes, process_index=index)
+                for place, first in enumerate(first_samples(setup, runtime, first_step=first_step)):
+                    updates[place // accumulation].update(range(first, first + micro))
+            assert updates == expected[first_step:], (processes, micro, accumulation)
 
 
 def two_sizes(folder):
