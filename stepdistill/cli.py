@@ -21,13 +21,13 @@ import typer
 import yaml
 from typer.core import TyperGroup
 
-from stepdistill import plan, stages
+from stepdistill import launch, plan, stages
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.load import load_config
 from stepdistill.config.saved import resolved
 from stepdistill.disk.places import is_folder
-from stepdistill.errors import EXPECTED, INTERRUPTED, TO_BE_CONTINUED, ToBeContinued
-from stepdistill.messages import printable, short
+from stepdistill.errors import EXPECTED, INTERRUPTED, TO_BE_CONTINUED, DistributedError, ToBeContinued
+from stepdistill.messages import first_line, printable, short
 from stepdistill.run.rungs import finished_rungs
 
 
@@ -226,28 +226,40 @@ def guarded(command: Callable[[], object]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("stepdistill").setLevel(logging.INFO)
     try:
+        return _exit_code(command)
+    except Exception as error:
+        if launch.is_of_another_process(error):
+            return _ended(first_line(error), DistributedError.exit_code)
+        launch.tell(error)
+        raise
+
+
+def _exit_code(command: Callable[[], object]) -> int:
+    try:
         with _terminable():
             command()
     except ValueError as error:
         if not _raised_here(error):
             raise
-        print(f"stepdistill: {printable(str(error))}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        return _ended(str(error), getattr(error, "exit_code", 2))
     except EXPECTED as error:
-        print(f"stepdistill: {printable(str(error))}", file=sys.stderr)
-        return error.exit_code
+        return _ended(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
         where = f"{error.filename!r}: " if error.filename is not None else ""
-        print(
-            f"stepdistill: cannot use a file: {where}{os.strerror(error.errno)}; {_FILE_REMEDY}",
-            file=sys.stderr,
-        )
-        return 2
+        return _ended(f"cannot use a file: {where}{os.strerror(error.errno)}; {_FILE_REMEDY}", 2)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 0
     return 0
+
+
+def _ended(message: str, code: int) -> int:
+    """Prints an error's line, once for all processes of a launch, and returns the exit code."""
+    line, code = launch.ending(message, code)
+    if line is not None:
+        print(f"stepdistill: {printable(line)}", file=sys.stderr)
+    return code
 
 
 @contextlib.contextmanager

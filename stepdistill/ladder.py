@@ -16,7 +16,7 @@ from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.disk.durable import read_sealed, replace_folder, sha256_file, sha256_json, writing
 from stepdistill.disk.places import clear_half_written
-from stepdistill.errors import ToBeContinued
+from stepdistill.errors import CheckpointError, ToBeContinued
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
@@ -136,7 +136,7 @@ def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> None:
     folder = partial_rung(config.run_dir, todo[0].student_steps) / CHECKPOINTS
     resumed = newest(folder, functools.partial(shared.identity, config.ladder.index(todo[0])))
     _check_samples(shared)
-    runtime.wait()
+    _check_same_checkpoint(resumed, runtime)
     log = None
     if runtime.is_main:
         _warn_of_rare_sizes(shared)
@@ -165,6 +165,17 @@ def _check_samples(shared: Shared) -> None:
                 f"gradient_accumulation_steps times the number of processes), but the {rung.student_steps}-step rung was "
                 f"trained with {before}; allowed: other values or another number of processes, with a product of {before}"
             )
+
+
+def _check_same_checkpoint(resumed: Checkpoint | None, runtime: Runtime) -> None:
+    """CheckpointError, in all processes, if they would continue from different checkpoints."""
+    place = -1 if resumed is None else resumed.phase * 10**10 + resumed.step
+    if not runtime.is_same(place):
+        text = "none" if resumed is None else str(resumed.folder)
+        raise CheckpointError(
+            f"the processes of the launch read different checkpoints, process {runtime.process_index} {text}; allowed: one "
+            f"for all; mend: start the command again, on a file system that shows all machines the same files"
+        )
 
 
 def rungs_to_copy(config: RunConfig) -> list[TakenRung]:
@@ -374,6 +385,7 @@ class _RungTraining:
                 self._save(number, state.step, state.state_dict(), carried)
             if exit_code:
                 self.checkpoints.wait()
+                shared.runtime.wait()  # a launcher ends all processes as soon as one has ended
                 raise ToBeContinued(
                     f"stopped ({self.stop.reason}) after update {state.step} of {phase.max_train_steps} of {setup.title}; "
                     f"the same command continues there",

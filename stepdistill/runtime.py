@@ -7,19 +7,28 @@ are averaged over the processes in one flat all-reduce.
 import gc
 import importlib.metadata
 import platform
+import socket
 import subprocess
-from collections.abc import Iterable
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
+
+from stepdistill import launch
+from stepdistill.launch import collective
 
 WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Data type of the base model's weights by `training.mixed_precision`; trained weights are always float32."""
 _ON_CPU = not torch.cuda.is_available()
 """Without cpu=True, accelerate ignores torchrun's processes on a CPU machine."""
+_MOST_SECONDS_UNSEEN = 10.0  # until a new file is visible on the other machines of a shared file system
 
 
 class Runtime:
@@ -56,7 +65,9 @@ class Runtime:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward pass of a scalar loss. With float16 the loss is scaled: call `unscale` before the gradients are used."""
-        self.accelerator.backward(self._scaler.scale(loss))
+        self._scaler.scale(
+            loss
+        ).backward()  # accelerate's would divide by the accumulation steps of its own settings
 
     def unscale(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Divides the gradients of these optimisers by the loss scale; an overflow stays inf or nan."""
@@ -89,15 +100,31 @@ class Runtime:
         flat = torch.cat(
             [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters]
         )
-        flat = self.accelerator.reduce(flat, reduction="mean")
+        with collective():
+            flat = self.accelerator.reduce(flat, reduction="mean")
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
+
+    def average_scalars(self, scalars: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The means of scalars over the processes, in one operation that the CPU does not wait for on a GPU; every process
+        must pass the same names in the same order. With one process, the scalars themselves."""
+        if self.num_processes == 1:
+            return scalars
+        flat = torch.stack([scalar.detach().double() for scalar in scalars.values()])
+        with collective():
+            flat = self.accelerator.reduce(flat, reduction="mean")
+        return dict(zip(scalars, flat.unbind(), strict=True))
 
     def largest(self, number: int) -> int:
         """The largest of a number's values over the processes, for decisions that all of them must make alike."""
         if self.num_processes == 1:
             return number
-        return int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
+        with collective():
+            return int(self.accelerator.gather(torch.tensor([number], device=self.device)).max())
+
+    def is_same(self, number: int) -> bool:
+        """Whether a number has the same value in all processes."""
+        return self.largest(number) == -self.largest(-number)
 
     def peak_memory(self) -> dict[str, float]:
         """Peak bytes allocated on the GPU since the last call, under the log's key; empty on the CPU."""
@@ -109,7 +136,8 @@ class Runtime:
 
     def wait(self) -> None:
         """Waits until every process has called this."""
-        self.accelerator.wait_for_everyone()
+        with collective():
+            self.accelerator.wait_for_everyone()
 
 
 class Processes:
@@ -143,7 +171,53 @@ class Processes:
 
     def wait(self) -> None:
         """Waits until every process has called this."""
-        self._state.wait_for_everyone()
+        with collective():
+            self._state.wait_for_everyone()
+
+    def check_shared(self, folder: Path) -> None:
+        """ValueError, in all processes, if one of them does not see what the main process writes into the folder."""
+        if self.count == 1:
+            return
+        nonce, place = self.broadcast((uuid.uuid4().hex, str(folder.absolute())))
+        mark = folder / f".shared.{nonce}.partial"
+        if self.is_main:
+            mark.touch()
+        self.wait()
+        until = time.monotonic() + _MOST_SECONDS_UNSEEN
+        while not (seen := mark.exists()) and time.monotonic() < until:
+            time.sleep(0.1)
+        blind = [self.broadcast(None if seen else socket.gethostname(), source=n) for n in range(self.count)]
+        if self.is_main:
+            mark.unlink(missing_ok=True)
+        for number, host in enumerate(blind):
+            if host is not None:
+                raise ValueError(
+                    f"output_dir: process {number}, on {host}, does not see what process 0 writes into {place}; "
+                    f"allowed: a folder that all machines of the launch share; mend: output_dir=... on a shared file system"
+                )
+
+    def broadcast(self, value: Any, *, source: int = 0) -> Any:
+        """The value that process number `source` passes, in all processes."""
+        if self.count == 1:
+            return value
+        with collective():
+            return broadcast_object_list([value], from_process=source)[0]
+
+
+def meet(run_dir: Path, *, timeout_minutes: float) -> None:
+    """Lets the processes of a launch meet, before their first common work; later calls change nothing.
+
+    run_dir: the run's folder, which all processes must share; ValueError if they do not.
+    timeout_minutes: how long they wait for one that does not answer; then DistributedError.
+    """
+    is_met = bool(PartialState._shared_state)
+    options = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)).to_kwargs()
+    with collective():
+        PartialState(cpu=_ON_CPU, **options)
+    processes = Processes()
+    if processes.count > 1 and not is_met:
+        launch.join(processes.broadcast(uuid.uuid4().hex))
+        processes.check_shared(run_dir)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

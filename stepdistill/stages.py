@@ -58,6 +58,7 @@ def prepare(config: RunConfig) -> None:
     from stepdistill.data.prepare import prepare as fill_cache
     from stepdistill.runtime import Processes, environment
 
+    _meet(config)
     write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
     teacher = TeacherFacts.of_folder(teacher_folder(config))
@@ -87,6 +88,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     _quiet_libraries()
     from stepdistill.ladder import distill as train_rungs
 
+    _meet(config)
     check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     before = finished_rungs(config.run_dir)
     trained = train_rungs(config, only=only)
@@ -183,6 +185,7 @@ def evaluate(config: RunConfig) -> None:
     _quiet_libraries()
     from stepdistill.evaluation.evaluate import evaluate as measure
 
+    _meet(config)
     measure(config)
 
 
@@ -213,6 +216,7 @@ def run_all(config: RunConfig) -> None:
 
     if not is_ready_made(config):
         open_run(config)
+        _meet(config)
         _make_teacher(config)
     rungs_to_copy(config)
     check_evaluation(config)
@@ -283,6 +287,13 @@ def _estimate(config: RunConfig) -> str:
         f"this will take about {(training + evaluation) / 60:.1f} minutes here: "
         f"{training / 60:.1f} to train the ladder, {evaluation / 60:.1f} to draw the images of the table"
     )
+
+
+def _meet(config: RunConfig) -> None:
+    """Lets the processes of a launch meet; with one process it does nothing."""
+    from stepdistill.runtime import meet
+
+    meet(config.run_dir, timeout_minutes=config.training.distributed_timeout)
 
 
 def _make_teacher(config: RunConfig) -> None:

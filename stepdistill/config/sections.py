@@ -97,6 +97,9 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     max_minutes: Annotated[PositiveFloat | None, Affects.NOTHING] = None
     """Minutes after which a command stops training between two updates, saves the state and exits with code 75, so that the
     same command continues there; for clusters that end jobs without notice. Default: no limit."""
+    distributed_timeout: Annotated[float, Field(ge=0.1, le=10_000), Affects.NOTHING] = 30.0
+    """Minutes that the processes of a launch wait for one that does not answer; then all of them end with code 8. It must be
+    longer than one process works alone, as when it counts the pictures of a large data set."""
     logging_steps: Annotated[PositiveInt, Affects.NOTHING] = 20
     """If the output is not a terminal, print a line every so many updates; the JSONL log has every update."""
     preview_steps: Annotated[int, Field(ge=0), Affects.NOTHING] = 0

@@ -1,6 +1,7 @@
 """Stopping a training between two updates: on SIGTERM, on SIGINT (Ctrl-C), or once a time budget is used. No torch.
 
-The first signal lets the update in progress finish, and its state is saved. A second one ends the process at once.
+The first signal lets the update in progress finish, and its state is saved. A second one ends the process at once. But under
+torchrun a second SIGTERM does nothing: a cluster sends it to all processes, and then torchrun passes its own on.
 """
 
 import logging
@@ -53,6 +54,8 @@ class StopRequest:
 
     def _notice(self, number: int, _frame: FrameType | None) -> None:
         if self._signal is not None:
+            if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+                return
             os._exit(_EXIT_CODES[signal.Signals(number)])
         self._signal = number
         logger.info("%s: stops after this update; a second signal stops at once", signal.Signals(number).name)

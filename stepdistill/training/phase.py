@@ -134,7 +134,7 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
         runtime.average_gradients(optimizer.parameters)
         runtime.unscale([optimizer.optimizer])
         means[f"{role}_grad_norm"] = optimizer.clip(setup.training.max_grad_norm)
-    numbers = _read(means) | {"data_seconds": waited}
+    numbers = _read(runtime.average_scalars(means)) | {"data_seconds": waited}
     numbers |= {f"{role}_lr": optimizer.learning_rate for role, optimizer in state.optimizers.items()}
     state.overflows = state.overflows + 1 if runtime.may_overflow and _overflowed(numbers) else 0
     if 0 < state.overflows <= _MOST_OVERFLOWS:

@@ -1,5 +1,6 @@
 """An update sees the same samples and noise for any number of processes and any micro-batch, with prefetching."""
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -29,6 +30,23 @@ def test_an_update_sees_the_same_samples_and_noise_however_it_is_split(
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+def test_every_update_takes_the_same_samples_however_it_is_split(tmp_path, cached):
+    """Also if updates are repeated (cached_updates)."""
+    expected = [set(range(8 * (n % (cached or 5)), 8 * (n % (cached or 5)) + 8)) for n in range(5)]
+    for processes, micro, accumulation in ((1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 1, 4), (4, 1, 2), (8, 1, 1)):
+        setup = setup_of(tmp_path / f"{processes} {micro}", micro, accumulation)
+        phase = setup.phase.model_copy(update={"max_train_steps": 5, "cached_updates": cached})
+        setup = dataclasses.replace(setup, phase=phase)
+        updates = [set() for _ in range(5)]
+        for index in range(processes):
+            runtime = one_process(num_processes=processes, process_index=index)
+            for step in range(5):
+                for first in MicroBatches(setup, runtime).firsts(step):
+                    updates[step].update(range(first, first + micro))
+        assert updates == expected, (processes, micro, accumulation)
 
 
 def two_sizes(folder):
@@ -78,14 +96,8 @@ def test_resuming_at_an_update_gives_the_batches_from_there_on(tmp_path):
 
 
 def one_process(**more):
-    return SimpleNamespace(
-        num_processes=1,
-        process_index=0,
-        is_main=True,
-        device=torch.device("cpu"),
-        weight_dtype=torch.float32,
-        **more,
-    )
+    about = {"num_processes": 1, "process_index": 0, "is_main": True}
+    return SimpleNamespace(**(about | more), device=torch.device("cpu"), weight_dtype=torch.float32)
 
 
 def test_an_update_is_begun_again_with_the_same_samples_in_smaller_micro_batches(tmp_path, caplog):

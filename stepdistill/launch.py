@@ -1,0 +1,168 @@
+"""The processes of a launch (torchrun, accelerate launch, srun) end together and print the reason once. Imports torch late.
+
+torch.distributed keeps a key-value store in the launcher, or in process 0 if there is none. A process that fails leaves a
+note there. In each process a thread, the watch, looks for notes and for the launcher itself: a process that waits for the
+others inside an operation of all processes, above all on a GPU, would notice neither.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from stepdistill.errors import INTERRUPTED, TO_BE_CONTINUED, DistributedError
+from stepdistill.messages import first_line, printable
+
+_LOOKS_EVERY = 1.0  # seconds between two looks of the watch
+_MAIN_THREAD_HAS = 10.0  # seconds to end by itself, after another process has failed
+_FIRST_PROCESS_HAS = 10.0  # seconds for process 0 to print an error that the others probably share
+_STORE_MAY_BE_SILENT = 60.0  # seconds
+_LONGEST_CAUSE = 120
+_MEND = (
+    "mend: see its messages, then start the same command again, which continues from the newest checkpoint"
+)
+_Answer = TypeVar("_Answer")
+
+
+class Launch:
+    """What one process knows of the launch that it belongs to.
+
+    Args:
+        store: a connection to the store that nothing else uses.
+        name: sets this start of the launch apart from earlier ones, whose notes may still be in the store.
+        launcher: process id of torchrun or accelerate; None if there is none that waits for the processes.
+    """
+
+    def __init__(self, store: Any, *, name: str, launcher: int | None) -> None:
+        self._store, self._launcher = store, launcher
+        self._prefix, self._last_answer = f"stepdistill/{name}", time.monotonic()
+        self._ends = threading.Lock()  # taken by the thread that ends this process, and never released
+
+    def watch(self) -> None:
+        """Starts the watch, which ends this process with code 8 if another one failed or the launcher is gone."""
+        threading.Thread(target=self._watch, name="watch of the launch", daemon=True).start()
+
+    def tell(self, note: str) -> None:
+        """Leaves a note of this process's failure, unless another process has left one before."""
+        self._ends.acquire(blocking=False)
+        if self._ask(lambda store: store.add(f"{self._prefix}/notes", 1)) == 1:
+            self._ask(lambda store: store.set(f"{self._prefix}/note", note))
+
+    def note(self) -> str | None:
+        """The note of the process that failed first; None if none did."""
+        key = f"{self._prefix}/note"
+        if not self._ask(lambda store: store.check([key])):
+            return None
+        return (self._ask(lambda store: store.get(key)) or b"").decode(errors="replace") or None
+
+    def is_first(self, message: str) -> bool:
+        """Whether no other process has asked this about the same message."""
+        return self._ask(lambda store: store.add(f"{self._prefix}/said {message}", 1)) in (None, 1)
+
+    def _ask(self, question: Callable[[Any], _Answer]) -> _Answer | None:
+        """The store's answer; None if it is gone, which is no failure in itself: process 0 may have finished its work."""
+        try:
+            answer = question(self._store)
+        except RuntimeError:
+            return None
+        self._last_answer = time.monotonic()
+        return answer
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_LOOKS_EVERY)
+            if self._launcher is not None and os.getppid() != self._launcher:
+                self._end(f"the launcher, process {self._launcher} of this machine, was killed; {_MEND}")
+            note = self.note()
+            if note is not None:
+                time.sleep(_MAIN_THREAD_HAS)
+                self._end(note)
+            if time.monotonic() - self._last_answer > _STORE_MAY_BE_SILENT:
+                self._end(f"the launch's first process or its launcher is gone; {_MEND}")
+
+    def _end(self, message: str) -> None:
+        """Ends this process, unless its main thread does so already."""
+        if self._ends.acquire(blocking=False):
+            print(f"stepdistill: {printable(message)}", file=sys.stderr, flush=True)
+            os._exit(DistributedError.exit_code)
+
+
+_launch: Launch | None = None
+
+
+def join(name: str) -> None:
+    """Connects this process to the store, starts the watch, and lets `ending` tell the other processes. Called once in each
+    process of a launch, when they have met. name: the same in all of them, and other in every start of the launch."""
+    global _launch
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
+    _launch = Launch(store, name=name, launcher=launcher)
+    _launch.watch()
+
+
+def ending(message: str, code: int) -> tuple[str | None, int]:
+    """What this process prints and with which code it exits, when it ends by an error with this message and exit code.
+
+    None in place of the message if another process prints it. If another process failed first, the code is 8 and the message
+    is that process's note. Tells the other processes of a failure, but not of a stop, which they agree on.
+    """
+    if _launch is None:
+        if _index() > 0:
+            # all read the same config, so process 0 probably prints this message now and ends the launch
+            time.sleep(_FIRST_PROCESS_HAS)
+        return message, code
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # of a launcher that ends all; this process ends by itself
+    is_stop = code in (TO_BE_CONTINUED, INTERRUPTED)
+    note = _launch.note()
+    if note is not None and (is_stop or code == DistributedError.exit_code):
+        message, code, is_stop = note, DistributedError.exit_code, False
+    if not is_stop:
+        _launch.tell(message if code == DistributedError.exit_code else _note(message))
+    return message if _launch.is_first(str(code) if is_stop else message) else None, code
+
+
+def tell(error: BaseException) -> None:
+    """Tells the other processes that this one ends by an error, which Python prints with its traceback."""
+    if _launch is not None:
+        _launch.tell(_note(first_line(error)))
+
+
+@contextlib.contextmanager
+def collective() -> Iterator[None]:
+    """Turns an error of an operation of all processes into a DistributedError: another process ended or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_another_process(error) and type(error) is not RuntimeError:
+            raise  # such as out of memory
+        cause = (
+            first_line(error).split("] ", 1)[-1].split(". ")[0][:_LONGEST_CAUSE]
+        )  # without gloo's file and advice
+        what = "did not answer within training.distributed_timeout" if "imed out" in cause else "ended"
+        raise DistributedError(f"another process of the launch {what} ({cause}); {_MEND}") from error
+
+
+def is_of_another_process(error: BaseException) -> bool:
+    """Whether torch.distributed raised an error. NCCL's come later than the operation that failed."""
+    return any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+
+
+def _note(message: str) -> str:
+    return f"process {_index()} of the launch ended: {message}"
+
+
+def _index() -> int:
+    """The number of this process in its launch, from 0, before the processes have met."""
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0

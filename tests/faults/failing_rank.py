@@ -1,0 +1,59 @@
+"""Runs the command line in one process of a launch and lets that process fail at a chosen place, as a cluster would.
+
+python -m tests.faults.failing_rank PLACE FAILURE RANK STAGE CONFIG [key=value ...]
+
+PLACE    update, save and half_saved (the second one), rung (its end), drawing (of the table's pictures), none
+FAILURE  killed (SIGKILL), stopped (SIGSTOP) or raised
+RANK     the process that fails, in the first attempt of the launch only
+"""
+
+import os
+import signal
+import sys
+
+from stepdistill import ladder
+from stepdistill.cli import app, guarded
+from stepdistill.disk import durable
+from stepdistill.evaluation.draw.sampler import Sampler
+from stepdistill.training import phase
+from stepdistill.training.checkpoint import Checkpoints
+
+MESSAGE = "the wind has blown the papers away"
+# owner and name of a function, and which of its calls fails; at half_saved, a checkpoint's files lie beside its place
+PLACES = {
+    "update": (phase, "update", 2),
+    "save": (Checkpoints, "save", 2),
+    "half_saved": (durable, "replace_folder", 2),
+    "rung": (ladder, "replace_folder", 1),
+    "drawing": (Sampler, "draw", 1),
+}
+
+
+def fail(failure):
+    if failure == "raised":
+        raise RuntimeError(MESSAGE)
+    os.kill(os.getpid(), signal.SIGKILL if failure == "killed" else signal.SIGSTOP)
+
+
+def let_fail(place, failure):
+    owner, name, number = PLACES[place]
+    before, calls = getattr(owner, name), []
+
+    def failing(*args, **options):
+        calls.append(name)
+        if len(calls) == number:
+            fail(failure)
+        return before(*args, **options)
+
+    setattr(owner, name, failing)
+
+
+def main(place, failure, rank, *arguments):
+    is_first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if place != "none" and is_first_attempt and os.environ["RANK"] == rank:
+        let_fail(place, failure)
+    return guarded(lambda: app(list(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""A process of a launch that dies, hangs or raises ends the launch soon, with its own message; the next start continues."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import psutil
+import pytest
+
+from stepdistill import stages
+from tests.faults.failing_rank import MESSAGE
+from tests.faults.small_run import copy_of
+from tests.integration.launched import (
+    TORCHRUN,
+    config_of,
+    distilled,
+    ended,
+    log_of,
+    prepared,
+    said,
+    started,
+    weights_of,
+)
+
+pytestmark = pytest.mark.slow
+MINUTES = 0.1
+IMPORTS, AGENT = 90, 30
+"""Seconds until training begins on a busy machine; seconds in which torchrun waits for a process that it has told to end."""
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The config of a run that two processes trained without a failure."""
+    config = config_of(tmp_path_factory.mktemp("straight"))
+    stages.prepare(config)
+    distilled(TORCHRUN, config)
+    stages.export(config)
+    return config
+
+
+def failed(place, failure, rank, stage, config):
+    """(exit code, standard error, seconds) of a launch whose process number `rank` fails."""
+    began = time.monotonic()
+    code, errors = ended(
+        TORCHRUN,
+        *("-m", "tests.faults.failing_rank", place, failure, str(rank), stage),
+        str(config.run_dir / "config.yaml"),
+        f"training.distributed_timeout={MINUTES}",
+    )
+    return code, errors, time.monotonic() - began
+
+
+def check_messages(failure, rank, errors):
+    """The failing process shows its own message, the other one exactly one line, without a traceback, and exits with 8."""
+    (line,) = said(errors)
+    assert f"[rank{1 - rank}]" not in errors
+    assert errors.count(f"[rank{rank}]: Traceback") == (failure == "raised")
+    expected = {
+        "raised": f"process {rank} of the launch ended: RuntimeError: {MESSAGE}",
+        "killed": "another process of the launch ended",
+        "stopped": "another process of the launch did not answer within training.distributed_timeout",
+    }
+    assert expected[failure] in line
+    codes = dict(re.findall(r"rank +: (\d).*?\n +exitcode +: (-?\d+)", errors))
+    assert codes == {str(1 - rank): "8", str(rank): "1" if failure == "raised" else "-9"}
+
+
+@pytest.mark.parametrize(
+    ("place", "failure", "rank"),
+    [
+        ("update", "raised", 1),
+        ("update", "killed", 1),
+        ("update", "stopped", 1),
+        ("save", "raised", 0),
+        ("half_saved", "killed", 0),
+        ("half_saved", "stopped", 0),
+        ("rung", "raised", 0),
+        ("rung", "killed", 0),
+        ("rung", "stopped", 0),
+    ],
+)
+def test_a_failure_in_training_ends_all_and_the_next_start_continues(
+    straight, tmp_path, place, failure, rank
+):
+    config = prepared(config_of(tmp_path), straight.run_dir / "cache")
+    code, errors, seconds = failed(place, failure, rank, "distill", config)
+    assert code == 1
+    assert seconds < IMPORTS + (60 * MINUTES + AGENT) * (failure == "stopped")
+    check_messages(failure, rank, errors)
+    after = "phase 1 after 2 of 2" if place == "rung" else "phase 0 after 1 of 3"
+    assert f"the 4-step rung continues in {after} updates" in distilled(TORCHRUN, config)
+    assert weights_of(config) == weights_of(straight)
+    assert log_of(config) == log_of(straight)
+
+
+@pytest.mark.parametrize(("failure", "rank"), [("raised", 1), ("killed", 1), ("stopped", 0)])
+def test_a_failure_in_evaluation_ends_all_and_the_next_start_continues(straight, tmp_path, failure, rank):
+    config = copy_of(straight, tmp_path)
+    code, errors, seconds = failed("drawing", failure, rank, "evaluate", config)
+    assert code == 1
+    assert seconds < IMPORTS + (60 * MINUTES + AGENT) * (failure == "stopped")
+    check_messages(failure, rank, errors)
+    path = str(config.run_dir / "config.yaml")
+    code, errors = ended(TORCHRUN, "-m", "stepdistill", "evaluate", path)
+    assert code == 0, errors[-3000:]
+    rows = json.loads((config.run_dir / "evaluation" / "results.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == ["teacher-4", "student-4", "student-2"]
+
+
+def test_processes_end_if_their_launcher_is_killed(straight, tmp_path):
+    phases = "ladder.0.phases.0.max_train_steps=10000"
+    config = prepared(config_of(tmp_path, phases), straight.run_dir / "cache")
+    launcher = started(TORCHRUN, "-m", "stepdistill", "distill", str(config.run_dir / "config.yaml"))
+    deadline = time.monotonic() + IMPORTS
+    while not (config.run_dir / "log.jsonl").is_file() or not log_of(config):
+        assert launcher.poll() is None, launcher.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    processes = psutil.Process(launcher.pid).children(recursive=True)
+    os.kill(launcher.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    for process in alive:
+        process.kill()
+    _, errors = launcher.communicate(timeout=15)
+    assert alive == []
+    assert "Traceback" not in errors
+    assert 1 <= len(said(errors)) <= 2
+    assert all("was killed; mend: " in line or "another process" in line for line in said(errors))
+    path = str(config.run_dir / "config.yaml")
+    _, errors = ended(TORCHRUN, "-m", "stepdistill", "distill", path, "training.max_minutes=1e-6")
+    assert "the 4-step rung continues in phase 0 after" in errors

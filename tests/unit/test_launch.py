@@ -1,0 +1,98 @@
+"""What a process of a launch prints when it ends, and what it tells the others: with a real store, and no other process."""
+
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from stepdistill import launch
+from stepdistill.errors import DistributedError
+from stepdistill.launch import Launch, collective, ending, is_of_another_process
+
+
+@pytest.fixture(scope="module")
+def server():
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+
+
+@pytest.fixture
+def processes(server, request):
+    """Three processes of one launch, each with its connection to the store."""
+    stores = [TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False) for _ in range(3)]
+    return [Launch(store, name=request.node.name, launcher=None) for store in stores]
+
+
+def ended(process, number, monkeypatch, message, code):
+    """What process number `number` prints, and its exit code."""
+    monkeypatch.setattr(launch, "_launch", process)
+    monkeypatch.setenv("RANK", str(number))
+    outcome = []
+    # SIGTERM is ignored in the main thread only
+    thread = threading.Thread(target=lambda: outcome.append(ending(message, code)))
+    thread.start()
+    thread.join()
+    return outcome[0]
+
+
+def test_one_process_prints_its_own_message(monkeypatch):
+    monkeypatch.setattr(launch, "_launch", None)
+    monkeypatch.delenv("RANK", raising=False)
+    assert ending("wrong", 2) == ("wrong", 2)
+
+
+def test_an_error_that_all_have_is_printed_once_and_others_by_each(processes, monkeypatch):
+    assert processes[0].note() is None
+    for number, expected in enumerate([("not finite", 6), (None, 6)]):
+        assert ended(processes[number], number, monkeypatch, "not finite", 6) == expected
+    assert ended(processes[2], 2, monkeypatch, "no room", 2) == ("no room", 2)
+    assert processes[2].note() == "process 0 of the launch ended: not finite"
+
+
+def test_the_others_say_which_process_failed_instead_of_what_they_noticed(processes, monkeypatch):
+    assert ended(processes[1], 1, monkeypatch, "no room", 2) == ("no room", 2)
+    note = "process 1 of the launch ended: no room"
+    assert ended(processes[0], 0, monkeypatch, "another process ended", 8) == (note, 8)
+    # a launcher ends the others by SIGTERM: this is no stop after which the run is to continue
+    assert ended(processes[2], 2, monkeypatch, "stopped (SIGTERM)", 75) == (None, 8)
+
+
+def test_a_stop_is_no_failure_and_is_printed_once_whatever_its_reason(processes, monkeypatch):
+    assert ended(processes[1], 1, monkeypatch, "stopped (SIGTERM)", 75) == ("stopped (SIGTERM)", 75)
+    assert ended(processes[0], 0, monkeypatch, "stopped (training.max_minutes is used)", 75) == (None, 75)
+    assert processes[2].note() is None
+
+
+def test_a_store_that_is_gone_stops_no_message(monkeypatch):
+    lost = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", lost.port, is_master=False, wait_for_workers=False)
+    process = Launch(store, name="lost", launcher=None)
+    del lost
+    assert ended(process, 1, monkeypatch, "no room", 2) == ("no room", 2)
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (
+            "[gloo/pair.cc:553] Connection closed by peer [::1]:1. GLHF",
+            "ended (Connection closed by peer [::1]:1)",
+        ),
+        (
+            "[gloo/pair.cc:1] Timed out waiting 6000ms for recv operation to complete",
+            "did not answer within training.distributed_timeout (Timed out waiting 6000ms for recv operation to complete)",
+        ),
+    ],
+)
+def test_an_error_of_an_operation_of_all_processes_is_one_line(cause, expected):
+    with pytest.raises(DistributedError) as raised, collective():
+        raise RuntimeError(cause)
+    assert str(raised.value).startswith(f"another process of the launch {expected}; mend: ")
+
+
+def test_other_errors_in_such_an_operation_stay_as_they_are():
+    with pytest.raises(torch.OutOfMemoryError), collective():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert is_of_another_process(torch.distributed.DistNetworkError("reset"))
+    assert not is_of_another_process(RuntimeError("reset"))
