@@ -27,6 +27,8 @@ class RungRecord:
     training_seconds: float | None = None
     """None in the header of a kohya file, whose bytes must depend on the weights alone."""
     start_timestep: int | None = None
+    teacher_sha256: str | None = None
+    """sha256 of the LoRA that the student began with, the rung before's; None for the first rung, and if it is not known."""
 
     def write(self, folder: Path) -> None:
         """Writes rung.json."""
@@ -52,12 +54,13 @@ class RungRecord:
     def _is_sound(self) -> bool:
         counts = (self.student_steps, self.teacher_steps, self.lora_rank)
         texts = (self.prediction_type, self.base_fingerprint, self.sha256)
-        seconds, start = self.training_seconds, self.start_timestep
+        seconds, start, teacher = self.training_seconds, self.start_timestep, self.teacher_sha256
         return (
             all(type(count) is int and count > 0 for count in counts)
             and all(isinstance(text, str) for text in texts)
             and type(seconds) in (int, float, type(None))
             and (start is None or (type(start) is int and start >= 0))
+            and isinstance(teacher, str | None)
         )
 
 
