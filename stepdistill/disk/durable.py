@@ -213,8 +213,9 @@ def _sync(path: Path) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Renames a finished folder to its place, and makes the new name durable. At every moment the old folder or the new one
-    is there as a whole; where two folders cannot be exchanged in one step, `put_back_replaced` restores that after a kill."""
+    """Renames a finished folder to its place, and makes the new name durable. At every moment the old folder or the new
+    one is there as a whole; where two folders cannot be exchanged in one step, `put_back_replaced` restores that after a
+    kill."""
     replaced = folder.with_name(f".{folder.name}{_REPLACED}")
     put_back_replaced(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)

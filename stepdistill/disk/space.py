@@ -28,6 +28,6 @@ def check_space(folder: Path, need: int, purpose: str) -> None:
     free = free_bytes(folder)
     if free < need:
         raise ValueError(
-            f"{folder}: {purpose} needs about {need:,} bytes and {free:,} are free there: {need - free:,} bytes are missing; "
-            f"mend: make room there, then the same command"
+            f"{folder}: {purpose} needs about {need:,} bytes and {free:,} are free there: {need - free:,} bytes are "
+            f"missing; mend: make room there, then the same command"
         )

@@ -35,7 +35,7 @@ LOCK = "run.lock"
 """File at the top of a run's folder while a command works in it."""
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Environment variables of launchers: the number of this process, and of all processes of the launch, as accelerate reads."""
+"""Environment variables of launchers, as accelerate reads them: the number of this process, and how many there are."""
 _PATIENCE = 1.0
 """Seconds to wait for a process that is just ending, or that has made the file and not written its text yet."""
 _PAUSE = 0.02
