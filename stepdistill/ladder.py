@@ -14,8 +14,17 @@ from safetensors.torch import load_file
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
-from stepdistill.disk.durable import read_sealed, replace_folder, sha256_file, sha256_json, writing
+from stepdistill.disk.durable import (
+    put_back_replaced,
+    read_sealed,
+    replace_folder,
+    sha256_file,
+    sha256_json,
+    writing,
+)
+from stepdistill.disk.guarded import make_folder
 from stepdistill.disk.places import clear_half_written
+from stepdistill.disk.space import check_space, folder_bytes
 from stepdistill.errors import CheckpointError, ToBeContinued
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
@@ -26,6 +35,7 @@ from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.rng import derive_seed
 from stepdistill.run.checkpoint_files import CHECKPOINTS, partial_rung
 from stepdistill.run.log import TrainingLog
+from stepdistill.run.rung_order import begun_from, is_current, warn_of_training_again
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_record, read_rung, rung_folder
 from stepdistill.run.settings import settings_behind
 from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, take_rungs, taken_steps
@@ -40,6 +50,7 @@ from stepdistill.teacher.loading import (
 )
 from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest
+from stepdistill.training.disk_bytes import rung_bytes
 from stepdistill.training.measure_looks import PhaseLooks
 from stepdistill.training.painter import Painter
 from stepdistill.training.phase import PhaseState, copied, run_phase
@@ -126,31 +137,37 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         return []
     with StopRequest(max_minutes=config.training.max_minutes) as stop:
         runtime = Runtime(mixed_precision=config.training.mixed_precision)
-        _train(load_shared(config, runtime), todo, stop)
-    return [rung.student_steps for rung in todo]
+        return _train(load_shared(config, runtime), todo, stop)
 
 
-def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> None:
-    """Trains rungs in order, the first one from its newest checkpoint if it has one. ToBeContinued if asked to stop."""
+def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> list[int]:
+    """Trains rungs in order, the first one from its newest checkpoint if it has one; returns the student_steps of those that
+    it trained. A later rung stays if it is finished and the rung before came out as it was. ToBeContinued if asked to stop.
+    """
     config, runtime = shared.config, shared.runtime
     folder = partial_rung(config.run_dir, todo[0].student_steps) / CHECKPOINTS
     resumed = newest(folder, functools.partial(shared.identity, config.ladder.index(todo[0])))
     _check_samples(shared)
     _check_same_checkpoint(resumed, runtime)
-    log = None
+    log, trained = None, list[int]()
     if runtime.is_main:
         _warn_of_rare_sizes(shared)
-        starts = {rung.student_steps: (0, 0) for rung in todo}
-        if resumed is not None:
-            starts[todo[0].student_steps] = (resumed.phase, resumed.step)
-        log = TrainingLog(config.run_dir / "log.jsonl", drop_rungs=starts)
+        log = TrainingLog(config.run_dir / "log.jsonl")
     try:
         for rung in todo:
+            if trained and is_current(config.run_dir, rung):
+                continue
+            if log is not None:
+                warn_of_training_again(config, rung)
+                phase, step = (0, 0) if resumed is None else (resumed.phase, resumed.step)
+                log.begin(rung.student_steps, phase=phase, step=step)
             _train_rung(shared, rung, log, resumed, stop)
+            trained.append(rung.student_steps)
             resumed = None
     finally:
         if log is not None:
             log.close()
+    return trained
 
 
 def _check_samples(shared: Shared) -> None:
@@ -191,16 +208,21 @@ def rungs_to_copy(config: RunConfig) -> list[TakenRung]:
 
 
 def _take_rungs(config: RunConfig) -> None:
-    """Copies the rungs that `start_from` takes over; one process does it, the others wait."""
+    """Clears up after a kill in the moment in which a rung came to its place, and copies the rungs that `start_from` takes
+    over; one process does it, the others wait."""
     processes = Processes()
     if processes.is_main:
+        put_back_replaced(config.run_dir / "rungs")
+        for rung in config.ladder:
+            shutil.rmtree(rung_folder(config.run_dir, rung.student_steps) / CHECKPOINTS, ignore_errors=True)
         take_rungs(config, rungs_to_copy(config))
     processes.wait()
 
 
 def _unfinished(config: RunConfig) -> list[Rung]:
+    """The ladder from its first rung on that has to be trained."""
     for index, rung in enumerate(config.ladder):
-        if read_rung(config.run_dir, rung.student_steps) is None:
+        if not is_current(config.run_dir, rung):
             return list(config.ladder[index:])
     return []
 
@@ -271,11 +293,7 @@ def _train_rung(
         adapters.load_adapter_state(network.model, STUDENT, read_lora(config.run_dir, rung.teacher_steps))
     partial = partial_rung(config.run_dir, rung.student_steps)
     if shared.runtime.is_main:
-        if resumed is None:
-            shutil.rmtree(partial, ignore_errors=True)
-        with writing(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-        clear_half_written(partial)
+        _open_partial(shared, rung, is_resumed=resumed is not None)
     shared.runtime.wait()
     options = config.training.checkpoint
     checkpoints = Checkpoints(
@@ -288,18 +306,46 @@ def _train_rung(
     prompts, folder = list(config.preview.prompts), partial / "previews"
     preview = Preview(shared.painter, shared.cache, prompts, seed=config.seed, folder=folder)
     predicted = config.prediction_types(shared.undistilled.prediction_type)
-    training = _RungTraining(shared, rung, predicted, preview, log, checkpoints, stop)
-    training.train(resumed)
+    if resumed is not None and resumed.phase == len(rung.phases):
+        adapters.load_adapter_state(network.model, STUDENT, resumed.state["student"])
+        shared.runtime.load_loss_scale_state(resumed.state["loss_scale"])
+    else:
+        training = _RungTraining(shared, rung, predicted, preview, log, checkpoints, stop)
+        training.train(resumed)
+        if shared.runtime.is_main:
+            checkpoints.save(len(rung.phases), 0, training._between_phases(), None)
+            checkpoints.wait()
     shared.runtime.wait()
     if shared.runtime.is_main:
-        checkpoints.remove()
         seconds = round(checkpoints.seconds, 1)
         _finish_rung(shared, rung, partial, prediction_type=predicted[position], seconds=seconds)
     shared.runtime.wait()
 
 
+def _open_partial(shared: Shared, rung: Rung, *, is_resumed: bool) -> None:
+    """Makes the folder of a rung that is about to be trained, empty unless the rung continues from a checkpoint. ValueError
+    if the disk has no room for the rung."""
+    config = shared.config
+    partial = partial_rung(config.run_dir, rung.student_steps)
+    later = config.ladder[config.ladder.index(rung) + 1 :]  # begun from what this rung was before
+    outdated = [partial_rung(config.run_dir, r.student_steps) for r in later]
+    for folder in outdated if is_resumed else [*outdated, partial]:
+        shutil.rmtree(folder, ignore_errors=True)
+    with writing(partial):
+        make_folder(partial)
+    clear_half_written(partial)
+    need = rung_bytes(
+        config,
+        rung,
+        parameters=sum(p.numel() for p in shared.network.group(STUDENT).values()),
+        size=max(shared.cache.sizes),
+    )
+    check_space(partial, need - folder_bytes(partial), f"the {rung.student_steps}-step rung")
+
+
 def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: str, seconds: float) -> None:
-    """Writes the LoRA and its record into the folder `partial`, which then becomes the rung's folder."""
+    """Writes the LoRA and its record into the folder `partial`, which then becomes the rung's folder. The checkpoints are
+    removed after that, so that nothing is lost if it fails."""
     save_lora(shared.network, partial)
     record = RungRecord(
         student_steps=rung.student_steps,
@@ -311,11 +357,13 @@ def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: 
         training_seconds=seconds,
         start_timestep=rung.start_timestep,
         samples_per_update=shared.samples_per_update,
+        teacher_sha256=begun_from(shared.config.run_dir, rung),
     )
     record.write(partial)
     final = rung_folder(shared.config.run_dir, rung.student_steps)
     with writing(final):
         replace_folder(partial, final)
+    shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ The command line, and through it `pipelines/*.py`, calls these functions and not
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
 from stepdistill.disk.places import clear_half_written
+from stepdistill.disk.space import check_space
 from stepdistill.run.folder import check_folder, open_folder
+from stepdistill.run.lock import locked
 from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
@@ -39,6 +42,15 @@ def open_run(config: RunConfig) -> Path:
     return open_folder(config)
 
 
+@contextmanager
+def _work_in(config: RunConfig) -> Iterator[Path]:
+    """Inside it, this is the only command that works in the run's folder, which `open_run` has made. FolderInUseError if
+    another one does."""
+    check_run(config)
+    with locked(config.run_dir):
+        yield open_run(config)
+
+
 def doctor(config: RunConfig) -> None:
     """Prints the findings about a planned run; ConfigError if anything would stop it."""
     _quiet_libraries()
@@ -52,7 +64,11 @@ def doctor(config: RunConfig) -> None:
 
 def prepare(config: RunConfig) -> None:
     """Writes latents and text embeddings into the cache; does nothing if they are there already."""
-    run_dir = open_run(config)
+    with _work_in(config) as run_dir:
+        _prepare(config, run_dir)
+
+
+def _prepare(config: RunConfig, run_dir: Path) -> None:
     _quiet_libraries()
     from stepdistill.data.cache import is_whole
     from stepdistill.data.prepare import prepare as fill_cache
@@ -84,7 +100,11 @@ def prepare(config: RunConfig) -> None:
 
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     """Trains the unfinished rungs, or one rung again."""
-    open_run(config)
+    with _work_in(config):
+        _distill(config, only)
+
+
+def _distill(config: RunConfig, only: tuple[int, int] | None) -> None:
     _quiet_libraries()
     from stepdistill.ladder import distill as train_rungs
 
@@ -97,7 +117,8 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     if only is not None and only[1] in before:
         later = [n for n in before if n < only[1]]
         outdated = (
-            f"; the rungs of {', '.join(map(str, later))} steps were trained on the old rung and are unchanged"
+            f"; the rungs of {', '.join(map(str, later))} steps began with the old rung: `stepdistill distill` trains them "
+            f"again"
             if later
             else ""
         )
@@ -147,10 +168,11 @@ def export(
     _quiet_libraries()
     from stepdistill.export.rung import export_rung
 
-    for count in chosen:
-        folder = export_rung(config, count)
-        clear_half_written(rung_folder(config.run_dir, count))
-        logger.info("export: %s", folder)
+    with locked(config.run_dir):
+        for count in chosen:
+            folder = export_rung(config, count)
+            clear_half_written(rung_folder(config.run_dir, count))
+            logger.info("export: %s", folder)
     if push_to is not None:
         from stepdistill.export.hub import push_rung
 
@@ -181,17 +203,25 @@ def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
 
 def evaluate(config: RunConfig) -> None:
     """Draws and measures every row of the table."""
-    open_run(config)
-    _quiet_libraries()
-    from stepdistill.evaluation.evaluate import evaluate as measure
+    with _work_in(config) as run_dir:
+        _quiet_libraries()
+        from stepdistill.doctor.disk_need import evaluation_bytes
+        from stepdistill.evaluation.evaluate import evaluate as measure
 
-    _meet(config)
-    measure(config)
+        _meet(config)
+        folder = run_dir / "evaluation"
+        drawn = sum(1 for _ in folder.rglob("images/*.png"))
+        need = evaluation_bytes(config, TeacherFacts.of_folder(teacher_folder(config)), drawn=drawn)
+        check_space(folder, need, "evaluation")
+        measure(config)
 
 
 def report(config: RunConfig, *, output: Path | None = None) -> Path:
-    """Writes the report of a run (page, table, picture grid) and returns its folder."""
-    return report_runs([open_run(config)], output=output, grid_columns=config.evaluation.grid_columns)
+    """Writes the report of a run (page, table, picture grid) and returns its folder, also while another command trains."""
+    check_run(config)
+    if not (config.run_dir / "config.yaml").is_file():
+        open_run(config)
+    return report_runs([config.run_dir], output=output, grid_columns=config.evaluation.grid_columns)
 
 
 def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_columns: int = 10) -> Path:
@@ -208,8 +238,13 @@ def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_co
 
 def run_all(config: RunConfig) -> None:
     """Runs every stage, after logging how long they will take; what the table needs is checked before training begins."""
-    started = time.monotonic()
     check_run(config)
+    with locked(config.run_dir):
+        _run_all(config)
+
+
+def _run_all(config: RunConfig) -> None:
+    started = time.monotonic()
     _quiet_libraries()
     from stepdistill.evaluation.check import check_evaluation
     from stepdistill.ladder import rungs_to_copy
@@ -260,7 +295,8 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
 
     _check_picture(output)
     if not is_exported(rung_folder(run_dir, steps)):
-        export_rung(config, steps)
+        with locked(run_dir):
+            export_rung(config, steps)
     pipeline = load_pipeline(teacher_folder(config)).to(default_device())
     load_few_step(pipeline, rung_folder(run_dir, steps))
     images, _ = draw(pipeline, [prompt], steps=steps, guidance_scale=1.0, seed=seed, first=0)

@@ -40,6 +40,7 @@ from stepdistill.disk.durable import (
     write_sealed,
     writing,
 )
+from stepdistill.disk.guarded import make_folder
 from stepdistill.disk.places import clear_half_written
 from stepdistill.errors import DataError, DistributedError
 from stepdistill.models.denoiser import Denoiser
@@ -119,7 +120,7 @@ class _CacheBuilder:
             return made
         stream = training_records(self._config.data, seed=data_seed(self._config))
         with writing(self._folder / "shards"):
-            (self._folder / "shards").mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder / "shards")
         while chunk := list(itertools.islice(stream, self._per_shard)):
             number, self._count = self._count, self._count + 1
             if number % processes.count == processes.index:

@@ -2,6 +2,7 @@
 Also "sealed" JSON objects, whose checksum shows whether they were changed after they were written.
 """
 
+import ctypes
 import errno
 import functools
 import hashlib
@@ -14,9 +15,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
+
+from stepdistill.disk.guarded import check_present, make_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +29,8 @@ CHECKSUM = "checksum"
 """Key of a sealed object: sha256_json of all its other keys."""
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _LARGEST_JSON = 2**28
+_REPLACED = ".replaced.partial"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 _BLOCKED = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 _OTHER_REMEDY = "remove the cause, then the same command"
 _REMEDIES = {
@@ -45,12 +50,10 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     cannot be written; the old file then stays, and no temporary file is left beside it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with partial.open("wb") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
+                _write_synced(file, *parts)
             partial.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -134,6 +137,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError | SafetensorError) and _os_error(error) is None:
             raise
+        check_present(path)
         raise ValueError(unwritable(path, error)) from None
 
 
@@ -170,10 +174,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(folder):
-            partial.mkdir(parents=True)
+            make_folder(partial)
             yield partial
-            for path in partial.rglob("*.safetensors"):
-                readable(path)
+            for path in partial.rglob("*"):
+                if path.suffix == ".safetensors":
+                    readable(path)
+                _sync(path)
             replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -188,17 +194,18 @@ def write_synced_folder(
         texts = {name: json.dumps(sealed(value), indent=2) + "\n" for name, value in objects.items()}
         for name, content in {**files, **{name: text.encode() for name, text in texts.items()}}.items():
             with (partial / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync(partial)
-    with writing(folder):
-        _sync(folder.parent)
+                _write_synced(file, content)
 
 
-def _sync(folder: Path) -> None:
-    """Makes the names of a folder's files durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _write_synced(file: BinaryIO, *parts: bytes | memoryview) -> None:
+    file.writelines(parts)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's bytes, or the names of a folder's files, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -206,19 +213,51 @@ def _sync(folder: Path) -> None:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Renames a finished folder to its place. The old folder is renamed away first and removed at the end, so that at no
-    moment only a part of it is there."""
-    replaced = folder.with_name(f".{folder.name}.replaced.partial")
+    """Renames a finished folder to its place, and makes the new name durable. At every moment the old folder or the new
+    one is there as a whole; where two folders cannot be exchanged in one step, `put_back_replaced` restores that after a
+    kill."""
+    replaced = folder.with_name(f".{folder.name}{_REPLACED}")
+    put_back_replaced(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
+    _sync(partial)
+    if not folder.exists():
+        partial.rename(folder)
+    elif _exchange(partial, folder):
+        partial.rename(replaced)
+    else:
         folder.rename(replaced)
-    partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except BaseException:
+            replaced.rename(folder)
+            raise
+    _sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back_replaced(parent: Path) -> None:
+    """Puts back the old folders that a process renamed away and did not live to replace."""
+    for replaced in parent.glob(f".*{_REPLACED}"):
+        folder = parent / replaced.name.removeprefix(".").removesuffix(_REPLACED)
+        if not folder.exists():
+            with suppress(OSError):
+                replaced.rename(folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two folders in one step; False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
 
 
 def canonical_safetensors(path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Rewrites a safetensors file in the form of `canonical`."""
-    path.write_bytes(canonical(path.read_bytes(), metadata=metadata))
+    content = canonical(path.read_bytes(), metadata=metadata)
+    with path.open("wb") as file:
+        _write_synced(file, content)
     readable(path)
 
 

@@ -32,18 +32,19 @@ def half_written(path: Path) -> str | None:
     return match["name"] if match else None
 
 
-def clear_half_written(folder: Path, *, names: Iterable[str] | None = None) -> None:
+def clear_half_written(folder: Path, *, names: Iterable[str] | None = None, is_alone: bool = False) -> None:
     """Removes the half-written files and folders of stopped processes; those that cannot be removed stay.
 
     Args:
         folder: the folder to clear; without `names` also all folders below it.
         names: final names of the files to remove. Other processes may be writing one of them, so those that were written
             within the last seconds stay. Without names everything half-written is removed: no other process may be writing.
+        is_alone: no other process is writing these files, so those of the last seconds are removed as well.
     """
     chosen = None if names is None else frozenset(names)
     for path in list(folder.rglob(".*.partial") if chosen is None else folder.glob(".*.partial")):
         name = half_written(path)
-        if name is None or (chosen is not None and (name not in chosen or _is_new(path))):
+        if name is None or (chosen is not None and (name not in chosen or (not is_alone and _is_new(path)))):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -54,7 +55,7 @@ def clear_half_written(folder: Path, *, names: Iterable[str] | None = None) -> N
 
 def _is_new(path: Path) -> bool:
     try:
-        return time.time() - path.stat().st_mtime < _MOST_WRITING_SECONDS
+        return abs(time.time() - path.stat().st_mtime) < _MOST_WRITING_SECONDS
     except OSError:
         return False
 

@@ -17,16 +17,16 @@ from stepdistill.data.prepare import PROMPTS_A_SHARD, SHARD
 from stepdistill.data.records import is_cache, is_prompts_only
 from stepdistill.data.source import training_records
 from stepdistill.demo.world import world_of
+from stepdistill.disk.space import png_bytes
 from stepdistill.evaluation.draw.picture_folder import LATENTS_KEPT
 from stepdistill.models.adapters import lora_parameters
 from stepdistill.models.identity import layer_shapes
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.files import read_headers, weight_files
 from stepdistill.teacher.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
+from stepdistill.training.disk_bytes import preview_pictures
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_DISK_BLOCK = 4096  # bytes; a file takes a whole number of blocks on the disk
-_PNG_SHARE = 0.7  # compressed size over 3 bytes per pixel; measured on photographs at a fast setting
 _MOST_COUNTING_SECONDS = 2.0  # for reading the source
 _FEATURES = {"": 128, "reader": 96, "inception": 2048, "trained": 128}
 _MOST_FEATURES = 1536
@@ -63,15 +63,10 @@ def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
         teacher=pipeline or 0,
         cache=cache,
         rungs=_rungs(config, unet, size),
-        evaluation=_evaluation(config, teacher),
+        evaluation=evaluation_bytes(config, teacher),
         report=_report(config, size),
         is_whole=is_whole and pipeline is not None,
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    """The bytes of all files in a folder, links left out; 0 if there is no folder."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
 
 
 def _pipeline(config: RunConfig, folder: Path) -> int | None:
@@ -151,17 +146,15 @@ def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> i
         "onnx": whole * _BYTES["float32"],
     }
     each = lora * _BYTES["float32"] + sum(other[name] for name in options.formats)
-    every = config.training.preview_steps
-    drawn = sum(
-        1 + (phase.max_train_steps // every if every else 0)
-        for rung in config.ladder
-        for phase in rung.phases
-    )
-    return len(config.ladder) * each + drawn * 2 * len(config.preview.prompts) * _picture(size)
+    previews = sum(preview_pictures(config, rung) for rung in config.ladder)
+    return len(config.ladder) * each + previews * png_bytes(size)
 
 
-def _evaluation(config: RunConfig, teacher: TeacherFacts) -> int:
-    """Bytes of the pictures of rows, floor and studies, of their features, and of the latents kept for the first of them."""
+def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0) -> int:
+    """Bytes of the pictures of rows, floor and studies, of their features, and of the latents kept for the first of them.
+
+    drawn: number of pictures that are drawn already; only the share of the others counts.
+    """
     options, students, size = config.evaluation, len(config.ladder), teacher.image_size
     rows = len(options.teacher_steps) + len(options.unguided_steps) + students + len(options.loras)
     rows += options.floor
@@ -171,21 +164,17 @@ def _evaluation(config: RunConfig, teacher: TeacherFacts) -> int:
     few = (sweep + students**2 * options.matrix + bool(sweep or options.matrix)) * options.study_images
     few += options.diversity_prompts * options.diversity_seeds * (1 + students + len(options.loras))
     features = views * _FEATURES.get((options.features or "").partition(":")[0], _MOST_FEATURES)
-    each_row = options.num_images * (_picture(size) + 4 * features)
+    each_row = options.num_images * (png_bytes(size) + 4 * features)
     latents = min(options.num_images, LATENTS_KEPT) * latent * 4
-    return rows * (each_row + latents) + few * (_picture(size) + latent * 4)
+    whole = rows * (each_row + latents) + few * (png_bytes(size) + latent * 4)
+    left = 1 - drawn / max(1, rows * options.num_images + few)
+    return round(whole * max(0.0, left))
 
 
 def _report(config: RunConfig, size: tuple[int, int]) -> int:
     """Bytes of the page with its pictures, of the picture grid beside it, and of the log."""
     options = config.evaluation
     rows = len(options.teacher_steps) + len(config.ladder) + len(options.loras)
-    pictures = 3 * rows * options.grid_columns * _picture(size)
+    pictures = 3 * rows * options.grid_columns * png_bytes(size)
     updates = sum(phase.max_train_steps for rung in config.ladder for phase in rung.phases)
     return min(_PAGE, pictures) + updates * _LOG_LINE
-
-
-def _picture(size: tuple[int, int]) -> int:
-    """Bytes of a PNG of this (height, width) in pixels, in whole blocks."""
-    packed = round(size[0] * size[1] * 3 * _PNG_SHARE)
-    return -(-packed // _DISK_BLOCK) * _DISK_BLOCK

@@ -3,7 +3,6 @@
 import functools
 import importlib.metadata
 import itertools
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -21,7 +20,8 @@ from stepdistill.data.size_counts import bucket_notes
 from stepdistill.data.source import picture_of
 from stepdistill.demo.world import world_of
 from stepdistill.disk.places import check_writable
-from stepdistill.doctor.disk_need import disk_need, folder_bytes
+from stepdistill.disk.space import folder_bytes, free_bytes
+from stepdistill.doctor.disk_need import disk_need
 from stepdistill.doctor.finding import Finding
 from stepdistill.doctor.teacher import teacher_findings
 from stepdistill.run.folder import check_folder
@@ -220,8 +220,7 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
 
 
 def _disk(config: RunConfig) -> Iterator[Finding]:
-    place = next(p for p in (config.run_dir, *config.run_dir.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(config.run_dir)
     teacher = _facts(config)
     if teacher is None:
         yield Finding(

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from stepdistill.disk.durable import canonical_safetensors, writing
+from stepdistill.disk.guarded import make_folder
 from stepdistill.models.lora_file import Lora, LoraLayer
 from stepdistill.teacher.facts import TeacherFacts
 
@@ -174,7 +175,7 @@ def write_kohya(path: Path, state: Mapping[str, torch.Tensor], header: Mapping[s
     has these bytes is left alone. The header entry sshs_model_hash is `tensors_hash` of the tensors."""
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             save_file(dict(state), partial, metadata={**header, HASH: tensors_hash(state)})
             canonical_safetensors(partial)

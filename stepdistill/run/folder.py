@@ -11,6 +11,7 @@ from stepdistill.config.saved import resolved, saved_config
 from stepdistill.disk.durable import write_text
 from stepdistill.disk.places import clear_half_written, half_written
 from stepdistill.run.checkpoint_files import check_checkpoints
+from stepdistill.run.lock import LOCK, is_alone
 from stepdistill.run.rungs import folders_of_rungs
 from stepdistill.run.settings import differences_text, forbidden_changes
 from stepdistill.run.start_from import TAKEN
@@ -50,13 +51,14 @@ def check_folder(config: RunConfig) -> None:
 
 
 def _check_empty(run_dir: Path) -> None:
-    """ConfigError if a folder without config.yaml holds anything but a half-written config.yaml of a killed process."""
-    if run_dir.is_dir() and not all(map(_is_half_written_config, run_dir.iterdir())):
+    """ConfigError if a folder without config.yaml holds anything but what a process leaves that is killed before it has
+    written config.yaml, or that is starting right now."""
+    if run_dir.is_dir() and not all(map(_is_of_a_start, run_dir.iterdir())):
         raise ConfigError(f"name: {run_dir} holds files that are no run's; choose another name or output_dir")
 
 
-def _is_half_written_config(path: Path) -> bool:
-    return half_written(path) == "config.yaml"
+def _is_of_a_start(path: Path) -> bool:
+    return half_written(path) == "config.yaml" or path.name == LOCK
 
 
 def open_folder(config: RunConfig) -> Path:
@@ -68,7 +70,7 @@ def open_folder(config: RunConfig) -> Path:
     saved, text = config.run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False)
     if not (saved.is_file() and saved.read_bytes() == text.encode("utf-8")):
         write_text(saved, text)
-    clear_half_written(config.run_dir, names=_WRITTEN_BY_ALL)
+    clear_half_written(config.run_dir, names=_WRITTEN_BY_ALL, is_alone=is_alone())
     return config.run_dir
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -11,63 +11,72 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stepdistill.disk.durable import warn_of_damage, write_text, writing
+from stepdistill.disk.guarded import check_present
 
 _PLACE = ("rung", "phase", "step")
 """Keys that say to which update a line belongs."""
+_MOST_NAMED = 8
 
 
 class TrainingLog:
-    """Appends to a run's log.jsonl, after removing the lines of updates that are to be made again.
+    """Appends to a run's log.jsonl. Call `begin` before the first `write`."""
 
-    Args:
-        path: the JSONL file.
-        drop_rungs: by the student_steps of each rung about to be trained, the (phase, step) of its first update.
-    """
-
-    def __init__(self, path: Path, *, drop_rungs: Mapping[int, tuple[int, int]]) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
+        self._file: FileIO | None = None
+
+    def begin(self, rung: int, *, phase: int, step: int) -> None:
+        """Removes the lines of updates that are about to be made again: those of the rung with that many student_steps, from
+        this phase and step on. All other lines stay, whenever the process is killed."""
+        self.close()
         earlier = [
             line
-            for line in read_log(path)
-            if line["rung"] not in drop_rungs or (line["phase"], line["step"]) < drop_rungs[line["rung"]]
+            for line in read_log(self._path)
+            if line["rung"] != rung or (line["phase"], line["step"]) < (phase, step)
         ]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in earlier))
-        with writing(path):
-            self._file = path.open("ab", buffering=0)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in earlier))
+        with writing(self._path):
+            self._file = self._path.open("ab", buffering=0)
 
     def write(self, record: dict) -> None:
         """Writes a record as one line of JSON, without buffering; ValueError if it cannot be written."""
+        assert self._file is not None, "begin comes first"
         rest = (json.dumps(record) + "\n").encode()
         with writing(self._path):
+            check_present(self._path)
             while rest:
                 rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict]:
     """The records of a log.jsonl: JSON objects with integers under rung, phase and step.
 
-    A last line that a crash cut short is left out. Other damaged lines are left out with a warning.
+    A last line that a crash cut short is left out. Other damaged lines are left out with a warning that counts them and
+    names the first ones by their numbers, from 1.
     """
     if not path.is_file():
         return []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; mend: allow this user to read it") from None
     *whole, cut_short = map(_record, lines)
     records = [record for record in whole if record is not None]
-    if len(records) < len(whole):
-        warn_of_damage(path, f"{len(whole) - len(records)} of its {len(whole)} lines are left out")
+    damaged = [number for number, record in enumerate(whole, start=1) if record is None]
+    if damaged:
+        first = ", ".join(map(str, damaged[:_MOST_NAMED])) + (", ..." if len(damaged) > _MOST_NAMED else "")
+        warn_of_damage(path, f"{len(damaged)} of its {len(whole)} lines are left out (line {first})")
     return records if cut_short is None else [*records, cut_short]
 
 
-def _record(line: str) -> dict | None:
+def _record(line: bytes) -> dict | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
     is_record = isinstance(record, dict) and all(type(record.get(key)) is int for key in _PLACE)

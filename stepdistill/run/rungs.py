@@ -29,6 +29,8 @@ class RungRecord:
     start_timestep: int | None = None
     samples_per_update: int | None = None
     """Over all processes; None in records of earlier versions."""
+    teacher_sha256: str | None = None
+    """sha256 of the LoRA that the student began with, the rung before's; None for the first rung, and if it is not known."""
 
     def write(self, folder: Path) -> None:
         """Writes rung.json."""
@@ -54,13 +56,14 @@ class RungRecord:
     def _is_sound(self) -> bool:
         counts = (self.student_steps, self.teacher_steps, self.lora_rank)
         texts = (self.prediction_type, self.base_fingerprint, self.sha256)
-        seconds, start = self.training_seconds, self.start_timestep
+        seconds, start, teacher = self.training_seconds, self.start_timestep, self.teacher_sha256
         return (
             all(type(count) is int and count > 0 for count in counts)
             and all(isinstance(text, str) for text in texts)
             and type(seconds) in (int, float, type(None))
             and (start is None or (type(start) is int and start >= 0))
             and type(self.samples_per_update) in (int, type(None))
+            and isinstance(teacher, str | None)
         )
 
 

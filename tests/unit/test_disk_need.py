@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from stepdistill.config.load import load_config
-from stepdistill.doctor.disk_need import disk_need, folder_bytes
+from stepdistill.disk.space import folder_bytes
+from stepdistill.doctor.disk_need import disk_need
 from stepdistill.models.adapters import add_adapter, lora_parameters
 from stepdistill.models.identity import layer_shapes
 from stepdistill.teacher.facts import TeacherFacts

@@ -28,6 +28,7 @@ from stepdistill.disk.durable import (
     write_sealed,
     writing,
 )
+from stepdistill.disk.guarded import make_folder
 from stepdistill.run.drawn_pictures import (
     Chunk,
     chunks_of,
@@ -62,7 +63,7 @@ class PictureFolder:
             if manifest is not None or not any(chunk.key == key for chunk in chunks_of(self.path)):
                 shutil.rmtree(self.path, ignore_errors=True)
             for part in ("images", "chunks", "latents"):
-                (self.path / part).mkdir(parents=True, exist_ok=True)
+                make_folder(self.path / part)
         write_sealed(self.path / "manifest.json", {"key": key, **about, "finished": False})
 
     @property
