@@ -17,6 +17,7 @@ from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
+from stepdistill.teacher.same_teacher import check_same_teacher, record_teacher
 from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def prepare(config: RunConfig) -> None:
 
     write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
+    _require_same_teacher(config)
     teacher = TeacherFacts.of_folder(teacher_folder(config))
     check_ladder_fits(config, teacher)
     if Processes().is_main:
@@ -85,6 +87,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     """Trains the unfinished rungs, or one rung again."""
     open_run(config)
     _quiet_libraries()
+    _require_same_teacher(config)
     from stepdistill.ladder import distill as train_rungs
 
     check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
@@ -143,6 +146,7 @@ def export(
         return
     check_run(config)
     _quiet_libraries()
+    _require_same_teacher(config)
     from stepdistill.export.rung import export_rung
 
     for count in chosen:
@@ -181,6 +185,7 @@ def evaluate(config: RunConfig) -> None:
     """Draws and measures every row of the table."""
     open_run(config)
     _quiet_libraries()
+    _require_same_teacher(config)
     from stepdistill.evaluation.evaluate import evaluate as measure
 
     measure(config)
@@ -246,6 +251,7 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
 
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
+    check_same_teacher(config, teacher_folder(config))
     _quiet_libraries()
     from stepdistill.evaluation.draw.sampler import draw
     from stepdistill.export.exported import is_exported
@@ -294,6 +300,17 @@ def _make_teacher(config: RunConfig) -> None:
     if processes.is_main:
         make_teacher(config)
     processes.wait()
+
+
+def _require_same_teacher(config: RunConfig) -> None:
+    """ConfigError if the teacher changed since the run was started; the first stage records it, in one process."""
+    from stepdistill.runtime import Processes
+
+    processes, folder = Processes(), teacher_folder(config)
+    check_same_teacher(config, folder)
+    processes.wait()
+    if processes.is_main:
+        record_teacher(config, folder)
 
 
 def _quiet_libraries() -> None:

@@ -9,12 +9,15 @@ from stepdistill.teacher.examine import examine_pipeline, not_finite
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.folder import missing_parts, teacher_kind
 from stepdistill.teacher.lora_trial import check_lora_goes_on
+from stepdistill.teacher.same_teacher import check_same_teacher
 from stepdistill.teacher.source import (
     cached_repository,
     check_teacher,
     check_teacher_folder,
     configs_folder,
+    is_ready_made,
     local_folder,
+    made_folder,
     teacher_lora_file,
 )
 
@@ -26,6 +29,9 @@ def teacher_findings(config: RunConfig) -> Iterator[Finding]:
     """The teacher's problems, or that it is intact; ConfigError for a problem that stops the checks."""
     path, kind = config.teacher.path, teacher_kind(config.teacher.path)
     check_teacher(config)
+    used = local_folder(path) if is_ready_made(config) else made_folder(config)
+    if used is not None:
+        check_same_teacher(config, used)
     if kind == "folder":
         folder = local_folder(path)
         problems = list(_broken(config, folder))

@@ -1,6 +1,5 @@
 """Loads a teacher and its parts from its folder, through diffusers."""
 
-import hashlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
 from stepdistill.messages import first_line
 from stepdistill.teacher.facts import DEFAULT_TIMESTEPS, TeacherFacts
+from stepdistill.teacher.fingerprints import weights_fingerprint
 from stepdistill.teacher.folder import WEIGHTS, pipeline_parts, weights_variant
 from stepdistill.teacher.weights import check_weights
 
@@ -135,17 +135,9 @@ def load_noise_path(scheduler_config: Mapping[str, Any]) -> tuple[VariancePreser
 
 def fingerprint(folder: Path) -> str:
     """sha256 over the U-Net's weight files, 16 hexadecimal digits: it identifies the base that a LoRA belongs to."""
-    return _fingerprint(folder, "unet")
+    return weights_fingerprint(folder, "unet")
 
 
 def encoder_fingerprint(folder: Path) -> str:
     """sha256 over the weight files of VAE and text encoders: it identifies the source of latents and embeddings."""
-    return _fingerprint(folder, "vae", "text_encoder", "text_encoder_2")
-
-
-def _fingerprint(folder: Path, *parts: str) -> str:
-    digest = hashlib.sha256()
-    for path in (path for part in parts for path in sorted((folder / part).glob("*.safetensors"))):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return weights_fingerprint(folder, "vae", "text_encoder", "text_encoder_2")
