@@ -30,19 +30,8 @@ OWNERS = {
 }
 TORCH_ONLY = ("diffusion", "objectives")
 NO_TORCH = {"config", "disk", "run", "plan", "jackknife", "errors", "messages", "report", "stages", "cli"}
-NO_TORCH |= {
-    f"teacher.{name}"
-    for name in (
-        "facts",
-        "files",
-        "fingerprints",
-        "folder",
-        "ladder_fit",
-        "same_teacher",
-        "scheduler",
-        "source",
-    )
-}
+TEACHER = ("facts", "files", "fingerprints", "folder", "ladder_fit", "same_teacher", "scheduler", "source")
+NO_TORCH |= {f"teacher.{name}" for name in TEACHER}
 
 
 def modules():
