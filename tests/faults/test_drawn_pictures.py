@@ -1,4 +1,5 @@
-"""Pictures with numbers that are not finite, black as bytes, stop the evaluation; changed bits of pictures are noticed."""
+"""Drawn pictures: numbers that are not finite, which are black as bytes, stop the evaluation; changed bits are noticed; an
+interrupted row continues with another batch size."""
 
 import pytest
 import torch
@@ -48,12 +49,50 @@ def test_a_picture_that_is_not_finite_names_its_row_and_rung(name, odd, whole_ru
     assert list((folder / "images").iterdir()) == list((folder / "chunks").iterdir()) == []
 
 
+def sampler_of(config, size, *, calls=None):
+    """A Sampler of that batch size; with `calls`, memory runs out after so many calls of the pipeline."""
+
+    class Limited(Sampler):
+        left = calls
+
+        def draw(self, *args, **options):
+            if self.left == 0:
+                raise torch.OutOfMemoryError("no memory")
+            self.left = None if self.left is None else self.left - 1
+            return super().draw(*args, **options)
+
+    options = config.evaluation.model_copy(update={"batch_size": size})
+    return Limited(config.model_copy(update={"evaluation": options}))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(4, 5), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((5, 4), (2, 8)))],
+)
+def test_a_row_continues_with_another_batch_size_after_memory_ran_out(before, after, whole_run, tmp_path):
+    """The batch size changes numbers by rounding alone: latents by less than 1e-4, pictures by at most 1 grey level."""
+    row = next(row for row in rows_of(whole_run) if row.name == "student-2")
+    prompts = [f"a red letter {letter} on white" for letter in "abcdefghijk"]
+    whole, parts = PictureFolder(tmp_path / "whole"), PictureFolder(tmp_path / "parts")
+    options = {"seed": 7, "processes": Processes()}
+    sampler_of(whole_run, 11).ensure(row, whole.path, prompts, **options)
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler_of(whole_run, before, calls=1).ensure(row, parts.path, prompts, **options)
+    with pytest.raises(torch.OutOfMemoryError):
+        sampler_of(whole_run, after, calls=1).ensure(row, parts.path, prompts, **options)
+    sampler_of(whole_run, before).ensure(row, parts.path, prompts, **options)
+    assert parts.latents().shape == whole.latents().shape
+    assert torch.allclose(parts.latents(), whole.latents(), atol=1e-4)
+    (drawn,), (expected,) = parts.batches(11), whole.batches(11)
+    assert (drawn.int() - expected.int()).abs().max() <= 1
+
+
 def test_every_flipped_bit_of_a_drawn_picture_is_noticed(tmp_path):
     """Some bits of a PNG change other pixels, or none; each is another file than the one that was drawn."""
     folder = PictureFolder(tmp_path)
     folder.begin("key", {})
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 255, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+    pixels = torch.randint(0, 255, (2, 2, 3), generator=generator, dtype=torch.uint8).numpy()
     folder.add(0, [Image.fromarray(pixels)], torch.zeros(1, 4, 1, 1), seconds=1.0)
     file, (marker,) = tmp_path / "images" / "000000.png", folder.markers()
     drawn, chunk = file.read_bytes(), read_chunk(marker)
