@@ -20,6 +20,7 @@ from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
+from stepdistill.teacher.same_teacher import check_same_teacher, record_teacher
 from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
     _meet(config)
     write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
+    _require_same_teacher(config)
     teacher = TeacherFacts.of_folder(teacher_folder(config))
     check_ladder_fits(config, teacher)
     if Processes().is_main:
@@ -109,6 +111,7 @@ def _distill(config: RunConfig, only: tuple[int, int] | None) -> None:
     from stepdistill.ladder import distill as train_rungs
 
     _meet(config)
+    _require_same_teacher(config)
     check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     before = finished_rungs(config.run_dir)
     trained = train_rungs(config, only=only)
@@ -166,6 +169,7 @@ def export(
         return
     check_run(config)
     _quiet_libraries()
+    _require_same_teacher(config)
     from stepdistill.export.rung import export_rung
 
     with locked(config.run_dir):
@@ -209,6 +213,7 @@ def evaluate(config: RunConfig) -> None:
         from stepdistill.evaluation.evaluate import evaluate as measure
 
         _meet(config)
+        _require_same_teacher(config)
         folder = run_dir / "evaluation"
         drawn = sum(1 for _ in folder.rglob("images/*.png"))
         need = evaluation_bytes(config, TeacherFacts.of_folder(teacher_folder(config)), drawn=drawn)
@@ -285,6 +290,7 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
 
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
+    check_same_teacher(config, teacher_folder(config))
     _quiet_libraries()
     from stepdistill.evaluation.draw.sampler import draw
     from stepdistill.export.exported import is_exported
@@ -341,6 +347,17 @@ def _make_teacher(config: RunConfig) -> None:
     if processes.is_main:
         make_teacher(config)
     processes.wait()
+
+
+def _require_same_teacher(config: RunConfig) -> None:
+    """ConfigError if the teacher changed since the run was started; the first stage records it, in one process."""
+    from stepdistill.runtime import Processes
+
+    processes, folder = Processes(), teacher_folder(config)
+    check_same_teacher(config, folder)
+    processes.wait()
+    if processes.is_main:
+        record_teacher(config, folder)
 
 
 def _quiet_libraries() -> None:

@@ -139,7 +139,8 @@ class _CacheBuilder:
             if self._encoder is None:
                 self._encoder = self._make_encoder(processes.device)
             tensors, bad = self._encoder.encode(records, first=number * self._per_shard)
-            facts = {"bad": json.dumps([bad.counts, bad.examples], sort_keys=True), "seen": str(len(records))}
+            left_out = json.dumps([bad.counts, bad.examples], sort_keys=True, allow_nan=False)
+            facts = {"bad": left_out, "seen": str(len(records))}
             write_shard(path, tensors, {**about, **facts, "dtype": self._config.data.dtype})
             stored = read_about(path)
         assert stored is not None
@@ -308,5 +309,5 @@ def _digest(records: Sequence[Record]) -> str:
             caption = read_caption(record.read_caption())
         except BadSample as error:
             caption = f"\0{error.kind}"
-        digest.update(json.dumps([record.name, caption, record.version()]).encode() + b"\n")
+        digest.update(json.dumps([record.name, caption, record.version()], allow_nan=False).encode() + b"\n")
     return digest.hexdigest()

@@ -129,7 +129,7 @@ class Shard:
 
 def caption_bytes(captions: list[str]) -> torch.Tensor:
     """The captions as a uint8 tensor of JSON text."""
-    return torch.frombuffer(bytearray(json.dumps(captions).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(json.dumps(captions, allow_nan=False).encode()), dtype=torch.uint8)
 
 
 def size_name(size: Size) -> str:
@@ -143,7 +143,7 @@ def _size(name: str) -> Size:
 
 
 def _text(header: dict) -> bytes:
-    return json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _header_sum(header: dict) -> "hashlib._Hash":

@@ -125,7 +125,7 @@ def training_tally(folder: Path, data: Data, *, seed: int) -> Counter[Size]:
     """`tally_pictures` of the training records, read from `folder` if the same records were counted before."""
     digest = hashlib.sha256()
     for record in training_records(data, seed=seed):
-        digest.update(json.dumps([record.name, record.version()]).encode() + b"\n")
+        digest.update(json.dumps([record.name, record.version()], allow_nan=False).encode() + b"\n")
     asked = {"records": digest.hexdigest(), "min_side": data.min_side, "max_pixels": data.max_pixels}
     stored = read_sealed(folder / TALLIES) or {}
     pictures = stored.get("pictures")

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -67,8 +68,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """write_text of a value as indented JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """write_text of a value as indented JSON; a number that is not finite becomes null."""
+    write_text(path, _json(value))
 
 
 def write_picture(path: Path, image: "Image.Image") -> None:
@@ -93,9 +94,26 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+def _json(value: Any) -> str:
+    """Indented JSON. JSON has no NaN and no infinity: other programs do not read a file with them."""
+    return json.dumps(finite_or_null(value), indent=2, allow_nan=False) + "\n"
+
+
+def finite_or_null(value: Any) -> Any:
+    """A value of JSON data with None in place of every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(part) for part in value]
+    return value
+
+
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """An object as JSON data, with a checksum over all its keys added; it must not have a key "checksum"."""
-    plain = json.loads(json.dumps(value))
+    """An object as JSON data, with a checksum over all its keys added; it must not have a key "checksum". Numbers that are
+    not finite become null."""
+    plain = json.loads(json.dumps(finite_or_null(value), allow_nan=False))
     return {**plain, CHECKSUM: sha256_json(plain)}
 
 
@@ -191,7 +209,7 @@ def write_synced_folder(
     """Writes a folder of files, and of JSON objects with a checksum, in one step that survives a power cut: beside its
     place, synced to the disk, renamed, and its parent synced. ValueError in one line if it cannot be written."""
     with whole_folder(folder) as partial:
-        texts = {name: json.dumps(sealed(value), indent=2) + "\n" for name, value in objects.items()}
+        texts = {name: _json(sealed(value)) for name, value in objects.items()}
         for name, content in {**files, **{name: text.encode() for name, text in texts.items()}}.items():
             with (partial / name).open("wb") as file:
                 _write_synced(file, content)
@@ -267,7 +285,8 @@ def canonical(content: bytes, *, metadata: Mapping[str, str] | None = None) -> b
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **(metadata or {})}.items()))
-    text = json.dumps(dict(sorted(header.items())), separators=(",", ":"), ensure_ascii=False).encode()
+    entries = dict(sorted(header.items()))
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
@@ -291,5 +310,6 @@ def sha256_bytes(content: bytes) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """The first 16 hexadecimal digits of the sha256 of a JSON value with sorted keys."""
+    """The first 16 hexadecimal digits of the sha256 of a JSON value with sorted keys. It takes NaN too, which earlier
+    versions sealed."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,14 @@ class _Measuring:
         """Writes results.json with the rows measured so far; `unmeasured` names what is still to be measured."""
         first = measured[0]["seconds_per_image"]
         rows = [row | {"speed_up": first / row["seconds_per_image"]} for row in measured]
-        replicates = {row["row"]: row.pop("replicates") for row in rows}
+        replicates = {
+            row["row"]: {
+                key: values
+                for key, values in row.pop("replicates").items()
+                if all(map(math.isfinite, values))
+            }
+            for row in rows
+        }
         results = {
             **facts,
             "unmeasured": unmeasured,

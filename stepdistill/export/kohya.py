@@ -151,7 +151,7 @@ def kohya_header(
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
-        "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": alpha}),
+        "ss_network_args": json.dumps({"conv_dim": rank, "conv_alpha": alpha}, allow_nan=False),
         "ss_base_model_version": _VERSIONS[family],
         "ss_v2": str(family.startswith("sd2")),
         "ss_sd_model_name": Path(base_name).name,

@@ -190,9 +190,8 @@ def _write_kohya(
         "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
         "base": identity,
     }
-    kohya.write_kohya(
-        folder / "kohya" / name, state, header | {HEADER: json.dumps(sealed(header_facts), sort_keys=True)}
-    )
+    about = json.dumps(sealed(header_facts), sort_keys=True, allow_nan=False)
+    kohya.write_kohya(folder / "kohya" / name, state, header | {HEADER: about})
     _write_workflow(config, record, folder / "kohya", name, facts)
 
 

@@ -28,11 +28,12 @@ WEIGHTS = {
     "text_encoder_2": "model",
 }
 """Parts with weights, and the first part of their files' names."""
-_CONFIG_FILES = {
+CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
 }
+"""The config's file of the parts where it is not config.json."""
 _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ("AutoencoderKL",)),
@@ -93,7 +94,7 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
         if not _is_named(index.get(name)):
             missing.append(f"{name} in model_index.json")
             continue
-        config = folder / name / _CONFIG_FILES.get(name, "config.json")
+        config = folder / name / CONFIG_FILES.get(name, "config.json")
         if not config.exists():
             missing.append(f"{name}/{config.name}")
         if weights and name in WEIGHTS and not any((folder / name).glob(f"{WEIGHTS[name]}*.safetensors*")):
@@ -120,7 +121,7 @@ def broken_files(folder: Path, *, header: Header | None = None) -> Iterator[str]
     variant = weights_variant(folder)
     for name in pipeline_parts(TeacherFacts.of_folder(folder).configs["pipeline"]):
         try:
-            config = read_object(folder / name / _CONFIG_FILES.get(name, "config.json"))
+            config = read_object(folder / name / CONFIG_FILES.get(name, "config.json"))
             if name in WEIGHTS:
                 tensors = header or _read_weights(folder / name, WEIGHTS[name], variant)
                 check_counts(folder / name / "config.json", config, tensors)

@@ -1,6 +1,5 @@
 """Loads a teacher and its parts from its folder, through diffusers."""
 
-import hashlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,9 @@ from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
 from stepdistill.messages import first_line
 from stepdistill.teacher.facts import DEFAULT_TIMESTEPS, TeacherFacts
-from stepdistill.teacher.folder import weights_variant
+from stepdistill.teacher.fingerprints import weights_fingerprint
+from stepdistill.teacher.folder import WEIGHTS, pipeline_parts, weights_variant
+from stepdistill.teacher.weights import check_weights
 
 _LOOK = "`stepdistill doctor` checks all of its files"
 
@@ -40,6 +41,7 @@ def loading(key: str, what: object, *, mend: str = _LOOK) -> Iterator[None]:
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The unchanged pipeline, from safetensors on this disk, without progress bar; ConfigError if it cannot be loaded."""
     with loading("teacher.path", folder):
+        check_weights(folder, *_parts(folder))
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **local_options(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -48,6 +50,7 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Diffus
 def load_encoders(folder: Path, *, vae_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """The pipeline without its U-Net, to encode pictures and texts; ConfigError if it cannot be loaded."""
     with loading("teacher.path", folder):
+        check_weights(folder, *(part for part in _parts(folder) if part != "unet"))
         pipeline = DiffusionPipeline.from_pretrained(
             folder, unet=None, dtype=torch.float32, **local_options(folder)
         )
@@ -67,22 +70,21 @@ def load_part(
 ) -> Any:
     """A part of the pipeline, such as "unet", frozen, in eval mode.
 
-    ConfigError if its files lack weights, which diffusers would leave uninitialised, or if quantization is "int8" and
-    torchao is not installed.
+    ConfigError if its files lack weights or have some too many, or if quantization is "int8" and torchao is not installed.
     """
     options = local_options(folder, part)
     if quantization == "int8":
         options["quantization_config"] = _int8()
     with loading("teacher.path", folder / part):
-        model, loaded = part_class.from_pretrained(
-            folder, subfolder=part, dtype=dtype, output_loading_info=True, **options
-        )
-        if loaded["missing_keys"]:
-            raise ConfigError(
-                f"teacher.path: {folder / part} lacks {len(loaded['missing_keys'])} weights, first "
-                f"{min(loaded['missing_keys'])}"
-            )
+        check_weights(folder, part)
+        model = part_class.from_pretrained(folder, subfolder=part, dtype=dtype, **options)
     return model.eval().requires_grad_(False)
+
+
+def _parts(folder: Path) -> list[str]:
+    """The parts with weights of a pipeline's folder."""
+    index = TeacherFacts.of_folder(folder).configs["pipeline"]
+    return [part for part in pipeline_parts(index) if part in WEIGHTS]
 
 
 def _int8() -> TorchAoConfig:
@@ -133,17 +135,9 @@ def load_noise_path(scheduler_config: Mapping[str, Any]) -> tuple[VariancePreser
 
 def fingerprint(folder: Path) -> str:
     """sha256 over the U-Net's weight files, 16 hexadecimal digits: it identifies the base that a LoRA belongs to."""
-    return _fingerprint(folder, "unet")
+    return weights_fingerprint(folder, "unet")
 
 
 def encoder_fingerprint(folder: Path) -> str:
     """sha256 over the weight files of VAE and text encoders: it identifies the source of latents and embeddings."""
-    return _fingerprint(folder, "vae", "text_encoder", "text_encoder_2")
-
-
-def _fingerprint(folder: Path, *parts: str) -> str:
-    digest = hashlib.sha256()
-    for path in (path for part in parts for path in sorted((folder / part).glob("*.safetensors"))):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return weights_fingerprint(folder, "vae", "text_encoder", "text_encoder_2")

@@ -19,9 +19,10 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import read_json, read_sealed, warn_of_damage, whole_folder, write_sealed
 from stepdistill.messages import first_line
 from stepdistill.teacher.examine import examine_pipeline
-from stepdistill.teacher.folder import teacher_kind
+from stepdistill.teacher.folder import WEIGHTS, teacher_kind
 from stepdistill.teacher.loading import loading, local_options
 from stepdistill.teacher.lora_trial import check_lora_numbers
+from stepdistill.teacher.single_file import file_problems
 from stepdistill.teacher.source import (
     TEACHER_RECORD,
     UNET_PREFIX,
@@ -117,9 +118,12 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
         named = (read_json(folder / "model_index.json") or {}).get("_class_name", "")
         options = {"config": str(folder), "local_files_only": True}
         pipeline_class = getattr(diffusers, named, pipeline_class)
+        problems = list(examine_pipeline(folder, file))
+        if problems:
+            raise ConfigError(f"teacher.path: {'; '.join(problems)}")
     try:
         pipeline = pipeline_class.from_single_file(str(file), torch_dtype=dtype, **options)
-        _check_complete(pipeline)
+        _check_complete(pipeline, file)
         return pipeline
     except Exception as error:  # a missing config, keys of another layout, shapes that do not fit
         raise ConfigError(
@@ -128,13 +132,11 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
         ) from None
 
 
-def _check_complete(pipeline: DiffusionPipeline) -> None:
-    """ValueError if the file lacked weights, which diffusers then leaves without data."""
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            empty = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
-            if empty:
-                raise ValueError(f"the file lacks {len(empty)} weights of {name}, first {empty[0]}")
+def _check_complete(pipeline: DiffusionPipeline, file: Path) -> None:
+    """ValueError if the file lacked weights, which diffusers then leaves without data, or holds some that it left out."""
+    nets = {name: part for name, part in pipeline.components.items() if name in WEIGHTS}
+    for problem in file_problems(file, nets):
+        raise ValueError(problem)
 
 
 def _bake(pipeline: DiffusionPipeline, config: RunConfig) -> None:

@@ -155,6 +155,34 @@ def without_words(folder):
     (folder / "tokenizer" / "merges.txt").write_text("")
 
 
+def in_two_tokenizer_files(change):
+    """A change of a tokenizer that is stored as vocab.json and merges.txt in place of tokenizer.json."""
+
+    def apply(folder):
+        place = folder / "tokenizer"
+        model = json.loads((place / "tokenizer.json").read_text())["model"]
+        (place / "tokenizer.json").unlink()
+        (place / "vocab.json").write_text(json.dumps(model["vocab"]))
+        lines = ["#version: 0.2", *(" ".join(merge) for merge in model["merges"])]
+        (place / "merges.txt").write_text("\n".join(lines) + "\n")
+        change(folder)
+
+    return apply
+
+
+def with_few_letters(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    known = content["model"]["vocab"]
+    content["model"]["vocab"] = {k: v for k, v in known.items() if k.startswith("<|") or k in ("a", "a</w>")}
+    content["model"]["merges"] = []
+    path.write_text(json.dumps(content))
+
+
+def with_another_weight(state):
+    return state | {"extra.weight": torch.zeros(2)}
+
+
 def index(**parts):
     return edited("model_index.json", **parts)
 
@@ -239,6 +267,18 @@ FOLDERS = {
     "a tensor of the text encoder is missing": (
         retyped(TEXT, without("layers.1")),
         r"text_encoder: .* lacks 1 of \d+ weights",
+    ),
+    "a tensor too many in the U-Net": (
+        retyped(UNET, with_another_weight),
+        r"unet: .* holds 1 weights for which its config\.json has no place, first extra\.weight",
+    ),
+    "a tensor too many in the VAE": (
+        retyped(VAE, with_another_weight),
+        r"vae: .*has no place, first extra\.weight",
+    ),
+    "a tensor too many in the text encoder": (
+        retyped(TEXT, with_another_weight),
+        r"text_encoder: .*has no place, first extra\.weight",
     ),
     "a tensor of another shape": (
         retyped(UNET, narrower("conv_in.weight")),
@@ -342,6 +382,28 @@ FOLDERS = {
         r"lacks tokenizer/tokenizer\.json, or vocab\.json",
     ),
     "an empty vocabulary": (without_words, r"tokenizer: .*"),
+    "no vocab.json": (
+        in_two_tokenizer_files(removed("tokenizer/vocab.json")),
+        r"lacks tokenizer/tokenizer\.json, or vocab\.json and merges\.txt",
+    ),
+    "no merges.txt": (
+        in_two_tokenizer_files(removed("tokenizer/merges.txt")),
+        r"lacks tokenizer/tokenizer\.json, or vocab\.json and merges\.txt",
+    ),
+    "an empty vocab.json": (
+        in_two_tokenizer_files(replaced("tokenizer/vocab.json", b"")),
+        r"tokenizer: cannot load",
+    ),
+    "an empty merges.txt": (
+        in_two_tokenizer_files(replaced("tokenizer/merges.txt", b"")),
+        r"tokenizer: .* merges for 0 of its \d+ words",
+    ),
+    "a merges.txt cut short": (
+        in_two_tokenizer_files(cut("tokenizer/merges.txt", 60)),
+        r"tokenizer: .* merges for \d of its \d+ words",
+    ),
+    "an empty tokenizer.json": (replaced("tokenizer/tokenizer.json", b""), r"tokenizer: cannot load"),
+    "a vocabulary of one letter": (with_few_letters, r"tokenizer: .* encodes '.*' as the same tokens"),
     "a tokenizer's config that is not JSON": (
         replaced("tokenizer/tokenizer_config.json", b"}"),
         r"tokenizer_config\.json is not JSON",

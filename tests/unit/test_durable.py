@@ -1,9 +1,12 @@
 """Files on disk: complete or absent, sealed with a hash, and errors with their remedy."""
 
+import ast
 import errno
 import json
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -50,10 +53,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_sealed_object_reads_back_and_a_changed_one_does_not(tmp_path):
     path, value = (
         tmp_path / "x.json",
-        {"a": 0.1, "b": [1, {"c": None}], "n": float("nan"), "d": {10: 1, 9: 2}},
+        {"a": 0.1, "b": [1, {"c": None}], "d": {10: 1, 9: 2}},
     )
     write_sealed(path, value)
-    assert str(read_sealed(path)) == str({**value, "d": {"10": 1, "9": 2}})
+    assert read_sealed(path) == {**value, "d": {"10": 1, "9": 2}}
     text = path.read_text()
     for changed in (
         text.replace("0.1", "0.2"),
@@ -68,6 +71,39 @@ def test_a_sealed_object_reads_back_and_a_changed_one_does_not(tmp_path):
         assert read_sealed(path) is None, changed
     path.write_text('{"a": 1}')
     assert read_sealed(path) == {"a": 1}, "of a version that wrote no checksum"
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
+    value = {"a": float("nan"), "b": [1.5, -float("inf"), {"c": (np.float64("inf"), 2)}]}
+    for write in (write_json, write_sealed):
+        write(tmp_path / "x.json", value)
+        read = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+        assert {key: read[key] for key in value} == {"a": None, "b": [1.5, None, {"c": [None, 2]}]}
+    assert read_sealed(tmp_path / "x.json") is not None
+
+
+def test_a_sealed_object_of_an_earlier_version_that_holds_nan_is_read(tmp_path):
+    value = {"a": float("nan"), "b": 1}
+    (tmp_path / "x.json").write_text(json.dumps({**value, "checksum": sha256_json(value)}))
+    assert str(read_sealed(tmp_path / "x.json")) == str(value)
+
+
+def dumping(function):
+    calls = (node for node in ast.walk(function) if isinstance(node, ast.Call))
+    return [ast.unparse(call) for call in calls if ast.unparse(call.func) in ("json.dumps", "json.dump")]
+
+
+def test_every_writer_of_json_refuses_numbers_that_are_not_finite():
+    """Except sha256_json, which also hashes what earlier versions wrote, and the log, whose losses are checked before."""
+    for path in Path("stepdistill").rglob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            is_free = path == Path("stepdistill/run/log.py") or getattr(function, "name", "") == "sha256_json"
+            if isinstance(function, ast.FunctionDef) and not is_free:
+                assert all("allow_nan=False" in call for call in dumping(function)), (path, function.name)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ NO_TORCH = {
     "stages",
     "cli",
 }
-NO_TORCH |= {f"teacher.{name}" for name in ("facts", "files", "folder", "ladder_fit", "scheduler", "source")}
+TEACHER = ("facts", "files", "fingerprints", "folder", "ladder_fit", "same_teacher", "scheduler", "source")
+NO_TORCH |= {f"teacher.{name}" for name in TEACHER}
 
 
 def modules():

@@ -83,6 +83,23 @@ def changed(run, tmp_path, change):
     return folder
 
 
+@pytest.mark.parametrize("missing", [None, float("nan")], ids=["null", "NaN of an earlier version"])
+def test_a_number_that_is_not_finite_is_a_dash_on_the_page_and_null_in_the_report(run, tmp_path, missing):
+    def change(results):
+        results["rows"][-1]["fid_to_teacher"] = missing
+        results["rows"][-1]["fid_to_teacher_std"] = missing
+        results["floor"]["fid_to_real"] = missing
+        results["scale_sweep"]["cells"][0]["latent_mse_to_teacher"] = missing
+
+    folder = changed(run, tmp_path, change)
+    text = page_of(folder).text
+    assert "nan" not in text.lower().split()
+    assert "–" in text
+    written = (folder / "report" / "results.json").read_text()
+    assert "NaN" not in written
+    assert json.loads(written)["rows"][-1]["fid_to_teacher"] is None
+
+
 def test_the_page_loads_nothing_but_its_own_pictures_and_style(page):
     policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     styles = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)

@@ -4,8 +4,9 @@ Each image has its own random generator, so image k depends on its prompt and on
 number of processes or interruptions.
 """
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from stepdistill.config import RunConfig
 from stepdistill.disk.durable import read_json, sha256_file, sha256_json
+from stepdistill.errors import NonFiniteError
 from stepdistill.evaluation.draw.picture_folder import PictureFolder
 from stepdistill.evaluation.draw.rows import Row, lora_file, lora_scheduler
 from stepdistill.export.scheduler import student_scheduler
@@ -44,11 +46,13 @@ def draw(
     guidance_scale: float,
     seed: int,
     first: int,
+    what: str = "the pipeline",
     **options: Any,
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """Images of the prompts, and their final latents (n, C, h, w), float32 on the CPU.
 
-    Image k of the call has its own generator, seeded by (seed, first + k). `options` are passed to the pipeline.
+    Image k of the call has its own generator, seeded by (seed, first + k). `what` draws, for the message; `options` are
+    passed to the pipeline. NonFiniteError if a picture holds a number that is not finite: as bytes it would be black.
     """
     last: dict[str, torch.Tensor] = {}
 
@@ -56,16 +60,43 @@ def draw(
         last["latents"] = state["latents"]
         return state
 
-    images = pipeline(
-        list(prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        generator=[generator(seed, "image", first + k) for k in range(len(prompts))],
-        callback_on_step_end=keep,
-        callback_on_step_end_tensor_inputs=["latents"],
-        **options,
-    ).images
+    with _requiring_finite_pictures(pipeline.vae, what, first=first):
+        images = pipeline(
+            list(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[generator(seed, "image", first + k) for k in range(len(prompts))],
+            callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=["latents"],
+            **options,
+        ).images
     return images, last["latents"].float().cpu()
+
+
+@contextlib.contextmanager
+def _requiring_finite_pictures(vae: Any, what: str, *, first: int) -> Iterator[None]:
+    """Inside it, NonFiniteError if the VAE decodes a picture with a number that is not finite.
+
+    Args:
+        vae: the pipeline's VAE.
+        what: what draws, for the message.
+        first: number of the first picture.
+    """
+
+    def check(_decoder: torch.nn.Module, _latents: object, pictures: torch.Tensor) -> None:
+        is_finite = pictures.isfinite().flatten(1).all(dim=1)
+        if not bool(is_finite.all()):
+            raise NonFiniteError(
+                f"picture {first + int(is_finite.int().argmin())} of {what} holds numbers that are not finite; mend: "
+                f"evaluation.dtype=float32 if it is half precision; else the model is damaged, which `stepdistill doctor` "
+                f"finds in the teacher, and `stepdistill distill --rung` trains a damaged rung again"
+            )
+
+    handle = vae.decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Sampler:
@@ -106,6 +137,8 @@ class Sampler:
             guidance_scale=row.guidance_scale,
             seed=seed,
             first=first,
+            what=f"the row {row.name}"
+            + (f", drawn by the {row.student_steps}-step rung" if row.student_steps else ""),
             **options,
         )
 
