@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save, save_file
 from stepdistill.disk.durable import canonical_safetensors, writing
 from stepdistill.models.lora_file import Lora, LoraLayer
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.lora_header import check_lora_header
 
 HASH = "sshs_model_hash"
 _RESNET = {
@@ -107,6 +108,7 @@ def read_kohya(path: Path, modules: Iterable[str], unet_config: Mapping[str, Any
             diffusers_names[_flat(module)] = module
             with contextlib.suppress(KeyError):  # norms, which have no LoRA
                 diffusers_names[_flat(sgm_name(module, unet_config))] = module
+    check_lora_header(path)
     state = load_file(path)
     layers = {}
     for name in sorted({key.partition(".")[0] for key in state}):

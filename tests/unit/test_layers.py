@@ -30,7 +30,10 @@ OWNERS = {
 }
 TORCH_ONLY = ("diffusion", "objectives")
 NO_TORCH = {"config", "disk", "run", "plan", "jackknife", "errors", "messages", "report", "stages", "cli"}
-NO_TORCH |= {f"teacher.{name}" for name in ("facts", "files", "folder", "ladder_fit", "scheduler", "source")}
+NO_TORCH |= {
+    f"teacher.{name}"
+    for name in ("facts", "files", "folder", "ladder_fit", "lora_header", "scheduler", "source")
+}
 
 
 def modules():
