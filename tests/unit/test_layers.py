@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path("stepdistill")
 # The floors from bottom to top. A room is a folder of the package, or a file beside these folders.
 FLOORS = [
-    {"errors", "messages", "rng", "jackknife", "runtime", "disk", "images", "diffusion"},
+    {"errors", "messages", "terminal", "rng", "jackknife", "runtime", "disk", "images", "diffusion"},
     {"config", "objectives", "demo"},
     {"run"},
     {"teacher"},
@@ -29,7 +29,19 @@ OWNERS = {
     "matplotlib": {"report/plots.py", "demo/letters.py"},
 }
 TORCH_ONLY = ("diffusion", "objectives")
-NO_TORCH = {"config", "disk", "run", "plan", "jackknife", "errors", "messages", "report", "stages", "cli"}
+NO_TORCH = {
+    "config",
+    "disk",
+    "run",
+    "plan",
+    "jackknife",
+    "errors",
+    "messages",
+    "report",
+    "stages",
+    "terminal",
+    "cli",
+}
 NO_TORCH |= {
     f"teacher.{name}"
     for name in ("facts", "files", "folder", "ladder_fit", "lora_header", "scheduler", "source")
