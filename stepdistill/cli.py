@@ -29,21 +29,39 @@ from stepdistill.disk.places import is_folder
 from stepdistill.errors import EXPECTED, INTERRUPTED, TO_BE_CONTINUED, DistributedError, ToBeContinued
 from stepdistill.messages import first_line, printable, short
 from stepdistill.run.rungs import finished_rungs
+from stepdistill.terminal import given_text, prepare_terminal, printable_lines, show_traceback
 
 
 class _Commands(TyperGroup):
     """The commands. Turns Ctrl-C and SIGTERM into ToBeContinued, before typer would end the process with a message of its
-    own."""
+    own, and makes what typer says about wrong arguments printable."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_message():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_message():
+                return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             name, code = (
                 ("SIGTERM", TO_BE_CONTINUED) if isinstance(stop, _Terminated) else ("Ctrl-C", INTERRUPTED)
             )
             message = f"stopped ({name}); the same command continues with what is finished"
             raise ToBeContinued(message, code) from None
+
+
+@contextlib.contextmanager
+def _printable_message() -> Iterator[None]:
+    """Escapes control characters in the message of typer's errors, which repeat wrong arguments."""
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if isinstance(message, str):
+            error.message = printable(message)  # type: ignore[attr-defined]
+        raise
 
 
 class _Terminated(KeyboardInterrupt):
@@ -94,7 +112,7 @@ def _stage(
     only: tuple[int, int] | None = None,
 ) -> None:
     """Runs a stage; with dry_run prints the config and what the `planned` stages would do instead."""
-    config = load_config(config_path, overrides)
+    config = _load(config_path, overrides)
     stages.check_run(config)
     if not dry_run:
         stage(config)
@@ -106,7 +124,11 @@ def _stage(
         finished=finished_rungs(config.run_dir),
         seconds_per_pass=plan.measured_seconds_per_pass(config),
     )
-    typer.echo(yaml.safe_dump(resolved(config), sort_keys=False) + "\n" + described)
+    typer.echo(printable_lines(yaml.safe_dump(resolved(config), sort_keys=False) + "\n" + described))
+
+
+def _load(config_path: Path, overrides: list[str] | None) -> RunConfig:
+    return load_config(config_path, list(map(given_text, overrides or [])))
 
 
 @app.command()
@@ -118,7 +140,7 @@ def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 @app.command()
 def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check in seconds what would stop this run (teacher, data, packages, device, disk) and print the remedies."""
-    stages.doctor(load_config(config, overrides))
+    stages.doctor(_load(config, overrides))
 
 
 @app.command()
@@ -159,7 +181,7 @@ def export(
     """Write scheduler, model card and the LoRA in other tools' formats into every rung's folder."""
     asked = [] if formats is None else [f"export.formats=[{formats}]"]
     asked += [] if rank is None else [f"export.rank={rank}"]
-    run_config = load_config(config, [*(overrides or []), *asked])
+    run_config = _load(config, [*(overrides or []), *asked])
     stages.check_run(run_config)
     stages.export(run_config, steps=steps, push_to=push, dry_run=dry_run)
 
@@ -217,13 +239,14 @@ def sample(
     output: Annotated[Path, typer.Option(help="the PNG to write")] = Path("sample.png"),
 ) -> None:
     """Draw one picture with a run's student."""
-    typer.echo(stages.sample(run_dir, steps=steps, prompt=prompt, seed=seed, output=output))
+    written = stages.sample(run_dir, steps=steps, prompt=given_text(prompt), seed=seed, output=output)
+    typer.echo(printable(str(written)))
 
 
 def guarded(command: Callable[[], object]) -> int:
     """Runs a command and returns its exit code, as listed in errors.py; all but errors of the program itself are reported
     in one line."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    prepare_terminal(logging.WARNING)
     logging.getLogger("stepdistill").setLevel(logging.INFO)
     try:
         return _exit_code(command)
@@ -239,6 +262,11 @@ def _exit_code(command: Callable[[], object]) -> int:
         with _terminable():
             command()
     except ValueError as error:
+        if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
+            print(
+                f"stepdistill: {printable(_ENCODING.format(error.object, error.encoding))}", file=sys.stderr
+            )
+            return 2
         if not _raised_here(error):
             raise
         return _ended(str(error), getattr(error, "exit_code", 2))
@@ -284,6 +312,10 @@ _OF_THE_DISK = (
     *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
 )
 """errno of errors that no reader or writer of files has turned into a message: a wrong path, or a failing disk."""
+_ENCODING = (
+    "the name {!r} cannot be written in {}, which Python takes for the encoding of file names here; mend: set PYTHONUTF8=1, "
+    "or use another name"
+)
 _FILE_REMEDY = "mend: make room there, allow this user to use it, or name another path"
 
 
@@ -310,4 +342,6 @@ def _flushed(code: int) -> int:
 
 def main() -> None:
     """The console entry point."""
+    sys.excepthook = show_traceback
+    logging.captureWarnings(True)
     sys.exit(_flushed(guarded(app)))

@@ -14,6 +14,7 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
+from stepdistill.messages import printable
 from stepdistill.run.folder import check_folder, open_folder
 from stepdistill.run.lock import locked
 from stepdistill.run.rungs import finished_rungs, rung_folder
@@ -22,6 +23,7 @@ from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
 from stepdistill.teacher.same_teacher import check_same_teacher, record_teacher
 from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
+from stepdistill.terminal import printable_lines
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def doctor(config: RunConfig) -> None:
 
     findings = examine(config)
     for finding in findings:
-        print(finding)
+        print(printable_lines(str(finding)))
     raise_for(findings)
 
 
@@ -161,11 +163,10 @@ def export(
         options = config.export
         lower = f", rank {options.rank}" if options.rank is not None else ""
         for count in chosen:
-            print(
-                f"export {rung_folder(config.run_dir, count)}: {', '.join(options.formats)} in {options.dtype}{lower}"
-            )
+            place = printable(str(rung_folder(config.run_dir, count)))
+            print(f"export {place}: {', '.join(options.formats)} in {options.dtype}{lower}")
         if push_to is not None:
-            print(f"push it to {push_to}")
+            print(f"push it to {printable(push_to)}")
         return
     check_run(config)
     _quiet_libraries()
@@ -288,6 +289,7 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     from stepdistill.config.saved import read_run_config
     from stepdistill.run.rungs import require_rung
 
+    _check_picture(output)
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
     check_same_teacher(config, teacher_folder(config))
@@ -299,7 +301,6 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     from stepdistill.sampling import load_few_step
     from stepdistill.teacher.loading import load_pipeline
 
-    _check_picture(output)
     if not is_exported(rung_folder(run_dir, steps)):
         with locked(run_dir):
             export_rung(config, steps)

@@ -7,6 +7,14 @@ from pydantic import AfterValidator, Field
 from stepdistill.config.objective_kinds import OBJECTIVES, check_kind, is_adversarial
 from stepdistill.config.section import Affects, ConfigError, PositiveFloat, PositiveInt, Section, Steps
 
+Frequency = Annotated[float, Field(ge=0, le=10**6)]
+
+
+def _one_above_0(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("four numbers of 0 or more, at least one of them above 0")
+    return weights
+
 
 class DiscriminatorOptions(Section, affects=Affects.ITS_RUNG):
     """The discriminator of a phase whose objective is `paired` or `single`."""
@@ -29,7 +37,14 @@ class DiscriminatorOptions(Section, affects=Affects.ITS_RUNG):
     always new."""
     learning_rate: PositiveFloat | None = None
     """Learning rate of the discriminator's trunk and heads. Default: the phase's learning_rate."""
-    perturbation_weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    perturbation_weights: Annotated[
+        tuple[Frequency, Frequency, Frequency, Frequency], AfterValidator(_one_above_0)
+    ] = (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    )
     """Relative frequencies of the timesteps 10, 250, 500 and 750, to which clean samples are re-noised before the
     discriminator sees them. SDXL-Lightning uses 1:1:1:1, and 5:1:1:1 in its last phases."""
 

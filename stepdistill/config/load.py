@@ -11,15 +11,14 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config.saved import plain_yaml, read_run_config, resolved
+from stepdistill.config.plain_yaml import plain_yaml
+from stepdistill.config.saved import read_run_config, resolved
 from stepdistill.config.schema import holds_text, section_at
 from stepdistill.config.shipped import shipped_configs
 from stepdistill.disk.places import is_folder
-from stepdistill.messages import first_line, short
+from stepdistill.messages import short
 
 _MOST_BYTES = 2**22
-# Raised by PyYAML for dates that do not exist, numbers too long for Python, and lists nested too deeply.
-_UNREADABLE = (ValueError, RecursionError, OverflowError)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -52,9 +51,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = plain_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except _UNREADABLE as error:
-        raise ConfigError(f"{path} holds a value that cannot be read: {first_line(error)}") from None
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{path}: got {type(raw).__name__}; allowed: a mapping of keys such as name, ladder"
@@ -110,8 +107,8 @@ def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
         )
     try:
         value = plain_yaml(text)
-    except (yaml.YAMLError, *_UNREADABLE):
-        raise ConfigError(f"override {short(override)}: the value is not valid YAML") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {short(override)}: the value is not valid YAML: {error}") from None
     if isinstance(value, str) and not holds_text(key):
         with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-3 as text

@@ -1,6 +1,5 @@
 """The config as plain data, and the config.yaml that every run's folder holds. No torch."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,9 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config.plain_yaml import MOST_CHARACTERS, plain_yaml
 
 _MEND = "mend: put back a copy of it, or the YAML file that the run was started with"
-_MOST_NODES = 100_000
-_DEEPEST = 1000
-"""Most brackets that may be open at once: the time of Python's YAML parser grows with the square of their number."""
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
@@ -42,28 +39,10 @@ def saved_config(run_dir: Path) -> dict[str, Any]:
             f"{run_dir} is not the folder of a run: it has no config.yaml; the folder of a run is output_dir/name"
         )
     try:
-        raw = plain_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        with path.open("rb") as file:
+            raw = plain_yaml(file.read(4 * MOST_CHARACTERS + 1).decode())
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}; {_MEND}") from None
-    if not isinstance(raw, dict) or not _is_small(raw):
+    if not isinstance(raw, dict):
         raise ConfigError(f"{path} is not the config of a run; {_MEND}")
     return raw
-
-
-def plain_yaml(text: str) -> Any:
-    """The plain data of a YAML text. Raises what yaml.safe_load raises; YAMLError for brackets nested too deeply."""
-    depth = 0
-    for bracket in re.finditer(r"[\[{}\]]", text):
-        depth = depth + 1 if bracket[0] in "[{" else max(0, depth - 1)
-        if depth > _DEEPEST:
-            raise yaml.YAMLError(f"more than {_DEEPEST} brackets are open at once")
-    return yaml.safe_load(text)
-
-
-def _is_small(value: Any) -> bool:
-    """Whether plain data has at most _MOST_NODES nodes; one that the YAML repeats by an alias counts each time."""
-    waiting, seen = [value], 0
-    while waiting and seen <= _MOST_NODES:
-        node, seen = waiting.pop(), seen + 1
-        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return seen <= _MOST_NODES

@@ -12,7 +12,9 @@ from typing import Any
 from diffusers import DDIMScheduler
 
 from stepdistill.disk.durable import read_json, read_sealed, sha256_json, write_sealed, write_text
+from stepdistill.messages import first_line
 from stepdistill.models.identity import BaseIdentity
+from stepdistill.teacher.scheduler import scheduler_problems
 
 logger = logging.getLogger(__name__)
 BASE = "base.json"
@@ -41,10 +43,20 @@ def read_scheduler(folder: Path) -> DDIMScheduler:
     if not isinstance(config, dict) or written not in (None, sha256_json(config)):
         raise ValueError(f"{file} is missing or not as it was exported; {_MEND}")
     try:
-        return DDIMScheduler.from_config(config)
+        return scheduler_of(config)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a valid scheduler config ({error}); {_MEND}") from None
+
+
+def scheduler_of(config: Mapping[str, Any]) -> DDIMScheduler:
+    """The DDIM scheduler that a config describes; ValueError of one line if it describes none."""
+    problem = next(scheduler_problems(config), None)
+    if problem is not None:
+        raise ValueError(problem)
+    try:
+        return DDIMScheduler.from_config(dict(config))
     except Exception as error:  # diffusers and torch raise errors of many types for invalid numbers
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is not a valid scheduler config ({reason}); {_MEND}") from None
+        raise ValueError(first_line(error)) from None
 
 
 def is_exported(folder: Path) -> bool:

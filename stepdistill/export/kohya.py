@@ -22,6 +22,7 @@ from stepdistill.disk.durable import canonical_safetensors, writing
 from stepdistill.disk.guarded import make_folder
 from stepdistill.models.lora_file import Lora, LoraLayer
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.lora_header import check_lora_header
 
 HASH = "sshs_model_hash"
 _RESNET = {
@@ -108,6 +109,7 @@ def read_kohya(path: Path, modules: Iterable[str], unet_config: Mapping[str, Any
             diffusers_names[_flat(module)] = module
             with contextlib.suppress(KeyError):  # norms, which have no LoRA
                 diffusers_names[_flat(sgm_name(module, unet_config))] = module
+    check_lora_header(path)
     state = load_file(path)
     layers = {}
     for name in sorted({key.partition(".")[0] for key in state}):

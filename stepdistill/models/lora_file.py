@@ -6,7 +6,6 @@ as in diffusers.
 """
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,12 +15,13 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from stepdistill.disk.durable import canonical_safetensors, writing
 from stepdistill.run.rungs import WEIGHT_NAME
+from stepdistill.teacher.lora_header import check_lora_header
 
-_METADATA = "lora_adapter_metadata"
 _PREFIX = "unet."
 USAGE_HINT = {
     "usage_hint": "diffusers' format: pipeline.load_lora_weights reads all of it. ComfyUI, A1111 and Forge take a part "
@@ -123,13 +123,12 @@ def read_lora(path: Path) -> Lora:
     finite, or nothing but zeros.
     """
     path = lora_path(path)
+    entries = check_lora_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    config = _config(header.get(_METADATA))
+    config = {key.removeprefix(_PREFIX): value for key, value in entries.items() if key.startswith(_PREFIX)}
     if config.get("use_dora") or any("lora_magnitude_vector" in key or "dora_scale" in key for key in state):
         raise ValueError(
             f"{path} is a DoRA, whose update is not a product of two matrices; allowed: LoRA, rsLoRA"
@@ -142,16 +141,6 @@ def read_lora(path: Path) -> Lora:
     if not any(bool(layer.up.any()) and bool(layer.down.any()) for layer in layers.values()):
         raise ValueError(f"{path} changes nothing: all its updates are zero")
     return Lora(layers, config)
-
-
-def _config(text: str | None) -> dict[str, Any]:
-    """peft's config from a file's header, its keys without the U-Net's prefix."""
-    try:
-        raw = json.loads(text) if text else {}
-    except ValueError:
-        raw = {}
-    entries = raw if isinstance(raw, dict) else {}
-    return {key.removeprefix(_PREFIX): value for key, value in entries.items() if key.startswith(_PREFIX)}
 
 
 def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, LoraLayer]:
@@ -175,7 +164,8 @@ def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, 
     layers = {}
     for name, pair in sorted(pairs.items()):
         down, up = pair["A"], pair["B"]
-        if up.ndim != down.ndim or up.ndim not in (2, 4) or up.shape[1] != down.shape[0]:
+        fits = up.ndim == down.ndim and up.ndim in (2, 4) and up.shape[1] == down.shape[0]
+        if not fits or 0 in (*up.shape, *down.shape):
             raise ValueError(
                 f"{path}: {name} has lora_B {tuple(up.shape)} and lora_A {tuple(down.shape)}, which is not a LoRA"
             )
@@ -185,7 +175,7 @@ def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, 
 
 def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r or alpha / sqrt(r), with alpha found as peft does: a key of alpha_pattern matches the end of a name."""
-    alpha = config.get("lora_alpha", rank)
+    alpha = config.get("lora_alpha", rank)  # check_lora_header has checked that patterns are names of modules
     for pattern, pattern_alpha in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = pattern_alpha

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from stepdistill.disk.durable import sha256_file, unsealed
-from stepdistill.export.exported import read_base, read_scheduler
+from stepdistill.export.exported import read_base, read_scheduler, scheduler_of
 from stepdistill.export.kohya import HASH, hash_of_file, read_kohya
 from stepdistill.export.rung import HEADER
 from stepdistill.models.adapters import lora_layers, set_active
@@ -122,10 +122,10 @@ def _read_file(path: Path) -> LoadedRung:
     try:
         facts = unsealed(json.loads(header[HEADER]))
         record = RungRecord.of_json(facts)
-        if facts is None or record is None:
+        if facts is None or record is None or not isinstance(facts.get("scheduler"), dict):
             raise ValueError("it was changed or damaged")
-        scheduler, base = DDIMScheduler.from_config(facts["scheduler"]), BaseIdentity.of_json(facts["base"])
-    except (KeyError, TypeError, ValueError) as error:
+        scheduler, base = scheduler_of(facts["scheduler"]), BaseIdentity.of_json(facts["base"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} has a header that cannot be read ({error}); mend: export it again"
         ) from None

@@ -10,13 +10,15 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from stepdistill.messages import first_line
 from stepdistill.teacher.examine import not_finite
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.lora_header import check_lora_header
 
 _PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 _NAME = "tried"
 
 
 def check_lora_numbers(file: Path) -> None:
-    """ValueError if a file holds numbers that are not finite, or cannot be read."""
+    """ValueError if a LoRA's file holds numbers that are not finite, a header that is unsafe to load, or cannot be read."""
+    check_lora_header(file)
     key = not_finite([file])
     if key is not None:
         raise ValueError(

@@ -18,6 +18,7 @@ from stepdistill.teacher.folder import (
     unsupported,
 )
 from stepdistill.teacher.ladder_fit import check_ladder_fits
+from stepdistill.teacher.lora_header import check_lora_header
 
 UNET_PREFIX = "model.diffusion_model."
 """Prefix of the U-Net's keys in a checkpoint in the original layout."""
@@ -99,6 +100,7 @@ def _check_lora(key: str, path: str) -> None:
                 f"got {path!r}; allowed: .safetensors; files of the other kinds run code when they are read"
             )
         header = read_header(file)
+        check_lora_header(file)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
     if not any("lora" in name.lower() for name in header):

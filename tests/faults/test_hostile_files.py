@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from stepdistill.cli import _raised_here
 from stepdistill.config.load import load_config
 from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.check import check_evaluation
+from stepdistill.export.kohya import read_kohya
+from stepdistill.models.lora_file import read_lora
+from stepdistill.teacher.lora_header import check_lora_header
+from stepdistill.teacher.lora_trial import check_lora_numbers
 from tests.extractors import build_clip, build_dinov2
 from tests.faults.bounds import bounded, command, one_line, problems
 from tests.faults.hostile_folders import edited, in_place_of, removed, replaced, retyped, with_number, without
@@ -216,13 +221,64 @@ LORAS = {
     "numbers that are none": (retyped(LORA, with_number("lora_A", float("nan"))), r"not finite"),
     "of another model": (of_another_model, r"does not fit the U-Net of .*shape"),
 }
+# name -> (peft's config in a LoRA's metadata, pattern of the message)
+LORA_CONFIGS = {
+    "a pattern that never ends": (
+        {"alpha_pattern": {"(.*a)*(.*b)*(.*c)*(.*d)*!": 4}},
+        r"unet\.alpha_pattern",
+    ),
+    "a pattern of ranks that never ends": ({"rank_pattern": {"(.*.*)*!": 4}}, r"unet\.rank_pattern"),
+    "a pattern of words": ({"alpha_pattern": {"to_q": "much"}}, r"unet\.alpha_pattern"),
+    "patterns that are a list": ({"alpha_pattern": ["to_q"]}, r"unet\.alpha_pattern"),
+    "patterns without end": (
+        {"alpha_pattern": {f"m{n}": 1 for n in range(9999)}},
+        r"alpha_pattern.*up to \d+",
+    ),
+    "modules by an expression": ({"target_modules": "(.*.*)*!"}, r"unet\.target_modules"),
+    "modules in lists by an expression": ({"target_modules": ["(.*.*)*!"]}, r"unet\.target_modules"),
+    "no modules by an expression": ({"exclude_modules": "(.*.*)*!"}, r"unet\.exclude_modules"),
+    "code of its own": (
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        r"unet\.megatron_config': .*allowed: nothing",
+    ),
+    "a change of the base model": ({"init_lora_weights": "pissa"}, r"unet\.init_lora_weights': 'pissa'"),
+    "modules of its own": ({"modules_to_save": ["conv_in"]}, r"unet\.modules_to_save"),
+    "a rank of billions": ({"r": 10**9}, r"unet\.r': 1000000000; allowed: 1 to 65536"),
+    "no rank": ({"r": 0}, r"unet\.r': 0; allowed"),
+    "an alpha that is none": ({"lora_alpha": float("nan")}, r"unet\.lora_alpha': nan; allowed: a number"),
+    "lists in lists": ('{"unet.r": ' + "[" * 100_000, r"is not JSON: RecursionError"),
+    "no object": ("[1]", r"is list; allowed: a JSON object"),
+}
+
+
+def with_config(content):
+    """A change that puts peft's config, an object or a text, into a LoRA's metadata."""
+
+    def change(folder):
+        named = (
+            content if isinstance(content, str) else json.dumps({f"unet.{k}": v for k, v in content.items()})
+        )
+        save_file(load_file(folder / LORA), folder / LORA, metadata={"lora_adapter_metadata": named})
+
+    return change
+
+
+def with_a_tensor_called(name):
+    return retyped(LORA, lambda state: {name if key == min(state) else key: state[key] for key in state})
+
+
+LORAS |= {f"metadata: {name}": (with_config(content), says) for name, (content, says) in LORA_CONFIGS.items()}
+LORAS["a name that is an expression"] = (
+    with_a_tensor_called("unet.(.*a)*(.*b)*!.lora_A.weight"),
+    r"has a tensor called .*; allowed: up to 500 letters",
+)
 TEACHERS_LORAS = LORAS | {
     "two files": (two_files, r"holds 2 \.safetensors files; allowed: one"),
     "pickled": (pickled, r"holds 0 \.safetensors files"),
 }
 
 
-@pytest.mark.parametrize("name", TEACHERS_LORAS)
+@pytest.mark.parametrize("name", [name for name in TEACHERS_LORAS if not name.startswith("metadata")])
 def test_a_bad_lora_of_the_teacher_is_refused(name, tiny_teacher, style, tmp_path, options, capsys):
     change, says = TEACHERS_LORAS[name]
     shutil.copytree(style, tmp_path / "style")
@@ -239,13 +295,45 @@ def row(path, **values):
     return "evaluation.loras=" + json.dumps([{"name": "theirs", "path": str(path), "steps": 4} | values])
 
 
-@pytest.mark.parametrize("name", LORAS)
+@pytest.mark.parametrize("name", [name for name in LORAS if name.startswith(("metadata", "a name"))])
+def test_no_header_of_a_lora_reaches_peft_unchecked(name, style, tmp_path):
+    change, says = LORAS[name]
+    shutil.copytree(style, tmp_path / "style")
+    change(tmp_path / "style")
+    with bounded(2):
+        for read in (check_lora_header, read_lora, check_lora_numbers, lambda file: read_kohya(file, (), {})):
+            with pytest.raises(ValueError, match=says) as caught:
+                read(tmp_path / "style" / LORA)
+            assert "\n" not in str(caught.value)
+
+
+def test_what_peft_writes_passes_the_check_of_the_header(style, tmp_path):
+    config = LoraConfig(r=4, target_modules=["to_q"], rank_pattern={"^a.to_q$": 8}, use_rslora=True).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    shutil.copytree(style, tmp_path / "style")
+    with_config(config)(tmp_path / "style")
+    assert check_lora_header(tmp_path / "style" / LORA)["unet.use_rslora"] is True
+
+
+@pytest.mark.parametrize("name", [name for name in LORAS if not name.startswith("metadata")])
 def test_a_bad_lora_row_of_the_table_is_refused(name, tiny_teacher, style, tmp_path, options):
     change, says = LORAS[name]
     shutil.copytree(style, tmp_path / "style")
     change(tmp_path / "style")
     settings = (f"teacher.path={tiny_teacher}", row(tmp_path / "style"))
     refused_before_training(rf"evaluation\.loras: theirs: .*({says})", *options, *settings)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"_class_name": "DDIMScheduler", "num_train_timesteps": 1000000000}']
+)
+def test_a_hostile_scheduler_beside_a_lora_is_refused(content, tiny_teacher, style, tmp_path, options):
+    shutil.copytree(style, tmp_path / "style")
+    (tmp_path / "style" / "scheduler").mkdir()
+    (tmp_path / "style" / "scheduler" / "scheduler_config.json").write_text(content)
+    says = "is damaged" if content.startswith("[") else "num_train_timesteps 1000000000; allowed: 1 to"
+    settings = (f"teacher.path={tiny_teacher}", row(tmp_path / "style"))
+    refused_before_training(says, *options, *settings)
 
 
 SCHEDULERS = {

@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path("stepdistill")
 # The floors from bottom to top. A room is a folder of the package, or a file beside these folders.
 FLOORS = [
-    {"errors", "messages", "rng", "jackknife", "launch", "runtime", "disk", "images", "diffusion"},
+    {
+        "errors",
+        "messages",
+        "terminal",
+        "rng",
+        "jackknife",
+        "launch",
+        "runtime",
+        "disk",
+        "images",
+        "diffusion",
+    },
     {"config", "objectives", "demo"},
     {"run"},
     {"teacher"},
@@ -42,6 +53,7 @@ NO_TORCH = {
     "stages",
     "cli",
 }
+NO_TORCH |= {"terminal"}
 TEACHER = ("facts", "files", "fingerprints", "folder", "ladder_fit", "same_teacher", "scheduler", "source")
 NO_TORCH |= {f"teacher.{name}" for name in TEACHER}
 

@@ -16,6 +16,7 @@ from stepdistill.export.exported import scheduler_file
 from stepdistill.messages import first_line
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.teacher.files import read_header
+from stepdistill.teacher.lora_header import check_lora_header
 from stepdistill.teacher.scheduler import MOST_TIMESTEPS
 
 
@@ -77,6 +78,7 @@ def lora_row(lora: LoraRow) -> Row:
         )
     try:
         header = read_header(weights)
+        check_lora_header(weights)
     except ValueError as error:
         raise ConfigError(f"evaluation.loras: {lora.name}: {error}") from None
     if not any("lora" in key.lower() for key in header):
@@ -115,7 +117,8 @@ def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMi
 
 def _try_scheduler(lora: LoraRow) -> None:
     """ConfigError if the scheduler cannot be built with its options, or cannot give the timesteps of the row."""
-    options = lora.scheduler_options or {}
+    beside = read_json(scheduler_file(lora_file(lora).parent)) if lora.scheduler is None else None
+    options = {**(beside if isinstance(beside, dict) else {}), **(lora.scheduler_options or {})}
     count = options.get("num_train_timesteps", 1)
     if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
         raise ConfigError(
