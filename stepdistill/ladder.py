@@ -33,7 +33,7 @@ from stepdistill.models.lora_file import write_lora
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.rng import derive_seed
-from stepdistill.run.checkpoint_files import CHECKPOINTS, partial_rung
+from stepdistill.run.checkpoint_files import CHECKPOINTS, folders_of, partial_rung, place_of
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.rung_order import begun_from, is_current, warn_of_training_again
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_record, read_rung, rung_folder
@@ -51,6 +51,7 @@ from stepdistill.teacher.loading import (
 from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest
 from stepdistill.training.disk_bytes import rung_bytes
+from stepdistill.training.guard import Trouble
 from stepdistill.training.measure_looks import PhaseLooks
 from stepdistill.training.painter import Painter
 from stepdistill.training.phase import PhaseState, copied, run_phase
@@ -60,6 +61,8 @@ from stepdistill.training.preview import MOST_TEACHER_STEPS, Preview
 logger = logging.getLogger(__name__)
 _VERSIONS = ("commit", "python", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 _UNET_PREFIX = "unet."
+_LEAST_SCALE = 1 / 16
+"""Smallest factor of the discriminator's learning rate that training goes back with."""
 
 
 @dataclass(frozen=True)
@@ -367,6 +370,30 @@ def _finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: 
 
 
 @dataclass(frozen=True)
+class _Start:
+    """Where the training of a rung begins.
+
+    phase            number of the phase
+    state            the state in which it continues; None: from its first update
+    carried          the discriminator's state after the rung's previous adversarial phase
+    adversary_scale  factor of the discriminator's learning rate in this phase
+    """
+
+    phase: int = 0
+    state: dict[str, Any] | None = None
+    carried: DiscriminatorState | None = None
+    adversary_scale: float = 1.0
+
+
+class _Diverged(Exception):
+    """An adversarial phase went wrong after `good_step` updates; it is to be trained again from there."""
+
+    def __init__(self, phase: int, good_step: int, adversary_scale: float) -> None:
+        super().__init__()
+        self.phase, self.good_step, self.adversary_scale = phase, good_step, adversary_scale
+
+
+@dataclass(frozen=True)
 class _RungTraining:
     """Trains the phases of one rung. prediction_types: what the student of each rung of the ladder predicts."""
 
@@ -379,19 +406,59 @@ class _RungTraining:
     stop: StopRequest
 
     def train(self, resumed: Checkpoint | None) -> None:
-        """Trains the phases in order; from a checkpoint, those that were not finished there."""
-        carried: DiscriminatorState | None = None
-        first, start = 0, None
-        if resumed is not None:
-            first, start = resumed.phase, self._load(resumed)
-            carried = None if resumed.carried is None else DiscriminatorState(**resumed.carried)
-        for number, phase in enumerate(self.rung.phases):
-            if number < first:
-                continue
-            carried = self._train_phase(number, phase, carried, start) or carried
-            start = None
-            if self.shared.runtime.is_main and number + 1 < len(self.rung.phases):
-                self._save(number + 1, 0, self._between_phases(), carried)
+        """Trains the phases in order; from a checkpoint, those that were not finished there. Goes back to a checkpoint as
+        often as a phase diverges, which it does only with training.guard: rewind."""
+        start = _Start() if resumed is None else self._start_of(resumed)
+        if resumed is None and self._rewinds:
+            self._save_between(0, None)
+        while True:
+            try:
+                return self._train_from(start)
+            except _Diverged as diverged:
+                start = self._rewound(diverged)
+
+    @property
+    def _rewinds(self) -> bool:
+        return self.shared.config.training.guard == "rewind"
+
+    def _train_from(self, start: _Start) -> None:
+        for number in range(start.phase, len(self.rung.phases)):
+            carried = self._train_phase(number, start) or start.carried
+            if number + 1 < len(self.rung.phases):
+                self._save_between(number + 1, carried)
+            start = _Start(phase=number + 1, carried=carried)
+
+    def _start_of(self, resumed: Checkpoint, *, adversary_scale: float = 1.0) -> _Start:
+        carried = None if resumed.carried is None else DiscriminatorState(**resumed.carried)
+        return _Start(resumed.phase, self._load(resumed), carried, adversary_scale)
+
+    def _rewound(self, diverged: _Diverged) -> _Start:
+        """Removes the checkpoints and log lines after the last good update; the start from the newest checkpoint that is
+        left."""
+        runtime, phase, step = self.shared.runtime, diverged.phase, diverged.good_step
+        self.checkpoints.wait()
+        if runtime.is_main:
+            for folder in folders_of(self.checkpoints.folder):
+                if place_of(folder) > (phase, step):
+                    shutil.rmtree(folder)
+        runtime.wait()
+        position = self.shared.config.ladder.index(self.rung)
+        back = newest(self.checkpoints.folder, functools.partial(self.shared.identity, position))
+        _check_same_checkpoint(back, runtime)
+        if back is None:
+            raise CheckpointError(
+                f"{self.checkpoints.folder} has no intact checkpoint to go back to; mend: the same command, which trains "
+                f"the rung from its start"
+            )
+        if self.log is not None:
+            logger.warning(
+                "distill: back to update %d of phase %d, with %g times the discriminator's learning rate",
+                back.step,
+                back.phase,
+                diverged.adversary_scale,
+            )
+            self.log.begin(self.rung.student_steps, phase=back.phase, step=back.step)
+        return self._start_of(back, adversary_scale=diverged.adversary_scale)
 
     def _load(self, resumed: Checkpoint) -> dict[str, Any] | None:
         """The state in which the checkpoint's phase continues; None if the phase begins there, with the student loaded."""
@@ -408,6 +475,11 @@ class _RungTraining:
         self.shared.runtime.load_loss_scale_state(resumed.state["loss_scale"])
         return None
 
+    def _save_between(self, number: int, carried: DiscriminatorState | None) -> None:
+        """Saves the state in which phase `number` begins."""
+        if self.shared.runtime.is_main:
+            self._save(number, 0, self._between_phases(), carried)
+
     def _between_phases(self) -> dict[str, Any]:
         """A copy of all that one phase leaves for the next, besides its discriminator."""
         student = adapters.adapter_state(self.shared.network.model, STUDENT)
@@ -416,31 +488,30 @@ class _RungTraining:
     def _save(self, phase: int, step: int, state: dict[str, Any], carried: DiscriminatorState | None) -> None:
         self.checkpoints.save(phase, step, state, None if carried is None else vars(carried))
 
-    def _train_phase(
-        self, number: int, phase: Phase, carried: DiscriminatorState | None, start: dict[str, Any] | None
-    ) -> DiscriminatorState | None:
-        """Trains one phase; returns the discriminator's state, or None if it has none or no later phase starts from it.
-
-        carried: the discriminator's state after the previous adversarial phase of this rung.
-        start: the state in which the phase continues; None: from its first update.
-        """
+    def _train_phase(self, number: int, start: _Start) -> DiscriminatorState | None:
+        """Trains one phase; returns the discriminator's state, or None if it has none or no later phase starts from it."""
         shared, rung = self.shared, self.rung
-        setup = self._setup(number, phase, carried)
+        phase, carried = rung.phases[number], start.carried
+        setup = self._setup(number, phase, start)
+        warned = set[str]()
 
-        def save_and_stop(state: PhaseState) -> None:
-            exit_code = shared.runtime.largest(self.stop.exit_code)
-            if shared.runtime.is_main and (exit_code or self.checkpoints.is_due):
-                self._save(number, state.step, state.state_dict(), carried)
-            if exit_code:
-                self.checkpoints.wait()
-                shared.runtime.wait()  # a launcher ends all processes as soon as one has ended
-                raise ToBeContinued(
-                    f"stopped ({self.stop.reason}) after update {state.step} of {phase.max_train_steps} of {setup.title}; "
-                    f"the same command continues there",
-                    exit_code,
-                )
+        def between_updates(state: PhaseState, trouble: Trouble | None) -> None:
+            if trouble is not None:
+                self._warn_or_go_back(setup, state, trouble, warned)
+            self._save_and_stop(setup, state, carried)
 
-        run_phase(setup, runtime=shared.runtime, log=self.log, start=start, after_update=save_and_stop)
+        try:
+            run_phase(
+                setup,
+                runtime=shared.runtime,
+                log=self.log,
+                start=start.state,
+                after_update=between_updates,
+            )
+        except _Diverged:
+            if setup.discriminator is not None:
+                setup.discriminator.close()
+            raise
         if shared.runtime.is_main:
             path = self.preview.folder / f"phase{number}-{phase.title}-end.json"
             shared.looks.write(path, setup.student, steps=rung.student_steps)
@@ -451,7 +522,37 @@ class _RungTraining:
         setup.discriminator.close()
         return state
 
-    def _setup(self, number: int, phase: Phase, carried: DiscriminatorState | None) -> PhaseSetup:
+    def _save_and_stop(
+        self, setup: PhaseSetup, state: PhaseState, carried: DiscriminatorState | None
+    ) -> None:
+        """Saves a checkpoint if one is due. ToBeContinued, with a checkpoint, if training is asked to stop."""
+        runtime = self.shared.runtime
+        exit_code = runtime.largest(self.stop.exit_code)
+        if runtime.is_main and (exit_code or self.checkpoints.is_due):
+            self._save(setup.number, state.step, state.state_dict(), carried)
+        if exit_code:
+            self.checkpoints.wait()
+            runtime.wait()  # a launcher ends all processes as soon as one has ended
+            raise ToBeContinued(
+                f"stopped ({self.stop.reason}) after update {state.step} of {setup.phase.max_train_steps} of {setup.title}; "
+                f"the same command continues there",
+                exit_code,
+            )
+
+    def _warn_or_go_back(
+        self, setup: PhaseSetup, state: PhaseState, trouble: Trouble, warned: set[str]
+    ) -> None:
+        """Warns once of each kind of trouble. _Diverged if training is to go back to a checkpoint."""
+        if self.shared.runtime.is_main and trouble.kind not in warned:
+            logger.warning(
+                "distill: %s, update %d: %s; see docs/guide.md", setup.title, state.step, trouble.text
+            )
+        warned.add(trouble.kind)
+        scale = state.adversary_scale / 2
+        if self._rewinds and trouble.ends_with_rewind and scale >= _LEAST_SCALE and state.guard is not None:
+            raise _Diverged(setup.number, state.guard.good_step, scale)
+
+    def _setup(self, number: int, phase: Phase, start: _Start) -> PhaseSetup:
         shared, rung, config = self.shared, self.rung, self.shared.config
         teacher_steps = phase.teacher_steps or rung.teacher_steps
         student, teacher = self._student(), self._teacher(teacher_steps)
@@ -462,7 +563,7 @@ class _RungTraining:
             rank=config.lora.rank,
             seed=derive_seed(config.seed, rung.student_steps, number, "discriminator"),
             sample_size=shared.cache.smallest_side,
-            carried=carried,
+            carried=start.carried,
         )
 
         def draw(name: str) -> None:
@@ -481,6 +582,7 @@ class _RungTraining:
             discriminator=discriminator,
             cache=shared.cache,
             preview=draw,
+            adversary_scale=start.adversary_scale,
         )
 
     def _student(self) -> Denoiser:

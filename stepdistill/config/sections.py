@@ -97,6 +97,11 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     max_minutes: Annotated[PositiveFloat | None, Affects.NOTHING] = None
     """Minutes after which a command stops training between two updates, saves the state and exits with code 75, so that the
     same command continues there; for clusters that end jobs without notice. Default: no limit."""
+    guard: Annotated[Literal["warn", "rewind"], Affects.NOTHING] = "warn"
+    """What happens in an adversarial phase if the discriminator is nearly always right, or if the student's distance to the
+    teacher on 16 fixed samples rises to 4 times that at the phase's start. warn: a warning; rewind: training goes back to
+    the last checkpoint before that, with half the discriminator's learning rate, up to 4 times. A discriminator that is at
+    chance for long is warned of in both cases."""
     distributed_timeout: Annotated[float, Field(ge=0.1, le=10_000), Affects.NOTHING] = 30.0
     """Minutes that the processes of a launch wait for one that does not answer; then all of them end with code 8. It must be
     longer than one process works alone, as when it counts the pictures of a large data set."""

@@ -88,7 +88,7 @@ class Checkpoints:
         keep: int,
         seconds: float,
     ) -> None:
-        self._folder, self._identity, self._keep = folder, identity, keep
+        self.folder, self._identity, self._keep = folder, identity, keep
         self._every = None if every_minutes is None else 60 * every_minutes
         self._started = time.monotonic() - seconds
         self._last = time.monotonic()
@@ -120,7 +120,7 @@ class Checkpoints:
             "state": _flattened(state, "state", tensors),
             "carried": _flattened(carried, "carried", tensors),
         }
-        folder = self._folder / checkpoint_name(phase, step)
+        folder = self.folder / checkpoint_name(phase, step)
         self._thread = threading.Thread(
             target=self._write, args=(folder, about, tensors), name="checkpoint writer"
         )
@@ -129,7 +129,7 @@ class Checkpoints:
     def remove(self) -> None:
         """Removes all of them, once the rung is finished."""
         self.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on disk, or has failed, which is warned of: training itself can go on."""
@@ -160,8 +160,8 @@ class Checkpoints:
     def _remove_old(self) -> None:
         """Removes all but the newest ones, and the one at the start of the newest one's phase: a phase whose settings are
         changed after it diverged is then trained again by itself."""
-        folders = list(folders_of(self._folder))
-        phase_start = self._folder / checkpoint_name(place_of(folders[0])[0], 0)
+        folders = list(folders_of(self.folder))
+        phase_start = self.folder / checkpoint_name(place_of(folders[0])[0], 0)
         for old in folders[self._keep :]:
             if old != phase_start:
                 shutil.rmtree(old, ignore_errors=True)

@@ -45,6 +45,20 @@ class RoleOptimizer:
         """Learning rate of the next update."""
         return float(self.schedule.get_last_lr()[0])
 
+    def set_base_rate(self, learning_rate: float) -> None:
+        """Changes the learning rate that the schedule is applied to, from the next update on."""
+        factor = learning_rate / self.base_rate
+        state = self.schedule.state_dict()
+        scaled = {name: [rate * factor for rate in state[name]] for name in ("base_lrs", "_last_lr")}
+        self.schedule.load_state_dict(state | scaled)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+
+    @property
+    def base_rate(self) -> float:
+        """The learning rate that the schedule is applied to."""
+        return float(self.schedule.base_lrs[0])
+
     def clip(self, max_grad_norm: float) -> torch.Tensor:
         """Clips the gradients' total norm to max_grad_norm; returns the norm before clipping, a scalar."""
         return torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)

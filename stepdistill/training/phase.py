@@ -1,6 +1,7 @@
 """The training loop of one phase (batch, losses, backward pass, clipping, step, log), and its state between updates."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from stepdistill.models.discriminator import DiscriminatorState
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime, is_out_of_memory, release_memory
+from stepdistill.training.guard import AdversaryGuard, Trouble
 from stepdistill.training.losses import Losses, losses_of
 from stepdistill.training.micro_batches import MicroBatches
 from stepdistill.training.optim import MovingAverage, RoleOptimizer
@@ -40,9 +42,16 @@ class PhaseState:
         self.step, self.overflows, self.seconds = 0, 0, 0.0
         self.teacher_samples: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
         self.optimizers = _optimizers(setup)
+        self.guard = None if setup.discriminator is None else AdversaryGuard(setup, runtime)
         self.average = None
         if training.ema_decay > 0:
             self.average = MovingAverage(setup.student.network.group(STUDENT), decay=training.ema_decay)
+
+    @property
+    def adversary_scale(self) -> float:
+        """The discriminator's learning rate as a fraction of the configured one."""
+        configured = _rates(dataclasses.replace(self._setup, adversary_scale=1.0))[DISCRIMINATOR]
+        return self.optimizers[DISCRIMINATOR].base_rate / configured
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the whole state: numbers, and tensors by name."""
@@ -56,6 +65,7 @@ class PhaseState:
                 "student": adapter_state(self._setup.student.network.model, STUDENT),
                 "discriminator": None if learned is None else vars(learned),
                 "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
+                "guard": None if self.guard is None else self.guard.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
                 "loss_scale": self._runtime.loss_scale_state(),
             }
@@ -69,6 +79,10 @@ class PhaseState:
             self._setup.discriminator.load_state(DiscriminatorState(**state["discriminator"]), strict=True)
         for role, optimizer in self.optimizers.items():
             optimizer.load_state_dict(copied(state["optimizers"][role]))
+        if self.guard is not None:
+            self.guard.load_state_dict(state["guard"])
+            rate = _rates(self._setup)[DISCRIMINATOR]
+            self.optimizers[DISCRIMINATOR].set_base_rate(min(rate, self.optimizers[DISCRIMINATOR].base_rate))
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step, self.overflows, self.seconds = state["step"], state["overflows"], state["seconds"]
@@ -81,18 +95,21 @@ def run_phase(
     runtime: Runtime,
     log: TrainingLog | None,
     start: Mapping[str, Any] | None = None,
-    after_update: Callable[[PhaseState], None] = lambda _state: None,
+    after_update: Callable[[PhaseState, Trouble | None], None] = lambda _state, _trouble: None,
 ) -> None:
     """Trains the student in place. NonFiniteError, before updating, if a loss or gradient is not finite, and at the end if
     the student's loss is not. OutOfMemoryError if not even micro-batches of one sample fit.
 
     start: a `PhaseState.state_dict` to continue from; default: the phase's first update.
-    after_update: called between two updates, after the update's line is in the log.
+    after_update: called between two updates, after the update's line is in the log, with what the guard of an adversarial
+        phase found wrong, or None.
     """
     phase, training = setup.phase, setup.training
     state = PhaseState(setup, runtime)
     if start is not None:
         state.load_state_dict(start)
+    elif state.guard is not None:
+        state.guard.begin()
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
     with (
         contextlib.closing(MicroBatches(setup, runtime, first_step=state.step)) as batches,
@@ -106,14 +123,10 @@ def run_phase(
             seconds = time.monotonic() - started
             state.seconds += seconds
             numbers["images_per_second"] = batch_size / seconds
+            trouble = None if state.guard is None else state.guard.watch(state.step, numbers)
             if log is not None:
-                place = {
-                    "rung": setup.rung.student_steps,
-                    "phase": setup.number,
-                    "objective": phase.title,
-                }
-                log.write({**place, "step": state.step - 1, **numbers})
-            after_update(state)
+                log.write(_line(setup, state.step - 1, numbers))
+            after_update(state, trouble)
             progress.update(state.step, _for_console(numbers))
             if training.preview_steps and state.step % training.preview_steps == 0:
                 setup.preview(f"phase{setup.number}-{phase.title}-step{state.step:06d}")
@@ -121,6 +134,12 @@ def run_phase(
             state.average.copy_to_parameters()
         check_result(setup, state, batches, runtime)
     setup.preview(f"phase{setup.number}-{phase.title}-end")
+
+
+def _line(setup: PhaseSetup, step: int, numbers: Mapping[str, float]) -> dict[str, Any]:
+    """The log's line of an update, counted from 0."""
+    place = {"rung": setup.rung.student_steps, "phase": setup.number, "objective": setup.phase.title}
+    return {**place, "step": step, **numbers}
 
 
 def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime: Runtime) -> dict[str, float]:
@@ -167,9 +186,6 @@ def _losses(setup: PhaseSetup, state: PhaseState, runtime: Runtime, first: int, 
 
 def _optimizers(setup: PhaseSetup) -> dict[str, RoleOptimizer]:
     phase, training, network = setup.phase, setup.training, setup.student.network
-    rates = {STUDENT: phase.learning_rate}
-    if setup.discriminator is not None:
-        rates[DISCRIMINATOR] = phase.discriminator.learning_rate or phase.learning_rate
     return {
         role: RoleOptimizer(
             network.group(role),
@@ -179,8 +195,17 @@ def _optimizers(setup: PhaseSetup) -> dict[str, RoleOptimizer]:
             lr_warmup_steps=training.lr_warmup_steps,
             lr_final_fraction=training.lr_final_fraction,
         )
-        for role, rate in rates.items()
+        for role, rate in _rates(setup).items()
     }
+
+
+def _rates(setup: PhaseSetup) -> dict[str, float]:
+    """The learning rates by role."""
+    rates = {STUDENT: setup.phase.learning_rate}
+    if setup.discriminator is not None:
+        rate = setup.phase.discriminator.learning_rate or setup.phase.learning_rate
+        rates[DISCRIMINATOR] = setup.adversary_scale * rate
+    return rates
 
 
 def _accumulate_in_memory(

@@ -12,7 +12,12 @@ from stepdistill.models.discriminator import Discriminator
 
 @dataclass(frozen=True)
 class PhaseSetup:
-    """One phase of one rung, ready to run. `number` is its index in the rung; `preview(name)` writes a preview picture."""
+    """One phase of one rung, ready to run.
+
+    number           the phase's index in the rung
+    preview          preview(name) writes a preview picture
+    adversary_scale  factor of the discriminator's learning rate, below 1 after the guard went back
+    """
 
     rung: Rung
     phase: Phase
@@ -24,6 +29,7 @@ class PhaseSetup:
     discriminator: Discriminator | None
     cache: LatentCache
     preview: Callable[[str], None]
+    adversary_scale: float = 1.0
 
     @property
     def keys(self) -> tuple[rng.Key, ...]:

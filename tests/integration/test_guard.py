@@ -1,0 +1,157 @@
+"""The guard of an adversarial phase: what it notices, and training that goes back to a checkpoint because of it."""
+
+import json
+import shutil
+
+import pytest
+
+from stepdistill import stages
+from stepdistill.config import Phase
+from stepdistill.config.load import load_config
+from stepdistill.run.checkpoint_files import partial_rung
+from stepdistill.run.log import read_log
+from stepdistill.run.rungs import rung_folder
+from stepdistill.runtime import Runtime
+from stepdistill.training import guard as guard_module
+from stepdistill.training.guard import CERTAIN, EVERY, FAR, HORIZON, LONG, AdversaryGuard
+from stepdistill.training.phase import PhaseState
+from tests.integration.conftest import tiny_config
+from tests.integration.test_phase_state import assert_equal, setup_of, train_until
+
+SINGLE = Phase(objective="single", max_train_steps=1000, learning_rate=1e-3)
+
+
+def numbers(real, student):
+    return {"discriminator_accuracy_real": real, "discriminator_accuracy_student": student}
+
+
+@pytest.fixture
+def watched(trained_run):
+    """A guard on a tiny network, with the distance measured."""
+    guard = AdversaryGuard(setup_of(load_config(trained_run.run_dir), SINGLE), Runtime())
+    guard.begin()
+    return guard
+
+
+def first_trouble(guard, accuracies, *, updates):
+    """(update, kind) of the first trouble; None if there is none."""
+    for step in range(1, updates + 1):
+        trouble = guard.watch(step, numbers(*accuracies))
+        if trouble is not None:
+            return step, trouble.kind
+    return None
+
+
+def test_a_discriminator_that_is_nearly_always_right_is_noticed_after_the_horizon(watched):
+    assert first_trouble(watched, (1.0, 1.0), updates=400) == (HORIZON, "certain")
+    assert watched.good_step == HORIZON - EVERY
+
+
+def test_a_discriminator_at_chance_is_noticed_only_after_long(watched):
+    assert first_trouble(watched, (0.48, 0.53), updates=400) == (LONG, "at chance")
+
+
+@pytest.mark.parametrize("accuracies", [(0.7, 0.8), (1.0, 0.0), (CERTAIN - 0.01, 1.0), (0.4, 0.6)])
+def test_a_discriminator_that_teaches_is_left_alone(watched, accuracies):
+    assert first_trouble(watched, accuracies, updates=400) is None
+    assert watched.good_step == 400
+
+
+def test_the_distance_is_zero_for_a_student_that_equals_its_teacher_and_grows_when_it_leaves(watched):
+    """The student's new LoRA changes nothing, but the teacher is guided, so the distance to it is above zero."""
+    setup = watched._setup
+    before = watched.distance()
+    assert before > 0
+    assert watched.distance() == before
+    shifted = numbers(0.7, 0.7)
+    for parameter in setup.student.network.group("student").values():
+        parameter.data.add_(0.3)
+    assert watched.watch(EVERY - 1, dict(shifted)) is None
+    trouble = watched.watch(EVERY, shifted)
+    assert shifted["distance_to_teacher"] > FAR * before
+    assert (trouble.kind, trouble.ends_with_rewind) == ("far", True)
+    assert f"{shifted['distance_to_teacher'] / before:.1f} times" in trouble.text
+
+
+def test_the_guard_continues_from_its_state_and_changes_no_weight(trained_run):
+    config, runtime = load_config(trained_run.run_dir), Runtime()
+    phase = SINGLE.model_copy(update={"max_train_steps": 4})
+    first, second = (setup_of(config, phase) for _ in range(2))
+    with_guard, without = PhaseState(first, runtime), PhaseState(second, runtime)
+    with_guard.guard.begin()
+    with_guard.guard.watch(EVERY, numbers(0.9, 0.6))
+    train_until(first, with_guard, runtime, 2)
+    train_until(second, without, runtime, 2)
+    assert_equal(with_guard.state_dict()["student"], without.state_dict()["student"])
+    other = PhaseState(setup_of(config, phase), runtime)
+    other.load_state_dict(with_guard.state_dict())
+    assert other.guard.state_dict() == with_guard.guard.state_dict()
+    assert other.guard.state_dict()["good_step"] == EVERY
+
+
+def config_of(folder, *overrides, rate=1e-3, updates=6):
+    """8 -> 4 by mse, then single; the discriminator has the rate 1e-4."""
+    single = {"objective": "single", "max_train_steps": updates, "learning_rate": rate}
+    phases = [
+        {"objective": "mse", "max_train_steps": 3, "learning_rate": 1e-3},
+        single | {"discriminator": {"learning_rate": 1e-4}},
+    ]
+    ladder = [{"teacher_steps": 8, "student_steps": 4, "phases": phases}]
+    return tiny_config(folder, f"ladder={json.dumps(ladder)}", "preview.looks_images=0", *overrides)
+
+
+def test_training_goes_back_with_half_the_discriminators_rate_and_logs_no_update_twice(
+    tmp_path, monkeypatch, caplog
+):
+    """The student's rate is so high that each attempt diverges; after the fourth, training goes on with warnings."""
+    monkeypatch.setattr(guard_module, "EVERY", 2)
+    monkeypatch.setattr(guard_module, "FAR", 1.0 + 1e-6)
+    config = config_of(tmp_path, "training.guard=rewind", rate=0.05)
+    stages.prepare(config)
+    caplog.set_level("INFO")
+    stages.distill(config)
+    lines = [line for line in read_log(config.run_dir / "log.jsonl") if line["phase"] == 1]
+    assert [line["step"] for line in lines] == list(range(6))
+    assert lines[0]["discriminator_lr"] == pytest.approx(1e-4 / 16)
+    for scale in ("0.5", "0.25", "0.125", "0.0625"):
+        assert f"back to update 0 of phase 1, with {scale} times" in caplog.text
+    assert caplog.text.count("back to update") == 4
+    assert "times what it was at the phase's start" in caplog.text
+    assert rung_folder(config.run_dir, 4).is_dir()
+    assert not partial_rung(config.run_dir, 4).exists()
+
+
+def test_with_warn_the_same_training_warns_once_and_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(guard_module, "EVERY", 2)
+    monkeypatch.setattr(guard_module, "FAR", 1.0 + 1e-6)
+    config = config_of(tmp_path, rate=0.05)
+    stages.prepare(config)
+    stages.distill(config)
+    assert caplog.text.count("times what it was at the phase's start") == 1
+    assert "back to update" not in caplog.text
+    lines = [line for line in read_log(config.run_dir / "log.jsonl") if line["phase"] == 1]
+    assert {line["discriminator_lr"] for line in lines[:1]} == {1e-4}
+    assert ["distance_to_teacher" in line for line in lines] == [False, True] * 3
+
+
+@pytest.mark.slow
+def test_a_rewound_phase_that_is_killed_continues_with_the_lower_rate(tmp_path, monkeypatch, caplog):
+    """From a checkpoint after the rewind; the result equals that of the run that was not killed."""
+    monkeypatch.setattr(guard_module, "EVERY", 2)
+    monkeypatch.setattr(guard_module, "FAR", 1.0 + 1e-6)
+    words = ("training.guard=rewind", "training.checkpoint={every_minutes: 0, keep: 3}")
+    straight = config_of(tmp_path / "a", *words, rate=0.05)
+    stages.prepare(straight)
+    stopped = config_of(tmp_path / "b", *words, "training.max_minutes=1e-9", rate=0.05)
+    shutil.copytree(straight.run_dir, stopped.run_dir)
+    stages.distill(straight)
+    codes = []
+    while not rung_folder(stopped.run_dir, 4).is_dir():
+        try:
+            stages.distill(stopped)
+        except Exception as stop:
+            codes.append(stop.exit_code)
+    assert len(codes) >= 9
+    assert set(codes) == {75}
+    weights = [(rung_folder(c.run_dir, 4) / "pytorch_lora_weights.safetensors") for c in (straight, stopped)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
