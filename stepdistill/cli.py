@@ -26,7 +26,14 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.load import load_config
 from stepdistill.config.saved import resolved
 from stepdistill.disk.places import is_folder
-from stepdistill.errors import EXPECTED, INTERRUPTED, TO_BE_CONTINUED, DistributedError, ToBeContinued
+from stepdistill.errors import (
+    EXPECTED,
+    INTERRUPTED,
+    TO_BE_CONTINUED,
+    DistributedError,
+    OutOfMemoryError,
+    ToBeContinued,
+)
 from stepdistill.messages import first_line, printable, short
 from stepdistill.run.rungs import finished_rungs
 from stepdistill.terminal import given_text, prepare_terminal, printable_lines, show_traceback
@@ -272,6 +279,10 @@ def _exit_code(command: Callable[[], object]) -> int:
         return _ended(str(error), getattr(error, "exit_code", 2))
     except EXPECTED as error:
         return _ended(str(error), error.exit_code)
+    except RuntimeError as error:
+        if type(error).__name__ != OutOfMemoryError.__name__:  # torch's, which is not imported here
+            raise
+        return _ended(f"out of memory: {first_line(error)}; {_MEMORY_REMEDY}", OutOfMemoryError.exit_code)
     except OSError as error:
         if error.errno not in _OF_THE_DISK:
             raise
@@ -315,6 +326,10 @@ _OF_THE_DISK = (
 _ENCODING = (
     "the name {!r} cannot be written in {}, which Python takes for the encoding of file names here; mend: set PYTHONUTF8=1, "
     "or use another name"
+)
+_MEMORY_REMEDY = (
+    "mend: a lower evaluation.batch_size (evaluate), data.vae_dtype=bfloat16 (prepare), or end other programs "
+    "that use the GPU"
 )
 _FILE_REMEDY = "mend: make room there, allow this user to use it, or name another path"
 

@@ -7,7 +7,7 @@
     4    the data cannot be used
     5    a checkpoint cannot be used
     6    a loss, gradient or picture is not finite
-    7    out of memory with one sample in a micro-batch
+    7    out of memory, in training even with one sample in a micro-batch
     8    another process of the launch ended, or did not answer in time
     75   stopped in the middle of training; the same command continues there
     130  Ctrl-C; the same command continues
@@ -44,7 +44,7 @@ class NonFiniteError(RuntimeError):
 
 
 class OutOfMemoryError(RuntimeError):
-    """The memory does not hold an update, even with one sample in a micro-batch."""
+    """The memory does not hold an update, even with one sample in a micro-batch. Other stages raise torch's error."""
 
     exit_code = 7
 

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from stepdistill import errors
 from stepdistill.cli import guarded
@@ -155,6 +156,17 @@ def test_each_expected_error_is_one_line_with_its_exit_code(error, capsys):
 
     assert guarded(command) == error.exit_code
     assert capsys.readouterr().err == "stepdistill: what went wrong\n"
+
+
+def test_torchs_out_of_memory_is_one_line(capsys):
+    def command():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    assert guarded(command) == OutOfMemoryError.exit_code
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "Tried to allocate 2.00 GiB" in line
+    assert "evaluation.batch_size" in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A phase that is stopped between two updates and resumed from its state gives the same result as an uninterrupted one."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -18,6 +20,12 @@ UPDATES = 4
 PHASES = {
     "mse": Phase(objective="mse", max_train_steps=UPDATES),
     "cached": Phase(objective="mse", max_train_steps=UPDATES, cached_updates=2),
+    "convert": Phase(objective="convert", max_train_steps=UPDATES),
+    "frozen trunk": Phase(
+        objective="single",
+        max_train_steps=UPDATES,
+        discriminator=DiscriminatorOptions(trunk="frozen", heads="multi"),
+    ),
     "single": Phase(objective="single", max_train_steps=UPDATES),
     "several": Phase(
         objectives=({"kind": "mse"}, {"kind": "single", "weight": 0.1}), max_train_steps=UPDATES
@@ -28,9 +36,12 @@ PHASES = {
 }
 
 
-def setup_of(config, phase):
+def setup_of(config, phase, precision="no"):
     """The phase on a separate network, as the ladder sets it up."""
-    shared = load_shared(config, Runtime())
+    shared = load_shared(config, Runtime(mixed_precision=precision))
+    student = dataclasses.replace(
+        student_of(shared), prediction_type="sample" if phase.kinds == ("convert",) else "epsilon"
+    )
     training = config.training.model_copy(update={"ema_decay": 0.5, "train_batch_size": 2})
     discriminator = build_discriminator(
         shared.network, phase, base=shared.base, rank=4, seed=3, sample_size=shared.cache.smallest_side
@@ -41,7 +52,7 @@ def setup_of(config, phase):
         number=0,
         training=training,
         seed=7,
-        student=student_of(shared),
+        student=student,
         teacher=shared.undistilled,
         discriminator=discriminator,
         cache=shared.cache,
@@ -102,15 +113,29 @@ def assert_equal(ours, theirs, place="state"):
         assert ours == theirs, place
 
 
-@pytest.mark.parametrize("name", PHASES)
-def test_a_phase_stopped_and_resumed_is_bit_identical(trained_run, name):
-    config, phase, runtime = load_config(trained_run.run_dir), PHASES[name], Runtime()
-    straight = setup_of(config, phase)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("cached", "no"),
+        ("several", "no"),
+        ("full trunk", "no"),
+        *(
+            pytest.param(name, "no", marks=pytest.mark.slow)
+            for name in ("mse", "single", "convert", "frozen trunk")
+        ),
+        pytest.param("single", "fp16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_phase_stopped_and_resumed_is_bit_identical(trained_run, name, precision):
+    """The whole state: student, discriminator, both optimisers, average, loss scale, guard."""
+    config, phase = load_config(trained_run.run_dir), PHASES[name]
+    runtime = Runtime(mixed_precision=precision)
+    straight = setup_of(config, phase, precision)
     uninterrupted = PhaseState(straight, runtime)
     train_until(straight, uninterrupted, runtime, UPDATES // 2)
     halfway = uninterrupted.state_dict()
     train_until(straight, uninterrupted, runtime, UPDATES)
-    other = setup_of(config, phase)
+    other = setup_of(config, phase, precision)
     second = PhaseState(other, runtime)
     second.load_state_dict(halfway)
     assert second.step == UPDATES // 2
