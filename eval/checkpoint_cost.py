@@ -2,10 +2,10 @@
 
     python eval/checkpoint_cost.py [--updates 24] [--output eval/results/checkpoint_cost] [key=value ...]
 
-Measured on the letters' 8 -> 4 rung, in its adversarial phase, whose checkpoint is the largest: the seconds of an update; of the
-copy that the training thread makes; of the writing, hashing and syncing that a thread does meanwhile. The rates of copying
-and of writing are measured on a state of 512 MiB. Computed for the full-size configs: bytes, from the shapes of their
-modules on the meta device, and seconds at these rates.
+Measured on the letters' 8 -> 4 rung, in its adversarial phase, whose checkpoint is the largest: the seconds of an update;
+of the copy that the training thread makes; of the writing, hashing and syncing that a thread does meanwhile. The rates of
+copying and of writing are measured on a state of 512 MiB. Computed for the full-size configs: bytes, from the shapes of
+their modules on the meta device, and seconds at these rates.
 """
 
 import argparse
