@@ -1,5 +1,6 @@
 """The guard of an adversarial phase: what it notices, and training that goes back to a checkpoint because of it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,16 +9,18 @@ import pytest
 from stepdistill import stages
 from stepdistill.config import Phase
 from stepdistill.config.load import load_config
+from stepdistill.models.shared_network import STUDENT
 from stepdistill.run.checkpoint_files import partial_rung
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Runtime
 from stepdistill.training import guard as guard_module
-from stepdistill.training.guard import CERTAIN, EVERY, FAR, HORIZON, LONG, AdversaryGuard
+from stepdistill.training.guard import CERTAIN, FAR, HORIZON, LONG, AdversaryGuard
 from stepdistill.training.phase import PhaseState
 from tests.integration.conftest import tiny_config
 from tests.integration.test_phase_state import assert_equal, setup_of, train_until
 
+EVERY = 50
 SINGLE = Phase(objective="single", max_train_steps=1000, learning_rate=1e-3)
 
 
@@ -25,10 +28,18 @@ def numbers(real, student):
     return {"discriminator_accuracy_real": real, "discriminator_accuracy_student": student}
 
 
+@pytest.fixture(scope="module")
+def setup(trained_run):
+    """An adversarial phase on a tiny network."""
+    setup = setup_of(load_config(trained_run.run_dir), SINGLE)
+    return dataclasses.replace(setup, training=setup.training.model_copy(update={"train_batch_size": 16}))
+
+
 @pytest.fixture
-def watched(trained_run):
-    """A guard on a tiny network, with the distance measured."""
-    guard = AdversaryGuard(setup_of(load_config(trained_run.run_dir), SINGLE), Runtime())
+def watched(setup, monkeypatch):
+    """A guard with the distance measured, which measures it again every 50 updates."""
+    monkeypatch.setattr(guard_module, "EVERY", EVERY)
+    guard = AdversaryGuard(setup, Runtime())
     guard.begin()
     return guard
 
@@ -57,20 +68,23 @@ def test_a_discriminator_that_teaches_is_left_alone(watched, accuracies):
     assert watched.good_step == 400
 
 
-def test_the_distance_is_zero_for_a_student_that_equals_its_teacher_and_grows_when_it_leaves(watched):
+def test_the_distance_grows_when_the_student_leaves_its_teacher(watched, setup):
     """The student's new LoRA changes nothing, but the teacher is guided, so the distance to it is above zero."""
-    setup = watched._setup
     before = watched.distance()
     assert before > 0
     assert watched.distance() == before
     shifted = numbers(0.7, 0.7)
-    for parameter in setup.student.network.group("student").values():
+    parameters = setup.student.network.group(STUDENT).values()
+    former = [parameter.data.clone() for parameter in parameters]
+    for parameter in parameters:
         parameter.data.add_(0.3)
     assert watched.watch(EVERY - 1, dict(shifted)) is None
     trouble = watched.watch(EVERY, shifted)
     assert shifted["distance_to_teacher"] > FAR * before
     assert (trouble.kind, trouble.ends_with_rewind) == ("far", True)
     assert f"{shifted['distance_to_teacher'] / before:.1f} times" in trouble.text
+    for parameter, value in zip(parameters, former, strict=True):
+        parameter.data.copy_(value)
 
 
 def test_the_guard_continues_from_its_state_and_changes_no_weight(trained_run):
@@ -79,14 +93,14 @@ def test_the_guard_continues_from_its_state_and_changes_no_weight(trained_run):
     first, second = (setup_of(config, phase) for _ in range(2))
     with_guard, without = PhaseState(first, runtime), PhaseState(second, runtime)
     with_guard.guard.begin()
-    with_guard.guard.watch(EVERY, numbers(0.9, 0.6))
+    with_guard.guard.watch(guard_module.EVERY, numbers(0.9, 0.6))
     train_until(first, with_guard, runtime, 2)
     train_until(second, without, runtime, 2)
     assert_equal(with_guard.state_dict()["student"], without.state_dict()["student"])
     other = PhaseState(setup_of(config, phase), runtime)
     other.load_state_dict(with_guard.state_dict())
     assert other.guard.state_dict() == with_guard.guard.state_dict()
-    assert other.guard.state_dict()["good_step"] == EVERY
+    assert other.guard.state_dict()["good_step"] == guard_module.EVERY
 
 
 def config_of(folder, *overrides, rate=1e-3, updates=6):
