@@ -24,9 +24,7 @@ _MAIN_THREAD_HAS = 10.0  # seconds to end by itself, after another process has f
 _FIRST_PROCESS_HAS = 10.0  # seconds for process 0 to print an error that the others probably share
 _STORE_MAY_BE_SILENT = 60.0  # seconds
 _LONGEST_CAUSE = 120
-_MEND = (
-    "mend: see its messages, then start the same command again, which continues from the newest checkpoint"
-)
+_MEND = "mend: see its messages, and start the same command again, which continues from the last checkpoint"
 _Answer = TypeVar("_Answer")
 
 
@@ -132,9 +130,7 @@ def ending(message: str, code: int) -> tuple[str | None, int]:
             time.sleep(_FIRST_PROCESS_HAS)
         return message, code
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # of a launcher that ends all; this process ends by itself
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's: this process ends by itself
     is_stop = code in (TO_BE_CONTINUED, INTERRUPTED)
     note = _launch.note()
     if note is not None and (is_stop or code == DistributedError.exit_code):
@@ -158,9 +154,8 @@ def collective() -> Iterator[None]:
     except RuntimeError as error:
         if not is_of_another_process(error) and type(error) is not RuntimeError:
             raise  # such as out of memory
-        cause = (
-            first_line(error).split("] ", 1)[-1].split(". ")[0][:_LONGEST_CAUSE]
-        )  # without gloo's file and advice
+        # without gloo's source file and advice
+        cause = first_line(error).split("] ", 1)[-1].split(". ")[0][:_LONGEST_CAUSE]
         what = "did not answer within training.distributed_timeout" if "imed out" in cause else "ended"
         raise DistributedError(f"another process of the launch {what} ({cause}); {_MEND}") from error
 
