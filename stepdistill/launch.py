@@ -5,6 +5,7 @@ note there. In each process a thread, the watch, looks for notes and for the lau
 others inside an operation of all processes, above all on a GPU, would notice neither.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -23,9 +24,7 @@ _MAIN_THREAD_HAS = 10.0  # seconds to end by itself, after another process has f
 _FIRST_PROCESS_HAS = 10.0  # seconds for process 0 to print an error that the others probably share
 _STORE_MAY_BE_SILENT = 60.0  # seconds
 _LONGEST_CAUSE = 120
-_MEND = (
-    "mend: see its messages, then start the same command again, which continues from the newest checkpoint"
-)
+_MEND = "mend: see its messages, and start the same command again, which continues from the last checkpoint"
 _Answer = TypeVar("_Answer")
 
 
@@ -42,10 +41,17 @@ class Launch:
         self._store, self._launcher = store, launcher
         self._prefix, self._last_answer = f"stepdistill/{name}", time.monotonic()
         self._ends = threading.Lock()  # taken by the thread that ends this process, and never released
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch of the launch", daemon=True)
 
     def watch(self) -> None:
         """Starts the watch, which ends this process with code 8 if another one failed or the launcher is gone."""
-        threading.Thread(target=self._watch, name="watch of the launch", daemon=True).start()
+        self._thread.start()
+        atexit.register(self._end_watch)  # Python ends a thread that is inside torch with an abort
+
+    def _end_watch(self) -> None:
+        self._over.set()
+        self._thread.join(timeout=_MAIN_THREAD_HAS)
 
     def tell(self, note: str) -> None:
         """Leaves a note of this process's failure, unless another process has left one before."""
@@ -74,25 +80,29 @@ class Launch:
         return answer
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(_LOOKS_EVERY)
+        while not self._over.wait(_LOOKS_EVERY):
             if self._launcher is not None and os.getppid() != self._launcher:
                 self._end(f"the launcher, process {self._launcher} of this machine, was killed; {_MEND}")
             note = self.note()
-            if note is not None:
-                time.sleep(_MAIN_THREAD_HAS)
-                self._end(note)
+            if note is not None and not self._over.wait(_MAIN_THREAD_HAS):
+                self._end(note if self.is_first(note) else None)
             if time.monotonic() - self._last_answer > _STORE_MAY_BE_SILENT:
                 self._end(f"the launch's first process or its launcher is gone; {_MEND}")
 
-    def _end(self, message: str) -> None:
-        """Ends this process, unless its main thread does so already."""
+    def _end(self, message: str | None) -> None:
+        """Ends this process, unless its main thread does so already. message: None if another process has printed it."""
         if self._ends.acquire(blocking=False):
-            print(f"stepdistill: {printable(message)}", file=sys.stderr, flush=True)
+            if message is not None:
+                print(f"stepdistill: {printable(message)}", file=sys.stderr, flush=True)
             os._exit(DistributedError.exit_code)
 
 
 _launch: Launch | None = None
+
+
+def is_joined() -> bool:
+    """Whether this process has joined its launch."""
+    return _launch is not None
 
 
 def join(name: str) -> None:
@@ -120,9 +130,7 @@ def ending(message: str, code: int) -> tuple[str | None, int]:
             time.sleep(_FIRST_PROCESS_HAS)
         return message, code
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # of a launcher that ends all; this process ends by itself
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's: this process ends by itself
     is_stop = code in (TO_BE_CONTINUED, INTERRUPTED)
     note = _launch.note()
     if note is not None and (is_stop or code == DistributedError.exit_code):
@@ -146,9 +154,8 @@ def collective() -> Iterator[None]:
     except RuntimeError as error:
         if not is_of_another_process(error) and type(error) is not RuntimeError:
             raise  # such as out of memory
-        cause = (
-            first_line(error).split("] ", 1)[-1].split(". ")[0][:_LONGEST_CAUSE]
-        )  # without gloo's file and advice
+        # without gloo's source file and advice
+        cause = first_line(error).split("] ", 1)[-1].split(". ")[0][:_LONGEST_CAUSE]
         what = "did not answer within training.distributed_timeout" if "imed out" in cause else "ended"
         raise DistributedError(f"another process of the launch {what} ({cause}); {_MEND}") from error
 

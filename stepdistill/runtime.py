@@ -210,12 +210,11 @@ def meet(run_dir: Path, *, timeout_minutes: float) -> None:
     run_dir: the run's folder, which all processes must share; ValueError if they do not.
     timeout_minutes: how long they wait for one that does not answer; then DistributedError.
     """
-    is_met = bool(PartialState._shared_state)
     options = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)).to_kwargs()
     with collective():
         PartialState(cpu=_ON_CPU, **options)
     processes = Processes()
-    if processes.count > 1 and not is_met:
+    if processes.count > 1 and not launch.is_joined():
         launch.join(processes.broadcast(uuid.uuid4().hex))
         processes.check_shared(run_dir)
 

@@ -45,12 +45,18 @@ class StopRequest:
         """The exit code to stop with; 0 if training is to go on."""
         if self._signal is not None:
             return _EXIT_CODES[signal.Signals(self._signal)]
-        return TO_BE_CONTINUED if self._until is not None and time.monotonic() >= self._until else 0
+        return TO_BE_CONTINUED if self._is_time_used else 0
 
     @property
     def reason(self) -> str:
         """Why training is to stop, for the message."""
-        return "training.max_minutes is used" if self._signal is None else signal.Signals(self._signal).name
+        if self._signal is not None:
+            return signal.Signals(self._signal).name
+        return "training.max_minutes is used" if self._is_time_used else "another process of the launch stops"
+
+    @property
+    def _is_time_used(self) -> bool:
+        return self._until is not None and time.monotonic() >= self._until
 
     def _notice(self, number: int, _frame: FrameType | None) -> None:
         if self._signal is not None:
