@@ -11,8 +11,9 @@ from stepdistill.report.read import PhaseLog, Run
 
 _CHANCE = 0.55
 _CERTAIN = 0.95
-_RISEN = 1.5  # times the loss before: a student without training, a discriminator that guesses
 _FIRST_UPDATES = 3  # in which the learning rate warms up
+_DESTROYED = 3.0  # times the loss of a student without training
+_RISEN = 1.5  # times the loss of a discriminator that guesses
 _ONE_SIDED = 0.7  # difference of the two accuracies
 _VANISHED = 0.01  # times the largest gradient
 _GUESSING = {"non_saturating": 2 * math.log(2), "relativistic": math.log(2)}
@@ -40,15 +41,14 @@ def still_falling(phase: PhaseLog) -> bool | None:
 
 
 def destroyed_student(phase: PhaseLog) -> tuple[float, float] | None:
-    """(mean loss of the first updates, mean of the last quarter) if the loss ended far above where it began, before the
-    student had learned anything; None if it did not, if the log is too short, and for a phase with a discriminator, whose
-    loss is no distance."""
+    """(least loss of the first updates, mean of the last quarter) if the loss ended far above where it began, with a student
+    that had learned nothing yet; None if it did not, if the log is too short, and for a phase with a discriminator, whose
+    loss is no distance. A learning rate that is far too high takes effect with the second update."""
     losses = phase.values("student_loss")
     if phase.is_adversarial or len(losses) < _FEWEST_UPDATES:
         return None
-    first = losses[: max(_FIRST_UPDATES, len(losses) // 50)]
-    began, ended = sum(first) / len(first), _quarter_means(losses)[-1]
-    return (began, ended) if ended > _RISEN * began else None
+    began, ended = min(losses[:_FIRST_UPDATES]), _quarter_means(losses)[-1]
+    return (began, ended) if ended > _DESTROYED * began else None
 
 
 def adversary(phase: PhaseLog, *, loss: str | None = None) -> Adversary | None:

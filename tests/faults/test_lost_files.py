@@ -45,7 +45,9 @@ def weights_of(config):
 # the run's folder
 
 
-@pytest.mark.parametrize("how", ["removed", "renamed", "replaced"])
+@pytest.mark.parametrize(
+    "how", ["removed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("renamed", "replaced"))]
+)
 def test_a_folder_that_is_lost_while_it_trains_stops_the_run_and_does_not_come_back(
     whole_run, copy, run_command, updates, how
 ):
@@ -116,7 +118,7 @@ def with_record(config, steps, **changes):
     write_sealed(path, {key: value for key, value in record.items() if value != "absent"})
 
 
-@pytest.mark.parametrize("is_damaged", [True, False])
+@pytest.mark.parametrize("is_damaged", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_rung_that_began_with_another_lora_is_trained_again(
     whole_run, copy, run_command, updates, is_damaged
 ):
@@ -200,7 +202,9 @@ def test_a_finished_run_needs_no_room(copy, run_command, monkeypatch):
 # the log
 
 
-@pytest.mark.parametrize("damage", [b"\xff", b"\0", b"{"])
+@pytest.mark.parametrize(
+    "damage", [b"\xff", *(pytest.param(damage, marks=pytest.mark.slow) for damage in (b"\0", b"{"))]
+)
 def test_a_bad_byte_in_the_log_costs_its_line_alone(copy, run_command, damage):
     shutil.rmtree(copy.run_dir / "rungs" / "1")
     path = copy.run_dir / "log.jsonl"
@@ -236,7 +240,7 @@ def test_a_kill_at_the_start_of_a_rung_keeps_the_lines_of_the_others(copy, updat
 # the clock
 
 
-@pytest.mark.parametrize("now", [0.0, 4e9])
+@pytest.mark.parametrize("now", [0.0, pytest.param(4e9, marks=pytest.mark.slow)])
 def test_another_time_of_day_changes_nothing(whole_run, copy, run_command, monkeypatch, now):
     shutil.rmtree(copy.run_dir / "rungs" / "1")
     half = copy.run_dir / ".teacher.json.7.partial"
