@@ -67,8 +67,9 @@ def adversary(phase: PhaseLog, *, loss: str | None = None) -> Adversary | None:
     if min(len(accuracy), len(losses)) < _FEWEST_UPDATES:
         return None
     quarters, of_student = _quarter_means(accuracy), _quarter_means(losses)
-    if max(quarters[2:]) <= _CHANCE and _is_destroyed(phase, real, student, loss):
-        return Adversary("destroyed", (quarters[2] + quarters[3]) / 2)
+    last_half = (quarters[2] + quarters[3]) / 2
+    if last_half <= _CHANCE and _is_destroyed(phase, real, student, loss):
+        return Adversary("destroyed", last_half)
     if max(quarters) <= _CHANCE:
         return Adversary("at chance", sum(accuracy) / len(accuracy))
     if quarters[-1] >= _CERTAIN and of_student[-1] > of_student[0]:
