@@ -167,50 +167,48 @@ def diversity(students: Mapping[int, Entry], rung: RungLog, run: Run) -> Iterato
 
 def discriminator(phase: PhaseLog, rung: RungLog, run: Run) -> Iterator[Advice]:
     """A discriminator that is at chance, destroyed, or too strong."""
-    where, key = f"{rung.title}, {phase.objective}", f"{phase.key}.discriminator"
+    key = f"{phase.key}.discriminator"
     problem = adversary(phase, loss=setting(run.config, f"{key}.loss"))
     if problem is None:
         return
-
-    def rated(factor: float) -> dict[str, Any]:
-        settings = scaled(run.config, factor, f"{key}.learning_rate")
-        if not settings:  # the discriminator uses the phase's learning rate
-            phase_rate = scaled(run.config, factor, f"{phase.key}.learning_rate")
-            settings = {f"{key}.learning_rate": rate for rate in phase_rate.values()}
-        return settings
-
-    def switched(option: str, value: str, text: str) -> Iterator[Proposal]:
-        if setting(run.config, f"{key}.{option}") != value:
-            yield Proposal(text, {f"{key}.{option}": value})
-
+    finding = f"{rung.title}, {phase.objective}: the discriminator's accuracy is {percent(problem.accuracy)}"
     if problem.state == "destroyed":
-        yield Advice(
-            f"{where}: the discriminator's accuracy is {percent(problem.accuracy)} in the last half of the phase; 50 % is "
-            f"chance, and its loss or its gradients show that it has broken down.",
-            (Proposal("Its learning rate destroys the discriminator: lower it.", rated(MUCH_LESS)),),
-        )
+        finding += " in the last half of the phase (50 % is chance), and its loss or gradients show that it broke down."
+        remedies = [
+            Proposal(
+                "Its learning rate destroys the discriminator: lower it.", _rated(run, phase, MUCH_LESS)
+            ),
+        ]
     elif problem.state == "at chance":
-        yield Advice(
-            f"{where}: the discriminator's accuracy is {percent(problem.accuracy)} throughout the phase; 50 % is chance.",
-            (
-                Proposal(
-                    "The student learns nothing from it: raise the discriminator's learning rate.",
-                    rated(MORE),
-                ),
-                *switched("loss", "relativistic", "If that is not enough, use the relativistic loss."),
-                *switched(
-                    "heads", "multi", "If that is not enough, use discriminator heads at several depths."
-                ),
+        finding += " throughout the phase; 50 % is chance."
+        remedies = [
+            Proposal(
+                "The student learns nothing from it: raise the discriminator's learning rate.",
+                _rated(run, phase, MORE),
             ),
-        )
+            *_switched(run, f"{key}.loss", "relativistic", "use the relativistic loss."),
+            *_switched(run, f"{key}.heads", "multi", "use discriminator heads at several depths."),
+        ]
     else:
-        yield Advice(
-            f"{where}: the discriminator's accuracy is {percent(problem.accuracy)} at the end, and the student's loss rose.",
-            (
-                Proposal("The discriminator is too strong: lower its learning rate.", rated(LESS)),
-                *switched("trunk", "frozen", "If that is not enough, freeze its trunk."),
-            ),
-        )
+        finding += " at the end, and the student's loss rose."
+        remedies = [
+            Proposal("The discriminator is too strong: lower its learning rate.", _rated(run, phase, LESS)),
+            *_switched(run, f"{key}.trunk", "frozen", "freeze its trunk."),
+        ]
+    yield Advice(finding, tuple(remedies))
+
+
+def _rated(run: Run, phase: PhaseLog, factor: float) -> dict[str, Any]:
+    """`factor` times the discriminator's learning rate; without one of its own it uses the phase's."""
+    key = f"{phase.key}.discriminator.learning_rate"
+    of_phase = scaled(run.config, factor, f"{phase.key}.learning_rate")
+    return scaled(run.config, factor, key) or dict(zip([key], of_phase.values(), strict=False))
+
+
+def _switched(run: Run, key: str, value: str, text: str) -> Iterator[Proposal]:
+    """The proposal to set another value, unless the run has it."""
+    if setting(run.config, key) != value:
+        yield Proposal(f"If that is not enough, {text}", {key: value})
 
 
 def scales(run: Run) -> Iterator[Advice]:

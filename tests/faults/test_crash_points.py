@@ -117,7 +117,11 @@ def as_json(value):
     return str(value).replace("'", '"')
 
 
-IDENTITY = Identity(config="c", base="b", cache="l", samples=4, versions={})
+IDENTITY = Identity(settings={}, rungs={}, base="b", cache="l", samples=4, versions={})
+
+
+def identity(_phase, _step):
+    return IDENTITY
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -125,7 +129,7 @@ def test_checkpoint(folders, keep, most):
     place, template = folders
 
     def save(folder, step):
-        checkpoints = Checkpoints(folder, IDENTITY, every_minutes=0, keep=keep, seconds=0)
+        checkpoints = Checkpoints(folder, identity, every_minutes=0, keep=keep, seconds=0)
         checkpoints.save(0, step, {"student": {"a": torch.full((50,), float(step))}}, None)
         checkpoints.wait()
         clear_half_written(folder)
@@ -133,7 +137,7 @@ def test_checkpoint(folders, keep, most):
     save(template, 1)
 
     def state():
-        there = newest(place, IDENTITY)
+        there = newest(place, identity)
         assert torch.all(there.state["student"]["a"] == there.step)
         return {1: OLD, 2: NEW}[there.step]
 
@@ -191,7 +195,7 @@ def finish(run_dir, network):
     """The end of a rung's training, without the training."""
     partial(run_dir).mkdir(parents=True, exist_ok=True)
     config = SimpleNamespace(run_dir=run_dir, lora=SimpleNamespace(rank=2))
-    shared = SimpleNamespace(config=config, network=network, identity=SimpleNamespace(base="b"))
+    shared = SimpleNamespace(config=config, network=network, base_fingerprint="b", samples_per_update=4)
     rung = SimpleNamespace(student_steps=8, teacher_steps=16, start_timestep=None)
     ladder._finish_rung(shared, rung, partial(run_dir), prediction_type="epsilon", seconds=1.0)
 

@@ -12,6 +12,7 @@ from stepdistill import stages
 from stepdistill.config import ConfigError, Evaluation
 from stepdistill.config.load import load_config
 from stepdistill.disk.places import clear_half_written, half_written
+from stepdistill.run.lock import locked
 from stepdistill.stages import open_run
 from tests.integration.conftest import tiny_config
 
@@ -46,8 +47,9 @@ def test_a_start_killed_before_its_first_file_does_not_block_the_next_start(tmp_
     assert half_written(leftover) == "config.yaml"
     config = load_config("configs/letters.yaml", [places])
     open_run(config)
-    aged(leftover)  # a recent file could belong to another process of the same start
-    open_run(config)
+    assert leftover.exists(), "a recent file could belong to another process"
+    with locked(config.run_dir):
+        open_run(config)
     assert [path.name for path in config.run_dir.iterdir()] == ["config.yaml"]
 
 
