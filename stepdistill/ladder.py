@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ _VERSIONS = ("commit", "python", "torch", "diffusers", "transformers", "peft", "
 _UNET_PREFIX = "unet."
 _LEAST_SCALE = 1 / 16
 """Smallest factor of the discriminator's learning rate that training goes back with."""
+_ENCODER = re.compile(r"down_blocks|mid_block")
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,7 @@ def _train_rung(
 def _open_partial(shared: Shared, rung: Rung, *, is_resumed: bool) -> None:
     """Makes the folder of a rung that is about to be trained, empty unless the rung continues from a checkpoint. ValueError
     if the disk has no room for the rung."""
-    config = shared.config
+    config, network = shared.config, shared.network.model
     partial = partial_rung(config.run_dir, rung.student_steps)
     later = config.ladder[config.ladder.index(rung) + 1 :]  # begun from what this rung was before
     outdated = [partial_rung(config.run_dir, r.student_steps) for r in later]
@@ -341,6 +343,7 @@ def _open_partial(shared: Shared, rung: Rung, *, is_resumed: bool) -> None:
         config,
         rung,
         parameters=sum(p.numel() for p in shared.network.group(STUDENT).values()),
+        encoder=sum(p.numel() for name, p in network.named_parameters() if _ENCODER.search(name)),
         size=max(shared.cache.sizes),
     )
     check_space(partial, need - folder_bytes(partial), f"the {rung.student_steps}-step rung")

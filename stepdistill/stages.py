@@ -170,10 +170,10 @@ def export(
         return
     check_run(config)
     _quiet_libraries()
-    _require_same_teacher(config)
     from stepdistill.export.rung import export_rung
 
     with locked(config.run_dir):
+        _require_same_teacher(config)
         for count in chosen:
             folder = export_rung(config, count)
             clear_half_written(rung_folder(config.run_dir, count))

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from stepdistill.report import rules
-from stepdistill.report.diagnosis import difference_error, still_falling
+from stepdistill.report.diagnosis import destroyed_student, difference_error, still_falling
 from stepdistill.report.entries import Entry, entries_of, equal_passes
 from stepdistill.report.proposals import Advice, Proposal, accepted, scaled, setting
 from stepdistill.report.read import Run, RungLog
@@ -22,10 +22,11 @@ _ONE_STEP_START_TIMESTEP = 499  # the value measured on the letters data set: ev
 
 
 def advice_for(run: Run) -> list[Advice]:
-    """Advice from every rule that the run's numbers trigger; advice about distances comes first."""
+    """Advice from every rule that the run's numbers trigger. Students that were destroyed come first, then distances."""
     students = {e.steps: e for e in entries_of([run]) if e.kind == "student"}
     reference = next((e for e in entries_of([run]) if e.is_reference), None)
-    all_advice = [*_worse_than_undistilled(run, students), *_far_from_teacher(run, students)]
+    all_advice = [a for rung in run.rungs for phase in rung.phases for a in rules.destroyed(phase, rung, run)]
+    all_advice += [*_worse_than_undistilled(run, students), *_far_from_teacher(run, students)]
     all_advice += _within_error(run, students)
     for rung in run.rungs:
         student = students.get(rung.student_steps)
@@ -66,14 +67,18 @@ def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Ad
         if student_fid is not None and bare is not None and student_fid > bare:
             yield Advice(
                 f"{rung.title}: FID to teacher {student_fid:.2f}, worse than {teacher.name}'s {bare:.2f} without any LoRA.",
-                (
-                    Proposal(
-                        f"Training was too short, or did harm: before anything else, give the "
-                        f"{rung.main_phase.objective} phase many more updates.",
-                        scaled(run.config, _MUCH_MORE, f"{rung.main_phase.key}.max_train_steps"),
-                    ),
-                ),
+                (_much_more_training(run, rung),),
             )
+
+
+def _much_more_training(run: Run, rung: RungLog) -> Proposal:
+    phase = rung.main_phase
+    if destroyed_student(phase) is not None:
+        return rules.lower_rate(phase, run)
+    return Proposal(
+        f"Training was too short, or did harm: before anything else, give the {phase.objective} phase many more updates.",
+        scaled(run.config, _MUCH_MORE, f"{phase.key}.max_train_steps"),
+    )
 
 
 def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
@@ -99,7 +104,7 @@ def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
     was = "" if rung is run.rungs[0] else f", {before:.2f} at the rung before"
     yield Advice(
         f"{rung.title}: FID to teacher {fid:.2f}{was}; floor (the teacher with other seeds): {floor:.2f}.",
-        (_more_training(run, rung), *_other_nodes(run, rung)),
+        (_more_training(run, rung), *(() if destroyed_student(rung.main_phase) else _other_nodes(run, rung))),
     )
 
 
@@ -107,6 +112,8 @@ def _more_training(run: Run, rung: RungLog) -> Proposal:
     phase = rung.main_phase
     updates, rate = f"{phase.key}.max_train_steps", f"{phase.key}.learning_rate"
     falling = still_falling(phase)
+    if destroyed_student(phase) is not None:
+        return rules.lower_rate(phase, run)
     if falling is None:
         return Proposal(
             "Give the rung more updates, or a higher learning rate.", scaled(run.config, MORE, updates, rate)

@@ -1,23 +1,32 @@
-"""Answers from the log and the table: is a loss still falling, is a discriminator at chance or too strong, how large is the
-standard error of the difference between two rows?"""
+"""Answers from the log and the table: is a loss still falling, was a student or a discriminator destroyed, is a
+discriminator at chance or too strong, how large is the standard error of the difference between two rows?"""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from stepdistill import jackknife
 from stepdistill.report.read import PhaseLog, Run
 
-_CHANCE = (0.45, 0.55)
+_CHANCE = 0.55
 _CERTAIN = 0.95
+_FIRST_UPDATES = 3  # in which the learning rate warms up
+_DESTROYED = 3.0  # times the loss of a student without training
+_RISEN = 1.5  # times the loss of a discriminator that guesses
+_ONE_SIDED = 0.7  # difference of the two accuracies
+_VANISHED = 0.01  # times the largest gradient
+_GUESSING = {"non_saturating": 2 * math.log(2), "relativistic": math.log(2)}
+"""The discriminator's loss if it gives all samples the same logit of 0, by the kind of its loss."""
 _STILL_FALLING = 0.05
 _FEWEST_UPDATES = 8
 
 
 @dataclass(frozen=True)
 class Adversary:
-    """A discriminator that is at chance (`at_chance`) or too strong, and its accuracy (0 to 1)."""
+    """A discriminator's problem (at chance, destroyed by its learning rate, or too strong), and its accuracy (0 to 1)."""
 
-    at_chance: bool
+    state: Literal["at chance", "destroyed", "too strong"]
     accuracy: float
 
 
@@ -31,20 +40,56 @@ def still_falling(phase: PhaseLog) -> bool | None:
     return last < (1 - _STILL_FALLING) * third
 
 
-def adversary(phase: PhaseLog) -> Adversary | None:
-    """The discriminator's problem: at chance in every quarter of the log, or nearly always right in the last quarter while
-    the student's loss rose; None if neither holds, or the log is too short."""
-    both = (phase.values(f"discriminator_accuracy_{of}") for of in ("real", "student"))
-    accuracy = [(a + b) / 2 for a, b in zip(*both, strict=False)]
+def destroyed_student(phase: PhaseLog) -> tuple[float, float] | None:
+    """(least loss of the first updates, mean of the last quarter) if the loss ended far above where it began, with a student
+    that had learned nothing yet; None if it did not, if the log is too short, and for a phase with a discriminator, whose
+    loss is no distance. A learning rate that is far too high takes effect with the second update."""
+    losses = phase.values("student_loss")
+    if phase.is_adversarial or len(losses) < _FEWEST_UPDATES:
+        return None
+    began, ended = min(losses[:_FIRST_UPDATES]), _quarter_means(losses)[-1]
+    return (began, ended) if ended > _DESTROYED * began else None
+
+
+def adversary(phase: PhaseLog, *, loss: str | None = None) -> Adversary | None:
+    """The discriminator's problem; None if it has none, or the log is too short.
+
+    at chance   right about half of the time in every quarter of the log, or less often: equal logits count as wrong
+    destroyed   no better than chance in the last half, and its loss was far above that of guessing for a quarter, or its
+                logits became constant: nearly all of real and student samples on one side, or no gradient any more
+    too strong  nearly always right in the last quarter, while the student's loss rose
+
+    loss: the kind of the discriminator's loss, which says what guessing costs; None if it is not known.
+    """
+    real, student = (phase.values(f"discriminator_accuracy_{of}") for of in ("real", "student"))
+    accuracy = [(a + b) / 2 for a, b in zip(real, student, strict=False)]
     losses = phase.values("student_loss")
     if min(len(accuracy), len(losses)) < _FEWEST_UPDATES:
         return None
-    quarters, loss = _quarter_means(accuracy), _quarter_means(losses)
-    if all(_CHANCE[0] <= mean <= _CHANCE[1] for mean in quarters):
-        return Adversary(True, sum(accuracy) / len(accuracy))
-    if quarters[-1] >= _CERTAIN and loss[-1] > loss[0]:
-        return Adversary(False, quarters[-1])
+    quarters, of_student = _quarter_means(accuracy), _quarter_means(losses)
+    last_half = (quarters[2] + quarters[3]) / 2
+    if last_half <= _CHANCE and _is_destroyed(phase, real, student, loss):
+        return Adversary("destroyed", last_half)
+    if max(quarters) <= _CHANCE:
+        return Adversary("at chance", sum(accuracy) / len(accuracy))
+    if quarters[-1] >= _CERTAIN and of_student[-1] > of_student[0]:
+        return Adversary("too strong", quarters[-1])
     return None
+
+
+def _is_destroyed(phase: PhaseLog, real: Sequence[float], student: Sequence[float], loss: str | None) -> bool:
+    """Whether a discriminator that is at chance shows signs of a learning rate that is far too high."""
+    last = len(real) * 3 // 4
+    apart = [abs(a - b) for a, b in zip(real[last:], student[last:], strict=False)]
+    if sum(apart) / len(apart) > _ONE_SIDED:
+        return True
+    costs, norms = (phase.values(f"discriminator_{name}") for name in ("loss", "grad_norm"))
+    if len(costs) >= _FEWEST_UPDATES and max(_quarter_means(costs)) > _RISEN * _GUESSING.get(loss or "", 1.4):
+        return True
+    if len(norms) < _FEWEST_UPDATES:
+        return False
+    of_norms = _quarter_means(norms)
+    return of_norms[-1] <= _VANISHED * max(of_norms)
 
 
 def difference_error(

@@ -6,7 +6,7 @@ Each rule checks one thing and yields the finding, what to do, and the settings 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stepdistill.report.diagnosis import adversary, still_falling
+from stepdistill.report.diagnosis import adversary, destroyed_student, still_falling
 from stepdistill.report.entries import Entry
 from stepdistill.report.looks_by_phase import (
     COLOUR,
@@ -28,8 +28,26 @@ _TOWARDS_DATA = 0.5  # the data must drift in the same direction by at least thi
 _ACCURACY_LOST, _CLIP_LOST = 0.03, 1.0
 _DIVERSITY = 0.8
 _SCALE_GAIN = 0.95
-MORE, LESS = 2.0, 0.5  # times the current updates or learning rate
+MORE, LESS, MUCH_LESS = 2.0, 0.5, 0.1  # times the current updates or learning rate
 _MORE_GUIDANCE = 1.25
+
+
+def destroyed(phase: PhaseLog, rung: RungLog, run: Run) -> Iterator[Advice]:
+    """A student whose loss ended far above where it began: nothing but a lower learning rate helps."""
+    means = destroyed_student(phase)
+    if means is not None:
+        yield Advice(
+            f"{rung.title}, {phase.objective}: the loss began at {means[0]:.3g} and ended at {means[1]:.3g}.",
+            (lower_rate(phase, run),),
+        )
+
+
+def lower_rate(phase: PhaseLog, run: Run) -> Proposal:
+    """A much lower learning rate for a phase that destroyed its student."""
+    return Proposal(
+        "The learning rate destroys the student: before anything else, lower it.",
+        scaled(run.config, MUCH_LESS, f"{phase.key}.learning_rate"),
+    )
 
 
 def looks(student: Entry, rung: RungLog, run: Run) -> Iterator[Advice]:
@@ -55,7 +73,9 @@ def looks(student: Entry, rung: RungLog, run: Run) -> Iterator[Advice]:
 def _remedies(moved: Change, rung: RungLog, run: Run) -> Iterator[Proposal]:
     """Remedies against the change that a phase made, as far as this run's numbers support one; else none."""
     phase = moved.phase
-    if phase.is_adversarial:
+    if destroyed_student(phase) is not None:
+        yield lower_rate(phase, run)
+    elif phase.is_adversarial:
         yield Proposal(_adversarial_text(moved, run), _gentler(run, [phase]))
     elif still_falling(phase):
         updates = scaled(run.config, MORE, f"{phase.key}.max_train_steps")
@@ -119,15 +139,16 @@ def prompts(
         if student_value is None or teacher_value is None or student_value >= teacher_value - lost:
             continue
         begins = _first_below(students, run, key, teacher_value - lost) or rung
+        finding = f"{rung.title}: {title} {as_text(student_value)}, the teacher has {as_text(teacher_value)}."
+        if destroyed_student(begins.main_phase) is not None:
+            yield Advice(finding, (lower_rate(begins.main_phase, run),))
+            continue
         settings = scaled(run.config, MORE, f"{begins.main_phase.key}.max_train_steps")
         text = f"The problem begins at {begins.title}: give that rung more updates."
         if begins is run.rungs[0]:
             text = f"The problem begins at {begins.title}: give that rung more updates, or raise teacher.guidance_scale."
             settings |= scaled(run.config, _MORE_GUIDANCE, "teacher.guidance_scale")
-        yield Advice(
-            f"{rung.title}: {title} {as_text(student_value)}, the teacher has {as_text(teacher_value)}.",
-            (Proposal(text, settings),),
-        )
+        yield Advice(finding, (Proposal(text, settings),))
 
 
 def diversity(students: Mapping[int, Entry], rung: RungLog, run: Run) -> Iterator[Advice]:
@@ -145,45 +166,49 @@ def diversity(students: Mapping[int, Entry], rung: RungLog, run: Run) -> Iterato
 
 
 def discriminator(phase: PhaseLog, rung: RungLog, run: Run) -> Iterator[Advice]:
-    """A discriminator that is at chance, or too strong."""
-    problem = adversary(phase)
+    """A discriminator that is at chance, destroyed, or too strong."""
+    key = f"{phase.key}.discriminator"
+    problem = adversary(phase, loss=setting(run.config, f"{key}.loss"))
     if problem is None:
         return
-    where, key = f"{rung.title}, {phase.objective}", f"{phase.key}.discriminator"
-
-    def rated(factor: float) -> dict[str, Any]:
-        settings = scaled(run.config, factor, f"{key}.learning_rate")
-        if not settings:  # the discriminator uses the phase's learning rate
-            phase_rate = scaled(run.config, factor, f"{phase.key}.learning_rate")
-            settings = {f"{key}.learning_rate": rate for rate in phase_rate.values()}
-        return settings
-
-    def switched(option: str, value: str, text: str) -> Iterator[Proposal]:
-        if setting(run.config, f"{key}.{option}") != value:
-            yield Proposal(text, {f"{key}.{option}": value})
-
-    if problem.at_chance:
-        yield Advice(
-            f"{where}: the discriminator's accuracy is {percent(problem.accuracy)} throughout the phase; 50 % is chance.",
-            (
-                Proposal(
-                    "The student learns nothing from it: raise the discriminator's learning rate.",
-                    rated(MORE),
-                ),
-                *switched("loss", "relativistic", "If that is not enough, use the relativistic loss."),
-                *switched(
-                    "heads", "multi", "If that is not enough, use discriminator heads at several depths."
-                ),
+    finding = f"{rung.title}, {phase.objective}: the discriminator's accuracy is {percent(problem.accuracy)}"
+    if problem.state == "destroyed":
+        finding += " in the last half of the phase (50 % is chance), and its loss or gradients show that it broke down."
+        remedies = [
+            Proposal(
+                "Its learning rate destroys the discriminator: lower it.", _rated(run, phase, MUCH_LESS)
             ),
-        )
+        ]
+    elif problem.state == "at chance":
+        finding += " throughout the phase; 50 % is chance."
+        remedies = [
+            Proposal(
+                "The student learns nothing from it: raise the discriminator's learning rate.",
+                _rated(run, phase, MORE),
+            ),
+            *_switched(run, f"{key}.loss", "relativistic", "use the relativistic loss."),
+            *_switched(run, f"{key}.heads", "multi", "use discriminator heads at several depths."),
+        ]
     else:
-        yield Advice(
-            f"{where}: the discriminator's accuracy is {percent(problem.accuracy)} at the end, and the student's loss rose.",
-            (
-                Proposal("The discriminator is too strong: lower its learning rate.", rated(LESS)),
-                *switched("trunk", "frozen", "If that is not enough, freeze its trunk."),
-            ),
-        )
+        finding += " at the end, and the student's loss rose."
+        remedies = [
+            Proposal("The discriminator is too strong: lower its learning rate.", _rated(run, phase, LESS)),
+            *_switched(run, f"{key}.trunk", "frozen", "freeze its trunk."),
+        ]
+    yield Advice(finding, tuple(remedies))
+
+
+def _rated(run: Run, phase: PhaseLog, factor: float) -> dict[str, Any]:
+    """`factor` times the discriminator's learning rate; without one of its own it uses the phase's."""
+    key = f"{phase.key}.discriminator.learning_rate"
+    of_phase = scaled(run.config, factor, f"{phase.key}.learning_rate")
+    return scaled(run.config, factor, key) or dict(zip([key], of_phase.values(), strict=False))
+
+
+def _switched(run: Run, key: str, value: str, text: str) -> Iterator[Proposal]:
+    """The proposal to set another value, unless the run has it."""
+    if setting(run.config, key) != value:
+        yield Proposal(f"If that is not enough, {text}", {key: value})
 
 
 def scales(run: Run) -> Iterator[Advice]:
@@ -208,6 +233,9 @@ def scales(run: Run) -> Iterator[Advice]:
             else:
                 without_discriminator = [phase for phase in rung.phases if not phase.is_adversarial]
                 phase = (without_discriminator or rung.phases)[-1]
+                if destroyed_student(phase) is not None:
+                    yield Advice(finding, (lower_rate(phase, run),))
+                    continue
                 settings = scaled(run.config, MORE, f"{phase.key}.max_train_steps")
                 yield Advice(
                     finding, (Proposal("The LoRA is undertrained: give it more updates.", settings),)

@@ -11,7 +11,7 @@ from stepdistill.config.saved import resolved, saved_config
 from stepdistill.disk.durable import write_text
 from stepdistill.disk.places import clear_half_written, half_written
 from stepdistill.run.checkpoint_files import check_checkpoints
-from stepdistill.run.lock import LOCK, is_alone
+from stepdistill.run.lock import LOCK, is_alone_in
 from stepdistill.run.rungs import folders_of_rungs
 from stepdistill.run.settings import differences_text, forbidden_changes
 from stepdistill.run.start_from import TAKEN
@@ -70,7 +70,7 @@ def open_folder(config: RunConfig) -> Path:
     saved, text = config.run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False)
     if not (saved.is_file() and saved.read_bytes() == text.encode("utf-8")):
         write_text(saved, text)
-    clear_half_written(config.run_dir, names=_WRITTEN_BY_ALL, is_alone=is_alone())
+    clear_half_written(config.run_dir, names=_WRITTEN_BY_ALL, is_alone=is_alone_in(config.run_dir))
     return config.run_dir
 
 

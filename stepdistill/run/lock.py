@@ -131,13 +131,17 @@ def locked(run_dir: Path) -> Iterator[None]:
             _release(path, descriptor)
 
 
-def is_alone() -> bool:
-    """Whether this process is the only one of its launch, by the launcher's environment variables."""
+def is_alone_in(run_dir: Path) -> bool:
+    """Whether no other process writes into a run's folder: this one has its lock, and is the only one of its launch."""
+    return run_dir.absolute() in _held and _is_alone()
+
+
+def _is_alone() -> bool:
     return _first_set(_SIZES, default="1") == "1"
 
 
 def _is_main() -> bool:
-    return is_alone() or _first_set(_RANKS, default="0") == "0"
+    return _is_alone() or _first_set(_RANKS, default="0") == "0"
 
 
 def _first_set(names: tuple[str, ...], *, default: str) -> str:

@@ -10,6 +10,7 @@ from stepdistill import stages
 from stepdistill.export.hub import stage as stage_for_the_hub
 from stepdistill.ladder import save_lora
 from stepdistill.models.network.kind import load_network
+from stepdistill.run.lock import LOCK
 from stepdistill.run.rungs import WEIGHT_NAME
 from stepdistill.teacher.folder import embedded_folder
 from stepdistill.teacher.make import make_teacher
@@ -168,8 +169,8 @@ def test_a_read_only_folder_during_prepare(whole_run, copy, run_command):
         ([manifest], cache, cache / "text.safetensors"),
         ([shards / "00000.safetensors"], shards, shards / "00000.safetensors"),
         ([shards], cache, shards),
-        ([], copy.run_dir, copy.run_dir / "environment.json"),
-        ([copy.run_dir], copy.run_dir.parent, copy.run_dir / "config.yaml"),
+        ([], copy.run_dir, copy.run_dir / LOCK),
+        ([copy.run_dir], copy.run_dir.parent, copy.run_dir / LOCK),
     ]
     closed_steps(run_command, copy.run_dir.parent, lambda: stages.prepare(copy), steps)
     assert tree(cache) == tree(whole_run.run_dir / "cache")
@@ -199,7 +200,7 @@ def test_a_read_only_folder_during_distill(whole_run, copy, run_command):
     rungs = copy.run_dir / "rungs"
     steps = [
         ([rungs / "1"], rungs, rungs / ".1.partial"),
-        ([], copy.run_dir, copy.run_dir / "log.jsonl"),
+        ([], copy.run_dir, copy.run_dir / LOCK),
     ]
     closed_steps(run_command, copy.run_dir, lambda: stages.distill(copy), steps, rewritten=("log.jsonl",))
     assert tree(rungs)[f"1/{WEIGHT_NAME}"] == tree(whole_run.run_dir / "rungs")[f"1/{WEIGHT_NAME}"]

@@ -18,6 +18,7 @@ import pytest
 from stepdistill import stages
 from stepdistill.errors import FolderInUseError
 from stepdistill.run.lock import LOCK, Holder, locked
+from stepdistill.run.log import read_log
 from stepdistill.stages import open_run
 from tests.faults.small_run import read_only, room_for, small_config
 
@@ -250,7 +251,9 @@ def config(tmp_path):
     return small_config(tmp_path, "name=run")
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [n if n == "run" else pytest.param(n, marks=pytest.mark.slow) for n in STAGES]
+)
 def test_every_stage_that_writes_is_refused_and_writes_nothing(config, holder, run_command, name):
     outcome = run_command(lambda: STAGES[name](config))
     assert (outcome.code, len(outcome.errors)) == (3, 1)
@@ -265,3 +268,44 @@ def test_a_report_is_written_while_another_command_works(config, holder, run_com
     assert run_command(lambda: stages.report(config)).code == 0
     assert run_command(lambda: stages.report_runs([config.run_dir])).code == 0
     assert (config.run_dir / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_of_two_commands_started_at_once_one_trains_and_after_a_kill_the_next_continues(whole_run, tmp_path):
+    """The loser ends with code 3 and disturbs nothing; a report is written meanwhile; after kill -9 the same command goes on
+    with the killed one's updates and finishes."""
+    phase = {"objective": "mse", "max_train_steps": 40}
+    ladder = [{"teacher_steps": 4, "student_steps": 2, "phases": [phase]}]
+    config = small_config(tmp_path, f"ladder={json.dumps(ladder)}", "training.checkpoint.every_minutes=0")
+    stages.open_run(config)
+    shutil.copytree(whole_run.run_dir / "cache", config.run_dir / "cache")
+    log = config.run_dir / "log.jsonl"
+    both = [command("distill", config), command("distill", config)]
+    while all(process.poll() is None for process in both) or not log.is_file() or not log.read_bytes():
+        time.sleep(0.05)
+    loser, winner = sorted(both, key=lambda process: process.poll() is None)
+    _, message = loser.communicate()
+    assert loser.returncode == 3
+    assert message.count("is in use by process") == 1
+    assert len([text for text in message.splitlines() if text.startswith("stepdistill: ")]) == 1
+    assert winner.poll() is None
+    report = command("report", config)
+    assert report.wait() == 0
+    winner.kill()
+    winner.wait()
+    done = len(read_log(log))
+    last = command("distill", config)
+    _, message = last.communicate()
+    assert last.returncode == 0, message
+    assert message.count("is left behind by process") == 1
+    assert "continues in phase 0 after" in message
+    steps = [record["step"] for record in read_log(log)]
+    assert steps == list(range(40))
+    assert 0 < done < 40
+    assert not list(config.run_dir.rglob(".*"))
+    assert not (config.run_dir / LOCK).exists()
+
+
+def command(name, config):
+    words = [sys.executable, "-m", "stepdistill", name, str(config.run_dir)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -12,6 +12,7 @@ from stepdistill import stages
 from stepdistill.config import ConfigError, Evaluation
 from stepdistill.config.load import load_config
 from stepdistill.disk.places import clear_half_written, half_written
+from stepdistill.run.lock import locked
 from stepdistill.stages import open_run
 from tests.integration.conftest import tiny_config
 
@@ -45,10 +46,20 @@ def test_a_start_killed_before_its_first_file_does_not_block_the_next_start(tmp_
     (leftover,) = (tmp_path / "letters").iterdir()
     assert half_written(leftover) == "config.yaml"
     config = load_config("configs/letters.yaml", [places])
+    leftover.touch()
     open_run(config)
-    aged(leftover)  # a recent file could belong to another process of the same start
-    open_run(config)
+    assert leftover.exists(), "a recent file could belong to another process"
+    with locked(config.run_dir):
+        open_run(config)
     assert [path.name for path in config.run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_a_file_from_before_the_clock_was_set_back_does_not_stay_for_ever(tmp_path):
+    path = half(tmp_path / ".config.yaml.8.partial")
+    later = time.time() + 3600
+    os.utime(path, (later, later))
+    clear_half_written(tmp_path, names=["config.yaml"])
+    assert not path.exists()
 
 
 def test_a_folder_with_the_users_files_is_still_refused(tmp_path):

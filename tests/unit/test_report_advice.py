@@ -1,12 +1,14 @@
 """Advice follows from the numbers and names existing keys of the config."""
 
 import json
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
 from stepdistill.config import RunConfig
 from stepdistill.report.advice import advice_for
+from stepdistill.report.proposals import setting
 from stepdistill.report.read import read_run
 from tests.browser.synthetic_run import load, make_run, replicates, save
 
@@ -38,6 +40,15 @@ def with_log(run, phase, **values):
 
 def accuracy(value):
     return {"discriminator_accuracy_real": value, "discriminator_accuracy_student": value}
+
+
+CURVES = json.loads(Path("tests/assets/destroyed_curves.json").read_text())
+
+
+def with_curve(run, phase, name):
+    """Puts a curve of a real run into the log of a phase of the 4-step rung."""
+    curves = CURVES["curves"][name]
+    with_log(run, phase, **{k: lambda share, v=v: v[int(share * len(v))] for k, v in curves.items()})
 
 
 def test_good_numbers_cause_no_advice(run):
@@ -142,6 +153,50 @@ def test_for_a_discriminator_too_far_ahead_a_lower_rate_is_advised(run):
     (advice,) = advised(run)
     assert advice.keys[0] == "ladder.2.phases.2.discriminator.learning_rate"
     assert "lower" in advice.remedy
+
+
+def settings_before(run):
+    config = read_run(run).config
+    return lambda key: setting(config, key)
+
+
+def test_a_student_that_its_learning_rate_destroyed_gets_a_lower_one_and_nothing_else(run):
+    with_curve(run, 0, "student at 0.1")
+    bad = {"fid_to_teacher": 400.0, "prompt_accuracy": 0.1, "sharpness_drift": -0.5}
+    advice, before = advised(run, **bad), settings_before(run)
+    assert advice[0].finding.startswith("4 steps, mse: the loss began at 0.028")
+    assert "worse than teacher-2's" in advice[0].finding
+    assert "prompt accuracy 10 %" in advice[0].finding
+    assert advice[0].remedy == "The learning rate destroys the student: before anything else, lower it."
+    rate = "ladder.2.phases.0.learning_rate"
+    assert advice[0].changes == {rate: pytest.approx(0.1 * before(rate))}
+    for each in advice:
+        assert "ladder.2.phases.0.max_train_steps" not in each.keys
+        assert each.changes.get(rate, 0) < before(rate)
+
+
+@pytest.mark.parametrize("loss", ["non_saturating", "relativistic"])
+def test_a_discriminator_that_its_learning_rate_destroyed_gets_a_lower_one(run, loss):
+    with_curve(run, 2, f"{loss} discriminator at 100 times its rate")
+    (advice,), before = advised(run), settings_before(run)
+    rate = "ladder.2.phases.2.discriminator.learning_rate"
+    assert advice.changes == {rate: pytest.approx(0.1 * before(rate))}
+    assert advice.remedy == "Its learning rate destroys the discriminator: lower it."
+
+
+@pytest.mark.parametrize("share_right", [0.0, 0.3])
+def test_a_relativistic_discriminator_below_chance_is_noticed(run, share_right):
+    """Equal logits count as wrong, so one that tells nothing apart has an accuracy of 0."""
+    with_log(run, 1, **accuracy(lambda share: share_right), discriminator_loss=lambda share: 0.693)
+    (advice,) = advised(run)
+    assert advice.changes["ladder.2.phases.1.discriminator.learning_rate"] > settings_before(run)(
+        "ladder.2.phases.1.discriminator.learning_rate"
+    )
+
+
+def test_a_curve_of_a_healthy_student_causes_no_advice(run):
+    with_curve(run, 0, "student at 0.001")
+    assert advised(run) == []
 
 
 @pytest.mark.parametrize(
