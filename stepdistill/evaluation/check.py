@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
 from stepdistill.evaluation.draw.rows import lora_file, rows_of, try_scheduler
-from stepdistill.evaluation.evaluation_set import evaluation_set_of
+from stepdistill.evaluation.evaluation_set import ImageFolder, evaluation_set_of
 from stepdistill.evaluation.measure.choice import Choice, choose_features
 from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.evaluation.measure.outside_scorer import check_score_cmd
@@ -28,6 +28,8 @@ def check_evaluation(config: RunConfig) -> Choice:
     if config.evaluation.score_cmd is not None:
         check_score_cmd(config.evaluation.score_cmd)
     evaluation_set = evaluation_set_of(config)
+    if isinstance(evaluation_set.real, ImageFolder):
+        evaluation_set.real.check()
     choice = choose_features(config, evaluation_set)
     distances = Distances(choice.options(config), device="cpu")
     distances.check_size(teacher_facts(config).image_size)

@@ -6,7 +6,9 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from stepdistill import stages
 from stepdistill.config import ConfigError
@@ -78,6 +80,14 @@ SETTINGS = {
         lambda _: ["export.kohya_names=sgm"],
         r"export\.kohya_names: got sgm for a base that is not SDXL",
     ),
+    "a real image that is no picture": (
+        lambda place: [f"evaluation.real_images={place / 'real'}"],
+        r"evaluation\.real_images: cannot read .*3\.png",
+    ),
+    "moments of another extractor": (
+        lambda place: [f"evaluation.reference_stats={place / 'moments.npz'}"],
+        r"evaluation\.reference_stats: got .*, moments of 10 features; allowed: 96",
+    ),
     "prompts that are not there": (
         lambda place: [f"evaluation.prompts={place / 'none.txt'}"],
         r"evaluation\.prompts",
@@ -91,6 +101,11 @@ def place(tmp_path_factory):
     save_lora(random_student(embedded_folder("teacher")), folder / "lora")
     (folder / "junk.safetensors").write_bytes(b"junk" * 100)
     (folder / "plain.txt").write_text("not a program")
+    np.savez(folder / "moments.npz", mu=np.zeros(10), sigma=np.eye(10))
+    (folder / "real").mkdir()
+    for number in range(8):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / "real" / f"{number}.png")
+    (folder / "real" / "3.png").write_bytes(b"<html>404</html>")
     return folder
 
 
