@@ -103,12 +103,14 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
 
 
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
-    """Trains the unfinished rungs, or one rung again."""
+    """Trains the unfinished rungs, or one rung again, after a check that the stages after it can be done."""
     with _work_in(config):
+        _quiet_libraries()
+        _check_later_stages(config)
         _distill(config, only)
 
 
-def _distill(config: RunConfig, only: tuple[int, int] | None) -> None:
+def _distill(config: RunConfig, only: tuple[int, int] | None = None) -> None:
     _quiet_libraries()
     from stepdistill.ladder import distill as train_rungs
 
@@ -252,7 +254,6 @@ def run_all(config: RunConfig) -> None:
 def _run_all(config: RunConfig) -> None:
     started = time.monotonic()
     _quiet_libraries()
-    from stepdistill.evaluation.check import check_evaluation
     from stepdistill.ladder import rungs_to_copy
 
     if not is_ready_made(config):
@@ -260,7 +261,7 @@ def _run_all(config: RunConfig) -> None:
         _meet(config)
         _make_teacher(config)
     rungs_to_copy(config)
-    check_evaluation(config)
+    _check_later_stages(config)
     open_run(config)
     finished = finished_rungs(config.run_dir)
     logger.info(
@@ -269,7 +270,8 @@ def _run_all(config: RunConfig) -> None:
     )
     prepare(config)
     logger.info("%s", _estimate(config))
-    distill(config)
+    with _work_in(config):
+        _distill(config)
     export(config)
     evaluate(config)
     report(config)
@@ -348,6 +350,15 @@ def _make_teacher(config: RunConfig) -> None:
     if processes.is_main:
         make_teacher(config)
     processes.wait()
+
+
+def _check_later_stages(config: RunConfig) -> None:
+    """ValueError if the exports or the table could not be made after training."""
+    from stepdistill.evaluation.check import check_evaluation
+    from stepdistill.export.check import check_export
+
+    check_export(config)
+    check_evaluation(config)
 
 
 def _require_same_teacher(config: RunConfig) -> None:

@@ -18,12 +18,20 @@ from stepdistill.config.section import (
 FewImages = Annotated[int, Field(gt=0, le=10_000)]
 Timestep = Annotated[int, Field(ge=0, lt=1000)]
 
+_BEGINNINGS = ("teacher-", "student-", "unguided-")  # of the names of other rows
+# Folders and files of a run's evaluation/, where each row has a folder of its name.
+_OF_THE_TABLE = (
+    *("extractor", "features", "floor", "matrix"),
+    *("results.json", "scales", "seeds", "studies"),
+)
+
 
 class LoraRow(Section, affects=Affects.NOTHING):
     """A row of the table for another LoRA of the same base model: a published one, or one of another run."""
 
     name: Name
-    """Name of the row. It must be unique and must not begin with teacher-, student- or unguided-."""
+    """Name of the row. It must be unique, must not begin with teacher-, student- or unguided-, and must not be the name of a
+    folder or file of the table itself, such as floor."""
     path: FilePath
     """A .safetensors file, or a folder that holds pytorch_lora_weights.safetensors."""
     steps: Steps
@@ -108,11 +116,11 @@ class Evaluation(Section, affects=Affects.NOTHING):
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluation":
-        names, reserved = [lora.name for lora in self.loras], ("teacher-", "student-", "unguided-")
-        taken = sorted({n for n in names if names.count(n) > 1 or n.startswith(reserved)})
-        if taken:
-            raise ConfigError(
-                f"evaluation.loras: got the name {taken[0]!r}; allowed: a different name for each, "
-                "none that begins with teacher-, student- or unguided-"
-            )
+        names = [lora.name.lower() for lora in self.loras]  # some file systems do not tell A from a
+        for index, name in enumerate(names):
+            if name.startswith(_BEGINNINGS) or name in _OF_THE_TABLE or names.count(name) > 1:
+                raise ConfigError(
+                    f"evaluation.loras.{index}.name: got {self.loras[index].name!r}; allowed: a different name for each, "
+                    f"none that begins with {', '.join(_BEGINNINGS)}, none of {', '.join(_OF_THE_TABLE)}"
+                )
         return self

@@ -24,6 +24,7 @@ from stepdistill.disk.space import folder_bytes, free_bytes
 from stepdistill.doctor.disk_need import disk_need
 from stepdistill.doctor.finding import Finding
 from stepdistill.doctor.teacher import teacher_findings
+from stepdistill.export.check import check_export
 from stepdistill.run.folder import check_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
@@ -35,6 +36,7 @@ LOOKED_AT = 64
 """Number of samples of the data that are read in full."""
 _GIB = 2**30
 _TOKENS_A_WORD = 1.3
+_MOST_TOKENS = 75  # of a prompt that CLIP reads, besides those of start and end
 _EXTRACTORS = (
     "evaluation.features=inception:FILE with Inception's weights (NVIDIA's inception-2015-12-05.pt), or clip:FOLDER or "
     "dinov2:FOLDER with a folder of CLIP or DINOv2"
@@ -47,7 +49,7 @@ def examine(config: RunConfig) -> list[Finding]:
     If the teacher has a problem, checks that need an intact teacher are left out.
     """
     findings: list[Finding] = []
-    for part in (_packages, _device, _run):
+    for part in (_packages, _device, _run, _export, _previews):
         findings += _findings(part, config)
     teacher = _findings(teacher_findings, config)
     is_whole = not any(finding.state == "problem" for finding in teacher)
@@ -178,7 +180,7 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
             [*data.cures([kind]), f"other samples, or data.max_bad_fraction and data.on_bad.{kind}"]
         )
         yield Finding("problem" if stops else "note", f"data: {count} {kind} ({first[kind]})", remedy)
-    if longest * _TOKENS_A_WORD > 75:
+    if longest * _TOKENS_A_WORD > _MOST_TOKENS:
         yield Finding(
             "note", f"data: captions of up to {longest} words; CLIP reads about 57 and cuts off the rest"
         )
@@ -198,6 +200,18 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
 def _buckets(config: RunConfig) -> Iterator[Finding]:
     for about, remedy in bucket_notes(config):
         yield Finding("note" if remedy else "ok", f"data: {about}", remedy)
+
+
+def _export(config: RunConfig) -> Iterator[Finding]:
+    check_export(config)
+    yield Finding("ok", f"export: {', '.join(config.export.formats)} can be written")
+
+
+def _previews(config: RunConfig) -> Iterator[Finding]:
+    longest = max(len(prompt.split()) for prompt in config.preview.prompts)
+    if longest * _TOKENS_A_WORD > _MOST_TOKENS:
+        about = f"preview: prompts of up to {longest} words; CLIP reads about 57 and cuts off the rest"
+        yield Finding("note", about, "shorter preview.prompts")
 
 
 def _evaluation(config: RunConfig) -> Iterator[Finding]:

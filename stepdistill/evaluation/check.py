@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
-from stepdistill.evaluation.draw.rows import lora_file, rows_of
-from stepdistill.evaluation.evaluation_set import evaluation_set_of
+from stepdistill.evaluation.draw.rows import lora_file, rows_of, try_scheduler
+from stepdistill.evaluation.evaluation_set import ImageFolder, evaluation_set_of
 from stepdistill.evaluation.measure.choice import Choice, choose_features
 from stepdistill.evaluation.measure.image_sets import Distances
+from stepdistill.evaluation.measure.outside_scorer import check_score_cmd
 from stepdistill.evaluation.protocol import real_warnings
 from stepdistill.teacher.lora_trial import check_lora_goes_on
 from stepdistill.teacher.source import configs_folder, teacher_facts
@@ -16,13 +17,19 @@ from stepdistill.teacher.source import configs_folder, teacher_facts
 def check_evaluation(config: RunConfig) -> Choice:
     """The feature extractor that the evaluation will use, with its warnings.
 
-    ValueError if the evaluation could not be done: checks prompts, pictures and their size, LoRAs, and extractor weights.
+    ValueError if the evaluation could not be done: checks prompts, pictures and their size, LoRAs and their schedulers, the
+    external scorer, and extractor weights.
     """
     folder = configs_folder(config)
     for row in rows_of(config):
         if row.lora is not None:
             _check_lora(row.lora, folder)
+            try_scheduler(row.lora, teacher_facts(config).scheduler)
+    if config.evaluation.score_cmd is not None:
+        check_score_cmd(config.evaluation.score_cmd)
     evaluation_set = evaluation_set_of(config)
+    if isinstance(evaluation_set.real, ImageFolder):
+        evaluation_set.real.check()
     choice = choose_features(config, evaluation_set)
     distances = Distances(choice.options(config), device="cpu")
     distances.check_size(teacher_facts(config).image_size)

@@ -31,6 +31,7 @@ from stepdistill.data.source import (
 )
 from stepdistill.demo.world import World, world_of, world_of_captions
 from stepdistill.disk.durable import sha256_json
+from stepdistill.messages import first_line
 from stepdistill.rng import derive_seed
 from stepdistill.teacher.files import require_file
 from stepdistill.teacher.source import teacher_facts
@@ -92,6 +93,15 @@ class ImageFolder:
                 f"allowed: a folder with {FEWEST_PICTURES} or more of {', '.join(PICTURE_SUFFIXES)}"
             )
         return cls(path, files)
+
+    def check(self) -> None:
+        """ValueError if a file does not begin as a picture does; the pixels are not read."""
+        for file in self.files:
+            try:
+                with Image.open(file):
+                    pass
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(_unreadable(file, error)) from None
 
     @property
     def about(self) -> str:
@@ -258,4 +268,8 @@ def read_picture(file: Path) -> np.ndarray:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"evaluation.real_images: cannot read {file}: {error}") from None
+        raise ValueError(_unreadable(file, error)) from None
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    return f"evaluation.real_images: cannot read {file}: {first_line(error)}; mend: another copy of it, or remove it"

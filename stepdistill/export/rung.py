@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config import RunConfig
 from stepdistill.disk.durable import (
     read_sealed,
     sealed,
@@ -32,9 +32,10 @@ from stepdistill.disk.durable import (
 from stepdistill.export import comfy, kohya
 from stepdistill.export.card import GRID, model_card
 from stepdistill.export.card_tools import tools_section
+from stepdistill.export.check import check_formats
 from stepdistill.export.exported import read_scheduler, write_facts
 from stepdistill.export.fused import fused_unet, write_fused
-from stepdistill.export.onnx_unet import check_installed, write_onnx
+from stepdistill.export.onnx_unet import write_onnx
 from stepdistill.export.rank import reduce_rank
 from stepdistill.export.scheduler import student_scheduler, trained_timesteps
 from stepdistill.models.identity import identity_of_folder
@@ -58,7 +59,7 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
     """
     record = require_rung(config.run_dir, student_steps)
     folder = rung_folder(config.run_dir, student_steps)
-    _check(config)
+    check_formats(config, _facts(config))
     lora = read_lora(folder / WEIGHT_NAME)
     if config.export.rank is not None:
         reduced = reduce_rank(lora, config.export.rank)
@@ -75,17 +76,6 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
         record.write(folder)
     _complete(config, record, lora, folder)
     return folder
-
-
-def _check(config: RunConfig) -> None:
-    """ConfigError for formats that cannot be written, before anything is written."""
-    facts, formats = _facts(config), set(config.export.formats)
-    if "onnx" in formats:
-        check_installed()
-    if "kohya" in formats and config.export.kohya_names == "sgm" and kohya.family_of(facts) != "sdxl":
-        raise ConfigError(
-            "export.kohya_names: got sgm for a base that is not SDXL; allowed: auto, diffusers (which kohya uses for SD)"
-        )
 
 
 def _facts(config: RunConfig) -> TeacherFacts:

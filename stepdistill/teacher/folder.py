@@ -44,7 +44,12 @@ _CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "scheduler": ("diffusers", ("*Scheduler",)),
 }
 """Parts that a pipeline needs: their library, and the classes that are allowed."""
-_OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
+_OPTIONAL = {
+    "safety_checker": "*.safetensors",
+    "feature_extractor": "preprocessor_config.json",
+    "image_encoder": "*.safetensors",
+}
+"""Parts that a pipeline loads only if model_index.json names them, and the file that they cannot do without."""
 _PLAIN: dict[str, tuple[object, ...]] = {
     "class_embed_type": (None,),
     "time_cond_proj_dim": (None,),
@@ -101,6 +106,9 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
             missing.append(f"{name}/{WEIGHTS[name]}.safetensors")
         if name.startswith("tokenizer") and not has_vocabulary(folder / name):
             missing.append(f"{name}/tokenizer.json, or vocab.json and merges.txt")
+    for name, file in _OPTIONAL.items() if weights else ():
+        if _is_named(index.get(name)) and not any((folder / name).glob(file)):
+            missing.append(f"{name}/{file}, or {name}: [null, null] in model_index.json")
     return missing
 
 
@@ -165,7 +173,7 @@ def _odd_classes(index: Mapping[str, Any]) -> Iterator[str]:
         part = index[name]
         if len(part) != 2 or part[0] != library or not _is_one_of(part[1], kinds):
             yield f"{short(part)} as its {name}; allowed: {', '.join(k.replace('*', 'a ') for k in kinds)} of {library}"
-    for name in _OPTIONAL & index.keys():
+    for name in _OPTIONAL.keys() & index.keys():
         if not isinstance(index[name], list) or len(index[name]) != 2:
             yield f"{short(index[name])} as its {name}; allowed: a library and a class, or neither: [null, null]"
 

@@ -87,6 +87,24 @@ VALUES = {
     "evaluation.loras=[{name: x, path: /x, steps: 4, timesteps: [-5]}]": "evaluation.loras.0.timesteps.0: got -5",
     "evaluation.loras=[{name: x, path: /x, steps: 4, timesteps: [1000000000]}]": "timesteps.0: got 1000000000",
     "evaluation.loras=[{name: x, path: /x, steps: 1000000000}]": "evaluation.loras.0.steps: got 1000000000",
+    **{
+        f"evaluation.loras=[{{name: '{name}', path: /x, steps: 4}}]": f"evaluation.loras.0.name: got '{name}'"
+        for name in (
+            *(
+                "floor",
+                "Floor",
+                "features",
+                "results.json",
+                "extractor",
+                "seeds",
+                "scales",
+                "matrix",
+                "studies",
+            ),
+            *("teacher-4", "Teacher-4", "student-4", "unguided-1", "../x", "a/b", "/x", ".x", ""),
+        )
+    },
+    "evaluation.loras=[{name: x, path: /x, steps: 4}, {name: X, path: /x, steps: 4}]": "loras.0.name: got 'x'",
 }
 
 

@@ -49,7 +49,7 @@ def test_nothing_is_wrong_with_the_demo_and_nothing_is_written(tmp_path, capsys)
     assert run("doctor", "configs/letters.yaml", f"output_dir={tmp_path}") == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split(":")[0].split()[1] for line in lines} == {
-        *("packages", "device", "run", "teacher", "data", "evaluation", "disk")
+        *("packages", "device", "run", "export", "teacher", "data", "evaluation", "disk")
     }
     assert all(line.startswith("ok ") for line in lines)
     assert list(tmp_path.iterdir()) == []

@@ -179,7 +179,8 @@ def test_a_teacher_of_zero_terminal_snr_is_not_asked_for_epsilon(folders, tmp_pa
     converted = "phases: [{objective: convert, max_train_steps: 1}, {objective: mse, max_train_steps: 1}]"
     last = f"{{teacher_steps: 2, student_steps: 1, prediction_type: sample, {converted}}}"
     ladder = f"[{{teacher_steps: 4, student_steps: 2, {phase}}}, {last}]"
-    config = tiny_config(tmp_path, teacher, "data.num_images=8", f"ladder={ladder}")
+    resize = "evaluation.resize=torchmetrics"  # the reader takes smaller pictures
+    config = tiny_config(tmp_path, teacher, "data.num_images=8", resize, f"ladder={ladder}")
     stages.prepare(config)
     stages.distill(config)
     stages.export(config)
@@ -204,6 +205,7 @@ def test_a_teacher_with_500_timesteps_is_distilled_on_its_own_schedule(folders, 
     phases = "phases: [{objective: mse, max_train_steps: 1}, {objective: single, max_train_steps: 1}]"
     ladder = f"ladder=[{{teacher_steps: 4, student_steps: 2, {phases}}}]"
     options = ["data.num_images=8", "training.train_batch_size=2", "export.formats=[diffusers]"]
+    options.append("evaluation.resize=torchmetrics")
     config = tiny_config(tmp_path, with_timesteps(folders, tmp_path, 500), *options, ladder)
     stages.prepare(config)
     stages.distill(config)

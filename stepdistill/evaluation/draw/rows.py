@@ -85,7 +85,7 @@ def lora_row(lora: LoraRow) -> Row:
         raise ConfigError(
             f"evaluation.loras: {lora.name}: {weights} holds no LoRA, only {len(header)} other tensors"
         )
-    _try_scheduler(lora)
+    try_scheduler(lora, {})
     return Row(lora.name, lora.steps, lora.guidance_scale, lora=lora, lora_scale=lora.scale)
 
 
@@ -115,8 +115,11 @@ def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMi
     return scheduler_class(lora.scheduler or "DDIMScheduler").from_config(dict(base_config), **options)
 
 
-def _try_scheduler(lora: LoraRow) -> None:
-    """ConfigError if the scheduler cannot be built with its options, or cannot give the timesteps of the row."""
+def try_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> None:
+    """ConfigError if the scheduler cannot be built with its options, or cannot give the timesteps of the row.
+
+    base_config: the base model's scheduler config; {} if it is not known.
+    """
     beside = read_json(scheduler_file(lora_file(lora).parent)) if lora.scheduler is None else None
     options = {**(beside if isinstance(beside, dict) else {}), **(lora.scheduler_options or {})}
     count = options.get("num_train_timesteps", 1)
@@ -125,7 +128,12 @@ def _try_scheduler(lora: LoraRow) -> None:
             f"evaluation.loras: {lora.name}: got num_train_timesteps {count!r}; allowed: 1 to {MOST_TIMESTEPS}"
         )
     try:
-        scheduler = lora_scheduler(lora, {})
+        scheduler = lora_scheduler(lora, base_config)
+        unknown = sorted((lora.scheduler_options or {}).keys() - scheduler.config.keys())
+        if unknown:
+            raise ValueError(f"{type(scheduler).__name__} has no option {unknown[0]}")
+        if lora.timesteps is not None and len(lora.timesteps) != lora.steps:
+            raise ValueError(f"it has {len(lora.timesteps)} timesteps")
         if lora.timesteps is not None:
             _require_own_timesteps(scheduler)
             scheduler.set_timesteps(timesteps=list(lora.timesteps))

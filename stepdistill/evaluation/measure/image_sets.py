@@ -75,6 +75,7 @@ class Distances:
         if options.features is not None:
             self.main = _main_view(options, build_extractor(options.features, device=device))
             self._views.append(self.main)
+            self._check_moments(options, self.main.extractor)
             if options.patch_size is not None:
                 self._views.append(View("patch", self.main.extractor, "none", options.patch_size))
         self.clip = None
@@ -84,6 +85,14 @@ class Distances:
         if options.dinov2 is not None:
             dinov2 = build_extractor(f"dinov2:{options.dinov2}", device=device)
             self._views.append(View("dinov2", dinov2, "pil_bicubic"))
+
+    def _check_moments(self, options: Evaluation, extractor: FeatureExtractor) -> None:
+        """ValueError if the moments of real images have another number of features than the extractor gives."""
+        if self._stats is not None and len(self._stats.mean) != extractor.num_features:
+            raise ValueError(
+                f"evaluation.reference_stats: got {options.reference_stats!r}, moments of {len(self._stats.mean)} features; "
+                f"allowed: {extractor.num_features}, as many as {extractor.name} gives"
+            )
 
     def check_size(self, size: tuple[int, int]) -> None:
         """Tries every extractor on a black picture of `size` (height, width); ValueError if one cannot read it."""

@@ -4,9 +4,12 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 from pathlib import Path
+
+_SCRIPTS = (".py", ".sh")
 
 
 def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) -> dict[str, float]:
@@ -16,13 +19,8 @@ def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) 
     ValueError, with a message of one line, if it cannot start, fails, takes longer than `timeout` seconds, or prints
     anything else.
     """
-    try:
-        parts = shlex.split(command)
-    except ValueError as error:
-        raise ValueError(f"evaluation.score_cmd: cannot read {command!r}: {error}") from None
+    parts = _words(command)
     words = [part.replace("{images}", str(images)).replace("{prompts}", str(prompts)) for part in parts]
-    if not words:
-        raise ValueError("evaluation.score_cmd: got an empty command")
     code, stdout, stderr = _run(words, timeout)
     if code:
         errors = stderr.strip().splitlines()
@@ -41,6 +39,29 @@ def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) 
     if bad:
         raise ValueError(f"evaluation.score_cmd: {bad[0]} is {scores[bad[0]]}; allowed: finite numbers")
     return scores
+
+
+def check_score_cmd(command: str) -> None:
+    """ValueError if the command names a program or a script that is not there or may not be run; runs nothing."""
+    program, *rest = _words(command)
+    if shutil.which(program) is None:
+        raise ValueError(
+            f"evaluation.score_cmd: cannot run {program!r}: there is no such program that this user may execute; allowed: a "
+            f"program of PATH, or the path of one"
+        )
+    script = next((word for word in rest if word.endswith(_SCRIPTS)), None)
+    if script is not None and not Path(script).is_file():
+        raise ValueError(f"evaluation.score_cmd: there is no file {script!r}; allowed: the path of a script")
+
+
+def _words(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"evaluation.score_cmd: cannot read {command!r}: {error}") from None
+    if not words:
+        raise ValueError("evaluation.score_cmd: got an empty command")
+    return words
 
 
 def _run(words: list[str], timeout: float) -> tuple[int, str, str]:
