@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 
-from stepdistill import ladder
 from stepdistill.cli import app, guarded
 from stepdistill.disk import durable
 from stepdistill.evaluation.draw.sampler import Sampler
+from stepdistill.ladder import rung_files
 from stepdistill.training import phase
 from stepdistill.training.checkpoint import Checkpoints
 
@@ -24,7 +24,7 @@ PLACES = {
     "update": (phase, "update", 2),
     "save": (Checkpoints, "save", 2),
     "half_saved": (durable, "replace_folder", 2),
-    "rung": (ladder, "replace_folder", 1),
+    "rung": (rung_files, "replace_folder", 1),
     "drawing": (Sampler, "draw", 1),
 }
 

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stepdistill import ladder, stages
+from stepdistill import stages
 from stepdistill.config.saved import saved_config
 from stepdistill.data.shards import is_intact, read_about, write_shard
 from stepdistill.disk.durable import put_back_replaced, read_sealed, write_sealed
 from stepdistill.disk.places import clear_half_written
+from stepdistill.ladder.rung_files import finish_rung
 from stepdistill.models import adapters
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
+from stepdistill.run.checkpoint_files import CHECKPOINTS
 from stepdistill.run.folder import open_folder
 from stepdistill.run.lock import locked
 from stepdistill.run.log import TrainingLog, read_log
@@ -162,7 +164,7 @@ def test_rung(folders, network, monkeypatch, exchange, has_old, most):
         finish(template, network)
         other = {name: tensor + 1 for name, tensor in state_of_new.items()}
         adapters.load_adapter_state(network.model, STUDENT, other)
-    checkpoint = partial(template) / ladder.CHECKPOINTS / "phase1-step000000"
+    checkpoint = partial(template) / CHECKPOINTS / "phase1-step000000"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state").write_text("x")
     before = read_rung(template, 8)
@@ -179,7 +181,7 @@ def test_rung(folders, network, monkeypatch, exchange, has_old, most):
     def again():
         if state() == OLD:
             finish(place, network)
-        shutil.rmtree(rung_folder(place, 8) / ladder.CHECKPOINTS, ignore_errors=True)
+        shutil.rmtree(rung_folder(place, 8) / CHECKPOINTS, ignore_errors=True)
         clear_half_written(place)
 
     enumerate_crashes(place, template, lambda: finish(place, network), state, again=again, most=most)
@@ -197,7 +199,7 @@ def finish(run_dir, network):
     config = SimpleNamespace(run_dir=run_dir, lora=SimpleNamespace(rank=2))
     shared = SimpleNamespace(config=config, network=network, base_fingerprint="b", samples_per_update=4)
     rung = SimpleNamespace(student_steps=8, teacher_steps=16, start_timestep=None)
-    ladder._finish_rung(shared, rung, partial(run_dir), prediction_type="epsilon", seconds=1.0)
+    finish_rung(shared, rung, partial(run_dir), prediction_type="epsilon", seconds=1.0)
 
 
 def test_shard(folders, most):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepdistill import ladder, stages
+from stepdistill import stages
 from stepdistill.cli import guarded
 from stepdistill.disk.durable import read_sealed
+from stepdistill.ladder import train
 from stepdistill.run.checkpoint_files import CHECKPOINTS, MANIFEST, STATE
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
@@ -42,7 +43,7 @@ def distill_in_fork(config, kept):
     child = os.fork()
     if child:
         return child
-    finish = ladder._finish_rung
+    finish = train.finish_rung
 
     def copy_and_finish(shared, rung, partial, **facts):
         half = kept.with_name(f"half-{rung.student_steps}")
@@ -52,7 +53,7 @@ def distill_in_fork(config, kept):
         half.rename(kept / str(rung.student_steps))
         finish(shared, rung, partial, **facts)
 
-    ladder._finish_rung = copy_and_finish
+    train.finish_rung = copy_and_finish
     code = 1
     try:
         logging.disable()

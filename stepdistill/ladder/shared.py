@@ -1,0 +1,128 @@
+"""What all rungs of a run share: network, data, undistilled teacher, processes."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepdistill.config import RunConfig
+from stepdistill.data.cache import LatentCache, load_cache
+from stepdistill.diffusion.noise_path import NoisePath
+from stepdistill.disk.durable import (
+    read_sealed,
+    sha256_json,
+)
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.network.kind import load_network
+from stepdistill.models.shared_network import SharedNetwork
+from stepdistill.rng import derive_seed
+from stepdistill.run.rungs import read_record
+from stepdistill.run.settings import settings_behind
+from stepdistill.runtime import Runtime, environment, release_memory
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.loading import (
+    fingerprint,
+    load_noise_path,
+    load_vae,
+    vae_dtype,
+)
+from stepdistill.teacher.source import teacher_folder
+from stepdistill.training.checkpoint import Identity
+from stepdistill.training.measure_looks import PhaseLooks
+from stepdistill.training.painter import Painter
+from stepdistill.training.preview import MOST_TEACHER_STEPS
+
+_VERSIONS = ("commit", "python", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Objects that all rungs of a run share.
+
+    base            the folder of the teacher's pipeline
+    network         the base U-Net with the adapters of student and teacher
+    undistilled     the first rung's teacher: the base model with guidance and without an adapter
+    cache           latents and text embeddings
+    painter         draws pictures with a denoiser during training
+    looks           measures sharpness, contrast and colour at the end of each phase
+    """
+
+    config: RunConfig
+    base: Path
+    network: SharedNetwork
+    undistilled: Denoiser
+    cache: LatentCache
+    painter: Painter
+    looks: PhaseLooks
+    runtime: Runtime
+
+    @functools.cached_property
+    def base_fingerprint(self) -> str:
+        """Identifies the base model."""
+        return fingerprint(self.base)
+
+    @property
+    def samples_per_update(self) -> int:
+        """Number of samples of an update, over all processes."""
+        training = self.config.training
+        return training.train_batch_size * training.gradient_accumulation_steps * self.runtime.num_processes
+
+    def identity(self, position: int, phase: int, step: int) -> Identity:
+        """What the state of rung number `position` after `step` updates of phase number `phase` belongs to."""
+        config, versions = self.config, environment()
+        manifest = read_sealed(config.run_dir / "cache" / "manifest.json") or {}
+        earlier = [
+            (r.student_steps, read_record(config.run_dir, r.student_steps)) for r in config.ladder[:position]
+        ]
+        return Identity(
+            settings=settings_behind(config, position=position, phase=phase, step=step),
+            rungs={str(steps): record.sha256 for steps, record in earlier if record is not None},
+            base=self.base_fingerprint,
+            cache=sha256_json(manifest.get("shards")),
+            samples=self.samples_per_update,
+            versions={name: str(versions[name]) for name in _VERSIONS},
+        )
+
+    @property
+    def noise_path(self) -> NoisePath:
+        """The noise path of the base model."""
+        return self.undistilled.noise_path
+
+
+def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
+    """Loads the shared network, the cache and all else that every rung needs, after freeing models of earlier stages."""
+    release_memory()
+    base = teacher_folder(config)
+    unet = load_network(base, dtype=runtime.weight_dtype, quantization=config.training.base_quantization).to(
+        runtime.device
+    )
+    network = SharedNetwork.with_student_and_teacher(
+        unet,
+        rank=config.lora.rank,
+        seed=derive_seed(config.seed, "lora"),
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+    facts = TeacherFacts.of_folder(base)
+    noise_path, prediction_type = load_noise_path(facts.scheduler)
+    cache = load_cache(config)
+    undistilled = Denoiser(
+        network,
+        None,
+        noise_path.to(runtime.device),
+        prediction_type,
+        guidance_scale=config.teacher.guidance_scale,
+        unconditional=cache.unconditional.to(runtime.device, runtime.weight_dtype),
+    )
+    painter = Painter(
+        load_vae(base, dtype=vae_dtype(facts, runtime.weight_dtype)),
+        batch_size=config.training.train_batch_size,
+        autocast=runtime.autocast,
+    )
+    looks = PhaseLooks(
+        painter,
+        cache,
+        undistilled,
+        teacher_steps=min(config.evaluation.teacher_steps[0], MOST_TEACHER_STEPS),
+        images=config.preview.looks_images,
+        seed=config.seed,
+    )
+    return Shared(config, base, network, undistilled, cache, painter, looks, runtime)
