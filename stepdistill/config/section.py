@@ -97,6 +97,5 @@ class Section(BaseModel):
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list | tuple | dict):
-        parts = value.values() if isinstance(value, dict) else value
-        yield from (part for part in parts if isinstance(part, str))
+    elif isinstance(value, list | tuple):
+        yield from (part for part in value if isinstance(part, str))
