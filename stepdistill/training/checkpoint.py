@@ -210,7 +210,7 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
         and isinstance(about["state"], dict)
         and isinstance(about["carried"], dict | None)
         and isinstance(identity, dict)
-        and isinstance(identity.get("versions"), dict)
+        and all(isinstance(identity.get(name), dict) for name in ("settings", "rungs", "versions"))
     )
 
 

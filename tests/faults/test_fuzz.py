@@ -54,7 +54,7 @@ from tests.faults.fuzzing import (
 
 AUDIT = Audit()
 LONGEST = 30.0  # seconds of one file, on a busy machine; a report takes 4
-IDENTITY = Identity("config", "base", "cache", 4, {"torch": "1"})
+IDENTITY = Identity({"lora.rank": 4}, {"8": "sha256"}, "base", "cache", 4, {"torch": "1"})
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def mutated_shard(content, seed):
     changed = mutated_safetensors(content, 4 * seed + 2)
     length = int.from_bytes(changed[:8], "little")
     header = json.loads(changed[8 : 8 + length])
-    with contextlib.suppress(AttributeError, KeyError, TypeError):
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
         sums = _header_sum(header)
         sums.update(changed[8 + length :])
         header["__metadata__"]["sha256"] = sums.hexdigest()
@@ -171,7 +171,7 @@ def read_shard(folder):
 
 
 def checkpoint(folder):
-    writer = Checkpoints(folder / "checkpoints", IDENTITY, every_minutes=0, keep=2, seconds=0)
+    writer = Checkpoints(folder / "checkpoints", lambda *_: IDENTITY, every_minutes=0, keep=2, seconds=0)
     writer.save(0, 3, {"student": {"a": randn(2)}, "step": 3, "list": [1, {"b": randn(2)}]}, None)
     writer.wait()
 
@@ -263,7 +263,7 @@ SUBJECTS = {
     "shard": (shard, read_shard, {"a.safetensors": mutated_shard}, 10),
     "checkpoint": (
         checkpoint,
-        lambda folder: newest(folder / "checkpoints", IDENTITY),
+        lambda folder: newest(folder / "checkpoints", lambda *_: IDENTITY),
         {
             "checkpoints/phase0-step000003/manifest.json": mutated_json,
             "checkpoints/phase0-step000003/state.safetensors": mutated_safetensors,
