@@ -34,9 +34,9 @@ from stepdistill.errors import (
     OutOfMemoryError,
     ToBeContinued,
 )
-from stepdistill.messages import first_line, printable, short
+from stepdistill.messages import first_line, short, without_secrets
 from stepdistill.run.rungs import finished_rungs
-from stepdistill.terminal import given_text, prepare_terminal, printable_lines, show_traceback
+from stepdistill.terminal import given_text, one_line, prepare_terminal, printable_lines, show_traceback
 
 
 class _Commands(TyperGroup):
@@ -67,7 +67,7 @@ def _printable_message() -> Iterator[None]:
     except Exception as error:
         message = getattr(error, "message", None)
         if isinstance(message, str):
-            error.message = printable(message)  # type: ignore[attr-defined]
+            error.message = one_line(message)  # type: ignore[attr-defined]
         raise
 
 
@@ -247,7 +247,7 @@ def sample(
 ) -> None:
     """Draw one picture with a run's student."""
     written = stages.sample(run_dir, steps=steps, prompt=given_text(prompt), seed=seed, output=output)
-    typer.echo(printable(str(written)))
+    typer.echo(one_line(str(written)))
 
 
 def guarded(command: Callable[[], object]) -> int:
@@ -270,10 +270,7 @@ def _exit_code(command: Callable[[], object]) -> int:
             command()
     except ValueError as error:
         if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
-            print(
-                f"stepdistill: {printable(_ENCODING.format(error.object, error.encoding))}", file=sys.stderr
-            )
-            return 2
+            return _ended(_ENCODING.format(error.object, error.encoding), 2)
         if not _raised_here(error):
             raise
         return _ended(str(error), getattr(error, "exit_code", 2))
@@ -295,9 +292,9 @@ def _exit_code(command: Callable[[], object]) -> int:
 
 def _ended(message: str, code: int) -> int:
     """Prints an error's line, once for all processes of a launch, and returns the exit code."""
-    line, code = launch.ending(message, code)
+    line, code = launch.ending(without_secrets(message), code)
     if line is not None:
-        print(f"stepdistill: {printable(line)}", file=sys.stderr)
+        print(f"stepdistill: {one_line(line)}", file=sys.stderr)
     return code
 
 

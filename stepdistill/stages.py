@@ -14,7 +14,6 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
-from stepdistill.messages import printable
 from stepdistill.run.folder import check_folder, open_folder
 from stepdistill.run.lock import locked
 from stepdistill.run.rungs import finished_rungs, rung_folder
@@ -23,7 +22,7 @@ from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
 from stepdistill.teacher.same_teacher import check_same_teacher, record_teacher
 from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
-from stepdistill.terminal import printable_lines
+from stepdistill.terminal import one_line, printable_lines
 
 logger = logging.getLogger(__name__)
 
@@ -165,10 +164,10 @@ def export(
         options = config.export
         lower = f", rank {options.rank}" if options.rank is not None else ""
         for count in chosen:
-            place = printable(str(rung_folder(config.run_dir, count)))
+            place = one_line(str(rung_folder(config.run_dir, count)))
             print(f"export {place}: {', '.join(options.formats)} in {options.dtype}{lower}")
         if push_to is not None:
-            print(f"push it to {printable(push_to)}")
+            print(f"push it to {one_line(push_to)}")
         return
     check_run(config)
     _quiet_libraries()

@@ -11,12 +11,18 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from stepdistill.messages import printable
+from stepdistill.messages import printable, without_secrets
 
 
 def printable_lines(text: str) -> str:
-    """Text for a terminal: its lines stay apart, all other control characters and lone surrogates become escapes."""
-    return "\n".join(map(printable, text.split("\n")))
+    """Text for a terminal: its lines stay apart, all other control characters and lone surrogates become escapes. It
+    has no secrets."""
+    return "\n".join(map(printable, without_secrets(text).split("\n")))
+
+
+def one_line(text: str) -> str:
+    """Text as one line for a terminal, without secrets: line ends become escapes too."""
+    return printable(without_secrets(text))
 
 
 class TerminalFormatter(logging.Formatter):
@@ -28,7 +34,7 @@ class TerminalFormatter(logging.Formatter):
         shown = copy.copy(record)
         if isinstance(record.args, tuple):
             shown.args = tuple(
-                printable(str(part)) if isinstance(part, Path | BaseException) else part
+                one_line(str(part)) if isinstance(part, Path | BaseException) else part
                 for part in record.args
             )
         return printable_lines(super().format(shown))

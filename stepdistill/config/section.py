@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from stepdistill.messages import without_secrets
+
 MOST_STEPS = 1000
 """Largest number of sampling steps: Stable Diffusion has 1000 timesteps."""
 _MOST_IN_A_COMPONENT, _MOST_IN_A_PATH = (
@@ -63,7 +65,7 @@ class Affects(Enum):
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen; rejects unknown keys, numbers that are not finite, and text that is not valid UTF-8."""
+    """Base of all sections: frozen; rejects unknown keys, infinite numbers and nan, secrets, and text that is not UTF-8."""
 
     affects: ClassVar[Affects | None] = None
     """What the section's fields affect; None if each field says it, or is a section."""
@@ -80,6 +82,11 @@ class Section(BaseModel):
         for text in _texts(value):
             if "\0" in text:
                 raise ValueError("text without NUL characters")
+            if without_secrets(text) != text:
+                raise ValueError(
+                    "text without a token or password, because configs are saved and shown; `hf auth login` and the "
+                    "environment's HF_TOKEN are for tokens"
+                )
             try:
                 text.encode()
             except UnicodeEncodeError:

@@ -10,6 +10,7 @@ header                      what the shard was made from, how many samples were 
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save
 
 from stepdistill.disk.durable import write_bytes
+from stepdistill.errors import DataError
 from stepdistill.models.network.conditioning import Conditioning
 
 FORMAT = "stepdistill cache 2"
@@ -50,12 +52,31 @@ def read_about(path: Path) -> dict[str, str] | None:
     """The metadata in a shard's header; None if the file is not a shard of this format or has the wrong length."""
     try:
         header, start = _read_header(path)
-        end = max((part["data_offsets"][1] for part in header.values() if "data_offsets" in part), default=0)
         about = header["__metadata__"]
-        right = about["format"] == FORMAT and path.stat().st_size == start + end
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        right = about["format"] == FORMAT and all(isinstance(text, str) for text in about.values())
+        right = right and _is_sound(header, path.stat().st_size - start)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return about if right else None
+
+
+def _is_sound(header: dict, size: int) -> bool:
+    """Whether a header describes tensors that lie within `size` bytes, and the parts that every sample needs. ValueError,
+    KeyError, TypeError or AttributeError if the header has other parts."""
+    tensors = {name: part for name, part in header.items() if name != "__metadata__"}
+    ends = []
+    for part in tensors.values():
+        shape, (begin, end) = part["shape"], part["data_offsets"]
+        whole = all(type(number) is int and 0 <= number <= size for number in (*shape, begin, end))
+        if not whole or end - begin != math.prod(shape) * _DTYPES[part["dtype"]].itemsize:
+            return False
+        ends.append(end)
+    sizes = [_size(name) for name in tensors if name.startswith("latents/")]
+    for name in map(size_name, sizes):
+        latents, rows = tensors[f"latents/{name}"]["shape"], tensors[f"rows/{name}"]["shape"]
+        if len(latents) != 4 or len(rows) != 2 or latents[0] != rows[0] or rows[1] != 5:
+            return False
+    return max(ends, default=0) == size and len(tensors["text/encoder_hidden_states"]["shape"]) == 3
 
 
 def is_intact(path: Path) -> bool:
@@ -110,7 +131,12 @@ class Shard:
         """Conditioning (n rows) of the samples `index` (n,) of that size; SDXL's time ids describe how each was cropped."""
         rows = self._tensors[f"rows/{size_name(size)}"][index].long()
         text = self._tensors
-        hidden = text["text/encoder_hidden_states"][rows[:, 0]]
+        embeddings = text["text/encoder_hidden_states"]
+        if len(rows) and not 0 <= int(rows[:, 0].min()) <= int(rows[:, 0].max()) < len(embeddings):
+            raise DataError(
+                f"{self.path} has samples without a text embedding; mend: `stepdistill prepare` again"
+            )
+        hidden = embeddings[rows[:, 0]]
         if "text/text_embeds" not in text:
             return Conditioning(hidden)
         target = torch.tensor(size).expand(len(rows), 2)

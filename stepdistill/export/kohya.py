@@ -115,8 +115,20 @@ def read_kohya(path: Path, modules: Iterable[str], unet_config: Mapping[str, Any
     for name in sorted({key.partition(".")[0] for key in state}):
         if name not in diffusers_names:
             raise ValueError(f"{path} is a LoRA of another U-Net: this one has no layer {name}")
-        down, up = (state[f"{name}.lora_{side}.weight"] for side in ("down", "up"))
-        layers[diffusers_names[name]] = LoraLayer(down, up, float(state[f"{name}.alpha"]) / down.shape[0])
+        parts = [state.get(f"{name}.{part}") for part in ("lora_down.weight", "lora_up.weight", "alpha")]
+        down, up, alpha = parts
+        if (
+            down is None
+            or up is None
+            or alpha is None
+            or 0 in down.shape
+            or down.ndim < 2
+            or alpha.numel() != 1
+        ):
+            raise ValueError(
+                f"{path} holds only a part of {name}: the file is incomplete; mend: export it again"
+            )
+        layers[diffusers_names[name]] = LoraLayer(down, up, float(alpha) / down.shape[0])
     return Lora(layers, {})
 
 

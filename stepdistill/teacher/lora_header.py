@@ -48,7 +48,7 @@ def check_lora_header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="numpy") as file:
             text, names = (file.metadata() or {}).get(METADATA), list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {first_line(error)}") from None
+        raise ValueError(f"cannot read {path} as safetensors: {first_line(error)}") from None
     odd = next((name for name in names if not _TENSOR.fullmatch(name)), None)
     if odd is not None:
         raise ValueError(

@@ -193,10 +193,25 @@ def _read(path: Path) -> tuple[Checkpoint, Identity]:
     content = (path / STATE).read_bytes()
     if about is None or sha256_bytes(content) != about["sha256"] or about["format"] != _FORMAT:
         raise ValueError(f"{path} was changed")
+    if not _is_sound(about):
+        raise ValueError(f"{path} has values that no checkpoint has")
     tensors = load(content)
     state, carried = (_restored(about[name], tensors) for name in ("state", "carried"))
     checkpoint = Checkpoint(path, about["phase"], about["step"], state, carried, about["seconds"])
     return checkpoint, Identity(**about["identity"])
+
+
+def _is_sound(about: Mapping[str, Any]) -> bool:
+    """Whether the values of a manifest have the right types. KeyError if one is missing."""
+    identity = about["identity"]
+    return (
+        all(type(about[name]) is int and about[name] >= 0 for name in ("phase", "step"))
+        and isinstance(about["seconds"], int | float)
+        and isinstance(about["state"], dict)
+        and isinstance(about["carried"], dict | None)
+        and isinstance(identity, dict)
+        and all(isinstance(identity.get(name), dict) for name in ("settings", "rungs", "versions"))
+    )
 
 
 def _check_identity(path: Path, taken_of: Identity, now: Identity) -> None:

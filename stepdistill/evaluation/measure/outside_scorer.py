@@ -30,7 +30,7 @@ def run_score_cmd(command: str, *, images: Path, prompts: Path, timeout: float) 
     lines = stdout.strip().splitlines()
     try:
         scores = {str(name): _number(value) for name, value in json.loads(lines[-1] if lines else "").items()}
-    except (ValueError, AttributeError, TypeError, OverflowError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         raise ValueError(
             f"evaluation.score_cmd: the last line of {words[0]} is {lines[-1][:80] if lines else ''!r}; "
             f"allowed: a JSON object of numbers"
