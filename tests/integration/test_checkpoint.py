@@ -104,21 +104,9 @@ def files_below(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-FAST = "mse, paired, single"
-
-
-@pytest.mark.parametrize(
-    ("name", "ema"),
-    [
-        (FAST, 0.0),
-        *(
-            pytest.param(n, e, marks=pytest.mark.slow)
-            for n in LADDERS
-            for e in (0.0, 0.5)
-            if (n, e) != (FAST, 0.0)
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize("name", LADDERS)
 def test_stopped_at_any_update_it_continues_to_equal_weights_and_an_equal_log(
     cache, tmp_path, monkeypatch, name, ema
 ):
@@ -171,11 +159,11 @@ def test_only_the_newest_checkpoints_stay_and_hold_nothing_but_safetensors_and_j
 @pytest.mark.parametrize(
     ("part", "damage"),
     [
-        (STATE, "flipped"),
-        *(pytest.param(STATE, damage, marks=pytest.mark.slow) for damage in ("cut", "missing")),
-        *(pytest.param(MANIFEST, damage, marks=pytest.mark.slow) for damage in ("flipped", "cut", "missing")),
+        *((STATE, damage) for damage in ("flipped", "cut", "missing")),
+        *((MANIFEST, damage) for damage in ("flipped", "cut", "missing")),
     ],
 )
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(interrupted, caplog, part, damage):
     newest, before, _ = checkpoints_of(interrupted)
     caplog.set_level("INFO")
@@ -192,6 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(interrupted, caplog,
     assert not before.parent.exists()
 
 
+@pytest.mark.slow
 def test_if_all_are_damaged_the_rung_starts_again_with_a_warning(interrupted, caplog):
     for folder in checkpoints_of(interrupted):
         (folder / STATE).write_bytes(b"")
@@ -284,6 +273,7 @@ def test_another_number_of_samples_is_refused(interrupted):
         stages.distill(changed(interrupted, "training.gradient_accumulation_steps=2"))
 
 
+@pytest.mark.slow
 def test_another_version_is_warned_of(interrupted, caplog):
     newest = checkpoints_of(interrupted)[0] / MANIFEST
     about = {k: v for k, v in read_json(newest).items() if k != "checksum"}

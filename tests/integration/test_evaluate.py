@@ -154,6 +154,7 @@ def test_hostile_prompts_are_drawn_and_reported_as_text(copy_of, tmp_path):
     assert not list(tmp_path.parent.glob("x*"))
 
 
+@pytest.mark.slow
 def test_without_other_seeds_only_paired_distances_are_measured(copy_of):
     config = copy_of("evaluation.floor=false", "evaluation.diversity_prompts=0", "evaluation.lora_scales=[]")
     results = evaluate(config)
@@ -166,6 +167,7 @@ def test_without_other_seeds_only_paired_distances_are_measured(copy_of):
     stages.report(config)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_shows_the_measured_rows_on_the_page(copy_of, tmp_path):
     """A scorer fails at the third row, as Ctrl-C or a full disk would."""
     scorer = "import sys\nif 'student-32' in sys.argv[1]: sys.exit('gone')\nprint('{\"taste\": 1}')\n"
@@ -197,6 +199,7 @@ def test_an_interrupted_evaluation_shows_the_measured_rows_on_the_page(copy_of, 
     assert saved(config) == complete  # complete results are not replaced by a part of the same rows
 
 
+@pytest.mark.slow
 def test_a_stored_net_measures_and_without_any_extractor_the_table_says_what_is_missing(copy_of, tmp_path):
     """Prompts that are not letters captions: first with the net of another run, then without any extractor."""
     noise = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)

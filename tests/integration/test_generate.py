@@ -141,6 +141,7 @@ def test_rows_are_drawn_once_and_again_when_something_changed(trained_run, tmp_p
     assert len(bytes_of(tmp_path / "again")) == 3
 
 
+@pytest.mark.slow
 def test_a_lora_row_with_a_copy_of_a_rung_equals_the_students_row(trained_run, tmp_path):
     """With the scheduler beside the LoRA, or with DDIM, trailing timesteps and no guidance, the images are bit-identical."""
     lora = LoraRow(name="copy", path=str(rung_folder(trained_run.run_dir, 4)), steps=4)

@@ -103,7 +103,7 @@ def equal(a, b):
     return float((a - b).abs().max()) < 1e-4 * float(b.abs().max())
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["text2img", *(pytest.param(t, marks=pytest.mark.slow) for t in TASKS[1:])])
 def test_a_style_lora_and_a_controlnet_work_together_with_the_rung(rung, task):
     family, teacher, folder, style = rung
     few = DiffusionPipeline.from_pretrained(teacher)

@@ -111,6 +111,7 @@ def test_training_one_rung_again_gives_the_same_rung(finished_run, tmp_path):
     assert weights(config, 8) == weights(finished_run, 8)
 
 
+@pytest.mark.slow
 def test_an_update_does_not_depend_on_the_micro_batch(tmp_path):
     results = []
     for name, batch, accumulation in (("whole", 4, 1), ("split", 2, 2)):
@@ -134,6 +135,7 @@ def test_an_update_does_not_depend_on_the_micro_batch(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_carried_discriminator_continues_from_the_earlier_phase(tmp_path):
     """The same rung with D carried over an mse phase between two adversarial ones, and with a fresh D."""
     logs = {}
@@ -310,7 +312,8 @@ def test_a_cache_that_was_changed_is_refused(tmp_path, changed):
     assert len(load_cache(config)) == 40
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_the_adversarial_ladder_trains_every_role_and_logs_it(tmp_path, mixed_precision):
     phases = "[{objective: paired, max_train_steps: 2}, {objective: single, max_train_steps: 2}]"
     overrides = [f"ladder.{k}.phases={phases}" for k in (1, 2)]

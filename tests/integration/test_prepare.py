@@ -176,6 +176,7 @@ def test_buckets_keep_each_pictures_ratio_and_an_update_sees_one(tmp_path):
     assert len(latents) == 48
 
 
+@pytest.mark.slow
 def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_path, caplog):
     """24 square, 12 wide and 2 tall pictures, 4 per update: the tall ones are cropped square; manifest and doctor say so."""
     folder = write_good(tmp_path / "pictures", 24, size=(64, 64), name="square")
@@ -210,6 +211,7 @@ def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_pa
     assert "2 of 38 pictures have sizes with fewer pictures than the 4 samples of an update" in caplog.text
 
 
+@pytest.mark.slow
 def test_training_on_buckets_does_not_depend_on_the_micro_batch(tmp_path):
     losses = []
     for batch, accumulation in ((4, 1), (2, 2)):

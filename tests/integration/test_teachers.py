@@ -76,7 +76,7 @@ def style_lora(folder, target, *, seed=3, scale=0.3):
     return target / "pytorch_lora_weights.safetensors"
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_loras_merged_into_the_teacher_draw_the_same_as_loaded_ones(folders, tmp_path, family):
     first = style_lora(folders / family, tmp_path / "a", seed=1)
     second = style_lora(folders / family, tmp_path / "b", seed=2)
@@ -200,6 +200,7 @@ def with_timesteps(folders, place, count):
     return f"teacher.path={place / 'short'}"
 
 
+@pytest.mark.slow
 def test_a_teacher_with_500_timesteps_is_distilled_on_its_own_schedule(folders, tmp_path):
     """In diffusers' pipeline the U-Net is given timestep 499, the last of 500, and the one in the middle."""
     phases = "phases: [{objective: mse, max_train_steps: 1}, {objective: single, max_train_steps: 1}]"

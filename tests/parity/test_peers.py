@@ -94,6 +94,7 @@ def test_the_consistency_function_of_the_exact_flow_is_a_fixed_point(noise_path)
     assert losses[1] > 1e-4
 
 
+@pytest.mark.slow
 def test_consistency_training_learns_the_flow(noise_path):
     """A table of affine maps, trained with the loss, converges to DDIM's map on the 50 nodes."""
     nodes = noise_path.nodes(lcm.NODES)
@@ -271,7 +272,7 @@ def test_progressive_distillation_learns_the_two_steps_of_its_teacher(noise_path
         assert torch.allclose(table.detach()[:, :1] * x + table.detach()[:, 1:], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
+@pytest.mark.parametrize("kind", ["non_saturating", pytest.param("relativistic", marks=pytest.mark.slow)])
 def test_the_adversarial_loss_brings_mean_and_spread_to_those_of_the_real_samples(noise_path, kind):
     """The critic has logits a + b x + c x^2, which can tell two Gaussians apart; the student is affine."""
     student = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)

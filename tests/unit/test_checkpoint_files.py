@@ -1,5 +1,7 @@
 """Every flipped bit and every truncation of a checkpoint is found: the one before it is used, with a warning."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -102,6 +104,11 @@ def test_each_part_of_the_identity_refuses_by_its_name(two):
     for field, (value, says) in others.items():
         with pytest.raises(CheckpointError, match=says):
             newest(two, lambda phase, step, of={field: value}: Identity(**(vars(identity(phase, step)) | of)))
+
+
+def test_another_version_is_warned_of(two, caplog):
+    newest(two, lambda phase, step: dataclasses.replace(identity(phase, step), versions={"torch": "2.14.0"}))
+    assert "was written with other versions (torch: '2.13.0' -> '2.14.0')" in caplog.text
 
 
 def test_a_state_that_is_not_finite_is_not_written(tmp_path, caplog):

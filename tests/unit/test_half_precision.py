@@ -59,7 +59,7 @@ def losses_and_gradients(noise_path, dtype, checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_without_pefts_copies_losses_and_gradients_are_bit_identical(
     noise_path, monkeypatch, dtype, checkpointing
 ):
