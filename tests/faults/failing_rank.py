@@ -2,7 +2,7 @@
 
 python -m tests.faults.failing_rank PLACE FAILURE RANK STAGE CONFIG [key=value ...]
 
-PLACE    update, save and half_saved (the second one), rung (its end), drawing (of the table's pictures), none
+PLACE    update, save, half_saved and drawing of pictures (the second one), rung (its end), none
 FAILURE  killed (SIGKILL), stopped (SIGSTOP) or raised
 RANK     the process that fails, in the first attempt of the launch only
 """
@@ -25,7 +25,7 @@ PLACES = {
     "save": (Checkpoints, "save", 2),
     "half_saved": (durable, "replace_folder", 2),
     "rung": (rung_files, "replace_folder", 1),
-    "drawing": (Sampler, "draw", 1),
+    "drawing": (Sampler, "draw", 2),
 }
 
 
