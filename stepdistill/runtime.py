@@ -178,7 +178,7 @@ class Processes:
         """ValueError, in all processes, if one of them does not see what the main process writes into the folder."""
         if self.count == 1:
             return
-        nonce, place = self.broadcast((uuid.uuid4().hex, str(folder.absolute())))
+        nonce, place = self.broadcast((uuid.uuid4().int, str(folder.absolute())))
         mark = folder / f".shared.{nonce}.partial"
         if self.is_main:
             mark.touch()

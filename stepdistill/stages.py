@@ -246,21 +246,23 @@ def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_co
 def run_all(config: RunConfig) -> None:
     """Runs every stage, after logging how long they will take; what the table needs is checked before training begins."""
     check_run(config)
+    _quiet_libraries()
+    if is_ready_made(config):
+        _check_later_stages(config)  # before the run's folder is made
     with locked(config.run_dir):
         _run_all(config)
 
 
 def _run_all(config: RunConfig) -> None:
     started = time.monotonic()
-    _quiet_libraries()
     from stepdistill.ladder import rungs_to_copy
 
     if not is_ready_made(config):
         open_run(config)
         _meet(config)
         _make_teacher(config)
+        _check_later_stages(config)
     rungs_to_copy(config)
-    _check_later_stages(config)
     open_run(config)
     finished = finished_rungs(config.run_dir)
     logger.info(

@@ -18,8 +18,13 @@ from stepdistill.run.start_from import TAKEN
 
 TEACHER_RECORD = "teacher.json"
 """File in a run's folder that records what its teacher/ was made from."""
-# Files at the top of a run's folder that any process of any stage may write.
-_WRITTEN_BY_ALL = ("config.yaml", "environment.json", TEACHER_RECORD, TAKEN, "log.jsonl")
+PARTS_RECORD = "teacher_parts.json"
+"""File in a run's folder with the hash of each part of its teacher."""
+# Files at the top of a run's folder that any process of any stage may write, and the mark of runtime.check_shared.
+_WRITTEN_BY_ALL = (
+    *("config.yaml", "environment.json", "log.jsonl", "shared"),
+    *(TEACHER_RECORD, PARTS_RECORD, TAKEN),
+)
 
 
 def check_folder(config: RunConfig) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import read_sealed, warn_of_damage, write_sealed
 from stepdistill.disk.places import clear_half_written
+from stepdistill.run.folder import PARTS_RECORD
 from stepdistill.run.rungs import RungRecord, rung_folder
 from stepdistill.teacher.fingerprints import part_fingerprints, weights_fingerprint
 
-PARTS_RECORD = "teacher_parts.json"
-"""File at the top of a run's folder: the hash of each part of the teacher that the run was started with."""
 _ALLOWED = (
     "allowed: the teacher that this run was started with, or another name=... for a run with this teacher"
 )

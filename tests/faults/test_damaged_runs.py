@@ -336,7 +336,7 @@ def test_a_damaged_cache_is_named_and_prepared_again(whole_run, copy, run_comman
     shutil.rmtree(copy.run_dir / "rungs")
     damage(copy.run_dir / "cache" / name)
     outcome = run_command(lambda: stages.distill(copy))
-    assert (outcome.code, len(outcome.errors)) == (2, 1)
+    assert (outcome.code, len(outcome.errors)) == (4, 1)
     assert "no intact cache in" in outcome.errors[0]
     assert "run `stepdistill prepare`" in outcome.errors[0]
     assert run_command(lambda: stages.prepare(copy)).code == 0
