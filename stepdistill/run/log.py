@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stepdistill.disk.durable import warn_of_damage, write_text, writing
+from stepdistill.disk.durable import finite_or_null, warn_of_damage, write_text, writing
 from stepdistill.disk.guarded import check_present
 
 _PLACE = ("rung", "phase", "step")
@@ -34,14 +34,16 @@ class TrainingLog:
             for line in read_log(self._path)
             if line["rung"] != rung or (line["phase"], line["step"]) < (phase, step)
         ]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in earlier))
+        write_text(
+            self._path, "".join(json.dumps(finite_or_null(line), allow_nan=False) + "\n" for line in earlier)
+        )
         with writing(self._path):
             self._file = self._path.open("ab", buffering=0)
 
     def write(self, record: dict) -> None:
         """Writes a record as one line of JSON, without buffering; ValueError if it cannot be written."""
         assert self._file is not None, "begin comes first"
-        rest = (json.dumps(record) + "\n").encode()
+        rest = (json.dumps(finite_or_null(record), allow_nan=False) + "\n").encode()
         with writing(self._path):
             check_present(self._path)
             while rest:

@@ -7,6 +7,7 @@ config/section.py's Affects says it of each setting:
     NOTHING     may change
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,8 +37,10 @@ def forbidden_changes(
 
     finished: student_steps of the finished rungs. Their settings, and those of the rungs before them, may not change.
     """
-    ladder = [rung.get("student_steps") for rung in before.get("ladder") or []]
-    trained = max((index + 1 for index, steps in enumerate(ladder) if steps in set(finished)), default=0)
+    saved, done = flat(before), set(finished)
+    rungs = (saved.get(f"ladder.{number}.student_steps") for number in itertools.count())
+    ladder = itertools.takewhile(lambda steps: steps is not None, rungs)
+    trained = max((number + 1 for number, steps in enumerate(ladder) if steps in done), default=0)
     return [
         change
         for change in differences(flat(before), flat(now))

@@ -5,6 +5,7 @@ latents' device and decodes one picture after another.
 """
 
 import copy
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from PIL import Image
 from stepdistill.diffusion.noise_path import moves_to
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.conditioning import Conditioning
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,18 @@ def decode_pictures(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """
     on_cpu = latents.device.type == "cpu"
     decoder = vae if on_cpu else copy.deepcopy(vae).to(latents.device)
-    pictures = []
+    pictures, broken = [], 0
     for row in latents.split(1):
         decoded = decoder.decode((row / vae.config.scaling_factor).to(vae.dtype)).sample
+        broken += int(not decoded.isfinite().all())
         pictures.append(((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
     if latents.device.type == "cuda":
         del decoder, decoded
         torch.cuda.empty_cache()  # large blocks, which training would fragment
+    if broken:
+        logger.warning(
+            "distill: %d of %d preview pictures have values that are not finite", broken, len(pictures)
+        )
     return torch.cat(pictures)
 
 
