@@ -36,8 +36,10 @@ def forbidden_changes(
 
     finished: student_steps of the finished rungs. Their settings, and those of the rungs before them, may not change.
     """
-    ladder = [rung.get("student_steps") for rung in before.get("ladder") or []]
-    trained = max((index + 1 for index, steps in enumerate(ladder) if steps in set(finished)), default=0)
+    ladder, done = before.get("ladder"), list(finished)
+    rungs = ladder if isinstance(ladder, list) else []  # a damaged config.yaml may hold anything
+    steps = [rung.get("student_steps") if isinstance(rung, dict) else None for rung in rungs]
+    trained = max((index + 1 for index, count in enumerate(steps) if count in done), default=0)
     return [
         change
         for change in differences(flat(before), flat(now))
