@@ -201,7 +201,7 @@ def _refusal(path: Path, descriptor: int, *, is_new: bool, is_last: bool) -> str
 
 def _claim(path: Path, descriptor: int, *, check_again: bool) -> str | None:
     """Writes this process into the lock. check_again: without flock, another process may be writing at the same time."""
-    text = json.dumps(asdict(Holder.here())).encode() + b"\n"
+    text = json.dumps(asdict(Holder.here()), allow_nan=False).encode() + b"\n"
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text, 0)

@@ -7,7 +7,6 @@ config/section.py's Affects says it of each setting:
     NOTHING     may change
 """
 
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,10 +36,10 @@ def forbidden_changes(
 
     finished: student_steps of the finished rungs. Their settings, and those of the rungs before them, may not change.
     """
-    saved, done = flat(before), set(finished)
-    rungs = (saved.get(f"ladder.{number}.student_steps") for number in itertools.count())
-    ladder = itertools.takewhile(lambda steps: steps is not None, rungs)
-    trained = max((number + 1 for number, steps in enumerate(ladder) if steps in done), default=0)
+    ladder, done = before.get("ladder"), list(finished)
+    rungs = ladder if isinstance(ladder, list) else []  # a damaged config.yaml may hold anything
+    steps = [rung.get("student_steps") if isinstance(rung, dict) else None for rung in rungs]
+    trained = max((index + 1 for index, count in enumerate(steps) if count in done), default=0)
     return [
         change
         for change in differences(flat(before), flat(now))

@@ -347,7 +347,7 @@ SCHEDULERS = {
         r"cannot sample in 4 steps: timesteps from",
     ),
     "timesteps where none are taken": (
-        {"scheduler": "DDIMScheduler", "timesteps": [999, 499]},
+        {"scheduler": "DDIMScheduler", "timesteps": [999, 749, 499, 249]},
         r"DDIMScheduler does not accept custom timesteps",
     ),
     "betas of another kind": ({"scheduler_options": {"beta_schedule": "evil"}}, r"cannot sample in 4 steps"),
