@@ -52,11 +52,12 @@ class _Commands(TyperGroup):
             with _printable_message():
                 return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            name, code = (
-                ("SIGTERM", TO_BE_CONTINUED) if isinstance(stop, _Terminated) else ("Ctrl-C", INTERRUPTED)
-            )
-            message = f"stopped ({name}); the same command continues with what is finished"
-            raise ToBeContinued(message, code) from None
+            raise _stopped("SIGTERM" if isinstance(stop, _Terminated) else "Ctrl-C") from None
+
+
+def _stopped(name: str) -> ToBeContinued:
+    code = TO_BE_CONTINUED if name == "SIGTERM" else INTERRUPTED
+    return ToBeContinued(f"stopped ({name}); the same command continues with what is finished", code)
 
 
 @contextlib.contextmanager
@@ -300,9 +301,14 @@ def _ended(message: str, code: int) -> int:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM raise _Terminated in the main thread. While a rung trains, run/stop.py handles it instead."""
+    """Lets SIGTERM raise _Terminated in the main thread. While a rung trains, run/stop.py handles it instead.
 
-    def terminate(_number: int, _frame: FrameType | None) -> None:
+    A library that was being imported may turn it into an error of its own; that error becomes ToBeContinued.
+    """
+    came: list[int] = []
+
+    def terminate(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
         raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
@@ -311,6 +317,10 @@ def _terminable() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except Exception as error:
+        if came and not isinstance(error, ToBeContinued):
+            raise _stopped("SIGTERM") from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

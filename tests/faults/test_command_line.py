@@ -1,5 +1,6 @@
 """Mistakes at the command line: one line, exit code 2, under two seconds, nothing written."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -167,6 +168,18 @@ def test_torchs_out_of_memory_is_one_line(capsys):
     assert line.count("\n") == 1
     assert "Tried to allocate 2.00 GiB" in line
     assert "evaluation.batch_size" in line
+
+
+def test_sigterm_during_the_import_of_a_library_is_no_error_of_that_library(capsys):
+    def command():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise RuntimeError("cannot import a module") from None
+
+    assert guarded(command) == 75
+    assert "stopped (SIGTERM); the same command continues" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

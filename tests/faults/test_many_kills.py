@@ -123,7 +123,7 @@ def test_killed_at_200_random_moments_the_run_ends_with_equal_weights_optimisers
         while True:
             child = distill_in_fork(run, kept)
             # half of the attempts end while the process still loads, the others within a few updates
-            time.sleep(moments.uniform(0, 0.3 * whole) if kills < KILLS else 0)
+            time.sleep(moments.uniform(0, 0.2 * whole) if kills < KILLS else 0)
             if kills < KILLS:
                 os.kill(child, signal.SIGKILL)
             code = end_of(child)

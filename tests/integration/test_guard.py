@@ -77,7 +77,7 @@ def test_the_distance_grows_when_the_student_leaves_its_teacher(watched, setup):
     parameters = setup.student.network.group(STUDENT).values()
     former = [parameter.data.clone() for parameter in parameters]
     for parameter in parameters:
-        parameter.data.add_(0.3)
+        parameter.data.add_(0.02)
     assert watched.watch(EVERY - 1, dict(shifted)) is None
     trouble = watched.watch(EVERY, shifted)
     assert shifted["distance_to_teacher"] > FAR * before
