@@ -171,6 +171,7 @@ def _train_rung(
     preview = Preview(shared.painter, shared.cache, prompts, seed=config.seed, folder=folder)
     predicted = config.prediction_types(shared.undistilled.prediction_type)
     if resumed is not None and resumed.phase == len(rung.phases):
+        logger.info("distill: the %d-step rung continues after its last update", rung.student_steps)
         adapters.load_adapter_state(network.model, STUDENT, resumed.state["student"])
         shared.runtime.load_loss_scale_state(resumed.state["loss_scale"])
     else:

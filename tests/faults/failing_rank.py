@@ -2,11 +2,12 @@
 
 python -m tests.faults.failing_rank PLACE FAILURE RANK STAGE CONFIG [key=value ...]
 
-PLACE    update, save, half_saved and drawing of pictures (the second one), rung (its end), none
-FAILURE  killed (SIGKILL), stopped (SIGSTOP) or raised
+PLACE    update, move, save, half_saved and drawing of pictures (the second one), rung (its end), none
+FAILURE  killed (SIGKILL), stopped (SIGSTOP), raised, or nan: the place's result is not a number
 RANK     the process that fails, in the first attempt of the launch only
 """
 
+import math
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from stepdistill.cli import app, guarded
 from stepdistill.disk import durable
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.ladder import rung_files
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.training import phase
 from stepdistill.training.checkpoint import Checkpoints
 
@@ -22,6 +24,7 @@ MESSAGE = "the wind has blown the papers away"
 # owner and name of a function, and which of its calls fails; at half_saved, a checkpoint's files lie beside its place
 PLACES = {
     "update": (phase, "update", 2),
+    "move": (Denoiser, "move", 2),
     "save": (Checkpoints, "save", 2),
     "half_saved": (durable, "replace_folder", 2),
     "rung": (rung_files, "replace_folder", 1),
@@ -41,8 +44,11 @@ def let_fail(place, failure):
 
     def failing(*args, **options):
         calls.append(name)
-        if len(calls) == number:
-            fail(failure)
+        if len(calls) != number:
+            return before(*args, **options)
+        if failure == "nan":
+            return before(*args, **options) * math.nan
+        fail(failure)
         return before(*args, **options)
 
     setattr(owner, name, failing)

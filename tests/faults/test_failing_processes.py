@@ -92,10 +92,25 @@ def test_a_failure_in_training_ends_all_and_the_next_start_continues(
     assert code == 1
     assert seconds < IMPORTS + (60 * MINUTES + AGENT) * (failure == "stopped")
     check_messages(place, failure, rank, errors)
-    after = "phase 1 after 2 of 2" if place == "rung" else "phase 0 after 1 of 3"
-    assert f"the 4-step rung continues in {after} updates" in distilled(TORCHRUN, config)
+    after = (
+        "continues after its last update" if place == "rung" else "continues in phase 0 after 1 of 3 updates"
+    )
+    assert f"the 4-step rung {after}" in distilled(TORCHRUN, config)
     assert weights_of(config) == weights_of(straight)
     assert log_of(config) == log_of(straight)
+
+
+def test_a_number_that_is_not_finite_in_one_process_stops_all_before_the_update(straight, tmp_path):
+    config = prepared(config_of(tmp_path), straight.run_dir / "cache")
+    code, errors, _ = failed("move", "nan", 1, "distill", config)
+    assert code == 1
+    (line,) = said(errors)
+    assert "step 1: student_loss = nan" in line
+    assert "nothing was updated" in line
+    codes = re.findall(r"exitcode +: (-?\d+)", errors)
+    assert set(codes) == {"6"}
+    assert "continues in phase 0 after 1 of 3 updates" in distilled(TORCHRUN, config)
+    assert weights_of(config) == weights_of(straight)
 
 
 @pytest.mark.parametrize(("failure", "rank"), [("raised", 1), ("killed", 1), ("stopped", 0)])
