@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from stepdistill.config.objective_kinds import OBJECTIVES, check_kind, is_adversarial
-from stepdistill.config.section import Affects, ConfigError, PositiveFloat, PositiveInt, Section, Steps
+from stepdistill.config.section import (
+    Affects,
+    ConfigError,
+    LearningRate,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Steps,
+)
 
 Frequency = Annotated[float, Field(ge=0, le=10**6)]
 
@@ -35,7 +43,7 @@ class DiscriminatorOptions(Section, affects=Affects.ITS_RUNG):
     this rung's previous adversarial phase. The heads are carried only if both phases have the same objective and `heads`,
     because a paired head reads twice the channels of a single one; otherwise the trunk alone is. The optimiser state is
     always new."""
-    learning_rate: PositiveFloat | None = None
+    learning_rate: LearningRate | None = None
     """Learning rate of the discriminator's trunk and heads. Default: the phase's learning_rate."""
     perturbation_weights: Annotated[
         tuple[Frequency, Frequency, Frequency, Frequency], AfterValidator(_one_above_0)
@@ -75,7 +83,7 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     on the same samples are added."""
     max_train_steps: PositiveInt = 100
     """Number of updates."""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: LearningRate = 1e-3
     """Learning rate of the student's LoRA after warm-up."""
     teacher_steps: Steps | None = None
     """student_steps of an earlier rung whose student is the teacher in this phase (skip-level). Default: the rung's

@@ -39,6 +39,8 @@ def _usable_path(text: str) -> str:
 
 PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
+"""Far above any rate that trains; Adam cannot compute with much larger ones in float32."""
 Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
 BatchSize = Annotated[int, Field(gt=0, le=4096)]
 Rank = Annotated[int, Field(gt=0, le=4096)]

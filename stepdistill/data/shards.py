@@ -76,7 +76,9 @@ def _is_sound(header: dict, size: int) -> bool:
         latents, rows = tensors[f"latents/{name}"]["shape"], tensors[f"rows/{name}"]["shape"]
         if len(latents) != 4 or len(rows) != 2 or latents[0] != rows[0] or rows[1] != 5:
             return False
-    return max(ends, default=0) == size and len(tensors["text/encoder_hidden_states"]["shape"]) == 3
+    if sizes and len(tensors["text/encoder_hidden_states"]["shape"]) != 3:  # without samples there is no text
+        return False
+    return max(ends, default=0) == size
 
 
 def is_intact(path: Path) -> bool:

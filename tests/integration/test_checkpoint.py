@@ -212,6 +212,7 @@ def changed(config, *overrides):
     return load_config(config.run_dir, list(overrides))
 
 
+@pytest.mark.slow
 def test_a_changed_setting_refuses_with_its_values_and_names_what_to_remove(
     cache, interrupted, tmp_path, caplog
 ):

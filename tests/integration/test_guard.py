@@ -114,6 +114,7 @@ def config_of(folder, *overrides, rate=1e-3, updates=6):
     return tiny_config(folder, f"ladder={json.dumps(ladder)}", "preview.looks_images=0", *overrides)
 
 
+@pytest.mark.slow
 def test_training_goes_back_with_half_the_discriminators_rate_and_logs_no_update_twice(
     tmp_path, monkeypatch, caplog
 ):
@@ -135,6 +136,7 @@ def test_training_goes_back_with_half_the_discriminators_rate_and_logs_no_update
     assert not partial_rung(config.run_dir, 4).exists()
 
 
+@pytest.mark.slow
 def test_with_warn_the_same_training_warns_once_and_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(guard_module, "EVERY", 2)
     monkeypatch.setattr(guard_module, "FAR", 1.0 + 1e-6)
