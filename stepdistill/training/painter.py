@@ -61,8 +61,9 @@ def decode_pictures(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     pictures, broken = [], 0
     for row in latents.split(1):
         decoded = decoder.decode((row / vae.config.scaling_factor).to(vae.dtype)).sample
-        broken += int(not decoded.isfinite().all())
-        pictures.append(((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+        scaled = ((decoded.float() + 1) * 127.5).round().cpu()
+        broken += int(not scaled.isfinite().all())
+        pictures.append(scaled.clamp(0, 255).to(torch.uint8))
     if latents.device.type == "cuda":
         del decoder, decoded
         torch.cuda.empty_cache()  # large blocks, which training would fragment

@@ -82,7 +82,11 @@ def test_config(folders, is_first, most):
             return OLD
         return NEW if saved_config(new.run_dir)["evaluation"]["num_images"] == 9 else OLD
 
-    enumerate_crashes(place, template, lambda: open_folder(new), state, most=most)
+    def act():
+        with locked(new.run_dir):
+            open_folder(new)
+
+    enumerate_crashes(place, template, act, state, most=most)
     assert old.run_dir == new.run_dir
 
 
@@ -204,7 +208,11 @@ def finish(run_dir, network):
 
 def test_shard(folders, most):
     place, template = folders
-    tensors = {"latents/8x8": torch.arange(400.0).reshape(-1, 4, 1, 1)}
+    tensors = {
+        "latents/8x8": torch.arange(400.0).reshape(-1, 4, 1, 1),
+        "rows/8x8": torch.zeros(100, 5, dtype=torch.int32),
+        "text/encoder_hidden_states": torch.zeros(1, 2, 3),
+    }
     write_shard(template / "0.safetensors", tensors, {"captions": "old"})
 
     def act():
