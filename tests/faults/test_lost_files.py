@@ -96,6 +96,7 @@ def test_a_folder_that_is_removed_during_evaluation_does_not_come_back(copy, run
 # a rung in the middle of the ladder
 
 
+@pytest.mark.slow
 def test_after_a_damaged_rung_the_later_ones_stay_if_it_comes_out_the_same(whole_run, copy, run_command):
     log, later = read_log(copy.run_dir / "log.jsonl"), copy.run_dir / "rungs" / "1" / WEIGHT_NAME
     stamp = later.stat().st_mtime_ns
@@ -219,6 +220,7 @@ def test_a_bad_byte_in_the_log_costs_its_line_alone(copy, run_command, damage):
     assert [line["rung"] for line in read_log(path)] == [2, 1]
 
 
+@pytest.mark.slow
 def test_a_kill_at_the_start_of_a_rung_keeps_the_lines_of_the_others(copy, updates):
     flip(copy.run_dir / "rungs" / "2" / WEIGHT_NAME)
     path = copy.run_dir / "log.jsonl"

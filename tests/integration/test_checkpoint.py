@@ -284,6 +284,7 @@ def test_another_version_is_warned_of(interrupted, caplog):
     assert "other versions (torch: '1.0' -> " in caplog.text
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(cache, tmp_path, monkeypatch, caplog):
     config = prepared(config_of(tmp_path, LADDERS["mse"]), cache)
 

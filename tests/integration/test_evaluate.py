@@ -52,6 +52,7 @@ def saved(config):
     return read_sealed(config.run_dir / "evaluation" / "results.json")
 
 
+@pytest.mark.slow
 def test_the_table_has_every_kind_of_row_floor_and_study(finished_run):
     results = saved(finished_run)
     rows = {row["row"]: row for row in results["rows"]}
@@ -79,6 +80,7 @@ def test_the_table_has_every_kind_of_row_floor_and_study(finished_run):
         assert results["protocol"][key], key
 
 
+@pytest.mark.slow
 def test_distances_to_the_teacher_are_to_other_seeds_and_paired_ones_to_equal_noise(finished_run):
     """For the teacher's row the distance to other seeds is the floor and the paired distance is 0; the teacher with other
     noise is the yardstick of the paired measures. FID is the same number in both, because both compare the same images."""
@@ -95,6 +97,7 @@ def test_distances_to_the_teacher_are_to_other_seeds_and_paired_ones_to_equal_no
     assert results["protocol"]["teacher_images"] == "other seeds"
 
 
+@pytest.mark.slow
 def test_measuring_again_gives_the_same_numbers_without_drawing(finished_run):
     before = saved(finished_run)
     stamp = (finished_run.run_dir / "evaluation/student-4/images/000003.png").stat().st_mtime_ns

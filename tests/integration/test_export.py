@@ -79,7 +79,9 @@ def inputs_for(unet):
     return inputs_of(unet, 2, tokens=10, seed=3)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=["sd15", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])]
+)
 def family(request, tmp_path_factory):
     """(config, teacher, network, folder) with both spellings of kohya's file and the fused U-Net, in float32."""
     place = tmp_path_factory.mktemp(request.param)

@@ -44,10 +44,15 @@ def test_the_defaults_of_the_call_are_the_rungs_settings(rung, kind):
         (lambda c: LCMScheduler.from_config(c), False),
         (lambda c: DDIMScheduler.from_config(c, prediction_type="sample"), False),
         (lambda c: EulerDiscreteScheduler.from_config(c, timestep_spacing="linspace"), False),
-        (lambda c: DDPMScheduler.from_config(c, timestep_spacing="trailing"), False),
-        (lambda c: EulerAncestralDiscreteScheduler.from_config(c, timestep_spacing="trailing"), False),
-        (lambda c: DDIMScheduler.from_config(c, timestep_spacing="trailing", clip_sample=True), False),
-        (lambda c: DDIMScheduler.from_config(c, timestep_spacing="trailing", beta_end=0.02), False),
+        *(
+            pytest.param(change, False, marks=pytest.mark.slow)
+            for change in (
+                lambda c: DDPMScheduler.from_config(c, timestep_spacing="trailing"),
+                lambda c: EulerAncestralDiscreteScheduler.from_config(c, timestep_spacing="trailing"),
+                lambda c: DDIMScheduler.from_config(c, timestep_spacing="trailing", clip_sample=True),
+                lambda c: DDIMScheduler.from_config(c, timestep_spacing="trailing", beta_end=0.02),
+            )
+        ),
         (lambda c: EulerDiscreteScheduler.from_config(c, timestep_spacing="trailing"), True),
     ],
 )
@@ -128,6 +133,7 @@ def test_from_pipe_keeps_lora_and_scheduler_and_loading_again_sets_the_defaults(
     assert torch.equal(draw(), explicit)
 
 
+@pytest.mark.slow
 def test_a_few_step_pipeline_is_saved_as_a_vanilla_pipeline(rung, tmp_path):
     pipeline = pipeline_of(rung[1])
     load_few_step(pipeline, rung[2])
@@ -153,6 +159,7 @@ def attention_style(teacher, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_style_on_some_layers_stays_through_every_change_of_rung(rung, tmp_path):
     config, teacher, four = rung
     write_rung(config, teacher, 2, seed=5)
@@ -221,6 +228,7 @@ def test_a_rung_that_another_pipeline_put_on_the_shared_unet_is_warned_of(rung):
         latents(first, PROMPT)
 
 
+@pytest.mark.slow
 def test_a_merged_lora_is_not_added_to(rung):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)

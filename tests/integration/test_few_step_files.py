@@ -13,6 +13,7 @@ from tests.integration.exported import update_rung_json
 from tests.integration.few_step import pipeline_of, without_warning
 
 
+@pytest.mark.slow
 def test_another_base_of_equal_shapes_is_warned_of_but_the_same_base_in_half_precision_is_not(rung, tmp_path):
     _, teacher, folder = rung
     other = build("sd15", tiny=True, seed=7)

@@ -37,7 +37,7 @@ PLAIN = {"img2img": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpain
 SIDE = 64
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+@pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def rung(request, tmp_path_factory):
     """(family, teacher's folder, exported 4-step rung, a style LoRA's folder)."""
     config, teacher, _ = rung_of(tmp_path_factory.mktemp(request.param), request.param)

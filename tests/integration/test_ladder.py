@@ -76,6 +76,7 @@ def test_two_runs_of_one_seed_are_bit_identical_and_another_seed_is_not(finished
         assert weights(other, steps) != weights(finished_run, steps), steps
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_after_the_last_finished_rung(finished_run, tmp_path):
     config = tiny_config(tmp_path)
     shutil.copytree(finished_run.run_dir, config.run_dir)
@@ -91,6 +92,7 @@ def test_an_interrupted_run_resumes_after_the_last_finished_rung(finished_run, t
     assert distill(config) == []
 
 
+@pytest.mark.slow
 def test_a_rung_with_a_damaged_lora_is_trained_again(finished_run, tmp_path):
     config = tiny_config(tmp_path)
     shutil.copytree(finished_run.run_dir, config.run_dir)
@@ -195,6 +197,7 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
     assert (without - theirs).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_step_with_an_earlier_conditioning_timestep_draws_what_was_trained(tmp_path):
     """diffusers' pipeline with the exported scheduler: x_0 = (z - sigma_499 epsilon(z, 499)) / alpha_499."""
     config = tiny_config(

@@ -161,6 +161,7 @@ def test_code_beside_a_model_is_not_run(folders, tmp_path):
         open_run(tiny_config(tmp_path, f"teacher.path={tmp_path / 'odd'}"))
 
 
+@pytest.mark.slow
 def test_a_teacher_of_zero_terminal_snr_is_not_asked_for_epsilon(folders, tmp_path):
     shutil.copytree(folders / "sd21_v", tmp_path / "zero")
     path = tmp_path / "zero" / "scheduler" / "scheduler_config.json"

@@ -144,6 +144,7 @@ def test_small_pictures_are_embedded_unchanged_and_enlarged_without_smoothing(pa
     assert (tile["width"], tile["class"]) == ("96", "enlarged")
 
 
+@pytest.mark.slow
 def test_large_pictures_become_thumbnails(tmp_path):
     folder = make_run(tmp_path / "large", size=320, columns=2)
     page = page_of(folder, grid_columns=2)
@@ -246,6 +247,7 @@ def test_missing_columns_are_named_with_the_reason(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_samples_that_were_left_out_are_counted_by_kind(tmp_path):
     folder = make_run(tmp_path / "letters")
     (folder / "cache").mkdir()

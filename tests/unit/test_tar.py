@@ -176,6 +176,7 @@ def test_a_pax_record_that_cannot_be_read_is_broken(tmp_path, record):
     broken(archive(tmp_path / "a.tar", *parts))
 
 
+@pytest.mark.slow
 def test_many_members_are_read_in_constant_memory(tmp_path):
     path = tmp_path / "a.tar"
     with path.open("wb") as file:
