@@ -22,6 +22,7 @@ from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from tests.integration.conftest import tiny_config
 
 KILLS = 200
+MOST_SECONDS = 1800
 UPDATES = 12
 TIMES = ("images_per_second", "data_seconds")
 _MSE = {"objective": "mse", "max_train_steps": UPDATES, "learning_rate": 1e-3}
@@ -114,6 +115,7 @@ def test_killed_at_200_random_moments_the_run_ends_with_equal_weights_optimisers
     assert end_of(distill_in_fork(straight, kept_straight)) == 0
     whole = time.monotonic() - started
     moments, kills, runs = random.Random(5), 0, 0
+    deadline = time.monotonic() + MOST_SECONDS
     while kills < KILLS:
         run, kept = config_of(tmp_path / "killed"), tmp_path / "kept"
         for folder in (run.run_dir, kept):
@@ -125,6 +127,7 @@ def test_killed_at_200_random_moments_the_run_ends_with_equal_weights_optimisers
             # half of the attempts end while the process still loads, the others within a few updates
             time.sleep(moments.uniform(0, 0.2 * whole) if kills < KILLS else 0)
             if kills < KILLS:
+                assert time.monotonic() < deadline, f"{kills} kills"
                 os.kill(child, signal.SIGKILL)
             code = end_of(child)
             if code == 0:
