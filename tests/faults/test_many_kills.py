@@ -21,8 +21,9 @@ from stepdistill.run.log import read_log
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from tests.integration.conftest import tiny_config
 
-KILLS = 200
-MOST_SECONDS = 1800
+KILLS = int(os.environ.get("STEPDISTILL_TEST_KILLS", "15"))
+"""200 take about half an hour: STEPDISTILL_TEST_KILLS=200."""
+MOST_SECONDS = 9 * KILLS + 300
 UPDATES = 12
 TIMES = ("images_per_second", "data_seconds")
 _MSE = {"objective": "mse", "max_train_steps": UPDATES, "learning_rate": 1e-3}
@@ -104,7 +105,7 @@ def assert_same(run, kept, straight, kept_straight):
 
 
 @pytest.mark.slow
-def test_killed_at_200_random_moments_the_run_ends_with_equal_weights_optimisers_and_log(tmp_path):
+def test_killed_at_random_moments_the_run_ends_with_equal_weights_optimisers_and_log(tmp_path):
     straight = config_of(tmp_path / "straight")
     stages.prepare(straight)
     kept_straight = tmp_path / "kept-straight"
