@@ -22,7 +22,7 @@ from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from tests.integration.conftest import tiny_config
 
 KILLS = int(os.environ.get("STEPDISTILL_TEST_KILLS", "15"))
-"""200 take about half an hour: STEPDISTILL_TEST_KILLS=200."""
+"""For 200, which take about ten minutes: STEPDISTILL_TEST_KILLS=200."""
 MOST_SECONDS = 9 * KILLS + 300
 UPDATES = 12
 TIMES = ("images_per_second", "data_seconds")
