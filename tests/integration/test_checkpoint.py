@@ -265,8 +265,12 @@ def test_the_split_of_an_updates_samples_and_recomputed_activations_may_change(c
     stages.distill(split)
     for steps in (4, 2):
         one, other = (load_file(rung_folder(c.run_dir, steps) / WEIGHT_NAME) for c in (straight, split))
-        for name in one:
-            torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4)
+        off = torch.cat([(one[name] - other[name]).abs().flatten() for name in one])
+        assert (off > 1e-5).sum() < 1e-4 * len(off)
+        assert off.norm() < 1e-4 * torch.cat([value.flatten() for value in one.values()]).norm()
+        assert (
+            off.max() < 1e-3
+        )  # the learning rate: a tiny gradient whose sign rounding changes moves a weight that far
 
 
 def test_another_number_of_samples_is_refused(interrupted):
