@@ -5,6 +5,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -156,11 +157,16 @@ def test_timesteps_beyond_those_of_the_teacher_are_refused(place, tmp_path):
 
 def test_onnx_without_its_packages_is_refused_before_training(tmp_path, monkeypatch):
     find = importlib.util.find_spec
+    specs = {
+        "onnx": ModuleSpec("onnx", None),
+        "onnxscript": None,
+        "onnxruntime": ModuleSpec("onnxruntime", None),
+    }
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+        importlib.util, "find_spec", lambda name: specs[name] if name in specs else find(name)
     )
     config = small_config(tmp_path, "export.formats=[onnx]")
-    assert_refused_before_training(config, r"export\.formats: got onnx, which needs onnxscript")
+    assert_refused_before_training(config, r"export\.formats: got onnx, which needs onnxscript; mend: ")
 
 
 @pytest.mark.parametrize("part", ["safety_checker", "feature_extractor"])
