@@ -199,12 +199,15 @@ def test_a_signal_outside_training_is_one_line(tmp_path, number, code, name):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (tmp_path / "letters" / "config.yaml").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.send_signal(number)
-    _, messages = process.communicate(timeout=60)
+    try:
+        while not (tmp_path / "letters" / "config.yaml").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(number)
+        _, messages = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == code
     assert (
         messages.splitlines()[-1]

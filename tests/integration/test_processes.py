@@ -22,6 +22,7 @@ from tests.integration.launched import (
 
 pytestmark = pytest.mark.slow
 ALONE = ()
+IN_ONE, IN_TWO = "training.gradient_accumulation_steps=1", "training.gradient_accumulation_steps=2"
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,16 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(cache, tmp_path_factory):
-    """A run of one process with four samples in an update."""
+    """A run of one process with four samples in an update, which are one micro-batch."""
     config = prepared(config_of(tmp_path_factory.mktemp("alone"), samples=4), cache)
+    distilled(ALONE, config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def alone_in_two(cache, tmp_path_factory):
+    """A run of one process with the same four samples in two micro-batches: those that two processes have."""
+    config = prepared(config_of(tmp_path_factory.mktemp("alone_in_two"), IN_TWO, samples=2), cache)
     distilled(ALONE, config)
     return config
 
@@ -78,6 +87,21 @@ def test_another_number_of_processes_continues_with_the_same_samples(
     assert [(r["rung"], r["phase"], r["step"]) for r in log_of(config)] == [
         (r["rung"], r["phase"], r["step"]) for r in log_of(alone)
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "split", "second", "then"),
+    [(ALONE, IN_TWO, TORCHRUN, IN_ONE), (TORCHRUN, IN_ONE, ALONE, IN_TWO)],
+    ids=["1-2", "2-1"],
+)
+def test_the_same_micro_batches_in_another_number_of_processes_are_equal_to_the_bit(
+    cache, alone_in_two, tmp_path, first, split, second, then
+):
+    """The sum of two gradients does not depend on their order, and their division by two is exact."""
+    config = prepared(config_of(tmp_path, split, samples=2), cache)
+    errors = stopped_and_continued(config, first, second, then)
+    assert "continues in phase 0 after 2 of 3 updates" in errors
+    assert weights_of(config) == weights_of(alone_in_two)
 
 
 def test_another_number_of_samples_is_refused_in_one_line(cache, tmp_path):
