@@ -32,13 +32,15 @@ class DataError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used: all of them are damaged, or they belong to something else."""
+    """A checkpoint cannot be used: it belongs to something else, cannot be read, or could not be written before a stop.
+
+    Damaged checkpoints are passed over with a warning; if all of them are damaged, the rung is trained from its start."""
 
     exit_code = 5
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, gradient or picture is not finite. In training nothing was updated."""
+    """A loss, gradient or picture is not finite."""
 
     exit_code = 6
 

@@ -41,6 +41,7 @@ class Runtime:
         self.weight_dtype = WEIGHT_DTYPES[mixed_precision]
         # small gradients vanish in float16, so the loss is scaled up, and down again after an overflow
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.weight_dtype == torch.float16)
+        self._first_loss_scale = self._scaler.state_dict()
 
     def autocast(self) -> torch.autocast:
         """A context that runs matrix products in half precision; without mixed precision it changes nothing."""
@@ -82,6 +83,10 @@ class Runtime:
     def adapt_scale(self) -> None:
         """Call after each update, even a skipped one: lowers the loss scale after an overflow, raises it after a while."""
         self._scaler.update()
+
+    def reset_loss_scale(self) -> None:
+        """Call at the start of each rung, so that its updates do not depend on those of earlier rungs."""
+        self.load_loss_scale_state(self._first_loss_scale)
 
     def loss_scale_state(self) -> dict[str, Any]:
         """State of the loss scale; empty without float16."""

@@ -14,6 +14,7 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
+from stepdistill.run.checkpoint_files import unfinished_rungs
 from stepdistill.run.folder import check_folder, open_folder
 from stepdistill.run.lock import locked
 from stepdistill.run.rungs import finished_rungs, rung_folder
@@ -118,7 +119,14 @@ def _distill(config: RunConfig, only: tuple[int, int] | None = None) -> None:
     check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     before = finished_rungs(config.run_dir)
     trained = train_rungs(config, only=only)
-    clear_half_written(config.run_dir / "rungs")
+    unfinished = unfinished_rungs(config.run_dir)
+    clear_half_written(config.run_dir / "rungs", spared=unfinished.values())
+    for steps, folder in unfinished.items():
+        logger.warning(
+            "distill: the training of the %d-step rung is not finished; its checkpoints stay in %s",
+            steps,
+            folder,
+        )
     logger.info("distill: %s", f"trained {trained}" if trained else "every rung is finished")
     if only is not None and only[1] in before:
         later = [n for n in before if n < only[1]]

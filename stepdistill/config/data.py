@@ -53,7 +53,8 @@ class Data(Section, affects=Affects.EVERY_RUNG):
     min_per_bucket: PositiveInt | None = None
     """Fewest pictures that a bucket may have. Pictures of a rarer ratio are cropped to the nearest bucket with enough, as
     otherwise the same few would fill whole updates. Default: the samples of one update, train_batch_size times
-    gradient_accumulation_steps; if several processes train, set it to that times their number."""
+    gradient_accumulation_steps; if several processes train, set it to that times their number. A run keeps the number that
+    its cache was made with."""
     teacher_steps: Steps = 32
     """Sampling steps that the teacher takes for each picture that it draws, if `source` is a .txt file of prompts."""
     min_side: PositiveInt = 16

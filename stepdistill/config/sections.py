@@ -65,7 +65,8 @@ class Checkpoint(Section, affects=Affects.NOTHING):
     every_minutes: Annotated[float, Field(ge=0)] | None = 10.0
     """Minutes between two checkpoints; 0 writes one after every update, null only between two phases."""
     keep: Annotated[int, Field(ge=1, le=100)] = 2
-    """Number of checkpoints that stay on disk. All are removed when the rung is finished."""
+    """Number of the newest checkpoints that stay on disk, besides the one at the start of the phase. All are removed when
+    the rung is finished."""
 
 
 class Training(Section, affects=Affects.EVERY_RUNG):

@@ -12,14 +12,20 @@ from collections.abc import Mapping
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 
 from stepdistill.config import ConfigError, Data, RunConfig
+from stepdistill.disk.durable import read_sealed
 
 Size = tuple[int, int]
 
 
 def least_per_bucket(config: RunConfig) -> int:
-    """The smallest number of pictures that a bucket must have to be used."""
-    training = config.training
-    return config.data.min_per_bucket or training.train_batch_size * training.gradient_accumulation_steps
+    """The smallest number of pictures that a bucket must have to be used. Without data.min_per_bucket it is the cache's, so
+    that a run whose updates are split in another way keeps its latents; without a cache, the samples of one update."""
+    if config.data.min_per_bucket is not None:
+        return config.data.min_per_bucket
+    before = (read_sealed(config.run_dir / "cache" / "manifest.json") or {}).get("min_per_bucket")
+    if isinstance(before, int) and before > 0:
+        return before
+    return config.training.train_batch_size * config.training.gradient_accumulation_steps
 
 
 class Sizes:

@@ -31,6 +31,8 @@ CHECKSUM = "checksum"
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _LARGEST_JSON = 2**28
 _REPLACED = ".replaced.partial"
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # at import, because for a moment the files of other threads would be writable by everybody
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 _BLOCKED = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 _OTHER_REMEDY = "remove the cause, then the same command"
@@ -203,18 +205,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_synced_folder(
-    folder: Path, files: Mapping[str, bytes], objects: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Writes a folder of files, and of JSON objects with a checksum, in one step that survives a power cut: beside its
-    place, synced to the disk, renamed, and its parent synced. ValueError in one line if it cannot be written."""
-    with whole_folder(folder) as partial:
-        texts = {name: _json(sealed(value)) for name, value in objects.items()}
-        for name, content in {**files, **{name: text.encode() for name, text in texts.items()}}.items():
-            with (partial / name).open("wb") as file:
-                _write_synced(file, content)
-
-
 def _write_synced(file: BinaryIO, *parts: bytes | memoryview) -> None:
     file.writelines(parts)
     file.flush()
@@ -293,9 +283,7 @@ def canonical(content: bytes, *, metadata: Mapping[str, str] | None = None) -> b
 
 def readable(path: Path) -> None:
     """Gives a file the usual permissions of a new file (by umask); only its owner can read one of safetensors'."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~_UMASK)
 
 
 def sha256_file(path: Path) -> str:

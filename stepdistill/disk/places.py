@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 _FILE = re.compile(r"\.(?P<name>.+)(\.\d+|(?<=\.safetensors))\.partial")
@@ -32,7 +32,9 @@ def half_written(path: Path) -> str | None:
     return match["name"] if match else None
 
 
-def clear_half_written(folder: Path, *, names: Iterable[str] | None = None, is_alone: bool = False) -> None:
+def clear_half_written(
+    folder: Path, *, names: Iterable[str] | None = None, is_alone: bool = False, spared: Collection[Path] = ()
+) -> None:
     """Removes the half-written files and folders of stopped processes; those that cannot be removed stay.
 
     Args:
@@ -40,10 +42,13 @@ def clear_half_written(folder: Path, *, names: Iterable[str] | None = None, is_a
         names: final names of the files to remove. Other processes may be writing one of them, so those that were written
             within the last seconds stay. Without names everything half-written is removed: no other process may be writing.
         is_alone: no other process is writing these files, so those of the last seconds are removed as well.
+        spared: half-written folders that stay, with all that is in them.
     """
     chosen = None if names is None else frozenset(names)
     for path in list(folder.rglob(".*.partial") if chosen is None else folder.glob(".*.partial")):
         name = half_written(path)
+        if any(path.is_relative_to(each) for each in spared):
+            continue
         if name is None or (chosen is not None and (name not in chosen or (not is_alone and _is_new(path)))):
             continue
         if path.is_dir() and not path.is_symlink():

@@ -24,7 +24,7 @@ from stepdistill.models.identity import layer_shapes
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.files import read_headers, weight_files
 from stepdistill.teacher.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
-from stepdistill.training.disk_bytes import preview_pictures
+from stepdistill.training.disk_bytes import checkpoints_bytes, encoder_parameters, preview_pictures
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _MOST_COUNTING_SECONDS = 2.0  # for reading the source
@@ -135,7 +135,8 @@ def _walk(data: Data, a_shard: int) -> tuple[int, int, bool]:
 
 
 def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> int:
-    """Bytes of every rung's LoRA in float32, of its exported files and of its previews."""
+    """Bytes of every rung's LoRA in float32, of its exported files and of its previews, and of the checkpoints of one rung:
+    they are removed when the rung is finished."""
     lora = lora_parameters(layer_shapes(unet), config.lora.rank)
     whole = sum(parameter.numel() for parameter in unet.parameters())
     options = config.export
@@ -147,7 +148,11 @@ def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> i
     }
     each = lora * _BYTES["float32"] + sum(other[name] for name in options.formats)
     previews = sum(preview_pictures(config, rung) for rung in config.ladder)
-    return len(config.ladder) * each + previews * png_bytes(size)
+    encoder = encoder_parameters(unet)
+    checkpoints = [
+        checkpoints_bytes(config, rung, parameters=lora, encoder=encoder) for rung in config.ladder
+    ]
+    return len(config.ladder) * each + previews * png_bytes(size) + max(checkpoints)
 
 
 def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0) -> int:

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,10 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
 from stepdistill.models.shared_network import STUDENT, TEACHER
 from stepdistill.rng import derive_seed
-from stepdistill.run.checkpoint_files import folders_of, place_of
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.stop import StopRequest
 from stepdistill.runtime import Runtime
-from stepdistill.training.checkpoint import Checkpoint, Checkpoints, newest
+from stepdistill.training.checkpoint import Checkpoint, Checkpoints, newest, remove_after
 from stepdistill.training.guard import Trouble
 from stepdistill.training.phase import PhaseState, copied, run_phase
 from stepdistill.training.phase_setup import PhaseSetup
@@ -70,7 +68,7 @@ class RungTraining:
         """Trains the phases in order; from a checkpoint, those that were not finished there. Goes back to a checkpoint as
         often as a phase diverges, which it does only with training.guard: rewind."""
         start = _Start() if resumed is None else self._start_of(resumed)
-        if resumed is None and self._rewinds:
+        if resumed is None:
             self._save_between(0, None)
         while True:
             try:
@@ -85,33 +83,36 @@ class RungTraining:
     def _train_from(self, start: _Start) -> None:
         for number in range(start.phase, len(self.rung.phases)):
             carried = self._train_phase(number, start) or start.carried
+            if not self._is_carried_after(number):
+                carried = None
             if number + 1 < len(self.rung.phases):
                 self._save_between(number + 1, carried)
             start = _Start(phase=number + 1, carried=carried)
+
+    def _is_carried_after(self, number: int) -> bool:
+        """Whether a phase after phase `number` starts from the discriminator of an earlier one."""
+        return any(phase.discriminator.start == "carried" for phase in self.rung.phases[number + 1 :])
 
     def _start_of(self, resumed: Checkpoint, *, adversary_scale: float = 1.0) -> _Start:
         carried = None if resumed.carried is None else DiscriminatorState(**resumed.carried)
         return _Start(resumed.phase, self._load(resumed), carried, adversary_scale)
 
     def _rewound(self, diverged: _Diverged) -> _Start:
-        """Removes the checkpoints and log lines after the last good update; the start from the newest checkpoint that is
-        left."""
-        runtime, phase, step = self.shared.runtime, diverged.phase, diverged.good_step
+        """The start from the newest checkpoint of the diverged phase in which nothing was wrong; removes the checkpoints and
+        log lines of later updates. CheckpointError, with nothing removed, if there is none."""
+        runtime, folder = self.shared.runtime, self.checkpoints.folder
         self.checkpoints.wait()
-        if runtime.is_main:
-            for folder in folders_of(self.checkpoints.folder):
-                if place_of(folder) > (phase, step):
-                    shutil.rmtree(folder)
-        runtime.wait()
-        position = self.shared.config.ladder.index(self.rung)
-        back = newest(self.checkpoints.folder, functools.partial(self.shared.identity, position))
+        runtime.wait()  # until process 0 has written the last one
+        identity = functools.partial(self.shared.identity, self.shared.config.ladder.index(self.rung))
+        back = newest(folder, identity, until=(diverged.phase, diverged.good_step))
         check_same_checkpoint(back, runtime)
-        if back is None:
+        if back is None or back.phase != diverged.phase:
             raise CheckpointError(
-                f"{self.checkpoints.folder} has no intact checkpoint to go back to; mend: the same command, which trains "
-                f"the rung from its start"
+                f"phase {diverged.phase} diverged, and {folder} has no intact checkpoint of it to go back to; mend: the "
+                f"same command with a lower learning rate of the discriminator"
             )
         if self.log is not None:
+            remove_after(folder, back.phase, back.step)
             logger.warning(
                 "distill: back to update %d of phase %d, with %g times the discriminator's learning rate",
                 back.step,
@@ -123,13 +124,14 @@ class RungTraining:
 
     def _load(self, resumed: Checkpoint) -> dict[str, Any] | None:
         """The state in which the checkpoint's phase continues; None if the phase begins there, with the student loaded."""
-        logger.info(
-            "distill: the %d-step rung continues in phase %d after %d of %d updates",
-            self.rung.student_steps,
-            resumed.phase,
-            resumed.step,
-            self.rung.phases[resumed.phase].max_train_steps,
-        )
+        if self.log is not None:
+            logger.info(
+                "distill: the %d-step rung continues in phase %d after %d of %d updates",
+                self.rung.student_steps,
+                resumed.phase,
+                resumed.step,
+                self.rung.phases[resumed.phase].max_train_steps,
+            )
         if resumed.step:
             return resumed.state
         adapters.load_adapter_state(self.shared.network.model, STUDENT, resumed.state["student"])
@@ -147,6 +149,8 @@ class RungTraining:
         return copied({"student": student, "loss_scale": self.shared.runtime.loss_scale_state()})
 
     def _save(self, phase: int, step: int, state: dict[str, Any], carried: DiscriminatorState | None) -> None:
+        if self.log is not None:
+            self.log.sync()  # a power cut must not leave a checkpoint of updates whose lines are lost
         self.checkpoints.save(phase, step, state, None if carried is None else vars(carried))
 
     def _train_phase(self, number: int, start: _Start) -> DiscriminatorState | None:
@@ -178,22 +182,28 @@ class RungTraining:
             shared.looks.write(path, setup.student, steps=rung.student_steps)
         if setup.discriminator is None:
             return None
-        is_needed = any(p.discriminator.start == "carried" for p in rung.phases[number + 1 :])
-        state = setup.discriminator.state() if is_needed else None
+        state = setup.discriminator.state() if self._is_carried_after(number) else None
         setup.discriminator.close()
         return state
 
     def _save_and_stop(
         self, setup: PhaseSetup, state: PhaseState, carried: DiscriminatorState | None
     ) -> None:
-        """Saves a checkpoint if one is due. ToBeContinued, with a checkpoint, if training is asked to stop."""
+        """Saves a checkpoint if one is due. If training is asked to stop: ToBeContinued, with a checkpoint; CheckpointError
+        if none could be written."""
         runtime = self.shared.runtime
         exit_code = runtime.largest(self.stop.exit_code)
         if runtime.is_main and (exit_code or self.checkpoints.is_due):
             self._save(setup.number, state.step, state.state_dict(), carried)
         if exit_code:
-            self.checkpoints.wait()
+            is_lost = runtime.largest(int(self.checkpoints.wait() is not None))
             runtime.wait()  # a launcher ends all processes as soon as one has ended
+            if is_lost:
+                raise CheckpointError(
+                    f"stopped after update {state.step} of {setup.phase.max_train_steps} of {setup.title}, but its state "
+                    f"could not be written, as the warning above says; mend: remove the cause, then the same command, which "
+                    f"continues from the checkpoint before"
+                )
             raise ToBeContinued(
                 f"stopped ({self.stop.reason}) after update {state.step} of {setup.phase.max_train_steps} of {setup.title}; "
                 f"the same command continues there",

@@ -1,17 +1,12 @@
 """A rung's folder: opened before training, with its LoRA and record at the end; and reading the LoRA again."""
 
-import re
 import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from stepdistill.config import Rung
-from stepdistill.disk.durable import (
-    replace_folder,
-    sha256_file,
-    writing,
-)
+from stepdistill.disk.durable import replace_folder, sha256_file, writing
 from stepdistill.disk.guarded import make_folder
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space, folder_bytes
@@ -22,21 +17,18 @@ from stepdistill.models.shared_network import STUDENT, SharedNetwork
 from stepdistill.run.checkpoint_files import CHECKPOINTS, partial_rung
 from stepdistill.run.rung_order import begun_from
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
-from stepdistill.training.disk_bytes import rung_bytes
+from stepdistill.training.disk_bytes import encoder_parameters, rung_bytes
 
 _UNET_PREFIX = "unet."
-_ENCODER = re.compile(r"down_blocks|mid_block")
 
 
 def open_partial(shared: Shared, rung: Rung, *, is_resumed: bool) -> None:
     """Makes the folder of a rung that is about to be trained, empty unless the rung continues from a checkpoint. ValueError
     if the disk has no room for the rung."""
-    config, network = shared.config, shared.network.model
+    config = shared.config
     partial = partial_rung(config.run_dir, rung.student_steps)
-    later = config.ladder[config.ladder.index(rung) + 1 :]  # begun from what this rung was before
-    outdated = [partial_rung(config.run_dir, r.student_steps) for r in later]
-    for folder in outdated if is_resumed else [*outdated, partial]:
-        shutil.rmtree(folder, ignore_errors=True)
+    if not is_resumed:
+        shutil.rmtree(partial, ignore_errors=True)
     with writing(partial):
         make_folder(partial)
     clear_half_written(partial)
@@ -44,7 +36,7 @@ def open_partial(shared: Shared, rung: Rung, *, is_resumed: bool) -> None:
         config,
         rung,
         parameters=sum(p.numel() for p in shared.network.group(STUDENT).values()),
-        encoder=sum(p.numel() for name, p in network.named_parameters() if _ENCODER.search(name)),
+        encoder=encoder_parameters(shared.network.model),
         size=max(shared.cache.sizes),
     )
     check_space(partial, need - folder_bytes(partial), f"the {rung.student_steps}-step rung")
@@ -64,7 +56,7 @@ def finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: s
         training_seconds=seconds,
         start_timestep=rung.start_timestep,
         samples_per_update=shared.samples_per_update,
-        teacher_sha256=begun_from(shared.config.run_dir, rung),
+        teacher_sha256=begun_from(shared.config, rung),
     )
     record.write(partial)
     final = rung_folder(shared.config.run_dir, rung.student_steps)

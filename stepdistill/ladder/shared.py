@@ -7,10 +7,7 @@ from pathlib import Path
 from stepdistill.config import RunConfig
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
-from stepdistill.disk.durable import (
-    read_sealed,
-    sha256_json,
-)
+from stepdistill.disk.durable import read_sealed, sha256_json
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import SharedNetwork
@@ -19,12 +16,7 @@ from stepdistill.run.rungs import read_record
 from stepdistill.run.settings import settings_behind
 from stepdistill.runtime import Runtime, environment, release_memory
 from stepdistill.teacher.facts import TeacherFacts
-from stepdistill.teacher.loading import (
-    fingerprint,
-    load_noise_path,
-    load_vae,
-    vae_dtype,
-)
+from stepdistill.teacher.loading import fingerprint, load_noise_path, load_vae, vae_dtype
 from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.checkpoint import Identity
 from stepdistill.training.measure_looks import PhaseLooks
@@ -60,6 +52,17 @@ class Shared:
         """Identifies the base model."""
         return fingerprint(self.base)
 
+    @functools.cached_property
+    def _versions(self) -> dict[str, str]:
+        """Versions of this package and those it uses, as they were when this process began to train."""
+        versions = environment()
+        return {name: str(versions[name]) for name in _VERSIONS}
+
+    @functools.cached_property
+    def _cache_hash(self) -> str:
+        manifest = read_sealed(self.config.run_dir / "cache" / "manifest.json") or {}
+        return sha256_json(manifest.get("shards"))
+
     @property
     def samples_per_update(self) -> int:
         """Number of samples of an update, over all processes."""
@@ -68,8 +71,7 @@ class Shared:
 
     def identity(self, position: int, phase: int, step: int) -> Identity:
         """What the state of rung number `position` after `step` updates of phase number `phase` belongs to."""
-        config, versions = self.config, environment()
-        manifest = read_sealed(config.run_dir / "cache" / "manifest.json") or {}
+        config = self.config
         earlier = [
             (r.student_steps, read_record(config.run_dir, r.student_steps)) for r in config.ladder[:position]
         ]
@@ -77,9 +79,9 @@ class Shared:
             settings=settings_behind(config, position=position, phase=phase, step=step),
             rungs={str(steps): record.sha256 for steps, record in earlier if record is not None},
             base=self.base_fingerprint,
-            cache=sha256_json(manifest.get("shards")),
+            cache=self._cache_hash,
             samples=self.samples_per_update,
-            versions={name: str(versions[name]) for name in _VERSIONS},
+            versions=self._versions,
         )
 
     @property

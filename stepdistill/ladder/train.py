@@ -5,9 +5,9 @@ import logging
 import shutil
 
 from stepdistill.config import ConfigError, RunConfig, Rung
-from stepdistill.disk.durable import (
-    put_back_replaced,
-)
+from stepdistill.data.held_out import settled
+from stepdistill.disk.durable import put_back_replaced
+from stepdistill.errors import ToBeContinued
 from stepdistill.ladder.phases import RungTraining, check_same_checkpoint
 from stepdistill.ladder.rung_files import finish_rung, open_partial, read_lora
 from stepdistill.ladder.shared import Shared, load_shared
@@ -21,18 +21,17 @@ from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, tak
 from stepdistill.run.stop import StopRequest
 from stepdistill.runtime import Processes, Runtime
 from stepdistill.teacher.facts import TeacherFacts
-from stepdistill.teacher.loading import (
-    fingerprint,
-)
+from stepdistill.teacher.loading import fingerprint
 from stepdistill.teacher.source import teacher_folder
-from stepdistill.training.checkpoint import Checkpoint, Checkpoints, newest
+from stepdistill.training.checkpoint import Checkpoint, Checkpoints, newest, remove_after
 from stepdistill.training.preview import Preview
 
 logger = logging.getLogger(__name__)
 
 
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[int]:
-    """Trains the unfinished rungs in order; returns the student_steps of the rungs that it trained.
+    """Trains the unfinished rungs in order; returns the student_steps of the rungs that it trained. ToBeContinued if it is
+    asked to stop.
 
     Args:
         config: the run; its cache must be prepared.
@@ -52,37 +51,52 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         return []
     with StopRequest(max_minutes=config.training.max_minutes) as stop:
         runtime = Runtime(mixed_precision=config.training.mixed_precision)
-        return _train(load_shared(config, runtime), todo, stop)
+        trained = _train(load_shared(settled(config), runtime), todo, stop)
+        exit_code = runtime.largest(stop.exit_code)
+        if exit_code:
+            runtime.wait()  # a launcher ends all processes as soon as one has ended
+            raise ToBeContinued(
+                f"stopped ({stop.reason}) after the last rung; the same command continues there", exit_code
+            )
+        return trained
 
 
 def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> list[int]:
-    """Trains rungs in order, the first one from its newest checkpoint if it has one; returns the student_steps of those that
-    it trained. A later rung stays if it is finished and the rung before came out as it was. ToBeContinued if asked to stop.
+    """Trains rungs in order, each from its newest checkpoint if it has one; returns the student_steps of those that it
+    trained. A later rung stays if it is finished and the rung before came out as it was. ToBeContinued if asked to stop.
     """
     config, runtime = shared.config, shared.runtime
-    folder = partial_rung(config.run_dir, todo[0].student_steps) / CHECKPOINTS
-    resumed = newest(folder, functools.partial(shared.identity, config.ladder.index(todo[0])))
     _check_samples(shared)
-    check_same_checkpoint(resumed, runtime)
     log, trained = None, list[int]()
     if runtime.is_main:
         _warn_of_rare_sizes(shared)
         log = TrainingLog(config.run_dir / "log.jsonl")
     try:
         for rung in todo:
-            if trained and is_current(config.run_dir, rung):
+            if trained and is_current(config, rung):
                 continue
+            resumed = _resumed(shared, rung)
             if log is not None:
                 warn_of_training_again(config, rung)
                 phase, step = (0, 0) if resumed is None else (resumed.phase, resumed.step)
                 log.begin(rung.student_steps, phase=phase, step=step)
             _train_rung(shared, rung, log, resumed, stop)
             trained.append(rung.student_steps)
-            resumed = None
     finally:
         if log is not None:
             log.close()
     return trained
+
+
+def _resumed(shared: Shared, rung: Rung) -> Checkpoint | None:
+    """The checkpoint from which a rung continues, or None. Damaged ones after it are removed."""
+    folder = partial_rung(shared.config.run_dir, rung.student_steps) / CHECKPOINTS
+    position = shared.config.ladder.index(rung)
+    resumed = newest(folder, functools.partial(shared.identity, position))
+    check_same_checkpoint(resumed, shared.runtime)
+    if resumed is not None and shared.runtime.is_main:
+        remove_after(folder, resumed.phase, resumed.step)
+    return resumed
 
 
 def _check_samples(shared: Shared) -> None:
@@ -126,7 +140,7 @@ def _take_rungs(config: RunConfig) -> None:
 def _unfinished(config: RunConfig) -> list[Rung]:
     """The ladder from its first rung on that has to be trained."""
     for index, rung in enumerate(config.ladder):
-        if not is_current(config.run_dir, rung):
+        if not is_current(config, rung):
             return list(config.ladder[index:])
     return []
 
@@ -152,6 +166,7 @@ def _train_rung(
 ) -> None:
     """Trains a rung from its first phase, or continues it from a checkpoint."""
     config, network = shared.config, shared.network
+    shared.runtime.reset_loss_scale()
     position = config.ladder.index(rung)
     if position:
         adapters.load_adapter_state(network.model, STUDENT, read_lora(config.run_dir, rung.teacher_steps))
@@ -171,7 +186,8 @@ def _train_rung(
     preview = Preview(shared.painter, shared.cache, prompts, seed=config.seed, folder=folder)
     predicted = config.prediction_types(shared.undistilled.prediction_type)
     if resumed is not None and resumed.phase == len(rung.phases):
-        logger.info("distill: the %d-step rung continues after its last update", rung.student_steps)
+        if log is not None:
+            logger.info("distill: the %d-step rung continues after its last update", rung.student_steps)
         adapters.load_adapter_state(network.model, STUDENT, resumed.state["student"])
         shared.runtime.load_loss_scale_state(resumed.state["loss_scale"])
     else:

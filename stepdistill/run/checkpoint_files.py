@@ -25,6 +25,16 @@ def partial_rung(run_dir: Path, student_steps: int) -> Path:
     return run_dir / "rungs" / f".{student_steps}.partial"
 
 
+def unfinished_rungs(run_dir: Path) -> dict[int, Path]:
+    """student_steps -> folder of the rungs whose training stopped and left a checkpoint."""
+    folders = {}
+    for partial in (run_dir / "rungs").glob(".*.partial"):
+        match = _PARTIAL.fullmatch(partial.name)
+        if match is not None and any(folders_of(partial / CHECKPOINTS)):
+            folders[int(match[1])] = partial
+    return folders
+
+
 def checkpoint_name(phase: int, step: int) -> str:
     """The name of a checkpoint's folder."""
     return f"phase{phase}-step{step:06d}"
@@ -48,10 +58,8 @@ def check_checkpoints(config: RunConfig) -> None:
 
     The message names each setting and the folders to remove, so that training continues from an earlier checkpoint.
     """
-    for partial in (config.run_dir / "rungs").glob(".*.partial"):
-        match = _PARTIAL.fullmatch(partial.name)
-        if match is not None:
-            _check_rung(config, int(match[1]), partial / CHECKPOINTS)
+    for student_steps, partial in unfinished_rungs(config.run_dir).items():
+        _check_rung(config, student_steps, partial / CHECKPOINTS)
 
 
 def _check_rung(config: RunConfig, student_steps: int, folder: Path) -> None:

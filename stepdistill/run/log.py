@@ -1,6 +1,7 @@
 """The log of a run: every update in a JSONL file; on a terminal a progress bar with ETA, elsewhere plain lines."""
 
 import json
+import os
 import sys
 import time
 from io import FileIO
@@ -48,6 +49,12 @@ class TrainingLog:
             check_present(self._path)
             while rest:
                 rest = rest[self._file.write(rest) :]
+
+    def sync(self) -> None:
+        """Makes the lines durable."""
+        assert self._file is not None, "begin comes first"
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

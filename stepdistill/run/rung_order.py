@@ -3,31 +3,35 @@ LoRA than the rung before them has now. No torch.
 """
 
 import logging
-from pathlib import Path
 
 from stepdistill.config import RunConfig, Rung
-from stepdistill.run.rungs import RungRecord, read_rung, rung_folder
+from stepdistill.run.rungs import read_record, read_rung, rung_folder
 
 logger = logging.getLogger(__name__)
 
 
-def begun_from(run_dir: Path, rung: Rung) -> str | None:
-    """sha256 of the LoRA that the student of a rung begins with, as the rung before it records; None for the first rung."""
-    before = RungRecord.read(rung_folder(run_dir, rung.teacher_steps))
+def begun_from(config: RunConfig, rung: Rung) -> str | None:
+    """sha256 of the LoRA that the student of a rung begins with, as the rung before it records; None for the first rung,
+    which may have as many steps as its teacher."""
+    if rung == config.ladder[0]:
+        return None
+    before = read_record(config.run_dir, rung.teacher_steps)
     return None if before is None else before.sha256
 
 
-def is_current(run_dir: Path, rung: Rung) -> bool:
+def is_current(config: RunConfig, rung: Rung) -> bool:
     """Whether a rung is finished, intact, and began with the LoRA that the rung before it has now. Earlier versions did not
     record what a rung began with; such a rung is taken as current."""
-    record = read_rung(run_dir, rung.student_steps)
-    return record is not None and record.teacher_sha256 in (None, begun_from(run_dir, rung))
+    record = read_rung(config.run_dir, rung.student_steps)
+    if record is None:
+        return False
+    return rung == config.ladder[0] or record.teacher_sha256 in (None, begun_from(config, rung))
 
 
 def warn_of_training_again(config: RunConfig, rung: Rung) -> None:
     """Warns, before a rung is trained, if it or a later one was finished before: why it is trained again, and what becomes
     of the later ones. A rung that `--rung` names needs no warning."""
-    if is_current(config.run_dir, rung):
+    if is_current(config, rung):
         return
     record = read_rung(config.run_dir, rung.student_steps)
     rest = config.ladder[config.ladder.index(rung) + 1 :]

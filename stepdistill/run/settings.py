@@ -69,7 +69,9 @@ def settings_behind(config: RunConfig, *, position: int, phase: int, step: int) 
         if affects(key) is Affects.EVERY_RUNG or is_of_rung:
             settings[key] = value
     # a discriminator's state is in the checkpoint only if a later phase starts from it
-    settings[f"{prefix}carries"] = any(p.discriminator.start == "carried" for p in phases[begun:])
+    settings[f"{prefix}phases, one with discriminator.start: carried"] = any(
+        p.discriminator.start == "carried" for p in phases[begun:]
+    )
     return settings
 
 

@@ -8,20 +8,29 @@ A checkpoint is written beside its place, synced to the disk and renamed, so it 
 safetensors and all else is in JSON: no file is unpickled.
 """
 
+import json
 import logging
+import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 
-from stepdistill.disk.durable import read_sealed, sha256_bytes, warn_of_damage, write_synced_folder
+from stepdistill.disk.durable import (
+    sha256_bytes,
+    sha256_file,
+    unsealed,
+    warn_of_damage,
+    whole_folder,
+    write_sealed,
+)
 from stepdistill.errors import CheckpointError
 from stepdistill.run.checkpoint_files import MANIFEST, STATE, checkpoint_name, folders_of, place_of
 from stepdistill.run.settings import differences, differences_text
@@ -34,7 +43,7 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to. A run continues from it only if all of it is equal, except versions, which warn.
+    """What a checkpoint belongs to. A run continues from it only if all of it is equal; other versions only warn.
 
     settings  by dotted key, those that the state depends on (run/settings.py)
     rungs     sha256 of the LoRAs of the earlier rungs, by student_steps
@@ -93,6 +102,7 @@ class Checkpoints:
         self._started = time.monotonic() - seconds
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
+        self._failure: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -131,35 +141,35 @@ class Checkpoints:
         self.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def wait(self) -> None:
-        """Waits until the last checkpoint is on disk, or has failed, which is warned of: training itself can go on."""
+    def wait(self) -> str | None:
+        """Waits until the last checkpoint is on disk: None, or why it could not be written. That was warned of: training
+        itself can go on."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        return self._failure
 
     def _write(self, folder: Path, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        infinite = next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
-        if infinite is not None:
+        """Writes a checkpoint and removes old ones. No error leaves this thread: `wait` tells of it."""
+        try:
+            _check_finite(tensors)
+            with whole_folder(folder) as partial:
+                save_file(tensors, partial / STATE)
+                write_sealed(partial / MANIFEST, about | {"sha256": sha256_file(partial / STATE)})
+            self._remove_old()
+            self._failure = None
+        except Exception as error:  # memory and libraries fail in ways of their own
+            self._failure = " ".join(str(error).split()) or type(error).__name__
             logger.warning(
-                "distill: no checkpoint at phase %d, step %d: %s is not finite",
+                "distill: no checkpoint at phase %d, step %d: %s",
                 about["phase"],
                 about["step"],
-                infinite,
-            )
-            return
-        try:
-            content = save(tensors)
-            about["sha256"] = sha256_bytes(content)
-            write_synced_folder(folder, {STATE: content}, {MANIFEST: about})
-            self._remove_old()
-        except (OSError, ValueError) as error:
-            logger.warning(
-                "distill: no checkpoint at phase %d, step %d: %s", about["phase"], about["step"], error
+                self._failure,
             )
 
     def _remove_old(self) -> None:
-        """Removes all but the newest ones, and the one at the start of the newest one's phase: a phase whose settings are
-        changed after it diverged is then trained again by itself."""
+        """Keeps the newest checkpoints, and the one at the start of the newest one's phase, with which a phase that diverged
+        can be trained again with other settings; removes the others."""
         folders = list(folders_of(self.folder))
         phase_start = self.folder / checkpoint_name(place_of(folders[0])[0], 0)
         for old in folders[self._keep :]:
@@ -167,34 +177,75 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """ValueError if a tensor has a value that is not finite: training could not continue from it."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
 
 
-def newest(folder: Path, identity: Callable[[int, int], Identity]) -> Checkpoint | None:
-    """The newest intact checkpoint of a rung, or None if it has none. Damaged ones are passed over with a warning.
+def remove_after(folder: Path, phase: int, step: int) -> None:
+    """Removes the checkpoints of later updates: damaged ones that were passed over, or those of a phase that goes back. They
+    would count as the newest ones, and new checkpoints would be removed in their place."""
+    for path in folders_of(folder):
+        if place_of(path) > (phase, step):
+            shutil.rmtree(path, ignore_errors=True)
 
-    identity: what the state must belong to, by (phase, step). CheckpointError if it belongs to something else.
+
+def newest(
+    folder: Path, identity: Callable[[int, int], Identity], *, until: tuple[int, int] | None = None
+) -> Checkpoint | None:
+    """The newest intact checkpoint of a rung, or None if it has none. Passed over with a warning are damaged ones, and those
+    that began with another LoRA of an earlier rung than that has now.
+
+    Args:
+        folder: checkpoints/ of the rung.
+        identity: what the state must belong to, by (phase, step).
+        until: the (phase, step) of the last checkpoint that may be taken.
+
+    CheckpointError if the checkpoint belongs to something else, was written in another format, or cannot be read.
     """
     for path in folders_of(folder):
+        if until is not None and place_of(path) > until:
+            continue
         try:
             checkpoint, taken_of = _read(path)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except CheckpointError:
+            raise
+        except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError, SafetensorError):
             warn_of_damage(path, "training continues from the checkpoint before it, or starts the rung again")
             continue
-        _check_identity(path, taken_of, identity(checkpoint.phase, checkpoint.step))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {path}: {os.strerror(error.errno or 0)}; nothing was removed; mend: make it readable, then "
+                f"the same command; or remove it, and training continues from the checkpoint before it"
+            ) from None
+        now = identity(checkpoint.phase, checkpoint.step)
+        if taken_of.rungs != now.rungs:
+            logger.warning(
+                "distill: %s began with another LoRA of an earlier rung than that has now: it is not used",
+                path,
+            )
+            continue
+        _check_identity(path, taken_of, now)
         return checkpoint
     return None
 
 
 def _read(path: Path) -> tuple[Checkpoint, Identity]:
-    """A checkpoint, and what it belongs to. OSError, ValueError, KeyError, TypeError or SafetensorError if it is damaged."""
-    about = read_sealed(path / MANIFEST)
+    """A checkpoint, and what it belongs to. FileNotFoundError, ValueError, RecursionError, KeyError, TypeError or
+    SafetensorError if it is damaged; another OSError if it cannot be read; CheckpointError if its format is another."""
+    about = unsealed(json.loads((path / MANIFEST).read_bytes()))
+    if about is None or not _is_sound(about):
+        raise ValueError(f"{path / MANIFEST} was changed")
+    if about["format"] != _FORMAT:
+        raise CheckpointError(
+            f"{path} was written by another version of stepdistill (format {about['format']}; allowed: {_FORMAT}); mend: "
+            f"continue with that version, or remove {path.parent}, and the rung is trained again"
+        )
     content = (path / STATE).read_bytes()
-    if about is None or sha256_bytes(content) != about["sha256"] or about["format"] != _FORMAT:
-        raise ValueError(f"{path} was changed")
-    if not _is_sound(about):
-        raise ValueError(f"{path} has values that no checkpoint has")
+    if sha256_bytes(content) != about["sha256"]:
+        raise ValueError(f"{path / STATE} was changed")
     tensors = load(content)
     state, carried = (_restored(about[name], tensors) for name in ("state", "carried"))
     checkpoint = Checkpoint(path, about["phase"], about["step"], state, carried, about["seconds"])
@@ -216,11 +267,7 @@ def _is_sound(about: Mapping[str, Any]) -> bool:
 
 def _check_identity(path: Path, taken_of: Identity, now: Identity) -> None:
     """CheckpointError if a checkpoint belongs to something else than this run; a warning if the versions differ."""
-    other = [
-        meaning
-        for name, meaning in _meanings(taken_of, now).items()
-        if getattr(taken_of, name) != getattr(now, name)
-    ]
+    other = list(_other(taken_of, now))
     if other:
         raise CheckpointError(
             f"{path} belongs to {' and '.join(other)}; allowed: what the run was started with; mend: put that back, or "
@@ -235,15 +282,17 @@ def _check_identity(path: Path, taken_of: Identity, now: Identity) -> None:
         )
 
 
-def _meanings(taken_of: Identity, now: Identity) -> dict[str, str]:
-    """What it means, by the field's name, that two identities differ in it."""
-    return {
-        "settings": f"other settings ({differences_text(differences(taken_of.settings, now.settings))})",
-        "rungs": "another LoRA of an earlier rung",
-        "base": "another base model",
-        "cache": "other latents",
-        "samples": f"updates of {taken_of.samples} samples (now {now.samples})",
-    }
+def _other(taken_of: Identity, now: Identity) -> Iterator[str]:
+    """What a checkpoint belongs to and this run does not have."""
+    changed = differences(taken_of.settings, now.settings)
+    if changed:
+        yield f"other settings ({differences_text(changed)})"
+    if taken_of.base != now.base:
+        yield "another base model"
+    if taken_of.cache != now.cache:
+        yield "other latents"
+    if taken_of.samples != now.samples:
+        yield f"updates of {taken_of.samples} samples (now {now.samples})"
 
 
 def _plain(part: Any) -> Any:

@@ -1,30 +1,46 @@
 """How many bytes a rung writes while it is trained: its checkpoints, its LoRA and its previews."""
 
+import re
+
+import torch
+
 from stepdistill.config import RunConfig, Rung
 from stepdistill.disk.space import png_bytes
 
 _FLOAT32 = 4
 _OF_ADAM = 3  # a parameter and Adam's two moments
+_ENCODER = re.compile(r"down_blocks|mid_block")
 
 
 def rung_bytes(config: RunConfig, rung: Rung, *, parameters: int, encoder: int, size: tuple[int, int]) -> int:
-    """Bytes of a rung's LoRA, of the most checkpoints that are there at once (those that stay, and the next one), and of its
-    previews.
+    """Bytes of a rung's LoRA, of its checkpoints, and of its previews.
 
     Args:
         config: the run.
         rung: one of its rungs.
-        parameters: number of the LoRA's parameters. A discriminator with a LoRA of its own has at most as many.
-        encoder: number of parameters of the U-Net's encoder and mid-block, of which a full trunk is a copy.
+        parameters: number of the LoRA's parameters.
+        encoder: `encoder_parameters` of the U-Net.
         size: (height, width) of a preview's pictures in pixels.
     """
+    checkpoints = checkpoints_bytes(config, rung, parameters=parameters, encoder=encoder)
+    return _FLOAT32 * parameters + checkpoints + preview_pictures(config, rung) * png_bytes(size)
+
+
+def checkpoints_bytes(config: RunConfig, rung: Rung, *, parameters: int, encoder: int) -> int:
+    """Bytes of the most checkpoints of a rung that are there at once: the newest ones, the one at the phase's start, and the
+    next one. A discriminator with a LoRA counts as many parameters as the student's, which are at least as many."""
     lora, options = _FLOAT32 * parameters, config.training.checkpoint
     trunks = {"lora": parameters, "full": encoder, "frozen": 0}
     trunk = max((trunks[p.discriminator.trunk] for p in rung.phases if p.adversary is not None), default=0)
+    carried = _FLOAT32 * trunk if any(p.discriminator.start == "carried" for p in rung.phases) else 0
     student = _OF_ADAM * lora + (lora if config.training.ema_decay > 0 else 0)
-    checkpoint = student + _OF_ADAM * _FLOAT32 * trunk
-    most = options.keep + 1 if options.every_minutes is not None else 1
-    return lora + most * checkpoint + preview_pictures(config, rung) * png_bytes(size)
+    each = student + _OF_ADAM * _FLOAT32 * trunk + carried
+    return each * (2 + (options.keep if options.every_minutes is not None else 0))
+
+
+def encoder_parameters(unet: torch.nn.Module) -> int:
+    """Number of parameters of the U-Net's encoder and mid-block, of which a full trunk is a copy."""
+    return sum(p.numel() for name, p in unet.named_parameters() if _ENCODER.search(name))
 
 
 def preview_pictures(config: RunConfig, rung: Rung) -> int:

@@ -269,7 +269,12 @@ def check_result(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, ru
     with torch.no_grad():
         losses = _losses(setup, state, runtime, *batches.one_of(setup.phase.max_train_steps))
         numbers = _read(runtime.average_scalars(_scalars(losses)))
-    _stop_if_not_finite(setup, state.step, numbers)
+    bad = _not_finite(numbers)
+    if bad:
+        raise NonFiniteError(
+            f"rung {setup.title}, phase {setup.number}: the weights after its last update give {bad}; mend: the same "
+            f"command with a lower learning_rate of this phase, now {setup.phase.learning_rate:g}"
+        )
 
 
 def _read(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -309,13 +314,19 @@ def _overflowed(numbers: dict[str, float]) -> bool:
 
 
 def _stop_if_not_finite(setup: PhaseSetup, step: int, numbers: dict[str, float]) -> None:
-    bad = {name: value for name, value in numbers.items() if not abs(value) < float("inf")}
+    bad = _not_finite(numbers)
     if bad:
-        named = ", ".join(f"{name} = {value}" for name, value in bad.items())
         raise NonFiniteError(
-            f"rung {setup.title}, phase {setup.number}, step {step}: {named}; nothing was updated. "
-            f"Lower ladder's learning_rate for this phase, or check the teacher's weights and the latents."
+            f"rung {setup.title}, phase {setup.number}, step {step}: {bad}; nothing was updated; mend: the same "
+            f"command with a lower learning_rate of this phase, now {setup.phase.learning_rate:g}; or check the teacher's "
+            f"weights and the latents"
         )
+
+
+def _not_finite(numbers: Mapping[str, float]) -> str:
+    """The numbers that are not finite, such as "student_loss = nan"; empty if there are none."""
+    bad = {name: value for name, value in numbers.items() if not abs(value) < float("inf")}
+    return ", ".join(f"{name} = {value}" for name, value in bad.items())
 
 
 def _for_console(numbers: dict[str, float]) -> dict[str, float]:

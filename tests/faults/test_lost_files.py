@@ -2,6 +2,7 @@
 at the end of a rung."""
 
 import errno
+import json
 import os
 import shutil
 from collections import namedtuple
@@ -13,9 +14,10 @@ from stepdistill import stages
 from stepdistill.disk.durable import read_sealed, write_sealed
 from stepdistill.evaluation.draw import sampler
 from stepdistill.run.log import read_log
+from stepdistill.run.rung_order import begun_from
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord
 from stepdistill.training import phase as phase_module
-from tests.faults.small_run import tree
+from tests.faults.small_run import small_config, tree
 from tests.faults.test_damaged_runs import flip
 
 
@@ -136,6 +138,16 @@ def test_a_rung_that_began_with_another_lora_is_trained_again(
     assert weights_of(copy) == weights_of(whole_run)
     record = RungRecord.read(copy.run_dir / "rungs" / "1")
     assert record.teacher_sha256 == RungRecord.read(copy.run_dir / "rungs" / "2").sha256
+
+
+def test_the_first_rung_begins_with_no_lora_even_if_it_has_as_many_steps_as_its_teacher(tmp_path):
+    phases = [{"objective": "mse", "max_train_steps": 1}]
+    rungs = [{"teacher_steps": 4, "student_steps": n, "phases": phases} for n in (4, 2)]
+    config = small_config(tmp_path, f"ladder={json.dumps(rungs)}")
+    folder = config.run_dir / "rungs" / "4"
+    folder.mkdir(parents=True)
+    RungRecord(4, 4, "epsilon", 4, "base", "1" * 64).write(folder)
+    assert [begun_from(config, rung) for rung in config.ladder] == [None, "1" * 64]
 
 
 def test_a_rung_of_an_earlier_version_stays(copy, run_command, updates):

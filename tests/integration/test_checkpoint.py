@@ -1,6 +1,7 @@
 """A rung that is stopped between two updates continues from its checkpoint: equal weights, equal log, nothing left over."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,14 @@ from stepdistill import stages
 from stepdistill.config.load import load_config
 from stepdistill.config.saved import resolved
 from stepdistill.disk.durable import read_json, sealed, write_json
-from stepdistill.errors import CheckpointError
+from stepdistill.errors import CheckpointError, ToBeContinued
+from stepdistill.ladder import train as train_module
 from stepdistill.run.checkpoint_files import CHECKPOINTS, MANIFEST, STATE, folders_of, partial_rung
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.training import phase as phase_module
 from tests.integration.conftest import tiny_config
+from tests.integration.test_prepare import write_good
 
 TIMES = ("images_per_second", "data_seconds")
 UPDATES = 3
@@ -193,7 +196,6 @@ def test_if_all_are_damaged_the_rung_starts_again_with_a_warning(interrupted, ca
     ("key", "value", "message"),
     [
         ("base", "0" * 16, "another base model"),
-        ("rungs", {"8": "0"}, "another LoRA of an earlier rung"),
         ("cache", "", "other latents"),
     ],
 )
@@ -295,10 +297,83 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(cache, t
     def full(*_args):
         raise ValueError("cannot write: No space left on device")
 
-    monkeypatch.setattr("stepdistill.training.checkpoint.write_synced_folder", full)
+    monkeypatch.setattr("stepdistill.training.checkpoint.whole_folder", full)
     stages.distill(config)
     assert "no checkpoint at phase 0, step 1: cannot write" in caplog.text
     assert len(weights_of(config)) == 2
+
+
+@pytest.mark.slow
+def test_a_stop_whose_state_cannot_be_written_does_not_say_that_it_is(cache, tmp_path, monkeypatch, caplog):
+    """A job that starts again after exit code 75 would make the same updates for ever."""
+    config = prepared(config_of(tmp_path, LADDERS["mse"]), cache)
+
+    def full(*_args):
+        raise MemoryError
+
+    monkeypatch.setattr("stepdistill.training.checkpoint.whole_folder", full)
+    with pytest.raises(
+        CheckpointError, match=r"stopped after update 1 of 3 of 8 -> 4 mse, but its state could not be"
+    ):
+        stages.distill(changed(config, "training.max_minutes=1e-6"))
+    assert "no checkpoint at phase 0, step 1: MemoryError" in caplog.text
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_do_not_take_the_place_of_new_ones(interrupted, monkeypatch):
+    for folder in checkpoints_of(interrupted)[:2]:
+        (folder / STATE).write_bytes(b"")
+    distill_and_stop(changed(interrupted, "training.checkpoint.keep=1"), monkeypatch, after=1)
+    assert [p.name for p in checkpoints_of(interrupted)] == [f"phase1-step00000{step}" for step in (1, 0)]
+
+
+@pytest.mark.slow
+def test_the_checkpoints_of_a_later_rung_outlive_an_earlier_rung_that_comes_out_the_same(
+    cache, tmp_path, monkeypatch, caplog
+):
+    straight = prepared(config_of(tmp_path / "straight", LADDERS["mse"]), cache)
+    stages.distill(straight)
+    config = prepared(config_of(tmp_path / "stopped", LADDERS["mse"]), cache)
+    distill_and_stop(config, monkeypatch, after=UPDATES + 2)
+    stages.distill(config, only=(8, 4))
+    assert "the training of the 2-step rung is not finished" in caplog.text
+    caplog.set_level("INFO")
+    stages.distill(config)
+    assert "the 2-step rung continues in phase 0 after 2 of 3 updates" in caplog.text
+    assert weights_of(config) == weights_of(straight)
+    assert files_below(config.run_dir / "rungs") == files_below(straight.run_dir / "rungs")
+
+
+@pytest.mark.slow
+def test_the_share_that_is_held_out_need_not_be_said_again(cache, tmp_path, monkeypatch, caplog):
+    source = write_good(tmp_path / "pictures", 50)
+    words = [f"data.source={source}", "data.resolution=64"]
+    begun = config_of(tmp_path, LADDERS["mse"], *words, "data.held_out=0.2")
+    stages.prepare(begun)
+    distill_and_stop(begun, monkeypatch, after=1)
+    caplog.set_level("INFO")
+    distill_and_stop(config_of(tmp_path, LADDERS["mse"], *words), monkeypatch, after=1)
+    assert "continues in phase 0 after 1 of 3 updates" in caplog.text
+    stages.distill(changed(begun))
+    assert "continues in phase 0 after 2 of 3 updates" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_last_update_stops_the_command_before_its_next_stage(cache, tmp_path, monkeypatch):
+    config = prepared(config_of(tmp_path, LADDERS["mse"]), cache)
+    finish = train_module.finish_rung
+
+    def interrupted_at_the_end(shared, rung, *args, **options):
+        if rung.student_steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finish(shared, rung, *args, **options)
+
+    monkeypatch.setattr(train_module, "finish_rung", interrupted_at_the_end)
+    with pytest.raises(ToBeContinued, match=r"stopped \(SIGTERM\) after the last rung") as stop:
+        stages.run_all(config)
+    assert stop.value.exit_code == 75
+    assert len(weights_of(config)) == 2
+    assert not (config.run_dir / "evaluation").exists()
 
 
 def started(config, tmp_path, *overrides):
@@ -329,7 +404,10 @@ def test_a_signal_lets_the_update_finish_saves_and_says_how_to_continue(cache, t
     assert process.returncode == code, messages
     steps = len(log_of(config))
     assert messages.count(f"stopped ({number.name}) after update {steps} of 200 of 8 -> 4 mse") == 1
-    assert [folder.name for folder in checkpoints_of(config)] == [f"phase0-step{steps:06d}"]
+    assert [folder.name for folder in checkpoints_of(config)] == [
+        f"phase0-step{steps:06d}",
+        "phase0-step000000",
+    ]
     assert "Traceback" not in messages
 
 
@@ -343,6 +421,6 @@ def test_a_time_budget_stops_a_command_and_the_next_one_continues(cache, tmp_pat
         process = started(config, tmp_path, "training.max_minutes=1e-6")
         process.communicate(timeout=300)
         codes.append(process.returncode)
-    assert codes == [75] * (2 * UPDATES) + [0]
+    assert codes == [75] * (2 * UPDATES + 1) + [0]  # after each update, and after the last rung
     assert weights_of(config) == weights_of(straight)
     assert log_of(config) == log_of(straight)

@@ -9,8 +9,10 @@ import pytest
 from stepdistill import stages
 from stepdistill.config import Phase
 from stepdistill.config.load import load_config
+from stepdistill.errors import CheckpointError
+from stepdistill.ladder import phases
 from stepdistill.models.shared_network import STUDENT
-from stepdistill.run.checkpoint_files import partial_rung
+from stepdistill.run.checkpoint_files import CHECKPOINTS, STATE, checkpoint_name, partial_rung
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Runtime
@@ -134,6 +136,30 @@ def test_training_goes_back_with_half_the_discriminators_rate_and_logs_no_update
     assert "times what it was at the phase's start" in caplog.text
     assert rung_folder(config.run_dir, 4).is_dir()
     assert not partial_rung(config.run_dir, 4).exists()
+
+
+@pytest.mark.slow
+def test_without_an_intact_checkpoint_of_the_phase_nothing_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard_module, "EVERY", 2)
+    monkeypatch.setattr(guard_module, "FAR", 1.0 + 1e-6)
+    words = ("training.guard=rewind", "training.checkpoint={every_minutes: 0, keep: 9}")
+    config = config_of(tmp_path, *words, rate=0.05)
+    stages.prepare(config)
+    folder = partial_rung(config.run_dir, 4) / CHECKPOINTS
+    rewound = phases.RungTraining._rewound
+
+    def damaged(training, diverged):
+        training.checkpoints.wait()
+        (folder / checkpoint_name(1, 0) / STATE).write_bytes(b"")
+        return rewound(training, diverged)
+
+    monkeypatch.setattr(phases.RungTraining, "_rewound", damaged)
+    with pytest.raises(
+        CheckpointError, match=r"phase 1 diverged, and .* has no intact checkpoint of it to go back to"
+    ):
+        stages.distill(config)
+    steps = [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    assert sorted(path.name for path in folder.iterdir())[1:] == [checkpoint_name(*place) for place in steps]
 
 
 @pytest.mark.slow

@@ -6,11 +6,40 @@ import pytest
 import torch
 
 from stepdistill.data.prepare import prepare
-from stepdistill.ladder import distill, read_lora
+from stepdistill.ladder import distill, phases, read_lora
 from stepdistill.run.log import read_log
 from tests.integration.conftest import tiny_config
 
 PHASES = "[{objective: mse, max_train_steps: 8}, {objective: single, max_train_steps: 3}]"
+
+
+@pytest.mark.slow
+def test_every_rung_begins_with_the_same_loss_scale(tmp_path, monkeypatch):
+    """Else a rung would come out otherwise if another process trains it than the one that trained the rung before."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, growth_interval=1))
+    begun, run_phase = [], phases.run_phase
+
+    def recorded(setup, *, runtime, **options):
+        begun.append(runtime.loss_scale_state()["scale"])
+        run_phase(setup, runtime=runtime, **options)
+        begun.append(runtime.loss_scale_state()["scale"])
+
+    monkeypatch.setattr(phases, "run_phase", recorded)
+    rungs = [
+        f"{{teacher_steps: {teacher}, student_steps: {student}, phases: [{{objective: mse, max_train_steps: 2}}]}}"
+        for teacher, student in ((4, 2), (2, 1))
+    ]
+    config = tiny_config(
+        tmp_path,
+        "training.mixed_precision=fp16",
+        "preview.looks_images=0",
+        "training.train_batch_size=2",
+        f"ladder=[{', '.join(rungs)}]",
+    )
+    prepare(config)
+    assert distill(config) == [2, 1]
+    first, after_first, second, _ = begun
+    assert second == first != after_first
 
 
 @pytest.mark.slow

@@ -204,6 +204,10 @@ def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_pa
     assert (prepare(config), stamps(config)) == (False, before)
     assert "25" not in json.loads(tallies.read_text())["pictures"]
 
+    smaller = config_of(
+        folder, tmp_path, *options, "training.train_batch_size=2"
+    )  # as after a change to two processes
+    assert (prepare(smaller), stamps(config)) == (False, before)
     all_ratios = config_of(folder, tmp_path, *options, "name=kept", "data.min_per_bucket=1", ONE_UPDATE)
     prepare(all_ratios)
     assert load_cache(all_ratios).sizes == {(64, 64): 24, wide: 12, wide[::-1]: 2}

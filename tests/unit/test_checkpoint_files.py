@@ -1,13 +1,17 @@
 """Every flipped bit and every truncation of a checkpoint is found: the one before it is used, with a warning."""
 
 import dataclasses
+import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from stepdistill.disk.durable import read_sealed, write_sealed
 from stepdistill.errors import CheckpointError
 from stepdistill.run.checkpoint_files import MANIFEST, STATE, checkpoint_name
-from stepdistill.training.checkpoint import Checkpoints, Identity, newest
+from stepdistill.training.checkpoint import Checkpoints, Identity, newest, remove_after
 
 STATE_OF = {
     "step": 3,
@@ -96,7 +100,6 @@ def test_if_all_are_damaged_each_is_named_before_the_rung_starts_again(two, capl
 def test_each_part_of_the_identity_refuses_by_its_name(two):
     others = {
         "settings": ({"lora.rank": 8, "ladder.0.phases.0.learning_rate": 0.001}, "lora.rank: 4 -> 8"),
-        "rungs": ({}, "another LoRA of an earlier rung"),
         "base": ("x", "another base model"),
         "cache": ("x", "other latents"),
         "samples": (16, r"updates of 8 samples \(now 16\)"),
@@ -104,6 +107,46 @@ def test_each_part_of_the_identity_refuses_by_its_name(two):
     for field, (value, says) in others.items():
         with pytest.raises(CheckpointError, match=says):
             newest(two, lambda phase, step, of={field: value}: Identity(**(vars(identity(phase, step)) | of)))
+
+
+def test_a_checkpoint_that_began_with_another_lora_is_passed_over(two, caplog):
+    assert newest(two, lambda phase, step: dataclasses.replace(identity(phase, step), rungs={})) is None
+    assert caplog.text.count("began with another LoRA of an earlier rung than that has now") == 2
+    assert len(list(two.iterdir())) == 2
+
+
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_taken_for_damaged(two, monkeypatch):
+    """As on a network file system: a later start may read it."""
+    read_bytes = Path.read_bytes
+
+    def stale(path):
+        if path.name == STATE and path.parent.name == checkpoint_name(1, 4):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read_bytes(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        with pytest.raises(
+            CheckpointError, match=r"cannot read .*step000004: Stale file handle; nothing was removed"
+        ):
+            newest(two, identity)
+    assert newest(two, identity).step == 4
+
+
+def test_a_checkpoint_of_another_format_is_refused(two):
+    path = two / checkpoint_name(1, 4) / MANIFEST
+    write_sealed(path, read_sealed(path) | {"format": 1})
+    with pytest.raises(CheckpointError, match=r"another version of stepdistill \(format 1; allowed: 2\)"):
+        newest(two, identity)
+
+
+def test_the_checkpoints_after_a_place_are_removed_and_no_others(two):
+    writer = checkpoints(two, keep=9)
+    for phase, step in ((0, 9), (2, 0)):
+        writer.save(phase, step, STATE_OF | {"step": step}, None)
+    writer.wait()
+    remove_after(two, 1, 3)
+    assert sorted(path.name for path in two.iterdir()) == [checkpoint_name(0, 9), checkpoint_name(1, 3)]
 
 
 def test_another_version_is_warned_of(two, caplog):
@@ -114,6 +157,6 @@ def test_another_version_is_warned_of(two, caplog):
 def test_a_state_that_is_not_finite_is_not_written(tmp_path, caplog):
     writer = checkpoints(tmp_path)
     writer.save(0, 1, {"student": {"a": torch.tensor([1.0, float("nan")])}}, None)
-    writer.wait()
+    assert writer.wait() == "state/student/a is not finite"
     assert list(tmp_path.iterdir()) == []
     assert "no checkpoint at phase 0, step 1: state/student/a is not finite" in caplog.text
