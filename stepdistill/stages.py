@@ -54,6 +54,10 @@ def _work_in(config: RunConfig) -> Iterator[Path]:
         yield open_run(config)
 
 
+def _is_started(config: RunConfig) -> bool:
+    return (config.run_dir / "config.yaml").is_file()
+
+
 def doctor(config: RunConfig) -> None:
     """Prints the findings about a planned run; ConfigError if anything would stop it."""
     _quiet_libraries()
@@ -104,6 +108,13 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
 
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     """Trains the unfinished rungs, or one rung again, after a check that the stages after it can be done."""
+    if not _is_started(config):
+        from stepdistill.data.cache import load_cache
+        from stepdistill.ladder import rungs_of
+
+        check_run(config)
+        rungs_of(config, only)
+        load_cache(config)  # a run that cannot train is not started: its settings may still change
     with _work_in(config):
         _quiet_libraries()
         _check_later_stages(config)
@@ -234,8 +245,8 @@ def evaluate(config: RunConfig) -> None:
 def report(config: RunConfig, *, output: Path | None = None) -> Path:
     """Writes the report of a run (page, table, picture grid) and returns its folder, also while another command trains."""
     check_run(config)
-    if not (config.run_dir / "config.yaml").is_file():
-        open_run(config)
+    if not _is_started(config):
+        raise ConfigError(f"{config.run_dir} has nothing to report yet: run `stepdistill distill` first")
     return report_runs([config.run_dir], output=output, grid_columns=config.evaluation.grid_columns)
 
 
@@ -333,8 +344,14 @@ def _check_picture(path: Path) -> None:
 def _estimate(config: RunConfig) -> str:
     """How many minutes the run will take: the plan's number of U-Net passes times the time of one measured here."""
     from stepdistill.ladder import seconds_per_forward
+    from stepdistill.runtime import is_out_of_memory
 
-    each = seconds_per_forward(config)
+    try:
+        each = seconds_per_forward(config)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return "no estimate of the time: training.train_batch_size samples need too much memory; training will take fewer"
     training = each * plan.training_forwards(config, finished=finished_rungs(config.run_dir))
     evaluation = each * plan.evaluation_forwards(config)
     return (
@@ -386,6 +403,11 @@ def _quiet_libraries() -> None:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # kernels that torchao lacks on this machine, and its old calls
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging
     import transformers.utils.logging
 

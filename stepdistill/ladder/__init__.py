@@ -7,4 +7,5 @@ from stepdistill.ladder.shared import Shared as Shared
 from stepdistill.ladder.shared import load_shared as load_shared
 from stepdistill.ladder.speed import seconds_per_forward as seconds_per_forward
 from stepdistill.ladder.train import distill as distill
+from stepdistill.ladder.train import rungs_of as rungs_of
 from stepdistill.ladder.train import rungs_to_copy as rungs_to_copy

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepdistill.config import Phase, Rung
-from stepdistill.errors import CheckpointError, ToBeContinued
+from stepdistill.errors import CheckpointError, OutOfMemoryError, ToBeContinued
 from stepdistill.ladder.rung_files import read_lora
 from stepdistill.ladder.shared import Shared
 from stepdistill.models import adapters
@@ -19,6 +19,7 @@ from stepdistill.run.stop import StopRequest
 from stepdistill.runtime import Runtime
 from stepdistill.training.checkpoint import Checkpoint, Checkpoints, newest, remove_after
 from stepdistill.training.guard import Trouble
+from stepdistill.training.painter import skipped_without_memory
 from stepdistill.training.phase import PhaseState, copied, run_phase
 from stepdistill.training.phase_setup import PhaseSetup
 from stepdistill.training.preview import Preview
@@ -159,8 +160,10 @@ class RungTraining:
         phase, carried = rung.phases[number], start.carried
         setup = self._setup(number, phase, start)
         warned = set[str]()
+        latest: list[PhaseState] = []
 
         def between_updates(state: PhaseState, trouble: Trouble | None) -> None:
+            latest[:] = [state]
             if trouble is not None:
                 self._warn_or_go_back(setup, state, trouble, warned)
             self._save_and_stop(setup, state, carried)
@@ -177,9 +180,15 @@ class RungTraining:
             if setup.discriminator is not None:
                 setup.discriminator.close()
             raise
+        except OutOfMemoryError:
+            if shared.runtime.is_main and latest:
+                self._save(number, latest[0].step, latest[0].state_dict(), carried)
+                self.checkpoints.wait()
+            raise
         if shared.runtime.is_main:
             path = self.preview.folder / f"phase{number}-{phase.title}-end.json"
-            shared.looks.write(path, setup.student, steps=rung.student_steps)
+            with skipped_without_memory(path.name):
+                shared.looks.write(path, setup.student, steps=rung.student_steps)
         if setup.discriminator is None:
             return None
         state = setup.discriminator.state() if self._is_carried_after(number) else None
@@ -240,7 +249,8 @@ class RungTraining:
         def draw(name: str) -> None:
             if shared.runtime.is_main:
                 steps = {"student_steps": rung.student_steps, "teacher_steps": teacher_steps}
-                self.preview.draw(name, student, teacher, **steps)
+                with skipped_without_memory(f"{name}.png"):
+                    self.preview.draw(name, student, teacher, **steps)
 
         return PhaseSetup(
             rung=rung,

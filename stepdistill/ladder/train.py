@@ -38,12 +38,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         only: (teacher_steps, student_steps) of the one rung to train, even if it is finished; all rungs before it must be
             finished.
     """
-    todo = [r for r in config.ladder if only is None or (r.teacher_steps, r.student_steps) == only]
-    if not todo:
-        allowed = ", ".join(f"{r.teacher_steps}:{r.student_steps}" for r in config.ladder)
-        raise ValueError(
-            f"--rung: got {only[0]}:{only[1]}; allowed: {allowed}" if only else "the ladder is empty"
-        )
+    todo = rungs_of(config, only)
     _take_rungs(config)
     if only is None:
         todo = _unfinished(config)
@@ -59,6 +54,17 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
                 f"stopped ({stop.reason}) after the last rung; the same command continues there", exit_code
             )
         return trained
+
+
+def rungs_of(config: RunConfig, only: tuple[int, int] | None) -> list[Rung]:
+    """The ladder, or the one rung with these (teacher_steps, student_steps); ConfigError if there is none."""
+    if only is None:
+        return list(config.ladder)
+    rungs = [r for r in config.ladder if (r.teacher_steps, r.student_steps) == only]
+    if not rungs:
+        allowed = ", ".join(f"{r.teacher_steps}:{r.student_steps}" for r in config.ladder)
+        raise ConfigError(f"--rung: got {only[0]}:{only[1]}; allowed: {allowed}")
+    return rungs
 
 
 def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> list[int]:

@@ -5,6 +5,7 @@ Otherwise a rung could be trained on top of a rung of another base model, and on
 """
 
 from pathlib import Path
+from typing import Any
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import read_sealed, warn_of_damage, write_sealed
@@ -24,8 +25,8 @@ def check_same_teacher(config: RunConfig, folder: Path) -> None:
     A run without a record, as earlier versions left it, passes if its finished rungs belong to this teacher's U-Net.
     """
     _check_rungs(config, folder)
-    stored = (read_sealed(config.run_dir / PARTS_RECORD) or {}).get("parts")
-    if not isinstance(stored, dict):
+    stored = _recorded(config.run_dir / PARTS_RECORD)
+    if stored is None:
         return
     now = part_fingerprints(folder)
     changed = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
@@ -39,12 +40,18 @@ def check_same_teacher(config: RunConfig, folder: Path) -> None:
 def record_teacher(config: RunConfig, folder: Path) -> None:
     """Writes teacher_parts.json, unless it is there or the run's folder is not."""
     path = config.run_dir / PARTS_RECORD
-    if not (config.run_dir / "config.yaml").is_file() or read_sealed(path) is not None:
+    if not (config.run_dir / "config.yaml").is_file() or _recorded(path) is not None:
         return
     if path.exists():
         warn_of_damage(path, "it is written again, for the teacher as it is now")
     clear_half_written(config.run_dir, names=(PARTS_RECORD,))
     write_sealed(path, {"parts": part_fingerprints(folder)})
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """The fingerprints by part in a teacher_parts.json; None if it is missing or damaged."""
+    parts = (read_sealed(path) or {}).get("parts")
+    return parts if isinstance(parts, dict) else None
 
 
 def _check_rungs(config: RunConfig, folder: Path) -> None:

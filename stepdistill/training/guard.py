@@ -20,7 +20,9 @@ from stepdistill.training.samples import Samples
 
 EVERY = 25
 """Updates between two measurements of the distance."""
-SAMPLES = 16
+SAMPLES, _ROWS = 16, 4
+"""Samples that the distance is measured on, and how many of them the networks get at once: even a small micro-batch, which
+may be all that the memory holds, needs more memory for its gradients."""
 CERTAIN, CHANCE, FAR = 0.99, (0.45, 0.55), 4.0
 HORIZON, LONG = 100, 300
 """Updates over which the accuracy is averaged, and after which a D at chance is reported."""
@@ -131,14 +133,13 @@ class AdversaryGuard:
         return Trouble("at chance", text, False)
 
     def _drawn(self) -> list[tuple[Samples, torch.Tensor]]:
-        """The fixed samples in parts of at most train_batch_size, and the teacher's samples of each."""
+        """The fixed samples in parts, and the teacher's samples of each."""
         setup, device = self._setup, self._runtime.device
         parts = []
-        size = min(setup.training.train_batch_size, SAMPLES)
-        for first in range(0, SAMPLES, size):
+        for first in range(0, SAMPLES, _ROWS):
             batch = draw_batch(
                 setup.cache,
-                list(range(first, min(first + size, SAMPLES))),
+                list(range(first, first + _ROWS)),
                 noise_path=setup.student.noise_path,
                 student_steps=setup.rung.student_steps,
                 node_steps=setup.rung.node_steps or setup.rung.student_steps,

@@ -39,10 +39,17 @@ class MicroBatches:
         sample already."""
         self.close()
         if self.size == 1:
+            here = (
+                ""
+                if self._setup.training.gradient_checkpointing
+                else (
+                    "the same command with training.gradient_checkpointing=true, which continues there; or "
+                )
+            )
             raise OutOfMemoryError(
-                f"out of memory in {self._setup.title}, update {step}, with one sample in a micro-batch; what was trained "
-                f"is on disk; mend: training.gradient_checkpointing=true, training.mixed_precision=bf16, "
-                f"training.base_quantization=int8, or smaller pictures (data.resolution)"
+                f"out of memory in {self._setup.title} after {step} updates, with one sample in a micro-batch; mend: {here}"
+                f"another run (name=...) with training.mixed_precision=bf16, training.base_quantization=int8, or smaller "
+                f"pictures (data.resolution)"
             )
         smaller = next(size for size in range(self.size // 2, 0, -1) if self.size % size == 0)
         if self._runtime.is_main:

@@ -6,8 +6,8 @@ latents' device and decodes one picture after another.
 
 import copy
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from PIL import Image
 from stepdistill.diffusion.noise_path import moves_to
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.runtime import is_out_of_memory, release_memory
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,20 @@ def decode_pictures(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
             "distill: %d of %d preview pictures have values that are not finite", broken, len(pictures)
         )
     return torch.cat(pictures)
+
+
+@contextmanager
+def skipped_without_memory(pictures: str) -> Iterator[None]:
+    """Inside it, running out of memory ends the drawing with a warning, and training goes on without these pictures."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.warning("distill: out of memory: %s is not drawn; training goes on", pictures)
+    else:
+        return
+    release_memory()  # outside of the except clause, whose error keeps the tensors of the drawing alive
 
 
 def to_images(pictures: torch.Tensor) -> list[Image.Image]:

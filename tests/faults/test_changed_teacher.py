@@ -120,11 +120,12 @@ def test_a_rung_of_another_base_model_is_refused_without_a_record_too(started, r
     assert not (config.run_dir / PARTS_RECORD).exists()
 
 
-def test_a_damaged_record_is_named_and_written_again(started, run_command):
+@pytest.mark.parametrize("content", [None, b'{"a": 1}'])
+def test_a_damaged_record_is_named_and_written_again(started, run_command, content):
     config, teacher = started
     path = config.run_dir / PARTS_RECORD
     before = path.read_bytes()
-    path.write_bytes(before[:100])
+    path.write_bytes(before[:100] if content is None else content)
     outcome = run_command(lambda: record_teacher(config, teacher))
     assert f"{path} is missing or not as it was written" in outcome.messages
     assert path.read_bytes() == before

@@ -17,6 +17,7 @@ from stepdistill.run.rungs import finished_rungs
 from stepdistill.runtime import Runtime
 from stepdistill.training.micro_batches import MicroBatches
 from stepdistill.training.optim import RoleOptimizer
+from stepdistill.training.painter import Painter
 from stepdistill.training.phase import PhaseState, check_result, update
 from tests.integration.conftest import tiny_config
 from tests.integration.test_phase_state import PHASES, assert_equal, setup_of
@@ -141,6 +142,34 @@ def test_out_of_memory_at_any_call_repeats_the_update_with_the_same_samples(
         number += 1
     assert number
     assert "the update is repeated with 1" in caplog.text
+
+
+@pytest.mark.slow
+def test_after_out_of_memory_with_one_sample_the_same_command_continues_there(tmp_path, monkeypatch, caplog):
+    phases = [{"objective": "mse", "max_train_steps": 3, "learning_rate": 1e-3}]
+    ladder = [{"teacher_steps": 8, "student_steps": 4, "phases": phases}]
+    config = tiny_config(tmp_path, f"ladder={json.dumps(ladder)}", "training.train_batch_size=1")
+    stages.prepare(config)
+    caplog.set_level("INFO")
+    with monkeypatch.context() as patch:
+        on_call(patch, "the student", 2, run_out)
+        assert guarded(lambda: stages.distill(config)) == OutOfMemoryError.exit_code
+    stages.distill(load_config(config.run_dir, ["training.gradient_checkpointing=true"]))
+    assert "the 4-step rung continues in phase 0 after 2 of 3 updates" in caplog.text
+    assert finished_rungs(config.run_dir) == [4]
+
+
+@pytest.mark.slow
+def test_a_preview_that_the_memory_does_not_hold_is_left_out(tmp_path, monkeypatch, caplog):
+    phases = [{"objective": "mse", "max_train_steps": 1, "learning_rate": 1e-3}]
+    ladder = [{"teacher_steps": 8, "student_steps": 4, "phases": phases}]
+    config = tiny_config(tmp_path, f"ladder={json.dumps(ladder)}", "preview.looks_images=2")
+    stages.prepare(config)
+    monkeypatch.setattr(Painter, "draw", lambda *_args, **_options: run_out(None))
+    stages.distill(config)
+    assert finished_rungs(config.run_dir) == [4]
+    for name in ("phase0-mse-end.png", "phase0-mse-end.json"):
+        assert f"out of memory: {name} is not drawn; training goes on" in caplog.text
 
 
 def test_out_of_memory_with_one_sample_stops_with_code_7_and_the_remedies(trained_run, monkeypatch):
