@@ -1,6 +1,8 @@
 """Tiny real classes that the tests share."""
 
+import fcntl
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -10,6 +12,37 @@ from diffusers import UNet2DConditionModel
 
 from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.models.network.conditioning import Conditioning
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow the tests that are slow_after_first, with all parameters but the first."""
+    fast = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if item.get_closest_marker("slow_after_first") and item.get_closest_marker("slow") is None:
+            if test in fast:
+                item.add_marker("slow")
+            fast.add(test)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """A function (name, make) -> folder: what `make(folder)` puts into it, made by the first of the test processes that asks
+    and copied by each, which may then change its copy."""
+
+    def copied(name, make):
+        own = tmp_path_factory.getbasetemp()
+        shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+        folder, is_made = shared / f"{name}-once", shared / f"{name}-once.made"
+        with (shared / f"{name}-once.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_made.exists():
+                make(folder)
+                is_made.touch()
+        return shutil.copytree(folder, tmp_path_factory.mktemp(name), dirs_exist_ok=True)
+
+    return copied
 
 
 def build_tiny_unet(seed: int = 0) -> UNet2DConditionModel:

@@ -1,7 +1,7 @@
 import pytest
 
 from eval.random_teacher import build
-from tests.faults.small_run import copy_of, make_run, outcome_of
+from tests.faults.small_run import copy_of, make_run, outcome_of, small_config
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +27,9 @@ def options(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def whole_run(tmp_path_factory):
+def whole_run(made_once):
     """The config of a finished run, which tests must not change."""
-    return make_run(tmp_path_factory.mktemp("whole"))
+    return small_config(made_once("whole-run", make_run))
 
 
 @pytest.fixture

@@ -158,6 +158,7 @@ def network():
 
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("has_old", [True, False])
+@pytest.mark.slow_after_first
 def test_rung(folders, network, monkeypatch, exchange, has_old, most):
     """Until the rung's new folder stands, its checkpoints stay, or the rung's old folder."""
     place, template = folders

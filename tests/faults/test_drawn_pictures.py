@@ -27,6 +27,7 @@ ROWS = {
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ROWS)
+@pytest.mark.slow_after_first
 def test_a_picture_that_is_not_finite_names_its_row_and_rung(name, odd, whole_run, sampler, tmp_path, capsys):
     row = next(row for row in rows_of(whole_run) if row.name == name)
     pipeline = sampler._ready(row)
@@ -69,6 +70,7 @@ def sampler_of(config, size, *, calls=None):
     ("before", "after"),
     [(4, 5), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((5, 4), (2, 8)))],
 )
+@pytest.mark.slow
 def test_a_row_continues_with_another_batch_size_after_memory_ran_out(before, after, whole_run, tmp_path):
     """The batch size changes numbers by rounding alone: latents by less than 1e-4, pictures by at most 1 grey level."""
     row = next(row for row in rows_of(whole_run) if row.name == "student-2")

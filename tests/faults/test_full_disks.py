@@ -176,6 +176,7 @@ def test_a_read_only_folder_during_prepare(whole_run, copy, run_command):
     assert tree(cache) == tree(whole_run.run_dir / "cache")
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_distill(whole_run, copy, run_command):
     """The finished rung stays if the next one cannot be written."""
     log, rungs = copy.run_dir / "log.jsonl", copy.run_dir / "rungs"

@@ -162,6 +162,7 @@ def test_a_rung_of_an_earlier_version_stays(copy, run_command, updates):
 # a full disk
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_end_of_a_rung_costs_no_training(
     whole_run, copy, run_command, updates, monkeypatch
 ):
@@ -218,6 +219,7 @@ def test_a_finished_run_needs_no_room(copy, run_command, monkeypatch):
 @pytest.mark.parametrize(
     "damage", [b"\xff", *(pytest.param(damage, marks=pytest.mark.slow) for damage in (b"\0", b"{"))]
 )
+@pytest.mark.slow
 def test_a_bad_byte_in_the_log_costs_its_line_alone(copy, run_command, damage):
     shutil.rmtree(copy.run_dir / "rungs" / "1")
     path = copy.run_dir / "log.jsonl"
@@ -255,6 +257,7 @@ def test_a_kill_at_the_start_of_a_rung_keeps_the_lines_of_the_others(copy, updat
 
 
 @pytest.mark.parametrize("now", [0.0, pytest.param(4e9, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_another_time_of_day_changes_nothing(whole_run, copy, run_command, monkeypatch, now):
     shutil.rmtree(copy.run_dir / "rungs" / "1")
     half = copy.run_dir / ".teacher.json.7.partial"

@@ -147,6 +147,7 @@ OF_THE_USER = ["rungs/.notes.partial", "rungs/4/mine.7.partial", "cache/.hidden"
 
 
 @pytest.mark.parametrize("stage", STALE)
+@pytest.mark.slow_after_first
 def test_the_next_start_of_a_stage_removes_only_its_half_written_files(stage, small_run):
     run_dir = small_run.run_dir
     getattr(stages, stage)(small_run)

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import pytest
 
@@ -44,20 +45,27 @@ def tiny_config(output_dir, *overrides):
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory):
+def trained_run(made_once):
     """The config of the tiny ladder, trained and exported but not evaluated."""
-    config = tiny_config(tmp_path_factory.mktemp("finished"))
-    stages.prepare(config)
-    stages.distill(config)
-    stages.export(config)
-    return config
+
+    def make(folder):
+        config = tiny_config(folder)
+        stages.prepare(config)
+        stages.distill(config)
+        stages.export(config)
+
+    return tiny_config(made_once("trained", make))
 
 
 @pytest.fixture(scope="session")
-def finished_run(trained_run):
+def finished_run(made_once, trained_run):
     """The config of a complete run of the tiny ladder: every stage in order."""
-    stages.run_all(trained_run)
-    return trained_run
+
+    def make(folder):
+        shutil.copytree(trained_run.output_dir, folder, dirs_exist_ok=True)
+        stages.run_all(tiny_config(folder))
+
+    return tiny_config(made_once("finished", make))
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,7 @@ def test_if_all_are_damaged_the_rung_starts_again_with_a_warning(interrupted, ca
         ("cache", "", "other latents"),
     ],
 )
+@pytest.mark.slow_after_first
 def test_a_checkpoint_of_something_else_is_refused(interrupted, key, value, message):
     newest = checkpoints_of(interrupted)[0] / MANIFEST
     about = {k: v for k, v in read_json(newest).items() if k != "checksum"}

@@ -92,6 +92,7 @@ def relative_error(latents, expected):
         ),
     ],
 )
+@pytest.mark.slow_after_first
 def test_the_comfyui_workflow_gives_the_same_latents_as_load_few_step(folders, name, steps, options):
     _, teacher, folder, workflow = exported(folders, name, steps, options)
     check_structure(workflow)
@@ -100,6 +101,7 @@ def test_the_comfyui_workflow_gives_the_same_latents_as_load_few_step(folders, n
 
 
 @pytest.mark.parametrize("start", [399, 499])
+@pytest.mark.slow_after_first
 def test_without_the_latent_multiplication_the_workflow_draws_something_else(folders, start):
     _, teacher, folder, workflow = exported(folders, "sd15", 1, {"start_timestep": start})
     (node,) = (n for n in workflow["nodes"] if n["type"] == "LatentMultiply")
@@ -109,6 +111,7 @@ def test_without_the_latent_multiplication_the_workflow_draws_something_else(fol
 
 
 @pytest.mark.parametrize(("name", "options"), [("sd21_v", {}), ("sd15", {"prediction_type": "sample"})])
+@pytest.mark.slow_after_first
 def test_without_model_sampling_the_workflow_draws_something_else(folders, name, options):
     _, teacher, folder, workflow = exported(folders, name, 2, options)
     (node,) = (n for n in workflow["nodes"] if n["type"] == "ModelSamplingDiscrete")

@@ -125,6 +125,7 @@ def test_a_missing_teacher_is_one_problem(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow_after_first
 def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path, pictures, name, capsys):
     build(CONFIGS[name], tiny=True).save_pretrained(tmp_path / "teacher")
     options = [f"teacher.path={tmp_path / 'teacher'}", f"output_dir={tmp_path}", f"data.source={pictures}"]
@@ -137,6 +138,7 @@ def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path
     assert not (tmp_path / name.replace("_", "-")).exists()
 
 
+@pytest.mark.slow
 def test_pictures_that_the_extractor_cannot_read_are_reported_before_drawing(tmp_path):
     """The reader takes 32 x 32 and does not resize; the tiny SD1.5 draws 64 x 64."""
     build("sd15", tiny=True).save_pretrained(tmp_path / "teacher", safe_serialization=True)
@@ -158,6 +160,7 @@ def test_pictures_that_the_extractor_cannot_read_are_reported_before_drawing(tmp
     assert not [f for f in examine(better) if f.state == "problem"]
 
 
+@pytest.mark.slow
 def test_settings_meant_for_an_epsilon_teacher_are_noted_for_a_v_prediction_teacher(tmp_path, pictures):
     options = [f"output_dir={tmp_path}", f"data.source={pictures}", "evaluation.features=reader"]
     notes = {}
@@ -202,6 +205,7 @@ def sd21_v_as(kind, place):
 
 
 @pytest.mark.parametrize("kind", ["file", "lora"])
+@pytest.mark.slow_after_first
 def test_doctor_checks_a_teacher_that_prepare_must_write_first_like_one_in_a_folder(tmp_path, pictures, kind):
     """From the teacher's configs, doctor checks the ladder, the sizes of the pictures, the extractor and the disk."""
     options = [f"output_dir={tmp_path}", f"data.source={pictures}", "data.buckets=true", "data.min_side=8"]
@@ -223,6 +227,7 @@ def test_doctor_checks_a_teacher_that_prepare_must_write_first_like_one_in_a_fol
 
 
 @pytest.mark.parametrize("kind", ["file", "lora"])
+@pytest.mark.slow_after_first
 def test_disk_need_counts_the_teacher_that_prepare_writes(tmp_path, kind):
     """A float16 teacher with a LoRA is written in float32."""
     (tmp_path / "prompts.txt").write_text("a wall\na door\n")

@@ -96,6 +96,7 @@ def family(request, tmp_path_factory):
     return config, teacher, network, folder
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_trained_unet(family, tmp_path):
     _, teacher, network, folder = family
     from safetensors.torch import save_file
@@ -171,6 +172,7 @@ def test_the_original_names_are_those_of_the_original_layout(family):
         ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", "lora_unet_input_blocks_1_0_"),
     ],
 )
+@pytest.mark.slow_after_first
 def test_kohyas_header_says_what_the_tools_look_for(tmp_path, family_name, version, architecture, prefix):
     config, _, _ = rung_of(tmp_path, family_name, "export.license=openrail++", "name=my-model")
     folder = export_rung(config, 4)
@@ -206,6 +208,7 @@ def test_kohyas_header_says_what_the_tools_look_for(tmp_path, family_name, versi
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_equal_weights_are_equal_bytes_however_long_they_took_to_train(tmp_path):
     content = []
     for place, seconds in (("first", 61.5), ("second", 7.25)):
@@ -242,6 +245,7 @@ def test_the_diffusers_lora_file_says_that_it_is_for_diffusers_only(tmp_path):
         {"lora_alpha": 3, "use_rslora": True},
     ],
 )
+@pytest.mark.slow_after_first
 def test_alpha_that_is_not_the_rank_is_in_kohyas_file_and_in_the_fused_unet(tmp_path, changes):
     """Compares with peft's output for that config."""
     config, teacher, _ = rung_of(tmp_path, "sd15", "export.dtype=float32")
@@ -332,6 +336,7 @@ def test_the_active_adapter_takes_part_in_the_forward_pass(tmp_path):
         ("v_prediction", "epsilon", False, "sampling eps, zsnr false", "not with this LoRA"),
     ],
 )
+@pytest.mark.slow_after_first
 def test_the_card_names_the_settings_for_each_tool(
     tmp_path, teacher_kind, student_kind, zero_snr, comfy, elsewhere
 ):

@@ -56,6 +56,7 @@ def test_the_defaults_of_the_call_are_the_rungs_settings(rung, kind):
         (lambda c: EulerDiscreteScheduler.from_config(c, timestep_spacing="trailing"), True),
     ],
 )
+@pytest.mark.slow_after_first
 def test_a_wrong_scheduler_is_replaced_before_and_warned_of_after(rung, scheduler, fits):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
@@ -78,6 +79,7 @@ def test_a_wrong_scheduler_is_replaced_before_and_warned_of_after(rung, schedule
         ({"eta": 1.0}, "eta=1 adds noise"),
     ],
 )
+@pytest.mark.slow_after_first
 def test_other_steps_and_guidance_are_warned_of_and_used(rung, options, says):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
@@ -205,6 +207,7 @@ def weakened(pipeline, _style):
         (weakened, "has weight 0.3, not 1"),
     ],
 )
+@pytest.mark.slow_after_first
 def test_a_lora_that_was_removed_or_weakened_is_warned_of(rung, tmp_path, change, says):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)
@@ -217,6 +220,7 @@ def test_a_lora_that_was_removed_or_weakened_is_warned_of(rung, tmp_path, change
     without_warning(latents, pipeline, PROMPT)
 
 
+@pytest.mark.slow
 def test_a_rung_that_another_pipeline_put_on_the_shared_unet_is_warned_of(rung):
     config, teacher, four = rung
     write_rung(config, teacher, 2, seed=5)

@@ -14,6 +14,7 @@ from tests.integration.few_step import PROMPT, by_hand, latents, pipeline_of, wi
 
 
 @pytest.mark.parametrize("copied", [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy, copy.copy])
+@pytest.mark.slow_after_first
 def test_pickled_and_copied_pipelines_draw_the_same_as_the_original(rung, copied):
     _, teacher, folder = rung
     pipeline = pipeline_of(teacher)

@@ -65,6 +65,7 @@ def test_a_discriminator_at_chance_is_noticed_only_after_long(watched):
 
 
 @pytest.mark.parametrize("accuracies", [(0.7, 0.8), (1.0, 0.0), (CERTAIN - 0.01, 1.0), (0.4, 0.6)])
+@pytest.mark.slow_after_first
 def test_a_discriminator_that_teaches_is_left_alone(watched, accuracies):
     assert first_trouble(watched, accuracies, updates=400) is None
     assert watched.good_step == 400
@@ -89,6 +90,7 @@ def test_the_distance_grows_when_the_student_leaves_its_teacher(watched, setup):
         parameter.data.copy_(value)
 
 
+@pytest.mark.slow
 def test_the_guard_continues_from_its_state_and_changes_no_weight(trained_run):
     config, runtime = load_config(trained_run.run_dir), Runtime()
     phase = SINGLE.model_copy(update={"max_train_steps": 4})

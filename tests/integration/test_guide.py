@@ -118,6 +118,7 @@ def test_every_command_and_snippet_of_the_guide_runs(readers_folder):
 
 
 @pytest.mark.parametrize("page", ["docs/guide.md", "README.md", "card"])
+@pytest.mark.slow_after_first
 def test_the_drawing_snippets_draw_with_a_float16_teacher(tmp_path, page):
     """diffusers reads a text encoder's dtype from the file and makes the U-Net float32, unless a snippet names one."""
     build("sd15", tiny=True).to(torch.float16).save_pretrained(tmp_path / "teacher", safe_serialization=True)

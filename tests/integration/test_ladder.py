@@ -165,6 +165,7 @@ def test_a_carried_discriminator_continues_from_the_earlier_phase(tmp_path):
 
 
 @pytest.mark.parametrize("steps", RUNGS)
+@pytest.mark.slow_after_first
 def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_run, steps):
     """diffusers' pipeline with the LoRA from disk against our roll-out of the trained adapter, from equal noise."""
     folder = rung_folder(finished_run.run_dir, steps)

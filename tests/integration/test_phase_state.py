@@ -126,6 +126,7 @@ def assert_equal(ours, theirs, place="state"):
         pytest.param("single", "fp16", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow_after_first
 def test_a_phase_stopped_and_resumed_is_bit_identical(trained_run, name, precision):
     """The whole state: student, discriminator, both optimisers, average, loss scale, guard."""
     config, phase = load_config(trained_run.run_dir), PHASES[name]

@@ -38,6 +38,7 @@ def configs_alone(folder, target):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.slow_after_first
 def test_one_file_is_read_to_the_last_weight(folders, tmp_path, family, dtype):
     pipeline = DiffusionPipeline.from_pretrained(folders / family, dtype=dtype)
     save_file(original_state(pipeline), tmp_path / "model.safetensors")
@@ -77,6 +78,7 @@ def style_lora(folder, target, *, seed=3, scale=0.3):
 
 
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_loras_merged_into_the_teacher_draw_the_same_as_loaded_ones(folders, tmp_path, family):
     first = style_lora(folders / family, tmp_path / "a", seed=1)
     second = style_lora(folders / family, tmp_path / "b", seed=2)
@@ -99,6 +101,7 @@ def test_loras_merged_into_the_teacher_draw_the_same_as_loaded_ones(folders, tmp
     assert not torch.allclose(latents(baked), latents(plain), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_lora_of_another_model_and_a_file_without_a_lora_are_refused(folders, tmp_path):
     foreign = style_lora(folders / "sdxl", tmp_path / "xl")
     (tmp_path / "none").mkdir()

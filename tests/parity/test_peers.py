@@ -273,6 +273,7 @@ def test_progressive_distillation_learns_the_two_steps_of_its_teacher(noise_path
 
 
 @pytest.mark.parametrize("kind", ["non_saturating", pytest.param("relativistic", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_adversarial_loss_brings_mean_and_spread_to_those_of_the_real_samples(noise_path, kind):
     """The critic has logits a + b x + c x^2, which can tell two Gaussians apart; the student is affine."""
     student = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)

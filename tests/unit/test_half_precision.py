@@ -60,6 +60,7 @@ def losses_and_gradients(noise_path, dtype, checkpointing):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow_after_first
 def test_without_pefts_copies_losses_and_gradients_are_bit_identical(
     noise_path, monkeypatch, dtype, checkpointing
 ):

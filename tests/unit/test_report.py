@@ -84,6 +84,7 @@ def changed(run, tmp_path, change):
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")], ids=["null", "NaN of an earlier version"])
+@pytest.mark.slow_after_first
 def test_a_number_that_is_not_finite_is_a_dash_on_the_page_and_null_in_the_report(run, tmp_path, missing):
     def change(results):
         results["rows"][-1]["fid_to_teacher"] = missing
@@ -199,6 +200,7 @@ def test_the_table_marks_the_best_in_words_and_ends_with_the_yardsticks(page):
     assert "0.0023 <small>± 0.0002</small>" in re.sub(r"</?strong>|<span.*?</span>", "", rows["student-4"])
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_pages(run, tmp_path):
     first, second = (build_report(run, tmp_path / name, grid_columns=4) for name in ("one", "two"))
     for name in ("index.html", "results.json", "results.md", "grid.png"):
@@ -306,6 +308,7 @@ def test_several_runs_are_compared_rung_by_rung(run, tmp_path):
     assert spoken["FID to real images"].endswith("The floor is 5.8.")
 
 
+@pytest.mark.slow
 def test_a_floor_is_drawn_only_if_all_runs_have_it(run, tmp_path):
     def without(results):
         del results["floor"]["fid_to_real"]

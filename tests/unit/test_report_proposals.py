@@ -104,6 +104,7 @@ def faulty_run(folder, path, change, faults):
 
 @pytest.mark.parametrize("faults", ILLS)
 @pytest.mark.parametrize(("path", "change"), KINDS, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.slow_after_first
 def test_every_proposed_setting_is_accepted_by_the_config(tmp_path, path, change, faults):
     run = faulty_run(tmp_path, path, change, faults)
     advised = advice_for(read_run(run))

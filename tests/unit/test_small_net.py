@@ -66,6 +66,7 @@ def check(fids, times):
         assert grown[1] > times[name] * floor, (name, floor, grown)
 
 
+@pytest.mark.slow
 def test_fid_grows_with_every_damage_after_short_training(tmp_path):
     fids, _ = distances(Schooling(steps=40, batch_size=24), tmp_path)
     check(fids, {"lost letters": 2, "blur": 5, "noise": 1.8, "two at once": 4})
