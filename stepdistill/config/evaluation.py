@@ -9,7 +9,7 @@ from stepdistill.config.section import (
     Affects,
     BatchSize,
     ConfigError,
-    FilePath,
+    ExpandedPath,
     Name,
     Section,
     Steps,
@@ -32,7 +32,7 @@ class LoraRow(Section, affects=Affects.NOTHING):
     name: Name
     """Name of the row. It must be unique, must not begin with teacher-, student- or unguided-, and must not be the name of a
     folder or file of the table itself, such as floor."""
-    path: FilePath
+    path: ExpandedPath
     """A .safetensors file, or a folder that holds pytorch_lora_weights.safetensors."""
     steps: Steps
     """Number of sampling steps (num_inference_steps)."""
@@ -57,13 +57,13 @@ class Evaluation(Section, affects=Affects.NOTHING):
 
     num_images: Annotated[int, Field(ge=8, le=10**6)] = 500
     """Number of images per row."""
-    prompts: FilePath | None = None
+    prompts: ExpandedPath | None = None
     """A text file with one prompt per line, used in order and then again from the first. Default: the captions of `data`,
     only the held-out ones if `data.held_out` is above 0."""
-    real_images: FilePath | None = None
+    real_images: ExpandedPath | None = None
     """A folder of pictures to which `*_to_real`, precision, recall, density and coverage compare. Default: the pictures of
     `data`, only the held-out ones if `data.held_out` is above 0; for letters, new renderings of the prompts."""
-    reference_stats: FilePath | None = None
+    reference_stats: ExpandedPath | None = None
     """An .npz file with mean (mu) and covariance (sigma) of real images' features, made with the same extractor and resize;
     `fid_to_real` then needs no pictures."""
     teacher_steps: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=64)] = (32, 8, 4, 2, 1)
@@ -78,7 +78,7 @@ class Evaluation(Section, affects=Affects.NOTHING):
     """Number of images drawn per call of the pipeline."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Data type in which the pipeline draws."""
-    features: FilePath | None = None
+    features: ExpandedPath | None = None
     """Feature extractor for FID, KID, precision, recall, density and coverage: inception or inception:FILE, clip:FOLDER,
     dinov2:FOLDER, trained (a small network that is trained on the run's own pictures, in minutes on a CPU), trained:FOLDER
     (the evaluation/extractor folder of another run) or reader (made for letters). Default: reader for letters; for other
@@ -89,9 +89,9 @@ class Evaluation(Section, affects=Affects.NOTHING):
     patch_size: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Measure patch FID on a centre crop of this side, without resizing. It must be the extractor's input size, such as 299
     for Inception. Default: no patch FID."""
-    clip: FilePath | None = None
+    clip: ExpandedPath | None = None
     """Folder of a CLIP model; with it, CLIP score and CMMD are measured."""
-    dinov2: FilePath | None = None
+    dinov2: ExpandedPath | None = None
     """Folder of a DINOv2 model; with it, FD-DINOv2 is measured."""
     floor: bool = True
     """Draw the teacher's images once more from other seeds. `*_to_teacher` compares with these images, and the teacher's own

@@ -13,12 +13,18 @@ from pydantic import ValidationError
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.plain_yaml import plain_yaml
 from stepdistill.config.saved import read_run_config, resolved
-from stepdistill.config.schema import holds_text, section_at
+from stepdistill.config.schema import all_keys, holds_text, section_at
 from stepdistill.config.shipped import shipped_configs
 from stepdistill.disk.places import is_folder
 from stepdistill.messages import short
 
 _MOST_BYTES = 2**22
+_ALLOWED = {
+    "too_short": "a list with at least one entry",
+    "model_type": "a section: a mapping of keys to values",
+    "string_pattern_mismatch": "letters, digits and . _ -, of which the first is a letter or a digit",
+}
+"""What is allowed, by pydantic's name of the mistake, where its own words are about its classes."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -41,6 +47,11 @@ def _read(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.stem, shipped, n=1)
         hint = f"; did you mean {near[0]}, which ships with stepdistill?" if near else ""
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, FileNotFoundError):
+            raise ConfigError(
+                f"{path}: there is no such config file, run folder or config that ships with stepdistill "
+                f"({', '.join(shipped)}){hint}"
+            ) from None
         raise ConfigError(f"cannot read the config {path}: {reason}{hint}") from None
     if len(content) > _MOST_BYTES:
         raise ConfigError(f"the config {path} has more than {_MOST_BYTES} bytes; allowed: the YAML of a run")
@@ -145,14 +156,28 @@ def _explain(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     if kind == "extra_forbidden":
         allowed_keys = _known_keys(first["loc"][:-1])
-        nearest = difflib.get_close_matches(str(first["loc"][-1]), allowed_keys, n=1, cutoff=0.0)
-        hint = f"nearest: {nearest[0]}; " if nearest else ""
+        nearest = _nearest(str(first["loc"][-1]), allowed_keys)
+        hint = "" if nearest is None else f"nearest: {nearest}; "
         return f"{location}: got an unknown key with value {short(got)}; {hint}allowed: {', '.join(allowed_keys)}"
     if kind == "missing":
         return f"{location}: got nothing; a value is required"
     if kind == "value_error":
         message = str(first["ctx"]["error"])
+    message = _ALLOWED.get(kind, message)
     return f"{location}: got {short(got)} ({type(got).__name__}); allowed: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(name: str, allowed_keys: list[str]) -> str | None:
+    """The key of the section whose name is most like this one, else the dotted keys elsewhere in the config that have such a
+    name; None if nothing is like it."""
+    here = difflib.get_close_matches(name, allowed_keys, n=1)
+    if here:
+        return here[0]
+    by_name: dict[str, list[str]] = {}
+    for key in all_keys():
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    elsewhere = difflib.get_close_matches(name, by_name, n=1, cutoff=0.8)
+    return " or ".join(by_name[elsewhere[0]]) if elsewhere else None
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -1,7 +1,7 @@
 """Where a dotted key such as ladder.0.phases.1.learning_rate stands in the config: its section, its field, and which
 trained weights depend on it. No torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
@@ -17,6 +17,17 @@ def section_at(location: Iterable[int | str]) -> type[Section]:
         field = section.model_fields.get(str(part))
         section = (None if field is None else section_in(field.annotation)) or section
     return section
+
+
+def all_keys(section: type[Section] = RunConfig, above: str = "") -> Iterator[str]:
+    """The dotted keys of all fields, with N for the number of an entry, such as ladder.N.phases.N.learning_rate."""
+    for name, field in section.model_fields.items():
+        key = f"{above}{name}"
+        yield key
+        inner = section_in(field.annotation)
+        if inner is not None:
+            is_list = "tuple" in str(field.annotation)
+            yield from all_keys(inner, f"{key}.N." if is_list else f"{key}.")
 
 
 def holds_text(key: str) -> bool:

@@ -37,6 +37,11 @@ def _usable_path(text: str) -> str:
     return text
 
 
+def _expanded(text: str) -> str:
+    kind, colon, path = text.partition(":~")
+    return f"{kind}:{Path('~' + path).expanduser()}" if colon else str(Path(text).expanduser())
+
+
 PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1000)]
@@ -47,6 +52,9 @@ Rank = Annotated[int, Field(gt=0, le=4096)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=150)]
 """A name that becomes part of file names, which have at most 255 bytes."""
 FilePath = Annotated[str, AfterValidator(_usable_path)]
+"""A path as the config has it. Who opens it expands ~: the text itself is part of what a cache is recognised by."""
+ExpandedPath = Annotated[FilePath, AfterValidator(_expanded)]
+"""A path, or KIND:PATH, in which ~ at the start of the path is already the home folder."""
 
 
 class Affects(Enum):

@@ -11,6 +11,7 @@ from stepdistill.config.ladder import Rung, check_ladder
 from stepdistill.config.section import (
     Affects,
     BatchSize,
+    ExpandedPath,
     FilePath,
     Name,
     PositiveFloat,
@@ -155,7 +156,7 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
 
     name: Annotated[Name, Affects.NOTHING]
     """Name of the run; its folder is output_dir/name."""
-    output_dir: Annotated[FilePath, Affects.NOTHING] = "runs"
+    output_dir: Annotated[ExpandedPath, Affects.NOTHING] = "runs"
     """Folder that holds the runs' folders."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Seed from which all randomness of the run is derived."""

@@ -30,6 +30,14 @@ def several(objectives):
             "ladder.1.student_steps=12",
             ["ladder.1.student_steps", "got 12", "allowed: 1, 2, 4, 8, 16", "nearest: 8"],
         ),
+        ("max_train_step=4", ["max_train_step", "nearest: ladder.N.phases.N.max_train_steps; allowed: data"]),
+        (
+            "learning_rate=1",
+            ["nearest: ladder.N.phases.N.learning_rate or ladder.N.phases.N.discriminator.learning_rate; "],
+        ),
+        ("ladder=[]", ["ladder: got []", "allowed: a list with at least one entry"]),
+        ("training=5", ["training: got 5 (int)", "allowed: a section: a mapping of keys to values"]),
+        ("name=-x", ["name: got '-x'", "allowed: letters, digits and . _ -, of which the first"]),
         ("trainig.x=3", ["trainig", "nearest: training", "allowed: data"]),
         ("training.train_batchsize=4", ["training.train_batchsize", "got", "nearest: train_batch_size"]),
         ("ladder.0.phases.0.learning_rat=4", ["ladder.0.phases.0.learning_rat", "nearest: learning_rate"]),
@@ -49,7 +57,7 @@ def several(objectives):
         ("training.train_batch_size=abc", ["training.train_batch_size", "'abc'", "integer"]),
         ("training.train_batch_size=0", ["training.train_batch_size", "got 0", "greater than 0"]),
         ("teacher.guidance_scale=0.5", ["teacher.guidance_scale", "got 0.5", "greater than or equal to 1"]),
-        ("preview.prompts=[]", ["preview.prompts", "got []", "at least 1"]),
+        ("preview.prompts=[]", ["preview.prompts", "got []", "at least one entry"]),
         ("ladder.2.teacher_steps=16", ["ladder.2.teacher_steps", "got 16", "allowed: 8"]),
         ("ladder.9.student_steps=1", ["'9'", "allowed: 0 to 4"]),
         ("ladder.3.phases.0.teacher_steps=5", ["ladder.3.phases.0.teacher_steps", "got 5", "32, 8, 4"]),
@@ -161,6 +169,16 @@ def test_a_missing_key_and_a_missing_file_are_named(tmp_path):
     broken.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         load_config(broken)
+
+
+def test_the_home_folder_is_expanded_where_files_are_written_and_read(monkeypatch):
+    """A folder with the name ~ would be removed together with the home folder by whoever removes it in a shell."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    words = ["output_dir=~/runs", "evaluation.prompts=~/prompts.txt", "evaluation.features=clip:~/clip"]
+    config = load_config("configs/letters.yaml", words)
+    assert str(config.run_dir) == "/home/somebody/runs/letters"
+    assert config.evaluation.prompts == "/home/somebody/prompts.txt"
+    assert config.evaluation.features == "clip:/home/somebody/clip"
 
 
 def test_an_override_of_a_text_field_is_text():
