@@ -1,6 +1,7 @@
 """No file of the project unpickles, evaluates text, starts a shell, or trusts code that comes with a model."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,19 @@ def test_security_md_names_tests_that_exist():
     places = [part.partition(")")[0] for part in text.split("](")[1:]]
     assert len(places) > 8
     assert all(Path(place).is_file() for place in places)
+
+
+def test_every_pinned_package_but_torch_has_hashes():
+    """Torch's wheel differs between machines."""
+    pins = set(Path("constraints.txt").read_text(encoding="utf-8").split())
+    hashes: dict[str, int] = {}
+    for line in Path(".ci/hashes.txt").read_text(encoding="utf-8").splitlines():
+        if "==" in line:
+            name = line.removesuffix(" \\")
+            hashes[name] = 0
+        else:
+            assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line), line
+            hashes[name] += 1
+    assert pins - set(hashes) == {pin for pin in pins if pin.startswith("torch==")}
+    assert set(hashes) <= pins
+    assert min(hashes.values()) >= 1
