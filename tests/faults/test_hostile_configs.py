@@ -74,6 +74,14 @@ VALUES = {
     f"evaluation.prompts=/{LONG}": "evaluation.prompts",
     'preview.prompts=["a\\0b"]': "preview.prompts: got ['a\\x00b'] (list); allowed: text without NUL characters",
     'preview.prompts=["\\uD800"]': "allowed: text that can be written as UTF-8",
+    **{
+        f"evaluation.loras=[{{name: x, path: /x, steps: 4, scheduler_options: {options}}}]": f"options: got {{{says}"
+        for options, says in (
+            ('{"a\\0": 1}', "'a\\x00': 1} (dict); allowed: text without NUL characters"),
+            ('{a: "\\0"}', "'a': '\\x00'} (dict); allowed: text without NUL characters"),
+            ('{a: "\\uD800"}', "'a': '\\ud800'} (dict); allowed: text that can be written as UTF-8"),
+        )
+    },
     # shapes
     "ladder=" + "[" * 3000: "line 1: more than 50 lists and mappings are inside each other",
     "seed=2001-99-99": "the value is not valid YAML: line 1: '2001-99-99' cannot be read: month must be in 1..12",
