@@ -35,10 +35,13 @@ class Launch:
         store: a connection to the store that nothing else uses.
         name: sets this start of the launch apart from earlier ones, whose notes may still be in the store.
         launcher: process id of torchrun or accelerate; None if there is none that waits for the processes.
+        release: called before the watch ends this process, whose `finally` clauses then do not run.
     """
 
-    def __init__(self, store: Any, *, name: str, launcher: int | None) -> None:
-        self._store, self._launcher = store, launcher
+    def __init__(
+        self, store: Any, *, name: str, launcher: int | None, release: Callable[[], None] = lambda: None
+    ) -> None:
+        self._store, self._launcher, self._release = store, launcher, release
         self._prefix, self._last_answer = f"stepdistill/{name}", time.monotonic()
         self._ends = threading.Lock()  # taken by the thread that ends this process, and never released
         self._over = threading.Event()
@@ -94,6 +97,7 @@ class Launch:
         if self._ends.acquire(blocking=False):
             if message is not None:
                 print(f"stepdistill: {printable(message)}", file=sys.stderr, flush=True)
+            self._release()
             os._exit(DistributedError.exit_code)
 
 
@@ -105,16 +109,20 @@ def is_joined() -> bool:
     return _launch is not None
 
 
-def join(name: str) -> None:
+def join(name: str, *, release: Callable[[], None]) -> None:
     """Connects this process to the store, starts the watch, and lets `ending` tell the other processes. Called once in each
-    process of a launch, when they have met. name: the same in all of them, and other in every start of the launch."""
+    process of a launch, when they have met.
+
+    name: the same in all of them, and other in every start of the launch.
+    release: called before the watch ends this process.
+    """
     global _launch
     from torch.distributed import TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
-    _launch = Launch(store, name=name, launcher=launcher)
+    _launch = Launch(store, name=name, launcher=launcher, release=release)
     _launch.watch()
 
 

@@ -16,7 +16,7 @@ from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
 from stepdistill.run.checkpoint_files import unfinished_rungs
 from stepdistill.run.folder import check_folder, open_folder
-from stepdistill.run.lock import locked
+from stepdistill.run.lock import locked, release_all
 from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
@@ -364,7 +364,7 @@ def _meet(config: RunConfig) -> None:
     """Lets the processes of a launch meet; with one process it does nothing."""
     from stepdistill.runtime import meet
 
-    meet(config.run_dir, timeout_minutes=config.training.distributed_timeout)
+    meet(config.run_dir, timeout_minutes=config.training.distributed_timeout, release=release_all)
 
 
 def _make_teacher(config: RunConfig) -> None:
