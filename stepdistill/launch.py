@@ -24,6 +24,7 @@ _MAIN_THREAD_HAS = 10.0  # seconds to end by itself, after another process has f
 _FIRST_PROCESS_HAS = 10.0  # seconds for process 0 to print an error that the others probably share
 _STORE_MAY_BE_SILENT = 60.0  # seconds
 _LONGEST_CAUSE = 120
+_ENDED = " of the launch ended: {}"
 _MEND = "mend: see its messages, and start the same command again, which continues from the last checkpoint"
 _Answer = TypeVar("_Answer")
 
@@ -126,11 +127,14 @@ def join(name: str, *, release: Callable[[], None]) -> None:
     _launch.watch()
 
 
-def ending(message: str, code: int) -> tuple[str | None, int]:
+def ending(message: str, code: int, *, is_agreed: bool = False) -> tuple[str | None, int]:
     """What this process prints and with which code it exits, when it ends by an error with this message and exit code.
 
     None in place of the message if another process prints it. If another process failed first, the code is 8 and the message
-    is that process's note. Tells the other processes of a failure, but not of a stop, which they agree on.
+    is that process's note.
+
+    is_agreed: whether all processes stop now, as training lets them. Otherwise they are told that this one ends, also if a
+    signal stopped it: it may be the only one that got the signal.
     """
     if _launch is None:
         if _index() > 0:
@@ -141,9 +145,10 @@ def ending(message: str, code: int) -> tuple[str | None, int]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's: this process ends by itself
     is_stop = code in (TO_BE_CONTINUED, INTERRUPTED)
     note = _launch.note()
-    if note is not None and (is_stop or code == DistributedError.exit_code):
-        message, code, is_stop = note, DistributedError.exit_code, False
-    if not is_stop:
+    got_same_signal = is_stop and note is not None and note.endswith(_ENDED.format(message))
+    if note is not None and (is_stop or code == DistributedError.exit_code) and not got_same_signal:
+        message, code, is_stop, is_agreed = note, DistributedError.exit_code, False, False
+    if not is_agreed:
         _launch.tell(message if code == DistributedError.exit_code else _note(message))
     return message if _launch.is_first(str(code) if is_stop else message) else None, code
 
@@ -174,7 +179,7 @@ def is_of_another_process(error: BaseException) -> bool:
 
 
 def _note(message: str) -> str:
-    return f"process {_index()} of the launch ended: {message}"
+    return f"process {_index()}{_ENDED.format(message)}"
 
 
 def _index() -> int:
