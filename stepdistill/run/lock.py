@@ -144,15 +144,16 @@ def release_all() -> None:
 
 def is_alone_in(run_dir: Path) -> bool:
     """Whether no other process writes into a run's folder: this one has its lock, and is the only one of its launch."""
-    return run_dir.absolute() in _held and _is_alone()
+    return run_dir.absolute() in _held and is_alone()
 
 
-def _is_alone() -> bool:
+def is_alone() -> bool:
+    """Whether this process is the only one of its launch, or has no launcher."""
     return _first_set(_SIZES, default="1") == "1"
 
 
 def _is_main() -> bool:
-    return _is_alone() or _first_set(_RANKS, default="0") == "0"
+    return is_alone() or _first_set(_RANKS, default="0") == "0"
 
 
 def _first_set(names: tuple[str, ...], *, default: str) -> str:

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from stepdistill import errors
-from stepdistill.cli import guarded
+from stepdistill import errors, launch
+from stepdistill.cli import app, guarded
 from stepdistill.errors import (
     CheckpointError,
     DataError,
@@ -149,6 +149,30 @@ def test_sample_of_a_folder_that_is_not_a_run_is_refused(tmp_path):
     completed, _ = stepdistill("sample", str(tmp_path), "--prompt", "a red letter a on white")
     assert completed.returncode == 2
     assert "not the folder of a run" in completed.stderr
+
+
+def test_a_command_for_one_process_refuses_a_launch_of_several(tmp_path, capsys, monkeypatch):
+    place, prompt = f"output_dir={tmp_path / 'runs'}", ("--prompt", "a red letter a on white")
+    for number in ("0", "1"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(launch, "_FIRST_PROCESS_HAS", 0.0)
+        monkeypatch.setenv("RANK", number)
+        for words in (
+            ("run", "configs/letters.yaml", place),
+            ("export", "configs/letters.yaml", place),
+            ("report", "configs/letters.yaml", place),
+            ("report", str(tmp_path)),
+            ("sample", str(tmp_path), *prompt, "--output", str(tmp_path / "a.png")),
+            ("extract", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "lora")),
+        ):
+            assert guarded(lambda words=words: app(list(words))) == 2
+            lines = [
+                line for line in capsys.readouterr().err.splitlines() if line.startswith("stepdistill: ")
+            ]
+            assert len(lines) == 1
+            assert lines[0].startswith(f"stepdistill: {words[0]}: got a launch of several processes")
+            assert "launch only `stepdistill prepare`, `distill` and `evaluate`" in lines[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
