@@ -122,10 +122,10 @@ def _stage(
 ) -> None:
     """Runs a stage; with dry_run prints the config and what the `planned` stages would do instead."""
     config = _load(config_path, overrides)
-    stages.check_run(config)
     if not dry_run:
         stage(config)
         return
+    stages.check_run(config)
     described = plan.describe(
         config,
         stages=planned,
@@ -191,7 +191,6 @@ def export(
     asked = [] if formats is None else [f"export.formats=[{formats}]"]
     asked += [] if rank is None else [f"export.rank={rank}"]
     run_config = _load(config, [*(overrides or []), *asked])
-    stages.check_run(run_config)
     stages.export(run_config, steps=steps, push_to=push, dry_run=dry_run)
 
 

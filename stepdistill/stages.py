@@ -47,11 +47,11 @@ def open_run(config: RunConfig) -> Path:
 
 @contextmanager
 def _work_in(config: RunConfig) -> Iterator[Path]:
-    """Inside it, this is the only command that works in the run's folder, which `open_run` has made. FolderInUseError if
-    another one does."""
+    """Inside it, this is the only command that works in the run's folder, which holds its config.yaml. Before anything is
+    written, `check_run` is called; FolderInUseError if another command works there."""
     check_run(config)
     with locked(config.run_dir):
-        yield open_run(config)
+        yield open_folder(config)  # checks the folder again, now that no other command changes it
 
 
 def _is_started(config: RunConfig) -> bool:
@@ -180,6 +180,7 @@ def export(
     several processes.
     """
     _require_one_process("export")
+    check_run(config)
     ladder_steps = [rung.student_steps for rung in config.ladder]
     chosen = list(steps or [n for n in ladder_steps if n in finished_rungs(config.run_dir)] or ladder_steps)
     if not set(chosen) <= set(ladder_steps):
@@ -193,7 +194,6 @@ def export(
     if dry_run:
         _print_exports(config, chosen, push_to)
         return
-    check_run(config)
     _quiet_libraries()
     from stepdistill.export.rung import export_rung
 
@@ -296,12 +296,13 @@ def _run_all(config: RunConfig) -> None:
     from stepdistill.ladder import rungs_to_copy
 
     if not is_ready_made(config):
-        open_run(config)
+        open_folder(config)
         _meet(config)
         _make_teacher(config)
+        check_run(config)  # again, now that the teacher's configs are on this disk
         _check_later_stages(config)
     rungs_to_copy(config)
-    open_run(config)
+    open_folder(config)
     finished = finished_rungs(config.run_dir)
     logger.info(
         "%s",
