@@ -32,6 +32,7 @@ from stepdistill.errors import (
     TO_BE_CONTINUED,
     DistributedError,
     OutOfMemoryError,
+    StoppedAlone,
     ToBeContinued,
 )
 from stepdistill.messages import first_line, short, without_secrets
@@ -40,7 +41,7 @@ from stepdistill.terminal import given_text, one_line, prepare_terminal, printab
 
 
 class _Commands(TyperGroup):
-    """The commands. Turns Ctrl-C and SIGTERM into ToBeContinued, before typer would end the process with a message of its
+    """The commands. Turns Ctrl-C and SIGTERM into StoppedAlone, before typer would end the process with a message of its
     own, and makes what typer says about wrong arguments printable."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,9 +56,9 @@ class _Commands(TyperGroup):
             raise _stopped("SIGTERM" if isinstance(stop, _Terminated) else "Ctrl-C") from None
 
 
-def _stopped(name: str) -> ToBeContinued:
+def _stopped(name: str) -> StoppedAlone:
     code = TO_BE_CONTINUED if name == "SIGTERM" else INTERRUPTED
-    return ToBeContinued(f"stopped ({name}); the same command continues with what is finished", code)
+    return StoppedAlone(f"stopped ({name}); the same command continues with what is finished", code)
 
 
 @contextlib.contextmanager
@@ -121,10 +122,10 @@ def _stage(
 ) -> None:
     """Runs a stage; with dry_run prints the config and what the `planned` stages would do instead."""
     config = _load(config_path, overrides)
-    stages.check_run(config)
     if not dry_run:
         stage(config)
         return
+    stages.check_run(config)
     described = plan.describe(
         config,
         stages=planned,
@@ -190,7 +191,6 @@ def export(
     asked = [] if formats is None else [f"export.formats=[{formats}]"]
     asked += [] if rank is None else [f"export.rank={rank}"]
     run_config = _load(config, [*(overrides or []), *asked])
-    stages.check_run(run_config)
     stages.export(run_config, steps=steps, push_to=push, dry_run=dry_run)
 
 
@@ -276,7 +276,7 @@ def _exit_code(command: Callable[[], object]) -> int:
             raise
         return _ended(str(error), getattr(error, "exit_code", 2))
     except EXPECTED as error:
-        return _ended(str(error), error.exit_code)
+        return _ended(str(error), error.exit_code, is_agreed=type(error) is ToBeContinued)
     except RuntimeError as error:
         if type(error).__name__ != OutOfMemoryError.__name__:  # torch's, which is not imported here
             raise
@@ -291,9 +291,10 @@ def _exit_code(command: Callable[[], object]) -> int:
     return 0
 
 
-def _ended(message: str, code: int) -> int:
-    """Prints an error's line, once for all processes of a launch, and returns the exit code."""
-    line, code = launch.ending(without_secrets(message), code)
+def _ended(message: str, code: int, *, is_agreed: bool = False) -> int:
+    """Prints an error's line, once for all processes of a launch, and returns the exit code. is_agreed: whether all of them
+    stop now."""
+    line, code = launch.ending(without_secrets(message), code, is_agreed=is_agreed)
     if line is not None:
         print(f"stepdistill: {one_line(line)}", file=sys.stderr)
     return code
@@ -303,7 +304,7 @@ def _ended(message: str, code: int) -> int:
 def _terminable() -> Iterator[None]:
     """Lets SIGTERM raise _Terminated in the main thread. While a rung trains, run/stop.py handles it instead.
 
-    A library that was being imported may turn it into an error of its own; that error becomes ToBeContinued.
+    A library that was being imported may turn it into an error of its own; that error becomes StoppedAlone.
     """
     came: list[int] = []
 

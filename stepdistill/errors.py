@@ -65,5 +65,9 @@ class ToBeContinued(Exception):
         self.exit_code = exit_code
 
 
+class StoppedAlone(ToBeContinued):
+    """A signal stopped this process outside training, where the processes of a launch do not agree on stops."""
+
+
 EXPECTED = (NonFiniteError, OutOfMemoryError, DistributedError, ToBeContinued)
 """The errors, besides ValueErrors of this package, whose message stands for itself: no traceback is shown."""

@@ -24,6 +24,7 @@ _MAIN_THREAD_HAS = 10.0  # seconds to end by itself, after another process has f
 _FIRST_PROCESS_HAS = 10.0  # seconds for process 0 to print an error that the others probably share
 _STORE_MAY_BE_SILENT = 60.0  # seconds
 _LONGEST_CAUSE = 120
+_ENDED = " of the launch ended: {}"
 _MEND = "mend: see its messages, and start the same command again, which continues from the last checkpoint"
 _Answer = TypeVar("_Answer")
 
@@ -35,10 +36,13 @@ class Launch:
         store: a connection to the store that nothing else uses.
         name: sets this start of the launch apart from earlier ones, whose notes may still be in the store.
         launcher: process id of torchrun or accelerate; None if there is none that waits for the processes.
+        release: called before the watch ends this process, whose `finally` clauses then do not run.
     """
 
-    def __init__(self, store: Any, *, name: str, launcher: int | None) -> None:
-        self._store, self._launcher = store, launcher
+    def __init__(
+        self, store: Any, *, name: str, launcher: int | None, release: Callable[[], None] = lambda: None
+    ) -> None:
+        self._store, self._launcher, self._release = store, launcher, release
         self._prefix, self._last_answer = f"stepdistill/{name}", time.monotonic()
         self._ends = threading.Lock()  # taken by the thread that ends this process, and never released
         self._over = threading.Event()
@@ -94,6 +98,7 @@ class Launch:
         if self._ends.acquire(blocking=False):
             if message is not None:
                 print(f"stepdistill: {printable(message)}", file=sys.stderr, flush=True)
+            self._release()
             os._exit(DistributedError.exit_code)
 
 
@@ -105,24 +110,31 @@ def is_joined() -> bool:
     return _launch is not None
 
 
-def join(name: str) -> None:
+def join(name: str, *, release: Callable[[], None]) -> None:
     """Connects this process to the store, starts the watch, and lets `ending` tell the other processes. Called once in each
-    process of a launch, when they have met. name: the same in all of them, and other in every start of the launch."""
+    process of a launch, when they have met.
+
+    name: the same in all of them, and other in every start of the launch.
+    release: called before the watch ends this process.
+    """
     global _launch
     from torch.distributed import TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
-    _launch = Launch(store, name=name, launcher=launcher)
+    _launch = Launch(store, name=name, launcher=launcher, release=release)
     _launch.watch()
 
 
-def ending(message: str, code: int) -> tuple[str | None, int]:
+def ending(message: str, code: int, *, is_agreed: bool = False) -> tuple[str | None, int]:
     """What this process prints and with which code it exits, when it ends by an error with this message and exit code.
 
     None in place of the message if another process prints it. If another process failed first, the code is 8 and the message
-    is that process's note. Tells the other processes of a failure, but not of a stop, which they agree on.
+    is that process's note.
+
+    is_agreed: whether all processes stop now, as training lets them. Otherwise they are told that this one ends, also if a
+    signal stopped it: it may be the only one that got the signal.
     """
     if _launch is None:
         if _index() > 0:
@@ -133,9 +145,10 @@ def ending(message: str, code: int) -> tuple[str | None, int]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's: this process ends by itself
     is_stop = code in (TO_BE_CONTINUED, INTERRUPTED)
     note = _launch.note()
-    if note is not None and (is_stop or code == DistributedError.exit_code):
-        message, code, is_stop = note, DistributedError.exit_code, False
-    if not is_stop:
+    got_same_signal = is_stop and note is not None and note.endswith(_ENDED.format(message))
+    if note is not None and (is_stop or code == DistributedError.exit_code) and not got_same_signal:
+        message, code, is_stop, is_agreed = note, DistributedError.exit_code, False, False
+    if not is_agreed:
         _launch.tell(message if code == DistributedError.exit_code else _note(message))
     return message if _launch.is_first(str(code) if is_stop else message) else None, code
 
@@ -166,7 +179,7 @@ def is_of_another_process(error: BaseException) -> bool:
 
 
 def _note(message: str) -> str:
-    return f"process {_index()} of the launch ended: {message}"
+    return f"process {_index()}{_ENDED.format(message)}"
 
 
 def _index() -> int:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -209,18 +209,19 @@ class Processes:
             return broadcast_object_list([value], from_process=source)[0]
 
 
-def meet(run_dir: Path, *, timeout_minutes: float) -> None:
+def meet(run_dir: Path, *, timeout_minutes: float, release: Callable[[], None]) -> None:
     """Lets the processes of a launch meet, before their first common work; later calls change nothing.
 
     run_dir: the run's folder, which all processes must share; ValueError if they do not.
     timeout_minutes: how long they wait for one that does not answer; then DistributedError.
+    release: gives back what this process holds, such as the folder's lock, if it must end at once because another failed.
     """
     options = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)).to_kwargs()
     with collective():
         PartialState(cpu=_ON_CPU, **options)
     processes = Processes()
     if processes.count > 1 and not launch.is_joined():
-        launch.join(processes.broadcast(uuid.uuid4().hex))
+        launch.join(processes.broadcast(uuid.uuid4().hex), release=release)
         processes.check_shared(run_dir)
 
 

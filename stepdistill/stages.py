@@ -16,7 +16,7 @@ from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
 from stepdistill.run.checkpoint_files import unfinished_rungs
 from stepdistill.run.folder import check_folder, open_folder
-from stepdistill.run.lock import locked
+from stepdistill.run.lock import is_alone, locked, release_all
 from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
@@ -47,15 +47,24 @@ def open_run(config: RunConfig) -> Path:
 
 @contextmanager
 def _work_in(config: RunConfig) -> Iterator[Path]:
-    """Inside it, this is the only command that works in the run's folder, which `open_run` has made. FolderInUseError if
-    another one does."""
+    """Inside it, this is the only command that works in the run's folder, which holds its config.yaml. Before anything is
+    written, `check_run` is called; FolderInUseError if another command works there."""
     check_run(config)
     with locked(config.run_dir):
-        yield open_run(config)
+        yield open_folder(config)  # checks the folder again, now that no other command changes it
 
 
 def _is_started(config: RunConfig) -> bool:
     return (config.run_dir / "config.yaml").is_file()
+
+
+def _require_one_process(command: str) -> None:
+    """ConfigError in a launch of several processes, which would all write the same files."""
+    if not is_alone():
+        raise ConfigError(
+            f"{command}: got a launch of several processes; allowed: one process; mend: launch only `stepdistill "
+            f"prepare`, `distill` and `evaluate`, and start `stepdistill export` and `report` without a launcher"
+        )
 
 
 def doctor(config: RunConfig) -> None:
@@ -167,8 +176,11 @@ def export(
         steps: student_steps of the rungs to export, in place of all finished ones.
         push_to: a Hub repository to upload the one exported rung to; nothing is uploaded without it.
         dry_run: only print what would be done.
-    ConfigError for steps that the ladder does not have, and for push_to without exactly one of `steps`.
+    ConfigError for steps that the ladder does not have, for push_to without exactly one of `steps`, and in a launch of
+    several processes.
     """
+    _require_one_process("export")
+    check_run(config)
     ladder_steps = [rung.student_steps for rung in config.ladder]
     chosen = list(steps or [n for n in ladder_steps if n in finished_rungs(config.run_dir)] or ladder_steps)
     if not set(chosen) <= set(ladder_steps):
@@ -180,15 +192,8 @@ def export(
             "--push: a repository holds one LoRA; allowed: with exactly one --steps, such as --steps 4"
         )
     if dry_run:
-        options = config.export
-        lower = f", rank {options.rank}" if options.rank is not None else ""
-        for count in chosen:
-            place = one_line(str(rung_folder(config.run_dir, count)))
-            print(f"export {place}: {', '.join(options.formats)} in {options.dtype}{lower}")
-        if push_to is not None:
-            print(f"push it to {one_line(push_to)}")
+        _print_exports(config, chosen, push_to)
         return
-    check_run(config)
     _quiet_libraries()
     from stepdistill.export.rung import export_rung
 
@@ -204,8 +209,19 @@ def export(
         logger.info("export: %s", push_rung(config, chosen[0], folder, push_to))
 
 
+def _print_exports(config: RunConfig, chosen: Sequence[int], push_to: str | None) -> None:
+    options = config.export
+    lower = f", rank {options.rank}" if options.rank is not None else ""
+    for count in chosen:
+        place = one_line(str(rung_folder(config.run_dir, count)))
+        print(f"export {place}: {', '.join(options.formats)} in {options.dtype}{lower}")
+    if push_to is not None:
+        print(f"push it to {one_line(push_to)}")
+
+
 def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
     """Writes a LoRA of the difference between two U-Nets of the same shape, and logs how much of it that rank keeps."""
+    _require_one_process("extract")
     _quiet_libraries()
     from stepdistill.export.rank import extract_to
 
@@ -244,6 +260,7 @@ def evaluate(config: RunConfig) -> None:
 
 def report(config: RunConfig, *, output: Path | None = None) -> Path:
     """Writes the report of a run (page, table, picture grid) and returns its folder, also while another command trains."""
+    _require_one_process("report")
     check_run(config)
     if not _is_started(config):
         raise ConfigError(f"{config.run_dir} has nothing to report yet: run `stepdistill distill` first")
@@ -252,6 +269,7 @@ def report(config: RunConfig, *, output: Path | None = None) -> Path:
 
 def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_columns: int = 10) -> Path:
     """Writes the report of one run folder, or a comparison of several, and returns its folder."""
+    _require_one_process("report")
     from stepdistill.report.build import build_report
 
     folder = build_report(run_dirs, output, grid_columns=grid_columns)
@@ -264,6 +282,7 @@ def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_co
 
 def run_all(config: RunConfig) -> None:
     """Runs every stage, after logging how long they will take; what the table needs is checked before training begins."""
+    _require_one_process("run")
     check_run(config)
     _quiet_libraries()
     if is_ready_made(config):
@@ -277,12 +296,13 @@ def _run_all(config: RunConfig) -> None:
     from stepdistill.ladder import rungs_to_copy
 
     if not is_ready_made(config):
-        open_run(config)
+        open_folder(config)
         _meet(config)
         _make_teacher(config)
+        check_run(config)  # again, now that the teacher's configs are on this disk
         _check_later_stages(config)
     rungs_to_copy(config)
-    open_run(config)
+    open_folder(config)
     finished = finished_rungs(config.run_dir)
     logger.info(
         "%s",
@@ -308,6 +328,7 @@ def refresh_cards(config: RunConfig) -> None:
 
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
     """Draws one picture with the `steps`-step student of a run, writes it to `output` and returns that path."""
+    _require_one_process("sample")
     from stepdistill.config.saved import read_run_config
     from stepdistill.run.rungs import require_rung
 
@@ -364,7 +385,7 @@ def _meet(config: RunConfig) -> None:
     """Lets the processes of a launch meet; with one process it does nothing."""
     from stepdistill.runtime import meet
 
-    meet(config.run_dir, timeout_minutes=config.training.distributed_timeout)
+    meet(config.run_dir, timeout_minutes=config.training.distributed_timeout, release=release_all)
 
 
 def _make_teacher(config: RunConfig) -> None:

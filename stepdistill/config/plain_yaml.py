@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from stepdistill.messages import short
+from stepdistill.messages import short, without_secrets
 
 MOST_CHARACTERS = 2**20
 """Most characters of a text, and of all its values together; a value that an alias repeats counts each time."""
@@ -14,22 +14,31 @@ DEEPEST = 50
 """Most lists and mappings inside each other; a run's config has 7."""
 LONGEST_NUMBER = 100
 """Most characters of a number."""
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_LONGEST_MESSAGE = 500
+_STANDARD = "tag:yaml.org,2002:"
+"""How the tags of YAML itself begin, which a text writes as !!bool, !!int and so on."""
+_NUMBERS = (f"{_STANDARD}int", f"{_STANDARD}float")
+_TEXTS = tuple(f"{_STANDARD}{name}" for name in ("str", "bool", "null", "timestamp", "binary"))
+"""Tags of values that are, like numbers, made from a text, not from a list or a mapping."""
+_OF_A_VALUE = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
+"""What PyYAML raises besides its own errors if a value does not fit its tag."""
 
 
 def plain_yaml(text: str) -> Any:
     """The plain data of a YAML text. YAMLError of one line, with the number of the text's line, if it is not valid YAML,
-    exceeds a limit, gives a key twice, or holds a number or a date that does not exist."""
+    exceeds a limit, gives a key twice, or holds a value that its tag cannot have, such as a date that does not exist."""
     if len(text) > MOST_CHARACTERS:
         raise yaml.YAMLError(f"it has {len(text)} characters; allowed: up to {MOST_CHARACTERS}")
     try:
         loader = _Loader(text)
         try:
             return loader.get_single_data()
+        except _OF_A_VALUE as error:  # such as an escape that is no character, or a version of 5,000 digits
+            raise yaml.YAMLError(f"line {loader.line + 1}: it cannot be read: {error}") from None
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise yaml.YAMLError(" ".join(str(error).replace(' in "<unicode string>",', " in").split())) from None
+        raise yaml.YAMLError(_in_one_line(str(error))) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,7 +93,10 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The plain value of a node; YAMLError with its line for a number or a date that cannot be."""
+        """The plain value of a node; YAMLError with its line for a value that its tag cannot have."""
+        tag = node.tag.replace(_STANDARD, "!!")
+        if node.tag in (*_NUMBERS, *_TEXTS) and not isinstance(node, yaml.ScalarNode):
+            raise _refused(node.start_mark, f"a list or a mapping cannot be read as {tag}")
         if node.tag in _NUMBERS and len(node.value) > LONGEST_NUMBER:
             raise _refused(
                 node.start_mark, f"a number of {len(node.value)} characters; allowed: up to {LONGEST_NUMBER}"
@@ -93,6 +105,14 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, OverflowError) as error:
             raise _refused(node.start_mark, f"{short(node.value)} cannot be read: {error}") from None
+        except _OF_A_VALUE:  # whose text names parts of PyYAML
+            raise _refused(node.start_mark, f"{short(node.value)} cannot be read as {tag}") from None
+
+
+def _in_one_line(message: str) -> str:
+    """An error's message without line ends, and cut if it repeats a long tag or name."""
+    line = " ".join(without_secrets(message).replace(' in "<unicode string>",', " in").split())
+    return line if len(line) <= _LONGEST_MESSAGE else f"{line[:_LONGEST_MESSAGE]}..."
 
 
 def _refused(mark: Any, why: str) -> yaml.YAMLError:

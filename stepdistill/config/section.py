@@ -1,6 +1,6 @@
 """The base class of all config sections, value types that they share, and ConfigError. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -89,23 +89,43 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_text(cls, value: Any) -> Any:
+        """Refuses a text, or a list with a text, before other checks read it. What a section holds, it checks itself."""
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str):
+                _check_text(text)
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _plain_texts_inside(cls, value: Any) -> Any:
+        """Refuses texts in mappings and in other lists, and what YAML gave in another form than text, such as !!binary."""
         for text in _texts(value):
-            if "\0" in text:
-                raise ValueError("text without NUL characters")
-            if without_secrets(text) != text:
-                raise ValueError(
-                    "text without a token or password, because configs are saved and shown; `hf auth login` and the "
-                    "environment's HF_TOKEN are for tokens"
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError("text that can be written as UTF-8") from None
+            _check_text(text)
         return value
 
 
+def _check_text(text: str) -> None:
+    """ValueError if a text has NUL characters, what may be a secret, or characters that UTF-8 lacks."""
+    if "\0" in text:
+        raise ValueError("text without NUL characters")
+    if without_secrets(text) != text:
+        raise ValueError(
+            "text without a token or password, because configs are saved and shown; `hf auth login` and the "
+            "environment's HF_TOKEN are for tokens"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("text that can be written as UTF-8") from None
+
+
 def _texts(value: Any) -> Iterator[str]:
+    """All texts inside plain data, keys of mappings included."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list | tuple):
-        yield from (part for part in value if isinstance(part, str))
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (*_texts(key), *_texts(inner))
+    elif isinstance(value, list | tuple | set | frozenset):
+        for inner in value:
+            yield from _texts(inner)

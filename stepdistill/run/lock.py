@@ -7,8 +7,9 @@ run.lock is one line of JSON (host, boot, pid, start of the process, since when,
 - The file itself, made with O_EXCL, of which any file system makes only one. Its text says whose it is, so that another
   machine refuses it even where flock does not reach: it cannot see whether that process still runs.
 
-A process that was killed leaves its file behind. It counts as left behind if flock is free and the text names this machine,
-by its boot id, or this host before its last boot; where there is no flock, if no process with that number and start runs.
+A process that ends by os._exit calls `release_all` before. A process that was killed leaves its file behind. It counts as
+left behind if flock is free and the text names this machine, by its boot id, or this host before its last boot; where there
+is no flock, if no process with that number and start runs.
 A copied folder has a copy of the file, which nobody holds. A full disk makes the file empty; flock then decides alone.
 """
 
@@ -44,8 +45,9 @@ _LARGEST = 4096
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _START_FIELD = 19
 """Field of /proc/PID/stat after the command's name: the process's start, in clock ticks since the machine's start."""
-_held: set[Path] = set()
-"""Folders that this process has locked."""
+_held: dict[Path, tuple[int, int]] = {}
+"""The open file of each lock and the id of the process that took it, by the absolute path of the locked folder. A forked
+process has a copy of this and holds no lock."""
 
 
 @dataclass(frozen=True)
@@ -123,25 +125,35 @@ def locked(run_dir: Path) -> Iterator[None]:
             return
         with writing(path):
             descriptor = _taken(path)
-        _held.add(place)
+        _held[place] = (descriptor, os.getpid())
         try:
             yield
         finally:
-            _held.discard(place)
-            _release(path, descriptor)
+            _held.pop(place, None)
+            _remove(place / LOCK, descriptor)
+            os.close(descriptor)
+
+
+def release_all() -> None:
+    """Removes the locks of this process. Called before os._exit, which leaves no `locked`: else another machine, where flock
+    may not reach, would refuse the folder."""
+    for place, (descriptor, process) in list(_held.items()):
+        if process == os.getpid():
+            _remove(place / LOCK, descriptor)
 
 
 def is_alone_in(run_dir: Path) -> bool:
     """Whether no other process writes into a run's folder: this one has its lock, and is the only one of its launch."""
-    return run_dir.absolute() in _held and _is_alone()
+    return run_dir.absolute() in _held and is_alone()
 
 
-def _is_alone() -> bool:
+def is_alone() -> bool:
+    """Whether this process is the only one of its launch, or has no launcher."""
     return _first_set(_SIZES, default="1") == "1"
 
 
 def _is_main() -> bool:
-    return _is_alone() or _first_set(_RANKS, default="0") == "0"
+    return is_alone() or _first_set(_RANKS, default="0") == "0"
 
 
 def _first_set(names: tuple[str, ...], *, default: str) -> str:
@@ -218,11 +230,10 @@ def _claim(path: Path, descriptor: int, *, check_again: bool) -> str | None:
     return None
 
 
-def _release(path: Path, descriptor: int) -> None:
+def _remove(path: Path, descriptor: int) -> None:
     with suppress(OSError):
         if _is_at(path, descriptor):
             path.unlink()
-    os.close(descriptor)
 
 
 def _flock(descriptor: int) -> bool | None:

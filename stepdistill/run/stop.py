@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from stepdistill.errors import INTERRUPTED, TO_BE_CONTINUED
+from stepdistill.run.lock import release_all
 
 logger = logging.getLogger(__name__)
 _EXIT_CODES = {signal.SIGTERM: TO_BE_CONTINUED, signal.SIGINT: INTERRUPTED}
@@ -62,6 +63,7 @@ class StopRequest:
         if self._signal is not None:
             if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
                 return
+            release_all()
             os._exit(_EXIT_CODES[signal.Signals(number)])
         self._signal = number
         logger.info("%s: stops after this update; a second signal stops at once", signal.Signals(number).name)

@@ -3,7 +3,8 @@
 python -m tests.faults.failing_rank PLACE FAILURE RANK STAGE CONFIG [key=value ...]
 
 PLACE    update, move, save, half_saved and drawing of pictures (the second one), rung (its end), none
-FAILURE  killed (SIGKILL), stopped (SIGSTOP), raised, or nan: the place's result is not a number
+FAILURE  killed (SIGKILL), stopped (SIGSTOP), raised, told (SIGTERM), asleep (for an hour, as if it waited on a GPU for
+         another process), or nan: the place's result is not a number
 RANK     the process that fails, in the first attempt of the launch only
 """
 
@@ -11,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import time
 
 from stepdistill.cli import app, guarded
 from stepdistill.disk import durable
@@ -30,12 +32,15 @@ PLACES = {
     "rung": (rung_files, "replace_folder", 1),
     "drawing": (Sampler, "draw", 2),
 }
+SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "told": signal.SIGTERM}
 
 
 def fail(failure):
     if failure == "raised":
         raise RuntimeError(MESSAGE)
-    os.kill(os.getpid(), signal.SIGKILL if failure == "killed" else signal.SIGSTOP)
+    if failure == "asleep":
+        time.sleep(3600)
+    os.kill(os.getpid(), SIGNALS[failure])
 
 
 def let_fail(place, failure):

@@ -35,8 +35,12 @@ DEEP = (
     b"\xff\xfe",
     b"1e999",
     b"&a [*a]",
+    *(b"!!bool abc", b"!!int ''", b"!!int '_'", b"!!float ''", b"!!timestamp abc", b"!!int {=: 1}"),
+    *(b'"\\U00110000"', b"!!binary ", b"!!set "),
 )
 """Bytes that go anywhere into a text."""
+TAGS = ("bool", "int", "float", "timestamp", "null", "binary", "str", "set", "omap", "pairs", "map", "seq")
+"""Tags of YAML that a mutation puts in front of a value."""
 _FORBIDDEN = (
     "os.system",
     "os.exec",
@@ -179,3 +183,16 @@ def mutated_safetensors(content, seed):
     text = json.dumps(changed).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def tagged_yaml(content, seed):
+    """A YAML file with one of YAML's own tags in front of the value of a random line, which may not fit the tag."""
+    draw, lines = random.Random(f"tag {seed}"), content.splitlines()
+    places = [number for number, line in enumerate(lines) if b": " in line]
+    if not places:
+        return content
+    number = draw.choice(places)
+    key, _, value = lines[number].partition(b": ")
+    value = draw.choice((value, b"''", b"'_'", b"abc", b"{=: 1}", b"[1]", b"1" * 200))
+    lines[number] = key + b": !!" + draw.choice(TAGS).encode() + b" " + value
+    return b"\n".join(lines) + b"\n"

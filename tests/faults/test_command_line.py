@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from stepdistill import errors
-from stepdistill.cli import guarded
+from stepdistill import errors, launch, stages
+from stepdistill.cli import app, guarded
 from stepdistill.errors import (
     CheckpointError,
     DataError,
@@ -19,6 +19,7 @@ from stepdistill.errors import (
     NonFiniteError,
     OutOfMemoryError,
 )
+from stepdistill.teacher.source import check_teacher
 
 
 def stepdistill(*arguments, cwd=None):
@@ -149,6 +150,40 @@ def test_sample_of_a_folder_that_is_not_a_run_is_refused(tmp_path):
     completed, _ = stepdistill("sample", str(tmp_path), "--prompt", "a red letter a on white")
     assert completed.returncode == 2
     assert "not the folder of a run" in completed.stderr
+
+
+@pytest.mark.parametrize("stage", ["prepare", "distill", "export", "report"])
+def test_a_command_examines_the_teachers_files_once(tmp_path, monkeypatch, stage):
+    """They are the headers of all weights. Each command stops soon after, because the run has no data or no rung."""
+    examined = []
+    monkeypatch.setattr(stages, "check_teacher", lambda config: examined.append(check_teacher(config)))
+    settings = (f"output_dir={tmp_path}", f"data.source={tmp_path / 'none'}", "evaluation.features=none")
+    assert guarded(lambda: app([stage, "configs/letters.yaml", *settings])) in (2, 4)
+    assert len(examined) == 1
+
+
+def test_a_command_for_one_process_refuses_a_launch_of_several(tmp_path, capsys, monkeypatch):
+    place, prompt = f"output_dir={tmp_path / 'runs'}", ("--prompt", "a red letter a on white")
+    for number in ("0", "1"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(launch, "_FIRST_PROCESS_HAS", 0.0)
+        monkeypatch.setenv("RANK", number)
+        for words in (
+            ("run", "configs/letters.yaml", place),
+            ("export", "configs/letters.yaml", place),
+            ("report", "configs/letters.yaml", place),
+            ("report", str(tmp_path)),
+            ("sample", str(tmp_path), *prompt, "--output", str(tmp_path / "a.png")),
+            ("extract", str(tmp_path), str(tmp_path), "--output", str(tmp_path / "lora")),
+        ):
+            assert guarded(lambda words=words: app(list(words))) == 2
+            lines = [
+                line for line in capsys.readouterr().err.splitlines() if line.startswith("stepdistill: ")
+            ]
+            assert len(lines) == 1
+            assert lines[0].startswith(f"stepdistill: {words[0]}: got a launch of several processes")
+            assert "launch only `stepdistill prepare`, `distill` and `evaluate`" in lines[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

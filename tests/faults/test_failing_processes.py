@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import time
 
 import psutil
@@ -11,6 +13,7 @@ import pytest
 
 from stepdistill import stages
 from stepdistill.run.checkpoint_files import CHECKPOINTS, folders_of
+from stepdistill.run.lock import LOCK
 from tests.faults.failing_rank import MESSAGE
 from tests.faults.small_run import copy_of
 from tests.integration.launched import (
@@ -125,6 +128,44 @@ def test_a_failure_in_evaluation_ends_all_and_the_next_start_continues(straight,
     assert code == 0, errors[-3000:]
     rows = json.loads((config.run_dir / "evaluation" / "results.json").read_text())["rows"]
     assert [row["row"] for row in rows] == ["teacher-4", "student-4", "student-2"]
+
+
+def started_alone(rank, port, config, place, failure, stage):
+    """Process number `rank` of a launch of two without a launcher, as srun starts them; it fails at a place."""
+    number = str(rank)
+    where = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    words = ("-m", "tests.faults.failing_rank", place, failure, number, stage)
+    return started(words, str(config.run_dir / "config.yaml"), MASTER_ADDR="127.0.0.1", **where)
+
+
+@pytest.mark.parametrize(
+    ("place", "stage", "failure", "code", "cause"),
+    [
+        ("update", "distill", "raised", 1, f"RuntimeError: {MESSAGE}"),
+        ("drawing", "evaluate", "told", 75, "stopped (SIGTERM); the same command continues"),
+    ],
+)
+def test_a_process_that_waits_ends_soon_after_the_other_one_and_leaves_no_lock(
+    straight, tmp_path, place, stage, failure, code, cause
+):
+    config = copy_of(straight, tmp_path)
+    if stage == "distill":
+        shutil.rmtree(config.run_dir / "rungs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    waits = started_alone(0, port, config, place, "asleep", stage)
+    fails = started_alone(1, port, config, place, failure, stage)
+    try:
+        fails.communicate(timeout=IMPORTS)
+        _, errors = waits.communicate(timeout=IMPORTS)
+    finally:
+        waits.kill()
+        fails.kill()
+    assert (fails.returncode, waits.returncode) == (code, 8)
+    (line,) = said(errors)
+    assert f"process 1 of the launch ended: {cause}" in line
+    assert not (config.run_dir / LOCK).exists()
 
 
 def test_processes_end_if_their_launcher_is_killed(straight, tmp_path):

@@ -50,6 +50,7 @@ from tests.faults.fuzzing import (
     mutated_json,
     mutated_lines,
     mutated_safetensors,
+    tagged_yaml,
 )
 
 AUDIT = Audit()
@@ -197,9 +198,11 @@ def read_config(folder):
 
 
 def mutated_yaml(content, seed):
-    """A YAML file changed as bytes, or as plain data."""
-    if seed % 2 == 0:
+    """A YAML file changed as bytes, as plain data, or by a tag in front of one of its values."""
+    if seed % 3 == 0:
         return mutated_bytes(content, seed)
+    if seed % 3 == 1:
+        return tagged_yaml(content, seed)
     return yaml.dump(mutated(yaml.safe_load(content), seed), sort_keys=False).encode("utf-8", "replace")
 
 

@@ -74,9 +74,28 @@ VALUES = {
     f"evaluation.prompts=/{LONG}": "evaluation.prompts",
     'preview.prompts=["a\\0b"]': "preview.prompts: got ['a\\x00b'] (list); allowed: text without NUL characters",
     'preview.prompts=["\\uD800"]': "allowed: text that can be written as UTF-8",
+    **{
+        f"evaluation.loras=[{{name: x, path: /x, steps: 4, scheduler_options: {options}}}]": f"options: got {{{says}"
+        for options, says in (
+            ('{"a\\0": 1}', "'a\\x00': 1} (dict); allowed: text without NUL characters"),
+            ('{a: "\\0"}', "'a': '\\x00'} (dict); allowed: text without NUL characters"),
+            ('{a: "\\uD800"}', "'a': '\\ud800'} (dict); allowed: text that can be written as UTF-8"),
+        )
+    },
     # shapes
     "ladder=" + "[" * 3000: "line 1: more than 50 lists and mappings are inside each other",
     "seed=2001-99-99": "the value is not valid YAML: line 1: '2001-99-99' cannot be read: month must be in 1..12",
+    "seed=!!bool abc": "the value is not valid YAML: line 1: 'abc' cannot be read as !!bool",
+    "seed=!!int ''": "line 1: '' cannot be read as !!int",
+    "seed=!!int '_'": "line 1: '_' cannot be read as !!int",
+    "seed=!!int +": "line 1: '+' cannot be read as !!int",
+    "seed=!!float ''": "line 1: '' cannot be read as !!float",
+    "seed=!!timestamp abc": "line 1: 'abc' cannot be read as !!timestamp",
+    "seed={!!bool abc: 1}": "line 1: 'abc' cannot be read as !!bool",
+    "seed=!!timestamp {=: abc}": "line 1: a list or a mapping cannot be read as !!timestamp",
+    f"seed=!!int {{=: '{':'.join(['59'] * 20000)}'}}": "line 1: a list or a mapping cannot be read as !!int",
+    'name="\\UFFFFFFFF"': "the value is not valid YAML: line 1: it cannot be read: ",
+    f"seed=!<{'x' * 5000}> a": "could not determine a constructor for the tag 'xxx",
     "name=" + "[" * 51 + "]" * 51: "line 1: more than 50 lists and mappings are inside each other",
     "name=" + "[" * 49 + "]" * 49: "name: got [[[[...",
     "lora={rank: 4, rank: 8}": "line 1: the key 'rank' is there twice, first in line 1; allowed: once",
@@ -155,6 +174,15 @@ FILES = {
     "not text": (b"\xff\xfe\x00", "is not UTF-8 text"),
     "control characters": (b"name: a\x01b", "is not valid YAML"),
     "tags that make objects": (b"seed: !!python/object/apply:os.system ['true']", "is not valid YAML"),
+    "no value of its tag": (
+        b"name: a\nseed: !!bool abc",
+        "is not valid YAML: line 2: 'abc' cannot be read as !!bool",
+    ),
+    "an escape that is no character": (
+        b'name: a\nseed: "\\U00110000"',
+        "line 2: it cannot be read: chr() arg",
+    ),
+    "a version of 5,000 digits": (b"%YAML 1." + b"9" * 5000 + b"\n--- {}", "line 1: it cannot be read: "),
     "more text than any": (b"#" * (2**20 + 1), "it has 1048577 characters; allowed: up to 1048576"),
     "larger than any": (b"#" * (2**22 + 1), "has more than 4194304 bytes"),
     "a key that is a list": (b"? [a]\n: 1\n", "is not valid YAML"),
@@ -174,7 +202,8 @@ def test_a_config_that_cannot_be_read_is_one_line(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["dashes in dashes", "mappings merged a billion times", "a key twice", "not text"]
+    "name",
+    ["dashes in dashes", "mappings merged a billion times", "a key twice", "not text", "no value of its tag"],
 )
 def test_a_saved_config_that_cannot_be_read_is_one_line(name, tmp_path, capsys):
     (tmp_path / "config.yaml").write_bytes(FILES[name][0])

@@ -14,10 +14,12 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pytest
+from torch.distributed import TCPStore
 
 from stepdistill import stages
 from stepdistill.errors import FolderInUseError
-from stepdistill.run.lock import LOCK, Holder, locked
+from stepdistill.launch import Launch
+from stepdistill.run.lock import LOCK, Holder, locked, release_all
 from stepdistill.run.log import read_log
 from stepdistill.stages import open_run
 from tests.faults.small_run import read_only, room_for, small_config
@@ -27,6 +29,29 @@ import sys, time
 from pathlib import Path
 from stepdistill.run.lock import locked
 with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from stepdistill.run.lock import locked
+from stepdistill.run.stop import StopRequest
+with locked(Path(sys.argv[1])), StopRequest(max_minutes=None):
+    print("locked", flush=True)
+    for _ in range(2):
+        signal.raise_signal(int(sys.argv[2]))
+"""
+WATCHED = """
+import sys, time
+from pathlib import Path
+from torch.distributed import TCPStore
+from stepdistill import launch
+from stepdistill.run.lock import locked, release_all
+launch._LOOKS_EVERY = launch._MAIN_THREAD_HAS = 0.1
+store = TCPStore("127.0.0.1", int(sys.argv[2]), is_master=False, wait_for_workers=False)
+with locked(Path(sys.argv[1])):
+    launch.Launch(store, name="one", launcher=None, release=release_all).watch()
     print("locked", flush=True)
     time.sleep(60)
 """
@@ -85,6 +110,42 @@ def test_the_end_of_a_process_frees_the_folder_without_a_line(tmp_path, holder, 
     holder.send_signal(signal.SIGINT)
     holder.wait()
     assert_taken(tmp_path / "run", caplog, lines=0)
+
+
+def ended_at_once(script, folder, *words):
+    """The exit code of a process that took the lock of a folder and ended by os._exit."""
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(folder), *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.stdout == "locked\n", process.stderr
+    return process.returncode
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_the_process_and_removes_the_lock(tmp_path, number, code):
+    assert ended_at_once(STOPPED, tmp_path, number) == code
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_because_another_one_failed_removes_the_lock(tmp_path):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    Launch(store, name="one", launcher=None).tell("process 1 of the launch ended: no room")
+    assert ended_at_once(WATCHED, tmp_path, store.port) == 8
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_process_and_a_lock_of_another_process_are_left_alone(tmp_path):
+    with locked(tmp_path):
+        assert os.waitstatus_to_exitcode(os.waitpid(fork(release_all), 0)[1]) == 0
+        text = (tmp_path / LOCK).read_bytes()
+        (tmp_path / LOCK).unlink()
+        (tmp_path / LOCK).write_bytes(text)  # as if another process had taken it after somebody removed it
+        release_all()
+        assert (tmp_path / LOCK).exists()
 
 
 def test_it_may_be_entered_again_and_is_released_after_an_error(tmp_path):
@@ -169,7 +230,7 @@ def fork(body):
     if child == 0:
         code = 1
         try:
-            code = body()
+            code = body() or 0
         finally:
             os._exit(code)
     return child

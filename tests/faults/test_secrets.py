@@ -1,5 +1,6 @@
 """Tokens in the environment, in config values, in URLs and in errors appear in no output and in no file."""
 
+import base64
 import logging
 
 import pytest
@@ -15,6 +16,8 @@ CANARY = "canary0123456789abcdef"
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MY_PASSWORD", "some_secret")
 URL = f"https://someone:{CANARY}@example.org/model"
 HUB = "hf_" + "aB3" * 12
+
+ROW = "{name: x, path: /x, steps: 4"
 
 
 @pytest.fixture
@@ -38,6 +41,9 @@ SETTINGS = {
     "a scorer's command": f"evaluation.score_cmd=score --token {HUB} {{images}}",
     "a variable's value": f"evaluation.score_cmd=score {CANARY}1",
     "a prompt": f"preview.prompts=['{HUB}']",
+    "a scheduler's option": f"evaluation.loras=[{ROW}, scheduler_options: {{prediction_type: {HUB}}}}}]",
+    "the name of a scheduler's option": f"evaluation.loras=[{ROW}, scheduler_options: {{{HUB}: 1}}}}]",
+    "text in base64": f"evaluation.score_cmd=!!binary {base64.b64encode(HUB.encode()).decode()}",
     "an unknown key": f"teacher.tokn={URL}",
     "no value": f"seed={URL}",
     "a long URL": f"seed=https://someone:{CANARY * 20}@example.org/model",

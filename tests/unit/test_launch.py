@@ -24,13 +24,13 @@ def processes(server, request):
     return [Launch(store, name=request.node.name, launcher=None) for store in stores]
 
 
-def ended(process, number, monkeypatch, message, code):
+def ended(process, number, monkeypatch, message, code, **options):
     """What process number `number` prints, and its exit code."""
     monkeypatch.setattr(launch, "_launch", process)
     monkeypatch.setenv("RANK", str(number))
     outcome = []
     # SIGTERM is ignored in the main thread only
-    thread = threading.Thread(target=lambda: outcome.append(ending(message, code)))
+    thread = threading.Thread(target=lambda: outcome.append(ending(message, code, **options)))
     thread.start()
     thread.join()
     return outcome[0]
@@ -58,10 +58,23 @@ def test_the_others_say_which_process_failed_instead_of_what_they_noticed(proces
     assert ended(processes[2], 2, monkeypatch, "stopped (SIGTERM)", 75) == (None, 8)
 
 
-def test_a_stop_is_no_failure_and_is_printed_once_whatever_its_reason(processes, monkeypatch):
-    assert ended(processes[1], 1, monkeypatch, "stopped (SIGTERM)", 75) == ("stopped (SIGTERM)", 75)
-    assert ended(processes[0], 0, monkeypatch, "stopped (training.max_minutes is used)", 75) == (None, 75)
+def test_an_agreed_stop_is_no_failure_and_is_printed_once_whatever_its_reason(processes, monkeypatch):
+    for number, message, printed in (
+        (1, "stopped (SIGTERM)", "stopped (SIGTERM)"),
+        (0, "stopped (training.max_minutes is used)", None),
+    ):
+        outcome = ended(processes[number], number, monkeypatch, message, 75, is_agreed=True)
+        assert outcome == (printed, 75)
     assert processes[2].note() is None
+
+
+@pytest.mark.parametrize(("message", "code"), [("stopped (SIGTERM)", 75), ("stopped (Ctrl-C)", 130)])
+def test_a_stop_of_one_process_ends_the_others(processes, monkeypatch, message, code):
+    assert ended(processes[1], 1, monkeypatch, message, code) == (message, code)
+    note = f"process 1 of the launch ended: {message}"
+    assert processes[2].note() == note
+    assert ended(processes[0], 0, monkeypatch, message, code) == (None, code)  # it got the same signal
+    assert ended(processes[2], 2, monkeypatch, "another process ended", 8) == (note, 8)
 
 
 def test_a_store_that_is_gone_stops_no_message(monkeypatch):
