@@ -10,7 +10,7 @@ from stepdistill.cli import app, guarded
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    return guarded(lambda: app(["distill", *arguments]))
+    return guarded(lambda: app(["distill", *arguments], prog_name="stepdistill"))
 
 
 if __name__ == "__main__":

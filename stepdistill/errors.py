@@ -7,7 +7,7 @@
     4    the data cannot be used
     5    a checkpoint cannot be used
     6    a loss, gradient or picture is not finite
-    7    out of memory, in training even with one sample in a micro-batch
+    7    out of memory; in training: even with micro-batches of one sample
     8    another process of the launch ended, or did not answer in time
     75   stopped in the middle of training; the same command continues there
     130  Ctrl-C; the same command continues

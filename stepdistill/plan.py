@@ -170,7 +170,7 @@ def _describe_distill(config: RunConfig, only: tuple[int, int] | None, finished:
             cost = phase.max_train_steps * batch * each
             passes += cost
             lines.append(
-                f"{title}  {phase.title}: {phase.max_train_steps:,} updates of {batch} samples of {each:.1f} passes: "
+                f"{title}  {phase.title}: {phase.max_train_steps:,} updates x {batch} samples x {each:.7g} passes = "
                 f"{cost:,.0f} passes"
             )
     if not lines and only is not None:

@@ -1,4 +1,4 @@
-"""Named randomness: every draw depends only on the seed, on keys that name its purpose, and on the global sample index.
+"""Named randomness: every draw depends only on the seed, on keys that say what it is for, and on the global sample index.
 
 So sample n has the same noise after a resume, in any micro-batch, and on any number of processes.
 """
@@ -12,7 +12,7 @@ Key = int | str
 
 
 def derive_seed(seed: int, *keys: Key) -> int:
-    """A 63-bit seed from a run's seed and names such as ("8", "mse", 17, "noise"); equal keys, equal seed."""
+    """A 63-bit seed from a run's seed and keys such as (8, 0, "mse", "noise", 17); equal keys, equal seed."""
     text = "\x1f".join(f"{type(key).__name__}:{key}" for key in (seed, *keys))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 

@@ -231,7 +231,7 @@ def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
         "pipeline.load_lora_weights(%r) loads it",
         rank,
         100 * reduced.energy_kept,
-        100 * min(reduced.kept.values()),
+        100 * min(reduced.energy_by_module.values()),
         str(output),
     )
     if reduced.left_out > 0:

@@ -179,8 +179,8 @@ def _check_rung(index: int, ladder: tuple[Rung, ...]) -> None:
     if rung.student_steps not in allowed:
         nearest = min(allowed, key=lambda n: abs(n - rung.student_steps), default=1)
         raise ConfigError(
-            f"{key}.student_steps: got {rung.student_steps}; {rung.teacher_steps} teacher steps do not divide into it; "
-            f"allowed: {', '.join(map(str, allowed))}; nearest: {nearest}"
+            f"{key}.student_steps: got {rung.student_steps}, which is no proper divisor of {rung.teacher_steps} teacher "
+            f"steps; allowed: {', '.join(map(str, allowed))}; nearest: {nearest}"
         )
     if index and rung.teacher_steps != ladder[index - 1].student_steps:
         raise ConfigError(

@@ -76,7 +76,7 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     train_batch_size: Annotated[BatchSize, Affects.SPLIT] = 32
     """Number of samples per micro-batch and process."""
     gradient_accumulation_steps: Annotated[BatchSize, Affects.SPLIT] = 1
-    """Number of micro-batches per update; the split into micro-batches does not change what an update computes."""
+    """Number of micro-batches per update. Another split of the same samples changes an update only by rounding."""
     max_grad_norm: PositiveFloat = 1.0
     """Norm to which gradients are clipped, separately for student and discriminator."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 10
@@ -155,9 +155,10 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     """A whole run."""
 
     name: Annotated[Name, Affects.NOTHING]
-    """Name of the run; its folder is output_dir/name."""
+    """Name of the run; its folder is output_dir/name. Change it only if you rename that folder, too; otherwise a new run
+    begins."""
     output_dir: Annotated[ExpandedPath, Affects.NOTHING] = "runs"
-    """Folder that holds the runs' folders."""
+    """Folder that holds the runs' folders. Change it only if you move the run's folder, too; otherwise a new run begins."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     """Seed from which all randomness of the run is derived."""
     start_from: FilePath | None = None

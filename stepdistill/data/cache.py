@@ -149,8 +149,8 @@ def is_whole(manifest: dict[str, Any]) -> bool:
 def _broken(folder: Path, manifest: dict[str, Any] | None) -> str | None:
     """The first file that is missing or was changed, as part of a message; None if the cache is intact."""
     if manifest is None or not is_whole(manifest):
-        there = (folder / "manifest.json").exists()
-        return "manifest.json is not as it was written" if there else "no manifest.json"
+        exists = (folder / "manifest.json").exists()
+        return "manifest.json is not as it was written" if exists else "no manifest.json"
     if not (folder / TEXT).is_file() or sha256_file(folder / TEXT) != manifest.get("text_sha256"):
         return f"{TEXT} is missing or changed"
     for entry in manifest["shards"]:

@@ -73,23 +73,28 @@ def moves_to(moves: Sequence[Move], device: torch.device | str) -> list[Move]:
 
 
 class NoisePath(Protocol):
-    """What training asks of a noise path; `VariancePreserving` says what each answer is."""
+    """How noise is added to clean samples, x_t = alpha_t x_0 + sigma_t e, and the timesteps that samplers visit on the way
+    back. Training uses a noise path only through these methods.
+
+    Timesteps are whole numbers from last_timestep (noisiest) down to 0; CLEAN = -1 stands for the clean sample, at which
+    alpha is 1 and sigma 0.
+    """
 
     def to(self, device: torch.device | str) -> "NoisePath":
-        """The same path on another device."""
+        """The same path with its tensors on another device."""
 
     @property
     def num_train_timesteps(self) -> int:
-        """T."""
+        """T, the number of timesteps that the model was trained on, without CLEAN."""
 
     @property
     def last_timestep(self) -> int:
-        """The noisiest timestep."""
+        """The noisiest timestep, at which sampling starts from pure noise."""
 
     def alpha_sigma(
         self, timesteps: torch.Tensor, *, ndim: int = 1, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t e."""
+        """alpha_t and sigma_t at timesteps (B,), each of shape (B, 1, ..) with `ndim` dimensions; 1 and 0 at CLEAN."""
 
     def add_noise(
         self,
@@ -99,19 +104,25 @@ class NoisePath(Protocol):
         *,
         pure_noise_at_last: bool = False,
     ) -> torch.Tensor:
-        """x_t."""
+        """x_t = alpha_t x_0 + sigma_t e, (B, ...), for timesteps (B,); at CLEAN the original samples themselves.
+
+        pure_noise_at_last: at the last timestep return the noise itself, because sampling starts from it.
+        """
 
     def nodes(self, steps: int) -> torch.Tensor:
-        """The timesteps that an N-step sampler visits."""
+        """The timesteps (N,), int64, at which an N-step sampler calls the network, noisiest first."""
 
     def jump(self, timesteps: Sequence[int], student_steps: int) -> list[int]:
-        """Where the student's one step ends."""
+        """Where a step of a `student_steps`-step sampler leads to from each of the timesteps; CLEAN after the last node."""
 
     def substeps(self, timesteps: Sequence[int], prev_timesteps: Sequence[int], steps: int) -> list[Move]:
-        """The moves of an N-step sampler on the way."""
+        """The moves by which an N-step sampler brings each row of a batch from its timestep to its prev_timestep.
+
+        A row that arrives before the others is left out of later moves. ValueError if a row's prev_timestep is not cleaner.
+        """
 
     def sampling(self, steps: int, batch_size: int) -> list[Move]:
-        """The moves of a whole N-step sampling."""
+        """The moves of an N-step sampler for batch_size rows, from pure noise to the clean sample."""
 
 
 @dataclass(frozen=True)

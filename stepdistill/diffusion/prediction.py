@@ -21,8 +21,8 @@ COEFFICIENTS: dict[
     "sample": lambda _alpha, sigma: (1, 0, -sigma),
     "v_prediction": lambda alpha, sigma: (-sigma, alpha, 1),
 }
-"""(a, b, det) by prediction type. det of v_prediction is alpha_t^2 + sigma_t^2, which is 1 on a variance-preserving path. A
-whole number stands for a factor that is not computed, so that it changes no bit of the result."""
+"""(a, b, det) by prediction type. det of v_prediction is alpha_t^2 + sigma_t^2, which is 1 on a variance-preserving path. An
+int coefficient (0 or 1) is skipped, not multiplied, so that it changes no bit of the result."""
 PREDICTION_TYPES = tuple(COEFFICIENTS)
 
 
@@ -89,7 +89,7 @@ def _noise(
 
 
 def _is(coefficient: Coefficient, number: int) -> bool:
-    """Whether a coefficient is this whole number, which no tensor is asked."""
+    """Whether a coefficient is this int. True only for an int; tensors are not compared."""
     return isinstance(coefficient, int) and coefficient == number
 
 

@@ -1,7 +1,7 @@
 """A folder that must stay where it is while a command writes into it, such as a run's. No torch.
 
-A writer that makes missing folders would make a removed folder again, with only its last files in it. Inside `guarded`
-nobody does: writing stops with one line instead.
+Many writers make the folders that are missing. If somebody removes a run's folder under a command, such a writer would make
+it again, with nothing but its last files in it. Inside `guarded`, writing ends with a one-line error instead.
 """
 
 import os

@@ -93,7 +93,8 @@ def _packages(_config: RunConfig) -> Iterator[Finding]:
 def _device(config: RunConfig) -> Iterator[Finding]:
     precision = config.training.mixed_precision
     if not torch.cuda.is_available():
-        yield Finding("ok", f"device: the CPU, {torch.get_num_threads()} threads")
+        threads = torch.get_num_threads()
+        yield Finding("ok", f"device: the CPU, {threads} thread{'s' if threads > 1 else ''}")
         if precision == "fp16":
             remedy = "training.mixed_precision=no"
             yield Finding("note", "device: float16 is several times slower than float32 on a CPU", remedy)

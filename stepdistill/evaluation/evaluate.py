@@ -174,8 +174,8 @@ class _Measuring:
         return self._write(facts, rows, unmeasured=[])
 
     def _has_results(self, facts: Mapping[str, Any]) -> bool:
-        """Whether results.json already holds all rows of these pictures under this protocol: a part of the rows must not
-        replace them."""
+        """Whether results.json already holds every row, measured on these pictures under this protocol. It must then not be
+        replaced by a part of the rows."""
         stored = read_sealed(self._folder / "results.json") or {}
 
         def digest(results: Mapping[str, Any]) -> str:

@@ -88,8 +88,9 @@ class ImageFolder:
             sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
         )
         if len(files) < FEWEST_PICTURES:
+            has = f"holds {len(files)} pictures" if path.exists() else "does not exist"
             raise ConfigError(
-                f"evaluation.real_images: got {folder!r}, which holds {len(files)} pictures; "
+                f"evaluation.real_images: got {folder!r}, which {has}; "
                 f"allowed: a folder with {FEWEST_PICTURES} or more of {', '.join(PICTURE_SUFFIXES)}"
             )
         return cls(path, files)

@@ -31,7 +31,7 @@ class Reduced:
     """A LoRA of lower rank, and the shares of the energy that it keeps, 0 to 1."""
 
     lora: Lora
-    kept: dict[str, float]
+    energy_by_module: dict[str, float]
     """Share kept in each module."""
     energy_kept: float
     """Share kept of the whole change, including weights that have no LoRA: first and last convolution, norms, biases."""
@@ -161,7 +161,7 @@ def _cut(
     *,
     lost: float = 0.0,
 ) -> Reduced:
-    layers, kept, part, whole = {}, {}, 0.0, lost
+    layers, by_module, part, whole = {}, {}, 0.0, lost
     for name, (u, s, vh), shape in factors:
         root = s[:rank].sqrt()
         up, down = torch.zeros(shape[0], rank), torch.zeros(rank, vh.shape[1])
@@ -172,7 +172,7 @@ def _cut(
             down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *places), scale=1.0
         )
         kept_energy, full_energy = float(s[:rank].square().sum()), float(s.square().sum())
-        kept[name] = kept_energy / full_energy if full_energy else 1.0
+        by_module[name] = kept_energy / full_energy if full_energy else 1.0
         part, whole = part + kept_energy, whole + full_energy
     energy = part / whole if whole else 1.0
-    return Reduced(Lora({}, dict(config)).plain(layers), kept, energy, lost / whole if whole else 0.0)
+    return Reduced(Lora({}, dict(config)).plain(layers), by_module, energy, lost / whole if whole else 0.0)

@@ -67,7 +67,7 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
             "export: rank %d keeps %.2f %% of the energy, and at least %.2f %% in every layer",
             config.export.rank,
             100 * reduced.energy_kept,
-            100 * min(reduced.kept.values()),
+            100 * min(reduced.energy_by_module.values()),
         )
         lora, folder = reduced.lora, folder / f"rank{config.export.rank}"
         write_sealed(folder / KEPT, {"rank": config.export.rank, "energy_kept": reduced.energy_kept})

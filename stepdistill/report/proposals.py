@@ -76,8 +76,8 @@ def scaled(config: Mapping[str, Any], factor: float, *keys: str) -> dict[str, An
 
 def accepted(advice: Advice, config: Mapping[str, Any]) -> Advice:
     """The advice with only those proposals whose settings the config accepts, both one by one and all together."""
-    kept = tuple(proposal for proposal in advice.proposals if _is_accepted(config, proposal.changes))
-    return replace(advice, proposals=kept)
+    usable = tuple(proposal for proposal in advice.proposals if _is_accepted(config, proposal.changes))
+    return replace(advice, proposals=usable)
 
 
 def _is_accepted(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:

@@ -7,13 +7,14 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config.load import setting_text
 from stepdistill.config.saved import resolved, saved_config
 from stepdistill.disk.durable import write_text
 from stepdistill.disk.places import clear_half_written, half_written
 from stepdistill.run.checkpoint_files import check_checkpoints
 from stepdistill.run.lock import LOCK, is_alone_in
 from stepdistill.run.rungs import folders_of_rungs
-from stepdistill.run.settings import differences_text, forbidden_changes
+from stepdistill.run.settings import Difference, differences_text, forbidden_changes
 from stepdistill.run.start_from import TAKEN
 
 TEACHER_RECORD = "teacher.json"
@@ -46,18 +47,26 @@ def check_folder(config: RunConfig) -> None:
         ) from None
     changes = forbidden_changes(_saved(run_dir), resolved(config), finished=folders_of_rungs(run_dir))
     if changes:
-        key, before, now = changes[0]
-        others = f" (also other: {differences_text(changes[1:])})" if len(changes) > 1 else ""
-        raise ConfigError(
-            f"{key}: got {now!r}, but {run_dir} is a run with {before!r}{others}; allowed: the same value, {run_dir} in "
-            f"place of the config file to continue that run with its own settings, another name=..., or removing that folder"
-        )
+        raise ConfigError(_difference(run_dir, changes))
     check_checkpoints(config)
 
 
+def _difference(run_dir: Path, changes: list[Difference]) -> str:
+    """The message for settings that differ from those of the run in the folder."""
+    key, before, now = changes[0]
+    others = f" (also other: {differences_text(changes[1:])})" if len(changes) > 1 else ""
+    with_it = "the default" if before is None else setting_text(key, before)
+    same = f"leave {key} out" if before is None else f"use {setting_text(key, before)}"
+    got = "nothing" if now is None else repr(now)
+    return (
+        f"{key}: got {got}, but the run in {run_dir} was started with {with_it}{others}; mend: {same}, or `stepdistill run "
+        f"{run_dir}` to continue that run as it was, or another name=... for a new run"
+    )
+
+
 def _check_empty(run_dir: Path) -> None:
-    """ConfigError if a folder without config.yaml holds anything but what a process leaves that is killed before it has
-    written config.yaml, or that is starting right now."""
+    """ConfigError if a folder without config.yaml holds unrelated files. A lock and a half-written config.yaml are allowed:
+    a process that was killed at its start leaves them, and one that is starting right now has them."""
     if run_dir.is_dir() and not all(map(_is_of_a_start, run_dir.iterdir())):
         raise ConfigError(f"name: {run_dir} holds files that are no run's; choose another name or output_dir")
 

@@ -104,7 +104,10 @@ def _examined(run_dir: Path, student_steps: int) -> tuple[RungRecord | None, Pat
     return record, None
 
 
-_MEND = "`stepdistill distill`, which trains it and the rungs after it again, or put back a copy of the file"
+_MEND = (
+    "`stepdistill distill`, which trains it again, and the rungs after it if its LoRA changed; or put back a copy of the "
+    "file"
+)
 
 
 def require_rung(run_dir: Path, student_steps: int) -> RungRecord:

@@ -140,9 +140,9 @@ def _scheduler_mismatches(pipeline: DiffusionPipeline, rung: LoadedRung) -> list
     if name not in _SAME_STEP:
         return [f"{name} takes other steps than the LoRA was trained for; allowed: {' or '.join(_SAME_STEP)}"]
     mismatches = []
-    expected, found = trained_timesteps(rung.scheduler, steps), _timesteps(scheduler, steps)
-    if found != expected:
-        mismatches.append(f"{name} uses timesteps {found}, this LoRA is trained at {expected}")
+    expected, used = trained_timesteps(rung.scheduler, steps), _timesteps(scheduler, steps)
+    if used != expected:
+        mismatches.append(f"{name} uses timesteps {used}, this LoRA is trained at {expected}")
     if config.get("prediction_type") != rung.record.prediction_type:
         mismatches.append(
             f"the scheduler has prediction_type={config.get('prediction_type')!r}, this LoRA needs "

@@ -1,6 +1,7 @@
 """Checks without torch that a folder holds a complete diffusers pipeline, so that a wrong path costs no time."""
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def teacher_kind(path: str) -> Literal["folder", "file", "hub"]:
     place = Path(path).expanduser()
     if path == EMBEDDED_TEACHER or is_folder(place):
         return "folder"
-    if place.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+    if place.suffix in (".safetensors", ".ckpt", ".pt", ".bin") or os.path.isfile(place):
         return "file"
     return "hub" if _HUB_ID.fullmatch(path) else "folder"
 

@@ -87,8 +87,10 @@ def _renamed(name: str, tensors: _Tensors, net: Any) -> _Tensors:
     prefix = _OPEN_CLIP[name]
     if any(key.startswith(prefix) for key in tensors):
         return single_file_utils.convert_open_clip_checkpoint(net, dict(tensors), prefix=prefix)
-    own = {key: tensor for key, tensor in tensors.items() if name == "text_encoder" and key.startswith(_CLIP)}
-    return single_file_utils.convert_ldm_clip_checkpoint(own)
+    clip_tensors = {
+        key: tensor for key, tensor in tensors.items() if name == "text_encoder" and key.startswith(_CLIP)
+    }
+    return single_file_utils.convert_ldm_clip_checkpoint(clip_tensors)
 
 
 def _left_out(name: str, file: Path, tensors: _Tensors, renamed: _Tensors) -> Iterator[str]:

@@ -39,7 +39,8 @@ def _check_teacher(config: RunConfig) -> None:
         _check_lora(f"teacher.loras.{number}.path", lora.path)
     if kind == "file" and Path(path).suffix != ".safetensors":
         raise ConfigError(
-            f"teacher.path: got {path!r}; allowed: .safetensors; files of the other kinds run code when they are read"
+            f"teacher.path: got {path!r}, which is not a .safetensors file; allowed: a diffusers pipeline folder, or a "
+            f".safetensors file, because files of other kinds may run code when they are read"
         )
     if kind == "file":
         _check_file(config)

@@ -16,7 +16,8 @@ _MOST_TOKENS = 4096
 _TEXTS = ("a photo of a cat", "a drawing of two dogs", *string.ascii_lowercase)
 """Texts that no tokenizer may encode alike."""
 _LOST_MERGES = 0.01
-"""Share of the vocabulary's words that no merge makes from which the merges count as lost; added words have none either."""
+"""The list of merges counts as incomplete if more than this share of the vocabulary has no merge that makes it. Some intact
+tokenizers have a few such words: those that were added later."""
 
 
 def use_tokenizer(folder: Path, kind: str, encoder: CLIPTextConfig) -> None:

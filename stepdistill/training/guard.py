@@ -40,7 +40,7 @@ class Trouble:
 class AdversaryGuard:
     """Watches the updates of one adversarial phase.
 
-    good_step: the number of updates after which nothing was wrong when it was last looked at.
+    good_step: the last checked update without trouble that `training.guard: rewind` would go back for.
     """
 
     def __init__(self, setup: PhaseSetup, runtime: Runtime) -> None:

@@ -1,6 +1,7 @@
 """Mistakes at the command line: one line, exit code 2, under two seconds, nothing written."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -114,6 +115,12 @@ def test_dry_run_of_a_stage_prints_only_its_part_of_the_plan(tmp_path):
     assert "32 -> 32" not in plan
     assert "evaluate" not in plan
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("stage", ["prepare", "distill", "export", "evaluate", "report"])
+def test_a_stage_script_shows_the_usage_of_a_command_that_exists(stage, capsys):
+    assert runpy.run_path(f"pipelines/{stage}.py")["main"]([]) == 2
+    assert f"Usage: stepdistill {stage} [OPTIONS] " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path
     assert "problem" not in capsys.readouterr().out
     assert run("run", f"configs/{name}.yaml", "--dry-run", *options) == 0
     output = capsys.readouterr().out
-    assert f"32 -> 8  single: {20 if name == 'small' else 100} updates of" in output
+    assert f"32 -> 8  single: {20 if name == 'small' else 100} updates x " in output
     assert not (tmp_path / name.replace("_", "-")).exists()
 
 

@@ -118,10 +118,12 @@ def test_a_lora_of_another_model_and_a_file_without_a_lora_are_refused(folders, 
 
 def test_files_that_are_not_a_checkpoint_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
+    (tmp_path / "existing.py").write_text("1 / 0")
     (tmp_path / "broken.safetensors").write_bytes(b"no header at all, but long enough to be read")
     save_file({"lora.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
     for name, message in (
-        ("model.ckpt", "allowed: .safetensors"),
+        ("model.ckpt", "which is not a .safetensors file; allowed: a diffusers pipeline folder, or"),
+        ("existing.py", "which is not a .safetensors file; allowed: a diffusers pipeline folder, or"),
         ("missing.safetensors", "which does not exist"),
         ("broken.safetensors", "as safetensors"),
         ("lora.safetensors", "holds no whole model"),

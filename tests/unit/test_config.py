@@ -28,7 +28,12 @@ def several(objectives):
     [
         (
             "ladder.1.student_steps=12",
-            ["ladder.1.student_steps", "got 12", "allowed: 1, 2, 4, 8, 16", "nearest: 8"],
+            [
+                "ladder.1.student_steps",
+                "got 12, which is no proper divisor of 32 teacher",
+                "allowed: 1, 2, 4, 8, 16",
+                "nearest: 8",
+            ],
         ),
         ("max_train_step=4", ["max_train_step", "nearest: ladder.N.phases.N.max_train_steps; allowed: data"]),
         (
@@ -205,7 +210,7 @@ def test_the_folder_of_another_run_is_refused_and_left_unchanged(tmp_path):
     before = (first.run_dir / "config.yaml").read_bytes()
     for free in ("evaluation.num_images=64", "data.max_bad_fraction=0.5", "data.on_bad.image_animated=error"):
         check_run(load_config(CONFIG, [f"output_dir={tmp_path}", free]))
-    with pytest.raises(ConfigError, match=r"lora\.rank: got 8.*a run with \d+.*another name"):
+    with pytest.raises(ConfigError, match=r"lora\.rank: got 8.*started with lora\.rank=32; .*another name"):
         check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "lora.rank=8"]))
     assert (first.run_dir / "config.yaml").read_bytes() == before
     (tmp_path / "mine").mkdir()

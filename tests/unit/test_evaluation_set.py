@@ -73,6 +73,10 @@ def test_a_folder_of_real_images_may_have_several_sizes_and_kinds(tmp_path):
 def test_a_folder_without_pictures_and_a_broken_picture_are_named(tmp_path):
     with pytest.raises(ConfigError, match="holds 0 pictures"):
         ImageFolder.open(str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.real_images: got '.*nope', which does not exist; allowed:"
+    ):
+        ImageFolder.open(str(tmp_path / "nope"))
     for name in "abcdefgh":
         (tmp_path / f"{name}.png").write_bytes(b"\x89PNG not really")
     with pytest.raises(ValueError, match=r"cannot read .*a\.png"):

@@ -15,9 +15,11 @@ from transformers import (
     Dinov2Model,
 )
 
+from stepdistill.config import Evaluation
 from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.measure.feature_files import INCEPTION_VARIABLE
 from stepdistill.evaluation.measure.features import build_extractor, clip_score, extract
+from stepdistill.evaluation.measure.image_sets import Distances
 from tests.conftest import randn
 from tests.extractors import build_clip, build_dinov2
 
@@ -165,13 +167,23 @@ def test_a_folder_with_missing_weights_is_refused_instead_of_left_random(clip_fo
     weights = load_file(folder / "model.safetensors")
     text = {name: tensor for name, tensor in weights.items() if not name.startswith("vi")}
     save_file(text, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"evaluation\.clip: cannot load .*no weights for vision_model"):
+    with pytest.raises(ValueError, match=r"evaluation\.features: cannot load .*no weights for vision_model"):
         build_extractor(f"clip:{folder}")
-    with pytest.raises(ValueError, match=r"evaluation\.dinov2: cannot load .*it holds clip"):
+    with pytest.raises(ValueError, match=r"evaluation\.features: cannot load .*it holds clip"):
         build_extractor(f"dinov2:{clip_folder}")
     (folder / "model.safetensors").write_bytes((clip_folder / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"evaluation\.clip: cannot load"):
+    with pytest.raises(ValueError, match=r"evaluation\.features: cannot load"):
         build_extractor(f"clip:{folder}")
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_the_key_that_names_a_folder_is_blamed_for_it(kind):
+    for options, key in (
+        ({"features": f"{kind}:/nope"}, "features"),
+        ({"features": "reader", kind: "/nope"}, kind),
+    ):
+        with pytest.raises(ValueError, match=rf"^evaluation\.{key}: cannot load /nope: "):
+            Distances(Evaluation(**options))
 
 
 def test_a_missing_file_is_named_with_the_remedy(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The planned cost of a run, compared with what the run does."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -122,13 +123,17 @@ def test_reusing_half_of_the_targets_halves_the_teachers_cost():
 
 
 def last_number(line):
-    return float(line.rpartition(": ")[2].removesuffix(" passes").replace(",", ""))
+    return float(re.split(": | = ", line)[-1].removesuffix(" passes").replace(",", ""))
 
 
 def test_the_parts_of_the_plan_add_up_to_the_remaining_passes():
     config = load_config(CONFIGS[0])
     lines = describe(config).splitlines()
     training = [line for line in lines if line.startswith("distill")]
+    for line in training:
+        updates, samples, each = re.findall(r"([\d.,]+) (?:updates|samples|passes =)", line)
+        product = float(updates.replace(",", "")) * float(samples) * float(each)
+        assert f"= {product:,.0f} passes" in line
     assert sum(map(last_number, training)) == pytest.approx(training_forwards(config), abs=len(training))
     total = f"in all     {training_forwards(config) + evaluation_forwards(config):,.0f} U-Net passes"
     assert lines[-1].startswith(total)

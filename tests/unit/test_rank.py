@@ -24,9 +24,9 @@ def of_singular_values(values, out=12, inside=9):
 def test_the_energy_kept_is_that_of_the_largest_singular_values():
     lora = Lora({"a": of_singular_values([4.0, 2.0, 1.0]), "b": of_singular_values([3.0, 3.0, 0.0])}, {})
     reduced = reduce_rank(lora, 1)
-    assert reduced.kept == pytest.approx({"a": 16 / 21, "b": 9 / 18})
+    assert reduced.energy_by_module == pytest.approx({"a": 16 / 21, "b": 9 / 18})
     assert reduced.energy_kept == pytest.approx(25 / 39)
-    assert reduce_rank(lora, 2).kept["b"] == pytest.approx(1.0)
+    assert reduce_rank(lora, 2).energy_by_module["b"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("layer", [random_layer(20, 14, 8, scale=0.3), random_layer(6, 5, 4, kernel=(3, 3))])

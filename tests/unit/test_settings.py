@@ -92,10 +92,20 @@ def test_settings_that_no_finished_rung_depends_on_may_change(run_with_a_finishe
     [
         (
             "ladder.0.phases.0.learning_rate=1e-5",
-            r"ladder\.0\.phases\.0\.learning_rate: got 1e-05, but .* 0\.\d+",
+            r"ladder\.0\.phases\.0\.learning_rate: got 1e-05, but .* with ladder\.0\.phases\.0\.learning_rate=0\.\d+",
         ),
-        ("training.max_grad_norm=7", r"training\.max_grad_norm: got 7\.0, but .*a run with 1\.0"),
-        ("seed=3", "seed: got 3"),
+        (
+            "training.max_grad_norm=7",
+            r"training\.max_grad_norm: got 7\.0, but .* was started with training\.max_grad_norm=1\.0; mend: use ",
+        ),
+        (
+            "seed=3",
+            r"; mend: use seed=0, or `stepdistill run .*/letters` to continue that run as it was, or ",
+        ),
+        (
+            "data.resolution=64",
+            r"resolution: got 64, but .* with the default; mend: leave data\.resolution out, or ",
+        ),
     ],
 )
 def test_settings_that_a_finished_rung_depends_on_may_not(run_with_a_finished_rung, refused, says):

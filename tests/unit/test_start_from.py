@@ -99,7 +99,9 @@ def test_a_run_with_copied_rungs_resumes_when_the_other_run_is_gone(tmp_path, fi
     rung_folder(first, 32).rename(rung_folder(config.run_dir, 32))
     check_run(config)
     assert taken_steps(config) == [32]
-    with pytest.raises(ConfigError, match="start_from: got None, but"):
+    with pytest.raises(
+        ConfigError, match=r"start_from: got nothing, but the run in .* was started with start_from=.*/32"
+    ):
         check_run(load_config("configs/letters.yaml", [f"output_dir={tmp_path / 'runs'}", "name=other"]))
 
 

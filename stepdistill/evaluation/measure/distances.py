@@ -16,6 +16,7 @@ from stepdistill.teacher.files import require_file
 
 # Under torchrun only the main process measures; torchmetrics would wait for the other processes to synchronise.
 ALONE = {"sync_on_compute": False}
+_STATS = "evaluation.reference_stats"
 _MOST_BYTES = 2**28  # for mu and for sigma each; Inception's sigma has 2048 x 2048 numbers
 _CHUNK = 1024  # rows of a distance matrix that are in memory at a time
 
@@ -36,7 +37,8 @@ class Moments:
 
     @classmethod
     def from_npz(cls, path: Path) -> "Moments":
-        """The moments in the usual .npz file with `mu` and `sigma`; ValueError if these are missing or not valid moments."""
+        """The moments in the usual .npz file with `mu` and `sigma`, which evaluation.reference_stats names; ValueError if
+        these are missing or not valid moments."""
         try:
             require_file(path)
             with zipfile.ZipFile(path) as members:
@@ -49,17 +51,17 @@ class Moments:
                 )
         except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"{path}: cannot read reference stats: {error}; allowed: an .npz with mu and sigma"
+                f"{_STATS}: cannot read {path}: {error}; allowed: an .npz with mu and sigma"
             ) from None
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
-                f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not match"
+                f"{_STATS}: {path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not match"
             )
         finite = bool(mean.isfinite().all() and covariance.isfinite().all())
         # a sigma that was computed in float32 is symmetric only up to rounding
         if not finite or (covariance - covariance.T).norm() > 1e-4 * covariance.norm():
             raise ValueError(
-                f"{path}: mu and sigma are not valid moments: not finite, or sigma is not symmetric"
+                f"{_STATS}: {path}: mu and sigma are not valid moments: not finite, or sigma is not symmetric"
             )
         return cls(mean, covariance, 2)
 

@@ -118,7 +118,7 @@ class TransformersFeatures(FeatureExtractor):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, *, key: str) -> None:
         from transformers import AutoConfig, AutoImageProcessor, CLIPModel, Dinov2Model
 
         loader = {"clip": CLIPModel, "dinov2": Dinov2Model}[kind]
@@ -138,7 +138,7 @@ class TransformersFeatures(FeatureExtractor):
                 read_processor(folder)(text=["a photo"], return_tensors="pt", padding=True)
         except Exception as error:  # transformers raises many types of errors for broken files
             raise ValueError(
-                f"evaluation.{kind}: cannot load {folder}: {first_line(error)}; "
+                f"{key}: cannot load {folder}: {first_line(error)}; "
                 f"allowed: a folder with config.json, preprocessor_config.json and model.safetensors"
                 + (", and CLIP's tokenizer" if kind == "clip" else "")
             ) from None
@@ -175,8 +175,13 @@ class TrainedFeatures(FeatureExtractor):
         return self.net(images / 127.5 - 1)
 
 
-def build_extractor(spec: str, *, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """The extractor that `spec` names, in eval mode; ValueError if the name is unknown or a file is missing."""
+def build_extractor(
+    spec: str, *, device: torch.device | str = "cpu", key: str = "evaluation.features"
+) -> FeatureExtractor:
+    """The extractor that `spec` names, in eval mode; ValueError if the name is unknown or a file is missing.
+
+    key: the config's key that names CLIP's or DINOv2's folder, for the message.
+    """
     kind, _, rest = spec.partition(":")
     if spec == "reader":
         made: FeatureExtractor = ReaderFeatures()
@@ -184,7 +189,7 @@ def build_extractor(spec: str, *, device: torch.device | str = "cpu") -> Feature
         file, _, digest = rest.partition("#sha256=")
         made = InceptionFeatures(Path(file) if file else inception_file(), sha256=digest or None)
     elif kind in ("clip", "dinov2") and rest:
-        made = TransformersFeatures(kind, Path(rest))
+        made = TransformersFeatures(kind, Path(rest), key=key)
     elif kind == "trained" and rest:
         made = TrainedFeatures(Path(rest))
     else:

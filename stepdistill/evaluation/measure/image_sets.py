@@ -80,10 +80,11 @@ class Distances:
                 self._views.append(View("patch", self.main.extractor, "none", options.patch_size))
         self.clip = None
         if options.clip is not None:
-            self.clip = View("clip", build_extractor(f"clip:{options.clip}", device=device), "pil_bicubic")
+            clip = build_extractor(f"clip:{options.clip}", device=device, key="evaluation.clip")
+            self.clip = View("clip", clip, "pil_bicubic")
             self._views.append(self.clip)
         if options.dinov2 is not None:
-            dinov2 = build_extractor(f"dinov2:{options.dinov2}", device=device)
+            dinov2 = build_extractor(f"dinov2:{options.dinov2}", device=device, key="evaluation.dinov2")
             self._views.append(View("dinov2", dinov2, "pil_bicubic"))
 
     def _check_moments(self, options: Evaluation, extractor: FeatureExtractor) -> None:
