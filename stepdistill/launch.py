@@ -26,7 +26,25 @@ _STORE_MAY_BE_SILENT = 60.0  # seconds
 _LONGEST_CAUSE = 120
 _ENDED = " of the launch ended: {}"
 _MEND = "mend: see its messages, and start the same command again, which continues from the last checkpoint"
+_LAUNCH = "mend: launch with torchrun, or set what docs/cluster.md sets; for one process, unset WORLD_SIZE"
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
 _Answer = TypeVar("_Answer")
+
+
+def check_environment() -> None:
+    """ValueError unless the variables by which a launcher tells a process its place are complete and numbers."""
+    values = {name: os.environ[name] for name in (*_NUMBERS, "MASTER_ADDR") if os.environ.get(name)}
+    for name in _NUMBERS:
+        if not values.get(name, "0").isdecimal():
+            raise ValueError(
+                f"{name}: got {printable(repr(values[name]))} in the environment; allowed: a number; {_LAUNCH}"
+            )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in values]
+    if int(values.get("WORLD_SIZE", "1")) > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE is {values['WORLD_SIZE']} in the environment, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set; {_LAUNCH}"
+        )
 
 
 class Launch:

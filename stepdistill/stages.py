@@ -14,6 +14,7 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
+from stepdistill.launch import check_environment
 from stepdistill.run.checkpoint_files import unfinished_rungs
 from stepdistill.run.folder import check_folder, open_folder
 from stepdistill.run.lock import is_alone, locked, release_all
@@ -49,6 +50,7 @@ def open_run(config: RunConfig) -> Path:
 def _work_in(config: RunConfig) -> Iterator[Path]:
     """Inside it, this is the only command that works in the run's folder, which holds its config.yaml. Before anything is
     written, `check_run` is called; FolderInUseError if another command works there."""
+    check_environment()
     check_run(config)
     with locked(config.run_dir):
         yield open_folder(config)  # checks the folder again, now that no other command changes it
@@ -422,6 +424,7 @@ def _require_same_teacher(config: RunConfig) -> None:
 def _quiet_libraries() -> None:
     import os
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not each try to reach another process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for name in (

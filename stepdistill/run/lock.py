@@ -7,9 +7,9 @@ run.lock is one line of JSON (host, boot, pid, start of the process, since when,
 - The file itself, made with O_EXCL, of which any file system makes only one. Its text says whose it is, so that another
   machine refuses it even where flock does not reach: it cannot see whether that process still runs.
 
-A process that ends by os._exit calls `release_all` before. A process that was killed leaves its file behind. The next command
-takes over a file whose text names this machine (by its boot id, or by its host name before its last boot), if the process
-has ended:
+A process that ends by os._exit calls `release_all` before. A process that was killed leaves its file behind. The next
+command takes over a file whose text names this machine (by its boot id, or by its host name before its last boot), if the
+process has ended:
 
 - With flock: it has ended if flock is free.
 - Without flock: it has ended if no process with this number and start time runs.

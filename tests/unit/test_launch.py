@@ -1,5 +1,6 @@
 """What a process of a launch prints when it ends, and what it tells the others: with a real store, and no other process."""
 
+import contextlib
 import threading
 from datetime import timedelta
 
@@ -109,3 +110,30 @@ def test_other_errors_in_such_an_operation_stay_as_they_are():
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert is_of_another_process(torch.distributed.DistNetworkError("reset"))
     assert not is_of_another_process(RuntimeError("reset"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE is 2 in the environment, but RANK and MASTER_ADDR and MASTER_PORT are not",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"},
+            "but MASTER_ADDR is not set; mend: launch with torchrun",
+        ),
+        ({"RANK": "x"}, "RANK: got 'x' in the environment; allowed: a number"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "-1"}, "MASTER_PORT: got '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}, None),
+        ({}, None),
+    ],
+)
+def test_an_environment_in_which_processes_cannot_meet_is_named(monkeypatch, variables, says):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with contextlib.nullcontext() if says is None else pytest.raises(ValueError, match=says):
+        launch.check_environment()
