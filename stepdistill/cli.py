@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -143,7 +144,8 @@ def _load(config_path: Path, overrides: list[str] | None) -> RunConfig:
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Run all stages in sequence. After an interruption the same command continues where it stopped."""
-    _stage(config, overrides, dry_run, stages.run_all)
+    began = time.monotonic()
+    _stage(config, overrides, dry_run, lambda c: stages.run_all(c, began=began))
 
 
 @app.command()
@@ -163,9 +165,14 @@ def distill(
     config: ConfigPath, overrides: Overrides = None, rung: RungOption = None, dry_run: DryRun = False
 ) -> None:
     """Train the unfinished rungs in order, or one rung again."""
-    only = parse_rung(rung)
+    began, only = time.monotonic(), parse_rung(rung)
     _stage(
-        config, overrides, dry_run, lambda c: stages.distill(c, only=only), planned=("distill",), only=only
+        config,
+        overrides,
+        dry_run,
+        lambda c: stages.distill(c, only=only, began=began),
+        planned=("distill",),
+        only=only,
     )
 
 

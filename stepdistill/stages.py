@@ -117,8 +117,12 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
         )
 
 
-def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
-    """Trains the unfinished rungs, or one rung again, after a check that the stages after it can be done."""
+def distill(config: RunConfig, *, only: tuple[int, int] | None = None, began: float | None = None) -> None:
+    """Trains the unfinished rungs, or one rung again, after a check that the stages after it can be done.
+
+    began: time.monotonic() at the command's start, from which training.max_minutes counts; None: now.
+    """
+    began = time.monotonic() if began is None else began
     if not _is_started(config):
         from stepdistill.data.cache import load_cache
         from stepdistill.ladder import rungs_of
@@ -129,10 +133,10 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> None:
     with _work_in(config):
         _quiet_libraries()
         _check_later_stages(config)
-        _distill(config, only)
+        _distill(config, only, began=began)
 
 
-def _distill(config: RunConfig, only: tuple[int, int] | None = None) -> None:
+def _distill(config: RunConfig, only: tuple[int, int] | None = None, *, began: float) -> None:
     _quiet_libraries()
     from stepdistill.ladder import distill as train_rungs
 
@@ -140,7 +144,7 @@ def _distill(config: RunConfig, only: tuple[int, int] | None = None) -> None:
     _require_same_teacher(config)
     check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     before = finished_rungs(config.run_dir)
-    trained = train_rungs(config, only=only)
+    trained = train_rungs(config, only=only, began=began)
     unfinished = unfinished_rungs(config.run_dir)
     clear_half_written(config.run_dir / "rungs", spared=unfinished.values())
     for steps, folder in unfinished.items():
@@ -282,19 +286,22 @@ def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_co
     return folder
 
 
-def run_all(config: RunConfig) -> None:
-    """Runs every stage, after logging how long they will take; what the table needs is checked before training begins."""
+def run_all(config: RunConfig, *, began: float | None = None) -> None:
+    """Runs every stage, after logging how long they will take; what the table needs is checked before training begins.
+
+    began: time.monotonic() at the command's start, from which training.max_minutes counts; None: now.
+    """
+    began = time.monotonic() if began is None else began
     _require_one_process("run")
     check_run(config)
     _quiet_libraries()
     if is_ready_made(config):
         _check_later_stages(config)  # before the run's folder is made
     with locked(config.run_dir):
-        _run_all(config)
+        _run_all(config, began)
 
 
-def _run_all(config: RunConfig) -> None:
-    started = time.monotonic()
+def _run_all(config: RunConfig, began: float) -> None:
     from stepdistill.ladder import rungs_to_copy
 
     if not is_ready_made(config):
@@ -313,12 +320,12 @@ def _run_all(config: RunConfig) -> None:
     prepare(config)
     logger.info("%s", _estimate(config))
     with _work_in(config):
-        _distill(config)
+        _distill(config, began=began)
     export(config)
     evaluate(config)
     report(config)
     refresh_cards(config)
-    logger.info("done in %.0f s", time.monotonic() - started)
+    logger.info("done in %.0f s", time.monotonic() - began)
 
 
 def refresh_cards(config: RunConfig) -> None:

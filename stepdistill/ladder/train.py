@@ -29,7 +29,9 @@ from stepdistill.training.preview import Preview
 logger = logging.getLogger(__name__)
 
 
-def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[int]:
+def distill(
+    config: RunConfig, *, only: tuple[int, int] | None = None, began: float | None = None
+) -> list[int]:
     """Trains the unfinished rungs in order; returns the student_steps of the rungs that it trained. ToBeContinued if it is
     asked to stop.
 
@@ -37,6 +39,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         config: the run; its cache must be prepared.
         only: (teacher_steps, student_steps) of the one rung to train, even if it is finished; all rungs before it must be
             finished.
+        began: time.monotonic() from which training.max_minutes counts; None: now.
     """
     todo = rungs_of(config, only)
     _take_rungs(config)
@@ -44,7 +47,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None) -> list[i
         todo = _unfinished(config)
     if not todo:
         return []
-    with StopRequest(max_minutes=config.training.max_minutes) as stop:
+    with StopRequest(max_minutes=config.training.max_minutes, began=began) as stop:
         runtime = Runtime(mixed_precision=config.training.mixed_precision)
         trained = _train(load_shared(settled(config), runtime), todo, stop)
         exit_code = runtime.largest(stop.exit_code)

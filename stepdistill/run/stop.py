@@ -23,10 +23,12 @@ class StopRequest:
     """Context manager that notices requests to stop. Signals are noticed in the main thread only.
 
     max_minutes: time after which training is to stop; None: no limit.
+    began: time.monotonic() from which that time counts, the command's start; None: now.
     """
 
-    def __init__(self, *, max_minutes: float | None) -> None:
-        self._until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    def __init__(self, *, max_minutes: float | None, began: float | None = None) -> None:
+        start = time.monotonic() if began is None else began
+        self._until = None if max_minutes is None else start + 60 * max_minutes
         self._signal: int | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
