@@ -42,7 +42,7 @@ from stepdistill.disk.durable import (
 )
 from stepdistill.disk.guarded import make_folder
 from stepdistill.disk.places import clear_half_written
-from stepdistill.errors import DataError, DistributedError
+from stepdistill.errors import DataError
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.encode import encode_prompts, encode_unconditional
 from stepdistill.models.network.kind import load_network
@@ -188,8 +188,8 @@ class _CacheBuilder:
         for number in range(self._count):
             about = read_about(self._path(number))
             if about is None or about["key"] != self._key:
-                raise DistributedError(
-                    f"{self._path(number)} is missing: another process stopped; mend: run the same command again"
+                raise DataError(
+                    f"{self._path(number)} was removed or replaced after it was written; mend: run the same command again"
                 )
             self._bad.extend(*json.loads(about["bad"]))
             self._seen += int(about["seen"])

@@ -3,7 +3,7 @@
 config/section.py's Affects says it of each setting:
     EVERY_RUNG  may not change
     ITS_RUNG    may change until its rung is finished; a checkpoint of that rung may depend on it
-    SPLIT       may change; ladder.py checks that an update has as many samples as before
+    SPLIT       may change; ladder/train.py checks that an update has as many samples as before
     NOTHING     may change
 """
 

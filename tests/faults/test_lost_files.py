@@ -11,11 +11,17 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from stepdistill import stages
+from stepdistill.data.held_out import settled
+from stepdistill.data.prepare import _CacheBuilder
+from stepdistill.data.shards import write_shard
+from stepdistill.data.size_counts import used_sizes
 from stepdistill.disk.durable import read_sealed, write_sealed
+from stepdistill.errors import DataError
 from stepdistill.evaluation.draw import sampler
 from stepdistill.run.log import read_log
 from stepdistill.run.rung_order import begun_from
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord
+from stepdistill.runtime import Processes
 from stepdistill.training import phase as phase_module
 from tests.faults.small_run import small_config, tree
 from tests.faults.test_damaged_runs import flip
@@ -44,7 +50,25 @@ def weights_of(config):
     return {k: v for k, v in tree(config.run_dir / "rungs").items() if k.endswith(WEIGHT_NAME)}
 
 
-# the run's folder
+# the run's folder, the cache
+
+
+@pytest.mark.parametrize("lost", ["removed", "another run's"])
+def test_a_shard_that_is_lost_while_prepare_works_is_named(tmp_path, run_command, lost):
+    config, processes = settled(small_config(tmp_path)), Processes()
+    stages.open_run(config)
+    builder = _CacheBuilder(config, used_sizes(config, processes))
+    builder.fill(processes)
+    (shard,) = (config.run_dir / "cache" / "shards").glob("*.safetensors")
+    shard.unlink()
+    if lost == "another run's":
+        write_shard(shard, {}, {"key": "another", "bad": "[{}, {}]", "seen": "0"})
+    outcome = run_command(builder.finish)
+    assert outcome.code == DataError.exit_code
+    assert outcome.errors == [
+        f"stepdistill: {shard} was removed or replaced after it was written; mend: run the same command again"
+    ]
+    assert run_command(lambda: stages.prepare(config)).code == 0
 
 
 @pytest.mark.parametrize(
