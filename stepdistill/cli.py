@@ -1,6 +1,6 @@
 """`stepdistill run|doctor|prepare|distill|export|extract|evaluate|report|sample`: the command line.
 
-An error that a user can mend ends in one line on standard error; errors.py lists the exit codes. torch is imported only once
+An error that a user can fix ends in one line on standard error; errors.py lists the exit codes. torch is imported only once
 the config is valid.
 """
 
@@ -339,14 +339,14 @@ _OF_THE_DISK = (
 )
 """errno of errors that no reader or writer of files has turned into a message: a wrong path, or a failing disk."""
 _ENCODING = (
-    "the name {!r} cannot be written in {}, which Python takes for the encoding of file names here; mend: set PYTHONUTF8=1, "
+    "the name {!r} cannot be written in {}, which Python takes for the encoding of file names here; fix: set PYTHONUTF8=1, "
     "or use another name"
 )
 _MEMORY_REMEDY = (
-    "mend: a lower evaluation.batch_size (evaluate), data.vae_dtype=bfloat16 (prepare), or end other programs "
-    "that use the GPU"
+    "fix: end other programs that use the GPU; or a lower evaluation.batch_size (evaluate); or another run (name=...) with "
+    "data.vae_dtype=bfloat16 (prepare)"
 )
-_FILE_REMEDY = "mend: make room there, allow this user to use it, or name another path"
+_FILE_REMEDY = "fix: make room there, allow this user to use it, or name another path"
 
 
 def _raised_here(error: BaseException) -> bool:

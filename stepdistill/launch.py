@@ -25,8 +25,8 @@ _FIRST_PROCESS_HAS = 10.0  # seconds for process 0 to print an error that the ot
 _STORE_MAY_BE_SILENT = 60.0  # seconds
 _LONGEST_CAUSE = 120
 _ENDED = " of the launch ended: {}"
-_MEND = "mend: see its messages, and start the same command again, which continues from the last checkpoint"
-_LAUNCH = "mend: launch with torchrun, or set what docs/cluster.md sets; for one process, unset WORLD_SIZE"
+_FIX = "fix: see its messages, and start the same command again, which continues from the last checkpoint"
+_LAUNCH = "fix: launch with torchrun, or set what docs/cluster.md sets; for one process, unset WORLD_SIZE"
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
 _Answer = TypeVar("_Answer")
 
@@ -104,12 +104,12 @@ class Launch:
     def _watch(self) -> None:
         while not self._over.wait(_LOOKS_EVERY):
             if self._launcher is not None and os.getppid() != self._launcher:
-                self._end(f"the launcher, process {self._launcher} of this machine, was killed; {_MEND}")
+                self._end(f"the launcher, process {self._launcher} of this machine, was killed; {_FIX}")
             note = self.note()
             if note is not None and not self._over.wait(_MAIN_THREAD_HAS):
                 self._end(note if self.is_first(note) else None)
             if time.monotonic() - self._last_answer > _STORE_MAY_BE_SILENT:
-                self._end(f"the launch's first process or its launcher is gone; {_MEND}")
+                self._end(f"the launch's first process or its launcher is gone; {_FIX}")
 
     def _end(self, message: str | None) -> None:
         """Ends this process, unless its main thread does so already. message: None if another process has printed it."""
@@ -188,7 +188,7 @@ def collective() -> Iterator[None]:
         # without gloo's source file and advice
         cause = first_line(error).split("] ", 1)[-1].split(". ")[0][:_LONGEST_CAUSE]
         what = "did not answer within training.distributed_timeout" if "imed out" in cause else "ended"
-        raise DistributedError(f"another process of the launch {what} ({cause}); {_MEND}") from error
+        raise DistributedError(f"another process of the launch {what} ({cause}); {_FIX}") from error
 
 
 def is_of_another_process(error: BaseException) -> bool:

@@ -198,7 +198,7 @@ class Processes:
             if host is not None:
                 raise ValueError(
                     f"output_dir: process {number}, on {host}, does not see what process 0 writes into {place}; "
-                    f"allowed: a folder that all machines of the launch share; mend: output_dir=... on a shared file system"
+                    f"allowed: a folder that all machines of the launch share; fix: output_dir=... on a shared file system"
                 )
 
     def broadcast(self, value: Any, *, source: int = 0) -> Any:

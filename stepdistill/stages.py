@@ -64,7 +64,7 @@ def _require_one_process(command: str) -> None:
     """ConfigError in a launch of several processes, which would all write the same files."""
     if not is_alone():
         raise ConfigError(
-            f"{command}: got a launch of several processes; allowed: one process; mend: launch only `stepdistill "
+            f"{command}: got a launch of several processes; allowed: one process; fix: launch only `stepdistill "
             f"prepare`, `distill` and `evaluate`, and start `stepdistill export` and `report` without a launcher"
         )
 
@@ -100,7 +100,7 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
     check_ladder_fits(config, teacher)
     if Processes().is_main:
         for about, remedy in unfit_settings(config, teacher):
-            logger.warning("prepare: %s; mend: %s", about, remedy)
+            logger.warning("prepare: %s; fix: %s", about, remedy)
     manifest = run_dir / "cache" / "manifest.json"
     before = read_sealed(manifest)
     is_damaged = manifest.exists() and (before is None or not is_whole(before))
@@ -111,7 +111,7 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
     finished, now = finished_rungs(run_dir), read_sealed(manifest)
     if finished and not is_damaged and (before or {}).get("shards") != (now or {}).get("shards"):
         logger.warning(
-            "prepare: the data changed, but the rungs of %s steps were trained on the data before; mend: another "
+            "prepare: the data changed, but the rungs of %s steps were trained on the data before; fix: another "
             "name=..., or `stepdistill distill --rung` for each of them",
             ", ".join(map(str, finished)),
         )

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.plain_yaml import MOST_CHARACTERS, plain_yaml
 
-_MEND = "mend: put back a copy of it, or the YAML file that the run was started with"
+_FIX = "fix: put back a copy of it, or the YAML file that the run was started with"
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def read_run_config(run_dir: Path) -> RunConfig:
         first = error.errors()[0]
         where, why = ".".join(map(str, first["loc"])), " ".join(first["msg"].split())
         raise ConfigError(
-            f"{run_dir / 'config.yaml'} is not the config of a run: {where}: {why}; {_MEND}"
+            f"{run_dir / 'config.yaml'} is not the config of a run: {where}: {why}; {_FIX}"
         ) from None
     return config.model_copy(update={"name": run_dir.resolve().name, "output_dir": str(run_dir.parent)})
 
@@ -42,7 +42,7 @@ def saved_config(run_dir: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             raw = plain_yaml(file.read(4 * MOST_CHARACTERS + 1).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}; {_MEND}") from None
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}; {_FIX}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not the config of a run; {_MEND}")
+        raise ConfigError(f"{path} is not the config of a run; {_FIX}")
     return raw

@@ -102,7 +102,7 @@ class LatentCache:
         indices belong to more than one update.
         """
         if not all(self.sizes.values()) or not self.sizes:
-            raise DataError("the cache holds no samples; mend: `stepdistill prepare` with data that has some")
+            raise DataError("the cache holds no samples; fix: `stepdistill prepare` with data that has some")
         if len(self.sizes) == 1:
             size, count = next(iter(self.sizes.items()))
             return self.samples(size, rng.dataset_rows(indices, size=count, seed=seed))

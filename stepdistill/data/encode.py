@@ -206,7 +206,7 @@ class Encoder:
 def stopping(kind: Kind, message: str) -> BadSample:
     """The error that stops `prepare`, for a bad sample of a kind whose policy is "error"; `message` begins with the sample's
     name."""
-    return BadSample(kind, f"{kind}: {message}; mend: repair it, or set data.on_bad.{kind}=skip")
+    return BadSample(kind, f"{kind}: {message}; fix: repair it, or set data.on_bad.{kind}=skip")
 
 
 def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -189,7 +189,7 @@ class _CacheBuilder:
             about = read_about(self._path(number))
             if about is None or about["key"] != self._key:
                 raise DataError(
-                    f"{self._path(number)} was removed or replaced after it was written; mend: run the same command again"
+                    f"{self._path(number)} was removed or replaced after it was written; fix: run the same command again"
                 )
             self._bad.extend(*json.loads(about["bad"]))
             self._seen += int(about["seen"])
@@ -252,14 +252,14 @@ class _CacheBuilder:
         if self._bad.total > allowed * seen:
             raise DataError(
                 f"data.max_bad_fraction: {self._bad.total} of {self._seen} samples are bad, allowed: {allowed:g}: "
-                f"{self._bad}; mend: {self._remedy()}; the shards written so far stay"
+                f"{self._bad}; fix: {self._remedy()}; the shards written so far stay"
             )
         if final:
             not_empty(self._config.data, self._seen)
         if final and self._bad.total == self._seen:
             raise DataError(
                 f"data.source: got {self._config.data.source!r}, none of whose {self._seen} samples is usable: {self._bad}; "
-                f"mend: {self._remedy()}"
+                f"fix: {self._remedy()}"
             )
 
     def _remedy(self) -> str:
@@ -285,7 +285,7 @@ def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -
     if manifest.get("format") != FORMAT or not is_whole(manifest):
         raise ConfigError(
             f"data.source: {lender / 'manifest.json'} is damaged or of another version: {manifest.get('format')!r}; "
-            f"mend: `stepdistill prepare` in its run"
+            f"fix: `stepdistill prepare` in its run"
         )
     for part in ("teacher", "encoders"):
         if manifest.get(part) != source[part]:

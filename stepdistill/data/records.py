@@ -264,7 +264,7 @@ def _caption_of(path: Path, parts: dict[str, Member]) -> Callable[[], bytes | st
 def _parquet(paths: list[Path]) -> Iterator[Record]:
     if importlib.util.find_spec("datasets") is None:
         raise ConfigError(
-            f'data.source: {paths[0]} needs the datasets package; mend: pip install "stepdistill[data]"'
+            f'data.source: {paths[0]} needs the datasets package; fix: pip install "stepdistill[data]"'
         )
     import datasets
 

@@ -136,7 +136,7 @@ class Shard:
         embeddings = text["text/encoder_hidden_states"]
         if len(rows) and not 0 <= int(rows[:, 0].min()) <= int(rows[:, 0].max()) < len(embeddings):
             raise DataError(
-                f"{self.path} has samples without a text embedding; mend: `stepdistill prepare` again"
+                f"{self.path} has samples without a text embedding; fix: `stepdistill prepare` again"
             )
         hidden = embeddings[rows[:, 0]]
         if "text/text_embeds" not in text:

@@ -166,7 +166,7 @@ def unwritable(path: Path, error: Exception) -> str:
     number = _os_error(error)
     reason = os.strerror(number) if number else " ".join(str(error).split())
     blocked = _unblock(path) if number in _BLOCKED else None
-    return f"cannot write {path}: {reason}; mend: {blocked or _REMEDIES.get(number or errno.ENOSPC, _OTHER_REMEDY)}"
+    return f"cannot write {path}: {reason}; fix: {blocked or _REMEDIES.get(number or errno.ENOSPC, _OTHER_REMEDY)}"
 
 
 def _os_error(error: Exception) -> int | None:

@@ -43,7 +43,7 @@ def check_present(path: Path) -> None:
         is_there = False
     if not is_there:
         raise ValueError(
-            f"{root} was removed or renamed while this command worked in it; mend: put it back, and the same command "
+            f"{root} was removed or renamed while this command worked in it; fix: put it back, and the same command "
             f"continues; without it, the same command starts from the beginning"
         )
 

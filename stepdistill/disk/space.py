@@ -29,5 +29,5 @@ def check_space(folder: Path, need: int, purpose: str) -> None:
     if free < need:
         raise ValueError(
             f"{folder}: {purpose} needs about {need:,} bytes and {free:,} are free there: {need - free:,} bytes are "
-            f"missing; mend: make room there, then the same command"
+            f"missing; fix: make room there, then the same command"
         )

@@ -13,4 +13,4 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.state:<8} {self.about}" + (f"\n         mend: {self.remedy}" if self.remedy else "")
+        return f"{self.state:<8} {self.about}" + (f"\n         fix: {self.remedy}" if self.remedy else "")

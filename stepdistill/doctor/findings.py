@@ -65,7 +65,7 @@ def _findings(part: Callable[[RunConfig], Iterator[Finding]], config: RunConfig)
     try:
         findings.extend(part(config))
     except ValueError as error:  # ValueErrors carry messages for the user
-        mark = next((mark for mark in ("; allowed: ", "; mend: ") if mark in str(error)), "; allowed: ")
+        mark = next((mark for mark in ("; allowed: ", "; fix: ") if mark in str(error)), "; allowed: ")
         message, _, remedy = str(error).partition(mark)
         findings.append(Finding("problem", message, remedy))
     return findings
@@ -267,4 +267,4 @@ def raise_for(findings: list[Finding]) -> None:
     """ConfigError if any finding is a problem."""
     count = sum(finding.state == "problem" for finding in findings)
     if count:
-        raise ConfigError(f"{count} problem{'s' * (count > 1)} to mend before this runs")
+        raise ConfigError(f"{count} problem{'s' * (count > 1)} to fix before this runs")

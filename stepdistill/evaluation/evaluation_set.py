@@ -273,4 +273,4 @@ def read_picture(file: Path) -> np.ndarray:
 
 
 def _unreadable(file: Path, error: Exception) -> str:
-    return f"evaluation.real_images: cannot read {file}: {first_line(error)}; mend: another copy of it, or remove it"
+    return f"evaluation.real_images: cannot read {file}: {first_line(error)}; fix: another copy of it, or remove it"

@@ -19,7 +19,7 @@ from stepdistill.teacher.scheduler import scheduler_problems
 logger = logging.getLogger(__name__)
 BASE = "base.json"
 _SCHEDULER_SHA256 = "scheduler_sha256"
-_MEND = "mend: `stepdistill export` writes it again"
+_FIX = "fix: `stepdistill export` writes it again"
 
 
 def write_facts(folder: Path, scheduler: DDIMScheduler, identity: Mapping[str, Any]) -> None:
@@ -41,11 +41,11 @@ def read_scheduler(folder: Path) -> DDIMScheduler:
     file, about = scheduler_file(folder), _read_about(folder)
     config, written = read_json(file), about.get(_SCHEDULER_SHA256)
     if not isinstance(config, dict) or written not in (None, sha256_json(config)):
-        raise ValueError(f"{file} is missing or not as it was exported; {_MEND}")
+        raise ValueError(f"{file} is missing or not as it was exported; {_FIX}")
     try:
         return scheduler_of(config)
     except ValueError as error:
-        raise ValueError(f"{file} is not a valid scheduler config ({error}); {_MEND}") from None
+        raise ValueError(f"{file} is not a valid scheduler config ({error}); {_FIX}") from None
 
 
 def scheduler_of(config: Mapping[str, Any]) -> DDIMScheduler:
@@ -82,5 +82,5 @@ def _read_about(folder: Path) -> dict[str, Any]:
         return {}
     about = read_sealed(folder / BASE)
     if about is None or BaseIdentity.of_json(about) is None:
-        raise ValueError(f"{folder / BASE} is not as it was exported; {_MEND}")
+        raise ValueError(f"{folder / BASE} is not as it was exported; {_FIX}")
     return about

@@ -37,7 +37,7 @@ def push_rung(config: RunConfig, student_steps: int, folder: Path, repository: s
         ) as error:  # the client raises its HTTP library's errors, whose types differ between versions
             first = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"--push: got {repository}: {first}; mend: OWNER/NAME of your own, and `hf auth login` once"
+                f"--push: got {repository}: {first}; fix: OWNER/NAME of your own, and `hf auth login` once"
             ) from None
 
 

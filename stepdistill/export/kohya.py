@@ -126,7 +126,7 @@ def read_kohya(path: Path, modules: Iterable[str], unet_config: Mapping[str, Any
             or alpha.numel() != 1
         ):
             raise ValueError(
-                f"{path} holds only a part of {name}: the file is incomplete; mend: export it again"
+                f"{path} holds only a part of {name}: the file is incomplete; fix: export it again"
             )
         layers[diffusers_names[name]] = LoraLayer(down, up, float(alpha) / down.shape[0])
     return Lora(layers, {})

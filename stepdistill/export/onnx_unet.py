@@ -42,7 +42,7 @@ def check_installed() -> None:
     missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
     if missing:
         raise ConfigError(
-            f'export.formats: got onnx, which needs {", ".join(missing)}; mend: pip install "stepdistill[onnx]"'
+            f'export.formats: got onnx, which needs {", ".join(missing)}; fix: pip install "stepdistill[onnx]"'
         )
 
 

@@ -123,7 +123,7 @@ def _unet(path: Path) -> UNet2DConditionModel:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"extract: {path} holds no U-Net; allowed: a pipeline's folder, or its unet/")
     variant = weights_variant(folder.parent, folder.name)
-    with loading("extract", folder, mend="another copy of the model"):
+    with loading("extract", folder, fix="another copy of the model"):
         files = weight_files(folder, WEIGHTS["unet"], variant)
         check_counts(folder / "config.json", read_object(folder / "config.json"), read_headers(files))
         damaged = not_finite(files)

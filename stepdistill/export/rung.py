@@ -135,7 +135,7 @@ def _energy_kept(folder: Path) -> float | None:
     stored = read_sealed(folder / KEPT) or {}
     if not isinstance(stored.get("energy_kept"), float):
         raise ValueError(
-            f"{folder / KEPT} is not as it was exported; mend: run `stepdistill export` with --rank again"
+            f"{folder / KEPT} is not as it was exported; fix: run `stepdistill export` with --rank again"
         )
     return stored["energy_kept"]
 

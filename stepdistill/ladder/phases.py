@@ -109,7 +109,7 @@ class RungTraining:
         check_same_checkpoint(back, runtime)
         if back is None or back.phase != diverged.phase:
             raise CheckpointError(
-                f"phase {diverged.phase} diverged, and {folder} has no intact checkpoint of it to go back to; mend: the "
+                f"phase {diverged.phase} diverged, and {folder} has no intact checkpoint of it to go back to; fix: the "
                 f"same command with a lower learning rate of the discriminator"
             )
         if self.log is not None:
@@ -210,7 +210,7 @@ class RungTraining:
             if is_lost:
                 raise CheckpointError(
                     f"stopped after update {state.step} of {setup.phase.max_train_steps} of {setup.title}, but its state "
-                    f"could not be written, as the warning above says; mend: remove the cause, then the same command, which "
+                    f"could not be written, as the warning above says; fix: remove the cause, then the same command, which "
                     f"continues from the checkpoint before"
                 )
             raise ToBeContinued(
@@ -295,5 +295,5 @@ def check_same_checkpoint(resumed: Checkpoint | None, runtime: Runtime) -> None:
         text = "none" if resumed is None else str(resumed.folder)
         raise CheckpointError(
             f"the processes of the launch read different checkpoints, process {runtime.process_index} {text}; allowed: one "
-            f"for all; mend: start the command again, on a file system that shows all machines the same files"
+            f"for all; fix: start the command again, on a file system that shows all machines the same files"
         )

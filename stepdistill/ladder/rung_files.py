@@ -75,7 +75,7 @@ def read_lora(run_dir: Path, student_steps: int) -> dict:
     """The weights of a finished rung's LoRA by peft's keys; ValueError if the rung is missing or damaged."""
     if read_rung(run_dir, student_steps) is None:
         raise ValueError(
-            f"the {student_steps}-step rung in {run_dir} is missing or changed; mend: `stepdistill distill` trains it again"
+            f"the {student_steps}-step rung in {run_dir} is missing or changed; fix: `stepdistill distill` trains it again"
         )
     return read_lora_file(rung_folder(run_dir, student_steps) / WEIGHT_NAME)
 

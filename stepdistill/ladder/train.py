@@ -162,7 +162,7 @@ def _warn_of_rare_sizes(shared: Shared) -> None:
     if few and len(sizes) > 1:
         logger.warning(
             "distill: %d of %d pictures have sizes with fewer pictures than the %d samples of an update: such a picture "
-            "comes several times in one update, then rarely; mend: data.min_per_bucket=%d and another name=...",
+            "comes several times in one update, then rarely; fix: data.min_per_bucket=%d and another name=...",
             few,
             len(shared.cache),
             group,

@@ -51,7 +51,7 @@ def _as_drawn(folder: Path, index: int) -> Image.Image | None:
     changed = digest is not None and not is_as_written(file, digest)
     picture = None if changed else opened(file)
     if picture is None and (digest is not None or file.exists()):
-        warn_of_damage(file, "it is left out of the report; mend: `stepdistill evaluate` draws it again")
+        warn_of_damage(file, "it is left out of the report; fix: `stepdistill evaluate` draws it again")
     return picture
 
 

@@ -219,7 +219,7 @@ def _environment(path: Path) -> dict[str, Any]:
     environment = read_sealed(path)
     if environment is None or any(isinstance(value, dict | list) for value in environment.values()):
         if path.exists():
-            warn_of_damage(path, "the report leaves it out; mend: `stepdistill prepare` writes it again")
+            warn_of_damage(path, "the report leaves it out; fix: `stepdistill prepare` writes it again")
         return {}
     return environment
 
@@ -235,7 +235,7 @@ def _data(path: Path) -> DataCounts | None:
             return _with_sizes(DataCounts(samples, bad, examples or {}), manifest or {})
     if path.exists():
         warn_of_damage(
-            path, "the report leaves out the data counts; mend: `stepdistill prepare` writes it again"
+            path, "the report leaves out the data counts; fix: `stepdistill prepare` writes it again"
         )
     return None
 
@@ -256,7 +256,7 @@ def _is_size(name: str, count: Any) -> bool:
 def _record(path: Path) -> dict[str, Any] | None:
     record = read_sealed(path)
     if record is None and path.parent.is_dir():
-        warn_of_damage(path, "the rung counts as not finished; mend: `stepdistill distill`")
+        warn_of_damage(path, "the rung counts as not finished; fix: `stepdistill distill`")
     return record
 
 

@@ -21,7 +21,7 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     problem = next(_problems(results), None) if results is not None else "it was changed"
     if results is None or problem is not None:
         raise ValueError(
-            f"{path} is not what `stepdistill evaluate` writes ({problem}); mend: run `stepdistill evaluate` again, which "
+            f"{path} is not what `stepdistill evaluate` writes ({problem}); fix: run `stepdistill evaluate` again, which "
             f"keeps the pictures"
         )
     return results

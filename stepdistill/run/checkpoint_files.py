@@ -82,7 +82,7 @@ def _check_rung(config: RunConfig, student_steps: int, folder: Path) -> None:
     )
     names = " and ".join(str(path) for path in unusable)
     raise CheckpointError(
-        f"{unusable[0]} was made with other settings: {shown}; allowed: the same values; mend: put them back, or remove "
+        f"{unusable[0]} was made with other settings: {shown}; allowed: the same values; fix: put them back, or remove "
         f"{names}, and {then}"
     )
 

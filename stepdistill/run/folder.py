@@ -59,7 +59,7 @@ def _difference(run_dir: Path, changes: list[Difference]) -> str:
     same = f"leave {key} out" if before is None else f"use {setting_text(key, before)}"
     got = "nothing" if now is None else repr(now)
     return (
-        f"{key}: got {got}, but the run in {run_dir} was started with {with_it}{others}; mend: {same}, or `stepdistill run "
+        f"{key}: got {got}, but the run in {run_dir} was started with {with_it}{others}; fix: {same}, or `stepdistill run "
         f"{run_dir}` to continue that run as it was, or another name=... for a new run"
     )
 

@@ -262,14 +262,14 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _in_use(path: Path, holder: Holder | None) -> str:
     who = f"by {holder}" if holder is not None else "by another process"
     return (
-        f"{path.parent} is in use {who}; allowed: one command at a time; mend: wait until it ends, stop it, or use another "
+        f"{path.parent} is in use {who}; allowed: one command at a time; fix: wait until it ends, stop it, or use another "
         f"name=..."
     )
 
 
 def _unknown(path: Path, holder: Holder | None) -> str:
     who = f"by {holder}, which cannot be checked from here" if holder is not None else "by an unknown process"
-    return f"{path.parent} is in use {who}; mend: wait until it ends; if it is certainly gone, remove {path}"
+    return f"{path.parent} is in use {who}; fix: wait until it ends; if it is certainly gone, remove {path}"
 
 
 def _boot() -> str | None:

@@ -73,7 +73,7 @@ def read_log(path: Path) -> list[dict]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; mend: allow this user to read it") from None
+        raise ValueError(f"cannot read {path}: {error.strerror}; fix: allow this user to read it") from None
     *whole, cut_short = map(_record, lines)
     records = [record for record in whole if record is not None]
     damaged = [number for number, record in enumerate(whole, start=1) if record is None]

@@ -87,7 +87,7 @@ def read_rung(run_dir: Path, student_steps: int) -> RungRecord | None:
     """The record of a finished rung with intact files, else None; warns if the files exist and are damaged."""
     record, damaged = _examined(run_dir, student_steps)
     if damaged is not None:
-        warn_of_damage(damaged, f"the {student_steps}-step rung counts as not finished; mend: {_MEND}")
+        warn_of_damage(damaged, f"the {student_steps}-step rung counts as not finished; fix: {_FIX}")
     return record
 
 
@@ -104,7 +104,7 @@ def _examined(run_dir: Path, student_steps: int) -> tuple[RungRecord | None, Pat
     return record, None
 
 
-_MEND = (
+_FIX = (
     "`stepdistill distill`, which trains it again, and the rungs after it if its LoRA changed; or put back a copy of the "
     "file"
 )
@@ -116,7 +116,7 @@ def require_rung(run_dir: Path, student_steps: int) -> RungRecord:
     if record is not None:
         return record
     if damaged is not None:
-        raise ValueError(f"{damaged} is missing or not as it was written; mend: {_MEND}")
+        raise ValueError(f"{damaged} is missing or not as it was written; fix: {_FIX}")
     finished = ", ".join(map(str, finished_rungs(run_dir))) or "none"
     raise ValueError(
         f"no finished {student_steps}-step rung in {run_dir}; finished: {finished}; run `stepdistill distill` first"

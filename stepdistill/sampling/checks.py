@@ -60,7 +60,7 @@ def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> Non
     check_fits(lora, layer_shapes(unet), name=str(rung.weights))
     if getattr(pipeline, "num_fused_loras", 0) or any(layer.merged for layer in lora_layers(unet)):
         raise ValueError(
-            "the pipeline has a LoRA merged into its weights, and this one would be added on top; mend: call "
+            "the pipeline has a LoRA merged into its weights, and this one would be added on top; fix: call "
             "pipeline.unfuse_lora() and unload_lora_weights() first, or load a fresh pipeline"
         )
     identity = identity_of(unet)
@@ -91,7 +91,7 @@ def check_dtypes(pipeline: DiffusionPipeline) -> None:
         dtype = getattr(getattr(pipeline, name, None), "dtype", unet_dtype)
         if dtype != unet_dtype and dtype.is_floating_point and unet_dtype.is_floating_point:
             _warn(
-                f"the pipeline's {name} is {dtype} and its U-Net {unet_dtype}, so calling it will fail; mend: "
+                f"the pipeline's {name} is {dtype} and its U-Net {unet_dtype}, so calling it will fail; fix: "
                 f"from_pretrained(..., dtype={unet_dtype}), or pipeline.to({unet_dtype})"
             )
 
@@ -103,7 +103,7 @@ def check_saved(pipeline: DiffusionPipeline) -> None:
     if names:
         raise ValueError(
             f"save_pretrained: the U-Net has LoRAs beside its weights ({', '.join(names)}), and diffusers cannot load what "
-            f"it saves of such a U-Net; mend: pipeline.fuse_lora() and then pipeline.unload_lora_weights() to save it with "
+            f"it saves of such a U-Net; fix: pipeline.fuse_lora() and then pipeline.unload_lora_weights() to save it with "
             f"the LoRAs merged, or unload_lora_weights() alone to save the base"
         )
 
@@ -130,7 +130,7 @@ def check_call(pipeline: DiffusionPipeline, rung: LoadedRung, given: Mapping[str
         _warn(f"eta={given['eta']:g} adds noise that the LoRA was not trained with; use 0.0")
     mismatches = [*_scheduler_mismatches(pipeline, rung), *_adapter_mismatches(pipeline, rung)]
     if mismatches:
-        _warn(f"{'; '.join(mismatches)}; mend: call load_few_step again")
+        _warn(f"{'; '.join(mismatches)}; fix: call load_few_step again")
 
 
 def _scheduler_mismatches(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:

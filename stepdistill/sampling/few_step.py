@@ -96,13 +96,13 @@ def _read_folder(folder: Path) -> tuple[LoadedRung, Lora]:
     weights, record = lora_path(folder), RungRecord.read(folder)
     if record is None:
         raise ValueError(
-            f"{folder / RECORD_NAME} is not as it was written: it was changed or damaged; mend: copy the folder again, or "
+            f"{folder / RECORD_NAME} is not as it was written: it was changed or damaged; fix: copy the folder again, or "
             f"run `stepdistill distill` for its run"
         )
     if sha256_file(weights) != record.sha256:
         raise ValueError(
             f"{weights} is not the file that rung.json was written for: it was changed or damaged; "
-            f"mend: copy the folder again, or `stepdistill distill`, which trains the rung again"
+            f"fix: copy the folder again, or `stepdistill distill`, which trains the rung again"
         )
     return LoadedRung(record, weights, read_scheduler(folder), read_base(folder)), read_lora(weights)
 
@@ -113,7 +113,7 @@ def _read_file(path: Path) -> LoadedRung:
             header = file.metadata() or {}
         digest = hash_of_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}; mend: copy or export it again") from None
+        raise ValueError(f"cannot read {path}: {error}; fix: copy or export it again") from None
     if HEADER not in header:
         raise ValueError(
             f"{path} has no sampling settings in its header; allowed: a file that `stepdistill export` wrote into kohya/, "
@@ -126,12 +126,10 @@ def _read_file(path: Path) -> LoadedRung:
             raise ValueError("it was changed or damaged")
         scheduler, base = scheduler_of(facts["scheduler"]), BaseIdentity.of_json(facts["base"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} has a header that cannot be read ({error}); mend: export it again"
-        ) from None
+        raise ValueError(f"{path} has a header that cannot be read ({error}); fix: export it again") from None
     if digest != header.get(HASH):
         raise ValueError(
-            f"{path} is not as it was written: its tensors were changed or damaged; mend: copy or export it again"
+            f"{path} is not as it was written: its tensors were changed or damaged; fix: copy or export it again"
         )
     return LoadedRung(record, path, scheduler, base)
 

@@ -68,7 +68,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as start:
             pointer = start.read(len(_LFS)) == _LFS
         if pointer:
-            raise ValueError(f"{path} is a pointer of Git LFS, not the weights; mend: git lfs pull")
+            raise ValueError(f"{path} is a pointer of Git LFS, not the weights; fix: git lfs pull")
         with safe_open(path, framework="numpy") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             return {key: (str(part.get_dtype()), tuple(part.get_shape())) for key, part in slices.items()}

@@ -22,20 +22,20 @@ _LOOK = "`stepdistill doctor` checks all of its files"
 
 
 @contextmanager
-def loading(key: str, what: object, *, mend: str = _LOOK) -> Iterator[None]:
+def loading(key: str, what: object, *, fix: str = _LOOK) -> Iterator[None]:
     """Turns whatever diffusers, transformers and peft raise for files that they cannot use into a one-line ConfigError.
 
     Args:
         key: the config's key that names the files.
         what: what is being loaded, for the message.
-        mend: the remedy, for the message.
+        fix: the remedy, for the message.
     """
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # they raise many kinds of errors for broken files
-        raise ConfigError(f"{key}: cannot load {what}: {first_line(error)}; mend: {mend}") from error
+        raise ConfigError(f"{key}: cannot load {what}: {first_line(error)}; fix: {fix}") from error
 
 
 def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -90,7 +90,7 @@ def _parts(folder: Path) -> list[str]:
 def _int8() -> TorchAoConfig:
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
-            "training.base_quantization: got int8, which needs the torchao package; mend: "
+            "training.base_quantization: got int8, which needs the torchao package; fix: "
             'pip install "stepdistill[quantize]"'
         )
     from torchao.quantization import Int8WeightOnlyConfig

@@ -60,7 +60,7 @@ def check_lora_header(path: Path) -> dict[str, Any]:
         allowed = _refusal(name, value, most=len(names)) if part in PARTS else None
         if allowed is not None:
             raise ValueError(
-                f"{path}: its {METADATA} has {short(key)}: {short(value)}; allowed: {allowed}; mend: train or convert the "
+                f"{path}: its {METADATA} has {short(key)}: {short(value)}; allowed: {allowed}; fix: train or convert the "
                 f"LoRA without it"
             )
     return config

@@ -125,7 +125,7 @@ def check_teacher_folder(config: RunConfig, folder: Path) -> None:
     broken = [*broken_files(folder)]
     if broken:
         raise ConfigError(
-            f"teacher.path: got {path!r}, which is broken: {'; '.join(broken)}; mend: copy it again"
+            f"teacher.path: got {path!r}, which is broken: {'; '.join(broken)}; fix: copy it again"
         )
     odd = unsupported(folder)
     if odd:

@@ -217,7 +217,7 @@ def newest(
             continue
         except OSError as error:
             raise CheckpointError(
-                f"cannot read {path}: {os.strerror(error.errno or 0)}; nothing was removed; mend: make it readable, then "
+                f"cannot read {path}: {os.strerror(error.errno or 0)}; nothing was removed; fix: make it readable, then "
                 f"the same command; or remove it, and training continues from the checkpoint before it"
             ) from None
         now = identity(checkpoint.phase, checkpoint.step)
@@ -240,7 +240,7 @@ def _read(path: Path) -> tuple[Checkpoint, Identity]:
         raise ValueError(f"{path / MANIFEST} was changed")
     if about["format"] != _FORMAT:
         raise CheckpointError(
-            f"{path} was written by another version of stepdistill (format {about['format']}; allowed: {_FORMAT}); mend: "
+            f"{path} was written by another version of stepdistill (format {about['format']}; allowed: {_FORMAT}); fix: "
             f"continue with that version, or remove {path.parent}, and the rung is trained again"
         )
     content = (path / STATE).read_bytes()
@@ -270,7 +270,7 @@ def _check_identity(path: Path, taken_of: Identity, now: Identity) -> None:
     other = list(_other(taken_of, now))
     if other:
         raise CheckpointError(
-            f"{path} belongs to {' and '.join(other)}; allowed: what the run was started with; mend: put that back, or "
+            f"{path} belongs to {' and '.join(other)}; allowed: what the run was started with; fix: put that back, or "
             f"remove {path.parent}, and the rung is trained again"
         )
     changed = differences(taken_of.versions, now.versions)

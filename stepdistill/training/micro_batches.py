@@ -47,7 +47,7 @@ class MicroBatches:
                 )
             )
             raise OutOfMemoryError(
-                f"out of memory in {self._setup.title} after {step} updates, with one sample in a micro-batch; mend: {here}"
+                f"out of memory in {self._setup.title} after {step} updates, with one sample in a micro-batch; fix: {here}"
                 f"another run (name=...) with training.mixed_precision=bf16, training.base_quantization=int8, or smaller "
                 f"pictures (data.resolution)"
             )

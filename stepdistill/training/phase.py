@@ -272,7 +272,7 @@ def check_result(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, ru
     bad = _not_finite(numbers)
     if bad:
         raise NonFiniteError(
-            f"rung {setup.title}, phase {setup.number}: the weights after its last update give {bad}; mend: the same "
+            f"rung {setup.title}, phase {setup.number}: the weights after its last update give {bad}; fix: the same "
             f"command with a lower learning_rate of this phase, now {setup.phase.learning_rate:g}"
         )
 
@@ -317,7 +317,7 @@ def _stop_if_not_finite(setup: PhaseSetup, step: int, numbers: dict[str, float])
     bad = _not_finite(numbers)
     if bad:
         raise NonFiniteError(
-            f"rung {setup.title}, phase {setup.number}, step {step}: {bad}; nothing was updated; mend: the same "
+            f"rung {setup.title}, phase {setup.number}, step {step}: {bad}; nothing was updated; fix: the same "
             f"command with a lower learning_rate of this phase, now {setup.phase.learning_rate:g}; or check the teacher's "
             f"weights and the latents"
         )

@@ -59,7 +59,7 @@ def one_line(error):
 
 def problems(out):
     """The problems that `doctor` prints on standard output, each joined with its remedy into one line."""
-    lines = out.replace("\n         mend: ", "; allowed: ").splitlines()
+    lines = out.replace("\n         fix: ", "; allowed: ").splitlines()
     return [line for line in lines if line.startswith("problem ")]
 
 

@@ -166,7 +166,7 @@ def test_onnx_without_its_packages_is_refused_before_training(tmp_path, monkeypa
         importlib.util, "find_spec", lambda name: specs[name] if name in specs else find(name)
     )
     config = small_config(tmp_path, "export.formats=[onnx]")
-    assert_refused_before_training(config, r"export\.formats: got onnx, which needs onnxscript; mend: ")
+    assert_refused_before_training(config, r"export\.formats: got onnx, which needs onnxscript; fix: ")
 
 
 @pytest.mark.parametrize("part", ["safety_checker", "feature_extractor"])

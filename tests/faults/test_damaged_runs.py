@@ -204,7 +204,7 @@ def test_a_damaged_rung_json_is_named_by_every_command_and_its_rung_trained_agai
 ):
     path, before = copy.run_dir / "rungs/1/rung.json", tree(copy.run_dir / "evaluation")
     damage(path)
-    line = f"stepdistill: {path} is missing or not as it was written; mend: `stepdistill distill`, which trains it"
+    line = f"stepdistill: {path} is missing or not as it was written; fix: `stepdistill distill`, which trains it"
     for command in (
         lambda: stages.evaluate(copy),
         lambda: stages.sample(copy.run_dir, steps=1, prompt=PROMPT, seed=0, output=copy.run_dir / "x.png"),
@@ -277,11 +277,11 @@ def test_a_damaged_export_is_named_and_exported_again(whole_run, copy, run_comma
     outcome = run_command(lambda: stages.evaluate(copy))
     assert (outcome.code, len(outcome.errors)) == (2, 1)
     assert outcome.errors[0].startswith(f"stepdistill: {copy.run_dir / name} is ")
-    assert "not as it was exported; mend: `stepdistill export` writes it again" in outcome.errors[0]
+    assert "not as it was exported; fix: `stepdistill export` writes it again" in outcome.errors[0]
     assert tree(copy.run_dir / "evaluation") == before
     if damage is folder:
         outcome = run_command(lambda: stages.export(copy))
-        assert f"mend: move the folder {copy.run_dir / name} away" in outcome.errors[0]
+        assert f"fix: move the folder {copy.run_dir / name} away" in outcome.errors[0]
         (copy.run_dir / name).rmdir()
     assert run_command(lambda: stages.export(copy)).code == 0
     assert exported_files(copy) == exported_files(whole_run)
@@ -302,7 +302,7 @@ def test_sample_exports_a_damaged_rung_again(whole_run, copy, run_command, damag
         )
         assert outcome.code == 0
         pictures.append(picture.read_bytes())
-    assert "base.json is not as it was exported; mend: `stepdistill export`" in outcome.messages
+    assert "base.json is not as it was exported; fix: `stepdistill export`" in outcome.messages
     assert pictures[0] == pictures[1]
 
 
@@ -311,7 +311,7 @@ def test_a_damaged_kohya_file_is_refused_and_exported_again(whole_run, copy, run
     (path,) = copy.run_dir.glob("rungs/2/kohya/*.safetensors")
     damage(path)
     pipeline = DiffusionPipeline.from_pretrained(embedded_folder("teacher"), torch_dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"mend: (copy or )?export it again"):
+    with pytest.raises(ValueError, match=r"fix: (copy or )?export it again"):
         load_few_step(pipeline, path)
     assert run_command(lambda: stages.export(copy)).code == 0
     assert exported_files(copy) == exported_files(whole_run)

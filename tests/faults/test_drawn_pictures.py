@@ -46,7 +46,7 @@ def test_a_picture_that_is_not_finite_names_its_row_and_rung(name, odd, whole_ru
         assert guarded(lambda: sampler.ensure(row, folder, prompts, seed=0, processes=Processes())) == 6
     finally:
         handle.remove()
-    assert "mend: evaluation.dtype=float32" in capsys.readouterr().err
+    assert "fix: evaluation.dtype=float32" in capsys.readouterr().err
     assert list((folder / "images").iterdir()) == list((folder / "chunks").iterdir()) == []
 
 

@@ -186,7 +186,7 @@ def test_processes_end_if_their_launcher_is_killed(straight, tmp_path):
     assert alive == []
     assert "Traceback" not in errors
     assert 1 <= len(said(errors)) <= 2
-    assert all("was killed; mend: " in line or "another process" in line for line in said(errors))
+    assert all("was killed; fix: " in line or "another process" in line for line in said(errors))
     path = str(config.run_dir / "config.yaml")
     _, errors = ended(TORCHRUN, "-m", "stepdistill", "distill", path, "training.max_minutes=1e-6")
     assert "the 4-step rung continues in phase 0 after" in errors

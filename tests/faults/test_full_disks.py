@@ -19,8 +19,8 @@ from tests.integration.exported import random_student
 
 PROMPT = "a red letter a on white"
 FULL, CLOSED = (
-    "File too large; mend: make room there",
-    "Permission denied; mend: allow this user to write there",
+    "File too large; fix: make room there",
+    "Permission denied; fix: allow this user to write there",
 )
 
 
@@ -277,7 +277,7 @@ def test_a_picture_that_cannot_be_written(copy, run_command, tmp_path):
         assert (outcome.code, len(outcome.errors)) == (2, 1)
         assert "allowed: a file that ends in .png" in outcome.errors[0]
     outcome = run_command(command("old.png/inside.png"))
-    assert f"mend: move the file {place / 'old.png'} away" in outcome.errors[0]
+    assert f"fix: move the file {place / 'old.png'} away" in outcome.errors[0]
 
 
 def test_a_teacher_that_cannot_be_written(tmp_path, run_command):
@@ -307,7 +307,7 @@ def test_an_extract_and_a_push_that_cannot_be_written(copy, run_command, tmp_pat
     rung = copy.run_dir / "rungs/2"
     with room_for(500):
         outcome = run_command(lambda: stage_for_the_hub(copy, 2, rung, "me/mine", tmp_path))
-    assert_stopped(outcome, tmp_path / "2", "mend: ", {}, {})
+    assert_stopped(outcome, tmp_path / "2", "fix: ", {}, {})
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(whole_run, copy, run_command):
@@ -323,7 +323,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(whole_run, copy, run_command):
         path.write_text("mine")
         outcome = run_command(lambda c=command: c(copy))
         assert (outcome.code, len(outcome.errors)) == (2, 1), name
-        assert f"mend: move the file {path} away, then the same command" in outcome.errors[0], outcome.errors[
+        assert f"fix: move the file {path} away, then the same command" in outcome.errors[0], outcome.errors[
             0
         ]
         assert path.read_text() == "mine"

@@ -94,7 +94,7 @@ def assert_taken(folder, caplog, *, lines):
 def test_a_running_process_is_named_with_its_host_its_time_and_what_to_do(tmp_path, holder):
     line = refusal(tmp_path / "run")
     assert f"{tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}, since 2" in line
-    assert "mend: wait until it ends, stop it, or use another name=..." in line
+    assert "fix: wait until it ends, stop it, or use another name=..." in line
     assert FolderInUseError.exit_code == 3
     assert (tmp_path / "run" / LOCK).exists()
 
@@ -280,7 +280,7 @@ def in_use(folder):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     with (
         read_only(tmp_path),
-        pytest.raises(ValueError, match=rf"cannot write .*{LOCK}: Permission denied; mend: allow this user"),
+        pytest.raises(ValueError, match=rf"cannot write .*{LOCK}: Permission denied; fix: allow this user"),
         locked(tmp_path),
     ):
         raise AssertionError

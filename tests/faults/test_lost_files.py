@@ -66,7 +66,7 @@ def test_a_shard_that_is_lost_while_prepare_works_is_named(tmp_path, run_command
     outcome = run_command(builder.finish)
     assert outcome.code == DataError.exit_code
     assert outcome.errors == [
-        f"stepdistill: {shard} was removed or replaced after it was written; mend: run the same command again"
+        f"stepdistill: {shard} was removed or replaced after it was written; fix: run the same command again"
     ]
     assert run_command(lambda: stages.prepare(config)).code == 0
 
@@ -91,7 +91,7 @@ def test_a_folder_that_is_lost_while_it_trains_stops_the_run_and_does_not_come_b
     outcome = run_command(lambda: stages.distill(copy))
     assert (outcome.code, len(outcome.errors)) == (2, 1)
     assert (
-        f"{copy.run_dir} was removed or renamed while this command worked in it; mend: " in outcome.errors[0]
+        f"{copy.run_dir} was removed or renamed while this command worked in it; fix: " in outcome.errors[0]
     )
     assert updates.count == 1
     assert copy.run_dir.exists() == (how == "replaced")
@@ -195,7 +195,7 @@ def test_a_full_disk_at_the_end_of_a_rung_costs_no_training(
         patch.setattr(StableDiffusionPipeline, "save_lora_weights", full)
         outcome = run_command(lambda: stages.distill(copy))
     assert (outcome.code, len(outcome.errors)) == (2, 1)
-    assert f"{WEIGHT_NAME}: No space left on device; mend: make room there" in outcome.errors[0]
+    assert f"{WEIGHT_NAME}: No space left on device; fix: make room there" in outcome.errors[0]
     assert updates.count == 1
     assert run_command(lambda: stages.distill(copy)).code == 0
     assert updates.count == 1
@@ -226,7 +226,7 @@ def test_too_little_room_is_noticed_before_the_work_with_the_missing_bytes(
     assert (outcome.code, len(outcome.errors)) == (2, 1)
     assert f"{purpose} needs about " in outcome.errors[0]
     assert "5,000 are free there: " in outcome.errors[0]
-    assert "bytes are missing; mend: make room there" in outcome.errors[0]
+    assert "bytes are missing; fix: make room there" in outcome.errors[0]
     assert updates.count == 0
     assert not (copy.run_dir / lost).exists()
 

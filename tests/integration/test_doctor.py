@@ -64,9 +64,9 @@ def test_each_mistake_is_reported_with_its_remedy_and_does_not_hide_the_others(t
     assert "data: 1 image_unreadable (03.png: " in out
     assert "data: 1 caption_empty (04.png: an empty caption)" in out
     assert "/nowhere" in out
-    assert out.count("mend: ") == 4  # the fourth is a note: none of so few pictures is held out
+    assert out.count("fix: ") == 4  # the fourth is a note: none of so few pictures is held out
     assert "note     data: the table compares with pictures that are trained on\n" in out
-    assert "3 problems to mend before this runs" in err
+    assert "3 problems to fix before this runs" in err
 
 
 def test_small_pictures_long_captions_and_missing_repositories_are_notes(tmp_path, pictures, monkeypatch):
@@ -108,11 +108,11 @@ def test_remedies_name_the_key_that_helps(tmp_path, pictures):
     assert small.remedy.startswith("data.min_side (now 256), ")
     (least,) = [f for f in examine(config) if "as large as the 32 pixels to train on" in f.about]
     assert least.remedy == "data.min_side=16"
-    with pytest.raises(ValueError, match=r"mend: data\.min_side \(now 256\), other samples"):
+    with pytest.raises(ValueError, match=r"fix: data\.min_side \(now 256\), other samples"):
         prepare(config)
     large = tiny_config(tmp_path, options[0], options[2], "data.max_pixels=5000", "name=large")
     with pytest.raises(
-        ValueError, match=r"5,000 pixels \(data\.max_pixels\).*mend: data\.max_pixels \(now 5000\)"
+        ValueError, match=r"5,000 pixels \(data\.max_pixels\).*fix: data\.max_pixels \(now 5000\)"
     ):
         prepare(large)
 
@@ -121,7 +121,7 @@ def test_a_missing_teacher_is_one_problem(tmp_path, capsys):
     assert run("doctor", "configs/letters.yaml", f"output_dir={tmp_path}", "teacher.path=teacher-x") == 2
     out, err = capsys.readouterr()
     assert "got 'teacher-x', but there is no folder at " in out
-    assert "1 problem to mend" in err
+    assert "1 problem to fix" in err
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -273,4 +273,4 @@ def test_settings_that_do_not_fit_the_teacher_are_logged_when_the_run_begins(tmp
     config = tiny_config(tmp_path, *options, "ladder.4.start_timestep=399")
     stages.prepare(config)
     assert "prepare: ladder.4.start_timestep: 399 makes an error of epsilon weigh less" in caplog.text
-    assert "mend: ladder.4.start_timestep=null" in caplog.text
+    assert "fix: ladder.4.start_timestep=null" in caplog.text

@@ -67,7 +67,7 @@ def test_a_wrong_scheduler_is_replaced_before_and_warned_of_after(rung, schedule
     if fits:
         without_warning(latents, pipeline, PROMPT)
     else:
-        with pytest.warns(FewStepWarning, match="mend: call load_few_step again"):
+        with pytest.warns(FewStepWarning, match="fix: call load_few_step again"):
             latents(pipeline, PROMPT)
 
 

@@ -146,7 +146,7 @@ def test_processes_that_do_not_share_the_folder_are_told_so_in_one_line(cache, t
     assert "exitcode  : 2" in errors
     (line,) = said(errors)
     assert "does not see what process 0 writes into" in line
-    assert "mend: output_dir=" in line
+    assert "fix: output_dir=" in line
     assert list((tmp_path / "0").rglob(".shared*")) == []
 
 

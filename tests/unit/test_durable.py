@@ -44,7 +44,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})
     monkeypatch.setattr("os.fsync", lambda _fd: (_ for _ in ()).throw(OSError("no space")))
-    with pytest.raises(ValueError, match=r"cannot write .*x\.json: .*no space.*mend: make room there"):
+    with pytest.raises(ValueError, match=r"cannot write .*x\.json: .*no space.*fix: make room there"):
         write_text(path, "half")
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
@@ -132,7 +132,7 @@ def test_a_pipe_or_a_huge_file_instead_of_json_is_not_read(tmp_path):
 )
 def test_a_failed_write_is_reported_in_one_line_with_its_remedy(tmp_path, number, remedy):
     with (
-        pytest.raises(ValueError, match=rf"cannot write {tmp_path}/x: .*mend: {remedy}"),
+        pytest.raises(ValueError, match=rf"cannot write {tmp_path}/x: .*fix: {remedy}"),
         writing(tmp_path / "x"),
     ):
         raise OSError(number, os.strerror(number), "elsewhere")
@@ -140,10 +140,10 @@ def test_a_failed_write_is_reported_in_one_line_with_its_remedy(tmp_path, number
 
 def test_a_file_instead_of_a_folder_is_named(tmp_path):
     (tmp_path / "runs").write_text("mine")
-    with pytest.raises(ValueError, match=rf"mend: move the file {tmp_path}/runs away"):
+    with pytest.raises(ValueError, match=rf"fix: move the file {tmp_path}/runs away"):
         write_text(tmp_path / "runs" / "letters" / "config.yaml", "x")
     (tmp_path / "x.json").mkdir()
-    with pytest.raises(ValueError, match=rf"mend: move the folder {tmp_path}/x.json away"):
+    with pytest.raises(ValueError, match=rf"fix: move the folder {tmp_path}/x.json away"):
         write_text(tmp_path / "x.json", "x")
     assert (tmp_path / "runs").read_text() == "mine"
 

@@ -102,7 +102,7 @@ def test_a_store_that_is_gone_stops_no_message(monkeypatch):
 def test_an_error_of_an_operation_of_all_processes_is_one_line(cause, expected):
     with pytest.raises(DistributedError) as raised, collective():
         raise RuntimeError(cause)
-    assert str(raised.value).startswith(f"another process of the launch {expected}; mend: ")
+    assert str(raised.value).startswith(f"another process of the launch {expected}; fix: ")
 
 
 def test_other_errors_in_such_an_operation_stay_as_they_are():
@@ -121,7 +121,7 @@ def test_other_errors_in_such_an_operation_stay_as_they_are():
         ),
         (
             {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"},
-            "but MASTER_ADDR is not set; mend: launch with torchrun",
+            "but MASTER_ADDR is not set; fix: launch with torchrun",
         ),
         ({"RANK": "x"}, "RANK: got 'x' in the environment; allowed: a number"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "-1"}, "MASTER_PORT: got '-1'"),

@@ -96,15 +96,15 @@ def test_settings_that_no_finished_rung_depends_on_may_change(run_with_a_finishe
         ),
         (
             "training.max_grad_norm=7",
-            r"training\.max_grad_norm: got 7\.0, but .* was started with training\.max_grad_norm=1\.0; mend: use ",
+            r"training\.max_grad_norm: got 7\.0, but .* was started with training\.max_grad_norm=1\.0; fix: use ",
         ),
         (
             "seed=3",
-            r"; mend: use seed=0, or `stepdistill run .*/letters` to continue that run as it was, or ",
+            r"; fix: use seed=0, or `stepdistill run .*/letters` to continue that run as it was, or ",
         ),
         (
             "data.resolution=64",
-            r"resolution: got 64, but .* with the default; mend: leave data\.resolution out, or ",
+            r"resolution: got 64, but .* with the default; fix: leave data\.resolution out, or ",
         ),
     ],
 )

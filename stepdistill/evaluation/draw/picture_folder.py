@@ -178,7 +178,7 @@ def _read_latents(file: Path) -> torch.Tensor:
 
 
 def _cannot_read(file: Path, error: Exception) -> str:
-    return f"cannot read {file}: {' '.join(str(error).split())}; mend: run the same command again, which draws it anew"
+    return f"cannot read {file}: {' '.join(str(error).split())}; fix: run the same command again, which draws it anew"
 
 
 def _written(file: Path, content: bytes) -> str:

@@ -107,7 +107,7 @@ def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMi
         beside = read_json(file)
         if not isinstance(beside, dict):
             raise ConfigError(
-                f"evaluation.loras: {lora.name}: {file} is damaged; mend: copy it again, or set `scheduler`"
+                f"evaluation.loras: {lora.name}: {file} is damaged; fix: copy it again, or set `scheduler`"
             )
         kind = scheduler_class(str(beside.get("_class_name")))
         return kind.from_config(beside, **(lora.scheduler_options or {}))

@@ -87,7 +87,7 @@ def _requiring_finite_pictures(vae: Any, what: str, *, first: int) -> Iterator[N
         is_finite = pictures.isfinite().flatten(1).all(dim=1)
         if not bool(is_finite.all()):
             raise NonFiniteError(
-                f"picture {first + int(is_finite.int().argmin())} of {what} holds numbers that are not finite; mend: "
+                f"picture {first + int(is_finite.int().argmin())} of {what} holds numbers that are not finite; fix: "
                 f"evaluation.dtype=float32 if it is half precision; else the model is damaged, which `stepdistill doctor` "
                 f"finds in the teacher, and `stepdistill distill --rung` trains a damaged rung again"
             )

@@ -103,13 +103,13 @@ class Distances:
                 features = extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
             except (RuntimeError, TypeError, AttributeError) as error:  # the file holds another network
                 raise ValueError(
-                    f"evaluation: {view.extractor.name} cannot read a picture: {first_line(error)}; mend: another copy of "
+                    f"evaluation: {view.extractor.name} cannot read a picture: {first_line(error)}; fix: another copy of "
                     f"its files"
                 ) from None
             if features.shape != (1, view.extractor.num_features) or not bool(features.isfinite().all()):
                 raise ValueError(
                     f"evaluation: {view.extractor.name} does not give {view.extractor.num_features} finite features "
-                    f"for a picture; mend: another copy of its files"
+                    f"for a picture; fix: another copy of its files"
                 )
 
     def to_teacher(self, images: ImageSet, other_seeds: ImageSet) -> dict[str, float]:
