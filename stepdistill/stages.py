@@ -124,16 +124,24 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None, began: fl
     """
     began = time.monotonic() if began is None else began
     if not _is_started(config):
-        from stepdistill.data.cache import load_cache
-        from stepdistill.ladder import rungs_of
-
-        check_run(config)
-        rungs_of(config, only)
-        load_cache(config)  # a run that cannot train is not started: its settings may still change
+        _check_before_start(config, only)
     with _work_in(config):
         _quiet_libraries()
         _check_later_stages(config)
         _distill(config, only, began=began)
+
+
+def _check_before_start(config: RunConfig, only: tuple[int, int] | None) -> None:
+    """ValueError if a run cannot train, such as one without latents: it is not started, so that its settings may change."""
+    check_run(config)
+    _quiet_libraries()
+    from stepdistill.data.cache import load_cache
+    from stepdistill.ladder import rungs_of, rungs_to_copy
+
+    rungs_of(config, only)
+    _check_later_stages(config)
+    rungs_to_copy(config)
+    load_cache(config)
 
 
 def _distill(config: RunConfig, only: tuple[int, int] | None = None, *, began: float) -> None:

@@ -3,8 +3,12 @@
 import fcntl
 import os
 import shutil
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # as a shell without job control sets it in the background; the programs that the tests start would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

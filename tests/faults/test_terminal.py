@@ -54,7 +54,7 @@ def test_a_wrong_value_in_other_letters_is_one_line_in_an_ascii_terminal(tmp_pat
 
 def test_a_folder_that_cannot_be_named_in_ascii_is_one_line(tmp_path):
     code, _, error = in_terminal(
-        LOCALES["ASCII alone"], "distill", OPTIONS[0], f"output_dir={tmp_path}/{GREETING}"
+        LOCALES["ASCII alone"], "prepare", OPTIONS[0], f"output_dir={tmp_path}/{GREETING}"
     )
     assert code == 2
     assert b"cannot be written in ascii, which Python takes for the encoding of file names here" in error

@@ -61,6 +61,7 @@ def test_start_from_refuses_a_rung_of_another_base_and_a_damaged_rung(trained_ru
     damaged = rung_folder(first, 32) / WEIGHT_NAME
     damaged.write_bytes(damaged.read_bytes()[:-1])
     same = tiny_config(tmp_path, "name=same", f"start_from={rung_folder(first, 32)}")
+    stages.open_run(same)
     with pytest.raises(
         ConfigError, match=r"pytorch_lora_weights\.safetensors is missing or not as it was written"
     ):

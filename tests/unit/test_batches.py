@@ -117,7 +117,7 @@ def test_an_update_is_begun_again_with_the_same_samples_in_smaller_micro_batches
     for name in ("original_samples", "noise", "timesteps"):
         joined = torch.cat([getattr(batch, name) for _, batch in rest])
         assert torch.equal(joined, torch.cat([getattr(batch, name) for batch in expected[1:]]))
-    with pytest.raises(OutOfMemoryError, match="update 1, with one sample in a micro-batch"):
+    with pytest.raises(OutOfMemoryError, match="after 1 updates, with one sample in a micro-batch"):
         batches.split(1)
 
 
