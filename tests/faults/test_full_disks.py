@@ -119,6 +119,7 @@ def test_a_full_disk_during_evaluate(whole_run, copy, run_command):
     }
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_during_evaluate(whole_run, copy, run_command):
     folder, row, image, latents, marker = evaluation_places(copy)
     steps = [
@@ -142,6 +143,7 @@ def test_a_full_disk_where_a_scorers_prompts_are_written(copy, run_command):
     assert "score_cmd: echo {}" in config.read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk_during_prepare(whole_run, copy, run_command):
     cache, environment = copy.run_dir / "cache", copy.run_dir / "environment.json"
     shard, text, manifest = (
@@ -262,6 +264,7 @@ def test_a_report_that_cannot_be_written(whole_run, copy, run_command, of_two):
     closed_steps(run_command, copy.run_dir.parent, command, [([], folder, folder / "index.html")])
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written(copy, run_command, tmp_path):
     place = tmp_path / "pictures"
     place.mkdir()
@@ -280,6 +283,7 @@ def test_a_picture_that_cannot_be_written(copy, run_command, tmp_path):
     assert f"fix: move the file {place / 'old.png'} away" in outcome.errors[0]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_be_written(tmp_path, run_command):
     save_lora(random_student(embedded_folder("teacher")), tmp_path / "lora")
     config = small_config(tmp_path / "runs", f"teacher.loras=[{{path: {tmp_path / 'lora'}}}]")

@@ -146,6 +146,7 @@ def with_record(config, steps, **changes):
 
 
 @pytest.mark.parametrize("is_damaged", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_rung_that_began_with_another_lora_is_trained_again(
     whole_run, copy, run_command, updates, is_damaged
 ):
@@ -174,6 +175,7 @@ def test_the_first_rung_begins_with_no_lora_even_if_it_has_as_many_steps_as_its_
     assert [begun_from(config, rung) for rung in config.ladder] == [None, "1" * 64]
 
 
+@pytest.mark.slow
 def test_a_rung_of_an_earlier_version_stays(copy, run_command, updates):
     with_record(copy, 1, teacher_sha256="absent")
     assert "teacher_sha256" not in read_sealed(copy.run_dir / "rungs" / "1" / "rung.json")
