@@ -5,7 +5,7 @@
     2    a wrong config, argument or file
     3    another process works in the run's folder
     4    the data cannot be used
-    5    a checkpoint cannot be used
+    5    a checkpoint cannot be used, or could not be written before a stop
     6    a loss, gradient or picture is not finite
     7    out of memory; in training: even with micro-batches of one sample
     8    another process of the launch ended, or did not answer in time

@@ -442,10 +442,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not each try to reach another process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # kernels that torchao lacks on this machine, and its old calls
+    # kernels that torchao lacks on this machine, and calls of it that torch calls old
+    for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging
     import transformers.utils.logging
