@@ -2,7 +2,8 @@
 
 python -m tests.faults.failing_rank PLACE FAILURE RANK STAGE CONFIG [key=value ...]
 
-PLACE    update, move, save, half_saved and drawing of pictures (the second one), rung (its end), none
+PLACE    update, move and drawing of pictures (the second one), save and half_saved (the checkpoint after the second update),
+         rung (its end), none
 FAILURE  killed (SIGKILL), stopped (SIGSTOP), raised, told (SIGTERM), asleep (for an hour, as if it waited on a GPU for
          another process), or nan: the place's result is not a number
 RANK     the process that fails, in the first attempt of the launch only
@@ -27,8 +28,8 @@ MESSAGE = "the wind has blown the papers away"
 PLACES = {
     "update": (phase, "update", 2),
     "move": (Denoiser, "move", 2),
-    "save": (Checkpoints, "save", 2),
-    "half_saved": (durable, "replace_folder", 2),
+    "save": (Checkpoints, "save", 3),
+    "half_saved": (durable, "replace_folder", 3),
     "rung": (rung_files, "replace_folder", 1),
     "drawing": (Sampler, "draw", 2),
 }
