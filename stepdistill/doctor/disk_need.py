@@ -36,12 +36,14 @@ _PAGE = 20 * 2**20
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes by their purpose. If `is_whole` is False the sum is a lower bound: the source was too long to count in time, or
-    the teacher's weights are not on this disk yet."""
+    """Bytes by their purpose; `checkpoints` are those of one rung, which are removed when it is finished. If `is_whole` is
+    False the sum is a lower bound: the source was too long to count in time, or the teacher's weights are not on this disk
+    yet."""
 
     teacher: int
     cache: int
     rungs: int
+    checkpoints: int
     evaluation: int
     report: int
     is_whole: bool
@@ -49,7 +51,7 @@ class DiskNeed:
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.teacher + self.cache + self.rungs + self.evaluation + self.report
+        return self.teacher + self.cache + self.rungs + self.checkpoints + self.evaluation + self.report
 
 
 def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
@@ -63,6 +65,7 @@ def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
         teacher=pipeline or 0,
         cache=cache,
         rungs=_rungs(config, unet, size),
+        checkpoints=_checkpoints(config, unet),
         evaluation=evaluation_bytes(config, teacher),
         report=_report(config, size),
         is_whole=is_whole and pipeline is not None,
@@ -135,8 +138,7 @@ def _walk(data: Data, a_shard: int) -> tuple[int, int, bool]:
 
 
 def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> int:
-    """Bytes of every rung's LoRA in float32, of its exported files and of its previews, and of the checkpoints of one rung:
-    they are removed when the rung is finished."""
+    """Bytes of every rung's LoRA in float32, of its exported files and of its previews."""
     lora = lora_parameters(layer_shapes(unet), config.lora.rank)
     whole = sum(parameter.numel() for parameter in unet.parameters())
     options = config.export
@@ -148,11 +150,13 @@ def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> i
     }
     each = lora * _BYTES["float32"] + sum(other[name] for name in options.formats)
     previews = sum(preview_pictures(config, rung) for rung in config.ladder)
-    encoder = encoder_parameters(unet)
-    checkpoints = [
-        checkpoints_bytes(config, rung, parameters=lora, encoder=encoder) for rung in config.ladder
-    ]
-    return len(config.ladder) * each + previews * png_bytes(size) + max(checkpoints)
+    return len(config.ladder) * each + previews * png_bytes(size)
+
+
+def _checkpoints(config: RunConfig, unet: torch.nn.Module) -> int:
+    """The most bytes that the checkpoints of a rung take while it is trained."""
+    lora, encoder = lora_parameters(layer_shapes(unet), config.lora.rank), encoder_parameters(unet)
+    return max(checkpoints_bytes(config, rung, parameters=lora, encoder=encoder) for rung in config.ladder)
 
 
 def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0) -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from stepdistill.config.load import load_config
@@ -57,6 +58,18 @@ def test_rungs_grow_with_rank_and_formats_and_rows_with_the_number_of_images():
     assert need_of("export.formats=[diffusers,kohya,fused]").rungs > usual.rungs
     assert need_of("evaluation.num_images=512").evaluation > 1.8 * usual.evaluation
     assert usual.teacher == 0
+
+
+def test_checkpoints_count_the_adam_states_of_student_and_discriminator():
+    """Two that stay, the one at the phase's start and the next one; mse alone has no discriminator."""
+    mse = "[{objective: mse, max_train_steps: 1}]"
+    alone = need_of(*(f"ladder.{index}.phases={mse}" for index in range(5))).checkpoints
+    unet = UNet2DConditionModel.from_pretrained(TEACHER / "unet")
+    lora = lora_parameters(layer_shapes(unet), load_config("configs/letters.yaml").lora.rank)
+    ema = load_config("configs/letters.yaml").training.ema_decay > 0
+    assert alone == 4 * 4 * lora * (3 + ema)
+    assert need_of().checkpoints > alone
+    assert need_of("training.checkpoint.keep=4").checkpoints == 6 / 4 * need_of().checkpoints
 
 
 def test_repeated_prompts_are_counted_without_iterating(tmp_path):
