@@ -251,7 +251,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
         if state == "ok"
         else "another output_dir, data.dtype=float16, fewer pictures or evaluation.num_images"
     )
-    parts = ("teacher", "cache", "rungs", "evaluation", "report")
+    parts = ("teacher", "cache", "rungs", "checkpoints", "evaluation", "report")
     each = ", ".join(f"{part} {_bytes(size)}" for part in parts if (size := getattr(need, part)))
     about = f"{_bytes(free)} free, the run needs about {_bytes(need.total)}{'' if need.is_whole else ' or more'} ({each})"
     yield Finding(
