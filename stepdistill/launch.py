@@ -1,8 +1,13 @@
-"""The processes of a launch (torchrun, accelerate launch, srun) end together and print the reason once. Imports torch late.
+"""The processes of a launch (torchrun, accelerate launch, srun) meet, end together, and print the reason once. Imports torch
+late.
 
 torch.distributed keeps a key-value store in the launcher, or in process 0 if there is none. A process that fails leaves a
 note there. In each process a thread, the watch, looks for notes and for the launcher itself: a process that waits for the
 others inside an operation of all processes, above all on a GPU, would notice neither.
+
+When torchrun starts the processes again after a failure, it keeps the store with all that the ended ones wrote. A new
+process that reads an ended one's address there waits for it for ever (github.com/pytorch/pytorch/issues/135712). So the
+processes agree on a name for each start, and every key that they use for their first meeting begins with it.
 """
 
 import atexit
@@ -12,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,6 +29,7 @@ _LOOKS_EVERY = 1.0  # seconds between two looks of the watch
 _MAIN_THREAD_HAS = 10.0  # seconds to end by itself, after another process has failed
 _FIRST_PROCESS_HAS = 10.0  # seconds for process 0 to print an error that the others probably share
 _STORE_MAY_BE_SILENT = 60.0  # seconds
+_MEETS_EVERY = 0.05  # seconds between two looks for the other processes' words at the start
 _LONGEST_CAUSE = 120
 _ENDED = " of the launch ended: {}"
 _FIX = "fix: see its messages, and start the same command again, which continues from the last checkpoint"
@@ -121,6 +128,57 @@ class Launch:
 
 
 _launch: Launch | None = None
+
+
+def meeting_place(timeout: timedelta) -> dict[str, Any]:
+    """Arguments of torch.distributed.init_process_group: a part of the store that no earlier start of this launch has used.
+
+    Without WORLD_SIZE in the environment, the timeout only: there is no launch, or one without a store, such as mpirun's.
+
+    timeout: how long the processes wait for one another, here and in each later operation of all; then DistributedError.
+    """
+    from torch.distributed import PrefixStore, rendezvous
+
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return {"timeout": timeout}
+    store, rank, _ = next(rendezvous("env://", _index(), count, timeout=timeout))
+    name = agree(store, rank, count, timeout=timeout)
+    return {"store": PrefixStore(name, store), "rank": rank, "world_size": count, "timeout": timeout}
+
+
+def agree(store: Any, rank: int, count: int, *, timeout: timedelta) -> str:
+    """A name for this start of the launch: the same in all processes, and new even if the store has seen other starts.
+
+    Process 0 offers a new name to each other process beside the word that this one has just made up, and waits until it
+    has answered with that name. So nobody takes what a process of an earlier start has written for a word, an offer or an
+    answer of this one.
+
+    rank: this process's number, of 0 to count - 1.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    def pause(number: int) -> None:
+        if time.monotonic() > until:
+            what = "did not answer within training.distributed_timeout"
+            raise DistributedError(f"process {number} of the launch {what}, at the start; {_FIX}")
+        time.sleep(_MEETS_EVERY)
+
+    if rank > 0:
+        store.set(f"word/{rank}", mine)
+        while not (offer := read(f"offer/{rank}")).endswith(mine):
+            pause(0)
+        name = offer.removesuffix(mine)
+        store.set(f"answer/{rank}", name)
+        return name
+    for number in range(1, count):
+        while read(f"answer/{number}") != mine:
+            store.set(f"offer/{number}", mine + read(f"word/{number}"))
+            pause(number)
+    return mine
 
 
 def is_joined() -> bool:

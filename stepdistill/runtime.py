@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import should_reduce_batch_size
 
 from stepdistill import launch
@@ -216,11 +216,12 @@ def meet(run_dir: Path, *, timeout_minutes: float, release: Callable[[], None]) 
     timeout_minutes: how long they wait for one that does not answer; then DistributedError.
     release: gives back what this process holds, such as the folder's lock, if it must end at once because another failed.
     """
-    options = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)).to_kwargs()
+    if launch.is_joined():
+        return
     with collective():
-        PartialState(cpu=_ON_CPU, **options)
+        PartialState(cpu=_ON_CPU, **launch.meeting_place(timedelta(minutes=timeout_minutes)))
     processes = Processes()
-    if processes.count > 1 and not launch.is_joined():
+    if processes.count > 1:
         launch.join(processes.broadcast(uuid.uuid4().hex), release=release)
         processes.check_shared(run_dir)
 

@@ -2,15 +2,16 @@
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from stepdistill import launch
 from stepdistill.errors import DistributedError
-from stepdistill.launch import Launch, collective, ending, is_of_another_process
+from stepdistill.launch import Launch, agree, collective, ending, is_of_another_process
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,38 @@ def test_an_error_of_an_operation_of_all_processes_is_one_line(cause, expected):
     with pytest.raises(DistributedError) as raised, collective():
         raise RuntimeError(cause)
     assert str(raised.value).startswith(f"another process of the launch {expected}; fix: ")
+
+
+def agreed(server, scope, ranks, *, count=3, seconds=30.0):
+    """What `agree` returns, or the error that it raises, in these processes of one start; scope: the launch's."""
+
+    def one(rank):
+        store = TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+        try:
+            return agree(PrefixStore(scope, store), rank, count, timeout=timedelta(seconds=seconds))
+        except DistributedError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, ranks))
+
+
+def test_each_start_of_a_launch_agrees_on_a_new_name_in_the_same_store(server, request):
+    names = [agreed(server, request.node.name, ranks) for ranks in ((0, 1, 2), (2, 1, 0), (1, 0, 2))]
+    for start in names:
+        assert len(set(start)) == 1
+    assert len({start[0] for start in names}) == 3
+
+
+@pytest.mark.parametrize("early", [(0, 2), (1, 2), (0,), (1,)])
+def test_processes_that_ended_before_all_had_met_do_not_disturb_the_next_start(server, request, early):
+    for message in agreed(server, request.node.name, early, seconds=0.3):
+        assert (
+            "of the launch did not answer within training.distributed_timeout, at the start; fix: " in message
+        )
+    (name, *others) = agreed(server, request.node.name, (0, 1, 2))
+    assert others == [name, name]
+    assert len(name) == 32
 
 
 def test_other_errors_in_such_an_operation_stay_as_they_are():
