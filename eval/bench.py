@@ -28,10 +28,10 @@ from stepdistill.data.batches import Batch, draw_batch
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.data.decode import cover
-from stepdistill.data.encode import Encoder, encode_pictures
+from stepdistill.data.encode import Encoder, encode_pixels
 from stepdistill.data.prepare import prepare
 from stepdistill.data.records import records
-from stepdistill.data.source import picture_of
+from stepdistill.data.source import image_of
 from stepdistill.diffusion.grid import passes_per_step
 from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.ladder import distill
@@ -182,24 +182,24 @@ def bench_waiting(config: RunConfig, iterations: int) -> dict:
     }
 
 
-def bench_preparing(scratch: Path, *, pictures: int = 8, side: int = 192) -> dict:
+def bench_preparing(scratch: Path, *, images: int = 8, side: int = 192) -> dict:
     """Seconds to prepare a shard of 1600 x 1200 JPEGs, and their ratio to those of the bare VAE on the same batches."""
     build("sd15", tiny=True).save_pretrained(scratch / "teacher")
     pipeline = load_encoders(scratch / "teacher")
     pipeline.register_modules(vae=build_vae("sd15").eval().requires_grad_(False))
     (scratch / "pictures").mkdir()
     generator = np.random.default_rng(0)
-    for k in range(pictures):
+    for k in range(images):
         small = Image.fromarray(generator.integers(0, 255, (30, 40, 3), dtype=np.uint8))
         small.resize((1600, 1200), Image.Resampling.BICUBIC).save(scratch / "pictures" / f"{k:02d}.jpg")
-        (scratch / "pictures" / f"{k:02d}.txt").write_text(f"picture {k}")
+        (scratch / "pictures" / f"{k:02d}.txt").write_text(f"image {k}")
     data = Data(source=str(scratch / "pictures"))
     encoder = Encoder(pipeline, data, Sizes(data, teacher_size=(side, side), multiple=64))
-    picture_records = list(records(data.source))
-    pixels = np.stack([cover(picture_of(record, data), (side, side))[0] for record in picture_records])
-    bare = timed(lambda: encode_pictures(pipeline, pixels), 3)
-    whole = timed(lambda: encoder.encode(picture_records, first=0), 3)
-    return {"pictures": pictures, "side": side, "seconds": round(whole, 3), "ratio": round(whole / bare, 3)}
+    image_records = list(records(data.source))
+    pixels = np.stack([cover(image_of(record, data), (side, side))[0] for record in image_records])
+    bare = timed(lambda: encode_pixels(pipeline, pixels), 3)
+    whole = timed(lambda: encoder.encode(image_records, first=0), 3)
+    return {"pictures": images, "side": side, "seconds": round(whole, 3), "ratio": round(whole / bare, 3)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     waiting["loop_ratio"] = round(waiting["seconds_an_update"] / rows[1]["iteration_seconds"], 3)
     print(f"waiting for data: {waiting['share']:.2%} of an iteration")
     print(f"an update of the whole loop: {waiting['loop_ratio']:.2f} times its iteration alone")
-    print(f"preparing: {preparing['ratio']:.2f} times the bare encoding of {preparing['pictures']} pictures")
+    print(f"preparing: {preparing['ratio']:.2f} times the bare encoding of {preparing['pictures']} images")
     if args.output:
         results = {"environment": environment(), "rows": rows, "waiting": waiting, "preparing": preparing}
         args.output.parent.mkdir(parents=True, exist_ok=True)

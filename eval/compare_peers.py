@@ -14,7 +14,7 @@ A tenth of the captions is held out from all training, and only these captions a
 shipped reader and by a second one that was trained on other renderings (eval/second_reader.py); OUTPUT.md says whether both
 order the methods alike. `--tune` tries each method at a third, one, three and nine times its default learning rate, with
 another seed and a quarter of the budget. It writes the best factor to OUTPUT.rates.json, which later calls read. Any config
-can be used, with its own teacher and folder of captioned pictures (data.source); for pictures other than letters it must
+can be used, with its own teacher and folder of captioned images (data.source); for images other than letters it must
 name the features for FID. An interrupted command resumes. `--earlier` takes over the results of another call with the same
 settings, so that several machines can share seeds and methods.
 
@@ -40,8 +40,8 @@ from side_by_side import (
     arguments,
     base_config,
     by_steps,
+    image,
     measure,
-    picture,
     share_cache,
     summary,
     write,
@@ -55,7 +55,7 @@ from stepdistill.evaluation.check import check_evaluation
 from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.runtime import source_commit
 
-PICTURE = {
+IMAGE = {
     "teacher-4": "teacher 4",
     **{f"stepdistill-{n}": f"ours {n}" for n in (4, 2, 1)},
     "lcm-lora-4": "LCM-LoRA 4",
@@ -86,7 +86,7 @@ def tune(args: argparse.Namespace, budget: float) -> None:
 
     The best factor has the lowest mean, over step counts, of the logarithm of FID to the teacher's images from other seeds.
     So methods that add noise while sampling are judged like the others. FID to real would not do: its best rate is one that
-    learns nothing, because the base model without guidance (rows unguided-N) is nearer to real pictures than the guided
+    learns nothing, because the base model without guidance (rows unguided-N) is nearer to real images than the guided
     teacher, although it draws fewer prompts right.
     """
     path = args.output.with_suffix(".rates.json")
@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> int:
     write(args.output, text, tables, payload)
     run_dir = next((t.run_dir for t in tables if t.run_dir is not None), None)
     if run_dir is not None:
-        labels = {names[0]: names[0].replace("-", " ")} | PICTURE
-        picture(run_dir, labels, evaluation_set_of(base).prompts).save(args.output.with_suffix(".png"))
+        labels = {names[0]: names[0].replace("-", " ")} | IMAGE
+        image(run_dir, labels, evaluation_set_of(base).prompts).save(args.output.with_suffix(".png"))
     print(text)
     return 0
 

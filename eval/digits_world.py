@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from stepdistill.config import Data
-from stepdistill.data.source import evaluation_pictures
+from stepdistill.data.source import evaluation_images
 from stepdistill.demo import teacher as recipe
 from stepdistill.demo.letters import INKS, PAPERS
 from stepdistill.teacher.folder import embedded_folder
@@ -31,7 +31,7 @@ COPIES = 4
 
 
 def draw_digit(strokes: np.ndarray, ink: str, paper: str, generator: np.random.Generator) -> Image.Image:
-    """A 32 x 32 picture of a digit, rotated by up to 12 degrees and shifted by up to 2 pixels.
+    """A 32 x 32 image of a digit, rotated by up to 12 degrees and shifted by up to 2 pixels.
 
     strokes: (8, 8), values from 0 to 16.
     """
@@ -44,7 +44,7 @@ def draw_digit(strokes: np.ndarray, ink: str, paper: str, generator: np.random.G
     )
 
 
-def write_pictures(folder: Path, *, seed: int) -> None:
+def write_images(folder: Path, *, seed: int) -> None:
     """Writes every digit COPIES times, with its captions."""
     folder.mkdir(parents=True, exist_ok=True)
     data, generator = load_digits(), np.random.default_rng(seed)
@@ -63,15 +63,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--unet-steps", type=int, default=3000)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    write_pictures(args.output / "pictures", seed=args.seed)
-    pictures = evaluation_pictures(Data(source=str(args.output / "pictures")))
-    images = torch.from_numpy(np.stack([picture.pixels((32, 32)) for picture in pictures])).permute(
-        0, 3, 1, 2
-    )
+    write_images(args.output / "pictures", seed=args.seed)
+    records = evaluation_images(Data(source=str(args.output / "pictures")))
+    images = torch.from_numpy(np.stack([record.pixels((32, 32)) for record in records])).permute(0, 3, 1, 2)
     vae = load_vae(embedded_folder("teacher"))
     latents = recipe.encode_images(vae, images, scaling_factor=vae.config.scaling_factor)
     tokenizer = recipe.build_tokenizer()
-    captions = [picture.caption for picture in pictures]
+    captions = [record.caption for record in records]
     unet, text_encoder = recipe.train_unet(
         latents, captions, tokenizer, steps=args.unet_steps, seed=args.seed
     )

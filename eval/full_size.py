@@ -2,11 +2,11 @@
 
     python eval/full_size.py [--configs sd15 sd21_v sdxl sdxl_24gb] [--output eval/results/full_size] [key=value ...]
 
-Measured, if there is a CUDA GPU: a pipeline with random weights in the shapes of the released model, a few pictures, and the
+Measured, if there is a CUDA GPU: a pipeline with random weights in the shapes of the released model, a few images, and the
 config's ladder with two updates per phase. Memory is torch's peak of allocated bytes.
 Estimated, always: the same modules on the meta device. The estimate adds up parameters, gradients and Adam's moments, the
 tensors that autograd keeps of each phase's forwards, and with gradient checkpointing the most that one recomputed module
-keeps. It also covers a preview, for which the VAE moves from the CPU to the GPU and decodes one picture at a time. The
+keeps. It also covers a preview, for which the VAE moves from the CPU to the GPU and decodes one image at a time. The
 working memory of kernels is not included.
 """
 
@@ -165,12 +165,12 @@ def estimate(config: RunConfig, family: str) -> dict[str, Any]:
 
 
 def _preview(family: str, side: int) -> dict[str, int]:
-    """Bytes of the VAE in float32, and the peak of decoding one picture."""
+    """Bytes of the VAE in float32, and the peak of decoding one image."""
     with torch.device("meta"):
         vae = build_vae(family).eval().requires_grad_(False)
     with torch.no_grad(), _Live() as live:
         vae.decode(torch.empty(1, 4, side, side, device="meta"))
-    return {"vae": sum(p.numel() for p in vae.parameters()) * 4, "one picture decoded": live.peak}
+    return {"vae": sum(p.numel() for p in vae.parameters()) * 4, "one image decoded": live.peak}
 
 
 def _phase(

@@ -24,7 +24,7 @@ from stepdistill.demo.letters import TYPEFACES, WORLD, Style, Triple, parse_capt
 from stepdistill.demo.reader import Reader, load_reader, prompt_accuracy, save_reader, shipped_reader
 from stepdistill.demo.teacher import rendered_batch, train_reader
 from stepdistill.disk.durable import sha256_file
-from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.evaluation_set import RealImages, evaluation_set_of
 from stepdistill.evaluation.measure.distances import fid, fid_without_each_group
 from stepdistill.evaluation.measure.features import ReaderFeatures
@@ -49,7 +49,7 @@ def weights_of(asset: Path) -> Path:
 
 @dataclass(frozen=True)
 class Again:
-    """The second reader's measures of a table of letters. All empty if the table is about other pictures.
+    """The second reader's measures of a table of letters. All empty if the table is about other images.
 
     rows        by row: second_fid_to_real, second_prompt_accuracy and, if the teacher's images from other seeds were drawn,
                 second_fid_to_teacher
@@ -64,10 +64,10 @@ class Again:
 
 
 def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSET) -> Again:
-    """Measures a finished table's pictures with the second reader.
+    """Measures a finished table's images with the second reader.
 
     Args:
-        config: the table's config; the pictures of its rows are in run_dir/evaluation.
+        config: the table's config; the images of its rows are in run_dir/evaluation.
         rows: names of the rows.
         asset: path of the second reader, without suffix.
     """
@@ -80,8 +80,10 @@ def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSE
     view = View("second", extractor, config.evaluation.resize or extractor.default_resize)
 
     def drawn(row: str) -> ImageSet:
-        pictures, count = PictureFolder(folder / row), config.evaluation.num_images
-        return ImageSet(str(pictures.key), pictures.path / "features", lambda: pictures.batches(count))
+        drawn_images, count = RowImages(folder / row), config.evaluation.num_images
+        return ImageSet(
+            str(drawn_images.key), drawn_images.path / "features", lambda: drawn_images.batches(count)
+        )
 
     def features(images: RealImages | None, name: str) -> torch.Tensor | None:
         return images and view.features(ImageSet(images.key, folder / "features" / name, images.batches))

@@ -39,7 +39,7 @@ MEASURES = {
 MAIN = ("fid_to_real", "fid_to_teacher", "paired_fid_to_teacher", "prompt_accuracy")
 HELD_OUT = 0.1
 COLUMNS = 10
-# Telling methods apart needs many pictures and seeds, but no sweep of LoRA scales, no matrix and no timing of every row.
+# Telling methods apart needs many images and seeds, but no sweep of LoRA scales, no matrix and no timing of every row.
 _MEASURED = ["evaluation.num_images=1000", "evaluation.diversity_prompts=16"]
 _MEASURED += [f"evaluation.unguided_steps={list(STEPS)}"]
 _MEASURED += ["evaluation.lora_scales=[]", "evaluation.matrix=false", "evaluation.cost_batch_sizes=[]"]
@@ -92,7 +92,7 @@ class Table:
 
     rows        measures by name of row
     floor       distances between two sets of real images, and between two sets of the teacher's images
-    run_dir     the run folder with the pictures of each row in evaluation/<row>; None if they are on another machine
+    run_dir     the run folder with the images of each row in evaluation/<row>; None if they are on another machine
     replicates  the jackknife's replicates by row and measure
     """
 
@@ -110,13 +110,13 @@ def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path
         base: the settings that all methods share.
         name: the table's run folder is output_dir/name.
         loras: the rows beside the teacher's.
-        drawn: run folder of another table; its pictures of the teacher are reused if they are the same.
+        drawn: run folder of another table; its images of the teacher are reused if they are the same.
     """
     options = base.evaluation.model_copy(update={"loras": tuple(loras)})
     config = base.model_copy(update={"name": name, "evaluation": options, "ladder": ()})
     if drawn is not None:
         open_run(config)
-        _share_pictures(drawn, config.run_dir)
+        _share_images(drawn, config.run_dir)
     stages.evaluate(config)
     stages.report(config)
     results = read_json(config.run_dir / "evaluation" / "results.json")
@@ -128,8 +128,8 @@ def measure(base: RunConfig, name: str, loras: Sequence[LoraRow], *, drawn: Path
     return Table(rows, (results.get("floor") or {}) | again.floor, config.run_dir, replicates)
 
 
-def _share_pictures(source: Path, target: Path) -> None:
-    """Copies the pictures of the teacher's rows and of its floor that the target lacks. The evaluation redraws those whose
+def _share_images(source: Path, target: Path) -> None:
+    """Copies the images of the teacher's rows and of its floor that the target lacks. The evaluation redraws those whose
     key does not fit."""
     for pattern in ("teacher-*", "unguided-*", "floor"):
         for folder in (source / "evaluation").glob(pattern):
@@ -185,8 +185,8 @@ def by_steps(entries: Sequence[dict[str, Any]], names: Sequence[str], measure_na
     return "\n".join(lines)
 
 
-def picture(run_dir: Path, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
-    """A grid of the first pictures of each row that the run folder has; each column has one prompt and one noise."""
+def image(run_dir: Path, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
+    """A grid of the first images of each row that the run folder has; each column has one prompt and one noise."""
     shown = {}
     for name, label in rows.items():
         folder = run_dir / "evaluation" / name / "images"

@@ -1,4 +1,4 @@
-"""How much worse a rung's pictures become with a wrong sampler, and what load_few_step does about it.
+"""How much worse a rung's images become with a wrong sampler, and what load_few_step does about it.
 
     python eval/wrong_sampler.py RUN [--steps 4] [--num-images 500] [--output eval/results/wrong_sampler]
 
@@ -97,7 +97,7 @@ def measured(
 
 
 def drawn(pipeline: DiffusionPipeline, prompt: str, **options: Any) -> tuple[torch.Tensor, list[str]]:
-    """Latents of one picture, and the messages of the FewStepWarnings that drawing it caused."""
+    """Latents of one image, and the messages of the FewStepWarnings that drawing it caused."""
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
         latents = pipeline(

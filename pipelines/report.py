@@ -1,4 +1,4 @@
-"""Stage 5: write the report: page, table and picture grid.
+"""Stage 5: write the report: page, table and image grid.
 
 python pipelines/report.py CONFIG [key=value ...] [--dry-run]
 """

@@ -32,7 +32,7 @@ AutoencoderKL (24, 48, 48) with 4 x 8 x 8 latents; CLIPTextModel of width 64 wit
 {parameters:.1f} M parameters, cross-attention at 4 x 4; epsilon, scaled_linear betas, trailing timesteps. fp16 safetensors.
 
 Made by `python pipelines/train_teacher.py OUTPUT` from {num_images:,} renderings, seed {seed}: VAE {vae_steps:,} steps of
-32, U-Net and text encoder {unet_steps:,} steps of 64 with EMA, captions dropped at 10 %. The pictures are drawn with the
+32, U-Net and text encoder {unet_steps:,} steps of 64 with EMA, captions dropped at 10 %. The images are drawn with the
 typefaces that matplotlib ships (DejaVu, STIX, Computer Modern).
 """
 
@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     truth = [Triple(*row) for row in fresh_labels.tolist()]
     decoded = vae.decode(recipe.encode_images(vae, fresh, scaling_factor=1.0)).sample
     reconstructions = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    for name, pictures in (("new renderings", fresh), ("their reconstructions", reconstructions)):
-        right = sum(a == b for a, b in zip(reader.read(pictures), truth, strict=True))
+    for name, batch in (("new renderings", fresh), ("their reconstructions", reconstructions)):
+        right = sum(a == b for a, b in zip(reader.read(batch), truth, strict=True))
         logging.info("the reader names %.1f %% of %s", 100 * right / len(truth), name)
 
     tokenizer = recipe.build_tokenizer()

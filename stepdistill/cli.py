@@ -232,7 +232,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="the folder to write; default: RUN/report")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the report of a run (page, table, picture grid), also while it trains; for several runs, a comparison."""
+    """Write the report of a run (page, table, image grid), also while it trains; for several runs, a comparison."""
     if is_folder(Path(targets[0])):
         stages.report_runs([Path(target) for target in targets], output=output)
     else:
@@ -253,7 +253,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     output: Annotated[Path, typer.Option(help="the PNG to write")] = Path("sample.png"),
 ) -> None:
-    """Draw one picture with a run's student."""
+    """Draw one image with a run's student."""
     written = stages.sample(run_dir, steps=steps, prompt=given_text(prompt), seed=seed, output=output)
     typer.echo(one_line(str(written)))
 

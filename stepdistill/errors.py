@@ -6,7 +6,7 @@
     3    another process works in the run's folder
     4    the data cannot be used
     5    a checkpoint cannot be used, or could not be written before a stop
-    6    a loss, gradient or picture is not finite
+    6    a loss, gradient or image is not finite
     7    out of memory; in training: even with micro-batches of one sample
     8    another process of the launch ended, or did not answer in time
     75   stopped in the middle of training; the same command continues there
@@ -40,7 +40,7 @@ class CheckpointError(ValueError):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss, gradient or picture is not finite."""
+    """A loss, gradient or image is not finite."""
 
     exit_code = 6
 

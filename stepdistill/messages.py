@@ -64,16 +64,16 @@ def without_secrets(text: str) -> str:
 
 
 def sizes_text(counts: Mapping[str, int], *, moved: int = 0, least: int = 0) -> str:
-    """How many pictures have each size, as text such as "2 sizes (width x height): 96 x 64: 30, ...".
+    """How many images have each size, as text such as "2 sizes (width x height): 96 x 64: 30, ...".
 
-    counts: number of pictures by the name of a size in the cache, height first, such as "64x96".
-    moved: how many of the pictures were not cropped to their nearest ratio, because fewer than `least` pictures have it.
+    counts: number of images by the name of a size in the cache, height first, such as "64x96".
+    moved: how many of the images were not cropped to their nearest ratio, because fewer than `least` images have it.
     """
     named = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     listed = ", ".join(f"{width} x {height}: {count:,}" for (height, width), count in map(_split, named))
     text = f"{len(counts)} size{'s' * (len(counts) != 1)} (width x height): {listed}"
     return (
-        f"{text}; {moved:,} of them were cropped from ratios that fewer than {least:,} pictures have"
+        f"{text}; {moved:,} of them were cropped from ratios that fewer than {least:,} images have"
         if moved
         else text
     )

@@ -96,7 +96,7 @@ def evaluation_forwards(config: RunConfig) -> float:
 
 
 def preparation_forwards(config: RunConfig) -> float:
-    """Forward passes for the pictures that the teacher draws if data.source is a .txt file of prompts; else 0."""
+    """Forward passes for the images that the teacher draws if data.source is a .txt file of prompts; else 0."""
     data, prompts = config.data, Path(config.data.source).expanduser()
     if prompts.suffix != ".txt" or not prompts.is_file():
         return 0.0

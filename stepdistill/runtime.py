@@ -28,7 +28,7 @@ WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 """Data type of the base model's weights by `training.mixed_precision`; trained weights are always float32."""
 _ON_CPU = not torch.cuda.is_available()
 """Without cpu=True, accelerate ignores torchrun's processes on a CPU machine."""
-_MOST_SECONDS_UNSEEN = 10.0  # until a new file is visible on the other machines of a shared file system
+_MAX_SECONDS_UNSEEN = 10.0  # until a new file is visible on the other machines of a shared file system
 
 
 class Runtime:
@@ -188,7 +188,7 @@ class Processes:
         if self.is_main:
             mark.touch()
         self.wait()
-        until = time.monotonic() + _MOST_SECONDS_UNSEEN
+        until = time.monotonic() + _MAX_SECONDS_UNSEEN
         while not (seen := mark.exists()) and time.monotonic() < until:
             time.sleep(0.1)
         blind = [self.broadcast(None if seen else socket.gethostname(), source=n) for n in range(self.count)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.disk.durable import PICTURE_FORMATS, read_sealed, warn_of_damage, write_picture, write_sealed
+from stepdistill.disk.durable import IMAGE_FORMATS, read_sealed, warn_of_damage, write_image, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
 from stepdistill.launch import check_environment
@@ -171,7 +171,7 @@ def _distill(config: RunConfig, only: tuple[int, int] | None = None, *, began: f
             else ""
         )
         logger.warning(
-            "distill: the old rung's exports are removed, and its pictures in the table are out of date%s",
+            "distill: the old rung's exports are removed, and its images in the table are out of date%s",
             outdated,
         )
 
@@ -273,7 +273,7 @@ def evaluate(config: RunConfig) -> None:
 
 
 def report(config: RunConfig, *, output: Path | None = None) -> Path:
-    """Writes the report of a run (page, table, picture grid) and returns its folder, also while another command trains."""
+    """Writes the report of a run (page, table, image grid) and returns its folder, also while another command trains."""
     _require_one_process("report")
     check_run(config)
     if not _is_started(config):
@@ -337,19 +337,19 @@ def _run_all(config: RunConfig, began: float) -> None:
 
 
 def refresh_cards(config: RunConfig) -> None:
-    """Writes every rung's model card again, with the measured numbers and the report's picture grid."""
+    """Writes every rung's model card again, with the measured numbers and the report's image grid."""
     from stepdistill.export.rung import refresh_cards as write_again
 
     write_again(config)
 
 
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
-    """Draws one picture with the `steps`-step student of a run, writes it to `output` and returns that path."""
+    """Draws one image with the `steps`-step student of a run, writes it to `output` and returns that path."""
     _require_one_process("sample")
     from stepdistill.config.saved import read_run_config
     from stepdistill.run.rungs import require_rung
 
-    _check_picture(output)
+    _check_image(output)
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
     check_same_teacher(config, teacher_folder(config))
@@ -367,15 +367,15 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     pipeline = load_pipeline(teacher_folder(config)).to(default_device())
     load_few_step(pipeline, rung_folder(run_dir, steps))
     images, _ = draw(pipeline, [prompt], steps=steps, guidance_scale=1.0, seed=seed, first=0)
-    write_picture(output, images[0])
+    write_image(output, images[0])
     return output
 
 
-def _check_picture(path: Path) -> None:
-    """ConfigError if no picture can be written to the path: its suffix is unknown, or it is a folder."""
-    if path.suffix.lower() not in PICTURE_FORMATS or path.is_dir():
+def _check_image(path: Path) -> None:
+    """ConfigError if no image can be written to the path: its suffix is unknown, or it is a folder."""
+    if path.suffix.lower() not in IMAGE_FORMATS or path.is_dir():
         raise ConfigError(
-            f"--output: got {str(path)!r}; allowed: a file that ends in {', '.join(PICTURE_FORMATS)}"
+            f"--output: got {str(path)!r}; allowed: a file that ends in {', '.join(IMAGE_FORMATS)}"
         )
 
 

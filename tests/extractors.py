@@ -16,7 +16,7 @@ from stepdistill.teacher.folder import embedded_folder
 
 
 def build_clip(folder):
-    """Saves a CLIP for 32 x 32 pictures and 12 tokens."""
+    """Saves a CLIP for 32 x 32 images and 12 tokens."""
     torch.manual_seed(0)
     text = {"vocab_size": 1000, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 12, "eos_token_id": 2}
@@ -32,7 +32,7 @@ def build_clip(folder):
 
 
 def build_dinov2(folder):
-    """Saves a DINOv2 for 28 x 28 pictures."""
+    """Saves a DINOv2 for 28 x 28 images."""
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=1

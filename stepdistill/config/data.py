@@ -1,4 +1,4 @@
-"""The `data` section of a config: where samples come from, how pictures are cropped, what to do with bad ones. No torch."""
+"""The `data` section of a config: where samples come from, how images are cropped, what to do with bad ones. No torch."""
 
 from collections.abc import Iterable
 from typing import Annotated, Literal, get_args
@@ -23,44 +23,44 @@ Kind = Literal[
 ]
 """The ways in which a sample can be bad."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_MOST_RENDERINGS = 10**7  # the captions of all of them are chosen in advance and kept in memory
+_MAX_RENDERINGS = 10**7  # the captions of all of them are chosen in advance and kept in memory
 _CURES = {"image_too_small": "min_side", "image_too_large": "max_pixels"}
 # One such sample means that many others may be missing or wrong, so by default it stops `prepare`.
 _STOPS: tuple[Kind, ...] = ("archive_broken", "latent_not_finite")
 
 
 class Data(Section, affects=Affects.EVERY_RUNG):
-    """The samples to distil on: pictures with captions, prompts alone, or the latents of another run."""
+    """The samples to distil on: images with captions, prompts alone, or the latents of another run."""
 
     source: FilePath = "letters"
     """Where the samples come from: "letters", the demo data that the package renders; a folder of NAME.png with NAME.txt,
     or with metadata.jsonl or metadata.csv; a .tar or .parquet file, or a folder of them; a .txt file with one prompt per
-    line, for which the teacher draws the pictures; or the cache folder of another run with the same teacher."""
+    line, for which the teacher draws the images; or the cache folder of another run with the same teacher."""
     num_images: Annotated[int, Field(gt=0, le=10**12)] | None = None
-    """Number of samples in the cache. Letters: the number of renderings (default 4096). Pictures and prompts: only the
+    """Number of samples in the cache. Letters: the number of renderings (default 4096). Images and prompts: only the
     first so many are used (default all); if there are fewer prompts, they are repeated with new noise. For another run's
     cache it has no effect: all latents are used."""
     held_out: Annotated[float | None, Field(ge=0, lt=1, validate_default=True)] = None
     """Share of the captions that distillation never sees; above 0, the table is measured on these captions alone. Default
-    for your own pictures: 0.05 if that holds out at least 64 captions (which takes about 1,280), else 0. Default for
+    for your own images: 0.05 if that holds out at least 64 captions (which takes about 1,280), else 0. Default for
     letters and for prompts alone: 0. Default for another run's cache: the share that the cache was made with."""
     resolution: Annotated[int, Field(gt=0, le=8192)] | None = None
-    """Side of the pictures in pixels; with `buckets`, the square root of each bucket's number of pixels. Default: the size
+    """Side of the images in pixels; with `buckets`, the square root of each bucket's number of pixels. Default: the size
     that the teacher draws."""
     buckets: bool = False
-    """Crop each picture to the bucket with the aspect ratio nearest its own, instead of cropping all to one size. All
-    pictures of an update come from one bucket."""
+    """Crop each image to the bucket with the aspect ratio nearest its own, instead of cropping all to one size. All
+    images of an update come from one bucket."""
     min_per_bucket: PositiveInt | None = None
-    """Fewest pictures that a bucket may have. Pictures of a rarer ratio are cropped to the nearest bucket with enough, as
+    """Fewest images that a bucket may have. Images of a rarer ratio are cropped to the nearest bucket with enough, as
     otherwise the same few would fill whole updates. Default: the samples of one update, train_batch_size times
     gradient_accumulation_steps; if several processes train, set it to that times their number. A run keeps the number that
     its cache was made with."""
     teacher_steps: Steps = 32
-    """Sampling steps that the teacher takes for each picture that it draws, if `source` is a .txt file of prompts."""
+    """Sampling steps that the teacher takes for each image that it draws, if `source` is a .txt file of prompts."""
     min_side: PositiveInt = 16
-    """A picture is bad (image_too_small) if its shorter side has fewer pixels than this."""
+    """An image is bad (image_too_small) if its shorter side has fewer pixels than this."""
     max_pixels: PositiveInt = 2**26
-    """A picture is bad (image_too_large) if it has more pixels than this; it is then not decoded."""
+    """An image is bad (image_too_large) if it has more pixels than this; it is then not decoded."""
     on_bad: Annotated[dict[Kind, Literal["skip", "error"]], Affects.NOTHING] = Field(default_factory=dict)
     """What to do with a bad sample, by kind, such as {image_too_small: error}: skip leaves it out and counts it, error stops
     `prepare`. Default: error for archive_broken and latent_not_finite, skip for the other kinds."""
@@ -69,7 +69,7 @@ class Data(Section, affects=Affects.EVERY_RUNG):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Data type of the latents and text embeddings in the cache."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type in which the VAE encodes pictures. float16 is not offered, because SDXL's VAE overflows in it."""
+    """Data type in which the VAE encodes images. float16 is not offered, because SDXL's VAE overflows in it."""
 
     @field_validator("held_out")
     @classmethod
@@ -81,9 +81,9 @@ class Data(Section, affects=Affects.EVERY_RUNG):
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
-        if self.source == "letters" and (self.num_images or 0) > _MOST_RENDERINGS:
+        if self.source == "letters" and (self.num_images or 0) > _MAX_RENDERINGS:
             raise ConfigError(
-                f"data.num_images: got {self.num_images}; allowed: up to {_MOST_RENDERINGS} renderings of letters"
+                f"data.num_images: got {self.num_images}; allowed: up to {_MAX_RENDERINGS} renderings of letters"
             )
         return self
 

@@ -1,11 +1,11 @@
-"""The `evaluation` section of a config: which pictures are drawn for the table and what is measured on them. No torch."""
+"""The `evaluation` section of a config: which images are drawn for the table and what is measured on them. No torch."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from stepdistill.config.section import (
-    MOST_STEPS,
+    MAX_STEPS,
     Affects,
     BatchSize,
     ConfigError,
@@ -46,14 +46,14 @@ class LoraRow(Section, affects=Affects.NOTHING):
     scheduler_options: dict[str, bool | int | float | str] | None = None
     """Values to change in the scheduler's config. Default: {timestep_spacing: trailing}; for a scheduler saved beside the
     weights, nothing."""
-    timesteps: Annotated[tuple[Timestep, ...], Field(min_length=1, max_length=MOST_STEPS)] | None = None
+    timesteps: Annotated[tuple[Timestep, ...], Field(min_length=1, max_length=MAX_STEPS)] | None = None
     """Explicit list of timesteps, such as DMD2's [999, 749, 499, 249]. Default: those that the scheduler chooses."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Value of eta, for the schedulers that take it (DDIM, TCD)."""
 
 
 class Evaluation(Section, affects=Affects.NOTHING):
-    """The table of results: which pictures are drawn and what is measured on them."""
+    """The table of results: which images are drawn and what is measured on them."""
 
     num_images: Annotated[int, Field(ge=8, le=10**6)] = 500
     """Number of images per row."""
@@ -61,11 +61,11 @@ class Evaluation(Section, affects=Affects.NOTHING):
     """A text file with one prompt per line, used in order and then again from the first. Default: the captions of `data`,
     only the held-out ones if `data.held_out` is above 0."""
     real_images: ExpandedPath | None = None
-    """A folder of pictures to which `*_to_real`, precision, recall, density and coverage compare. Default: the pictures of
+    """A folder of images to which `*_to_real`, precision, recall, density and coverage compare. Default: the images of
     `data`, only the held-out ones if `data.held_out` is above 0; for letters, new renderings of the prompts."""
     reference_stats: ExpandedPath | None = None
     """An .npz file with mean (mu) and covariance (sigma) of real images' features, made with the same extractor and resize;
-    `fid_to_real` then needs no pictures."""
+    `fid_to_real` then needs no images."""
     teacher_steps: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=64)] = (32, 8, 4, 2, 1)
     """Step counts of the undistilled teacher's rows. The first row is the reference: paired distances compare with its
     images, and FID and KID to teacher compare with images that it draws from other seeds."""
@@ -80,9 +80,9 @@ class Evaluation(Section, affects=Affects.NOTHING):
     """Data type in which the pipeline draws."""
     features: ExpandedPath | None = None
     """Feature extractor for FID, KID, precision, recall, density and coverage: inception or inception:FILE, clip:FOLDER,
-    dinov2:FOLDER, trained (a small network that is trained on the run's own pictures, in minutes on a CPU), trained:FOLDER
+    dinov2:FOLDER, trained (a small network that is trained on the run's own images, in minutes on a CPU), trained:FOLDER
     (the evaluation/extractor folder of another run) or reader (made for letters). Default: reader for letters; for other
-    pictures inception if its weights are on disk, else trained if there are 200 pictures or more, else none."""
+    images inception if its weights are on disk, else trained if there are 200 images or more, else none."""
     resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] | None = None
     """How images are resized to the extractor's input size. Default: none for reader, torchmetrics for inception,
     pil_bicubic for the other extractors."""
@@ -112,7 +112,7 @@ class Evaluation(Section, affects=Affects.NOTHING):
     """Command of an external scorer. {images} is replaced by a folder of images and {prompts} by a file with one prompt per
     line; the last line that the command prints must be a JSON object of numbers."""
     grid_columns: FewImages = 10
-    """Number of prompts (columns) in the report's picture grid."""
+    """Number of prompts (columns) in the report's image grid."""
 
     @model_validator(mode="after")
     def _check(self) -> "Evaluation":

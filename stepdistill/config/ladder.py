@@ -1,5 +1,6 @@
 """The `ladder` section of a config: rungs, phases, discriminators, and the checks that they fit together. No torch."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -151,7 +152,7 @@ class Rung(Section, affects=Affects.ITS_RUNG):
     sample."""
     start_timestep: Annotated[int, Field(gt=0, lt=1000)] | None = None
     """For a 1-step rung without node_steps: the conditioning timestep that the U-Net is given with pure noise. Default: the
-    last timestep. At an earlier one an error in epsilon weighs far less in the picture: in Stable Diffusion's noise schedule
+    last timestep. At an earlier one an error in epsilon weighs far less in the image: in Stable Diffusion's noise schedule
     it is multiplied by 1.6 at timestep 499, but by 14.6 at 999."""
     phases: Annotated[tuple[Phase, ...], Field(min_length=1, max_length=64)]
     """The phases, in the order in which they are trained."""
@@ -167,6 +168,29 @@ def check_ladder(ladder: tuple[Rung, ...]) -> None:
             _check_phase(key, phase, rung, ladder[:index])
             _check_convert(f"{key}.objective", phase, rung, number)
             _check_start(f"{key}.discriminator.start", phase, rung.phases[:number])
+
+
+def unused_settings(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
+    """Settings of phases that differ from the default but that no objective of the phase reads: (what is said, remedy)."""
+    for index, rung in enumerate(ladder):
+        for number, phase in enumerate(rung.phases):
+            unread = (
+                [] if phase.adversary else [f"discriminator.{name}" for name in _changed(phase.discriminator)]
+            )
+            if "mse" not in phase.kinds and "loss_space" in _changed(phase):
+                unread.append("loss_space")
+            for name in unread:
+                key = f"ladder.{index}.phases.{number}.{name}"
+                yield f"{key} changes nothing, because {phase.title} does not read it", f"leave {key} out"
+
+
+def _changed(section: Section) -> list[str]:
+    """The names of a section's fields whose values are not the default ones."""
+    return [
+        name
+        for name, field in type(section).model_fields.items()
+        if getattr(section, name) != field.get_default(call_default_factory=True)
+    ]
 
 
 def _divisors(n: int) -> list[int]:

@@ -18,7 +18,7 @@ from stepdistill.config.shipped import shipped_configs
 from stepdistill.disk.places import is_folder
 from stepdistill.messages import short
 
-_MOST_BYTES = 2**22
+_MAX_BYTES = 2**22
 _ALLOWED = {
     "too_short": "a list with at least one entry",
     "model_type": "a section: a mapping of keys to values",
@@ -41,7 +41,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         shipped = shipped_configs()
         near = difflib.get_close_matches(path.stem, shipped, n=1)
@@ -53,8 +53,8 @@ def _read(path: Path) -> dict[str, Any]:
                 f"({', '.join(shipped)}){hint}"
             ) from None
         raise ConfigError(f"cannot read the config {path}: {reason}{hint}") from None
-    if len(content) > _MOST_BYTES:
-        raise ConfigError(f"the config {path} has more than {_MOST_BYTES} bytes; allowed: the YAML of a run")
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(f"the config {path} has more than {_MAX_BYTES} bytes; allowed: the YAML of a run")
     try:
         text = content.decode()
     except UnicodeDecodeError:

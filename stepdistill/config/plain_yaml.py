@@ -6,9 +6,9 @@ import yaml
 
 from stepdistill.messages import short, without_secrets
 
-MOST_CHARACTERS = 2**20
+MAX_CHARACTERS = 2**20
 """Most characters of a text, and of all its values together; a value that an alias repeats counts each time."""
-MOST_VALUES = 10_000
+MAX_VALUES = 10_000
 """Most keys, values, lists and mappings together; what an alias repeats counts each time."""
 DEEPEST = 50
 """Most lists and mappings inside each other; a run's config has 7."""
@@ -27,8 +27,8 @@ _OF_A_VALUE = (ValueError, OverflowError, LookupError, AttributeError, TypeError
 def plain_yaml(text: str) -> Any:
     """The plain data of a YAML text. YAMLError of one line, with the number of the text's line, if it is not valid YAML,
     exceeds a limit, gives a key twice, or holds a value that its tag cannot have, such as a date that does not exist."""
-    if len(text) > MOST_CHARACTERS:
-        raise yaml.YAMLError(f"it has {len(text)} characters; allowed: up to {MOST_CHARACTERS}")
+    if len(text) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"it has {len(text)} characters; allowed: up to {MAX_CHARACTERS}")
     try:
         loader = _Loader(text)
         try:
@@ -73,12 +73,10 @@ class _Loader(yaml.SafeLoader):
         self._characters += characters
         if self._depth > DEEPEST:
             raise _refused(mark, f"more than {DEEPEST} lists and mappings are inside each other")
-        if self._values > MOST_VALUES:
-            raise _refused(mark, f"more than {MOST_VALUES} values, those that aliases repeat included")
-        if self._characters > MOST_CHARACTERS:
-            raise _refused(
-                mark, f"more than {MOST_CHARACTERS} characters in values, with aliases written out"
-            )
+        if self._values > MAX_VALUES:
+            raise _refused(mark, f"more than {MAX_VALUES} values, those that aliases repeat included")
+        if self._characters > MAX_CHARACTERS:
+            raise _refused(mark, f"more than {MAX_CHARACTERS} characters in values, with aliases written out")
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping; YAMLError if one of its keys is there twice, because YAML's readers keep only the last value."""

@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config.plain_yaml import MOST_CHARACTERS, plain_yaml
+from stepdistill.config.plain_yaml import MAX_CHARACTERS, plain_yaml
 
 _FIX = "fix: put back a copy of it, or the YAML file that the run was started with"
 
@@ -40,7 +40,7 @@ def saved_config(run_dir: Path) -> dict[str, Any]:
         )
     try:
         with path.open("rb") as file:
-            raw = plain_yaml(file.read(4 * MOST_CHARACTERS + 1).decode())
+            raw = plain_yaml(file.read(4 * MAX_CHARACTERS + 1).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}; {_FIX}") from None
     if not isinstance(raw, dict):

@@ -9,9 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from stepdistill.messages import without_secrets
 
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 """Largest number of sampling steps: Stable Diffusion has 1000 timesteps."""
-_MOST_IN_A_COMPONENT, _MOST_IN_A_PATH = (
+_MAX_IN_A_COMPONENT, _MAX_IN_A_PATH = (
     255,
     4096,
 )  # bytes; limits of Linux and of nearly every other file system
@@ -30,9 +30,9 @@ def _usable_path(text: str) -> str:
     except RuntimeError:
         raise ValueError("~ or ~USER, a user of this machine, at the start of a path") from None
     longest = max((len(part.encode()) for part in path.parts), default=0)
-    if longest > _MOST_IN_A_COMPONENT or len(str(path).encode()) > _MOST_IN_A_PATH:
+    if longest > _MAX_IN_A_COMPONENT or len(str(path).encode()) > _MAX_IN_A_PATH:
         raise ValueError(
-            f"a path of up to {_MOST_IN_A_PATH} bytes, up to {_MOST_IN_A_COMPONENT} between two slashes"
+            f"a path of up to {_MAX_IN_A_PATH} bytes, up to {_MAX_IN_A_COMPONENT} between two slashes"
         )
     return text
 
@@ -46,7 +46,7 @@ PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1000)]
 """Far above any rate that trains; Adam cannot compute with much larger ones in float32."""
-Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
+Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
 BatchSize = Annotated[int, Field(gt=0, le=4096)]
 Rank = Annotated[int, Field(gt=0, le=4096)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=150)]

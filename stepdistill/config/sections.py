@@ -46,7 +46,7 @@ class Teacher(Section, affects=Affects.EVERY_RUNG):
     loras: Annotated[tuple[TeacherLora, ...], Field(max_length=64)] = ()
     """LoRAs to merge into the teacher, which is then distilled with them."""
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
-    """Classifier-free guidance scale of the first rung's teacher, of the teacher's rows in the table, and of the pictures
+    """Classifier-free guidance scale of the first rung's teacher, of the teacher's rows in the table, and of the images
     that the teacher draws if `data.source` is a .txt file of prompts; 1 turns guidance off."""
     unconditional: Literal["auto", "empty", "zeros"] = "auto"
     """Unconditional input of guidance. empty: the embedding of ""; zeros: zeros in place of the embedding; auto: what the
@@ -108,11 +108,11 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     chance for long is warned of in both cases."""
     distributed_timeout: Annotated[float, Field(ge=0.1, le=10_000), Affects.NOTHING] = 30.0
     """Minutes that the processes of a launch wait for one that does not answer; then all of them end with code 8. It must be
-    longer than one process works alone, as when it counts the pictures of a large data set."""
+    longer than one process works alone, as when it counts the images of a large data set."""
     logging_steps: Annotated[PositiveInt, Affects.NOTHING] = 20
     """If the output is not a terminal, print a line every so many updates; the JSONL log has every update."""
     preview_steps: Annotated[int, Field(ge=0), Affects.NOTHING] = 0
-    """Draw a preview picture every so many updates, besides the one at the end of each phase; 0 draws that one alone."""
+    """Draw a preview image every so many updates, besides the one at the end of each phase; 0 draws that one alone."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -121,12 +121,12 @@ class Training(Section, affects=Affects.EVERY_RUNG):
 
 
 class Preview(Section, affects=Affects.NOTHING):
-    """Pictures that are drawn during training."""
+    """Images that are drawn during training."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
-    """Prompts that teacher and student draw in every preview picture, from the same fixed noise."""
+    """Prompts that teacher and student draw in every preview image, from the same fixed noise."""
     looks_images: Annotated[int, Field(ge=0, le=256)] = 8
-    """Number of pictures that the student draws at the end of each phase for captions of the data. They tell the report
+    """Number of images that the student draws at the end of each phase for captions of the data. They tell the report
     which phase changed sharpness, contrast or colour; 0 leaves this out."""
 
 

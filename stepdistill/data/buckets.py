@@ -1,9 +1,9 @@
-"""Which size each picture is cropped to: the teacher's, or with data.buckets a size of about as many pixels, with the aspect
-ratio nearest the picture's.
+"""Which size each image is cropped to: the teacher's, or with data.buckets a size of about as many pixels, with the aspect
+ratio nearest the image's.
 
-All samples of an update have one size. If a bucket held fewer pictures than an update takes, they would come in bursts: all
+All samples of an update have one size. If a bucket held fewer images than an update takes, they would come in bursts: all
 of them several times in one update, and none in the next hundred. So they are cropped to the nearest size that has enough
-pictures.
+images.
 """
 
 import copy
@@ -18,7 +18,7 @@ Size = tuple[int, int]
 
 
 def least_per_bucket(config: RunConfig) -> int:
-    """The smallest number of pictures that a bucket must have to be used. Without data.min_per_bucket it is the cache's, so
+    """The smallest number of images that a bucket must have to be used. Without data.min_per_bucket it is the cache's, so
     that a run whose updates are split in another way keeps its latents; without a cache, the samples of one update."""
     if config.data.min_per_bucket is not None:
         return config.data.min_per_bucket
@@ -29,7 +29,7 @@ def least_per_bucket(config: RunConfig) -> int:
 
 
 class Sizes:
-    """The sizes (height, width) that a run's pictures are cropped to.
+    """The sizes (height, width) that a run's images are cropped to.
 
     Args:
         data: the config's `data` section.
@@ -52,28 +52,28 @@ class Sizes:
             buckets = generate_aspect_ratio_buckets(side, divisibility=multiple)
             self.all = tuple(dict.fromkeys([target, *buckets]))
 
-    def of(self, picture: Size) -> Size:
-        """The size that a picture of (height, width) is cropped to."""
+    def of(self, image: Size) -> Size:
+        """The size that an image of (height, width) is cropped to."""
         if len(self.all) == 1:
             return self.all[0]
-        return self.all[find_nearest_bucket(*picture, self.all)]
+        return self.all[find_nearest_bucket(*image, self.all)]
 
-    def tally(self, pictures: Mapping[Size, int]) -> dict[Size, int]:
-        """How many pictures are cropped to each size, without sizes that get none. `pictures`: counts by (height, width)."""
+    def tally(self, images: Mapping[Size, int]) -> dict[Size, int]:
+        """How many images are cropped to each size, without sizes that get none. `images`: counts by (height, width)."""
         counts = dict.fromkeys(self.all, 0)
-        for picture, count in pictures.items():
-            counts[self.of(picture)] += count
+        for image, count in images.items():
+            counts[self.of(image)] += count
         return {size: count for size, count in counts.items() if count}
 
-    def without_small(self, pictures: Mapping[Size, int], *, least: int) -> "Sizes":
-        """A copy without the sizes that fewer than `least` pictures are cropped to.
+    def without_small(self, images: Mapping[Size, int], *, least: int) -> "Sizes":
+        """A copy without the sizes that fewer than `least` images are cropped to.
 
-        The size with the fewest pictures is removed first and its pictures are counted towards other sizes, until every size
-        has enough or only one is left. Sizes that no picture is cropped to are not removed.
+        The size with the fewest images is removed first and its images are counted towards other sizes, until every size
+        has enough or only one is left. Sizes that no image is cropped to are not removed.
         """
         sizes = copy.copy(self)
         while True:
-            counts = sizes.tally(pictures)
+            counts = sizes.tally(images)
             smallest = min(counts, key=lambda size: (counts[size], size), default=None)
             if smallest is None or len(counts) == 1 or counts[smallest] >= least:
                 return sizes

@@ -1,6 +1,6 @@
-"""Decodes one picture or caption from untrusted bytes: returns a usable one, or raises BadSample with its kind.
+"""Decodes one image or caption from untrusted bytes: returns a usable one, or raises BadSample with its kind.
 
-Pictures are turned upright by EXIF, converted to sRGB by their colour profile and to 8 bit; transparency is laid over white.
+Images are turned upright by EXIF, converted to sRGB by their colour profile and to 8 bit; transparency is laid over white.
 """
 
 import io
@@ -19,9 +19,9 @@ _ANIMATED = ("PNG", "WEBP")
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 _ORIENTATION_IN_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")
-MOST_BYTES = 2**28
-"""Largest file that is read as a picture."""
-MOST_CAPTION_BYTES = 2**17
+MAX_BYTES = 2**28
+"""Largest file that is read as an image."""
+MAX_CAPTION_BYTES = 2**17
 
 
 class BadSample(DataError):
@@ -33,12 +33,12 @@ class BadSample(DataError):
 
 
 def decode_image(content: bytes, *, max_pixels: int, min_side: int) -> Image.Image:
-    """The RGB picture in `content`; BadSample for one that is broken, animated, too large or too small.
+    """The RGB image in `content`; BadSample for one that is broken, animated, too large or too small.
 
     Size and format are checked before any pixel is decoded, so a decompression bomb costs nothing.
     """
-    if len(content) > MOST_BYTES:
-        raise BadSample("image_too_large", f"{len(content):,} bytes; allowed: up to {MOST_BYTES:,}")
+    if len(content) > MAX_BYTES:
+        raise BadSample("image_too_large", f"{len(content):,} bytes; allowed: up to {MAX_BYTES:,}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's bomb warning: the size is checked here
         try:
@@ -55,15 +55,15 @@ def decode_image(content: bytes, *, max_pixels: int, min_side: int) -> Image.Ima
         except Image.DecompressionBombError as error:
             raise BadSample("image_too_large", str(error)) from None
         except UnidentifiedImageError:  # Pillow's message holds a memory address, which differs per run
-            raise BadSample("image_unreadable", f"not a picture; allowed: {', '.join(FORMATS)}") from None
+            raise BadSample("image_unreadable", f"not an image; allowed: {', '.join(FORMATS)}") from None
         except Exception as error:  # Pillow's decoders raise many types of errors for broken files
             raise BadSample("image_unreadable", f"{type(error).__name__}: {error}") from None
 
 
-def picture_size(content: bytes, *, max_pixels: int, min_side: int) -> tuple[int, int]:
-    """(height, width) of the upright picture in `content`, from its header alone.
+def upright_size(content: bytes, *, max_pixels: int, min_side: int) -> tuple[int, int]:
+    """(height, width) of the upright image in `content`, from its header alone.
 
-    BadSample if the header cannot be read, or the picture is too large or too small.
+    BadSample if the header cannot be read, or the image is too large or too small.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in decode_image
@@ -87,7 +87,7 @@ def _lies_on_its_side(image: Image.Image, content: bytes) -> bool:
         return False
     try:
         return image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-    except Exception:  # a picture with broken EXIF is still usable
+    except Exception:  # an image with broken EXIF is still usable
         return False
 
 
@@ -97,9 +97,9 @@ def read_caption(content: bytes | str | None) -> str:
         raise BadSample("caption_missing", "no caption")
     try:  # JSON may hold lone surrogates, which cannot be encoded
         encoded = content if isinstance(content, bytes) else content.encode()
-        if len(encoded) > MOST_CAPTION_BYTES:
+        if len(encoded) > MAX_CAPTION_BYTES:
             raise BadSample(
-                "caption_too_long", f"{len(encoded):,} bytes; allowed: up to {MOST_CAPTION_BYTES:,}"
+                "caption_too_long", f"{len(encoded):,} bytes; allowed: up to {MAX_CAPTION_BYTES:,}"
             )
         text = encoded.decode("utf-8-sig")
     except UnicodeError as error:
@@ -116,8 +116,8 @@ def _is_text(character: str) -> bool:
 
 
 def cover(image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture resized by Lanczos until it covers `size` (H, W), then centre-cropped: uint8 (H, W, 3), and the crop's
-    (top, left) in pixels of the resized picture, for SDXL's time ids."""
+    """The image resized by Lanczos until it covers `size` (H, W), then centre-cropped: uint8 (H, W, 3), and the crop's
+    (top, left) in pixels of the resized image, for SDXL's time ids."""
     height, width = size
     scale = max(height / image.height, width / image.width)
     whole = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
@@ -125,7 +125,7 @@ def cover(image: Image.Image, size: tuple[int, int]) -> tuple[np.ndarray, tuple[
     if whole == image.size:
         return np.asarray(image.crop((left, top, left + width, top + height))), (top, left)
     across, down = image.width / whole[0], image.height / whole[1]
-    # Only the crop is resized: resizing the whole of a 4 million x 16 picture would fill the memory.
+    # Only the crop is resized: resizing the whole of a 4 million x 16 image would fill the memory.
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box)), (top, left)
 
@@ -165,12 +165,12 @@ def _in_rgb(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a picture with broken EXIF is still usable
+    except Exception:  # an image with broken EXIF is still usable
         return image
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The picture as RGB, converted to sRGB by its embedded colour profile if that is usable."""
+    """The image as RGB, converted to sRGB by its embedded colour profile if that is usable."""
     if profile and image.mode in ("RGB", "CMYK"):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

@@ -1,6 +1,6 @@
-"""Encodes the samples of one shard: threads decode pictures while the VAE works, and each distinct caption is encoded once.
+"""Encodes the samples of one shard: threads decode images while the VAE works, and each distinct caption is encoded once.
 
-Which pictures form a VAE batch depends on the shard's records alone, so encoding a shard again gives the same bits.
+Which images form a VAE batch depends on the shard's records alone, so encoding a shard again gives the same bits.
 """
 
 import collections
@@ -21,14 +21,14 @@ from stepdistill.data.buckets import Size, Sizes
 from stepdistill.data.decode import BadSample, cover, read_caption
 from stepdistill.data.records import Record
 from stepdistill.data.shards import caption_bytes, size_name
-from stepdistill.data.source import picture_of
+from stepdistill.data.source import image_of
 from stepdistill.data.synthesis import Synthesis
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.encode import encode_prompts
 
 _WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 32
-_MOST_AT_ONCE, _PIXELS_AT_ONCE = 128, 2**22
+_MAX_AT_ONCE, _PIXELS_AT_ONCE = 128, 2**22
 _EXAMPLES = 3
 
 
@@ -58,7 +58,7 @@ class Bad:
         return sum(self.counts.values())
 
     def __str__(self) -> str:
-        """Such as "2 image_unreadable (a.png: not a picture)", comma-separated, the most frequent kind first."""
+        """Such as "2 image_unreadable (a.png: not an image)", comma-separated, the most frequent kind first."""
         kinds = sorted(self.counts.items(), key=lambda item: -item[1])
         return ", ".join(f"{count} {kind} ({self.examples[kind][0]})" for kind, count in kinds)
 
@@ -68,7 +68,7 @@ class _Place:
     """Where a sample comes from.
 
     name    the record's name
-    whole   (height, width) of the whole picture
+    whole   (height, width) of the whole image
     corner  (top, left) of the crop
     """
 
@@ -88,7 +88,7 @@ class Encoder:
     Args:
         pipeline: the teacher's pipeline without its U-Net.
         data: the config's `data` section.
-        sizes: the sizes that pictures are cropped to.
+        sizes: the sizes that images are cropped to.
         synthesis: draws the latents if the source has prompts only.
     """
 
@@ -111,7 +111,7 @@ class Encoder:
 
         def flush(size: Size) -> None:
             group = waiting.pop(size)
-            encoded = encode_pictures(self._pipeline, np.stack([pixels for _, pixels in group]))
+            encoded = encode_pixels(self._pipeline, np.stack([pixels for _, pixels in group]))
             for (place, _), latent in zip(group, encoded, strict=True):
                 if bool(latent.isfinite().all()):
                     done[size].append((place, latent.to(self._dtype)))
@@ -126,7 +126,7 @@ class Encoder:
                 continue
             size = (outcome[1].shape[0], outcome[1].shape[1])
             waiting[size].append(outcome)
-            if len(waiting[size]) == min(_MOST_AT_ONCE, max(1, _PIXELS_AT_ONCE // (size[0] * size[1]))):
+            if len(waiting[size]) == min(_MAX_AT_ONCE, max(1, _PIXELS_AT_ONCE // (size[0] * size[1]))):
                 flush(size)
         for size in sorted(waiting):
             flush(size)
@@ -136,16 +136,16 @@ class Encoder:
         return self._tensors(done, *self._texts(places)), bad
 
     def _cut(self, records: Sequence[Record]) -> Iterator[_Cut | _Broken]:
-        """Each record as its cropped picture, or its name and error, in order; threads read up to _AHEAD records ahead."""
+        """Each record as its cropped image, or its name and error, in order; threads read up to _AHEAD records ahead."""
 
         def read(record: Record) -> _Cut | _Broken:
             try:
                 caption = read_caption(record.read_caption())
-                picture = picture_of(record, self._data)
+                image = image_of(record, self._data)
             except BadSample as error:
                 return record.name, error
-            whole = (picture.height, picture.width)
-            pixels, corner = cover(picture, self._sizes.of(whole))
+            whole = (image.height, image.width)
+            pixels, corner = cover(image, self._sizes.of(whole))
             return _Place(record.name, caption, whole, corner), pixels
 
         with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
@@ -210,7 +210,7 @@ def stopping(kind: Kind, message: str) -> BadSample:
 
 
 def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The text tensors of a shard, on the CPU; time ids are left out, as they depend on the picture."""
+    """The text tensors of a shard, on the CPU; time ids are left out, as they depend on the image."""
     parts = {"encoder_hidden_states": conditioning.encoder_hidden_states, **conditioning.added_cond_kwargs}
     return {
         f"text/{name}": part.to("cpu", dtype).contiguous()
@@ -220,8 +220,8 @@ def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, to
 
 
 @torch.no_grad()
-def encode_pictures(pipeline: DiffusionPipeline, pixels: np.ndarray) -> torch.Tensor:
-    """uint8 pictures (B, H, W, 3) -> VAE posterior means times scaling_factor (B, C, h, w), float32 on the CPU."""
+def encode_pixels(pipeline: DiffusionPipeline, pixels: np.ndarray) -> torch.Tensor:
+    """uint8 images (B, H, W, 3) -> VAE posterior means times scaling_factor (B, C, h, w), float32 on the CPU."""
     vae = pipeline.vae
     batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(vae.device, torch.float32)
     latents = vae.encode((batch / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean

@@ -1,6 +1,6 @@
-"""The version of a picture file, which changes if another picture takes its name: its length, and 64 bytes from its middle.
+"""The version of an image file, which changes if another image takes its name: its length, and 64 bytes from its middle.
 
-One short read is enough: a picture that was drawn or encoded again differs in its middle. The file's date plays no part, so
+One short read is enough: an image that was drawn or encoded again differs in its middle. The file's date plays no part, so
 a copied data set has the same versions.
 """
 
@@ -30,6 +30,6 @@ def version_of_part(path: Path, offset: int, size: int) -> str:
 
 
 def version_of_bytes(content: bytes) -> str:
-    """The version of a picture in memory."""
+    """The version of an image in memory."""
     middle = len(content) // 2
     return f"{len(content)}:{content[middle : middle + _BYTES].hex()}"

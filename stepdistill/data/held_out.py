@@ -1,7 +1,7 @@
 """Which captions are held out from training, so that the evaluation can use them.
 
 A hash of the caption's text decides, so every seed, run and method holds out the same captions. The default share is 5 % for
-pictures of your own if that holds out at least 64 distinct captions, else none.
+images of your own if that holds out at least 64 distinct captions, else none.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from stepdistill.disk.durable import read_sealed
 from stepdistill.run.folder import saved_held_out
 
 AUTO_SHARE = 0.05
-FEWEST_HELD_OUT = 64
+MIN_HELD_OUT = 64
 """The default share is used only if it holds out this many distinct captions; a source needs about 1,280 for that."""
-MOST_LOOKED_AT = 5120
+MAX_LOOKED_AT = 5120
 """Records that are read to choose the default share. If they have too few distinct captions, the source repeats captions,
 and holding some out would remove whole subjects from training."""
-_MOST_HELD_OUT = 4 * AUTO_SHARE  # share of the pictures; many of them may share one held-out caption
+_MAX_HELD_OUT = 4 * AUTO_SHARE  # share of the images; many of them may share one held-out caption
 
 
 def is_held_out(caption: str, share: float) -> bool:
@@ -44,7 +44,7 @@ def is_record_held_out(record: Record, share: float) -> bool:
 def held_out_share(data: Data) -> float:
     """The share (0 to 1) of captions to hold out: data.held_out, or its default.
 
-    Default: for another run's cache, the share that the cache was made with; for pictures of your own, AUTO_SHARE if
+    Default: for another run's cache, the share that the cache was made with; for images of your own, AUTO_SHARE if
     `leaves_enough`, else 0; for the letters world and for prompts only, 0.
     """
     if data.held_out is not None:
@@ -83,11 +83,11 @@ def _lenders(data: Data) -> Data:
     return data.model_copy(update={"held_out": 0.0}) if is_cache(data.source) else data
 
 
-def pictured_data(config: RunConfig) -> Data:
+def imaged_data(config: RunConfig) -> Data:
     """The data that the run's latents were encoded from, with a number for held_out.
 
     If data.source is another run's cache: the source which that cache was made from, if it still exists; otherwise the cache
-    itself, which has no pictures.
+    itself, which has no images.
     """
     data = settled(config).data
     while (lender := _lender_of(data)) is not None:
@@ -117,17 +117,17 @@ def _prepared_with(cache: Path) -> float | None:
 
 
 def leaves_enough(stream: Iterable[Record]) -> bool:
-    """Whether AUTO_SHARE holds out at least FEWEST_HELD_OUT distinct captions but not too many of the pictures.
+    """Whether AUTO_SHARE holds out at least MIN_HELD_OUT distinct captions but not too many of the images.
 
-    Reads at most MOST_LOOKED_AT records and stops as soon as enough captions are found.
+    Reads at most MAX_LOOKED_AT records and stops as soon as enough captions are found.
     """
     captions: set[str] = set()
     held_out = 0
-    for seen, record in enumerate(itertools.islice(stream, MOST_LOOKED_AT), 1):
+    for seen, record in enumerate(itertools.islice(stream, MAX_LOOKED_AT), 1):
         if not is_record_held_out(record, AUTO_SHARE):
             continue
         held_out += 1
         captions.add(read_caption(record.read_caption()))
-        if len(captions) >= FEWEST_HELD_OUT:
-            return held_out <= _MOST_HELD_OUT * seen
+        if len(captions) >= MIN_HELD_OUT:
+            return held_out <= _MAX_HELD_OUT * seen
     return False

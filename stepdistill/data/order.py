@@ -1,10 +1,10 @@
-"""Which samples an update uses if pictures come in several sizes: samples of one size, and every picture equally often.
+"""Which samples an update uses if images come in several sizes: samples of one size, and every image equally often.
 
 An update takes `group` samples. Each size has an endless sequence of shuffled passes over its samples, from which its
 updates are filled. In the first p passes over all the data, a size of c samples has floor(p c / group) updates; samples
 that do not fill an update are carried into the next pass. So after p passes, a sample of a size with at least `group`
 samples was seen p or p - 1 times. A smaller size has one update in about group / c passes, and that update uses each of its
-samples group / c times: this is why `prepare` crops such pictures to the nearest size that has enough (buckets.py).
+samples group / c times: this is why `prepare` crops such images to the nearest size that has enough (buckets.py).
 
 The order depends on the seed, `group` and the update's number alone: a resumed run gives the same samples, and so does any
 split of the same `group` into processes and micro-batches.

@@ -291,7 +291,7 @@ def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -
         if manifest.get(part) != source[part]:
             raise ConfigError(
                 f"data.source: {lender} holds latents of another model ({part} {manifest.get(part)}, this run's is "
-                f"{source[part]}); allowed: a cache of the same teacher, or the pictures themselves"
+                f"{source[part]}); allowed: a cache of the same teacher, or the images themselves"
             )
     held_out = (manifest.get("data") or {}).get("held_out")
     if held_out != config.data.held_out:

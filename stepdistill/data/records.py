@@ -5,7 +5,7 @@ FOLDER             NAME.png (.jpg, .jpeg, .webp, .bmp) with NAME.txt beside it, 
 FOLDER             with metadata.jsonl or metadata.csv: file_name, and text (or caption, or prompt)
 FILE.tar, FOLDER   a tar or a folder of them: NAME.png, NAME.txt (or NAME.json) one after the other, as webdataset packs them
 FILE.parquet       or a folder of them, with columns image and text; needs the datasets package (extra "data")
-FILE.txt           prompts only, one per line: the teacher draws the pictures
+FILE.txt           prompts only, one per line: the teacher draws the images
 FOLDER             the cache of another run, whose latents are used unchanged
 """
 
@@ -24,15 +24,15 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config.data import Kind
-from stepdistill.data.decode import MOST_BYTES, MOST_CAPTION_BYTES, BadSample
+from stepdistill.data.decode import MAX_BYTES, MAX_CAPTION_BYTES, BadSample
 from stepdistill.data.file_version import version_of_bytes, version_of_file, version_of_part
 from stepdistill.data.shards import Shard
 from stepdistill.data.tar import BrokenArchive, Member, members, read_member
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_KEYS = ("text", "caption", "prompt")
 METADATA = ("metadata.jsonl", "metadata.csv")
-_MOST_MEMBERS = 16
+_MAX_MEMBERS = 16
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Record:
 
     name          identifies the sample in messages
     read_caption  returns the caption as bytes or text, None if there is none; may raise BadSample
-    read_image    returns the encoded picture, or a decoded one; may raise BadSample; None if the source has no pictures:
+    read_image    returns the encoded image, or a decoded one; may raise BadSample; None if the source has no images:
                   prompts only, or another run's cache
-    version       returns the picture's version, which changes if another picture takes the name (file_version.py)
+    version       returns the image's version, which changes if another image takes the name (file_version.py)
     """
 
     name: str
@@ -63,7 +63,7 @@ def records(source: str) -> Iterator[Record]:
 
 
 def is_prompts_only(source: str) -> bool:
-    """Whether the source has prompts only, so that the teacher draws the pictures."""
+    """Whether the source has prompts only, so that the teacher draws the images."""
     return Path(source).suffix == ".txt"
 
 
@@ -73,7 +73,7 @@ def is_cache(source: str) -> bool:
 
 
 _ALLOWED = (
-    '"letters", a folder of pictures with captions (NAME.png and NAME.txt, or metadata.jsonl), '
+    '"letters", a folder of images with captions (NAME.png and NAME.txt, or metadata.jsonl), '
     ".tar or .parquet files, a .txt file of prompts"
 )
 
@@ -100,7 +100,7 @@ def _reader(path: Path) -> Iterator[Record]:
 
 
 def _cached(folder: Path) -> Iterator[Record]:
-    """The captions of another run's cache, which has latents in place of pictures."""
+    """The captions of another run's cache, which has latents in place of images."""
     for file in sorted((folder / "shards").glob("*.safetensors")):
         for number, caption in enumerate(Shard(file).captions):
             yield Record(f"{file.name}:{number}", _value(caption), None)
@@ -109,17 +109,17 @@ def _cached(folder: Path) -> Iterator[Record]:
 def _why_empty(path: Path) -> str:
     if not path.exists():
         return "which does not exist"
-    return "which holds no pictures with captions" if path.is_dir() else "which holds no samples"
+    return "which holds no images with captions" if path.is_dir() else "which holds no samples"
 
 
 def read_file(path: Path, *, most: int) -> bytes:
     """The bytes of a regular file.
 
     BadSample if it is missing, larger than `most` bytes, or not a regular file: reading a pipe would block for ever. The
-    kind is about the image if `most` is MOST_BYTES, else about the caption.
+    kind is about the image if `most` is MAX_BYTES, else about the caption.
     """
-    missing: Kind = "image_missing" if most == MOST_BYTES else "caption_missing"
-    large: Kind = "image_too_large" if most == MOST_BYTES else "caption_too_long"
+    missing: Kind = "image_missing" if most == MAX_BYTES else "caption_missing"
+    large: Kind = "image_too_large" if most == MAX_BYTES else "caption_too_long"
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -136,18 +136,18 @@ def _folder(folder: Path) -> Iterator[Record]:
         folders.sort()
         for name in sorted(files):
             file = Path(parent, name)
-            if file.suffix.lower() in PICTURE_SUFFIXES:
+            if file.suffix.lower() in IMAGE_SUFFIXES:
                 yield _of_file(folder, file, _text_beside(file))
 
 
 def _text_beside(file: Path) -> Callable[[], bytes]:
-    return lambda: read_file(file.with_suffix(".txt"), most=MOST_CAPTION_BYTES)
+    return lambda: read_file(file.with_suffix(".txt"), most=MAX_CAPTION_BYTES)
 
 
 def _of_file(folder: Path, file: Path, caption: Callable[[], bytes | str | None]) -> Record:
     name = file.relative_to(folder).as_posix()
     return Record(
-        name, caption, lambda: read_file(file, most=MOST_BYTES), functools.partial(version_of_file, file)
+        name, caption, lambda: read_file(file, most=MAX_BYTES), functools.partial(version_of_file, file)
     )
 
 
@@ -216,13 +216,13 @@ def _grouped(path: Path, group: Iterable[Member]) -> Iterator[Record]:
     for member in group:
         if member.unsafe is not None:
             yield _bad(f"{path.name}:{member.name}", "unsafe_member", f"{member.name!r} is {member.unsafe}")
-        elif len(parts) < _MOST_MEMBERS:
+        elif len(parts) < _MAX_MEMBERS:
             suffix = PurePosixPath(member.name).suffix.lower()
             if PurePosixPath(member.name).name.count(".") == 1:
                 parts[suffix] = member
             else:  # a.png takes precedence over a.depth.png
                 parts.setdefault(suffix, member)
-    image = next((parts[suffix] for suffix in PICTURE_SUFFIXES if suffix in parts), None)
+    image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
     if image is not None:
         yield Record(
             f"{path.name}:{image.name}",
@@ -234,8 +234,8 @@ def _grouped(path: Path, group: Iterable[Member]) -> Iterator[Record]:
 
 def _bytes_of(path: Path, member: Member) -> Callable[[], bytes]:
     def read() -> bytes:
-        if member.size > MOST_BYTES:
-            raise BadSample("image_too_large", f"{member.size:,} bytes; allowed: {MOST_BYTES:,}")
+        if member.size > MAX_BYTES:
+            raise BadSample("image_too_large", f"{member.size:,} bytes; allowed: {MAX_BYTES:,}")
         return read_member(path, member)
 
     return read
@@ -246,8 +246,8 @@ def _caption_of(path: Path, parts: dict[str, Member]) -> Callable[[], bytes | st
         member = parts.get(".txt") or parts.get(".json")
         if member is None:
             return None
-        if member.size > MOST_CAPTION_BYTES:
-            raise BadSample("caption_too_long", f"{member.size:,} bytes; allowed: {MOST_CAPTION_BYTES:,}")
+        if member.size > MAX_CAPTION_BYTES:
+            raise BadSample("caption_too_long", f"{member.size:,} bytes; allowed: {MAX_CAPTION_BYTES:,}")
         content = read_member(path, member)
         if member is parts.get(".txt"):
             return content
@@ -295,11 +295,11 @@ def _value_bytes(content: bytes) -> Callable[[], bytes]:
 def _prompts(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         number = 0
-        while line := file.readline(MOST_CAPTION_BYTES + 2):
+        while line := file.readline(MAX_CAPTION_BYTES + 2):
             number += 1
             rest = line
-            while len(rest) == MOST_CAPTION_BYTES + 2 and not rest.endswith(b"\n"):
-                rest = file.readline(MOST_CAPTION_BYTES + 2)
+            while len(rest) == MAX_CAPTION_BYTES + 2 and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_CAPTION_BYTES + 2)
             if line.strip():
                 yield Record(f"{path.name}:{number}", _line(line), None)
 

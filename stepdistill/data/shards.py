@@ -1,7 +1,7 @@
 """One shard of a cache: latents and text embeddings of consecutive samples in one safetensors file, memory-mapped.
 
-latents/HxW                 (n, C, h, w), latents of the pictures cropped to H x W pixels, times scaling_factor
-rows/HxW                    (n, 5) int32: row of the caption; height, width of the whole picture; top, left of the crop
+latents/HxW                 (n, C, h, w), latents of the images cropped to H x W pixels, times scaling_factor
+rows/HxW                    (n, 5) int32: row of the caption; height, width of the whole image; top, left of the crop
 text/encoder_hidden_states  (m, tokens, width), text/text_embeds (m, width): embeddings of the m distinct captions
 captions                    the m captions, as the bytes of a JSON list
 header                      what the shard was made from, how many samples were bad and why, sha256 of everything else
@@ -116,7 +116,7 @@ class Shard:
 
     @cached_property
     def counts(self) -> dict[Size, int]:
-        """Number of samples by the size (H, W) in pixels that their pictures were cropped to."""
+        """Number of samples by the size (H, W) in pixels that their images were cropped to."""
         header, _ = _read_header(self.path)
         names = [name for name in header if name.startswith("latents/")]
         return {_size(name): header[name]["shape"][0] for name in names}

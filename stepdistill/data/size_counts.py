@@ -1,4 +1,4 @@
-"""Counts a source's pictures by height and width, from their headers; the counts decide which buckets are used.
+"""Counts a source's images by height and width, from their headers; the counts decide which buckets are used.
 
 cache/tallies.json   the counts, and a hash of the records that were counted: an unchanged source is not counted again
 """
@@ -16,7 +16,7 @@ from PIL import Image
 
 from stepdistill.config import ConfigError, Data, RunConfig
 from stepdistill.data.buckets import Size, Sizes, least_per_bucket
-from stepdistill.data.decode import BadSample, picture_size, read_caption
+from stepdistill.data.decode import BadSample, read_caption, upright_size
 from stepdistill.data.held_out import settled
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.shards import size_name
@@ -30,7 +30,7 @@ from stepdistill.teacher.source import teacher_facts
 
 TALLIES = "tallies.json"
 COUNTED = 2000
-"""Pictures whose headers `bucket_notes` reads before a run, in a second or two."""
+"""Images whose headers `bucket_notes` reads before a run, in a second or two."""
 _AT_ONCE = 256
 _WORKERS = 8
 
@@ -39,8 +39,8 @@ _WORKERS = 8
 class UsedSizes:
     """The sizes that a run uses.
 
-    sizes  what pictures are cropped to
-    moved  number of pictures that are cropped to another size than that of the nearest aspect ratio
+    sizes  what images are cropped to
+    moved  number of images that are cropped to another size than that of the nearest aspect ratio
     """
 
     sizes: Sizes
@@ -54,7 +54,7 @@ def all_sizes(config: RunConfig) -> Sizes:
 
 
 def has_ratios(config: RunConfig) -> bool:
-    """Whether data.buckets applies: the source has picture files, which may differ in aspect ratio."""
+    """Whether data.buckets applies: the source has image files, which may differ in aspect ratio."""
     source = config.data.source
     return config.data.buckets and not (
         world_of(source) is not None or is_prompts_only(source) or is_cache(source)
@@ -62,7 +62,7 @@ def has_ratios(config: RunConfig) -> bool:
 
 
 def used_sizes(config: RunConfig, processes: Processes) -> UsedSizes:
-    """The sizes that enough pictures are cropped to; the main process counts them, the others read its file."""
+    """The sizes that enough images are cropped to; the main process counts them, the others read its file."""
     sizes = all_sizes(config)
     if not has_ratios(config):
         return UsedSizes(sizes)
@@ -75,18 +75,18 @@ def used_sizes(config: RunConfig, processes: Processes) -> UsedSizes:
 
 
 def without_small(sizes: Sizes, tally: Counter[Size], *, least: int) -> UsedSizes:
-    """`sizes` without those that fewer than `least` of the pictures in `tally` are cropped to."""
+    """`sizes` without those that fewer than `least` of the images in `tally` are cropped to."""
     used = sizes.without_small(tally, least=least)
     return UsedSizes(used, sum(n for size, n in tally.items() if used.of(size) != sizes.of(size)))
 
 
 def data_seed(config: RunConfig) -> int:
-    """The seed of the letters world's pictures."""
+    """The seed of the letters world's images."""
     return derive_seed(config.seed, "data") % 2**32
 
 
 def bucket_notes(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yields (message, remedy) about the sizes that the first COUNTED pictures are cropped to; remedy may be "".
+    """Yields (message, remedy) about the sizes that the first COUNTED images are cropped to; remedy may be "".
 
     Yields nothing if data.buckets does not apply, or the teacher's folder does not exist yet.
     """
@@ -97,23 +97,23 @@ def bucket_notes(config: RunConfig) -> Iterator[tuple[str, str]]:
     except ConfigError:
         return
     stream = training_records(settled(config).data, seed=data_seed(config))
-    tally = tally_pictures(itertools.islice(stream, COUNTED), config.data)
+    tally = tally_images(itertools.islice(stream, COUNTED), config.data)
     is_whole, least = next(stream, None) is None, least_per_bucket(config)
     used = without_small(sizes, tally, least=least if is_whole else 1)
     counts = {size_name(size): count for size, count in used.sizes.tally(tally).items()}
     if counts:
         which = "all" if is_whole else "the first"
-        yield f"{which} {tally.total():,} pictures are cut to {sizes_text(counts)}", ""
+        yield f"{which} {tally.total():,} images are cut to {sizes_text(counts)}", ""
     if used.moved:
         yield (
-            f"{used.moved:,} pictures are cut to another ratio, as fewer than {least:,} have their own",
-            "more pictures of those ratios, or smaller updates; data.min_per_bucket=1 keeps every ratio, but an update of a "
-            "rare ratio repeats the same few pictures many times",
+            f"{used.moved:,} images are cut to another ratio, as fewer than {least:,} have their own",
+            "more images of those ratios, or smaller updates; data.min_per_bucket=1 keeps every ratio, but an update of a "
+            "rare ratio repeats the same few images many times",
         )
 
 
-def tally_pictures(records: Iterable[Record], data: Data) -> Counter[Size]:
-    """Number of pictures by (height, width); a picture is left out if its header or caption is bad."""
+def tally_images(records: Iterable[Record], data: Data) -> Counter[Size]:
+    """Number of images by (height, width); an image is left out if its header or caption is bad."""
     tally: Counter[Size] = Counter()
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         for some in _batches(records):
@@ -122,18 +122,18 @@ def tally_pictures(records: Iterable[Record], data: Data) -> Counter[Size]:
 
 
 def training_tally(folder: Path, data: Data, *, seed: int) -> Counter[Size]:
-    """`tally_pictures` of the training records, read from `folder` if the same records were counted before."""
+    """`tally_images` of the training records, read from `folder` if the same records were counted before."""
     digest = hashlib.sha256()
     for record in training_records(data, seed=seed):
         digest.update(json.dumps([record.name, record.version()], allow_nan=False).encode() + b"\n")
     asked = {"records": digest.hexdigest(), "min_side": data.min_side, "max_pixels": data.max_pixels}
     stored = read_sealed(folder / TALLIES) or {}
-    pictures = stored.get("pictures")
-    if asked.items() <= stored.items() and isinstance(pictures, list):
-        return Counter({(height, width): count for height, width, count in pictures})
-    tally = tally_pictures(training_records(data, seed=seed), data)
-    pictures = [[*size, count] for size, count in sorted(tally.items())]
-    write_sealed(folder / TALLIES, {**asked, "pictures": pictures})
+    images = stored.get("pictures")
+    if asked.items() <= stored.items() and isinstance(images, list):
+        return Counter({(height, width): count for height, width, count in images})
+    tally = tally_images(training_records(data, seed=seed), data)
+    images = [[*size, count] for size, count in sorted(tally.items())]
+    write_sealed(folder / TALLIES, {**asked, "pictures": images})
     return tally
 
 
@@ -144,12 +144,12 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _size(record: Record, data: Data) -> Size | None:
-    assert record.read_image is not None, "a source of prompts only has no pictures"
+    assert record.read_image is not None, "a source of prompts only has no images"
     try:
         read_caption(record.read_caption())
         content = record.read_image()
         if isinstance(content, Image.Image):
             return content.height, content.width
-        return picture_size(content, max_pixels=data.max_pixels, min_side=data.min_side)
+        return upright_size(content, max_pixels=data.max_pixels, min_side=data.min_side)
     except BadSample:
         return None

@@ -17,13 +17,13 @@ from stepdistill.data.held_out import held_out_share, is_held_out, is_record_hel
 from stepdistill.data.records import Record, is_cache, is_prompts_only, records
 from stepdistill.demo.world import World, world_of
 
-MOST_PICTURES = 50_000
-"""Most pictures of the run's own data that the evaluation uses as real images."""
+MAX_IMAGES = 50_000
+"""Most images of the run's own data that the evaluation uses as real images."""
 
 
-def picture_of(record: Record, data: Data) -> Image.Image:
-    """The RGB picture of a record; BadSample if it cannot be used."""
-    assert record.read_image is not None, "a source of prompts only has no pictures"
+def image_of(record: Record, data: Data) -> Image.Image:
+    """The RGB image of a record; BadSample if it cannot be used."""
+    assert record.read_image is not None, "a source of prompts only has no images"
     content = record.read_image()
     if isinstance(content, Image.Image):
         return content
@@ -49,7 +49,7 @@ def training_records(data: Data, *, seed: int) -> Iterator[Record]:
 
 def _of_world(world: World, caption: str, *, seed: int, index: int) -> Record:
     def draw() -> Image.Image:
-        return world.picture(caption, seed=seed, index=index)
+        return world.image(caption, seed=seed, index=index)
 
     return Record(f"{world.name}:{index}", lambda: caption, draw)
 
@@ -64,8 +64,8 @@ def _going_round(data: Data) -> Iterator[Record]:
 
 
 @dataclass(frozen=True)
-class CaptionedPicture:
-    """A record with its caption, which has been read; the picture has not."""
+class CaptionedImage:
+    """A record with its caption, which has been read; the image has not."""
 
     record: Record
     caption: str
@@ -73,10 +73,10 @@ class CaptionedPicture:
 
     def pixels(self, size: tuple[int, int]) -> np.ndarray:
         """uint8 (H, W, 3): the largest centre crop of that aspect ratio, resized by Lanczos; BadSample if unusable."""
-        return cover(picture_of(self.record, self.data), size)[0]
+        return cover(image_of(self.record, self.data), size)[0]
 
     def digest(self) -> str:
-        """sha256 of the picture's bytes, or of the record's name if they cannot be read."""
+        """sha256 of the image's bytes, or of the record's name if they cannot be read."""
         assert self.record.read_image is not None
         try:
             content = self.record.read_image()
@@ -97,26 +97,26 @@ def evaluation_captions(data: Data) -> Iterator[tuple[Record, str]]:
             yield record, caption
 
 
-def evaluation_pictures(data: Data) -> list[CaptionedPicture]:
-    """The pictures that the evaluation uses, at most MOST_PICTURES; empty if the source has only prompts or latents."""
-    with_pictures = ((r, caption) for r, caption in evaluation_captions(data) if r.read_image is not None)
-    pictures = [CaptionedPicture(r, c, data) for r, c in itertools.islice(with_pictures, MOST_PICTURES)]
+def evaluation_images(data: Data) -> list[CaptionedImage]:
+    """The images that the evaluation uses, at most MAX_IMAGES; empty if the source has only prompts or latents."""
+    with_images = ((r, caption) for r, caption in evaluation_captions(data) if r.read_image is not None)
+    images = [CaptionedImage(r, c, data) for r, c in itertools.islice(with_images, MAX_IMAGES)]
     if not (is_prompts_only(data.source) or is_cache(data.source)):
-        not_empty(data, len(pictures))
-    return pictures
+        not_empty(data, len(images))
+    return images
 
 
-def training_pictures(data: Data, *, count: int) -> list[CaptionedPicture]:
-    """At most `count` pictures that are trained on, without those whose caption cannot be read.
+def training_images(data: Data, *, count: int) -> list[CaptionedImage]:
+    """At most `count` images that are trained on, without those whose caption cannot be read.
 
     A hash of the names chooses them, because neighbours in the source's order may show the same things.
     """
     chosen = heapq.nsmallest(count, training_records(data, seed=0), key=_by_name)
-    pictures = []
+    images = []
     for record in chosen:
         with contextlib.suppress(BadSample):
-            pictures.append(CaptionedPicture(record, read_caption(record.read_caption()), data))
-    return pictures
+            images.append(CaptionedImage(record, read_caption(record.read_caption()), data))
+    return images
 
 
 def _by_name(record: Record) -> bytes:
@@ -135,15 +135,15 @@ def not_empty(data: Data, count: int) -> None:
     """ConfigError if data.held_out leaves no samples to train on, or none to evaluate with; `count`: how many it leaves."""
     if not count:
         raise ConfigError(
-            f"data.held_out: got {held_out_share(data)}; allowed: a share that leaves pictures of {data.source} to train on "
-            f"and, above 0, pictures to measure with"
+            f"data.held_out: got {held_out_share(data)}; allowed: a share that leaves images of {data.source} to train on "
+            f"and, above 0, images to measure with"
         )
 
 
-def stacked(pictures: Iterable[np.ndarray], batch_size: int) -> Iterator[torch.Tensor]:
+def stacked(images: Iterable[np.ndarray], batch_size: int) -> Iterator[torch.Tensor]:
     """Batches (B, 3, H, W) of (H, W, 3) arrays, B up to batch_size; a new batch begins if the size changes."""
     waiting: list[np.ndarray] = []
-    for pixels in pictures:
+    for pixels in images:
         if waiting and (pixels.shape != waiting[0].shape or len(waiting) == batch_size):
             yield _tensor(waiting)
             waiting = []

@@ -43,7 +43,7 @@ class Synthesis:
 
     def _batch(self, conditioning: Conditioning, numbers: list[int]) -> torch.Tensor:
         model = self.teacher.network.model
-        noise = rng.normal(self.shape, numbers, seed=self.seed, keys=("teacher's pictures",)).to(model.device)
+        noise = rng.normal(self.shape, numbers, seed=self.seed, keys=("teacher's images",)).to(model.device)
         moves = moves_to(self.teacher.noise_path.sampling(self.steps, len(numbers)), model.device)
         conditioning = conditioning.to(model.device, model.dtype)
         return self.teacher.rollout(noise, moves, conditioning).float().cpu()

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from stepdistill.errors import DataError
 
 _BLOCK = tarfile.BLOCKSIZE
-_MOST_HEADER_DATA = 2**16
+_MAX_HEADER_DATA = 2**16
 _LONG_NAME, _PAX, _GLOBAL_PAX = b"L", b"x", b"g"
 _SKIPPED = (_GLOBAL_PAX, b"K", b"5")  # pax record for all members, name of a long link, folder
 _SPARSE_FURTHER, _SPARSE_FURTHEST = 482, 504
@@ -91,8 +91,8 @@ def _has_data(info: tarfile.TarInfo) -> bool:
 
 def _header_record(path: Path, file: BinaryIO, info: tarfile.TarInfo) -> dict[str, str]:
     """The fields of the next member's header that a long-name or pax record overrides."""
-    if info.size > _MOST_HEADER_DATA:
-        raise BrokenArchive(f"{path}: a header record of {info.size:,} bytes; allowed: {_MOST_HEADER_DATA:,}")
+    if info.size > _MAX_HEADER_DATA:
+        raise BrokenArchive(f"{path}: a header record of {info.size:,} bytes; allowed: {_MAX_HEADER_DATA:,}")
     data = file.read(info.size)
     if info.type == _LONG_NAME:
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}

@@ -1,7 +1,7 @@
-"""The letters world: capital letters of real typefaces, in colour, with a caption that fixes part of each picture.
+"""The letters world: capital letters of real typefaces, in colour, with a caption that fixes part of each image.
 
 A caption names the letter, the ink and the paper; typeface, angle, size and position vary. So a distilled model can fail to
-follow the prompt and can lose diversity, and a program can check both. A picture depends on (caption, seed, index) alone.
+follow the prompt and can lose diversity, and a program can check both. An image depends on (caption, seed, index) alone.
 """
 
 import functools
@@ -47,8 +47,8 @@ class Style:
 
     typefaces   file names
     angle       radians, at most this much to either side
-    cap_height  smallest and largest height of a capital letter, as shares of the picture's side
-    shift       at most this much along each axis, as a share of the picture's side
+    cap_height  smallest and largest height of a capital letter, as shares of the image's side
+    shift       at most this much along each axis, as a share of the image's side
     """
 
     typefaces: tuple[str, ...] = TYPEFACES
@@ -111,7 +111,7 @@ def _font(typeface: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def render(triple: Triple, *, generator: np.random.Generator, style: Style = WORLD) -> Image.Image:
-    """One 32 x 32 RGB picture of `triple`; typeface, angle, size and position are drawn from `generator` within `style`."""
+    """One 32 x 32 RGB image of `triple`; typeface, angle, size and position are drawn from `generator` within `style`."""
     typeface = style.typefaces[generator.integers(len(style.typefaces))]
     angle = generator.uniform(-style.angle, style.angle)
     cap_height = generator.uniform(*style.cap_height) * IMAGE_SIZE * _SUPERSAMPLING
@@ -134,7 +134,7 @@ def render(triple: Triple, *, generator: np.random.Generator, style: Style = WOR
 
 
 def render_at(triple: Triple, *, seed: int, index: int, style: Style = WORLD) -> Image.Image:
-    """Picture number `index` of the stream `seed`; always the same, whatever was rendered before."""
+    """Image number `index` of the stream `seed`; always the same, whatever was rendered before."""
     return render(triple, generator=np.random.default_rng([seed, index]), style=style)
 
 

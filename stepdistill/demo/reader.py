@@ -1,6 +1,6 @@
-"""The reader: a small CNN that classifies the letter, ink and paper of a 32 x 32 picture of the letters world.
+"""The reader: a small CNN that classifies the letter, ink and paper of a 32 x 32 image of the letters world.
 
-A picture counts for prompt accuracy if all three answers are right; the demo's FID uses the 96 features. The weights ship
+An image counts for prompt accuracy if all three answers are right; the demo's FID uses the 96 features. The weights ship
 with the package and were trained by `pipelines/train_teacher.py`.
 """
 
@@ -56,7 +56,7 @@ class Reader(nn.Module):
         return [head(features) for head in self.heads]
 
     def read(self, images: torch.Tensor) -> list[Triple]:
-        """The most likely letter, ink and paper of each picture."""
+        """The most likely letter, ink and paper of each image."""
         answers = torch.stack([logits.argmax(dim=1) for logits in self.logits(images)], dim=1)
         return [Triple(*row) for row in answers.tolist()]
 

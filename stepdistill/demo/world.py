@@ -1,4 +1,4 @@
-"""Worlds: sources that generate any number of captioned pictures, and the interface that the package uses them by.
+"""Worlds: sources that generate any number of captioned images, and the interface that the package uses them by.
 
 `data.source` selects a world by its name. Data preparation and evaluation use a world through this interface only.
 """
@@ -15,13 +15,13 @@ from stepdistill.demo.reader import prompt_accuracy, shipped_reader
 
 
 class World(Protocol):
-    """A source of generated pictures. Each caption describes its picture completely enough to check the picture."""
+    """A source of generated images. Each caption describes its image completely enough to check the image."""
 
     name: str
     num_images: int
-    """Number of training pictures if data.num_images is not set."""
+    """Number of training images if data.num_images is not set."""
     extractor: str
-    """The default of evaluation.features for pictures of this world."""
+    """The default of evaluation.features for images of this world."""
 
     def captions(self) -> list[str]:
         """All captions of the world."""
@@ -32,11 +32,11 @@ class World(Protocol):
     def sample(self, count: int, *, seed: int, among: Sequence[str]) -> list[str]:
         """`count` captions: shuffled passes over `among`, so that each caption comes equally often."""
 
-    def picture(self, caption: str, *, seed: int, index: int) -> Image.Image:
-        """Picture number `index` of the stream `seed`; always the same, whatever was drawn before."""
+    def image(self, caption: str, *, seed: int, index: int) -> Image.Image:
+        """Image number `index` of the stream `seed`; always the same, whatever was drawn before."""
 
     def accuracy(self, batches: Iterable[torch.Tensor], captions: Sequence[str]) -> float:
-        """Share of uint8 pictures, in batches (B, 3, H, W), that show what the caption of the same index describes."""
+        """Share of uint8 images, in batches (B, 3, H, W), that show what the caption of the same index describes."""
 
 
 class LettersWorld:
@@ -63,12 +63,12 @@ class LettersWorld:
         triples = [letters.parse_caption(caption) for caption in among]
         return [triple.caption for triple in letters.sample_triples(count, seed=seed, among=triples)]
 
-    def picture(self, caption: str, *, seed: int, index: int) -> Image.Image:
-        """A 32 x 32 RGB picture of the caption."""
+    def image(self, caption: str, *, seed: int, index: int) -> Image.Image:
+        """A 32 x 32 RGB image of the caption."""
         return letters.render_at(letters.parse_caption(caption), seed=seed, index=index)
 
     def accuracy(self, batches: Iterable[torch.Tensor], captions: Sequence[str]) -> float:
-        """Share of pictures whose letter, ink and paper all match the caption."""
+        """Share of images whose letter, ink and paper all match the caption."""
         return prompt_accuracy(batches, [*map(letters.parse_caption, captions)], reader=shipped_reader())
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHECKSUM = "checksum"
 """Key of a sealed object: sha256_json of all its other keys."""
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _LARGEST_JSON = 2**28
 _REPLACED = ".replaced.partial"
 _UMASK = os.umask(0)
@@ -74,13 +74,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, _json(value))
 
 
-def write_picture(path: Path, image: "Image.Image") -> None:
-    """write_bytes of a picture, in the format of the file name's suffix (PICTURE_FORMATS)."""
-    write_bytes(path, picture_bytes(image, PICTURE_FORMATS[path.suffix.lower()]))
+def write_image(path: Path, image: "Image.Image") -> None:
+    """write_bytes of an image, in the format of the file name's suffix (IMAGE_FORMATS)."""
+    write_bytes(path, image_bytes(image, IMAGE_FORMATS[path.suffix.lower()]))
 
 
-def picture_bytes(image: "Image.Image", file_format: str = "PNG", **options: Any) -> bytes:
-    """The bytes of a picture as a file in one of PIL's formats; `options` go to that format's writer."""
+def image_bytes(image: "Image.Image", file_format: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image as a file in one of PIL's formats; `options` go to that format's writer."""
     buffer = io.BytesIO()
     image.save(buffer, format=file_format, **options)
     return buffer.getvalue()

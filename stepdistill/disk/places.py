@@ -15,7 +15,7 @@ from pathlib import Path
 
 _FILE = re.compile(r"\.(?P<name>.+)(\.\d+|(?<=\.safetensors))\.partial")
 _FOLDER = re.compile(r"\.(?P<name>.+)\.partial")
-_MOST_WRITING_SECONDS = 10.0  # more than it takes to write the few kilobytes of one of these files
+_MAX_WRITING_SECONDS = 10.0  # more than it takes to write the few kilobytes of one of these files
 
 
 def is_folder(path: Path) -> bool:
@@ -60,7 +60,7 @@ def clear_half_written(
 
 def _is_new(path: Path) -> bool:
     try:
-        return abs(time.time() - path.stat().st_mtime) < _MOST_WRITING_SECONDS
+        return abs(time.time() - path.stat().st_mtime) < _MAX_WRITING_SECONDS
     except OSError:
         return False
 

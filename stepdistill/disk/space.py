@@ -1,4 +1,4 @@
-"""How much room a file system has, and how much a picture takes. No torch."""
+"""How much room a file system has, and how much an image takes. No torch."""
 
 import shutil
 from pathlib import Path

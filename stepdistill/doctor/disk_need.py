@@ -18,18 +18,18 @@ from stepdistill.data.records import is_cache, is_prompts_only
 from stepdistill.data.source import training_records
 from stepdistill.demo.world import world_of
 from stepdistill.disk.space import png_bytes
-from stepdistill.evaluation.draw.picture_folder import LATENTS_KEPT
+from stepdistill.evaluation.draw.row_images import LATENTS_KEPT
 from stepdistill.models.adapters import lora_parameters
 from stepdistill.models.identity import layer_shapes
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.files import read_headers, weight_files
 from stepdistill.teacher.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
-from stepdistill.training.disk_bytes import checkpoints_bytes, encoder_parameters, preview_pictures
+from stepdistill.training.disk_bytes import checkpoints_bytes, encoder_parameters, preview_images
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_MOST_COUNTING_SECONDS = 2.0  # for reading the source
+_MAX_COUNTING_SECONDS = 2.0  # for reading the source
 _FEATURES = {"": 128, "reader": 96, "inception": 2048, "trained": 128}
-_MOST_FEATURES = 1536
+_MAX_FEATURES = 1536
 _LOG_LINE = 600
 _PAGE = 20 * 2**20
 
@@ -123,8 +123,8 @@ def _count(data: Data) -> tuple[int, int, bool]:
 
 
 def _walk(data: Data, a_shard: int) -> tuple[int, int, bool]:
-    """`_count` by reading records, for at most _MOST_COUNTING_SECONDS."""
-    samples, captions, until = 0, 0, time.monotonic() + _MOST_COUNTING_SECONDS
+    """`_count` by reading records, for at most _MAX_COUNTING_SECONDS."""
+    samples, captions, until = 0, 0, time.monotonic() + _MAX_COUNTING_SECONDS
     of_this_shard: set[str] = set()
     for record in training_records(data, seed=0):
         samples += 1
@@ -149,7 +149,7 @@ def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> i
         "onnx": whole * _BYTES["float32"],
     }
     each = lora * _BYTES["float32"] + sum(other[name] for name in options.formats)
-    previews = sum(preview_pictures(config, rung) for rung in config.ladder)
+    previews = sum(preview_images(config, rung) for rung in config.ladder)
     return len(config.ladder) * each + previews * png_bytes(size)
 
 
@@ -160,9 +160,9 @@ def _checkpoints(config: RunConfig, unet: torch.nn.Module) -> int:
 
 
 def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0) -> int:
-    """Bytes of the pictures of rows, floor and studies, of their features, and of the latents kept for the first of them.
+    """Bytes of the images of rows, floor and studies, of their features, and of the latents kept for the first of them.
 
-    drawn: number of pictures that are drawn already; only the share of the others counts.
+    drawn: number of images that are drawn already; only the share of the others counts.
     """
     options, students, size = config.evaluation, len(config.ladder), teacher.image_size
     rows = len(options.teacher_steps) + len(options.unguided_steps) + students + len(options.loras)
@@ -172,7 +172,7 @@ def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0
     sweep = students * len(options.lora_scales)
     few = (sweep + students**2 * options.matrix + bool(sweep or options.matrix)) * options.study_images
     few += options.diversity_prompts * options.diversity_seeds * (1 + students + len(options.loras))
-    features = views * _FEATURES.get((options.features or "").partition(":")[0], _MOST_FEATURES)
+    features = views * _FEATURES.get((options.features or "").partition(":")[0], _MAX_FEATURES)
     each_row = options.num_images * (png_bytes(size) + 4 * features)
     latents = min(options.num_images, LATENTS_KEPT) * latent * 4
     whole = rows * (each_row + latents) + few * (png_bytes(size) + latent * 4)
@@ -181,9 +181,9 @@ def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0
 
 
 def _report(config: RunConfig, size: tuple[int, int]) -> int:
-    """Bytes of the page with its pictures, of the picture grid beside it, and of the log."""
+    """Bytes of the page with its images, of the image grid beside it, and of the log."""
     options = config.evaluation
     rows = len(options.teacher_steps) + len(config.ladder) + len(options.loras)
-    pictures = 3 * rows * options.grid_columns * png_bytes(size)
+    images = 3 * rows * options.grid_columns * png_bytes(size)
     updates = sum(phase.max_train_steps for rung in config.ladder for phase in rung.phases)
-    return min(_PAGE, pictures) + updates * _LOG_LINE
+    return min(_PAGE, images) + updates * _LOG_LINE

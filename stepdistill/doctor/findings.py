@@ -17,7 +17,7 @@ from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import held_out_share
 from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.size_counts import bucket_notes
-from stepdistill.data.source import picture_of
+from stepdistill.data.source import image_of
 from stepdistill.demo.world import world_of
 from stepdistill.disk.places import check_writable
 from stepdistill.disk.space import folder_bytes, free_bytes
@@ -36,7 +36,7 @@ LOOKED_AT = 64
 """Number of samples of the data that are read in full."""
 _GIB = 2**30
 _TOKENS_A_WORD = 1.3
-_MOST_TOKENS = 75  # of a prompt that CLIP reads, besides those of start and end
+_MAX_TOKENS = 75  # of a prompt that CLIP reads, besides those of start and end
 _EXTRACTORS = (
     "evaluation.features=inception:FILE with Inception's weights (NVIDIA's inception-2015-12-05.pt), or clip:FOLDER or "
     "dinov2:FOLDER with a folder of CLIP or DINOv2"
@@ -165,7 +165,7 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
         try:
             longest = max(longest, len(read_caption(record.read_caption()).split()))
             if record.read_image is not None:
-                sides.append(min(picture_of(record, data).size))
+                sides.append(min(image_of(record, data).size))
         except BadSample as error:
             bad[error.kind] += 1
             first.setdefault(error.kind, f"{record.name}: {error}")
@@ -173,15 +173,15 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
     what = "captions of another run's latents" if is_cache(data.source) else what
     yield Finding("ok", f"data: {data.source}, the first {seen} {what} read")
     if sides and config.evaluation.real_images is None and held_out_share(data) == 0:
-        remedy = "data.held_out=0.2, or evaluation.prompts and evaluation.real_images of other pictures"
-        yield Finding("note", "data: the table compares with pictures that are trained on", remedy)
+        remedy = "data.held_out=0.2, or evaluation.prompts and evaluation.real_images of other images"
+        yield Finding("note", "data: the table compares with images that are trained on", remedy)
     for kind, count in bad.items():
         stops = data.policy(kind) == "error" or count > data.max_bad_fraction * seen
         remedy = ", ".join(
             [*data.cures([kind]), f"other samples, or data.max_bad_fraction and data.on_bad.{kind}"]
         )
         yield Finding("problem" if stops else "note", f"data: {count} {kind} ({first[kind]})", remedy)
-    if longest * _TOKENS_A_WORD > _MOST_TOKENS:
+    if longest * _TOKENS_A_WORD > _MAX_TOKENS:
         yield Finding(
             "note", f"data: captions of up to {longest} words; CLIP reads about 57 and cuts off the rest"
         )
@@ -189,12 +189,12 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
     if teacher_is_whole and teacher is not None:
         size = Sizes(data, teacher_size=teacher.image_size, multiple=teacher.size_multiple).target
         if data.min_side > min(size):
-            about = f"data: min_side={data.min_side} leaves out even pictures as large as the {min(size)} pixels to train on"
+            about = f"data: min_side={data.min_side} leaves out even images as large as the {min(size)} pixels to train on"
             yield Finding("note", about, f"data.min_side={max(1, min(size) // 2)}")
         small = sum(side < min(size) for side in sides)
         if small:
-            remedy = f"larger pictures, or data.min_side={min(size)} to leave them out"
-            few = f"{small} of {len(sides)} pictures are smaller than the {min(size)} pixels to train on"
+            remedy = f"larger images, or data.min_side={min(size)} to leave them out"
+            few = f"{small} of {len(sides)} images are smaller than the {min(size)} pixels to train on"
             yield Finding("note", f"data: {few} and are enlarged", remedy)
 
 
@@ -210,7 +210,7 @@ def _export(config: RunConfig) -> Iterator[Finding]:
 
 def _previews(config: RunConfig) -> Iterator[Finding]:
     longest = max(len(prompt.split()) for prompt in config.preview.prompts)
-    if longest * _TOKENS_A_WORD > _MOST_TOKENS:
+    if longest * _TOKENS_A_WORD > _MAX_TOKENS:
         about = f"preview: prompts of up to {longest} words; CLIP reads about 57 and cuts off the rest"
         yield Finding("note", about, "shorter preview.prompts")
 
@@ -219,14 +219,14 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
     from stepdistill.evaluation.check import check_evaluation
 
     if _facts(config) is None:
-        about = "evaluation: prompts, pictures and extractors are checked when the teacher's configs are on this disk"
+        about = "evaluation: prompts, images and extractors are checked when the teacher's configs are on this disk"
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     choice = check_evaluation(config)
-    yield Finding("ok", "evaluation: prompts, pictures and extractors can be used")
+    yield Finding("ok", "evaluation: prompts, images and extractors can be used")
     yield from (Finding("note", f"evaluation: {text}") for text in choice.warnings)
     if choice.learns and not choice.is_named:
-        about = "FID is measured by a small network trained on these pictures in minutes (evaluation.features=trained)"
+        about = "FID is measured by a small network trained on these images in minutes (evaluation.features=trained)"
         yield Finding(
             "note", f"evaluation: {about}", f"for numbers comparable with published ones: {_EXTRACTORS}"
         )
@@ -249,7 +249,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
     remedy = (
         ""
         if state == "ok"
-        else "another output_dir, data.dtype=float16, fewer pictures or evaluation.num_images"
+        else "another output_dir, data.dtype=float16, fewer images or evaluation.num_images"
     )
     parts = ("teacher", "cache", "rungs", "checkpoints", "evaluation", "report")
     each = ", ".join(f"{part} {_bytes(size)}" for part in parts if (size := getattr(need, part)))

@@ -17,7 +17,7 @@ from stepdistill.teacher.source import configs_folder, teacher_facts
 def check_evaluation(config: RunConfig) -> Choice:
     """The feature extractor that the evaluation will use, with its warnings.
 
-    ValueError if the evaluation could not be done: checks prompts, pictures and their size, LoRAs and their schedulers, the
+    ValueError if the evaluation could not be done: checks prompts, images and their size, LoRAs and their schedulers, the
     external scorer, and extractor weights.
     """
     folder = configs_folder(config)

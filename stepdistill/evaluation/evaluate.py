@@ -12,7 +12,7 @@ from stepdistill.config import RunConfig
 from stepdistill.disk.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
 from stepdistill.disk.places import clear_half_written
 from stepdistill.evaluation.draw.cost import measure_cost
-from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import Row, rows_of
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.evaluation.draw.studies import Studies
@@ -36,7 +36,7 @@ _SCORE_TIMEOUT = 24 * 3600.0
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
-    """Draws the missing pictures, measures all rows, writes evaluation/results.json and returns its content.
+    """Draws the missing images, measures all rows, writes evaluation/results.json and returns its content.
 
     Under torchrun all processes draw; the main process measures, the others return {}. ValueError, before anything is
     drawn, if a rung is not finished or a file that the config names cannot be used.
@@ -62,9 +62,9 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What drawing returns for the measurements, besides the pictures on disk.
+    """What drawing returns for the measurements, besides the images on disk.
 
-    manifests       by row name: the key of the row's pictures, and seconds per image
+    manifests       by row name: the key of the row's images, and seconds per image
     diversity_grid  prompts, number of seeds and rows of the seed study; None if the study is off
     scale_sweep     every student's LoRA at several weights; None if the study is off
     matrix          every student's LoRA at every student's step count; None if the study is off
@@ -78,7 +78,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Drawing:
-    """Draws the pictures of every row; all processes share the work."""
+    """Draws the images of every row; all processes share the work."""
 
     config: RunConfig
     rows: Sequence[Row]
@@ -102,7 +102,7 @@ class _Drawing:
         return Studies(self.config, self.sampler, self.processes, self.evaluation_set.prompts, self.folder)
 
     def draw(self) -> _Drawn:
-        """Draws all pictures that are missing."""
+        """Draws all images that are missing."""
         reference = self.rows[0]
         manifests = {row.name: self._ensure(row, self.folder / row.name, self.seed) for row in self.rows}
         if self.config.evaluation.floor:
@@ -126,7 +126,7 @@ class _Drawing:
 
 
 class _Measuring:
-    """Measures the drawn pictures, in the main process."""
+    """Measures the drawn images, in the main process."""
 
     def __init__(self, drawing: _Drawing, drawn: _Drawn, distances: Distances) -> None:
         self._drawing, self._drawn, self._distances = drawing, drawn, distances
@@ -174,7 +174,7 @@ class _Measuring:
         return self._write(facts, rows, unmeasured=[])
 
     def _has_results(self, facts: Mapping[str, Any]) -> bool:
-        """Whether results.json already holds every row, measured on these pictures under this protocol. It must then not be
+        """Whether results.json already holds every row, measured on these images under this protocol. It must then not be
         replaced by a part of the rows."""
         stored = read_sealed(self._folder / "results.json") or {}
 
@@ -213,9 +213,9 @@ class _Measuring:
         return results
 
     def _measure_row(self, row: Row, real: ImageSet | None) -> dict[str, Any]:
-        count, teachers, distances = self._options.num_images, self._teacher_pictures, self._distances
-        pictures = PictureFolder(self._folder / row.name)
-        images, teacher = self._drawn_set(pictures), self._drawn_set(teachers)
+        count, teachers, distances = self._options.num_images, self._teacher_images, self._distances
+        row_images = RowImages(self._folder / row.name)
+        images, teacher = self._drawn_set(row_images), self._drawn_set(teachers)
         measures: dict[str, Any] = {
             "row": row.name,
             "kind": row.kind,
@@ -226,19 +226,19 @@ class _Measuring:
             **distances.to_real(images, real),
             **self._to_teacher(images),
             **distances.paired_to_teacher(images, teacher),
-            "latent_mse_to_teacher": latent_mse(pictures.latents(), teachers.latents()),
-            **image_drift(pictures.batches(count), teachers.batches(count)),
+            "latent_mse_to_teacher": latent_mse(row_images.latents(), teachers.latents()),
+            **image_drift(row_images.batches(count), teachers.batches(count)),
             "replicates": self._replicates(images, real),
             "seconds_per_image": self._drawn.manifests[row.name]["seconds_per_image"],
         }
         if self._evaluation_set.world is not None:
             accuracy = self._evaluation_set.world.accuracy(
-                pictures.batches(count), self._evaluation_set.prompts
+                row_images.batches(count), self._evaluation_set.prompts
             )
             measures["prompt_accuracy"] = accuracy
         if distances.clip is not None:
             measures["clip_score"] = clip_score(
-                distances.clip.extractor, pictures.batches(count), self._evaluation_set.prompts
+                distances.clip.extractor, row_images.batches(count), self._evaluation_set.prompts
             )
         if self._options.score_cmd is not None:
             measures |= self._outside(row)
@@ -261,14 +261,14 @@ class _Measuring:
             floor |= self._distances.to_real(other, real)
         if self._options.reference_stats is not None:
             floor.pop("fid_to_real", None)  # there is no second set of these moments
-        return floor | self._to_teacher(self._drawn_set(self._teacher_pictures))
+        return floor | self._to_teacher(self._drawn_set(self._teacher_images))
 
     def _measure_other_noise(self) -> dict[str, float]:
         """The paired measures of the teacher with other seeds against the teacher: their values for a student that keeps
         nothing of the teacher's map from noise to image."""
         if not self._options.floor:
             return {}
-        count, again, teachers = self._options.num_images, self._floor_pictures, self._teacher_pictures
+        count, again, teachers = self._options.num_images, self._floor_images, self._teacher_images
         drift = image_drift(again.batches(count), teachers.batches(count))
         return {
             **self._distances.paired_to_teacher(self._drawn_set(again), self._drawn_set(teachers)),
@@ -280,13 +280,13 @@ class _Measuring:
         """The `*_to_teacher` metrics, against the teacher's images with other seeds; {} if those are not drawn."""
         if not self._options.floor:
             return {}
-        return self._distances.to_teacher(images, self._drawn_set(self._floor_pictures))
+        return self._distances.to_teacher(images, self._drawn_set(self._floor_images))
 
     def _replicates(self, images: ImageSet, real: ImageSet | None) -> dict[str, list[float]]:
         """By metric: FIDs that each leave out one group of images, for the jackknife."""
         references = {"fid_to_real": real}
         if self._options.floor:
-            references["fid_to_teacher"] = self._drawn_set(self._floor_pictures)
+            references["fid_to_teacher"] = self._drawn_set(self._floor_images)
         return {
             key: replicates
             for key, reference in references.items()
@@ -295,12 +295,12 @@ class _Measuring:
         }
 
     @property
-    def _teacher_pictures(self) -> PictureFolder:
-        return PictureFolder(self._folder / self._rows[0].name)
+    def _teacher_images(self) -> RowImages:
+        return RowImages(self._folder / self._rows[0].name)
 
     @property
-    def _floor_pictures(self) -> PictureFolder:
-        return PictureFolder(self._folder / "floor")
+    def _floor_images(self) -> RowImages:
+        return RowImages(self._folder / "floor")
 
     def _cost(self, row: Row) -> dict[str, Any]:
         path, sizes = self._folder / row.name / "cost.json", list(self._options.cost_batch_sizes)
@@ -339,9 +339,9 @@ class _Measuring:
             row, self._drawn.diversity_grid or {}, view.extractor, resize=view.resize
         )
 
-    def _drawn_set(self, pictures: PictureFolder) -> ImageSet:
+    def _drawn_set(self, row_images: RowImages) -> ImageSet:
         count = self._options.num_images
-        return ImageSet(str(pictures.key), pictures.path / "features", lambda: pictures.batches(count))
+        return ImageSet(str(row_images.key), row_images.path / "features", lambda: row_images.batches(count))
 
     def _real_set(self, name: str, images: RealImages | None) -> ImageSet | None:
         if images is None:

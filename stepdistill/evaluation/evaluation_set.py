@@ -1,7 +1,7 @@
 """The evaluation set: prompts, and the real images that the `*_to_real` metrics compare with.
 
 Prompts come from a file, or are captions of the run's data: the held-out ones if there are any (data/held_out.py). Real
-images come from a folder, are new renderings of the prompts (letters world), or are the data's own pictures of these
+images come from a folder, are new renderings of the prompts (letters world), or are the data's own images of these
 captions.
 """
 
@@ -19,15 +19,15 @@ from PIL import Image
 from stepdistill.config import ConfigError, Data, RunConfig
 from stepdistill.data.decode import BadSample
 from stepdistill.data.held_out import measured_data
-from stepdistill.data.records import PICTURE_SUFFIXES, is_cache, is_prompts_only
+from stepdistill.data.records import IMAGE_SUFFIXES, is_cache, is_prompts_only
 from stepdistill.data.source import (
-    CaptionedPicture,
+    CaptionedImage,
     evaluation_captions,
-    evaluation_pictures,
+    evaluation_images,
     measured_captions,
     not_empty,
     stacked,
-    training_pictures,
+    training_images,
 )
 from stepdistill.demo.world import World, world_of, world_of_captions
 from stepdistill.disk.durable import sha256_json
@@ -36,7 +36,7 @@ from stepdistill.rng import derive_seed
 from stepdistill.teacher.files import require_file
 from stepdistill.teacher.source import teacher_facts
 
-FEWEST_PICTURES = 8
+MIN_IMAGES = 8
 """The smallest allowed evaluation.num_images; coverage looks at 5 neighbours, so it needs more than 5."""
 
 
@@ -58,21 +58,21 @@ class Renderings:
 
     @property
     def key(self) -> str:
-        """Identifies the pictures: equal keys mean equal pictures."""
+        """Identifies the images: equal keys mean equal images."""
         return sha256_json(["renderings", self.captions, self.seed])
 
     def batches(self, batch_size: int = 256) -> Iterator[torch.Tensor]:
         """uint8 (B, 3, H, W)."""
-        pictures = (
-            np.asarray(self.world.picture(caption, seed=self.seed, index=k))
+        images = (
+            np.asarray(self.world.image(caption, seed=self.seed, index=k))
             for k, caption in enumerate(self.captions)
         )
-        return stacked(pictures, batch_size)
+        return stacked(images, batch_size)
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The pictures in a folder and its subfolders, sorted by path."""
+    """The images in a folder and its subfolders, sorted by path."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -82,21 +82,21 @@ class ImageFolder:
 
     @classmethod
     def open(cls, folder: str) -> "ImageFolder":
-        """The pictures of `folder`; ConfigError if it has fewer than FEWEST_PICTURES or does not exist."""
+        """The images of `folder`; ConfigError if it has fewer than MIN_IMAGES or does not exist."""
         path = Path(folder)
         files = tuple(
-            sorted(f for f in path.rglob("*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file())
+            sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
         )
-        if len(files) < FEWEST_PICTURES:
-            has = f"holds {len(files)} pictures" if path.exists() else "does not exist"
+        if len(files) < MIN_IMAGES:
+            has = f"holds {len(files)} images" if path.exists() else "does not exist"
             raise ConfigError(
                 f"evaluation.real_images: got {folder!r}, which {has}; "
-                f"allowed: a folder with {FEWEST_PICTURES} or more of {', '.join(PICTURE_SUFFIXES)}"
+                f"allowed: a folder with {MIN_IMAGES} or more of {', '.join(IMAGE_SUFFIXES)}"
             )
         return cls(path, files)
 
     def check(self) -> None:
-        """ValueError if a file does not begin as a picture does; the pixels are not read."""
+        """ValueError if a file does not begin as an image does; the pixels are not read."""
         for file in self.files:
             try:
                 with Image.open(file):
@@ -107,11 +107,11 @@ class ImageFolder:
     @property
     def about(self) -> str:
         """Description for the protocol."""
-        return f"{len(self.files)} pictures of the folder {self.folder.name}"
+        return f"{len(self.files)} images of the folder {self.folder.name}"
 
     @property
     def key(self) -> str:
-        """Identifies the pictures: sha256 over names and bytes, shortened to 16 hex digits."""
+        """Identifies the images: sha256 over names and bytes, shortened to 16 hex digits."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(file.relative_to(self.folder).as_posix().encode() + b"\0")
@@ -121,45 +121,45 @@ class ImageFolder:
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
         """uint8 (B, 3, H, W); a new batch begins if the size changes."""
-        return stacked((read_picture(file) for file in self.files), batch_size)
+        return stacked((read_rgb(file) for file in self.files), batch_size)
 
 
 @dataclass(frozen=True)
-class DataPictures:
-    """Pictures of the run's own data.
+class DataImages:
+    """Images of the run's own data.
 
     size  (height, width) that they are cropped to: the teacher's
     seen  whether they were trained on, in words
     """
 
-    pictures: tuple[CaptionedPicture, ...]
+    images: tuple[CaptionedImage, ...]
     size: tuple[int, int]
     seen: str
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     @property
     def about(self) -> str:
         """Description for the protocol."""
-        return f"{len(self.pictures)} pictures {self.seen}, {self.size[1]} x {self.size[0]}"
+        return f"{len(self.images)} images {self.seen}, {self.size[1]} x {self.size[0]}"
 
     @property
     def key(self) -> str:
-        """Identifies the pictures: sha256 over bytes and size."""
-        return sha256_json([*self.size, *(picture.digest() for picture in self.pictures)])
+        """Identifies the images: sha256 over bytes and size."""
+        return sha256_json([*self.size, *(image.digest() for image in self.images)])
 
     def batches(self, batch_size: int = 64) -> Iterator[torch.Tensor]:
         """uint8 (B, 3, H, W)."""
         return stacked(self._usable(), batch_size)
 
     def _usable(self) -> Iterator[np.ndarray]:
-        for picture in self.pictures:
+        for image in self.images:
             with contextlib.suppress(BadSample):  # counted by `prepare`
-                yield picture.pixels(self.size)
+                yield image.pixels(self.size)
 
 
-RealImages = Renderings | ImageFolder | DataPictures
+RealImages = Renderings | ImageFolder | DataImages
 
 
 @dataclass(frozen=True)
@@ -178,16 +178,16 @@ class EvaluationSet:
 
 
 def evaluation_set_of(config: RunConfig) -> EvaluationSet:
-    """The evaluation set of a config; ConfigError if a file is missing, empty or not UTF-8, or pictures are too few."""
+    """The evaluation set of a config; ConfigError if a file is missing, empty or not UTF-8, or images are too few."""
     count, seed, data = config.evaluation.num_images, config.seed, measured_data(config)
-    pictures: tuple[CaptionedPicture, ...] = ()
+    images: tuple[CaptionedImage, ...] = ()
     if config.evaluation.prompts is not None:
         lines = _read_prompts(Path(config.evaluation.prompts))
     elif (world := world_of(data.source)) is not None:
         among = measured_captions(world, data)
         lines = world.sample(count, seed=derive_seed(seed, "evaluation prompts") % 2**32, among=among)
     else:
-        pictures = _own_pictures(config, data)
+        images = _own_images(config, data)
         captions = (caption for _, caption in evaluation_captions(data))
         lines = list(itertools.islice(captions, count))
         not_empty(data, len(lines))
@@ -196,9 +196,9 @@ def evaluation_set_of(config: RunConfig) -> EvaluationSet:
     world = world_of_captions(prompts)
     if config.evaluation.real_images is not None:
         return EvaluationSet(prompts, world, ImageFolder.open(config.evaluation.real_images), None, about)
-    if pictures:
+    if images:
         size = teacher_facts(config).image_size
-        real = DataPictures(pictures, size, _seen(data, len(pictures)))
+        real = DataImages(images, size, _seen(data, len(images)))
         if not data.held_out:
             return EvaluationSet(prompts, world, real, None, about, (_TRAINED_ON,))
         return EvaluationSet(prompts, world, real, _trained_on(data, count, size), about)
@@ -212,30 +212,30 @@ def evaluation_set_of(config: RunConfig) -> EvaluationSet:
 
 _TRAINED_ON = (
     "the real images were trained on, and the prompts are their captions: *_to_real, precision and coverage say nothing "
-    "about unseen pictures; set data.held_out, or evaluation.prompts and evaluation.real_images, to measure with unseen ones"
+    "about unseen images; set data.held_out, or evaluation.prompts and evaluation.real_images, to measure with unseen ones"
 )
 
 
-def _trained_on(data: Data, count: int, size: tuple[int, int]) -> DataPictures | None:
-    """At most `count` pictures that were trained on; None if there are fewer than FEWEST_PICTURES."""
-    seen = tuple(training_pictures(data, count=count))
-    return DataPictures(seen, size, "that were trained on") if len(seen) >= FEWEST_PICTURES else None
+def _trained_on(data: Data, count: int, size: tuple[int, int]) -> DataImages | None:
+    """At most `count` images that were trained on; None if there are fewer than MIN_IMAGES."""
+    seen = tuple(training_images(data, count=count))
+    return DataImages(seen, size, "that were trained on") if len(seen) >= MIN_IMAGES else None
 
 
-def _own_pictures(config: RunConfig, data: Data) -> tuple[CaptionedPicture, ...]:
-    """The data's pictures that the evaluation uses; ConfigError if they are to be the real images and are too few."""
-    pictures = tuple(evaluation_pictures(data))
-    has_pictures = not (is_prompts_only(data.source) or is_cache(data.source))
-    if has_pictures and config.evaluation.real_images is None and len(pictures) < FEWEST_PICTURES:
+def _own_images(config: RunConfig, data: Data) -> tuple[CaptionedImage, ...]:
+    """The data's images that the evaluation uses; ConfigError if they are to be the real images and are too few."""
+    images = tuple(evaluation_images(data))
+    has_images = not (is_prompts_only(data.source) or is_cache(data.source))
+    if has_images and config.evaluation.real_images is None and len(images) < MIN_IMAGES:
         raise ConfigError(
-            f"data.held_out: got {data.held_out}, which leaves {len(pictures)} pictures of {data.source} to "
-            f"measure with; allowed: a share that leaves {FEWEST_PICTURES} or more, or evaluation.real_images"
+            f"data.held_out: got {data.held_out}, which leaves {len(images)} images of {data.source} to "
+            f"measure with; allowed: a share that leaves {MIN_IMAGES} or more, or evaluation.real_images"
         )
-    return pictures
+    return images
 
 
 def _seen(data: Data, count: int) -> str:
-    """Whether the `count` pictures or captions of the evaluation were trained on, in words."""
+    """Whether the `count` images or captions of the evaluation were trained on, in words."""
     if data.held_out:
         return "held out from training"
     whole = world_of(data.source) is not None or is_cache(data.source)
@@ -263,8 +263,8 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_picture(file: Path) -> np.ndarray:
-    """The picture as uint8 (H, W, 3); ValueError if the file cannot be read as one."""
+def read_rgb(file: Path) -> np.ndarray:
+    """The image as uint8 (H, W, 3); ValueError if the file cannot be read as one."""
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))

@@ -11,7 +11,7 @@ from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.runtime import source_commit
 
 FEW_IMAGES = 5000
-_PICTURE_METRICS = "precision, recall, density, coverage"
+_IMAGE_METRICS = "precision, recall, density, coverage"
 
 
 def protocol_of(
@@ -25,7 +25,7 @@ def protocol_of(
 ) -> dict[str, Any]:
     """The protocol of a table: two tables can be compared only if their protocols agree.
 
-    learned: how an extractor was trained on the run's own pictures (trained.py); empty for any other extractor.
+    learned: how an extractor was trained on the run's own images (trained.py); empty for any other extractor.
     """
     options, main, real = config.evaluation, distances.main, evaluation_set.real
     return {
@@ -100,16 +100,16 @@ def _absent(config: RunConfig, evaluation_set: EvaluationSet, choice: Choice) ->
     options = config.evaluation
     if choice.spec is None:
         yield (
-            f"FID, KID, {_PICTURE_METRICS}, diversity",
+            f"FID, KID, {_IMAGE_METRICS}, diversity",
             f"{choice.why}; set evaluation.features to an extractor",
         )
     elif evaluation_set.real is None and options.reference_stats is None:
         why = "there are no real images of these prompts; set evaluation.real_images to a folder of them"
-        yield f"FID and KID to real, {_PICTURE_METRICS}", why
+        yield f"FID and KID to real, {_IMAGE_METRICS}", why
     elif evaluation_set.real is None:
         yield (
-            f"KID to real, {_PICTURE_METRICS}",
-            "evaluation.reference_stats holds moments only, and these metrics need pictures",
+            f"KID to real, {_IMAGE_METRICS}",
+            "evaluation.reference_stats holds moments only, and these metrics need images",
         )
     if choice.spec is not None and not options.floor:
         yield "FID and KID to teacher", "evaluation.floor is false: no images with other seeds were drawn"

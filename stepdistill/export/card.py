@@ -1,4 +1,4 @@
-"""A rung's README.md: a model card for the Hub with a code snippet, settings for other tools, numbers and a picture."""
+"""A rung's README.md: a model card for the Hub with a code snippet, settings for other tools, numbers and an image."""
 
 import logging
 from collections.abc import Mapping

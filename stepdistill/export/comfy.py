@@ -140,9 +140,9 @@ def workflow(
         checkpoint: file name of the base model in models/checkpoints.
         lora: file name of the kohya file in models/loras.
         teacher_loras: file names and weights of the LoRAs that are part of the teacher.
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         prompt: the positive prompt.
-        title: prefix of the saved pictures' names.
+        title: prefix of the saved images' names.
     """
     graph = _Graph()
     model, clip, vae = graph.add("CheckpointLoaderSimple", checkpoint)
@@ -198,7 +198,7 @@ def _note(checkpoint: str, lora: str, setting: Setting) -> str:
     return (
         f"models/checkpoints: the base model that was distilled, here {checkpoint}; choose your file in Load Checkpoint.\n"
         f"models/loras: {lora}, at strength 1.\n"
-        f"The LoRA is trained for {steps} without guidance: other steps, schedulers and cfg give worse pictures. "
+        f"The LoRA is trained for {steps} without guidance: other steps, schedulers and cfg give worse images. "
         f"A negative prompt has no effect at cfg 1."
     )
 

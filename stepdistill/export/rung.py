@@ -3,7 +3,7 @@
 rungs/<steps>/
   pytorch_lora_weights.safetensors   the LoRA for diffusers
   rung.json  base.json               the rung's record; the identity of the base model
-  scheduler/  README.md  grid.png    the scheduler; the model card and its picture
+  scheduler/  README.md  grid.png    the scheduler; the model card and its image
   kohya/<name>_<steps>step_lora.safetensors, kohya/<name>_<steps>step_comfyui.json
   fused/unet/                        the base with the LoRA merged
   onnx/unet.onnx                     the merged U-Net for onnxruntime

@@ -1,1 +1,1 @@
-"""Image utilities: a grid of pictures, and differences in sharpness, contrast and colour."""
+"""Image utilities: a grid of images, and differences in sharpness, contrast and colour."""

@@ -1,4 +1,4 @@
-"""A grid of pictures: one row per label, one column per prompt."""
+"""A grid of images: one row per label, one column per prompt."""
 
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def image_grid(
 ) -> Image.Image:
     """A white sheet with one row of equal tiles per label.
 
-    Pictures under 64 pixels are enlarged without smoothing, pictures over `max_tile` are shrunk. `headings`: a text above
+    Images under 64 pixels are enlarged without smoothing, images over `max_tile` are shrunk. `headings`: a text above
     each column, wrapped to its width.
     """
     width, height = next(iter(rows.values()))[0].size

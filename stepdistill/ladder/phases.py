@@ -25,7 +25,7 @@ from stepdistill.training.phase_setup import PhaseSetup
 from stepdistill.training.preview import Preview
 
 logger = logging.getLogger(__name__)
-_LEAST_SCALE = 1 / 16
+_MIN_SCALE = 1 / 16
 """Smallest factor of the discriminator's learning rate that training goes back with."""
 
 
@@ -229,7 +229,7 @@ class RungTraining:
             )
         warned.add(trouble.kind)
         scale = state.adversary_scale / 2
-        if self._rewinds and trouble.ends_with_rewind and scale >= _LEAST_SCALE and state.guard is not None:
+        if self._rewinds and trouble.ends_with_rewind and scale >= _MIN_SCALE and state.guard is not None:
             raise _Diverged(setup.number, state.guard.good_step, scale)
 
     def _setup(self, number: int, phase: Phase, start: _Start) -> PhaseSetup:

@@ -21,7 +21,7 @@ from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.checkpoint import Identity
 from stepdistill.training.measure_looks import PhaseLooks
 from stepdistill.training.painter import Painter
-from stepdistill.training.preview import MOST_TEACHER_STEPS
+from stepdistill.training.preview import MAX_TEACHER_STEPS
 
 _VERSIONS = ("commit", "python", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -34,7 +34,7 @@ class Shared:
     network         the base U-Net with the adapters of student and teacher
     undistilled     the first rung's teacher: the base model with guidance and without an adapter
     cache           latents and text embeddings
-    painter         draws pictures with a denoiser during training
+    painter         draws images with a denoiser during training
     looks           measures sharpness, contrast and colour at the end of each phase
     """
 
@@ -123,7 +123,7 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         painter,
         cache,
         undistilled,
-        teacher_steps=min(config.evaluation.teacher_steps[0], MOST_TEACHER_STEPS),
+        teacher_steps=min(config.evaluation.teacher_steps[0], MAX_TEACHER_STEPS),
         images=config.preview.looks_images,
         seed=config.seed,
     )

@@ -155,13 +155,13 @@ def _unfinished(config: RunConfig) -> list[Rung]:
 
 
 def _warn_of_rare_sizes(shared: Shared) -> None:
-    """Warns of sizes with fewer pictures than an update has samples: `prepare` does not count the training processes."""
+    """Warns of sizes with fewer images than an update has samples: `prepare` does not count the training processes."""
     training, sizes = shared.config.training, shared.cache.sizes
     group = training.train_batch_size * training.gradient_accumulation_steps * shared.runtime.num_processes
     few = sum(count for count in sizes.values() if count < group)
     if few and len(sizes) > 1:
         logger.warning(
-            "distill: %d of %d pictures have sizes with fewer pictures than the %d samples of an update: such a picture "
+            "distill: %d of %d images have sizes with fewer images than the %d samples of an update: such an image "
             "comes several times in one update, then rarely; fix: data.min_per_bucket=%d and another name=...",
             few,
             len(shared.cache),

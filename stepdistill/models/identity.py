@@ -18,7 +18,7 @@ _COMPILED = "_orig_mod"
 _COUNT = 32
 _TOLERANCE = 0.02
 """Relative difference up to which two numbers count as equal: bfloat16 rounds to 0.4 %."""
-_MOST_OFF = 0.25
+_MAX_OFF = 0.25
 """Fraction of the numbers that may differ: a fine-tune changes nearly all of them."""
 
 
@@ -49,7 +49,7 @@ class BaseIdentity:
             (self.weights[name], other.weights[name]) for name in self.weights.keys() & other.weights.keys()
         ]
         off = sum(abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) for a, b in both)
-        return off <= _MOST_OFF * len(both) if both else None
+        return off <= _MAX_OFF * len(both) if both else None
 
 
 def identity_of_folder(folder: Path) -> BaseIdentity:

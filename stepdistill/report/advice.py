@@ -138,7 +138,7 @@ def _other_nodes(run: Run, rung: RungLog) -> Iterator[Proposal]:
     if rung.student_steps == 1 and (rung.record or {}).get("prediction_type") == "epsilon":
         yield Proposal(
             f"Start at timestep {_ONE_STEP_START_TIMESTEP}: given pure noise there, an error in the predicted epsilon "
-            f"changes the picture far less.",
+            f"changes the image far less.",
             {f"{rung.key}.start_timestep": _ONE_STEP_START_TIMESTEP},
         )
     else:

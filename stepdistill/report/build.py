@@ -1,13 +1,13 @@
 """Writes the report of a run, or a comparison of several: index.html, results.json, results.md, grid.png. No torch.
 
-A run that is not evaluated yet gets index.html only; numbers and pictures need `stepdistill evaluate`.
+A run that is not evaluated yet gets index.html only; numbers and images need `stepdistill evaluate`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stepdistill.disk.durable import write_json, write_picture, write_text
+from stepdistill.disk.durable import write_image, write_json, write_text
 from stepdistill.disk.places import clear_half_written
 from stepdistill.report.entries import Entry, entries_of
 from stepdistill.report.gallery import comparison_sheet
@@ -59,7 +59,7 @@ def _write_numbers(folder: Path, runs: Sequence[Run], evaluated: Sequence[Run], 
     write_text(folder / "results.md", markdown(title, text, data))
     sheet = comparison_sheet(entries, columns=columns)
     if sheet is not None:
-        write_picture(folder / "grid.png", sheet)
+        write_image(folder / "grid.png", sheet)
 
 
 def _joined(evaluated: Sequence[Run], entries: Sequence[Entry]) -> dict[str, Any]:

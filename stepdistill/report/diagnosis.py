@@ -19,7 +19,7 @@ _VANISHED = 0.01  # times the largest gradient
 _GUESSING = {"non_saturating": 2 * math.log(2), "relativistic": math.log(2)}
 """The discriminator's loss if it gives all samples the same logit of 0, by the kind of its loss."""
 _STILL_FALLING = 0.05
-_FEWEST_UPDATES = 8
+_MIN_UPDATES = 8
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def still_falling(phase: PhaseLog) -> bool | None:
     """Whether the mean loss fell by more than 5 % from the third to the last quarter of the log; None if the log is too
     short."""
     losses = phase.values("student_loss")
-    if len(losses) < _FEWEST_UPDATES:
+    if len(losses) < _MIN_UPDATES:
         return None
     *_, third, last = _quarter_means(losses)
     return last < (1 - _STILL_FALLING) * third
@@ -45,7 +45,7 @@ def destroyed_student(phase: PhaseLog) -> tuple[float, float] | None:
     that had learned nothing yet; None if it did not, if the log is too short, and for a phase with a discriminator, whose
     loss is no distance. A learning rate that is far too high takes effect with the second update."""
     losses = phase.values("student_loss")
-    if phase.is_adversarial or len(losses) < _FEWEST_UPDATES:
+    if phase.is_adversarial or len(losses) < _MIN_UPDATES:
         return None
     began, ended = min(losses[:_FIRST_UPDATES]), _quarter_means(losses)[-1]
     return (began, ended) if ended > _DESTROYED * began else None
@@ -64,7 +64,7 @@ def adversary(phase: PhaseLog, *, loss: str | None = None) -> Adversary | None:
     real, student = (phase.values(f"discriminator_accuracy_{of}") for of in ("real", "student"))
     accuracy = [(a + b) / 2 for a, b in zip(real, student, strict=False)]
     losses = phase.values("student_loss")
-    if min(len(accuracy), len(losses)) < _FEWEST_UPDATES:
+    if min(len(accuracy), len(losses)) < _MIN_UPDATES:
         return None
     quarters, of_student = _quarter_means(accuracy), _quarter_means(losses)
     last_half = (quarters[2] + quarters[3]) / 2
@@ -84,9 +84,9 @@ def _is_destroyed(phase: PhaseLog, real: Sequence[float], student: Sequence[floa
     if sum(apart) / len(apart) > _ONE_SIDED:
         return True
     costs, norms = (phase.values(f"discriminator_{name}") for name in ("loss", "grad_norm"))
-    if len(costs) >= _FEWEST_UPDATES and max(_quarter_means(costs)) > _RISEN * _GUESSING.get(loss or "", 1.4):
+    if len(costs) >= _MIN_UPDATES and max(_quarter_means(costs)) > _RISEN * _GUESSING.get(loss or "", 1.4):
         return True
-    if len(norms) < _FEWEST_UPDATES:
+    if len(norms) < _MIN_UPDATES:
         return False
     of_norms = _quarter_means(norms)
     return of_norms[-1] <= _VANISHED * max(of_norms)

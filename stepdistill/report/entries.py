@@ -1,4 +1,4 @@
-"""The table rows of one or several runs as one list, each with its label in tables, plots and pictures.
+"""The table rows of one or several runs as one list, each with its label in tables, plots and images.
 
 With several runs, a row of the undistilled teacher appears once if all runs have the same numbers for it, and students with
 equal steps stand next to each other, so that runs are compared rung by rung.
@@ -82,7 +82,7 @@ def equal_passes(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
     return None
 
 
-def picture_order(entries: Sequence[Entry]) -> list[Entry]:
+def image_order(entries: Sequence[Entry]) -> list[Entry]:
     """The reference row, then for each step count the undistilled teacher, the students and other LoRAs."""
     references = [entry for entry in entries if entry.is_reference][:1]
     distilled = [entry for entry in entries if entry.kind != "teacher"]

@@ -1,4 +1,4 @@
-"""The report's tables of pictures: same noise, seeds, LoRA scales, LoRAs at other step counts."""
+"""The report's tables of images: same noise, seeds, LoRA scales, LoRAs at other step counts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,27 @@ from typing import Any
 from PIL import Image
 
 from stepdistill.images.image_grid import image_grid
-from stepdistill.report.entries import Entry, picture_order
+from stepdistill.report.embedded_images import (
+    EmbeddedImage,
+    clipped,
+    embedded,
+    mosaic,
+    open_images,
+    row_folder,
+)
+from stepdistill.report.entries import Entry, image_order
 from stepdistill.report.number_format import number, steps_text
-from stepdistill.report.pictures import Picture, clipped, embedded, mosaic, open_pictures, row_folder
 from stepdistill.report.read import Run
 
 _SHOWN, _TILE = 96, 64
 _PROMPT_LENGTH = 60
-_MOST_PROMPTS, _MOST_TILES = 4, 4
+_MAX_PROMPTS, _MAX_TILES = 4, 4
 _SHEET_TILE = 256
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Longest side in pixels to which large pictures are shrunk: in the same-noise grid, and in the other tables."""
+    """Longest side in pixels to which large images are shrunk: in the same-noise grid, and in the other tables."""
 
     grid: int
     study: int
@@ -28,16 +35,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Tile:
-    """A cell: a picture (None if it is missing), a number below it, and whether the picture is outlined."""
+    """A cell: an image (None if it is missing), a number below it, and whether the image is outlined."""
 
-    picture: Picture | None
+    image: EmbeddedImage | None
     note: str = ""
     marked: bool = False
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of pictures."""
+    """A row of images."""
 
     label: str
     kind: str
@@ -46,7 +53,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A table of pictures. `prompts`: the full prompts of all columns if any heading is clipped, else empty."""
+    """A table of images. `prompts`: the full prompts of all columns if any heading is clipped, else empty."""
 
     caption: str
     corner: str
@@ -58,20 +65,20 @@ class Gallery:
 
 
 def same_noise(entries: Sequence[Entry], *, columns: int, sizes: Sizes) -> Gallery | None:
-    """The grid with the same prompt and noise in each column; None if no picture exists."""
+    """The grid with the same prompt and noise in each column; None if no image exists."""
     prompts = _texts(entries[0].run.part("prompts") if entries else None)[:columns]
     strips = []
-    for entry in picture_order(entries):
+    for entry in image_order(entries):
         folder = row_folder(entry.run.path / "evaluation", entry.name)
-        images = [open_pictures(folder, [k], longest=sizes.grid) if folder else [] for k in range(columns)]
+        images = [open_images(folder, [k], longest=sizes.grid) if folder else [] for k in range(columns)]
         alts = [
-            f"{entry.label}: {prompts[k] if k < len(prompts) else f'picture {k + 1}'}" for k in range(columns)
+            f"{entry.label}: {prompts[k] if k < len(prompts) else f'image {k + 1}'}" for k in range(columns)
         ]
         tiles = tuple(
             Tile(embedded(opened[0], alt, shown=_SHOWN) if opened else None)
             for opened, alt in zip(images, alts, strict=True)
         )
-        if any(tile.picture for tile in tiles):
+        if any(tile.image for tile in tiles):
             strips.append(Strip(entry.label, entry.kind, tiles))
     if not strips:
         return None
@@ -82,9 +89,9 @@ def same_noise(entries: Sequence[Entry], *, columns: int, sizes: Sizes) -> Galle
 
 
 def seeds(run: Run, *, sizes: Sizes) -> Gallery | None:
-    """A few prompts with several seeds each; a student whose pictures look alike has lost diversity. None if not drawn."""
+    """A few prompts with several seeds each; a student whose images look alike has lost diversity. None if not drawn."""
     study = run.part("diversity_grid") or {}
-    prompts, count = _texts(study.get("prompts"))[:_MOST_PROMPTS], int(number(study.get("seeds")) or 0)
+    prompts, count = _texts(study.get("prompts"))[:_MAX_PROMPTS], int(number(study.get("seeds")) or 0)
     kinds = {row["row"]: row["kind"] for row in run.rows}
     strips = []
     for name in study.get("rows") or ():
@@ -113,11 +120,11 @@ def scale_sweep(run: Run, *, sizes: Sizes) -> Gallery | None:
             tile = _study_tile(
                 run,
                 ("scales", f"{name}@{scale:g}"),
-                range(_MOST_TILES),
+                range(_MAX_TILES),
                 f"{name} at LoRA scale {scale:g}",
                 sizes,
             )
-            return Tile(tile.picture, _mse(cells.get((name, scale))), scale == 1)
+            return Tile(tile.image, _mse(cells.get((name, scale))), scale == 1)
 
         strips.append(_strip(name, "student", range(len(scales)), draw))
     caption = "Each rung's LoRA at several scales, with the latent MSE to the teacher below. Outlined: scale 1, as trained."
@@ -135,8 +142,8 @@ def matrix(run: Run, *, sizes: Sizes) -> Gallery | None:
 
         def draw(place: int, adapter: int = adapter) -> Tile:
             sampled, alt = steps[place], f"the {adapter}-step LoRA sampled at {steps[place]} steps"
-            tile = _study_tile(run, ("matrix", f"{adapter}@{sampled}"), range(_MOST_TILES), alt, sizes)
-            return Tile(tile.picture, _mse(cells.get((adapter, sampled))), adapter == sampled)
+            tile = _study_tile(run, ("matrix", f"{adapter}@{sampled}"), range(_MAX_TILES), alt, sizes)
+            return Tile(tile.image, _mse(cells.get((adapter, sampled))), adapter == sampled)
 
         strips.append(_strip(f"{adapter}-step LoRA", "student", range(len(steps)), draw))
     caption = (
@@ -147,11 +154,11 @@ def matrix(run: Run, *, sizes: Sizes) -> Gallery | None:
 
 
 def comparison_sheet(entries: Sequence[Entry], *, columns: int) -> Image.Image | None:
-    """grid.png: the same-noise grid as one picture; None if no picture exists."""
+    """grid.png: the same-noise grid as one image; None if no image exists."""
     rows: dict[str, list[Image.Image]] = {}
-    for entry in picture_order(entries):
+    for entry in image_order(entries):
         folder = row_folder(entry.run.path / "evaluation", entry.name)
-        images = open_pictures(folder, range(columns), longest=_SHEET_TILE) if folder else []
+        images = open_images(folder, range(columns), longest=_SHEET_TILE) if folder else []
         if images:
             rows[entry.label.replace("-", " ")] = images
     return image_grid(rows, max_tile=_SHEET_TILE) if rows else None
@@ -159,7 +166,7 @@ def comparison_sheet(entries: Sequence[Entry], *, columns: int) -> Image.Image |
 
 def _study_tile(run: Run, parts: tuple[str, ...], indices: range, alt: str, sizes: Sizes) -> Tile:
     folder = row_folder(run.path / "evaluation", *parts)
-    images = open_pictures(folder, indices, longest=sizes.study) if folder else []
+    images = open_images(folder, indices, longest=sizes.study) if folder else []
     return Tile(mosaic(images, alt, tile=_TILE) if images else None)
 
 
@@ -168,7 +175,7 @@ def _strip(label: str, kind: str, places: range, draw: Callable[[int], Tile]) ->
 
 
 def _if_drawn(gallery: Gallery) -> Gallery | None:
-    drawn = any(tile.picture or tile.note for strip in gallery.strips for tile in strip.tiles)
+    drawn = any(tile.image or tile.note for strip in gallery.strips for tile in strip.tiles)
     return gallery if drawn else None
 
 

@@ -1,11 +1,11 @@
-"""How each phase changed sharpness, contrast and colour, measured on a few pictures drawn at the end of the phase.
+"""How each phase changed sharpness, contrast and colour, measured on a few images drawn at the end of the phase.
 
-drift_k  = mean(s_k) / mean(t) - 1     after phase k, over N pictures drawn from the same noise
+drift_k  = mean(s_k) / mean(t) - 1     after phase k, over N images drawn from the same noise
 change_k = drift_k - drift_{k-1}       what phase k itself changed
 s_k  the student's values after phase k        t  the undistilled teacher's values; the ladder starts from it: drift_0 = 0
 
 Colour is a distance in grey levels, and its drift is the mean distance. The standard error of a change is a jackknife over
-the pictures.
+the images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from stepdistill.report.table import Cell, Column, Line, Table
 SHARPNESS, CONTRAST, COLOUR = "sharpness", "contrast", "colour"
 LOOKS = (SHARPNESS, CONTRAST, COLOUR)
 _CERTAIN = 2.0  # standard errors
-_AGREES = 0.5  # the few pictures must show at least this share of the table's drift
+_AGREES = 0.5  # the few images must show at least this share of the table's drift
 _MUCH = 1 / 3  # a phase is named only if it caused more than this share of the drift
 
 
@@ -62,7 +62,7 @@ def amount(look: str, value: float, *, sign: bool = False) -> str:
 
 def changes(run: Run, rung: RungLog, look: str) -> list[Change]:
     """What each phase changed, from the ladder's first phase to the last phase of `rung`. Empty if any of these phases was
-    not measured, or was measured on other pictures than the first."""
+    not measured, or was measured on other images than the first."""
     upto = run.rungs[: run.rungs.index(rung) + 1]
     places = [(one, place) for one in upto for place in range(len(one.phases))]
     measured = [looks for one, place in places if (looks := one.phases[place].looks) is not None]
@@ -81,7 +81,7 @@ def changes(run: Run, rung: RungLog, look: str) -> list[Change]:
 
 
 def mover(run: Run, rung: RungLog, look: str, drift: float) -> Change | None:
-    """The largest change by a phase in the direction of `drift`, the rung's drift in the table. None if the few pictures do
+    """The largest change by a phase in the direction of `drift`, the rung's drift in the table. None if the few images do
     not show that drift, or no phase caused much of it."""
     moves = changes(run, rung, look)
     if not moves or moves[-1].drift / drift < _AGREES:
@@ -91,7 +91,7 @@ def mover(run: Run, rung: RungLog, look: str, drift: float) -> Change | None:
 
 
 def data_drift(phase: PhaseLog, look: str) -> float | None:
-    """Drift of the training images from the teacher's pictures of the same captions; None if the phase was not measured."""
+    """Drift of the training images from the teacher's images of the same captions; None if the phase was not measured."""
     if phase.looks is None:
         return None
     data, teacher = (phase.looks["per_image"][source][look] for source in ("data", "teacher"))
@@ -105,7 +105,7 @@ def looks_table(run: Run) -> Table | None:
         return None
     about = next(p.looks for rung in run.rungs for p in rung.phases if p.looks is not None)["compared_with"]
     caption = (
-        f"{about['images']} pictures at the end of each phase, compared with the undistilled teacher's of the same noise "
+        f"{about['images']} images at the end of each phase, compared with the undistilled teacher's of the same noise "
         f"and captions at {about['teacher_steps']} steps. Small print: what the phase itself changed, ± standard error."
     )
     columns = (

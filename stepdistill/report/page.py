@@ -14,18 +14,18 @@ from markupsafe import Markup
 from stepdistill.report import gallery
 from stepdistill.report.advice import advice_for
 from stepdistill.report.curves import distance_plots, training_plots
+from stepdistill.report.embedded_images import EmbeddedImage, sheet
 from stepdistill.report.entries import entries_of
 from stepdistill.report.gallery import Sizes
 from stepdistill.report.looks_by_phase import looks_table
 from stepdistill.report.number_format import format_number, number
-from stepdistill.report.pictures import Picture, sheet
 from stepdistill.report.read import Run, RungLog
 from stepdistill.report.summary import joined_names, sentences, warnings_of
 from stepdistill.report.table import cost_table, metrics_of, quality_table
 from stepdistill.run.start_from import taken_from
 
 _LARGEST = 20 * 2**20
-# Picture sizes, tried in this order until the page is small enough.
+# Image sizes, tried in this order until the page is small enough.
 _SIZES = (Sizes(256, 128), Sizes(192, 96), Sizes(128, 64), Sizes(96, 48))
 _PREVIEW = 1000
 
@@ -44,17 +44,17 @@ class Progress:
 
 
 def render(runs: Sequence[Run], *, columns: int) -> str:
-    """The page of one run, or of several compared. Large pictures are shrunk further if the page exceeds 20 MiB."""
+    """The page of one run, or of several compared. Large images are shrunk further if the page exceeds 20 MiB."""
     fixed = _context(runs)
     for sizes in _SIZES:
-        page = _fill(fixed | _pictures(runs, columns=columns, sizes=sizes))
+        page = _fill(fixed | _images(runs, columns=columns, sizes=sizes))
         if len(page) <= _LARGEST:
             break
     return page
 
 
 def content_security_policy(style: str) -> str:
-    """A policy that allows only pictures embedded in the page and the one style sheet `style`, by its hash."""
+    """A policy that allows only images embedded in the page and the one style sheet `style`, by its hash."""
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return (
         f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -86,7 +86,7 @@ def _fill(context: dict[str, Any]) -> str:
 
 
 def _context(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything on the page except the pictures of `_pictures`, whose size varies."""
+    """Everything on the page except the images of `_images`, whose size varies."""
     entries, several = entries_of(runs), len(runs) > 1
     floors = _yardsticks(runs)
     metrics = metrics_of(entries)
@@ -106,15 +106,15 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
         "progress": [row for run in runs for row in _progress(run)],
         "training": training_plots(runs),
         "data": [(run.name, run.data) for run in runs if run.data is not None],
-        "previews": [(run.name, pictures) for run in runs if (pictures := list(_previews(run)))],
+        "previews": [(run.name, images) for run in runs if (images := list(_previews(run)))],
         "looks": [(run.name, table) for run in runs if (table := looks_table(run)) is not None],
         "protocols": [(run.name, _facts(run), _config_text(run)) for run in runs],
         "evaluated": any(run.results is not None for run in runs),
     }
 
 
-def _pictures(runs: Sequence[Run], *, columns: int, sizes: Sizes) -> dict[str, Any]:
-    """The tables of pictures, with large pictures shrunk to `sizes`."""
+def _images(runs: Sequence[Run], *, columns: int, sizes: Sizes) -> dict[str, Any]:
+    """The tables of images, with large images shrunk to `sizes`."""
     entries = entries_of(runs)
     studies = {
         "seeds": [(run.name, gallery.seeds(run, sizes=sizes)) for run in runs],
@@ -181,13 +181,13 @@ def _progress(run: Run) -> Iterator[Progress]:
         yield Progress(run.name, name, phases, rung.updates, rung.max_train_steps, state, seconds)
 
 
-def _previews(run: Run) -> Iterator[tuple[str, Picture]]:
+def _previews(run: Run) -> Iterator[tuple[str, EmbeddedImage]]:
     for rung in run.rungs:
         for path in rung.previews:
             caption = _preview_caption(rung, path.stem)
-            picture = sheet(path, f"Preview, {caption}: teacher above, student below", longest=_PREVIEW)
-            if picture is not None:
-                yield caption, picture
+            image = sheet(path, f"Preview, {caption}: teacher above, student below", longest=_PREVIEW)
+            if image is not None:
+                yield caption, image
 
 
 def _preview_caption(rung: RungLog, stem: str) -> str:

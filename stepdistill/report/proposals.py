@@ -12,7 +12,7 @@ from stepdistill.report.number_format import number
 from stepdistill.teacher.ladder_fit import check_ladder_fits
 from stepdistill.teacher.source import teacher_facts
 
-_MOST_SETTINGS = 6
+_MAX_SETTINGS = 6
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Advice:
     @property
     def settings(self) -> tuple[str, ...]:
         """The first few settings as command-line overrides, key=value."""
-        return tuple(setting_text(key, value) for key, value in self.changes.items())[:_MOST_SETTINGS]
+        return tuple(setting_text(key, value) for key, value in self.changes.items())[:_MAX_SETTINGS]
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:

@@ -4,8 +4,8 @@ config.yaml                  the resolved config: ladder, updates
 environment.json             software and hardware of the run
 cache/manifest.json          how many samples were used for training, and which were left out
 log.jsonl                    one line per update
-rungs/<steps>/               finished rungs, their previews, and measurements of a few pictures at the end of each phase
-evaluation/results.json      rows of numbers; gallery.py reads the pictures beside it
+rungs/<steps>/               finished rungs, their previews, and measurements of a few images at the end of each phase
+evaluation/results.json      rows of numbers; gallery.py reads the images beside it
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class PhaseLog:
     max_train_steps: int
     records: tuple[dict[str, Any], ...]
     looks: dict[str, Any] | None = None
-    """Sharpness, contrast and colour of a few pictures at the end of the phase (training/measure_looks.py)."""
+    """Sharpness, contrast and colour of a few images at the end of the phase (training/measure_looks.py)."""
 
     @property
     def is_adversarial(self) -> bool:
@@ -96,8 +96,8 @@ class RungLog:
 class DataCounts:
     """Counts from `prepare`: samples used, and samples left out by kind of problem (`bad`), with examples of each kind.
 
-    sizes, moved: if pictures keep their aspect ratios, how many have each size, and how many of them were moved to another
-    ratio because fewer than min_per_bucket pictures had theirs.
+    sizes, moved: if images keep their aspect ratios, how many have each size, and how many of them were moved to another
+    ratio because fewer than min_per_bucket images had theirs.
     """
 
     samples: int
@@ -241,7 +241,7 @@ def _data(path: Path) -> DataCounts | None:
 
 
 def _with_sizes(counts: DataCounts, manifest: dict[str, Any]) -> DataCounts:
-    """The counts with the number of pictures of each size, if the manifest has these."""
+    """The counts with the number of images of each size, if the manifest has these."""
     sizes = manifest.get("sizes")
     if not isinstance(sizes, dict) or not all(_is_size(*item) for item in sizes.items()):
         return counts
@@ -274,7 +274,7 @@ def _looks(path: Path) -> dict[str, Any] | None:
         return None  # written by an earlier version, or preview.looks_images is 0
     looks: Any = read_sealed(path)
     if looks is None:
-        warn_of_damage(path, "the report leaves out how that phase's pictures look")
+        warn_of_damage(path, "the report leaves out how that phase's images look")
     try:
         images, per_image = looks["compared_with"]["images"], looks["per_image"]
         lists = [per_image[source][look] for source in ("student", "teacher", "data") for look in _LOOKS]

@@ -22,7 +22,7 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     if results is None or problem is not None:
         raise ValueError(
             f"{path} is not what `stepdistill evaluate` writes ({problem}); fix: run `stepdistill evaluate` again, which "
-            f"keeps the pictures"
+            f"keeps the images"
         )
     return results
 

@@ -87,7 +87,7 @@ def _remedies(moved: Change, rung: RungLog, run: Run) -> Iterator[Proposal]:
 
 
 def _adversarial_text(moved: Change, run: Run) -> str:
-    """Advice against an adversarial phase's change; says so if the phase pulls the pictures towards the training images."""
+    """Advice against an adversarial phase's change; says so if the phase pulls the images towards the training images."""
     text = "give that adversarial phase fewer updates or a lower learning rate."
     drift = data_drift(moved.phase, moved.look)
     takes_data = setting(run.config, f"{moved.phase.key}.discriminator.real") == "data"
@@ -95,7 +95,7 @@ def _adversarial_text(moved: Change, run: Run) -> str:
     if not (takes_data and is_direction) or drift is None or drift / moved.by < _TOWARDS_DATA:
         return text[0].upper() + text[1:]
     return (
-        f"That phase pulls the pictures towards the training images, which differ from the teacher in the same way. To stay "
+        f"That phase pulls the images towards the training images, which differ from the teacher in the same way. To stay "
         f"closer to the teacher, {text}"
     )
 
@@ -128,7 +128,7 @@ def _more_adversarial(rung: RungLog, run: Run) -> Iterator[Proposal]:
 def prompts(
     students: Mapping[int, Entry], rung: RungLog, reference: Entry | None, run: Run
 ) -> Iterator[Advice]:
-    """Pictures that follow their prompts less than the reference's do, and the first rung with that problem."""
+    """Images that follow their prompts less than the reference's do, and the first rung with that problem."""
     for key, lost, title in (
         ("prompt_accuracy", _ACCURACY_LOST, "prompt accuracy"),
         ("clip_score", _CLIP_LOST, "CLIP score"),
@@ -152,11 +152,11 @@ def prompts(
 
 
 def diversity(students: Mapping[int, Entry], rung: RungLog, run: Run) -> Iterator[Advice]:
-    """Pictures of different seeds that look too much alike, and the first rung with that problem."""
+    """Images of different seeds that look too much alike, and the first rung with that problem."""
     share = students[rung.student_steps].value("diversity")
     if share is None or share >= _DIVERSITY:
         return
-    finding = f"{rung.title}: pictures of different seeds differ {share:.2f} times as much as the teacher's."
+    finding = f"{rung.title}: images of different seeds differ {share:.2f} times as much as the teacher's."
     begins = _first_below(students, run, "diversity", _DIVERSITY) or rung
     adversarial = [phase for phase in begins.phases if phase.is_adversarial]
     text = f"Diversity is first lost at {begins.title}: see 'Diversity over seeds' below"

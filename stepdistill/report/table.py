@@ -18,7 +18,7 @@ _DIRECTIONS = {
     "zero": ("→ 0", "0 is best"),
 }
 PAIRED = frozenset({"paired_fid_to_teacher", "latent_mse_to_teacher", "colour_drift"})
-"""Metrics that compare pictures of equal noise one by one; they are 0 for the teacher itself."""
+"""Metrics that compare images of equal noise one by one; they are 0 for the teacher itself."""
 _BADNESS: dict[str, Callable[[float], float]] = {
     "lower": lambda value: value,
     "higher": lambda value: -value,

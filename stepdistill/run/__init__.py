@@ -1,1 +1,1 @@
-"""The folder of a run: its config, finished rungs, log and pictures."""
+"""The folder of a run: its config, finished rungs, log and images."""

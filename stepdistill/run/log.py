@@ -16,7 +16,7 @@ from stepdistill.disk.guarded import check_present
 
 _PLACE = ("rung", "phase", "step")
 """Keys that say to which update a line belongs."""
-_MOST_NAMED = 8
+_MAX_NAMED = 8
 
 
 class TrainingLog:
@@ -78,7 +78,7 @@ def read_log(path: Path) -> list[dict]:
     records = [record for record in whole if record is not None]
     damaged = [number for number, record in enumerate(whole, start=1) if record is None]
     if damaged:
-        first = ", ".join(map(str, damaged[:_MOST_NAMED])) + (", ..." if len(damaged) > _MOST_NAMED else "")
+        first = ", ".join(map(str, damaged[:_MAX_NAMED])) + (", ..." if len(damaged) > _MAX_NAMED else "")
         warn_of_damage(path, f"{len(damaged)} of its {len(whole)} lines are left out (line {first})")
     return records if cut_short is None else [*records, cut_short]
 

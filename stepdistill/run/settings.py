@@ -18,7 +18,7 @@ from stepdistill.disk.durable import sha256_json
 
 Difference = tuple[str, Any, Any]
 """A dotted key, its value before and its value now; None where the key is missing."""
-_MOST_SHOWN = 8
+_MAX_SHOWN = 8
 
 
 def config_hash(config: RunConfig) -> str:
@@ -85,8 +85,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diffe
 
 def differences_text(changes: list[Difference]) -> str:
     """The differences in one line, such as "lora.rank: 16 -> 8, seed: 0 -> 1"; the first few if there are many."""
-    shown = ", ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in changes[:_MOST_SHOWN])
-    return f"{shown} and {len(changes) - _MOST_SHOWN} more" if len(changes) > _MOST_SHOWN else shown
+    shown = ", ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in changes[:_MAX_SHOWN])
+    return f"{shown} and {len(changes) - _MAX_SHOWN} more" if len(changes) > _MAX_SHOWN else shown
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:

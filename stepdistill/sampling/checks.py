@@ -1,4 +1,4 @@
-"""The checks of load_few_step: errors if pictures would be nonsense, warnings if the settings differ from the training."""
+"""The checks of load_few_step: errors if images would be nonsense, warnings if the settings differ from the training."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ ADAPTER = "few_step"
 LOADED = "_few_step_rung"
 """Attribute of a U-Net: sha256 of the loaded rung's LoRA. All pipelines that share the U-Net see it."""
 _SAME_STEP = ("DDIMScheduler", "EulerDiscreteScheduler")
-"""Deterministic first-order schedulers: at equal timesteps they give the same picture."""
+"""Deterministic first-order schedulers: at equal timesteps they give the same image."""
 _NOISE_TOLERANCE = 0.01
 """Allowed difference from 1 of a scheduler's scale of the initial noise; Euler's scale is .9977 at timestep 999."""
 
@@ -79,7 +79,7 @@ def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> Non
     elif not same:
         _warn(
             f"{rung.weights} was trained on another base (fingerprint {rung.record.base_fingerprint}): the shapes match, "
-            f"but the weights differ; pictures may be worse than in the run's report"
+            f"but the weights differ; images may be worse than in the run's report"
         )
 
 

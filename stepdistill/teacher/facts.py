@@ -83,11 +83,11 @@ class TeacherFacts:
 
     @property
     def size_multiple(self) -> int:
-        """Sides of pictures in pixels must be multiples of this: the VAE's downsampling factor times the U-Net's."""
+        """Sides of images in pixels must be multiples of this: the VAE's downsampling factor times the U-Net's."""
         return self._vae_factor * 2 ** (len(self.unet.get("block_out_channels", [0])) - 1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of pictures whose size is (height, width) in pixels."""
+        """(C, h, w) of the latents of images whose size is (height, width) in pixels."""
         channels = int(self.configs["vae"].get("latent_channels", 4))
         return channels, size[0] // self._vae_factor, size[1] // self._vae_factor
 

@@ -18,7 +18,7 @@ from stepdistill.messages import first_line, short
 Header = dict[str, tuple[str, tuple[int, ...]]]
 """Tensors of a weights file by name: dtype as safetensors writes it, such as F16, and shape."""
 
-_MOST_JSON = 2**25
+_MAX_JSON = 2**25
 _LFS = b"version https://git-lfs"
 # Keys of configs of diffusers and transformers for the number of a model's layers, each of which has its own tensors.
 _LAYERS = (
@@ -45,8 +45,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file; ValueError for anything else."""
     require_file(path)
     try:
-        if path.stat().st_size > _MOST_JSON:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; allowed: up to {_MOST_JSON}")
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes; allowed: up to {_MAX_JSON}")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None

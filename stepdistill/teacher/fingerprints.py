@@ -29,7 +29,7 @@ def weights_fingerprint(folder: Path, *parts: str) -> str:
 
 
 def part_fingerprints(folder: Path) -> dict[str, str]:
-    """The hash of every part of a pipeline on which its pictures depend, by the name that a message gives the part.
+    """The hash of every part of a pipeline on which its images depend, by the name that a message gives the part.
 
     A folder that is copied or renamed keeps them. ValueError if a config cannot be read.
     """

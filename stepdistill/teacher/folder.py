@@ -58,7 +58,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "addition_embed_type": (None, "text_time"),
 }
 _LARGEST_LATENT = 2048  # a side; of 8 pixels each
-_MOST_VAE_BLOCKS = 8
+_MAX_VAE_BLOCKS = 8
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
@@ -204,8 +204,8 @@ def _odd_vae(vae: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         yield f"a VAE with scaling_factor: {short(scale)}; allowed: a number above 0"
     blocks = vae.get("block_out_channels", [0])
-    if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MOST_VAE_BLOCKS:
-        yield f"a VAE with block_out_channels: {short(blocks)}; allowed: a list of 1 to {_MOST_VAE_BLOCKS}"
+    if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_VAE_BLOCKS:
+        yield f"a VAE with block_out_channels: {short(blocks)}; allowed: a list of 1 to {_MAX_VAE_BLOCKS}"
 
 
 def _odd_sizes(configs: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any]) -> Iterator[str]:

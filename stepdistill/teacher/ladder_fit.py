@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config.ladder import unused_settings
 from stepdistill.teacher.facts import TeacherFacts
 
 
@@ -12,7 +13,7 @@ def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
     if teacher.is_zero_snr and teacher.prediction_type == "epsilon":
         raise ConfigError(
             f"teacher.path: got {config.teacher.path!r}, which predicts epsilon with zero terminal SNR: at its first "
-            f"step epsilon says nothing about the picture; allowed: v_prediction or sample in its scheduler_config.json, or "
+            f"step epsilon says nothing about the image; allowed: v_prediction or sample in its scheduler_config.json, or "
             f"no rescale_betas_zero_snr"
         )
     kinds = config.prediction_types(teacher.prediction_type)
@@ -23,7 +24,9 @@ def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
 
 
 def unfit_settings(config: RunConfig, teacher: TeacherFacts) -> Iterator[tuple[str, str]]:
-    """Settings meant for students that predict epsilon, on rungs that predict v or x0: (effect of the setting, remedy)."""
+    """Settings that do no good here, as (why, remedy): those that no objective reads, and those meant for epsilon on rungs
+    that predict v or x0."""
+    yield from unused_settings(config.ladder)
     for index, (rung, kind) in enumerate(
         zip(config.ladder, config.prediction_types(teacher.prediction_type), strict=True)
     ):
@@ -34,7 +37,7 @@ def unfit_settings(config: RunConfig, teacher: TeacherFacts) -> Iterator[tuple[s
         if rung.start_timestep is not None:
             yield (
                 f"{key}: {rung.start_timestep} makes an error of epsilon weigh less, but this rung predicts {name}, which "
-                f"determines the picture even at pure noise",
+                f"determines the image even at pure noise",
                 f"{key}=null",
             )
         for number, phase in enumerate(rung.phases):
@@ -84,7 +87,7 @@ def _check_conversion(config: RunConfig, index: int, before: str, kind: str) -> 
 def _check_zero_snr(config: RunConfig, index: int, kind: str) -> None:
     if kind == "epsilon":
         raise ConfigError(
-            f"ladder.{index}.prediction_type: got epsilon, which says nothing about the picture at the first step of a "
+            f"ladder.{index}.prediction_type: got epsilon, which says nothing about the image at the first step of a "
             f"teacher with zero terminal SNR; allowed: v_prediction, sample"
         )
     for number, phase in enumerate(config.ladder[index].phases):

@@ -48,7 +48,7 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Diffus
 
 
 def load_encoders(folder: Path, *, vae_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The pipeline without its U-Net, to encode pictures and texts; ConfigError if it cannot be loaded."""
+    """The pipeline without its U-Net, to encode images and texts; ConfigError if it cannot be loaded."""
     with loading("teacher.path", folder):
         check_weights(folder, *(part for part in _parts(folder) if part != "unet"))
         pipeline = DiffusionPipeline.from_pretrained(

@@ -20,11 +20,11 @@ METADATA = "lora_adapter_metadata"
 """Key of a safetensors header under which diffusers stores peft's config as JSON."""
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """Prefixes of the config's keys: the part of the pipeline that a key belongs to."""
-_MOST_TEXT, _LONGEST_NAME, _LARGEST = 2**22, 500, 2**31
+_MAX_TEXT, _LONGEST_NAME, _LARGEST = 2**22, 500, 2**31
 _TENSOR = re.compile(rf"[\w.-]{{1,{_LONGEST_NAME}}}", re.ASCII)
 _MODULE = re.compile(rf"\^?[\w.-]{{1,{_LONGEST_NAME}}}\$?", re.ASCII)
 """A module's name, or the end of one, with the marks of its beginning and end that diffusers adds."""
-_MOST_RANK = 2**16
+_MAX_RANK = 2**16
 _BY_MODULE = ("alpha_pattern", "rank_pattern")
 _NAMES = ("target_modules", "exclude_modules", "layers_pattern")
 _TEXTS = (
@@ -68,8 +68,8 @@ def check_lora_header(path: Path) -> dict[str, Any]:
 
 def _object(path: Path, text: str) -> dict[str, Any]:
     try:
-        if len(text) > _MOST_TEXT:
-            raise ValueError(f"{len(text)} characters; allowed: up to {_MOST_TEXT}")
+        if len(text) > _MAX_TEXT:
+            raise ValueError(f"{len(text)} characters; allowed: up to {_MAX_TEXT}")
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its {METADATA} is not JSON: {first_line(error)}") from None
@@ -85,7 +85,7 @@ def _refusal(name: str, value: Any, *, most: int) -> str | None:
             None if _is_pattern(name, value, most) else f"up to {most} names of modules, each with a number"
         )
     if name == "r":
-        return None if _is_rank(value) else f"1 to {_MOST_RANK}"
+        return None if _is_rank(value) else f"1 to {_MAX_RANK}"
     if name == "lora_alpha":
         return None if _is_number(value) else "a number"
     if name == "init_lora_weights":
@@ -117,7 +117,7 @@ def _is_module(name: Any) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= _MOST_RANK
+    return type(value) is int and 1 <= value <= _MAX_RANK
 
 
 def _is_number(value: Any) -> bool:

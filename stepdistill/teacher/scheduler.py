@@ -5,7 +5,7 @@ from typing import Any
 
 from stepdistill.messages import short
 
-MOST_TIMESTEPS = 10_000
+MAX_TIMESTEPS = 10_000
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 _BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 
@@ -29,8 +29,8 @@ def scheduler_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(zero_snr, bool | None):
         yield f"a scheduler with rescale_betas_zero_snr: {short(zero_snr)}; allowed: true, false"
     count = config.get("num_train_timesteps", 1000)
-    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MOST_TIMESTEPS:
-        yield f"a scheduler with num_train_timesteps: {short(count)}; allowed: a whole number from 2 to {MOST_TIMESTEPS}"
+    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MAX_TIMESTEPS:
+        yield f"a scheduler with num_train_timesteps: {short(count)}; allowed: a whole number from 2 to {MAX_TIMESTEPS}"
     elif trained is not None:
         yield from _listed(trained, count)
     else:

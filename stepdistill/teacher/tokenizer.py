@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig
 
 from stepdistill.messages import first_line, short
 
-_MOST_TOKENS = 4096
+_MAX_TOKENS = 4096
 _TEXTS = ("a photo of a cat", "a drawing of two dogs", *string.ascii_lowercase)
 """Texts that no tokenizer may encode alike."""
 _LOST_MERGES = 0.01
@@ -37,7 +37,7 @@ def use_tokenizer(folder: Path, kind: str, encoder: CLIPTextConfig) -> None:
     except Exception as error:  # transformers and tokenizers raise many kinds of errors for broken files
         raise ValueError(f"cannot load {folder}: {first_line(error)}") from None
     most = encoder.max_position_embeddings
-    if not 2 <= length <= min(most, _MOST_TOKENS):
+    if not 2 <= length <= min(most, _MAX_TOKENS):
         raise ValueError(
             f"{folder} has model_max_length {short(length)}; allowed: 2 to {most}, the limit of its text encoder"
         )

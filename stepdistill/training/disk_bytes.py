@@ -20,10 +20,10 @@ def rung_bytes(config: RunConfig, rung: Rung, *, parameters: int, encoder: int, 
         rung: one of its rungs.
         parameters: number of the LoRA's parameters.
         encoder: `encoder_parameters` of the U-Net.
-        size: (height, width) of a preview's pictures in pixels.
+        size: (height, width) of a preview's images in pixels.
     """
     checkpoints = checkpoints_bytes(config, rung, parameters=parameters, encoder=encoder)
-    return _FLOAT32 * parameters + checkpoints + preview_pictures(config, rung) * png_bytes(size)
+    return _FLOAT32 * parameters + checkpoints + preview_images(config, rung) * png_bytes(size)
 
 
 def checkpoints_bytes(config: RunConfig, rung: Rung, *, parameters: int, encoder: int) -> int:
@@ -43,8 +43,8 @@ def encoder_parameters(unet: torch.nn.Module) -> int:
     return sum(p.numel() for name, p in unet.named_parameters() if _ENCODER.search(name))
 
 
-def preview_pictures(config: RunConfig, rung: Rung) -> int:
-    """Number of pictures in all previews of a rung: student and teacher for each prompt."""
+def preview_images(config: RunConfig, rung: Rung) -> int:
+    """Number of images in all previews of a rung: student and teacher for each prompt."""
     every = config.training.preview_steps
     drawn = sum(1 + (phase.max_train_steps // every if every else 0) for phase in rung.phases)
     return drawn * 2 * len(config.preview.prompts)

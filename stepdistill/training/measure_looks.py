@@ -1,4 +1,4 @@
-"""Measures which phase changed sharpness, contrast or colour, on a few pictures at its end; saved beside its preview.
+"""Measures which phase changed sharpness, contrast or colour, on a few images at its end; saved beside its preview.
 
 The captions come from the cache. The undistilled, guided teacher draws from the same noise, once for all phases, so the
 change by a phase is its numbers minus those of the previous phase.
@@ -13,18 +13,18 @@ from stepdistill.data.cache import LatentCache
 from stepdistill.disk.durable import write_sealed
 from stepdistill.images.drift import Looks, colour_distances, looks_drift, looks_of
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.training.painter import Painter, decode_pictures
+from stepdistill.training.painter import Painter, decode_latents
 
 
 class PhaseLooks:
-    """Compares the student's pictures with the undistilled teacher's pictures from the same noise and captions.
+    """Compares the student's images with the undistilled teacher's images from the same noise and captions.
 
     Args:
-        painter: draws the pictures.
-        cache: gives the captions and the data's own pictures, from samples of its commonest size.
+        painter: draws the images.
+        cache: gives the captions and the data's own images, from samples of its commonest size.
         teacher: the undistilled, guided teacher.
         teacher_steps: steps of the teacher's sampler.
-        images: number of pictures; 0 measures nothing.
+        images: number of images; 0 measures nothing.
         seed: chooses captions and noise.
     """
 
@@ -50,7 +50,7 @@ class PhaseLooks:
         shape = cache.latent_shapes[size]
         self._noise = rng.normal(shape, list(range(self._count)), seed=seed, keys=("looks",))
         self._seed = seed
-        self._reference: tuple[Looks, Looks] | None = None  # of the teacher's pictures, of the data's own
+        self._reference: tuple[Looks, Looks] | None = None  # of the teacher's images, of the data's own
 
     def write(self, path: Path, student: Denoiser, *, steps: int) -> None:
         """Writes the student's drift in sharpness, contrast and colour as JSON: means, and values per image."""
@@ -79,7 +79,7 @@ class PhaseLooks:
 
     def _of_data(self) -> Looks:
         device = self._base.network.model.device
-        return looks_of([decode_pictures(self._painter.vae, self._samples.latents.to(device))])
+        return looks_of([decode_latents(self._painter.vae, self._samples.latents.to(device))])
 
 
 def _lists(looks: Looks, teacher: Looks) -> dict[str, list[float]]:

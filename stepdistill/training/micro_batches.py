@@ -49,7 +49,7 @@ class MicroBatches:
             raise OutOfMemoryError(
                 f"out of memory in {self._setup.title} after {step} updates, with one sample in a micro-batch; fix: {here}"
                 f"another run (name=...) with training.mixed_precision=bf16, training.base_quantization=int8, or smaller "
-                f"pictures (data.resolution)"
+                f"images (data.resolution)"
             )
         smaller = next(size for size in range(self.size // 2, 0, -1) if self.size % size == 0)
         if self._runtime.is_main:

@@ -1,7 +1,7 @@
-"""Draws pictures with teacher and student while a phase trains, in little memory.
+"""Draws images with teacher and student while a phase trains, in little memory.
 
 The network gets no more rows at once than in training. The VAE stays on the CPU: for decoding, a copy of it is put on the
-latents' device and decodes one picture after another.
+latents' device and decodes one image after another.
 """
 
 import copy
@@ -40,7 +40,7 @@ class Painter:
     def draw(
         self, denoiser: Denoiser, noise: torch.Tensor, conditioning: Conditioning, *, steps: int
     ) -> torch.Tensor:
-        """Samples a denoiser from noise (B, C, h, w) in `steps` steps; returns pictures, uint8 (B, 3, H, W), on the CPU."""
+        """Samples a denoiser from noise (B, C, h, w) in `steps` steps; returns images, uint8 (B, 3, H, W), on the CPU."""
         model = denoiser.network.model
         latents = []
         for chunk in torch.arange(len(noise)).split(self.batch_size):
@@ -48,47 +48,47 @@ class Painter:
             prompts = conditioning.rows(chunk).to(model.device, model.dtype)
             with self.autocast():
                 latents.append(denoiser.rollout(noise[chunk].to(model.device), moves, prompts))
-        return decode_pictures(self.vae, torch.cat(latents))
+        return decode_latents(self.vae, torch.cat(latents))
 
 
 @torch.no_grad()
-def decode_pictures(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Decodes scaled latents (B, C, h, w) on any device to uint8 (B, 3, H, W) on the CPU, one row at a time.
 
     It decodes in the VAE's dtype. The VAE stays on the CPU; the copy on the latents' device is freed afterwards.
     """
     on_cpu = latents.device.type == "cpu"
     decoder = vae if on_cpu else copy.deepcopy(vae).to(latents.device)
-    pictures, broken = [], 0
+    images, broken = [], 0
     for row in latents.split(1):
         decoded = decoder.decode((row / vae.config.scaling_factor).to(vae.dtype)).sample
         scaled = ((decoded.float() + 1) * 127.5).round().cpu()
         broken += int(not scaled.isfinite().all())
-        pictures.append(scaled.clamp(0, 255).to(torch.uint8))
+        images.append(scaled.clamp(0, 255).to(torch.uint8))
     if latents.device.type == "cuda":
         del decoder, decoded
         torch.cuda.empty_cache()  # large blocks, which training would fragment
     if broken:
         logger.warning(
-            "distill: %d of %d preview pictures have values that are not finite", broken, len(pictures)
+            "distill: %d of %d preview images have values that are not finite", broken, len(images)
         )
-    return torch.cat(pictures)
+    return torch.cat(images)
 
 
 @contextmanager
-def skipped_without_memory(pictures: str) -> Iterator[None]:
-    """Inside it, running out of memory ends the drawing with a warning, and training goes on without these pictures."""
+def skipped_without_memory(images: str) -> Iterator[None]:
+    """Inside it, running out of memory ends the drawing with a warning, and training goes on without these images."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        logger.warning("distill: out of memory: %s is not drawn; training goes on", pictures)
+        logger.warning("distill: out of memory: %s is not drawn; training goes on", images)
     else:
         return
     release_memory()  # outside of the except clause, whose error keeps the tensors of the drawing alive
 
 
-def to_images(pictures: torch.Tensor) -> list[Image.Image]:
-    """Pictures (B, 3, H, W), uint8, as Pillow images."""
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+def to_images(images: torch.Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W), uint8, as Pillow images."""
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]

@@ -22,7 +22,7 @@ from stepdistill.training.optim import MovingAverage, RoleOptimizer
 from stepdistill.training.phase_setup import PhaseSetup
 from stepdistill.training.samples import Samples
 
-_MOST_OVERFLOWS = 20  # of float16 in a row; each one halves the loss scale
+_MAX_OVERFLOWS = 20  # of float16 in a row; each one halves the loss scale
 
 
 class PhaseState:
@@ -145,7 +145,7 @@ def _line(setup: PhaseSetup, step: int, numbers: Mapping[str, float]) -> dict[st
 def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime: Runtime) -> dict[str, float]:
     """One update on the next micro-batches; returns its numbers for the log.
 
-    With float16, an overflow of the scaled gradients skips the update, up to _MOST_OVERFLOWS times in a row. Any other loss
+    With float16, an overflow of the scaled gradients skips the update, up to _MAX_OVERFLOWS times in a row. Any other loss
     or gradient that is not finite raises NonFiniteError, and nothing is updated.
     """
     means, waited = _accumulate_in_memory(setup, state, batches, runtime)
@@ -156,7 +156,7 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
     numbers = _read(runtime.average_scalars(means)) | {"data_seconds": waited}
     numbers |= {f"{role}_lr": optimizer.learning_rate for role, optimizer in state.optimizers.items()}
     state.overflows = state.overflows + 1 if runtime.may_overflow and _overflowed(numbers) else 0
-    if 0 < state.overflows <= _MOST_OVERFLOWS:
+    if 0 < state.overflows <= _MAX_OVERFLOWS:
         numbers = {name: value for name, value in numbers.items() if abs(value) < float("inf")}
         numbers["overflowed"] = 1.0
     else:

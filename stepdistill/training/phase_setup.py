@@ -15,7 +15,7 @@ class PhaseSetup:
     """One phase of one rung, ready to run.
 
     number           the phase's index in the rung
-    preview          preview(name) writes a preview picture
+    preview          preview(name) writes a preview image
     adversary_scale  factor of the discriminator's learning rate, below 1 after the guard went back
     """
 

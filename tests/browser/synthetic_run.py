@@ -1,4 +1,4 @@
-"""A run folder as the stages leave it, with small random pictures and made-up numbers."""
+"""A run folder as the stages leave it, with small random images and made-up numbers."""
 
 import json
 import random
@@ -86,7 +86,7 @@ def write_training(folder, *, config="configs/letters.yaml", updates=None, finis
         rung = folder / "rungs" / str(steps)
         (rung / "previews").mkdir(parents=True)
         (rung / "rung.json").write_text(json.dumps({"student_steps": steps, "training_seconds": 61.5}))
-        picture(steps, (140, 70)).save(rung / "previews" / "phase0-mse-end.png")
+        image(steps, (140, 70)).save(rung / "previews" / "phase0-mse-end.png")
     for rung in resolved["ladder"]:
         for place, phase in enumerate(rung["phases"]):
             if rung["student_steps"] in finished:
@@ -94,10 +94,10 @@ def write_training(folder, *, config="configs/letters.yaml", updates=None, finis
 
 
 def write_looks(folder, steps, place, objective, *, data=None, noise=0.02, **drift):
-    """Writes the looks of the pictures at a phase's end.
+    """Writes the looks of the images at a phase's end.
 
     drift: sharpness, contrast and colour drift of the student; data: the same drifts of the training data; noise: how much
-    single pictures scatter."""
+    single images scatter."""
     scatter = random.Random(steps * 10 + place)
     per_image = {
         whose: {
@@ -125,14 +125,14 @@ def record(rung, phase, objective, step):
     return line
 
 
-def picture(seed, size):
+def image(seed, size):
     return Image.frombytes("RGB", size, random.Random(seed).randbytes(3 * size[0] * size[1]))
 
 
-def write_pictures(folder, count, size):
+def write_images(folder, count, size):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for k in range(count):
-        picture(k, (size, size)).save(folder / "images" / f"{k:06d}.png")
+        image(k, (size, size)).save(folder / "images" / f"{k:06d}.png")
 
 
 def row(name, kind, steps, *, worse):
@@ -215,16 +215,16 @@ def results_of(prompts):
 
 
 def write_results(folder, *, size, prompts, columns):
-    """Writes evaluation/: results.json and every picture that it names."""
+    """Writes evaluation/: results.json and every image that it names."""
     evaluation, results = folder / "evaluation", results_of(prompts)
     for one in results["rows"]:
-        write_pictures(evaluation / one["row"], columns, size)
+        write_images(evaluation / one["row"], columns, size)
     for name in results["diversity_grid"]["rows"]:
-        write_pictures(evaluation / "seeds" / name, 6, size)
+        write_images(evaluation / "seeds" / name, 6, size)
     for cell in results["scale_sweep"]["cells"]:
-        write_pictures(evaluation / "scales" / f"{cell['row']}@{cell['scale']:g}", 2, size)
+        write_images(evaluation / "scales" / f"{cell['row']}@{cell['scale']:g}", 2, size)
     for cell in results["matrix"]["cells"]:
-        write_pictures(evaluation / "matrix" / f"{cell['adapter']}@{cell['steps']}", 2, size)
+        write_images(evaluation / "matrix" / f"{cell['adapter']}@{cell['steps']}", 2, size)
     save(folder, results)
 
 

@@ -58,7 +58,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """A finished run, one in training, one with large pictures, and a comparison."""
+    """A finished run, one in training, one with large images, and a comparison."""
     base = tmp_path_factory.mktemp("runs")
     finished = make_run(base / "letters-adversarial", config="tests/assets/letters_adversarial.yaml")
     large = make_run(base / "large", size=300)

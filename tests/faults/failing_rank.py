@@ -2,7 +2,7 @@
 
 python -m tests.faults.failing_rank PLACE FAILURE RANK STAGE CONFIG [key=value ...]
 
-PLACE    update, move and drawing of pictures (the second one), save and half_saved (the checkpoint after the second update),
+PLACE    update, move and drawing of images (the second one), save and half_saved (the checkpoint after the second update),
          rung (its end), none
 FAILURE  killed (SIGKILL), stopped (SIGSTOP), raised, told (SIGTERM), asleep (for an hour, as if it waited on a GPU for
          another process), or nan: the place's result is not a number

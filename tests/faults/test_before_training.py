@@ -81,7 +81,7 @@ SETTINGS = {
         lambda _: ["export.kohya_names=sgm"],
         r"export\.kohya_names: got sgm for a base that is not SDXL",
     ),
-    "a real image that is no picture": (
+    "a real image that is no image": (
         lambda place: [f"evaluation.real_images={place / 'real'}"],
         r"evaluation\.real_images: cannot read .*3\.png",
     ),

@@ -56,7 +56,7 @@ def test_a_mistake_is_one_line_and_exit_code_2_in_under_two_seconds(tmp_path, ov
 
 
 @pytest.mark.slow
-def test_pictures_that_the_table_cannot_measure_are_reported_before_training(tmp_path):
+def test_images_that_the_table_cannot_measure_are_reported_before_training(tmp_path):
     options = (f"output_dir={tmp_path / 'runs'}", "evaluation.patch_size=64")
     completed, _ = stepdistill("run", "configs/letters.yaml", *options)
     assert completed.returncode == 2

@@ -107,11 +107,11 @@ def exported_files(config):
 
 # Each damage is in another folder, so that one evaluation repairs all of them.
 RECOMPUTED = {
-    "teacher-4/images/000001.png": "its pictures are drawn again",
-    "student-2/latents/000004.safetensors": "its pictures are drawn again",
-    "student-1/chunks/000000.json": "its pictures are drawn again",
-    "seeds/student-1/images/000000.png": "its pictures are drawn again",
-    "studies/teacher-4/latents/000000.safetensors": "its pictures are drawn again",
+    "teacher-4/images/000001.png": "its images are drawn again",
+    "student-2/latents/000004.safetensors": "its images are drawn again",
+    "student-1/chunks/000000.json": "its images are drawn again",
+    "seeds/student-1/images/000000.png": "its images are drawn again",
+    "studies/teacher-4/latents/000000.safetensors": "its images are drawn again",
     "floor/manifest.json": "it is written again",
     "student-1/cost.json": "the cost is measured again",
     "student-2/features/main.safetensors": "the features are computed again",
@@ -151,7 +151,7 @@ def test_json_of_another_shape_in_an_evaluation_is_written_again(whole_run, copy
     assert measured_numbers(copy) == measured_numbers(whole_run)
 
 
-def test_a_replaced_drawn_picture_is_neither_measured_nor_shown(whole_run, copy, run_command):
+def test_a_replaced_drawn_image_is_neither_measured_nor_shown(whole_run, copy, run_command):
     images = copy.run_dir / "evaluation" / "student-2" / "images"
     shutil.copy(images / "000005.png", images / "000002.png")
     outcome = run_command(lambda: stages.report(copy))
@@ -289,21 +289,19 @@ def test_a_damaged_export_is_named_and_exported_again(whole_run, copy, run_comma
 
 @parametrize_damages((cut, flip, deep), fast=(flip,))
 def test_sample_exports_a_damaged_rung_again(whole_run, copy, run_command, damage):
-    pictures = []
+    images = []
     for config in (whole_run, copy):
         if config is copy:
             for name in EXPORTED:
                 damage(copy.run_dir / name)
-        picture = copy.run_dir.parent / f"{len(pictures)}.png"
+        image = copy.run_dir.parent / f"{len(images)}.png"
         outcome = run_command(
-            lambda path=picture, c=config: stages.sample(
-                c.run_dir, steps=1, prompt=PROMPT, seed=3, output=path
-            )
+            lambda path=image, c=config: stages.sample(c.run_dir, steps=1, prompt=PROMPT, seed=3, output=path)
         )
         assert outcome.code == 0
-        pictures.append(picture.read_bytes())
+        images.append(image.read_bytes())
     assert "base.json is not as it was exported; fix: `stepdistill export`" in outcome.messages
-    assert pictures[0] == pictures[1]
+    assert images[0] == images[1]
 
 
 @parametrize_damages((cut, empty, flip, noise), fast=(cut, flip))

@@ -265,7 +265,7 @@ def test_a_report_that_cannot_be_written(whole_run, copy, run_command, of_two):
 
 
 @pytest.mark.slow
-def test_a_picture_that_cannot_be_written(copy, run_command, tmp_path):
+def test_a_image_that_cannot_be_written(copy, run_command, tmp_path):
     place = tmp_path / "pictures"
     place.mkdir()
     (place / "old.png").write_bytes(b"the old one")
@@ -275,7 +275,7 @@ def test_a_picture_that_cannot_be_written(copy, run_command, tmp_path):
 
     full_steps(run_command, place, command("old.png"), [([], 0, place / "old.png")])
     closed_steps(run_command, place, command("new.png"), [([], place, place / "new.png")])
-    for name in ("picture.exe", "picture", "."):
+    for name in ("image.exe", "image", "."):
         outcome = run_command(command(name))
         assert (outcome.code, len(outcome.errors)) == (2, 1)
         assert "allowed: a file that ends in .png" in outcome.errors[0]

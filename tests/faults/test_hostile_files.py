@@ -427,9 +427,9 @@ OF_CLIP = EXTRACTORS | {
 }
 OF_DINOV2 = EXTRACTORS | {
     "a billion layers": (edited("config.json", num_hidden_layers=10**9), r"num_hidden_layers is 1000000000"),
-    "pictures of a million pixels": (
+    "images of a million pixels": (
         processor(crop_size={"height": 10**6, "width": 10**6}),
-        r"pictures of 1000000 pixels",
+        r"images of 1000000 pixels",
     ),
 }
 

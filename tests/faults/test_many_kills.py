@@ -23,7 +23,7 @@ from tests.integration.conftest import tiny_config
 
 KILLS = int(os.environ.get("STEPDISTILL_TEST_KILLS", "15"))
 """For 200, which take about ten minutes: STEPDISTILL_TEST_KILLS=200."""
-MOST_SECONDS = 9 * KILLS + 300
+MAX_SECONDS = 9 * KILLS + 300
 UPDATES = 12
 TIMES = ("images_per_second", "data_seconds")
 _MSE = {"objective": "mse", "max_train_steps": UPDATES, "learning_rate": 1e-3}
@@ -116,7 +116,7 @@ def test_killed_at_random_moments_the_run_ends_with_equal_weights_optimisers_and
     assert end_of(distill_in_fork(straight, kept_straight)) == 0
     whole = time.monotonic() - started
     moments, kills, runs = random.Random(5), 0, 0
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + MAX_SECONDS
     while kills < KILLS:
         run, kept = config_of(tmp_path / "killed"), tmp_path / "kept"
         for folder in (run.run_dir, kept):

@@ -92,7 +92,7 @@ def test_log_records_have_no_control_characters(tmp_path, caplog):
 def test_doctor_shows_no_control_characters_of_a_data_folders_name(tmp_path, capsys):
     data = tmp_path / RED
     data.mkdir()
-    (data / f"{RED}.png").write_bytes(b"no picture")
+    (data / f"{RED}.png").write_bytes(b"no image")
     (data / f"{RED}.txt").write_text("a wall")
     source = f'data.source="{tmp_path}/\\e[31m"'
     code, out, error = command(
@@ -110,7 +110,7 @@ def test_prepare_in_an_ascii_terminal_shows_no_control_characters_of_a_data_file
     for name in (f"{RED}a", "b", "c", "d"):
         Image.new("RGB", (40, 40), (200, 10, 10)).save(data / f"{name}.png")
         (data / f"{name}.txt").write_text(GREETING)
-    (data / f"{RED}a.png").write_bytes(b"no picture")
+    (data / f"{RED}a.png").write_bytes(b"no image")
     words = (
         f"data.source={data}",
         "data.on_bad={image_unreadable: skip}",
@@ -125,7 +125,7 @@ def test_prepare_in_an_ascii_terminal_shows_no_control_characters_of_a_data_file
     assert b"\\x1b[31ma.png" in error
 
 
-def test_a_picture_of_an_unknown_format_is_refused_before_anything_is_read(tmp_path, capsys):
+def test_a_image_of_an_unknown_format_is_refused_before_anything_is_read(tmp_path, capsys):
     for name in ("x.foo", "x", ".png", f"{RED}.gif"):
         code, _, error = command(
             capsys, "sample", tmp_path / "nowhere", "--prompt", "a", "--output", tmp_path / name

@@ -1,4 +1,4 @@
-"""The comparison of peers as a user runs it, on other pictures than letters and with a tiny budget; then resumed."""
+"""The comparison of peers as a user runs it, on other images than letters and with a tiny budget; then resumed."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ METHODS = ["stepdistill", "lcm-lora", "dmd2-lora"]
 
 @pytest.fixture
 def world(tmp_path):
-    """A folder of captioned pictures that are not letters, and a config that names it."""
+    """A folder of captioned images that are not letters, and a config that names it."""
     folder = tmp_path / "walls"
     folder.mkdir()
     for k in range(240):
@@ -24,7 +24,7 @@ def world(tmp_path):
 
 
 @pytest.mark.slow
-def test_peers_are_compared_on_any_folder_of_captioned_pictures(world, tmp_path):
+def test_peers_are_compared_on_any_folder_of_captioned_images(world, tmp_path):
     output = tmp_path / "peers"
     options = ["--seeds", "0", "--budget", "400", "--methods", *METHODS]
     options += ["--output-dir", str(tmp_path / "runs"), "--output", str(output)]
@@ -58,7 +58,7 @@ def test_peers_are_compared_on_any_folder_of_captioned_pictures(world, tmp_path)
 
 @pytest.mark.slow
 def test_letters_are_measured_by_both_readers_at_tuned_rates(tmp_path):
-    """Four rates are tried on the same pictures of the teacher and the best is used; then both readers measure and order."""
+    """Four rates are tried on the same images of the teacher and the best is used; then both readers measure and order."""
     output, runs = tmp_path / "peers", tmp_path / "runs"
     options = ["--seeds", "0", "--budget", "400", "--tune", "--methods", "lcm-lora", "stepdistill-mse"]
     options += ["--output-dir", str(runs), "--output", str(output), "data.num_images=40"]

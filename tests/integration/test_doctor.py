@@ -27,13 +27,13 @@ CONFIGS = {"small": "sd15", "sd15": "sd15", "sd21_v": "sd21_v", "sdxl": "sdxl", 
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     generator = np.random.default_rng(0)
     for k in range(12):
         Image.fromarray(generator.integers(0, 255, (80, 70, 3), dtype=np.uint8)).save(folder / f"{k:02d}.png")
-        (folder / f"{k:02d}.txt").write_text(f"a picture number {k}")
+        (folder / f"{k:02d}.txt").write_text(f"an image number {k}")
     return folder
 
 
@@ -55,29 +55,29 @@ def test_nothing_is_wrong_with_the_demo_and_nothing_is_written(tmp_path, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_mistake_is_reported_with_its_remedy_and_does_not_hide_the_others(tmp_path, pictures, capsys):
-    (pictures / "03.png").write_bytes(b"no picture")
-    (pictures / "04.txt").write_text(" ")
-    options = [f"output_dir={tmp_path}", f"data.source={pictures}", "evaluation.features=inception:/nowhere"]
+def test_each_mistake_is_reported_with_its_remedy_and_does_not_hide_the_others(tmp_path, images, capsys):
+    (images / "03.png").write_bytes(b"no image")
+    (images / "04.txt").write_text(" ")
+    options = [f"output_dir={tmp_path}", f"data.source={images}", "evaluation.features=inception:/nowhere"]
     assert run("doctor", "configs/letters.yaml", *options) == 2
     out, err = capsys.readouterr()
     assert "data: 1 image_unreadable (03.png: " in out
     assert "data: 1 caption_empty (04.png: an empty caption)" in out
     assert "/nowhere" in out
-    assert out.count("fix: ") == 4  # the fourth is a note: none of so few pictures is held out
-    assert "note     data: the table compares with pictures that are trained on\n" in out
+    assert out.count("fix: ") == 4  # the fourth is a note: none of so few images is held out
+    assert "note     data: the table compares with images that are trained on\n" in out
     assert "3 problems to fix before this runs" in err
 
 
-def test_small_pictures_long_captions_and_missing_repositories_are_notes(tmp_path, pictures, monkeypatch):
-    (pictures / "00.txt").write_text("word " * 80)
-    Image.new("RGB", (20, 20)).save(pictures / "01.png")
-    options = [f"data.source={pictures}", "evaluation.real_images=null"]
+def test_small_images_long_captions_and_missing_repositories_are_notes(tmp_path, images, monkeypatch):
+    (images / "00.txt").write_text("word " * 80)
+    Image.new("RGB", (20, 20)).save(images / "01.png")
+    options = [f"data.source={images}", "evaluation.real_images=null"]
     findings = {finding.about: finding for finding in examine(tiny_config(tmp_path, *options))}
     small = next(f for about, f in findings.items() if "are smaller than the 32 pixels" in about)
     assert (small.state, "data.min_side=32" in small.remedy) == ("note", True)
     assert any("captions of up to 80 words" in about for about in findings)
-    absent = examine(tiny_config(tmp_path, "teacher.path=nobody/nothing", f"data.source={pictures}"))
+    absent = examine(tiny_config(tmp_path, "teacher.path=nobody/nothing", f"data.source={images}"))
     assert any(f.state == "note" and "nobody/nothing is not in the Hub's cache" in f.about for f in absent)
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_needs_more_than_the_disk_has_is_a_problem(tmp_path):
 
 @pytest.mark.slow
 def test_the_predicted_disk_need_is_close_to_what_a_run_takes(finished_run):
-    """On the tiny ladder, whose pictures take one block of the disk each."""
+    """On the tiny ladder, whose images take one block of the disk each."""
     need = disk_need(finished_run, teacher_facts(finished_run))
     run_dir = finished_run.run_dir
     for part, expected in (("cache", need.cache), ("rungs", need.rungs), ("evaluation", need.evaluation)):
@@ -99,9 +99,9 @@ def test_the_predicted_disk_need_is_close_to_what_a_run_takes(finished_run):
         assert 0.5 * blocks < expected < 1.5 * blocks, (part, expected, blocks)
 
 
-def test_remedies_name_the_key_that_helps(tmp_path, pictures):
-    """Pictures of 70 x 80 with a config for larger ones: doctor and prepare both name the key that leaves them out."""
-    options = [f"data.source={pictures}", "data.min_side=256", "data.num_images=null"]
+def test_remedies_name_the_key_that_helps(tmp_path, images):
+    """Images of 70 x 80 with a config for larger ones: doctor and prepare both name the key that leaves them out."""
+    options = [f"data.source={images}", "data.min_side=256", "data.num_images=null"]
     config = tiny_config(tmp_path, *options)
     (small,) = [f for f in problems(config) if "image_too_small" in f.about]
     assert "70 x 80; allowed: at least 256 pixels per side (data.min_side)" in small.about
@@ -126,9 +126,9 @@ def test_a_missing_teacher_is_one_problem(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.slow_after_first
-def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path, pictures, name, capsys):
+def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path, images, name, capsys):
     build(CONFIGS[name], tiny=True).save_pretrained(tmp_path / "teacher")
-    options = [f"teacher.path={tmp_path / 'teacher'}", f"output_dir={tmp_path}", f"data.source={pictures}"]
+    options = [f"teacher.path={tmp_path / 'teacher'}", f"output_dir={tmp_path}", f"data.source={images}"]
     options += ["data.min_side=32", "evaluation.features=reader", "evaluation.resize=torchmetrics"]
     assert run("doctor", f"configs/{name}.yaml", *options) == 0
     assert "problem" not in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_the_shipped_configs_find_nothing_wrong_with_a_stand_in_teacher(tmp_path
 
 
 @pytest.mark.slow
-def test_pictures_that_the_extractor_cannot_read_are_reported_before_drawing(tmp_path):
+def test_images_that_the_extractor_cannot_read_are_reported_before_drawing(tmp_path):
     """The reader takes 32 x 32 and does not resize; the tiny SD1.5 draws 64 x 64."""
     build("sd15", tiny=True).save_pretrained(tmp_path / "teacher", safe_serialization=True)
     (tmp_path / "prompts.txt").write_text("a thing\n")
@@ -152,7 +152,7 @@ def test_pictures_that_the_extractor_cannot_read_are_reported_before_drawing(tmp
     assert "inception:FILE" in note.remedy
     options.append("evaluation.features=reader")
     config = load_config("configs/letters.yaml", [f"output_dir={tmp_path}", *options])
-    problem = "evaluation.resize: reader takes 32 x 32 pictures, got 64 x 64"
+    problem = "evaluation.resize: reader takes 32 x 32 images, got 64 x 64"
     assert [f for f in examine(config) if f.state == "problem" and problem in f.about]
     better = load_config(
         "configs/letters.yaml", [f"output_dir={tmp_path}", *options, "evaluation.resize=torchmetrics"]
@@ -161,8 +161,8 @@ def test_pictures_that_the_extractor_cannot_read_are_reported_before_drawing(tmp
 
 
 @pytest.mark.slow
-def test_settings_meant_for_an_epsilon_teacher_are_noted_for_a_v_prediction_teacher(tmp_path, pictures):
-    options = [f"output_dir={tmp_path}", f"data.source={pictures}", "evaluation.features=reader"]
+def test_settings_meant_for_an_epsilon_teacher_are_noted_for_a_v_prediction_teacher(tmp_path, images):
+    options = [f"output_dir={tmp_path}", f"data.source={images}", "evaluation.features=reader"]
     notes = {}
     for family in ("sdxl", "sd21_v"):
         build(family, tiny=True).save_pretrained(tmp_path / family)
@@ -206,9 +206,9 @@ def sd21_v_as(kind, place):
 
 @pytest.mark.parametrize("kind", ["file", "lora"])
 @pytest.mark.slow_after_first
-def test_doctor_checks_a_teacher_that_prepare_must_write_first_like_one_in_a_folder(tmp_path, pictures, kind):
-    """From the teacher's configs, doctor checks the ladder, the sizes of the pictures, the extractor and the disk."""
-    options = [f"output_dir={tmp_path}", f"data.source={pictures}", "data.buckets=true", "data.min_side=8"]
+def test_doctor_checks_a_teacher_that_prepare_must_write_first_like_one_in_a_folder(tmp_path, images, kind):
+    """From the teacher's configs, doctor checks the ladder, the sizes of the images, the extractor and the disk."""
+    options = [f"output_dir={tmp_path}", f"data.source={images}", "data.buckets=true", "data.min_side=8"]
 
     def examined(kind):
         config = load_config("configs/sdxl.yaml", [*options, *sd21_v_as(kind, tmp_path / kind)])
@@ -221,7 +221,7 @@ def test_doctor_checks_a_teacher_that_prepare_must_write_first_like_one_in_a_fol
     as_folder, as_kind = examined("folder"), examined(kind)
     assert as_folder[1] == as_kind[1]
     assert [f for f in as_kind[0] if "ladder.4.start_timestep: 399" in f.about]
-    assert [f for f in as_kind[0] if "pictures are cut to" in f.about]
+    assert [f for f in as_kind[0] if "images are cut to" in f.about]
     assert [f for f in as_kind[0] if f.about.startswith("evaluation: no FID")]
     assert [f for f in as_kind[0] if re.search(r"disk: .*\(teacher [\d.,]+ .iB", f.about)]
 
@@ -246,16 +246,16 @@ def test_disk_need_counts_the_teacher_that_prepare_writes(tmp_path, kind):
     assert expected == pytest.approx(weights, rel=0.05)
 
 
-def test_an_invalid_repository_name_is_a_problem(tmp_path, pictures):
-    config = tiny_config(tmp_path, "teacher.path=models/my--model", f"data.source={pictures}")
+def test_an_invalid_repository_name_is_a_problem(tmp_path, images):
+    config = tiny_config(tmp_path, "teacher.path=models/my--model", f"data.source={images}")
     assert [f for f in problems(config) if "'models/my--model', which is not a repository" in f.about]
 
 
-def test_checks_that_need_the_configs_of_an_absent_teacher_are_noted_as_skipped(tmp_path, pictures):
+def test_checks_that_need_the_configs_of_an_absent_teacher_are_noted_as_skipped(tmp_path, images):
     save_file({"model.diffusion_model.out.2.bias": torch.zeros(4)}, tmp_path / "model.safetensors")
     options = [
         f"output_dir={tmp_path}",
-        f"data.source={pictures}",
+        f"data.source={images}",
         f"teacher.path={tmp_path / 'model.safetensors'}",
     ]
     findings = examine(load_config("configs/sd15.yaml", options))

@@ -1,4 +1,4 @@
-"""The whole ladder on each real family, from pictures and from prompts alone, and the LoRAs in a vanilla pipeline."""
+"""The whole ladder on each real family, from images and from prompts alone, and the LoRAs in a vanilla pipeline."""
 
 import itertools
 import json
@@ -32,13 +32,13 @@ def ladder():
     return rungs
 
 
-def pictures(folder):
+def images(folder):
     folder.mkdir()
     generator = np.random.default_rng(0)
     for k, (height, width) in enumerate([(64, 64), (60, 90), (96, 64), (200, 100)] * 3):
         pixels = generator.integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{k:02d}.png")
-        (folder / f"{k:02d}.txt").write_text(f"a picture number {k}")
+        (folder / f"{k:02d}.txt").write_text(f"an image number {k}")
     return folder
 
 
@@ -54,7 +54,7 @@ def run_config(place, family, source, *overrides):
         f"ladder={json.dumps(ladder())}",
         "evaluation.num_images=8",
         "evaluation.teacher_steps=[2]",
-        "evaluation.features=reader",  # must be named, because these pictures are not letters
+        "evaluation.features=reader",  # must be named, because these images are not letters
         "evaluation.resize=torchmetrics",
         "evaluation.diversity_prompts=0",
         "evaluation.lora_scales=[]",
@@ -77,7 +77,7 @@ def latents_of(pipeline, **options):
 def test_the_whole_ladder_of_a_family_ends_in_loras_that_a_vanilla_pipeline_loads(tmp_path, family, brought):
     (tmp_path / "prompts.txt").write_text("a thing\nanother thing\n")
     alone = brought == "prompts"
-    source = tmp_path / "prompts.txt" if alone else pictures(tmp_path / "pictures")
+    source = tmp_path / "prompts.txt" if alone else images(tmp_path / "pictures")
     config = run_config(tmp_path, family, source)
     if brought == "one file":
         save_file(
@@ -101,8 +101,8 @@ def test_the_whole_ladder_of_a_family_ends_in_loras_that_a_vanilla_pipeline_load
     assert vanilla.scheduler.config.prediction_type == kind
 
 
-def test_sdxl_gets_the_original_size_and_crop_of_each_picture(tmp_path):
-    config = run_config(tmp_path, "sdxl", pictures(tmp_path / "pictures"), "data.buckets=true")
+def test_sdxl_gets_the_original_size_and_crop_of_each_image(tmp_path):
+    config = run_config(tmp_path, "sdxl", images(tmp_path / "pictures"), "data.buckets=true")
     prepare(config)
     cache = load_cache(config)
     offsets_by_size = {}
@@ -124,7 +124,7 @@ def test_sdxl_gets_the_original_size_and_crop_of_each_picture(tmp_path):
 
 
 def test_another_runs_cache_is_reused_unless_it_was_made_by_another_model(tmp_path):
-    first = run_config(tmp_path, "sd15", pictures(tmp_path / "pictures"), "name=first")
+    first = run_config(tmp_path, "sd15", images(tmp_path / "pictures"), "name=first")
     prepare(first)
     second = run_config(tmp_path, "sd15", first.run_dir / "cache", "name=second", "data.num_images=10")
     assert prepare(second) is True
@@ -140,7 +140,7 @@ def test_another_runs_cache_is_reused_unless_it_was_made_by_another_model(tmp_pa
         prepare(run_config(tmp_path, "sd15", first.run_dir / "cache", *other))
 
 
-def test_the_teachers_pictures_do_not_depend_on_the_batch_size(tmp_path):
+def test_the_teachers_images_do_not_depend_on_the_batch_size(tmp_path):
     (tmp_path / "prompts.txt").write_text("a thing\n\nanother thing\n")
     latents = []
     for name, batch in (("whole", 10), ("small", 3)):

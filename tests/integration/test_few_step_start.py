@@ -49,7 +49,7 @@ def test_a_rung_with_start_timestep_is_drawn_as_it_is_trained(one_step):
     assert (drawn - trained).abs().max() <= 1e-5 * trained.abs().max()
 
 
-def test_euler_gives_another_picture_and_is_warned_of(one_step):
+def test_euler_gives_another_image_and_is_warned_of(one_step):
     """Its first call sees the noise times sigma / sqrt(sigma^2 + 1), 24 % less at 399 and 15 % less at 499."""
     start, teacher, folder, network = one_step
     pipeline = pipeline_of(teacher)

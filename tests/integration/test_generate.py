@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stepdistill.config import ConfigError, LoraRow
-from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import Row, lora_row, lora_scheduler, rows_of
 from stepdistill.evaluation.draw.sampler import Sampler, draw
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
@@ -28,7 +28,7 @@ def make(config, folder, row, *, size=64, prompts=PROMPTS, seed=5):
 
 
 def pixels(folder):
-    return torch.cat(list(PictureFolder(folder).batches(len(PROMPTS)))).int()
+    return torch.cat(list(RowImages(folder).batches(len(PROMPTS)))).int()
 
 
 def bytes_of(folder):
@@ -39,14 +39,14 @@ def test_image_k_does_not_depend_on_the_batch_size(trained_run, tmp_path):
     row = Row("student-4", 4, 1.0, 4)
     for size in (1, 7, 64):
         make(trained_run, tmp_path / str(size), row, size=size)
-    expected, latents = pixels(tmp_path / "64"), PictureFolder(tmp_path / "64").latents()
+    expected, latents = pixels(tmp_path / "64"), RowImages(tmp_path / "64").latents()
     for size in ("1", "7"):
-        assert torch.allclose(PictureFolder(tmp_path / size).latents(), latents, atol=1e-4)
+        assert torch.allclose(RowImages(tmp_path / size).latents(), latents, atol=1e-4)
         assert (pixels(tmp_path / size) - expected).abs().max() <= 1
-    assert (expected[0] - expected[3]).abs().max() > 50  # equal prompts, other noise: other pictures
+    assert (expected[0] - expected[3]).abs().max() > 50  # equal prompts, other noise: other images
 
 
-def test_pictures_are_rounded_to_8_bit_not_truncated(trained_run, tmp_path):
+def test_images_are_rounded_to_8_bit_not_truncated(trained_run, tmp_path):
     """The measured pixels are round(255 x) of the pipeline's floats; truncation would darken them by half a grey level."""
     row = Row("teacher-2", 2, 3.0)
     make(trained_run, tmp_path / "drawn", row)
@@ -62,7 +62,7 @@ def test_pictures_are_rounded_to_8_bit_not_truncated(trained_run, tmp_path):
 def test_interrupted_drawing_resumes_and_gives_the_same_images(trained_run, tmp_path, monkeypatch):
     row = Row("student-2", 2, 1.0, 2)
     make(trained_run, tmp_path / "whole", row, size=4)
-    real_add, calls = PictureFolder.add, []
+    real_add, calls = RowImages.add, []
 
     def add_twice(self, *args, **kwargs):
         if len(calls) == 2:
@@ -70,17 +70,17 @@ def test_interrupted_drawing_resumes_and_gives_the_same_images(trained_run, tmp_
         calls.append(args)
         real_add(self, *args, **kwargs)
 
-    monkeypatch.setattr(PictureFolder, "add", add_twice)
+    monkeypatch.setattr(RowImages, "add", add_twice)
     with pytest.raises(KeyboardInterrupt):
         make(trained_run, tmp_path / "again", row, size=4)
     monkeypatch.undo()
-    folder = PictureFolder(tmp_path / "again")
+    folder = RowImages(tmp_path / "again")
     assert folder.missing(len(PROMPTS), 4) == [range(8, 12), range(12, 15)]
     stamp = (folder.path / "images" / "000000.png").stat().st_mtime_ns
     make(trained_run, tmp_path / "again", row, size=4)
     assert (folder.path / "images" / "000000.png").stat().st_mtime_ns == stamp
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "whole")
-    assert torch.equal(folder.latents(), PictureFolder(tmp_path / "whole").latents())
+    assert torch.equal(folder.latents(), RowImages(tmp_path / "whole").latents())
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def blocks(language):
 
 
 def shortened(path):
-    """The text of the config that the guide names, with the updates, pictures and precision of a test."""
+    """The text of the config that the guide names, with the updates, images and precision of a test."""
     config = yaml.safe_load(path.read_text())
     for phase in (phase for rung in config["ladder"] for phase in rung["phases"]):
         phase["max_train_steps"] = 1
@@ -51,7 +51,7 @@ def shortened(path):
 @pytest.fixture
 def readers_folder(tmp_path):
     """A folder with what a reader of the guide has: a float16 checkpoint, a pipeline of its family, a fine-tuned one,
-    pictures and the configs."""
+    images and the configs."""
     pipeline = build("sd15", tiny=True).to(torch.float16)
     save_file(original_state(pipeline), tmp_path / "my-model.safetensors")
     pipeline.save_pretrained(tmp_path / "stable-diffusion-v1-5", safe_serialization=True)
@@ -63,7 +63,7 @@ def readers_folder(tmp_path):
     for k in range(10):
         pixels = np.random.default_rng(k).integers(0, 255, (256, 300, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{k}.png")
-        (tmp_path / "pictures" / f"{k}.txt").write_text(f"a picture number {k}")
+        (tmp_path / "pictures" / f"{k}.txt").write_text(f"an image number {k}")
     (tmp_path / "configs").mkdir()
     config = shortened(ROOT / "configs" / "sd15.yaml")
     (tmp_path / "configs" / "sd15.yaml").write_text(yaml.safe_dump(config))

@@ -45,7 +45,7 @@ def rung(request, tmp_path_factory):
     return request.param, teacher, export_rung(config, 4), config.run_dir / "rungs" / "8"
 
 
-def picture(seed):
+def image(seed):
     return torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -55,7 +55,7 @@ def inputs_of(task):
     mask = torch.zeros(1, 1, SIDE, SIDE)
     mask[..., SIDE // 2 :] = 1
     more = {"mask_image": mask, "height": SIDE, "width": SIDE} if task == "inpaint" else {}
-    return {"image": picture(1), "strength": 0.75, **more}
+    return {"image": image(1), "strength": 0.75, **more}
 
 
 def draw(pipeline, task, **options):
@@ -142,8 +142,8 @@ def control_of(unet, family):
 
 
 def controlled(task):
-    """The control picture as call options: `image` in text to image, otherwise `control_image`."""
-    return {"image" if task == "text2img" else "control_image": picture(2)}
+    """The control image as call options: `image` in text to image, otherwise `control_image`."""
+    return {"image" if task == "text2img" else "control_image": image(2)}
 
 
 def test_an_ip_adapter_works_together_with_the_rung(rung):
@@ -163,7 +163,7 @@ def test_an_ip_adapter_works_together_with_the_rung(rung):
 
 
 def ip_adapter(unet):
-    """Weights in IP-Adapter's format: the picture's embedding projected to 4 tokens, keys and values per cross attention."""
+    """Weights in IP-Adapter's format: the image's embedding projected to 4 tokens, keys and values per cross attention."""
     generator = torch.Generator().manual_seed(4)
     wide = unet.config.cross_attention_dim
     names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]

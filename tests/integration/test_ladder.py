@@ -243,7 +243,7 @@ def test_the_lines_that_the_readme_and_the_card_show_draw_an_image(finished_run,
     assert names["pipeline"].get_active_adapters()
 
 
-def test_the_card_has_the_numbers_and_the_picture_of_a_measured_run(finished_run, tmp_path):
+def test_the_card_has_the_numbers_and_the_image_of_a_measured_run(finished_run, tmp_path):
     folder = rung_folder(finished_run.run_dir, 4)
     card = (folder / "README.md").read_text()
     rows = re.findall(r"^\| ([a-z]+-\d+) \|", card, flags=re.MULTILINE)

@@ -8,7 +8,7 @@ import pytest
 
 SMALL, MANY = 256, 2304
 ALL_AT_ONCE = (MANY - SMALL) * 3 * 32 * 32 / 2**20
-"""MiB of the further pictures alone, 6; as floats four times that."""
+"""MiB of the further images alone, 6; as floats four times that."""
 
 GIVE_BACK_AT_ONCE = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -23,18 +23,18 @@ from pathlib import Path
 from stepdistill.images.drift import image_drift
 from stepdistill.evaluation.measure.features import build_extractor, extract
 from stepdistill.evaluation.draw.sampler import Sampler
-from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import Row
 from stepdistill.config.saved import read_run_config
 from stepdistill.runtime import Processes
 
 sampler, extractor = Sampler(read_run_config(Path(sys.argv[1]))), build_extractor("reader")
-pictures = PictureFolder(Path(sys.argv[2]))
+images = RowImages(Path(sys.argv[2]))
 for count in map(int, sys.argv[3:]):
     prompts = ["a red letter a on white"] * count
-    sampler.ensure(Row("student-1", 1, 1.0, 1), pictures.path, prompts, seed=0, processes=Processes())
-    extract(pictures.batches(count), extractor, resize="none")
-    image_drift(pictures.batches(count), pictures.batches(count))
+    sampler.ensure(Row("student-1", 1, 1.0, 1), images.path, prompts, seed=0, processes=Processes())
+    extract(images.batches(count), extractor, resize="none")
+    image_drift(images.batches(count), images.batches(count))
     print("MiB", psutil.Process().memory_info().rss / 2**20)
 """
 

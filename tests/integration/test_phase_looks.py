@@ -40,7 +40,7 @@ def test_every_phase_writes_its_drift_beside_its_preview(trained_run):
     assert sum(move.by for move in moves) == pytest.approx(last["sharpness_drift"], rel=1e-9)
 
 
-def test_all_phases_are_compared_with_the_same_pictures(trained_run):
+def test_all_phases_are_compared_with_the_same_images(trained_run):
     first = looks_of_phase(trained_run.run_dir, 32, "phase0-mse-end")
     about = {"images": 2, "seed": 0, "teacher_steps": 32, "guidance_scale": 3.0}
     assert about.items() <= first["compared_with"].items()
@@ -67,7 +67,7 @@ def test_a_student_that_is_the_teacher_has_no_drift(shared, tmp_path):
     assert json.loads((tmp_path / "looks.json").read_text())["colour_drift"] > 1
 
 
-def test_the_stored_drift_equals_that_of_the_pictures(shared, tmp_path):
+def test_the_stored_drift_equals_that_of_the_images(shared, tmp_path):
     looks = looks_with(shared, guidance_scale=3.0)
     looks.write(tmp_path / "looks.json", student_of(shared), steps=1)
     written = json.loads((tmp_path / "looks.json").read_text())
@@ -91,7 +91,7 @@ def test_drawing_the_looks_leaves_weights_random_state_and_adapters_unchanged(sh
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_without_pictures_no_drift_is_written(shared, tmp_path):
+def test_without_images_no_drift_is_written(shared, tmp_path):
     looks_with(shared, guidance_scale=3.0, images=0).write(
         tmp_path / "looks.json", student_of(shared), steps=1
     )

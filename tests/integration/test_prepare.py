@@ -1,4 +1,4 @@
-"""Filling the cache from real-world folders: bad files among good ones, interruptions, pictures of many shapes."""
+"""Filling the cache from real-world folders: bad files among good ones, interruptions, images of many shapes."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def saved(image, kind="PNG", **options):
     return buffer.getvalue()
 
 
-def picture(number, size=(40, 40)):
+def image(number, size=(40, 40)):
     pixels = np.random.default_rng(number).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
@@ -35,21 +35,21 @@ def picture(number, size=(40, 40)):
 def write_good(folder, count=GOOD, size=(40, 40), name="good"):
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
-        picture(k, size).save(folder / f"{name}{k:03d}.png")
-        (folder / f"{name}{k:03d}.txt").write_text(f"{name} picture {k}")
+        image(k, size).save(folder / f"{name}{k:03d}.png")
+        (folder / f"{name}{k:03d}.txt").write_text(f"{name} image {k}")
     return folder
 
 
 def write_bad(folder):
     """Writes bad files of every kind; returns the number of each kind."""
-    intact = saved(picture(0))
-    two = [picture(0), picture(1)]
+    intact = saved(image(0))
+    two = [image(0), image(1)]
     contents = {
         "image_unreadable": [
             intact[:-40],
             b"",
             b"\x89PNG garbage",
-            saved(picture(0), "GIF"),
+            saved(image(0), "GIF"),
             b"\xff\xd8\xff",
         ],
         "image_too_large": [saved(Image.new("1", (12000, 12000))), saved(Image.new("L", (9000, 9000)))],
@@ -113,7 +113,7 @@ def test_bad_files_are_counted_by_kind_and_the_good_ones_are_in_the_cache(tmp_pa
 
 def test_too_many_bad_files_stop_prepare_and_prepared_shards_stay(tmp_path):
     folder = write_good(tmp_path / "pictures", 12)
-    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.png").write_bytes(b"no image")
     (folder / "broken.txt").write_text("a caption")
     config = config_of(folder, tmp_path)
     with pytest.raises(ValueError, match=r"1 of 13 samples are bad, allowed: 0\.01: 1 image_unreadable"):
@@ -132,11 +132,11 @@ def test_too_many_bad_files_stop_prepare_and_prepared_shards_stay(tmp_path):
         (strict.run_dir / "cache/shards/00000.safetensors").unlink(missing_ok=True)
 
 
-def test_a_source_without_one_good_picture_is_an_error(tmp_path):
+def test_a_source_without_one_good_image_is_an_error(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for k in range(3):
-        (folder / f"{k}.png").write_bytes(b"no picture")
+        (folder / f"{k}.png").write_bytes(b"no image")
         (folder / f"{k}.txt").write_text("a caption")
     with pytest.raises(ValueError, match="none of whose 3 samples is usable: 3 image_unreadable"):
         prepare(config_of(folder, tmp_path, "data.max_bad_fraction=1"))
@@ -149,7 +149,7 @@ def bucketed(tmp_path, *overrides):
     return config_of(folder, tmp_path, "data.buckets=true", "data.resolution=64", *overrides)
 
 
-def test_buckets_keep_each_pictures_ratio_and_an_update_sees_one(tmp_path):
+def test_buckets_keep_each_images_ratio_and_an_update_sees_one(tmp_path):
     config = bucketed(tmp_path)
     prepare(config)
     cache = load_cache(config)
@@ -177,8 +177,8 @@ def test_buckets_keep_each_pictures_ratio_and_an_update_sees_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_path, caplog):
-    """24 square, 12 wide and 2 tall pictures, 4 per update: the tall ones are cropped square; manifest and doctor say so."""
+def test_images_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_path, caplog):
+    """24 square, 12 wide and 2 tall images, 4 per update: the tall ones are cropped square; manifest and doctor say so."""
     folder = write_good(tmp_path / "pictures", 24, size=(64, 64), name="square")
     write_good(folder, 12, size=(96, 48), name="wide")
     write_good(folder, 2, size=(48, 96), name="tall")
@@ -192,8 +192,8 @@ def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_pa
     assert (content["moved"], content["min_per_bucket"]) == (2, 4)
     counts = f"2 sizes (width x height): 64 x 64: 26, {wide[1]} x {wide[0]}: 12"
     notes = {finding.about: finding for finding in examine(config)}
-    assert f"data: all 38 pictures are cut to {counts}" in notes
-    note = notes["data: 2 pictures are cut to another ratio, as fewer than 4 have their own"]
+    assert f"data: all 38 images are cut to {counts}" in notes
+    note = notes["data: 2 images are cut to another ratio, as fewer than 4 have their own"]
     assert (note.state, "data.min_per_bucket=1" in note.remedy) == ("note", True)
 
     before = stamps(config)
@@ -212,7 +212,7 @@ def test_pictures_of_a_rare_ratio_are_cut_to_the_nearest_that_enough_have(tmp_pa
     prepare(all_ratios)
     assert load_cache(all_ratios).sizes == {(64, 64): 24, wide: 12, wide[::-1]: 2}
     distill(all_ratios)
-    assert "2 of 38 pictures have sizes with fewer pictures than the 4 samples of an update" in caplog.text
+    assert "2 of 38 images have sizes with fewer images than the 4 samples of an update" in caplog.text
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_training_on_buckets_does_not_depend_on_the_micro_batch(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_only_shards_of_changed_pictures_are_written_again(tmp_path, monkeypatch):
+def test_only_shards_of_changed_images_are_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.data.prepare.SHARD", 16)
     folder = write_good(tmp_path / "pictures", 40)
     config = config_of(folder, tmp_path)
@@ -244,13 +244,13 @@ def test_only_shards_of_changed_pictures_are_written_again(tmp_path, monkeypatch
     assert prepare(config) is True
     after = stamps(config)
     assert [name for name in sorted(before) if after[name] != before[name]] == ["00001.safetensors"]
-    pictured = (folder / "good003.png").read_bytes()
-    other = bytearray(pictured)
+    imaged = (folder / "good003.png").read_bytes()
+    other = bytearray(imaged)
     other[len(other) // 2] ^= 1
     (folder / "good003.png").write_bytes(other)  # of equal length, but broken
     with pytest.raises(ValueError, match=r"1 of 16 samples are bad.*good003\.png"):
         prepare(config)
-    (folder / "good003.png").write_bytes(pictured)
+    (folder / "good003.png").write_bytes(imaged)
     assert prepare(config) is True
     after = stamps(config)
     write_good(folder, 1, name="zlast")

@@ -64,7 +64,7 @@ def test_one_file_is_read_to_the_last_weight(folders, tmp_path, family, dtype):
 
 
 def style_lora(folder, target, *, seed=3, scale=0.3):
-    """Writes a LoRA for the U-Net that visibly changes the pictures; returns its folder."""
+    """Writes a LoRA for the U-Net that visibly changes the images; returns its folder."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     adapters.add_adapter(pipeline.unet, "style", rank=4, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +185,7 @@ def test_a_teacher_of_zero_terminal_snr_is_not_asked_for_epsilon(folders, tmp_pa
     converted = "phases: [{objective: convert, max_train_steps: 1}, {objective: mse, max_train_steps: 1}]"
     last = f"{{teacher_steps: 2, student_steps: 1, prediction_type: sample, {converted}}}"
     ladder = f"[{{teacher_steps: 4, student_steps: 2, {phase}}}, {last}]"
-    resize = "evaluation.resize=torchmetrics"  # the reader takes smaller pictures
+    resize = "evaluation.resize=torchmetrics"  # the reader takes smaller images
     config = tiny_config(tmp_path, teacher, "data.num_images=8", resize, f"ladder={ladder}")
     stages.prepare(config)
     stages.distill(config)

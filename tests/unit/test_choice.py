@@ -11,9 +11,9 @@ from stepdistill.config.load import load_config
 from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.evaluation.measure.choice import choose_features
 from stepdistill.evaluation.measure.image_sets import Distances
-from stepdistill.evaluation.measure.trained import FEWEST_PICTURES, trained_extractor, trained_facts
+from stepdistill.evaluation.measure.trained import MIN_IMAGES, trained_extractor, trained_facts
 from stepdistill.evaluation.protocol import absent_columns, warnings_of
-from tests.unit.test_held_out import numbered, pictures
+from tests.unit.test_held_out import images, numbered
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,8 @@ def test_letters_are_measured_by_the_reader(tmp_path):
     assert set(lacking) == {"patch FID", "CLIP score, CMMD", "FD-DINOv2"}
 
 
-def test_other_pictures_are_measured_by_the_reader_only_if_the_config_names_it(tmp_path):
-    source = pictures(tmp_path / "walls", numbered(30))
+def test_other_images_are_measured_by_the_reader_only_if_the_config_names_it(tmp_path):
+    source = images(tmp_path / "walls", numbered(30))
     config, evaluation_set, choice = chosen(tmp_path, source, "evaluation.features=reader")
     assert choice.spec == "reader"
     assert (
@@ -46,7 +46,7 @@ def test_other_pictures_are_measured_by_the_reader_only_if_the_config_names_it(t
     )
     config, evaluation_set, choice = chosen(tmp_path, source)
     assert choice.spec is None
-    assert f"only 30 pictures to learn from, fewer than the {FEWEST_PICTURES}" in choice.why
+    assert f"only 30 images to learn from, fewer than the {MIN_IMAGES}" in choice.why
     assert "nowhere.pt" in choice.why
     lacking = {one["columns"]: one["why"] for one in absent_columns(config, evaluation_set, choice)}
     assert lacking["FID, KID, precision, recall, density, coverage, diversity"].startswith(choice.why)
@@ -54,8 +54,8 @@ def test_other_pictures_are_measured_by_the_reader_only_if_the_config_names_it(t
     assert Distances(choice.options(config)).main is None
 
 
-def test_a_net_is_trained_if_there_are_enough_pictures(tmp_path):
-    source = pictures(tmp_path / "walls", numbered(FEWEST_PICTURES))
+def test_a_net_is_trained_if_there_are_enough_images(tmp_path):
+    source = images(tmp_path / "walls", numbered(MIN_IMAGES))
     config, _, choice = chosen(tmp_path, source)
     assert choice.learns
     assert not choice.is_named
@@ -64,24 +64,22 @@ def test_a_net_is_trained_if_there_are_enough_pictures(tmp_path):
         chosen(tmp_path, source, "evaluation.patch_size=64")
     with pytest.raises(ConfigError, match=r"evaluation\.resize: got none"):
         chosen(tmp_path, source, "evaluation.resize=none")
-    few = pictures(tmp_path / "few", numbered(20))
-    with pytest.raises(
-        ConfigError, match=r"evaluation\.features: got trained, but there are only 20 pictures"
-    ):
+    few = images(tmp_path / "few", numbered(20))
+    with pytest.raises(ConfigError, match=r"evaluation\.features: got trained, but there are only 20 images"):
         chosen(tmp_path, few, "evaluation.features=trained")
 
 
 def test_inception_is_preferred_if_its_weights_are_on_disk(tmp_path, monkeypatch):
     (tmp_path / "inception.pt").write_bytes(b"looked at when it is built")
     monkeypatch.setenv("STEPDISTILL_INCEPTION", str(tmp_path / "inception.pt"))
-    _, _, choice = chosen(tmp_path, pictures(tmp_path / "walls", numbered(FEWEST_PICTURES)))
+    _, _, choice = chosen(tmp_path, images(tmp_path / "walls", numbered(MIN_IMAGES)))
     assert choice.spec == "inception"
 
 
 def test_with_prompts_only_the_net_is_trained_on_the_real_images(tmp_path):
     (tmp_path / "prompts.txt").write_text("a wall\na door\n")
     (tmp_path / "real").mkdir()
-    for k in range(FEWEST_PICTURES):
+    for k in range(MIN_IMAGES):
         Image.fromarray(np.full((8, 8, 3), k % 256, dtype=np.uint8)).save(tmp_path / "real" / f"{k}.png")
     source, real = tmp_path / "prompts.txt", f"evaluation.real_images={tmp_path / 'real'}"
     assert chosen(tmp_path, source, real)[2].learns
@@ -96,11 +94,11 @@ def test_with_prompts_only_the_net_is_trained_on_the_real_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_net_of_a_run_is_stored_with_its_grades_and_retrained_for_other_pictures(tmp_path):
+def test_the_net_of_a_run_is_stored_with_its_grades_and_retrained_for_other_images(tmp_path):
     source = tmp_path / "walls"
     source.mkdir()
     noise = np.random.default_rng(0)
-    for k in range(FEWEST_PICTURES):
+    for k in range(MIN_IMAGES):
         pixels = noise.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((40, 32), Image.Resampling.BICUBIC).save(source / f"{k}.png")
         (source / f"{k}.txt").write_text(f"wall {k}")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from stepdistill.config import ConfigError
+from stepdistill.config.ladder import unused_settings
 from stepdistill.config.load import load_config, parse_config
 from stepdistill.config.saved import read_run_config, resolved
 from stepdistill.config.shipped import shipped_configs
@@ -139,6 +140,25 @@ def test_a_carried_discriminator_must_fit_its_phase():
     adversarial_rung(("single", frozen), ("single", frozen | {"start": "carried"}))
     with pytest.raises(ConfigError, match=r"frozen trunk learns nothing.*\(paired, mid\).*\(single, mid\)"):
         adversarial_rung(("paired", frozen), ("single", frozen | {"start": "carried"}))
+
+
+def test_settings_that_no_objective_of_a_phase_reads_are_named():
+    phases = [
+        {"objective": "mse", "discriminator": {"heads": "multi", "perturbation_weights": [5, 1, 1, 1]}},
+        {"objective": "single", "loss_space": "sample", "discriminator": {"heads": "multi"}},
+        {"objectives": [{"kind": "mse"}, {"kind": "single"}], "loss_space": "sample"},
+    ]
+    config = load_config("letters", [f"ladder.3.phases={json.dumps(phases)}"])
+    assert [about.split(" changes ")[0] for about, _ in unused_settings(config.ladder)] == [
+        "ladder.3.phases.0.discriminator.heads",
+        "ladder.3.phases.0.discriminator.perturbation_weights",
+        "ladder.3.phases.1.loss_space",
+    ]
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_each_setting_of_a_shipped_ladder_is_read(name):
+    assert list(unused_settings(load_config(name, []).ladder)) == []
 
 
 def test_a_shipped_config_goes_by_its_name_from_any_folder(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Pictures and captions as users have them: good ones are read correctly, bad ones refused by kind and at low cost."""
+"""Images and captions as users have them: good ones are read correctly, bad ones refused by kind and at low cost."""
 
 import io
 import resource
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from stepdistill.data.decode import BadSample, cover, decode_image, picture_size, read_caption
+from stepdistill.data.decode import BadSample, cover, decode_image, read_caption, upright_size
 
 RAMP = np.linspace(0, 255, 64).round().astype(np.uint8)
 
 
 def colours(height=48, width=64):
-    """A smooth RGB picture with a different colour in every corner."""
+    """A smooth RGB image with a different colour in every corner."""
     down, across = np.mgrid[0:height, 0:width]
     parts = [across * 255 / (width - 1), down * 255 / (height - 1), 255 - across * 255 / (width - 1)]
     return Image.fromarray(np.stack(parts, axis=-1).round().astype(np.uint8))
@@ -67,12 +67,12 @@ def test_sixteen_bit_colours_are_scaled_to_eight():
     assert np.abs(pixels(png(64, 48, 16, 2, rows)) - np.asarray(colours()).astype(int)).max() <= 1
 
 
-def test_a_cmyk_jpeg_looks_like_the_picture_that_it_was_made_from():
+def test_a_cmyk_jpeg_looks_like_the_image_that_it_was_made_from():
     result = pixels(saved(colours().convert("CMYK"), "JPEG", quality=95))
     assert np.abs(result - np.asarray(colours()).astype(int)).mean() < 8
 
 
-def test_transparent_pictures_are_composited_over_white():
+def test_transparent_images_are_composited_over_white():
     is_left = np.arange(64) < 32
     for mode in ("RGBA", "LA"):
         image = Image.new("RGB", (64, 48), (90, 90, 90)).convert(mode)
@@ -90,7 +90,7 @@ def test_transparent_pictures_are_composited_over_white():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_rotated_by_its_exif_orientation(orientation):
+def test_a_image_is_rotated_by_its_exif_orientation(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     result = pixels(saved(colours(), exif=exif))
@@ -108,7 +108,7 @@ def test_a_picture_is_rotated_by_its_exif_orientation(orientation):
     assert np.array_equal(result, turned)
 
 
-def test_broken_exif_does_not_rotate_the_picture():
+def test_broken_exif_does_not_rotate_the_image():
     result = pixels(saved(colours(), exif=b"Exif\0\0no TIFF header at all"))
     assert np.array_equal(result, np.asarray(colours()))
 
@@ -134,13 +134,13 @@ def red_and_blue_swapped(profile):
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "PNG"])
-def test_an_animation_is_refused_and_one_frame_is_a_picture(kind):
+def test_an_animation_is_refused_and_one_frame_is_a_image(kind):
     frames = [colours(), colours().transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
     assert refused(saved(frames[0], kind, save_all=True, append_images=frames[1:])) == "image_animated"
     assert decoded(saved(frames[0], kind, save_all=True)).size == (64, 48)
 
 
-def test_the_first_picture_of_a_jpeg_with_two_is_read():
+def test_the_first_image_of_a_jpeg_with_two_is_read():
     content = saved(colours(), "MPO", save_all=True, append_images=[Image.new("RGB", (64, 48))], quality=95)
     assert np.abs(pixels(content) - np.asarray(colours()).astype(int)).mean() < 8
 
@@ -252,7 +252,7 @@ def test_cover_crops_the_centre_and_returns_the_offsets():
         assert np.abs(cut.astype(int) - beside).max() <= 2, size
 
 
-def test_cover_of_a_very_long_picture_needs_little_memory():
+def test_cover_of_a_very_long_image_needs_little_memory():
     long = Image.new("RGB", (400_000, 16), (10, 200, 30))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cut, (top, left) = cover(long, (256, 256))
@@ -263,28 +263,26 @@ def test_cover_of_a_very_long_picture_needs_little_memory():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
-def test_the_size_read_from_the_header_is_that_of_the_decoded_picture(kind, orientation):
+def test_the_size_read_from_the_header_is_that_of_the_decoded_image(kind, orientation):
     exif = Image.Exif()
     if orientation is not None:
         exif[ExifTags.Base.Orientation] = orientation
     content = saved(colours(height=48, width=64), kind, exif=exif)
     image = decoded(content)
-    assert picture_size(content, max_pixels=2**26, min_side=16) == (image.height, image.width)
+    assert upright_size(content, max_pixels=2**26, min_side=16) == (image.height, image.width)
     assert (image.height > image.width) == (orientation in (6, 8))
 
 
 @pytest.mark.parametrize(
     ("content", "options", "kind"),
     [
-        (b"no picture", {}, "image_unreadable"),
+        (b"no image", {}, "image_unreadable"),
         (b"", {}, "image_unreadable"),
         (saved(Image.new("L", (9000, 9000))), {}, "image_too_large"),
         (saved(Image.new("RGB", (20, 20))), {"min_side": 32}, "image_too_small"),
     ],
 )
-def test_files_that_are_not_a_picture_or_have_a_wrong_size_are_refused_from_the_header(
-    content, options, kind
-):
+def test_files_that_are_not_a_image_or_have_a_wrong_size_are_refused_from_the_header(content, options, kind):
     with pytest.raises(BadSample) as caught:
-        picture_size(content, **{"max_pixels": 2**26, "min_side": 16} | options)
+        upright_size(content, **{"max_pixels": 2**26, "min_side": 16} | options)
     assert caught.value.kind == kind

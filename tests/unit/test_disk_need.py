@@ -31,7 +31,7 @@ def test_the_parameters_of_a_lora_are_counted_as_peft_adds_them(rank):
 
 
 def test_text_embeddings_count_once_per_caption_and_shard(tmp_path):
-    """20 pictures with one caption need 20 latents of 4 x 8 x 8 and one text embedding of 24 x 64, in float32."""
+    """20 images with one caption need 20 latents of 4 x 8 x 8 and one text embedding of 24 x 64, in float32."""
     for k in range(20):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{k}.png")
         (tmp_path / f"{k}.txt").write_text("a wall")

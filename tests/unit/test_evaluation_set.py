@@ -62,7 +62,7 @@ def test_a_folder_of_real_images_may_have_several_sizes_and_kinds(tmp_path):
         Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).convert(mode).save(
             tmp_path / "in" / f"{k}.png"
         )
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     folder = ImageFolder.open(str(tmp_path))
     assert [tuple(b.shape) for b in folder.batches()] == [(2, 3, 6, 8), (2, 3, 5, 5)] * 2
     key = folder.key
@@ -70,8 +70,8 @@ def test_a_folder_of_real_images_may_have_several_sizes_and_kinds(tmp_path):
     assert ImageFolder.open(str(tmp_path)).key != key
 
 
-def test_a_folder_without_pictures_and_a_broken_picture_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="holds 0 pictures"):
+def test_a_folder_without_images_and_a_broken_image_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="holds 0 images"):
         ImageFolder.open(str(tmp_path))
     with pytest.raises(
         ConfigError, match=r"evaluation\.real_images: got '.*nope', which does not exist; allowed:"
@@ -83,8 +83,8 @@ def test_a_folder_without_pictures_and_a_broken_picture_are_named(tmp_path):
         list(ImageFolder.open(str(tmp_path)).batches())
 
 
-def test_a_folder_of_captioned_pictures_gives_its_prompts_and_real_images(tmp_path):
-    """Prompts are the held-out captions in order, repeated; real images are their pictures at the teacher's size."""
+def test_a_folder_of_captioned_images_gives_its_prompts_and_real_images(tmp_path):
+    """Prompts are the held-out captions in order, repeated; real images are their images at the teacher's size."""
     for k in range(80):
         Image.new("RGB", (50, 40), (3 * k, 0, 0)).save(tmp_path / f"{k:02d}.png")
         (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
@@ -94,17 +94,17 @@ def test_a_folder_of_captioned_pictures_gives_its_prompts_and_real_images(tmp_pa
     assert 8 <= len(captions) < 40
     assert evaluation_set.prompts == tuple(captions[k % len(captions)] for k in range(50))
     assert evaluation_set.world is None
-    pictures = torch.cat(list(evaluation_set.real.batches()))
-    assert pictures.shape == (len(captions), 3, 32, 32)
-    assert pictures[:, 0, 0, 0].tolist() == [3 * int(caption.split()[1]) for caption in captions]
-    # the floor of FID to real uses as many training pictures as a row has images
+    images = torch.cat(list(evaluation_set.real.batches()))
+    assert images.shape == (len(captions), 3, 32, 32)
+    assert images[:, 0, 0, 0].tolist() == [3 * int(caption.split()[1]) for caption in captions]
+    # the floor of FID to real uses as many training images as a row has images
     second = torch.cat(list(evaluation_set.other_real.batches()))
     assert second.shape == (50, 3, 32, 32)
-    shades = [set(some[:, 0, 0, 0].tolist()) for some in (second, pictures)]
+    shades = [set(some[:, 0, 0, 0].tolist()) for some in (second, images)]
     assert len(shades[0]) == 50
     assert not shades[0] & shades[1]
     assert max(shades[0]) - min(shades[0]) > 3 * 60  # chosen from the whole source, not only its beginning
-    assert evaluation_set.other_real.about == "50 pictures that were trained on, 32 x 32"
+    assert evaluation_set.other_real.about == "50 images that were trained on, 32 x 32"
     few = evaluation_set_of(load_config("configs/letters.yaml", [*options, "data.num_images=7"]))
     assert few.other_real is None
     before = evaluation_set.real.key
@@ -137,11 +137,11 @@ def test_few_real_images_and_a_missing_floor_cause_warnings(tmp_path):
     assert real_warnings(letters.evaluation, evaluation_set_of(letters), distances) == []
 
 
-def test_too_few_held_out_pictures_are_refused(tmp_path):
+def test_too_few_held_out_images_are_refused(tmp_path):
     for k in range(30):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{k:02d}.png")
         (tmp_path / f"{k:02d}.txt").write_text(f"wall {k}")
-    with pytest.raises(ConfigError, match=r"data\.held_out: got 0\.1, which leaves \d pictures"):
+    with pytest.raises(ConfigError, match=r"data\.held_out: got 0\.1, which leaves \d images"):
         evaluation_set_of(
             load_config("configs/letters.yaml", [f"data.source={tmp_path}", "data.held_out=0.1"])
         )

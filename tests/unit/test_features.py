@@ -77,7 +77,7 @@ def test_features_do_not_depend_on_the_batch_size(clip_folder):
 
 
 def test_clip_and_dinov2_features_equal_those_of_transformers_own_preprocessing(clip_folder, dinov2_folder):
-    """The pictures already have the right size, so only scaling and normalisation remain."""
+    """The images already have the right size, so only scaling and normalisation remain."""
     x = images(3, size=32)
     processor = CLIPImageProcessor.from_pretrained(clip_folder)
     model = CLIPModel.from_pretrained(clip_folder)
@@ -136,7 +136,7 @@ def test_the_inception_file_is_checked_and_gets_inputs_in_its_range(scripted, mo
 
     sized = resize(images(), "torchmetrics", size=299)
     assert torch.allclose(features, Scripted()(sized).detach(), atol=1e-5)
-    with pytest.raises(ValueError, match="inception takes 299 x 299 pictures, got 40 x 40"):
+    with pytest.raises(ValueError, match="inception takes 299 x 299 images, got 40 x 40"):
         extract([images()], extractor, resize="none")
     monkeypatch.setenv(INCEPTION_VARIABLE, str(scripted))
     with pytest.raises(ValueError, match="expected f58cb9b6"):
@@ -206,7 +206,7 @@ def test_the_reader_accepts_only_its_own_size():
     extractor = build_extractor("reader")
     assert extract([images(size=32)], extractor, resize="none").shape == (5, 96)
     assert extract([images(size=64)], extractor, resize="torchmetrics").shape == (5, 96)
-    with pytest.raises(ValueError, match="takes 32 x 32 pictures, got 64 x 64"):
+    with pytest.raises(ValueError, match="takes 32 x 32 images, got 64 x 64"):
         extract([images(size=64)], extractor, resize="none")
 
 

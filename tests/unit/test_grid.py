@@ -1,4 +1,4 @@
-"""The grid of pictures and its headings."""
+"""The grid of images and its headings."""
 
 from PIL import Image
 

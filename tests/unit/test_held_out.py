@@ -10,7 +10,7 @@ from stepdistill.config import Data
 from stepdistill.config.load import load_config
 from stepdistill.data.held_out import (
     AUTO_SHARE,
-    MOST_LOOKED_AT,
+    MAX_LOOKED_AT,
     held_out_share,
     is_held_out,
     leaves_enough,
@@ -18,14 +18,14 @@ from stepdistill.data.held_out import (
     settled,
 )
 from stepdistill.data.records import Record
-from stepdistill.data.source import evaluation_pictures, training_records
+from stepdistill.data.source import evaluation_images, training_records
 from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.report.markdown import markdown
 from stepdistill.stages import check_run, open_run
 
 
-def pictures(folder, captions, *, first=0):
-    """A folder with one small picture, and a row of metadata.jsonl with it for each caption."""
+def images(folder, captions, *, first=0):
+    """A folder with one small image, and a row of metadata.jsonl with it for each caption."""
     folder.mkdir(exist_ok=True)
     Image.new("RGB", (32, 32), (9, 9, 9)).save(folder / "wall.png")
     rows = [json.dumps({"file_name": "wall.png", "text": caption}) for caption in captions]
@@ -44,25 +44,25 @@ def config_of(tmp_path, source, *overrides):
 
 
 def test_a_twentieth_of_the_captions_is_held_out_if_there_are_enough(tmp_path):
-    data = Data(source=pictures(tmp_path / "many", numbered(1600)))
+    data = Data(source=images(tmp_path / "many", numbered(1600)))
     assert held_out_share(data) == AUTO_SHARE
     trained = {record.read_caption() for record in training_records(data, seed=0)}
-    measured = {picture.caption for picture in evaluation_pictures(data)}
+    measured = {image.caption for image in evaluation_images(data)}
     assert len(measured) >= 64
     assert trained | measured == set(numbered(1600))
     assert not trained & measured
 
 
 @pytest.mark.parametrize("captions", [numbered(600), ["a dog", "a cat", "a bird"] * 600])
-def test_few_pictures_or_few_captions_are_all_trained_on(tmp_path, captions):
-    assert held_out_share(Data(source=pictures(tmp_path / "few", captions))) == 0
+def test_few_images_or_few_captions_are_all_trained_on(tmp_path, captions):
+    assert held_out_share(Data(source=images(tmp_path / "few", captions))) == 0
 
 
-def test_a_caption_that_most_pictures_share_is_not_held_out_by_default(tmp_path):
-    """The hash of this caption is in the share, so two thirds of the pictures would be held out."""
+def test_a_caption_that_most_images_share_is_not_held_out_by_default(tmp_path):
+    """The hash of this caption is in the share, so two thirds of the images would be held out."""
     shared = next(c for c in numbered(200) if is_held_out(c, AUTO_SHARE))
     mixed = [c for caption in numbered(1600) for c in (caption, shared, shared)]
-    assert held_out_share(Data(source=pictures(tmp_path / "mixed", mixed))) == 0
+    assert held_out_share(Data(source=images(tmp_path / "mixed", mixed))) == 0
 
 
 @pytest.mark.parametrize("source", ["letters", "prompts.txt"])
@@ -77,11 +77,11 @@ def test_counting_captions_stops_as_soon_as_the_answer_is_clear():
     assert len(list(stream)) > 7000
     stream = iter([Record(str(k), lambda: "a wall", None) for k in range(9000)])
     assert not leaves_enough(stream)
-    assert len(list(stream)) == 9000 - MOST_LOOKED_AT
+    assert len(list(stream)) == 9000 - MAX_LOOKED_AT
 
 
 def test_a_run_keeps_the_share_that_it_began_with(tmp_path):
-    source = pictures(tmp_path / "growing", numbered(100))
+    source = images(tmp_path / "growing", numbered(100))
     auto, fixed = config_of(tmp_path, source), config_of(tmp_path, source, "data.held_out=0.2", "name=fixed")
     for config in (auto, fixed):
         open_run(config)
@@ -91,21 +91,21 @@ def test_a_run_keeps_the_share_that_it_began_with(tmp_path):
     assert settled(config_of(tmp_path, source, "name=fixed")).data.held_out == 0.2
     (auto.run_dir / "cache").mkdir()
     (auto.run_dir / "cache" / "manifest.json").write_text(json.dumps({"data": {"held_out": 0.0}}))
-    pictures(Path(source), [f"house {k}" for k in range(2000)])
+    images(Path(source), [f"house {k}" for k in range(2000)])
     assert held_out_share(auto.data) == AUTO_SHARE
     assert settled(auto).data.held_out == 0.0
 
 
 def test_the_table_says_what_training_has_seen(tmp_path):
-    few, many = pictures(tmp_path / "few", numbered(30)), pictures(tmp_path / "many", numbered(1600))
+    few, many = images(tmp_path / "few", numbered(30)), images(tmp_path / "many", numbered(1600))
     trained = evaluation_set_of(config_of(tmp_path, few))
-    assert trained.real.about == "30 pictures that were trained on, 32 x 32"
+    assert trained.real.about == "30 images that were trained on, 32 x 32"
     assert trained.prompts_about == "captions that were trained on"
     assert "data.held_out" in trained.warnings[0]
     part = evaluation_set_of(config_of(tmp_path, few, "data.num_images=20", "evaluation.num_images=25"))
-    assert part.real.about == "30 pictures of which the first 20 were trained on, 32 x 32"
+    assert part.real.about == "30 images of which the first 20 were trained on, 32 x 32"
     held_out = evaluation_set_of(config_of(tmp_path, many))
-    assert held_out.real.about.endswith("pictures held out from training, 32 x 32")
+    assert held_out.real.about.endswith("images held out from training, 32 x 32")
     assert (held_out.prompts_about, held_out.warnings) == ("captions held out from training", ())
     letters = evaluation_set_of(config_of(tmp_path, "letters"))
     assert letters.prompts_about == "captions that were trained on"
@@ -113,8 +113,8 @@ def test_the_table_says_what_training_has_seen(tmp_path):
     assert f"Real images: {held_out.real.about}." in markdown("x", {"rows": [], "protocol": protocol})
 
 
-def test_a_borrowed_cache_keeps_the_share_and_pictures_of_its_run(tmp_path):
-    source = pictures(tmp_path / "many", numbered(1600))
+def test_a_borrowed_cache_keeps_the_share_and_images_of_its_run(tmp_path):
+    source = images(tmp_path / "many", numbered(1600))
     cache = tmp_path / "lender" / "cache"
     cache.mkdir(parents=True)
     lent = Data(source=source, held_out=0.1).model_dump(mode="json")
@@ -122,7 +122,7 @@ def test_a_borrowed_cache_keeps_the_share_and_pictures_of_its_run(tmp_path):
     config = config_of(tmp_path, str(cache))
     assert held_out_share(config.data) == 0.1
     assert measured_data(config) == Data(source=source, held_out=0.1)
-    assert evaluation_set_of(config).real.about.endswith("pictures held out from training, 32 x 32")
+    assert evaluation_set_of(config).real.about.endswith("images held out from training, 32 x 32")
     (tmp_path / "many" / "metadata.jsonl").unlink()
     (tmp_path / "many" / "wall.png").unlink()
     (tmp_path / "many").rmdir()

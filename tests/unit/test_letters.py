@@ -24,7 +24,7 @@ def test_captions_read_back():
         letters.parse_caption("a dog")
 
 
-def test_a_picture_depends_only_on_seed_and_index():
+def test_a_image_depends_only_on_seed_and_index():
     triple = letters.Triple(0, 0, 0)
     first, again, other = (
         np.asarray(letters.render_at(triple, seed=s, index=i)) for s, i in ((1, 7), (1, 7), (1, 8))
@@ -33,7 +33,7 @@ def test_a_picture_depends_only_on_seed_and_index():
     assert not np.array_equal(first, other)
 
 
-def test_pictures_have_their_ink_and_paper():
+def test_images_have_their_ink_and_paper():
     for triple in letters.sample_triples(40, seed=3):
         pixels = np.asarray(letters.render_at(triple, seed=3, index=0)).reshape(-1, 3).astype(int)
         paper = np.array(list(letters.PAPERS.values())[triple.paper])
@@ -45,21 +45,17 @@ def test_pictures_have_their_ink_and_paper():
 def test_a_style_changes_only_what_a_caption_does_not_fix():
     triple = letters.Triple(3, 1, 0)
 
-    def picture(index, **style):
+    def image(index, **style):
         return np.asarray(letters.render_at(triple, seed=2, index=index, style=letters.Style(**style)))
 
-    assert np.array_equal(picture(0), np.asarray(letters.render_at(triple, seed=2, index=0)))
+    assert np.array_equal(image(0), np.asarray(letters.render_at(triple, seed=2, index=0)))
     fixed = {"typefaces": ("cmr10.ttf",), "angle": 0.0, "shift": 0.0}
-    assert np.array_equal(
-        picture(0, cap_height=(0.7, 0.7), **fixed), picture(1, cap_height=(0.7, 0.7), **fixed)
-    )
+    assert np.array_equal(image(0, cap_height=(0.7, 0.7), **fixed), image(1, cap_height=(0.7, 0.7), **fixed))
 
     def ink(pixels):
         return (np.abs(pixels.astype(int) - letters.PAPERS["white"]).sum(2) > 200).mean()
 
-    assert ink(picture(0, cap_height=(0.4, 0.4), **fixed)) < 0.5 * ink(
-        picture(0, cap_height=(0.8, 0.8), **fixed)
-    )
+    assert ink(image(0, cap_height=(0.4, 0.4), **fixed)) < 0.5 * ink(image(0, cap_height=(0.8, 0.8), **fixed))
 
 
 def test_every_caption_is_drawn_equally_often():

@@ -10,14 +10,14 @@ from stepdistill.evaluation.measure.image_sets import Distances, ImageSet
 
 
 def image_set(folder, name, seed, *, n=40, by_prompt=True):
-    pictures = torch.randint(
+    images = torch.randint(
         0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
     )
     calls = []
 
     def batches():
         calls.append(name)
-        yield from pictures.split(16)
+        yield from images.split(16)
 
     return ImageSet(f"{name}{seed}", folder / name, batches, by_prompt), calls
 

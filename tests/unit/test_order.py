@@ -1,4 +1,4 @@
-"""The order of pictures in several sizes: one size per update, and every picture equally often."""
+"""The order of images in several sizes: one size per update, and every image equally often."""
 
 import collections
 
@@ -36,12 +36,12 @@ def sdxl():
 
 
 @pytest.mark.parametrize("group", [64, 512])
-def test_every_picture_is_seen_equally_often_in_sdxls_buckets(group):
-    """After each of 40 passes over 1,000 pictures, the counts of any two pictures differ by at most 1."""
-    pictures, every = photographs(1000), sdxl()
+def test_every_image_is_seen_equally_often_in_sdxls_buckets(group):
+    """After each of 40 passes over 1,000 images, the counts of any two images differ by at most 1."""
+    images, every = photographs(1000), sdxl()
     assert len(every.all) == 11
-    assert min(every.tally(pictures).values()) < 64 <= max(every.tally(pictures).values())
-    sizes = every.without_small(pictures, least=group).tally(pictures)
+    assert min(every.tally(images).values()) < 64 <= max(every.tally(images).values())
+    sizes = every.without_small(images, least=group).tally(images)
     assert sum(sizes.values()) == 1000
     assert min(sizes.values()) >= group
     cache = Numbers(dict(sorted(sizes.items())))
@@ -59,15 +59,15 @@ def test_every_picture_is_seen_equally_often_in_sdxls_buckets(group):
     assert update == pytest.approx(40 * 1000 / group, abs=len(sizes))
 
 
-def test_pictures_of_small_buckets_go_to_the_nearest_bucket_with_enough():
-    pictures, every = photographs(1000), sdxl()
-    used = every.without_small(pictures, least=64)
+def test_images_of_small_buckets_go_to_the_nearest_bucket_with_enough():
+    images, every = photographs(1000), sdxl()
+    used = every.without_small(images, least=64)
     panorama = (1500, 3150)
     assert every.of(panorama) == (736, 1440)
     assert used.of(panorama) == (832, 1248)
     assert every.of((1500, 1500)) == used.of((1500, 1500)) == (1024, 1024)
-    assert every.without_small(pictures, least=1).all == every.all
-    assert len(every.without_small(pictures, least=2000).tally(pictures)) == 1
+    assert every.without_small(images, least=1).all == every.all
+    assert len(every.without_small(images, least=2000).tally(images)) == 1
     assert every.without_small({}, least=64).all == every.all
 
 

@@ -73,7 +73,7 @@ def test_changes_by_phase_add_up_to_the_drift_and_have_errors(run):
     ]
     assert sum(move.by for move in moves) == pytest.approx(moves[-1].drift) == pytest.approx(-0.3)
     assert [move.by for move in moves[2:]] == pytest.approx([-0.1, 0, 0, 0, -0.2], abs=0.03)
-    assert moves[-1].error == pytest.approx(0, abs=1e-12)  # every picture has the same drift
+    assert moves[-1].error == pytest.approx(0, abs=1e-12)  # every image has the same drift
     assert moves[-1].is_certain
     after(run, 4, 2, sharpness=-0.3, noise=0.5)
     scattered = read_run(run)
@@ -102,7 +102,7 @@ def test_the_advice_names_the_training_images_if_the_phase_pulls_towards_them(ru
     config.write_text(config.read_text().replace("real: teacher", "real: data"))
     after(run, 4, 2, sharpness=-0.2, data={"sharpness": -0.25})
     (advice,) = blurred(run)
-    assert advice.remedy.startswith("That phase pulls the pictures towards the training images, which differ")
+    assert advice.remedy.startswith("That phase pulls the images towards the training images, which differ")
     after(run, 4, 2, sharpness=-0.2, data={"sharpness": 0.1})
     (advice,) = blurred(run)
     assert "training images" not in advice.remedy
@@ -178,7 +178,7 @@ def test_too_much_sharpness_is_attributed_to_the_phase_that_sharpened(run):
 
 
 def test_without_numbers_by_phase_no_remedy_is_advised(run):
-    (advice,) = blurred(run)  # the pictures at the phases' ends do not show it
+    (advice,) = blurred(run)  # the images at the phases' ends do not show it
     assert (advice.finding, advice.remedy) == ("4 steps: 20 % less sharp than the teacher.", "")
     after(run, 4, 2, sharpness=-0.2)
     (run / "rungs" / "8" / "previews" / "phase1-paired-end.json").unlink()
@@ -199,12 +199,12 @@ def test_a_change_within_its_error_is_not_attributed_to_a_phase(run):
     assert advice.remedy == ""
 
 
-@pytest.mark.parametrize("damage", ["", "null", "another digit", "one picture", "another shape"])
+@pytest.mark.parametrize("damage", ["", "null", "another digit", "one image", "another shape"])
 def test_a_damaged_file_counts_as_missing(run, damage):
     path = run / "rungs" / "32" / "previews" / "phase0-mse-end.json"
     if damage == "another digit":
         path.write_text(path.read_text().replace("3.0", "4.0", 1))
-    elif damage == "one picture":
+    elif damage == "one image":
         looks = read_sealed(path)
         write_sealed(path, looks | {"compared_with": looks["compared_with"] | {"images": 1}})
     elif damage == "another shape":
@@ -217,7 +217,7 @@ def test_a_damaged_file_counts_as_missing(run, damage):
     assert table.lines[0].cells[0].extra == ""
 
 
-def test_numbers_from_other_pictures_are_not_compared(run):
+def test_numbers_from_other_images_are_not_compared(run):
     after(run, 4, 2, sharpness=-0.2)
     path = run / "rungs" / "32" / "previews" / "phase0-mse-end.json"
     looks = read_sealed(path)
@@ -229,7 +229,7 @@ def test_numbers_from_other_pictures_are_not_compared(run):
 def test_the_page_shows_the_drift_of_each_phase(run):
     after(run, 4, 2, sharpness=-0.2, noise=0, data={"colour": 3.0})
     page = render([read_run(run)], columns=1)
-    assert "8 pictures at the end of each phase, compared with the undistilled teacher&#39;s" in page
+    assert "8 images at the end of each phase, compared with the undistilled teacher&#39;s" in page
     start = page.index("4 steps, phase 2 (single)")
     assert "<td>-20 % <small>-" in page[start : start + 200]
     assert "training images" in page

@@ -173,7 +173,7 @@ def test_hours_come_from_the_updates_that_the_run_has_logged(tmp_path):
     assert f"about {hours:,.1f} hours at 0.25 s a pass" in describe(config, seconds_per_pass=pace)
 
 
-def test_pictures_that_the_teacher_draws_for_prompts_are_counted(tmp_path):
+def test_images_that_the_teacher_draws_for_prompts_are_counted(tmp_path):
     (tmp_path / "prompts.txt").write_text("a\n\nb\nc\n")
     config = load_config(CONFIGS[0], [f"data.source={tmp_path / 'prompts.txt'}", "data.num_images=null"])
     assert preparation_forwards(config) == 3 * 32 * 2

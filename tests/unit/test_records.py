@@ -45,29 +45,29 @@ def result_of(read):
 
 
 def read_all(source):
-    """name -> (caption, picture), in order."""
+    """name -> (caption, image), in order."""
     return {r.name: (result_of(r.read_caption), result_of(r.read_image)) for r in records(str(source))}
 
 
-def test_a_folder_is_read_in_order_of_names_with_the_texts_beside_the_pictures(tmp_path):
+def test_a_folder_is_read_in_order_of_names_with_the_texts_beside_the_images(tmp_path):
     for name in ("b.png", "a.JPG", "sub/deeper/d.webp", "sub/c.jpeg", "z.bmp"):
-        write(tmp_path / name, f"picture {name}")
+        write(tmp_path / name, f"image {name}")
         write((tmp_path / name).with_suffix(".txt"), f"caption {name}")
-    write(tmp_path / "notes.md", "no picture")
-    write(tmp_path / "alone.txt", "no picture")
+    write(tmp_path / "notes.md", "no image")
+    write(tmp_path / "alone.txt", "no image")
     write(tmp_path / "mute.png", b"x")
     samples = read_all(tmp_path)
     assert list(samples) == ["a.JPG", "b.png", "mute.png", "z.bmp", "sub/c.jpeg", "sub/deeper/d.webp"]
     assert samples.pop("mute.png") == ("caption_missing", b"x")
-    for name, (caption, picture) in samples.items():
-        assert (caption, picture) == (f"caption {name}".encode(), f"picture {name}".encode())
+    for name, (caption, image) in samples.items():
+        assert (caption, image) == (f"caption {name}".encode(), f"image {name}".encode())
     versions = {r.name: r.version() for r in records(str(tmp_path))}
     assert versions == {name: version_of_bytes((tmp_path / name).read_bytes()) for name in versions}
     assert len(set(versions.values())) == len(versions)
 
 
-def test_the_version_of_a_picture_is_the_same_in_a_folder_and_in_an_archive(tmp_path):
-    """The version is the length and 64 bytes from the middle: for 1 byte, no byte, and another picture of equal length."""
+def test_the_version_of_a_image_is_the_same_in_a_folder_and_in_an_archive(tmp_path):
+    """The version is the length and 64 bytes from the middle: for 1 byte, no byte, and another image of equal length."""
     contents = [b"", b"x", bytes(range(256)) * 9, bytes(range(255, -1, -1)) * 9]
     with tarfile.open(tmp_path / "many.tar", "w") as archive:
         for k, content in enumerate(contents):
@@ -118,7 +118,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
     assert read_all(tmp_path) == {"a.png": ("caption_too_long", "image_too_large")}
 
 
-def test_metadata_lines_name_pictures_and_captions(tmp_path):
+def test_metadata_lines_name_images_and_captions(tmp_path):
     write(tmp_path / "sub" / "a.png", b"x")
     rows = [
         json.dumps({"file_name": "sub/a.png", "text": "a wall"}),
@@ -197,7 +197,7 @@ def test_members_of_an_archive_with_the_same_stem_are_one_sample(tmp_path):
         ("2.png", b"two"),
         ("2.txt", b"caption 2"),
         ("sub/2.png", b"another"),
-        ("3.txt", b"no picture"),
+        ("3.txt", b"no image"),
         ("4.png", b"four"),
         ("5.json", b"[" * 100_000),
         ("5.png", b"five"),

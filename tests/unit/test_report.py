@@ -22,7 +22,7 @@ MANIFEST = {
     "bad": {"caption_empty": 3, "image_unreadable": 7},
     "bad_examples": {
         "caption_empty": ["b.png: an empty <b>caption</b>"],
-        "image_unreadable": ["a.png: no picture", "c.png: no picture"],
+        "image_unreadable": ["a.png: no image", "c.png: no image"],
     },
 }
 
@@ -69,7 +69,7 @@ def page(run):
 
 
 def changed(run, tmp_path, change):
-    """A copy of the run's files with a changed results.json; its pictures are not copied."""
+    """A copy of the run's files with a changed results.json; its images are not copied."""
     folder = tmp_path / "changed"
     folder.mkdir()
     for name in ("config.yaml", "environment.json", "log.jsonl", "rungs"):
@@ -101,7 +101,7 @@ def test_a_number_that_is_not_finite_is_a_dash_on_the_page_and_null_in_the_repor
     assert json.loads(written)["rows"][-1]["fid_to_teacher"] is None
 
 
-def test_the_page_loads_nothing_but_its_own_pictures_and_style(page):
+def test_the_page_loads_nothing_but_its_own_images_and_style(page):
     policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     styles = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(styles[0].encode()).digest()).decode()
@@ -122,10 +122,10 @@ def test_links_lead_to_existing_sections(page):
     assert {a["href"].removeprefix("#") for a in page.all("a")} <= ids
 
 
-def test_every_picture_can_be_decoded_and_has_a_description(page):
-    pictures = page.all("img")
-    assert len(pictures) > 80
-    for attributes in pictures:
+def test_every_image_can_be_decoded_and_has_a_description(page):
+    images = page.all("img")
+    assert len(images) > 80
+    for attributes in images:
         assert attributes["alt"].strip()
         kind, data = attributes["src"].removeprefix("data:image/").split(";base64,")
         content = base64.b64decode(data)
@@ -138,7 +138,7 @@ def test_every_picture_can_be_decoded_and_has_a_description(page):
             Image.open(io.BytesIO(content)).load()
 
 
-def test_small_pictures_are_embedded_unchanged_and_enlarged_without_smoothing(page):
+def test_small_images_are_embedded_unchanged_and_enlarged_without_smoothing(page):
     tile = next(a for a in page.all("img") if a["alt"].startswith("student-4: "))
     image = Image.open(io.BytesIO(base64.b64decode(tile["src"].split(",")[1])))
     assert image.size == (32, 32)
@@ -146,7 +146,7 @@ def test_small_pictures_are_embedded_unchanged_and_enlarged_without_smoothing(pa
 
 
 @pytest.mark.slow
-def test_large_pictures_become_thumbnails(tmp_path):
+def test_large_images_become_thumbnails(tmp_path):
     folder = make_run(tmp_path / "large", size=320, columns=2)
     page = page_of(folder, grid_columns=2)
     tile = next(a for a in page.all("img") if a["alt"].startswith("student-4: "))
@@ -168,7 +168,7 @@ def test_hostile_prompts_are_text(page, run):
     assert max(len(html.unescape(heading)) for heading in headings) <= 60
 
 
-def test_a_row_named_like_an_outside_path_shows_no_picture(run, tmp_path):
+def test_a_row_named_like_an_outside_path_shows_no_image(run, tmp_path):
     def escape(results):
         results["rows"][6]["row"] = "../../../letters/evaluation/student-8"
         results["matrix"]["cells"][0]["adapter"] = "../.."
@@ -207,7 +207,7 @@ def test_equal_runs_give_equal_pages(run, tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_pictures_and_logs_may_be_missing(run, tmp_path):
+def test_images_and_logs_may_be_missing(run, tmp_path):
     write_training(tmp_path / "bare", finished=())
     (tmp_path / "bare" / "log.jsonl").unlink()
     (tmp_path / "bare" / "environment.json").unlink()
@@ -237,12 +237,12 @@ def test_a_run_in_training_shows_how_far_it_is(tmp_path):
 def test_missing_columns_are_named_with_the_reason(run, tmp_path):
     def lacking(results):
         results["absent"] = [{"columns": "FD-DINOv2", "why": "no <b>folder</b> is named"}]
-        results["protocol"]["real_images"] = "80 pictures held out from training, 32 x 32"
+        results["protocol"]["real_images"] = "80 images held out from training, 32 x 32"
 
     folder = changed(run, tmp_path, lacking)
     page = page_of(folder)
     assert "FD-DINOv2 no <b>folder</b> is named." in page.text
-    assert "same prompts and noise, real images: 80 pictures held out from training, 32 x 32" in page.text
+    assert "same prompts and noise, real images: 80 images held out from training, 32 x 32" in page.text
     assert (
         "Not in the table:\n- FD-DINOv2: no <b>folder</b> is named"
         in (folder / "report" / "results.md").read_text()
@@ -257,7 +257,7 @@ def test_samples_that_were_left_out_are_counted_by_kind(tmp_path):
     page = page_of(folder, grid_columns=4)
     assert "Trained on 1,990 samples; 10 of 2,000 were left out." in page.text
     assert "caption_empty 3 b.png: an empty <b>caption</b>" in page.text
-    assert "image_unreadable 7 a.png: no picture" in page.text
+    assert "image_unreadable 7 a.png: no image" in page.text
     text = (folder / "report" / "results.md").read_text()
     assert "10 of 2,000 were left out.\n- caption_empty: 3\n- image_unreadable: 7\n" in text
     (folder / "cache/manifest.json").write_text('{"samples": 2000, "bad": {}, "bad_examples": {}}')
@@ -300,9 +300,9 @@ def test_several_runs_are_compared_rung_by_rung(run, tmp_path):
     assert list(facts["runs"]) == ["letters", "changed"]
     assert "| changed: student-4 | 4 |" in (tmp_path / "comparison" / "results.md").read_text()
     spoken = {
-        picture["alt"].split(" over ")[0]: picture["alt"]
-        for picture in page.all("img")
-        if " over steps" in picture["alt"]
+        image["alt"].split(" over ")[0]: image["alt"]
+        for image in page.all("img")
+        if " over steps" in image["alt"]
     }
     assert "floor" not in spoken["FID to the teacher"]  # each run has another
     assert spoken["FID to real images"].endswith("The floor is 5.8.")
@@ -314,9 +314,7 @@ def test_a_floor_is_drawn_only_if_all_runs_have_it(run, tmp_path):
         del results["floor"]["fid_to_real"]
 
     page = page_of([run, changed(run, tmp_path, without)], output=tmp_path / "comparison", grid_columns=4)
-    spoken = [
-        picture["alt"] for picture in page.all("img") if picture["alt"].startswith("FID to real images over")
-    ]
+    spoken = [image["alt"] for image in page.all("img") if image["alt"].startswith("FID to real images over")]
     assert spoken
     assert not [alt for alt in spoken if "floor" in alt]
 
@@ -374,14 +372,14 @@ def test_the_markdown_table_has_the_standard_columns_or_the_chosen_ones(run):
 
 def test_the_notes_below_the_table_say_what_each_number_is_compared_with(run):
     results = load(run)
-    results["protocol"] |= {"prompts": "a file's", "real_images": "80 pictures held out from training"}
-    results["protocol"]["other_real_images"] = "80 pictures that were trained on"
+    results["protocol"] |= {"prompts": "a file's", "real_images": "80 images held out from training"}
+    results["protocol"]["other_real_images"] = "80 images that were trained on"
     notes = table_notes(results)
     for sentence in (
         "FID to teacher: against images of teacher-32 with other seeds.",
         "Paired FID and latent MSE: against images of teacher-32 with the same noise; teacher-32 itself has 0.",
-        "Real images: 80 pictures held out from training.",
-        "Floor of FID to real, between two sets of real images (the second: 80 pictures that were trained on): 5.8.",
+        "Real images: 80 images held out from training.",
+        "Floor of FID to real, between two sets of real images (the second: 80 images that were trained on): 5.8.",
         "Floor of FID to teacher, between images of teacher-32 with two sets of seeds: 2.60.",
         "teacher-32 against itself with other noise: paired FID 2.60, latent MSE to teacher 0.9000.",
     ):

@@ -81,7 +81,7 @@ def test_a_student_worse_than_the_bare_teacher_at_equal_passes_comes_first(run):
         ),
         (
             {"diversity": 0.6},
-            "4 steps: pictures of different seeds differ 0.60 times",
+            "4 steps: images of different seeds differ 0.60 times",
             "ladder.2.phases.1.learning_rate",
         ),
     ],

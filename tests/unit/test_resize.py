@@ -55,8 +55,8 @@ def test_tf1_enlarges_with_the_same_formula():
 
 def test_antialiased_bilinear_is_pils_up_to_its_rounding(noise):
     for size in (40, 299):
-        picture = Image.fromarray(noise[0].permute(1, 2, 0).numpy())
-        expected = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
+        image = Image.fromarray(noise[0].permute(1, 2, 0).numpy())
+        expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
         result = resize(noise, "torchmetrics", size=size)[0].permute(1, 2, 0).numpy()
         assert np.abs(result - expected).max() <= 1.01
 
@@ -74,15 +74,15 @@ def test_pil_bicubic_is_not_quantised_and_stays_in_range(noise):
     clipped = resize(edges, "pil_bicubic", size=299)
     assert (clipped.min(), clipped.max()) == (0, 255)
     middling = noise // 2 + 64  # PIL clips 8 bit between its two passes, which floating point does not
-    picture = Image.fromarray(middling[0].permute(1, 2, 0).numpy())
-    expected = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32)
+    image = Image.fromarray(middling[0].permute(1, 2, 0).numpy())
+    expected = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.float32)
     result = resize(middling, "pil_bicubic", size=64)
     assert np.abs(result[0].permute(1, 2, 0).numpy() - expected).max() <= 1.01
 
 
 def test_lanczos512_goes_through_512_in_8_bit(noise):
-    picture = Image.fromarray(noise[0].permute(1, 2, 0).numpy()).resize((512, 512), Image.Resampling.LANCZOS)
-    middle = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    image = Image.fromarray(noise[0].permute(1, 2, 0).numpy()).resize((512, 512), Image.Resampling.LANCZOS)
+    middle = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     assert torch.equal(resize(noise[:1], "lanczos512", size=99), resize(middle, "torchmetrics", size=99))
 
 

@@ -1,4 +1,4 @@
-"""The second reader: its committed weights agree with their record, and it measures a table's pictures."""
+"""The second reader: its committed weights agree with their record, and it measures a table's images."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from stepdistill.config.load import load_config
 from stepdistill.demo import letters
 from stepdistill.demo.reader import load_reader
 from stepdistill.disk.durable import sha256_file
-from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.teacher.folder import embedded_folder
 
@@ -44,11 +44,11 @@ def test_the_second_reader_reads_new_renderings_and_has_other_features():
     assert not torch.allclose(reader.features(images), shipped.features(images), atol=1.0)
 
 
-def draw(folder, pictures):
-    pictures = [Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in pictures]
-    row = PictureFolder(folder)
+def draw(folder, images):
+    images = [Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in images]
+    row = RowImages(folder)
     row.begin(folder.name, {})
-    row.add(0, pictures, torch.zeros(len(pictures), 4, 8, 8), seconds=1.0)
+    row.add(0, images, torch.zeros(len(images), 4, 8, 8), seconds=1.0)
 
 
 def test_a_table_is_measured_by_the_second_reader(tmp_path):
@@ -79,7 +79,7 @@ def test_a_table_is_measured_by_the_second_reader(tmp_path):
     assert second_reader.measured_again(config, ["right"]).rows["right"] == rows["right"]
 
 
-def test_a_table_of_other_pictures_is_not_measured_again(tmp_path):
+def test_a_table_of_other_images_is_not_measured_again(tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
     config = load_config("configs/letters.yaml", [f"evaluation.prompts={tmp_path / 'prompts.txt'}"])
     assert second_reader.measured_again(config, ["teacher-32"]) == second_reader.Again({}, {}, {})

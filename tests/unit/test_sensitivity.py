@@ -36,9 +36,9 @@ def sets():
         "two at once": (same.float() + same.roll(7, 0).float()) / 2,
         "colour": cast,
     }
-    pictures = {name: x.float().round().clamp(0, 255).to(torch.uint8) for name, x in changed.items()}
+    images = {name: x.float().round().clamp(0, 255).to(torch.uint8) for name, x in changed.items()}
     extractor = build_extractor("reader")
-    return {name: (extract([x], extractor, resize="none"), x) for name, x in pictures.items()}
+    return {name: (extract([x], extractor, resize="none"), x) for name, x in images.items()}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_lost_mode_lowers_recall_and_coverage_but_not_precision(sets):
     assert density_coverage(real, lost)[1] < density_coverage(real, same)[1] - 0.05
 
 
-def test_blends_of_two_pictures_lower_precision_and_density(sets):
+def test_blends_of_two_images_lower_precision_and_density(sets):
     real, same, mixed = sets["real"][0], sets["same"][0], sets["two at once"][0]
     assert precision_recall(real, mixed)[0] < precision_recall(real, same)[0] - 0.1
     assert density_coverage(real, mixed)[0] < density_coverage(real, same)[0] - 0.15
@@ -75,9 +75,9 @@ def test_seeds_that_differ_less_lower_diversity():
     triples = letters.sample_triples(8, seed=5)
 
     def spread(mixing):
-        pictures = torch.stack([rendered(triples, seed) for seed in range(6)], dim=1).float()
-        first = pictures[:, :1]
-        mixed = (pictures + mixing * (first - pictures)).round().to(torch.uint8).flatten(0, 1)
+        images = torch.stack([rendered(triples, seed) for seed in range(6)], dim=1).float()
+        first = images[:, :1]
+        mixed = (images + mixing * (first - images)).round().to(torch.uint8).flatten(0, 1)
         return diversity(extract([mixed], build_extractor("reader"), resize="none").reshape(8, 6, -1))
 
     assert spread(1.0) == 0

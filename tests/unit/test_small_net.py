@@ -1,4 +1,4 @@
-"""The extractor that is trained on the run's pictures: it sees damage and lost classes, and is reproducible."""
+"""The extractor that is trained on the run's images: it sees damage and lost classes, and is reproducible."""
 
 import dataclasses
 
@@ -25,9 +25,9 @@ from tests.unit.test_sensitivity import rendered
 N = 200
 
 
-def damages(pictures):
-    """Pictures with each kind of damage, in order of growing strength."""
-    plain = pictures.float()
+def damages(images):
+    """Images with each kind of damage, in order of growing strength."""
+    plain = images.float()
     grain = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0))
     mixed = {share: share * plain + (1 - share) * plain.roll(7, 0) for share in (0.8, 0.5)}
     blurred = {k: avg_pool2d(plain, k, stride=1, padding=k // 2, count_include_pad=False) for k in (3, 7)}
@@ -40,7 +40,7 @@ def damages(pictures):
 
 
 def distances(schooling, folder):
-    """FID to other pictures of the same kind, for undamaged pictures, each damage, and a third of the letters only."""
+    """FID to other images of the same kind, for undamaged images, each damage, and a third of the letters only."""
     triples = letters.sample_triples(N, seed=0)
     few = [dataclasses.replace(t, letter=t.letter % 8) for t in triples]
     net, grades = train_small_net(
@@ -73,7 +73,7 @@ def test_fid_grows_with_every_damage_after_short_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_fid_grows_with_every_damage_and_unseen_pictures_are_recognised(tmp_path):
+def test_fid_grows_with_every_damage_and_unseen_images_are_recognised(tmp_path):
     fids, grades = distances(Schooling(), tmp_path)
     check(fids, {"lost letters": 4, "blur": 50, "noise": 10, "two at once": 50})
     assert grades.among == 100
@@ -82,28 +82,28 @@ def test_fid_grows_with_every_damage_and_unseen_pictures_are_recognised(tmp_path
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_every_input_size_gives_128_features_and_small_pictures_are_not_enlarged_much(side):
+def test_every_input_size_gives_128_features_and_small_images_are_not_enlarged_much(side):
     assert SmallNet(side)(torch.zeros(2, 3, side, side)).shape == (2, 128)
     assert side_for((side, side - 8)) == side
     assert side_for((768, 1024)) == 128
 
 
-def test_the_same_pictures_give_a_bit_identical_net_and_global_randomness_is_unchanged(tmp_path):
-    pictures = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+def test_the_same_images_give_a_bit_identical_net_and_global_randomness_is_unchanged(tmp_path):
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
     before = torch.get_rng_state()
     for name in ("first", "second"):
-        net, _ = train_small_net(pictures[:30], pictures[30:], Schooling(steps=3, batch_size=8))
+        net, _ = train_small_net(images[:30], images[30:], Schooling(steps=3, batch_size=8))
         write_small_net(tmp_path / name, net, {"pictures": 30})
     assert torch.equal(before, torch.get_rng_state())
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
     assert first == second
-    other, _ = train_small_net(pictures[:30], pictures[30:], Schooling(steps=3, batch_size=8, seed=1))
+    other, _ = train_small_net(images[:30], images[30:], Schooling(steps=3, batch_size=8, seed=1))
     assert not torch.equal(other.trunk[0].weight, net.trunk[0].weight)
 
 
 def test_a_stored_net_reads_back_and_a_damaged_one_is_refused(tmp_path):
-    pictures = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
-    net, _ = train_small_net(pictures, pictures, Schooling(steps=1, batch_size=8))
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    net, _ = train_small_net(images, images, Schooling(steps=1, batch_size=8))
     write_small_net(tmp_path, net, {})
     again, sha256 = read_small_net(tmp_path)
     extractor = build_extractor(f"trained:{tmp_path}")
@@ -119,7 +119,7 @@ def test_a_stored_net_reads_back_and_a_damaged_one_is_refused(tmp_path):
         build_extractor("trained:nowhere")
 
 
-def test_every_damage_changes_only_its_own_pictures():
+def test_every_damage_changes_only_its_own_images():
     batch = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for kind, name in enumerate(DAMAGES):
         kinds = torch.zeros(12, dtype=torch.int64)

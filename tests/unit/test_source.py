@@ -7,7 +7,7 @@ from PIL import Image
 from stepdistill.config import ConfigError, Data
 from stepdistill.data.decode import read_caption
 from stepdistill.data.source import (
-    evaluation_pictures,
+    evaluation_images,
     is_held_out,
     measured_captions,
     training_records,
@@ -17,7 +17,7 @@ from stepdistill.demo.world import world_of
 SHARE = 0.25
 
 
-def picture(path, *, size=(40, 30), colour=(200, 10, 10), caption="a red wall"):
+def image(path, *, size=(40, 30), colour=(200, 10, 10), caption="a red wall"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     path.with_suffix(".txt").write_text(caption)
@@ -52,9 +52,9 @@ def test_a_held_out_share_that_selects_no_captions_is_refused():
 
 def test_training_and_table_share_no_caption_of_a_folder(tmp_path):
     for k in range(40):
-        picture(tmp_path / f"{k % 3}" / f"{k:02d}.png", colour=(6 * k, 0, 0), caption=f"wall {k}")
+        image(tmp_path / f"{k % 3}" / f"{k:02d}.png", colour=(6 * k, 0, 0), caption=f"wall {k}")
     data = Data(source=str(tmp_path), held_out=SHARE)
-    captions, measured = captions_of(data), evaluation_pictures(data)
+    captions, measured = captions_of(data), evaluation_images(data)
     assert captions
     assert {p.caption for p in measured} == {f"wall {k}" for k in range(40)} - set(captions)
     for shown in measured:
@@ -65,7 +65,7 @@ def test_training_and_table_share_no_caption_of_a_folder(tmp_path):
 
 
 def test_an_unusable_source_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="holds no pictures with captions"):
+    with pytest.raises(ConfigError, match="holds no images with captions"):
         training_records(Data(source=str(tmp_path)), seed=0)
     with pytest.raises(ConfigError, match="which does not exist"):
         training_records(Data(source=str(tmp_path / "missing")), seed=0)

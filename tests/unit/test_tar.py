@@ -9,7 +9,7 @@ import pytest
 from stepdistill.data.tar import BrokenArchive, members, read_member
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-LONG = "pictures of walls/" * 5
+LONG = "images of walls/" * 5
 NAMES = [
     "a.png",
     "a.txt",

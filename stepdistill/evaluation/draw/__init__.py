@@ -1,1 +1,1 @@
-"""Draws the pictures of the evaluation: the table's rows, the sampler, and the folders of pictures."""
+"""Draws the images of the evaluation: the table's rows, the sampler, and the folders of images."""

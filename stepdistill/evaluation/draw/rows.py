@@ -17,7 +17,7 @@ from stepdistill.messages import first_line
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.teacher.files import read_header
 from stepdistill.teacher.lora_header import check_lora_header
-from stepdistill.teacher.scheduler import MOST_TIMESTEPS
+from stepdistill.teacher.scheduler import MAX_TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ def try_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> None:
     beside = read_json(scheduler_file(lora_file(lora).parent)) if lora.scheduler is None else None
     options = {**(beside if isinstance(beside, dict) else {}), **(lora.scheduler_options or {})}
     count = options.get("num_train_timesteps", 1)
-    if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
+    if type(count) is not int or not 1 <= count <= MAX_TIMESTEPS:
         raise ConfigError(
-            f"evaluation.loras: {lora.name}: got num_train_timesteps {count!r}; allowed: 1 to {MOST_TIMESTEPS}"
+            f"evaluation.loras: {lora.name}: got num_train_timesteps {count!r}; allowed: 1 to {MAX_TIMESTEPS}"
         )
     try:
         scheduler = lora_scheduler(lora, base_config)

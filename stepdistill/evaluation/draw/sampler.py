@@ -18,7 +18,7 @@ from PIL import Image
 from stepdistill.config import RunConfig
 from stepdistill.disk.durable import read_json, sha256_file, sha256_json
 from stepdistill.errors import NonFiniteError
-from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import Row, lora_file, lora_scheduler
 from stepdistill.export.scheduler import student_scheduler
 from stepdistill.models.network.encode import unconditional_is_zeros
@@ -52,7 +52,7 @@ def draw(
     """Images of the prompts, and their final latents (n, C, h, w), float32 on the CPU.
 
     Image k of the call has its own generator, seeded by (seed, first + k). `what` draws, for the message; `options` are
-    passed to the pipeline. NonFiniteError if a picture holds a number that is not finite: as bytes it would be black.
+    passed to the pipeline. NonFiniteError if an image holds a number that is not finite: as bytes it would be black.
     """
     last: dict[str, torch.Tensor] = {}
 
@@ -60,7 +60,7 @@ def draw(
         last["latents"] = state["latents"]
         return state
 
-    with _requiring_finite_pictures(pipeline.vae, what, first=first):
+    with _requiring_finite_images(pipeline.vae, what, first=first):
         images = pipeline(
             list(prompts),
             num_inference_steps=steps,
@@ -74,20 +74,20 @@ def draw(
 
 
 @contextlib.contextmanager
-def _requiring_finite_pictures(vae: Any, what: str, *, first: int) -> Iterator[None]:
-    """Inside it, NonFiniteError if the VAE decodes a picture with a number that is not finite.
+def _requiring_finite_images(vae: Any, what: str, *, first: int) -> Iterator[None]:
+    """Inside it, NonFiniteError if the VAE decodes an image with a number that is not finite.
 
     Args:
         vae: the pipeline's VAE.
         what: what draws, for the message.
-        first: number of the first picture.
+        first: number of the first image.
     """
 
-    def check(_decoder: torch.nn.Module, _latents: object, pictures: torch.Tensor) -> None:
-        is_finite = pictures.isfinite().flatten(1).all(dim=1)
+    def check(_decoder: torch.nn.Module, _latents: object, images: torch.Tensor) -> None:
+        is_finite = images.isfinite().flatten(1).all(dim=1)
         if not bool(is_finite.all()):
             raise NonFiniteError(
-                f"picture {first + int(is_finite.int().argmin())} of {what} holds numbers that are not finite; fix: "
+                f"image {first + int(is_finite.int().argmin())} of {what} holds numbers that are not finite; fix: "
                 f"evaluation.dtype=float32 if it is half precision; else the model is damaged, which `stepdistill doctor` "
                 f"finds in the teacher, and `stepdistill distill --rung` trains a damaged rung again"
             )
@@ -177,17 +177,17 @@ class Sampler:
         Returns the manifest in the main process, {} in others; its seconds_per_image is the median over chunks, which
         leaves the warm-up out.
         """
-        pictures, size = PictureFolder(folder), self._config.evaluation.batch_size
+        row_images, size = RowImages(folder), self._config.evaluation.batch_size
         if processes.is_main:
             about = {"name": row.name, "steps": row.steps, "nfe": row.nfe, "num_images": len(prompts)}
             key = self.key(row, prompts, seed=seed)
-            pictures.begin(key, about | {"prompts_sha256": sha256_json(list(prompts)), "seed": seed})
+            row_images.begin(key, about | {"prompts_sha256": sha256_json(list(prompts)), "seed": seed})
         processes.wait()
-        markers = pictures.markers()
+        markers = row_images.markers()
         processes.wait()
-        pictures.drop_damaged(processes.share(markers))
+        row_images.drop_damaged(processes.share(markers))
         processes.wait()
-        missing = pictures.missing(len(prompts), size)
+        missing = row_images.missing(len(prompts), size)
         processes.wait()  # no process draws before all have listed the missing images
         mine = processes.share(missing)
         total = sum(map(len, mine))
@@ -201,11 +201,11 @@ class Sampler:
                 chunk_prompts = prompts[chunk.start : chunk.stop]
                 images, latents = self.draw(row, chunk_prompts, seed=seed, first=chunk.start)
                 seconds = (time.monotonic() - began) / len(chunk)
-                pictures.add(chunk.start, images, latents, seconds=seconds)
+                row_images.add(chunk.start, images, latents, seconds=seconds)
                 done += len(chunk)
                 bar.update(done, {"s / image": seconds})
         processes.wait()
-        return pictures.finish() if processes.is_main else {}
+        return row_images.finish() if processes.is_main else {}
 
     def _ready(self, row: Row) -> DiffusionPipeline:
         if self._pipeline is None:

@@ -1,4 +1,4 @@
-"""Small studies besides the table, each with its own folder of pictures.
+"""Small studies besides the table, each with its own folder of images.
 
 seeds    a few prompts with several seeds each: are the student's images as diverse as the teacher's?
 scales   every student's LoRA at several weights
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stepdistill.config import RunConfig
-from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import Row
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.evaluation.measure.distances import diversity
@@ -28,7 +28,7 @@ class Studies:
 
     Args:
         config: the run's config.
-        sampler: draws the pictures.
+        sampler: draws the images.
         processes: the processes that share the drawing.
         prompts: the prompts of the table's images.
         folder: the run's evaluation/ folder.
@@ -42,7 +42,7 @@ class Studies:
         self._seed = derive_seed(config.seed, "studies")
 
     def draw_seeds(self, rows: Sequence[Row]) -> dict[str, Any] | None:
-        """Draws the seed study of these rows; picture number prompt * seeds + seed.
+        """Draws the seed study of these rows; image number prompt * seeds + seed.
 
         Returns the prompts, the number of seeds and the row names; None if evaluation.diversity_prompts is 0.
         """
@@ -59,9 +59,9 @@ class Studies:
     def seed_diversity(
         self, row: Row, grid: dict[str, Any], extractor: FeatureExtractor, *, resize: str
     ) -> float:
-        """Mean feature distance between two pictures of one prompt with different seeds, of a drawn seed study."""
+        """Mean feature distance between two images of one prompt with different seeds, of a drawn seed study."""
         prompts, seeds = len(grid["prompts"]), grid["seeds"]
-        batches = PictureFolder(self._seeds_folder(row)).batches(prompts * seeds)
+        batches = RowImages(self._seeds_folder(row)).batches(prompts * seeds)
         return diversity(extract(batches, extractor, resize=resize).reshape(prompts, seeds, -1))
 
     def scale_sweep(self, students: Sequence[Row], reference: Row) -> dict[str, Any] | None:
@@ -104,7 +104,7 @@ class Studies:
         return {"latent_mse_to_teacher": distance}
 
     def _latents(self, folder: Path) -> torch.Tensor:
-        return PictureFolder(folder).latents()
+        return RowImages(folder).latents()
 
     def _seeds_folder(self, row: Row) -> Path:
         return self._folder / "seeds" / row.name

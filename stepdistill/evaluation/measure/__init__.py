@@ -1,1 +1,1 @@
-"""Measures the pictures of the evaluation: feature extractors, and distances between sets of pictures."""
+"""Measures the images of the evaluation: feature extractors, and distances between sets of images."""

@@ -1,8 +1,8 @@
 """Chooses the feature extractor for FID and related metrics from `evaluation.features`.
 
-Default: the reader for the letters world; for other pictures Inception if its weights are on disk, else a small net trained
-on the run's own pictures if there are enough of them, else none. The reader was trained on letters only, so it measures
-other pictures only if the config names it.
+Default: the reader for the letters world; for other images Inception if its weights are on disk, else a small net trained
+on the run's own images if there are enough of them, else none. The reader was trained on letters only, so it measures
+other images only if the config names it.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from stepdistill.demo.world import world_of
 from stepdistill.evaluation.evaluation_set import EvaluationSet
 from stepdistill.evaluation.measure.feature_files import inception_file
 from stepdistill.evaluation.measure.trained import (
-    FEWEST_PICTURES,
-    pictures_at_hand,
+    MIN_IMAGES,
+    images_at_hand,
     trained_extractor,
     trained_facts,
     trained_side,
@@ -21,7 +21,7 @@ from stepdistill.evaluation.measure.trained import (
 
 TRAINED = "trained"
 _OF_LETTERS = (
-    "distances use the reader of the letters world, but these pictures are not from it, and the reader overlooks most "
+    "distances use the reader of the letters world, but these images are not from it, and the reader overlooks most "
     "damage to them; evaluation.features=trained, inception, clip:FOLDER or dinov2:FOLDER detects it"
 )
 
@@ -43,7 +43,7 @@ class Choice:
 
     @property
     def learns(self) -> bool:
-        """Whether the extractor is still to be trained, which happens after the pictures are drawn."""
+        """Whether the extractor is still to be trained, which happens after the images are drawn."""
         return self.spec == TRAINED
 
     def options(self, config: RunConfig) -> Evaluation:
@@ -61,7 +61,7 @@ class Choice:
 def choose_features(config: RunConfig, evaluation_set: EvaluationSet) -> Choice:
     """The extractor for a config and its evaluation set.
 
-    ConfigError if it is the trained one and that cannot work: too few pictures, or an unsuitable resize or patch_size.
+    ConfigError if it is the trained one and that cannot work: too few images, or an unsuitable resize or patch_size.
     """
     spec = config.evaluation.features
     world = world_of(config.data.source) or evaluation_set.world
@@ -71,17 +71,17 @@ def choose_features(config: RunConfig, evaluation_set: EvaluationSet) -> Choice:
         return Choice(spec, warnings=(_OF_LETTERS,) if spec == "reader" and world is None else ())
     if spec is None and inception_file().is_file():
         return Choice("inception", is_named=False)
-    count = pictures_at_hand(config)
-    if count >= FEWEST_PICTURES:
+    count = images_at_hand(config)
+    if count >= MIN_IMAGES:
         _check_settings(config)
         return Choice(TRAINED, is_named=spec is not None)
-    few = f"only {count} pictures to learn from, fewer than the {FEWEST_PICTURES} that it needs"
+    few = f"only {count} images to learn from, fewer than the {MIN_IMAGES} that it needs"
     if spec == TRAINED:
         raise ConfigError(
-            f"evaluation.features: got trained, but there are {few}; allowed: more pictures as data.source or "
+            f"evaluation.features: got trained, but there are {few}; allowed: more images as data.source or "
             f"evaluation.real_images, or inception, clip:FOLDER, dinov2:FOLDER"
         )
-    why = f"there are no weights of Inception at {inception_file()}, and a net trained on the run's own pictures has {few}"
+    why = f"there are no weights of Inception at {inception_file()}, and a net trained on the run's own images has {few}"
     return Choice(None, why, is_named=False)
 
 
@@ -89,7 +89,7 @@ def _check_settings(config: RunConfig) -> None:
     options, side = config.evaluation, trained_side(config)
     if options.resize == "none":
         raise ConfigError(
-            f"evaluation.resize: got none; the trained extractor takes pictures of {side} pixels; "
+            f"evaluation.resize: got none; the trained extractor takes images of {side} pixels; "
             f"allowed: torchmetrics, tf1, pil_bicubic, lanczos512"
         )
     if options.patch_size not in (None, side):

@@ -17,7 +17,7 @@ from stepdistill.teacher.files import require_file
 # Under torchrun only the main process measures; torchmetrics would wait for the other processes to synchronise.
 ALONE = {"sync_on_compute": False}
 _STATS = "evaluation.reference_stats"
-_MOST_BYTES = 2**28  # for mu and for sigma each; Inception's sigma has 2048 x 2048 numbers
+_MAX_BYTES = 2**28  # for mu and for sigma each; Inception's sigma has 2048 x 2048 numbers
 _CHUNK = 1024  # rows of a distance matrix that are in memory at a time
 
 
@@ -42,9 +42,9 @@ class Moments:
         try:
             require_file(path)
             with zipfile.ZipFile(path) as members:
-                large = [info.filename for info in members.infolist() if info.file_size > _MOST_BYTES]
+                large = [info.filename for info in members.infolist() if info.file_size > _MAX_BYTES]
             if large:
-                raise ValueError(f"{large[0]} has more than {_MOST_BYTES} bytes")
+                raise ValueError(f"{large[0]} has more than {_MAX_BYTES} bytes")
             with np.load(path, allow_pickle=False) as file:
                 mean, covariance = (
                     torch.from_numpy(np.asarray(file[k], dtype=np.float64)) for k in ("mu", "sigma")

@@ -30,15 +30,15 @@ def check_files(folder: Path) -> None:
 
 
 def check_numbers(size: int, std: torch.Tensor) -> None:
-    """ValueError if the picture size is absurd, or image_std has values that are not above 0."""
+    """ValueError if the image size is absurd, or image_std has values that are not above 0."""
     if not 1 <= int(size) <= _LARGEST_SIDE:
-        raise ValueError(f"it takes pictures of {size} pixels; allowed: 1 to {_LARGEST_SIDE}")
+        raise ValueError(f"it takes images of {size} pixels; allowed: 1 to {_LARGEST_SIDE}")
     if not bool((std > 0).all()):
         raise ValueError(f"preprocessor_config.json has image_std {std.flatten().tolist()}; allowed: above 0")
 
 
 def read_processor(folder: Path) -> Any:
-    """The processor that turns pictures and prompts into CLIP's inputs; ValueError if the folder has no vocabulary."""
+    """The processor that turns images and prompts into CLIP's inputs; ValueError if the folder has no vocabulary."""
     from transformers import AutoProcessor
 
     if not has_vocabulary(folder):
@@ -85,5 +85,5 @@ def where_to_get_it() -> str:
     return (
         f"allowed: NVIDIA's inception-2015-12-05.pt (needs no package) or torch-fidelity's "
         f"weights-inception-2015-12-05-6726825d.pth, as inception:FILE or in {INCEPTION_VARIABLE}; "
-        f"or clip:FOLDER, dinov2:FOLDER, or trained, a small net trained on your own pictures in minutes"
+        f"or clip:FOLDER, dinov2:FOLDER, or trained, a small net trained on your own images in minutes"
     )

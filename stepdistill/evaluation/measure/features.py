@@ -1,4 +1,4 @@
-"""Feature extractors: the reader, Inception, CLIP, DINOv2, and a small net trained on the run's pictures.
+"""Feature extractors: the reader, Inception, CLIP, DINOv2, and a small net trained on the run's images.
 
 All weights are local files. Nothing is downloaded; the error for a missing file names it.
 """
@@ -42,7 +42,7 @@ class FeatureExtractor(nn.Module):
     """Base class: images (B, 3, H, W), float in 0..255 -> features (B, num_features).
 
     sha256          hash of the extractor's files
-    input_size      side in pixels of the pictures that it takes; None for any
+    input_size      side in pixels of the images that it takes; None for any
     kid_gamma       gamma of KID's kernel; None: 1 / num_features, as published. Set for features whose squared length is far
                     from num_features
     default_resize  resize protocol if evaluation.resize is not set
@@ -162,7 +162,7 @@ class TransformersFeatures(FeatureExtractor):
 
 
 class TrainedFeatures(FeatureExtractor):
-    """The small net (small_net.py) that was trained on a run's pictures, read from the folder that trained.py writes."""
+    """The small net (small_net.py) that was trained on a run's images, read from the folder that trained.py writes."""
 
     def __init__(self, folder: Path) -> None:
         net, sha256 = read_small_net(folder)
@@ -274,7 +274,7 @@ def _require_size(images: torch.Tensor, extractor: FeatureExtractor) -> None:
     side, got = extractor.input_size, tuple(images.shape[-2:])
     if got != (side, side):
         raise ValueError(
-            f"evaluation.resize: {extractor.name} takes {side} x {side} pictures, got {got[0]} x {got[1]}; "
+            f"evaluation.resize: {extractor.name} takes {side} x {side} images, got {got[0]} x {got[1]}; "
             f"allowed here: torchmetrics, tf1, pil_bicubic, lanczos512"
         )
 

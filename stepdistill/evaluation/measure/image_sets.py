@@ -96,20 +96,20 @@ class Distances:
             )
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Tries every extractor on a black picture of `size` (height, width); ValueError if one cannot read it."""
-        picture = torch.zeros(1, 3, *size, dtype=torch.uint8)
+        """Tries every extractor on a black image of `size` (height, width); ValueError if one cannot read it."""
+        image = torch.zeros(1, 3, *size, dtype=torch.uint8)
         for view in self._views:
             try:
-                features = extract(iter([picture]), view.extractor, resize=view.resize, crop=view.crop)
+                features = extract(iter([image]), view.extractor, resize=view.resize, crop=view.crop)
             except (RuntimeError, TypeError, AttributeError) as error:  # the file holds another network
                 raise ValueError(
-                    f"evaluation: {view.extractor.name} cannot read a picture: {first_line(error)}; fix: another copy of "
+                    f"evaluation: {view.extractor.name} cannot read an image: {first_line(error)}; fix: another copy of "
                     f"its files"
                 ) from None
             if features.shape != (1, view.extractor.num_features) or not bool(features.isfinite().all()):
                 raise ValueError(
                     f"evaluation: {view.extractor.name} does not give {view.extractor.num_features} finite features "
-                    f"for a picture; fix: another copy of its files"
+                    f"for an image; fix: another copy of its files"
                 )
 
     def to_teacher(self, images: ImageSet, other_seeds: ImageSet) -> dict[str, float]:
@@ -176,7 +176,7 @@ def _main_view(options: Evaluation, extractor: FeatureExtractor) -> View:
     protocol = options.resize or extractor.default_resize
     if protocol == "none" and extractor.name != "reader":
         raise ConfigError(
-            f"evaluation.resize: got none; {extractor.name} takes pictures of {extractor.input_size} pixels; "
+            f"evaluation.resize: got none; {extractor.name} takes images of {extractor.input_size} pixels; "
             f"allowed: torchmetrics, tf1, pil_bicubic, lanczos512"
         )
     if options.patch_size is not None and options.patch_size != extractor.input_size:

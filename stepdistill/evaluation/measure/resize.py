@@ -70,6 +70,6 @@ def _pil_bicubic(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _lanczos(image: torch.Tensor, size: int) -> torch.Tensor:
-    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    pixels = np.array(picture.resize((size, size), Image.Resampling.LANCZOS))
+    pil = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    pixels = np.array(pil.resize((size, size), Image.Resampling.LANCZOS))
     return torch.from_numpy(pixels).permute(2, 0, 1).to(image.device)

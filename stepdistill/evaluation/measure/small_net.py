@@ -1,13 +1,13 @@
 """A small feature extractor for FID if no large one is available; it is trained without labels, in minutes on a CPU.
 
-It learns two tasks. The first is to find a picture in a batch by another crop of it: instance discrimination (Wu et al.
+It learns two tasks. The first is to find an image in a batch by another crop of it: instance discrimination (Wu et al.
 2018, arXiv 1805.01978) with SimCLR's loss (Chen et al. 2020, arXiv 2002.05709, Eq 1), which needs features of the content.
-The second is to classify the damage to a picture (DAMAGES), as Gidaris et al. 2018 (arXiv 1803.07728) and Zhang et al.
+The second is to classify the damage to an image (DAMAGES), as Gidaris et al. 2018 (arXiv 1803.07728) and Zhang et al.
 2019 (arXiv 1901.04596) classify rotations and warps.
 
 SimCLR's views are also blurred and recoloured, which makes features blind to such damage; here the views differ by crops
 only. Features learned without labels measure generators well (Morozov, Voynov and Babenko 2021, ICLR), and so do features
-learned from pictures of the kind that is measured (Cetin et al. 2024, arXiv 2406.18430).
+learned from images of the kind that is measured (Cetin et al. 2024, arXiv 2406.18430).
 """
 
 import dataclasses
@@ -48,9 +48,9 @@ class Schooling:
 
 @dataclass(frozen=True)
 class Grades:
-    """Accuracy of both tasks on validation pictures.
+    """Accuracy of both tasks on validation images.
 
-    found_again   share of pictures that are found by another crop among `among` pictures
+    found_again   share of images that are found by another crop among `among` images
     damage_named  share of damages that are classified correctly
     """
 
@@ -100,35 +100,35 @@ class _Heads(nn.Module):
 
 
 def side_for(size: tuple[int, int]) -> int:
-    """The side, 32, 64 or 128 pixels, that pictures of (height, width) are resized to."""
+    """The side, 32, 64 or 128 pixels, that images of (height, width) are resized to."""
     return next((side for side in SIDES if max(size) <= side), SIDES[-1])
 
 
 def train_small_net(
-    pictures: torch.Tensor,
+    images: torch.Tensor,
     kept_apart: torch.Tensor,
     schooling: Schooling,
     progress: Callable[[int, float], None] = lambda _step, _loss: None,
 ) -> tuple[SmallNet, Grades]:
-    """Trains a net; returns it with its accuracy on validation pictures.
+    """Trains a net; returns it with its accuracy on validation images.
 
-    The same pictures and settings give the same bits on one machine with the same number of threads.
+    The same images and settings give the same bits on one machine with the same number of threads.
 
     Args:
-        pictures: training pictures, uint8 (N, 3, side, side).
-        kept_apart: validation pictures, uint8 (M, 3, side, side).
+        images: training images, uint8 (N, 3, side, side).
+        kept_apart: validation images, uint8 (M, 3, side, side).
         schooling: training settings.
         progress: called after every update with its number, from 1, and its loss.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(schooling.seed)
-        net, heads = SmallNet(pictures.shape[-1]), _Heads()
+        net, heads = SmallNet(images.shape[-1]), _Heads()
     draws = torch.Generator().manual_seed(schooling.seed)
     parameters = [*net.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=schooling.learning_rate, weight_decay=0.01)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schooling.steps)
-    for step, rows in enumerate(_batches(len(pictures), schooling, draws), 1):
-        batch = _floats(pictures[rows])
+    for step, rows in enumerate(_batches(len(images), schooling, draws), 1):
+        batch = _floats(images[rows])
         again, damage = _losses(net, heads, batch, draws)
         loss = again + _DAMAGE_WEIGHT * damage
         optimizer.zero_grad()
@@ -139,13 +139,13 @@ def train_small_net(
         progress(step, loss.item())
     net.eval().requires_grad_(False)
     with torch.no_grad():
-        features = torch.cat([net(_floats(part)) for part in pictures[:2048].split(256)])
+        features = torch.cat([net(_floats(part)) for part in images[:2048].split(256)])
         net.scale.div_(features.std(dim=0).clamp(min=1e-6))
         return net, _grade(net, heads, kept_apart, torch.Generator().manual_seed(schooling.seed))
 
 
 def _batches(count: int, schooling: Schooling, draws: torch.Generator) -> Iterator[torch.Tensor]:
-    """The picture indices of each update, from passes over all pictures in random order."""
+    """The image indices of each update, from passes over all images in random order."""
     size, order = min(schooling.batch_size, count), torch.empty(0, dtype=torch.int64)
     for _ in range(schooling.steps):
         if len(order) < size:
@@ -154,8 +154,8 @@ def _batches(count: int, schooling: Schooling, draws: torch.Generator) -> Iterat
         order = order[size:]
 
 
-def _floats(pictures: torch.Tensor) -> torch.Tensor:
-    return pictures.float() / 127.5 - 1
+def _floats(images: torch.Tensor) -> torch.Tensor:
+    return images.float() / 127.5 - 1
 
 
 def _losses(
@@ -174,7 +174,7 @@ def _losses(
 
 
 def _crop(batch: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-    """A random crop of each picture, with 0.6 to 1 of its side, resized to the full side."""
+    """A random crop of each image, with 0.6 to 1 of its side, resized to the full side."""
     count = len(batch)
     share = _SMALLEST_CROP + (1 - _SMALLEST_CROP) * torch.rand(count, 1, generator=draws)
     middle = (2 * torch.rand(count, 2, generator=draws) - 1) * (1 - share)
@@ -186,7 +186,7 @@ def _crop(batch: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
 
 
 def damaged(batch: torch.Tensor, kinds: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-    """The pictures (B, 3, S, S) in -1..1, each with the damage DAMAGES[kind] at a random strength; kinds (B,)."""
+    """The images (B, 3, S, S) in -1..1, each with the damage DAMAGES[kind] at a random strength; kinds (B,)."""
     made = batch.clone()
     for kind, name in enumerate(DAMAGES):
         rows = (kinds == kind).nonzero()[:, 0]
@@ -218,7 +218,7 @@ def _two_at_once(batch: torch.Tensor, rows: torch.Tensor, draws: torch.Generator
 
 
 def _parts_exchanged(batch: torch.Tensor, rows: torch.Tensor, draws: torch.Generator) -> torch.Tensor:
-    """Cuts each picture in two at a random row or column and exchanges the parts."""
+    """Cuts each image in two at a random row or column and exchanges the parts."""
     side, made = batch.shape[-1], []
     for row in rows.tolist():
         axis, at = (

@@ -1,4 +1,4 @@
-"""`evaluation.features: trained`: a small net (small_net.py) that is trained once on the run's own pictures.
+"""`evaluation.features: trained`: a small net (small_net.py) that is trained once on the run's own images.
 
 RUN/evaluation/extractor/model.safetensors   the net
 RUN/evaluation/extractor/extractor.json      key of what it depends on, sha256, training settings, accuracy; written last
@@ -19,13 +19,13 @@ from PIL import Image
 from stepdistill.config import Data, RunConfig
 from stepdistill.data.decode import BadSample, cover
 from stepdistill.data.file_version import version_of_file
-from stepdistill.data.held_out import pictured_data
+from stepdistill.data.held_out import imaged_data
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.size_counts import data_seed
-from stepdistill.data.source import picture_of, training_records
+from stepdistill.data.source import image_of, training_records
 from stepdistill.demo.world import world_of
 from stepdistill.disk.durable import read_sealed, sha256_json, warn_of_damage
-from stepdistill.evaluation.evaluation_set import ImageFolder, read_picture
+from stepdistill.evaluation.evaluation_set import ImageFolder, read_rgb
 from stepdistill.evaluation.measure.resize import resize
 from stepdistill.evaluation.measure.small_net import (
     RECORD,
@@ -40,19 +40,19 @@ from stepdistill.run.log import PhaseProgress
 from stepdistill.teacher.source import teacher_facts
 
 logger = logging.getLogger(__name__)
-FEWEST_PICTURES = 200
-MOST_PICTURES = 4096
-"""Most pictures that the net is trained on and validated with."""
+MIN_IMAGES = 200
+MAX_IMAGES = 4096
+"""Most images that the net is trained on and validated with."""
 RESIZE = "pil_bicubic"
-_APART = 10  # every tenth picture is used for validation
+_APART = 10  # every tenth image is used for validation
 _FORM = 1  # version of this file's method; raise it so that nets of earlier versions are trained again
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picture:
-    """One picture, not read yet.
+class _TrainingImage:
+    """One image, not read yet.
 
-    name, version  identify the picture
+    name, version  identify the image
     pixels         returns uint8 (H, W, 3) cropped to a size (H, W); may raise BadSample
     """
 
@@ -64,9 +64,9 @@ class _Picture:
 Size = tuple[int, int]
 
 
-def pictures_at_hand(config: RunConfig) -> int:
-    """Number of pictures that the net could be trained on, counted up to FEWEST_PICTURES."""
-    return sum(1 for _ in itertools.islice(_pictures(config), FEWEST_PICTURES))
+def images_at_hand(config: RunConfig) -> int:
+    """Number of images that the net could be trained on, counted up to MIN_IMAGES."""
+    return sum(1 for _ in itertools.islice(_images(config), MIN_IMAGES))
 
 
 def trained_side(config: RunConfig) -> int:
@@ -75,12 +75,12 @@ def trained_side(config: RunConfig) -> int:
 
 
 def trained_extractor(config: RunConfig) -> Path:
-    """The folder of the run's extractor, which is trained if it is missing or its pictures or settings changed."""
+    """The folder of the run's extractor, which is trained if it is missing or its images or settings changed."""
     folder = config.run_dir / "evaluation" / "extractor"
-    chosen = list(itertools.islice(_pictures(config), MOST_PICTURES))
+    chosen = list(itertools.islice(_images(config), MAX_IMAGES))
     size, schooling = teacher_facts(config).image_size, Schooling()
     how, side = config.evaluation.resize or RESIZE, trained_side(config)
-    versions = [[picture.name, picture.version()] for picture in chosen]
+    versions = [[image.name, image.version()] for image in chosen]
     drawn_by = [config.seed, config.data.num_images] if world_of(config.data.source) is not None else None
     key = sha256_json([_FORM, versions, drawn_by, size, how, dataclasses.asdict(schooling)])
     record = read_sealed(folder / RECORD)
@@ -92,7 +92,7 @@ def trained_extractor(config: RunConfig) -> Path:
     elif record is None and (folder / RECORD).exists():
         warn_of_damage(folder / RECORD, "the extractor is trained again")
     logger.info(
-        "evaluate: training a feature extractor on %d pictures, to be stored in %s", len(chosen), folder
+        "evaluate: training a feature extractor on %d images, to be stored in %s", len(chosen), folder
     )
     pixels = torch.cat(list(_resized(chosen, size, how, side)))
     apart = torch.arange(len(pixels)) % _APART == 0
@@ -111,36 +111,36 @@ def trained_extractor(config: RunConfig) -> Path:
 
 
 def trained_facts(folder: Path) -> dict[str, object]:
-    """For the protocol: the number of training pictures, side, training settings and validation accuracy."""
+    """For the protocol: the number of training images, side, training settings and validation accuracy."""
     record = read_sealed(folder / RECORD) or {}
     return {name: record.get(name) for name in ("pictures", "side", "schooling", "grades")}
 
 
-def _pictures(config: RunConfig) -> Iterator[_Picture]:
-    """The run's training pictures; if the data has only prompts or latents, those of evaluation.real_images, if set."""
-    data = pictured_data(config)
+def _images(config: RunConfig) -> Iterator[_TrainingImage]:
+    """The run's training images; if the data has only prompts or latents, those of evaluation.real_images, if set."""
+    data = imaged_data(config)
     if not (is_prompts_only(data.source) or is_cache(data.source)):
         for record in training_records(data, seed=data_seed(config)):
-            yield _Picture(record.name, record.version, functools.partial(_of_record, record, data))
+            yield _TrainingImage(record.name, record.version, functools.partial(_of_record, record, data))
     elif config.evaluation.real_images is not None:
         folder = ImageFolder.open(config.evaluation.real_images)
         for file in folder.files:
-            yield _Picture(
+            yield _TrainingImage(
                 str(file), functools.partial(version_of_file, file), functools.partial(_of_file, file)
             )
 
 
 def _of_record(record: Record, data: Data, size: Size) -> np.ndarray:
-    return cover(picture_of(record, data), size)[0]
+    return cover(image_of(record, data), size)[0]
 
 
 def _of_file(file: Path, size: Size) -> np.ndarray:
-    return cover(Image.fromarray(read_picture(file)), size)[0]
+    return cover(Image.fromarray(read_rgb(file)), size)[0]
 
 
-def _resized(chosen: Sequence[_Picture], size: Size, how: str, side: int) -> Iterator[torch.Tensor]:
-    """uint8 (1, 3, side, side) of each readable picture, resized by the evaluation's protocol `how`."""
-    for picture in chosen:
+def _resized(chosen: Sequence[_TrainingImage], size: Size, how: str, side: int) -> Iterator[torch.Tensor]:
+    """uint8 (1, 3, side, side) of each readable image, resized by the evaluation's protocol `how`."""
+    for image in chosen:
         with contextlib.suppress(BadSample):  # counted by `prepare`
-            pixels = torch.from_numpy(picture.pixels(size)).permute(2, 0, 1)[None].contiguous()
+            pixels = torch.from_numpy(image.pixels(size)).permute(2, 0, 1)[None].contiguous()
             yield resize(pixels, how, size=side).round().clamp(0, 255).to(torch.uint8)

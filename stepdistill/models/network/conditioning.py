@@ -1,4 +1,4 @@
-"""The inputs of a network besides sample and timestep: text embeddings, and for SDXL also the sizes of the picture."""
+"""The inputs of a network besides sample and timestep: text embeddings, and for SDXL also the sizes of the image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

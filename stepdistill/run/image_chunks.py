@@ -1,4 +1,4 @@
-"""A folder of drawn pictures records the sha256 of its files chunk by chunk, so that a changed file is noticed. No torch.
+"""A folder of drawn images records the sha256 of its files chunk by chunk, so that a changed file is noticed. No torch.
 
 <folder>/images/000000.png ..         one per prompt
 <folder>/latents/000000.safetensors   final latents of a chunk, of the first images only
@@ -18,10 +18,10 @@ _EARLIER_KEYS = {"images", "seconds_per_image"}
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pictures number first .. first + images - 1.
+    """Images number first .. first + images - 1.
 
-    key       hash of all that the pictures depend on
-    pictures  sha256 of each picture's file; empty in a chunk of an earlier version
+    key       hash of all that the images depend on
+    digests   sha256 of each image's file; empty in a chunk of an earlier version
     latents   sha256 of the latents' file; None if the chunk's latents are not kept
     """
 
@@ -29,46 +29,46 @@ class Chunk:
     images: int
     seconds_per_image: float
     key: str | None = None
-    pictures: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
     latents: str | None = None
 
     @property
     def indices(self) -> range:
-        """The numbers of the chunk's pictures."""
+        """The numbers of the chunk's images."""
         return range(self.first, self.first + self.images)
 
     def write(self, folder: Path) -> None:
         """Writes the chunk's marker."""
-        about = {name: value for name, value in asdict(self).items() if name != "first"}
-        write_sealed(marker_of(folder, self.first), about)
+        about = {name: value for name, value in asdict(self).items() if name not in ("first", "digests")}
+        write_sealed(marker_of(folder, self.first), about | {"pictures": self.digests})
 
     def changed_file(self, folder: Path) -> Path | None:
         """The first of the chunk's files that is missing or changed; None if all are intact."""
         written = {
-            picture_file(folder, k): digest for k, digest in zip(self.indices, self.pictures, strict=True)
+            image_file(folder, k): digest for k, digest in zip(self.indices, self.digests, strict=True)
         }
         if self.latents is not None:
             written[latents_file(folder, self.first)] = self.latents
         return next((file for file, digest in written.items() if not is_as_written(file, digest)), None)
 
 
-def picture_file(folder: Path, index: int) -> Path:
-    """The file of a picture, images/000000.png."""
+def image_file(folder: Path, index: int) -> Path:
+    """The file of an image, images/000000.png."""
     return folder / "images" / f"{index:06d}.png"
 
 
 def latents_file(folder: Path, first: int) -> Path:
-    """latents/000000.safetensors of the chunk whose first picture has this number."""
+    """latents/000000.safetensors of the chunk whose first image has this number."""
     return folder / "latents" / f"{first:06d}.safetensors"
 
 
 def marker_of(folder: Path, first: int) -> Path:
-    """chunks/000000.json of the chunk whose first picture has this number."""
+    """chunks/000000.json of the chunk whose first image has this number."""
     return folder / "chunks" / f"{first:06d}.json"
 
 
 def markers(folder: Path) -> list[Path]:
-    """All markers of a folder in the order of their pictures, damaged ones included."""
+    """All markers of a folder in the order of their images, damaged ones included."""
     return sorted(path for path in (folder / "chunks").glob("*.json") if path.stem.isdecimal())
 
 
@@ -86,7 +86,7 @@ def read_chunk(marker: Path) -> Chunk | None:
         chunk = Chunk(int(marker.stem), images, seconds, raw["key"], tuple(raw["pictures"]), raw["latents"])
     except (KeyError, TypeError):
         return None
-    return chunk if len(chunk.pictures) == images else None
+    return chunk if len(chunk.digests) == images else None
 
 
 def chunks_of(folder: Path) -> Iterator[Chunk]:
@@ -97,12 +97,12 @@ def chunks_of(folder: Path) -> Iterator[Chunk]:
             yield chunk
 
 
-def picture_digest(folder: Path, index: int) -> str | None:
-    """The sha256 that was recorded for a picture's file when it was drawn; None if there is no record."""
+def image_digest(folder: Path, index: int) -> str | None:
+    """The sha256 that was recorded for an image's file when it was drawn; None if there is no record."""
     before = [marker for marker in markers(folder) if int(marker.stem) <= index]
     chunk = read_chunk(before[-1]) if before else None
-    is_recorded = chunk is not None and index in chunk.indices and chunk.pictures
-    return chunk.pictures[index - chunk.first] if chunk is not None and is_recorded else None
+    is_recorded = chunk is not None and index in chunk.indices and chunk.digests
+    return chunk.digests[index - chunk.first] if chunk is not None and is_recorded else None
 
 
 def is_as_written(file: Path, digest: Any) -> bool:

@@ -1,7 +1,7 @@
-"""A folder of pictures drawn for one row: written chunk by chunk, resumable, and read in batches.
+"""A folder of images drawn for one row: written chunk by chunk, resumable, and read in batches.
 
-images/, latents/, chunks/   pictures, final latents, and markers of complete chunks (run/drawn_pictures.py)
-manifest.json                the key, a hash of everything the pictures depend on; "finished" is set last
+images/, latents/, chunks/   images, final latents, and markers of complete chunks (run/image_chunks.py)
+manifest.json                the key, a hash of everything the images depend on; "finished" is set last
 
 A chunk with a missing or changed file is drawn again.
 """
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from stepdistill.disk.durable import (
-    picture_bytes,
+    image_bytes,
     read_sealed,
     sha256_file,
     warn_of_damage,
@@ -29,12 +29,12 @@ from stepdistill.disk.durable import (
     writing,
 )
 from stepdistill.disk.guarded import make_folder
-from stepdistill.run.drawn_pictures import (
+from stepdistill.run.image_chunks import (
     Chunk,
     chunks_of,
+    image_file,
     latents_file,
     markers,
-    picture_file,
     read_chunk,
 )
 
@@ -44,13 +44,13 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, KeyError, SafetensorError, Imag
 
 
 @dataclass(frozen=True)
-class PictureFolder:
-    """Pictures 0 .. num_images - 1 that were drawn under one key; the legend above lists the files."""
+class RowImages:
+    """Images 0 .. num_images - 1 that were drawn under one key; the legend above lists the files."""
 
     path: Path
 
     def begin(self, key: str, about: dict[str, Any]) -> None:
-        """Prepares the folder for pictures of `key`: keeps those of this key, removes any others, writes the manifest.
+        """Prepares the folder for images of `key`: keeps those of this key, removes any others, writes the manifest.
 
         If the manifest is damaged, the chunks stay if any of them has this key; `drop_damaged` checks each chunk's key.
         """
@@ -76,7 +76,7 @@ class PictureFolder:
         return markers(self.path)
 
     def drop_damaged(self, several: Iterable[Path]) -> None:
-        """Removes the markers of chunks that are damaged or have another key, so that their pictures count as missing.
+        """Removes the markers of chunks that are damaged or have another key, so that their images count as missing.
 
         A chunk written by an earlier version has no sha256; it is accepted if its files can be read.
         """
@@ -84,7 +84,7 @@ class PictureFolder:
         for marker in several:
             damaged = self._damaged(marker, key)
             if damaged is not None:
-                warn_of_damage(damaged, "its pictures are drawn again")
+                warn_of_damage(damaged, "its images are drawn again")
                 with writing(marker):
                     marker.unlink()
 
@@ -96,7 +96,7 @@ class PictureFolder:
         return marker if chunk is None or chunk.key != key else chunk.changed_file(self.path)
 
     def missing(self, num_images: int, batch_size: int) -> list[range]:
-        """The numbers of the missing pictures, in ranges of at most `batch_size`."""
+        """The numbers of the missing images, in ranges of at most `batch_size`."""
         present = {index for chunk in chunks_of(self.path) for index in chunk.indices}
         runs: list[range] = []
         for index in (k for k in range(num_images) if k not in present):
@@ -107,16 +107,16 @@ class PictureFolder:
         return runs
 
     def add(self, first: int, images: list[Image.Image], latents: torch.Tensor, *, seconds: float) -> None:
-        """Writes pictures first .. first + len(images) - 1 and their final latents (n, C, h, w); seconds: time per image."""
-        pictures = tuple(
-            _written(picture_file(self.path, first + k), picture_bytes(image, compress_level=1))
+        """Writes images first .. first + len(images) - 1 and their final latents (n, C, h, w); seconds: time per image."""
+        digests = tuple(
+            _written(image_file(self.path, first + k), image_bytes(image, compress_level=1))
             for k, image in enumerate(images)
         )
         latents_sha256 = None
         if first < LATENTS_KEPT:
             content = save({"latents": latents.contiguous()})
             latents_sha256 = _written(latents_file(self.path, first), content)
-        Chunk(first, len(images), seconds, self.key, pictures, latents_sha256).write(self.path)
+        Chunk(first, len(images), seconds, self.key, digests, latents_sha256).write(self.path)
 
     def finish(self) -> dict[str, Any]:
         """Marks the folder as complete; returns the manifest, with the median of the chunks' seconds_per_image."""
@@ -128,7 +128,7 @@ class PictureFolder:
         return manifest
 
     def batches(self, num_images: int, batch_size: int = 256) -> Iterator[torch.Tensor]:
-        """uint8 (B, 3, H, W), in order, one batch in memory at a time; ValueError if a picture cannot be read."""
+        """uint8 (B, 3, H, W), in order, one batch in memory at a time; ValueError if an image cannot be read."""
         for start in range(0, num_images, batch_size):
             pixels = [self._pixels(k) for k in range(start, min(start + batch_size, num_images))]
             yield torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
@@ -143,7 +143,7 @@ class PictureFolder:
         return torch.cat(parts)[:LATENTS_KEPT]
 
     def _pixels(self, index: int) -> np.ndarray:
-        file = picture_file(self.path, index)
+        file = image_file(self.path, index)
         try:
             with Image.open(file) as image:
                 return np.asarray(image.convert("RGB"))
@@ -156,7 +156,7 @@ class PictureFolder:
             try:
                 self._pixels(index)
             except ValueError:
-                return picture_file(self.path, index)
+                return image_file(self.path, index)
         latents, digest = latents_file(self.path, chunk.first), None
         if chunk.first < LATENTS_KEPT:
             try:
@@ -165,8 +165,8 @@ class PictureFolder:
                 digest = None
             if digest is None:
                 return latents
-        pictures = tuple(sha256_file(picture_file(self.path, k)) for k in chunk.indices)
-        replace(chunk, key=self.key, pictures=pictures, latents=digest).write(self.path)
+        digests = tuple(sha256_file(image_file(self.path, k)) for k in chunk.indices)
+        replace(chunk, key=self.key, digests=digests, latents=digest).write(self.path)
         return None
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run's folder as data URIs: small ones as PNG, enlarged without smoothing on the page; large ones as JPEG."""
+"""Images of a run's folder as data URIs: small ones as PNG, enlarged without smoothing on the page; large ones as JPEG."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from PIL import Image
 
 from stepdistill.disk.durable import warn_of_damage
 from stepdistill.images.image_grid import fitting
-from stepdistill.run.drawn_pictures import is_as_written, picture_digest, picture_file
+from stepdistill.run.image_chunks import image_digest, image_file, is_as_written
 
 _SMALL = 64
 _UNREADABLE = (OSError, ValueError, SyntaxError, KeyError, Image.DecompressionBombError)
@@ -20,7 +20,7 @@ _LONGEST_ALT = 160
 
 
 @dataclass(frozen=True)
-class Picture:
+class EmbeddedImage:
     """An <img>: data URI, size on the page in CSS pixels, alt text, and whether it is shown enlarged."""
 
     uri: str
@@ -30,33 +30,33 @@ class Picture:
     enlarged: bool = False
 
 
-def open_pictures(folder: Path, indices: Sequence[int], *, longest: int) -> list[Image.Image]:
-    """Pictures of the folder's images/ by index, RGB, shrunk so that no side exceeds `longest` pixels.
+def open_images(folder: Path, indices: Sequence[int], *, longest: int) -> list[Image.Image]:
+    """Images of the folder's images/ by index, RGB, shrunk so that no side exceeds `longest` pixels.
 
-    Missing or damaged pictures are left out, with a warning if the folder records that they were drawn or a file exists.
+    Missing or damaged images are left out, with a warning if the folder records that they were drawn or a file exists.
     """
     images = []
     for index in indices:
-        picture = _as_drawn(folder, index)
-        if picture is None:
+        image = _as_drawn(folder, index)
+        if image is None:
             continue
-        if max(picture.size) > longest:
-            picture = picture.resize(fitting(picture.size, longest), Image.Resampling.LANCZOS)
-        images.append(picture)
+        if max(image.size) > longest:
+            image = image.resize(fitting(image.size, longest), Image.Resampling.LANCZOS)
+        images.append(image)
     return images
 
 
 def _as_drawn(folder: Path, index: int) -> Image.Image | None:
-    file, digest = picture_file(folder, index), picture_digest(folder, index)
+    file, digest = image_file(folder, index), image_digest(folder, index)
     changed = digest is not None and not is_as_written(file, digest)
-    picture = None if changed else opened(file)
-    if picture is None and (digest is not None or file.exists()):
+    image = None if changed else opened(file)
+    if image is None and (digest is not None or file.exists()):
         warn_of_damage(file, "it is left out of the report; fix: `stepdistill evaluate` draws it again")
-    return picture
+    return image
 
 
 def opened(file: Path) -> Image.Image | None:
-    """The picture as RGB; None if the file is missing or cannot be read."""
+    """The image as RGB; None if the file is missing or cannot be read."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
@@ -70,19 +70,19 @@ def row_folder(evaluation: Path, *parts: str) -> Path | None:
     return evaluation.joinpath(*parts) if plain else None
 
 
-def embedded(image: Image.Image, alt: str, *, shown: int) -> Picture:
-    """A picture whose longer side is shown at about `shown` CSS pixels; a small one is enlarged by a whole factor."""
+def embedded(image: Image.Image, alt: str, *, shown: int) -> EmbeddedImage:
+    """An image whose longer side is shown at about `shown` CSS pixels; a small one is enlarged by a whole factor."""
     small = max(image.size) <= _SMALL
     if small:
         scale = max(1, shown // max(image.size))
         width, height = image.width * scale, image.height * scale
     else:
         width, height = fitting(image.size, min(shown, max(image.size)))
-    return Picture(data_uri(image, lossless=small), width, height, clipped(alt), enlarged=small)
+    return EmbeddedImage(data_uri(image, lossless=small), width, height, clipped(alt), enlarged=small)
 
 
-def mosaic(images: Sequence[Image.Image], alt: str, *, tile: int) -> Picture:
-    """Pictures of equal size in one grid with about as many rows as columns, each shown at about `tile` CSS pixels."""
+def mosaic(images: Sequence[Image.Image], alt: str, *, tile: int) -> EmbeddedImage:
+    """Images of equal size in one grid with about as many rows as columns, each shown at about `tile` CSS pixels."""
     width, height = images[0].size
     columns = _columns(len(images))
     rows = -(-len(images) // columns)
@@ -92,7 +92,7 @@ def mosaic(images: Sequence[Image.Image], alt: str, *, tile: int) -> Picture:
         sheet.paste(image, (place % columns * (width + _GAP), place // columns * (height + _GAP)))
     scale = max(1, tile // max(width, height)) if small else min(1, tile / max(width, height))
     shown = round(sheet.width * scale), round(sheet.height * scale)
-    return Picture(data_uri(sheet, lossless=small), *shown, clipped(alt), enlarged=small)
+    return EmbeddedImage(data_uri(sheet, lossless=small), *shown, clipped(alt), enlarged=small)
 
 
 def _columns(count: int) -> int:
@@ -101,16 +101,16 @@ def _columns(count: int) -> int:
     return next((n for n in range(square, square + 2) if count % n == 0), square)
 
 
-def sheet(path: Path, alt: str, *, longest: int) -> Picture | None:
+def sheet(path: Path, alt: str, *, longest: int) -> EmbeddedImage | None:
     """A preview sheet, shrunk if a side exceeds `longest` pixels; None if it cannot be read."""
-    picture = opened(path)
-    if picture is None:
+    image = opened(path)
+    if image is None:
         warn_of_damage(path, "it is left out of the report")
         return None
-    lossless = max(picture.size) <= longest
+    lossless = max(image.size) <= longest
     if not lossless:
-        picture = picture.resize(fitting(picture.size, longest), Image.Resampling.LANCZOS)
-    return Picture(data_uri(picture, lossless=lossless), *picture.size, clipped(alt))
+        image = image.resize(fitting(image.size, longest), Image.Resampling.LANCZOS)
+    return EmbeddedImage(data_uri(image, lossless=lossless), *image.size, clipped(alt))
 
 
 def data_uri(image: Image.Image, *, lossless: bool) -> str:

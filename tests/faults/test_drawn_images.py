@@ -1,4 +1,4 @@
-"""Drawn pictures: numbers that are not finite, which are black as bytes, stop the evaluation; changed bits are noticed; an
+"""Drawn images: numbers that are not finite, which are black as bytes, stop the evaluation; changed bits are noticed; an
 interrupted row continues with another batch size."""
 
 import pytest
@@ -7,10 +7,10 @@ from PIL import Image
 
 from stepdistill.cli import guarded
 from stepdistill.errors import NonFiniteError
-from stepdistill.evaluation.draw.picture_folder import PictureFolder
+from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import rows_of
 from stepdistill.evaluation.draw.sampler import Sampler
-from stepdistill.run.drawn_pictures import read_chunk
+from stepdistill.run.image_chunks import read_chunk
 from stepdistill.runtime import Processes
 
 
@@ -20,22 +20,22 @@ def sampler(whole_run):
 
 
 ROWS = {
-    "teacher-4": "picture 3 of the row teacher-4 holds",
-    "student-2": "picture 3 of the row student-2, drawn by the 2-step rung holds",
+    "teacher-4": "image 3 of the row teacher-4 holds",
+    "student-2": "image 3 of the row student-2, drawn by the 2-step rung holds",
 }
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.slow_after_first
-def test_a_picture_that_is_not_finite_names_its_row_and_rung(name, odd, whole_run, sampler, tmp_path, capsys):
+def test_a_image_that_is_not_finite_names_its_row_and_rung(name, odd, whole_run, sampler, tmp_path, capsys):
     row = next(row for row in rows_of(whole_run) if row.name == name)
     pipeline = sampler._ready(row)
 
-    def spoil(_decoder, _latents, pictures):
-        pictures = pictures.clone()
-        pictures[1, 0, 5, 7] = odd
-        return pictures
+    def spoil(_decoder, _latents, images):
+        images = images.clone()
+        images[1, 0, 5, 7] = odd
+        return images
 
     handle = pipeline.vae.decoder.conv_out.register_forward_hook(spoil)
     try:
@@ -72,10 +72,10 @@ def sampler_of(config, size, *, calls=None):
 )
 @pytest.mark.slow
 def test_a_row_continues_with_another_batch_size_after_memory_ran_out(before, after, whole_run, tmp_path):
-    """The batch size changes numbers by rounding alone: latents by less than 1e-4, pictures by at most 1 grey level."""
+    """The batch size changes numbers by rounding alone: latents by less than 1e-4, images by at most 1 grey level."""
     row = next(row for row in rows_of(whole_run) if row.name == "student-2")
     prompts = [f"a red letter {letter} on white" for letter in "abcdefghijk"]
-    whole, parts = PictureFolder(tmp_path / "whole"), PictureFolder(tmp_path / "parts")
+    whole, parts = RowImages(tmp_path / "whole"), RowImages(tmp_path / "parts")
     options = {"seed": 7, "processes": Processes()}
     sampler_of(whole_run, 11).ensure(row, whole.path, prompts, **options)
     with pytest.raises(torch.OutOfMemoryError):
@@ -89,9 +89,9 @@ def test_a_row_continues_with_another_batch_size_after_memory_ran_out(before, af
     assert (drawn.int() - expected.int()).abs().max() <= 1
 
 
-def test_every_flipped_bit_of_a_drawn_picture_is_noticed(tmp_path):
+def test_every_flipped_bit_of_a_drawn_image_is_noticed(tmp_path):
     """Some bits of a PNG change other pixels, or none; each is another file than the one that was drawn."""
-    folder = PictureFolder(tmp_path)
+    folder = RowImages(tmp_path)
     folder.begin("key", {})
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 255, (2, 2, 3), generator=generator, dtype=torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Drawing pictures during training takes little memory: one is decoded at a time, and no encoder is kept in memory."""
+"""Drawing images during training takes little memory: one is decoded at a time, and no encoder is kept in memory."""
 
 import gc
 import json
@@ -14,7 +14,7 @@ from stepdistill.runtime import Runtime
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.folder import embedded_folder
 from stepdistill.teacher.loading import load_vae, vae_dtype
-from stepdistill.training.painter import Painter, decode_pictures
+from stepdistill.training.painter import Painter, decode_latents
 from tests.conftest import randn
 from tests.integration.conftest import student_of, tiny_config
 
@@ -35,24 +35,24 @@ def calls_of(module):
     return calls
 
 
-def test_decoding_one_picture_at_a_time_equals_decoding_all_together(vae):
+def test_decoding_one_image_at_a_time_equals_decoding_all_together(vae):
     latents = randn(3, 4, 8, 8, seed=1)
     with torch.no_grad():
         together = vae.decode(latents / vae.config.scaling_factor).sample
     calls = calls_of(vae.decoder)
-    pictures = decode_pictures(vae, latents)
+    images = decode_latents(vae, latents)
     assert calls == [(1, torch.float32, "cpu")] * 3
-    assert pictures.dtype == torch.uint8
+    assert images.dtype == torch.uint8
     exact = ((together + 1) * 127.5).clamp(0, 255)
     rounding = 0.5 + 1e-3  # of the same numbers, up to the kernels' last digits
-    assert (pictures - exact).abs().max() < rounding
+    assert (images - exact).abs().max() < rounding
 
 
 def test_the_vae_stays_on_the_cpu_while_another_device_decodes(vae):
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
     calls = calls_of(vae.decoder)
     with pytest.raises(NotImplementedError, match="meta"):  # a meta tensor has no data to bring back
-        decode_pictures(vae, torch.empty(3, 4, 8, 8, device="meta"))
+        decode_latents(vae, torch.empty(3, 4, 8, 8, device="meta"))
     assert calls == [(1, torch.float32, "meta")]
     assert all(torch.equal(tensor, before[name]) for name, tensor in vae.state_dict().items())
 
