@@ -205,10 +205,13 @@ def export(
         raise ConfigError(
             "--push: a repository holds one LoRA; allowed: with exactly one --steps, such as --steps 4"
         )
+    _quiet_libraries()
+    from stepdistill.export.check import check_export
+
+    check_export(config)
     if dry_run:
         _print_exports(config, chosen, push_to)
         return
-    _quiet_libraries()
     from stepdistill.export.rung import export_rung
 
     with locked(config.run_dir):

@@ -85,6 +85,7 @@ def test_a_lower_rank_is_exported_into_a_separate_folder_that_loads(run):
         (["--steps", "2"], "no finished 2-step rung"),
         (["--format", "gguf"], "export.formats.0: got 'gguf'"),
         (["--steps", "4", "--rank", "4"], "export.rank: got 4; allowed: below 4"),
+        (["--rank", "99", "--dry-run"], "export.rank: got 99; allowed: below lora.rank"),
         (["--push", "me/mine"], "a repository holds one LoRA"),
         (["--steps", "4", "--push", "no/such/name"], "--push: got no/such/name"),
     ],
