@@ -22,7 +22,7 @@ from full_size import CONFIGS, estimate
 
 from stepdistill.config import RunConfig
 from stepdistill.config.load import load_config
-from stepdistill.config.sections import Checkpoint
+from stepdistill.config.sections import CheckpointOptions
 from stepdistill.data.prepare import prepare
 from stepdistill.ladder import load_shared
 from stepdistill.models.denoiser import Denoiser
@@ -39,7 +39,7 @@ POSITION, PHASE = 2, 1  # the letters' 8 -> 4 rung, its adversarial phase
 LARGE = 2**29
 _PER_PARAMETER = 3 * 4  # a float32 parameter and Adam's two moments
 _IN_ESTIMATE = 4 * 4  # full_size.py also counts the gradient
-_INTERVAL = 60 * (Checkpoint().every_minutes or 0)
+_INTERVAL = 60 * (CheckpointOptions().every_minutes or 0)
 
 
 def phase_state(config: RunConfig, runtime: Runtime) -> tuple[PhaseSetup, PhaseState]:

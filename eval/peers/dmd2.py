@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from stepdistill.diffusion.grid import trailing_nodes
 from stepdistill.diffusion.noise_path import VariancePreserving
-from stepdistill.diffusion.prediction import convert
+from stepdistill.diffusion.prediction import convert_prediction
 
 FAKE_UPDATES = 5
 GENERATOR_GAN_WEIGHT = 1e-3
@@ -105,7 +105,7 @@ def fake_score_loss(
     prediction_type: str,
 ) -> torch.Tensor:
     """MSE between the epsilon that the fake score predicts and the added noise (B, ...), a scalar."""
-    epsilon = convert(
+    epsilon = convert_prediction(
         output,
         noisy,
         timesteps,

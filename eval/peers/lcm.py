@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from stepdistill.diffusion.noise_path import VariancePreserving
-from stepdistill.diffusion.prediction import convert, to_original_and_noise
+from stepdistill.diffusion.prediction import convert_prediction, to_original_and_noise
 
 NODES = 50
 HUBER_C = 0.001
@@ -71,7 +71,7 @@ def consistency(
     prediction_type: str,
 ) -> torch.Tensor:
     """The consistency function f(x_t, t), (B, ...)."""
-    original = convert(
+    original = convert_prediction(
         model(sample, timesteps),
         sample,
         timesteps,

@@ -53,14 +53,14 @@ class Teacher(Section, affects=Affects.EVERY_RUNG):
     pipeline itself uses, the embedding of "" for SD and zeros for SDXL."""
 
 
-class Lora(Section, affects=Affects.EVERY_RUNG):
+class LoraOptions(Section, affects=Affects.EVERY_RUNG):
     """The LoRA that is trained on every rung."""
 
     rank: Rank = 32
     """Rank of every rung's LoRA; alpha equals the rank."""
 
 
-class Checkpoint(Section, affects=Affects.NOTHING):
+class CheckpointOptions(Section, affects=Affects.NOTHING):
     """Checkpoints of the rung that is being trained, from which the same command continues after a stop."""
 
     every_minutes: Annotated[float, Field(ge=0)] | None = 10.0
@@ -94,7 +94,7 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     evaluated on the original one."""
     gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointOptions = CheckpointOptions()
     """Checkpoints within a rung."""
     max_minutes: Annotated[PositiveFloat | None, Affects.NOTHING] = None
     """Minutes from a command's start after which it stops training between two updates, saves the state and exits with code
@@ -120,7 +120,7 @@ class Training(Section, affects=Affects.EVERY_RUNG):
         return "no" if value is False else value  # YAML 1.1 reads a bare no as false
 
 
-class Preview(Section, affects=Affects.NOTHING):
+class PreviewOptions(Section, affects=Affects.NOTHING):
     """Images that are drawn during training."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=256)]
@@ -167,11 +167,11 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     """Folder of a finished rung of another run with the same teacher, such as runs/first/rungs/32. That rung, and the rungs
     before it in this ladder, are copied from the other run; this run trains only the rungs after it."""
     teacher: Teacher = Teacher()
-    lora: Lora = Lora()
+    lora: LoraOptions = LoraOptions()
     data: Data = Data()
     training: Training = Training()
     ladder: Annotated[tuple[Rung, ...], Field(min_length=1, max_length=64)]
-    preview: Preview
+    preview: PreviewOptions
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
 

@@ -40,7 +40,7 @@ from stepdistill.disk.durable import (
     write_sealed,
     writing,
 )
-from stepdistill.disk.guarded import make_folder
+from stepdistill.disk.guarded_folder import make_folder
 from stepdistill.disk.places import clear_half_written
 from stepdistill.errors import DataError
 from stepdistill.models.denoiser import Denoiser

@@ -26,7 +26,7 @@ int coefficient (0 or 1) is skipped, not multiplied, so that it changes no bit o
 PREDICTION_TYPES = tuple(COEFFICIENTS)
 
 
-def convert(
+def convert_prediction(
     model_output: torch.Tensor,
     sample: torch.Tensor,
     timesteps: torch.Tensor,

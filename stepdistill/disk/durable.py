@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from stepdistill.disk.guarded import check_present, make_folder
+from stepdistill.disk.guarded_folder import check_present, make_folder
 
 if TYPE_CHECKING:
     from PIL import Image

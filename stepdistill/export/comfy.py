@@ -112,7 +112,7 @@ def _start(timestep: int, noise_path: VariancePreserving) -> Start:
     return Start(1.0, round(sigma / alpha, 6), multiplier)
 
 
-def file_name(path: str) -> str:
+def model_file_name(path: str) -> str:
     """A model's file name in ComfyUI's folders: the last part of the path, with .safetensors appended if it is missing."""
     name = Path(path).name
     return name if name.endswith(".safetensors") else f"{name}.safetensors"

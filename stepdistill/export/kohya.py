@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from stepdistill.disk.durable import canonical_safetensors, writing
-from stepdistill.disk.guarded import make_folder
+from stepdistill.disk.guarded_folder import make_folder
 from stepdistill.models.lora_file import Lora, LoraLayer
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.lora_header import check_lora_header
@@ -217,7 +217,7 @@ def hash_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_name(name: str, steps: int, rank: int | None = None) -> str:
+def kohya_name(name: str, steps: int, rank: int | None = None) -> str:
     """The file's name: <name>_<N>step_lora.safetensors, or <name>_<N>step_rank<R>_lora.safetensors for a lower rank."""
     lower = "" if rank is None else f"_rank{rank}"
     return f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}_{steps}step{lower}_lora.safetensors"

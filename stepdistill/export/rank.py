@@ -47,7 +47,7 @@ def reduce_rank(lora: Lora, rank: int) -> Reduced:
     return _cut(factors, rank, lora.config)
 
 
-def extract(
+def extract_lora(
     base: Mapping[str, torch.Tensor],
     tuned: Mapping[str, torch.Tensor],
     modules: Iterable[str],
@@ -109,7 +109,7 @@ def extract_to(folder: Path, base: Path, tuned: Path, rank: int) -> Reduced:
         raise ConfigError(
             f"--rank: got {rank}; allowed: up to {most}, the rank of this U-Net's largest layer"
         )
-    reduced = extract(first, second, modules, rank, as_plain_data(lora_config(rank)))
+    reduced = extract_lora(first, second, modules, rank, as_plain_data(lora_config(rank)))
     if not any(bool(layer.up.any()) for layer in reduced.lora.layers.values()):
         raise ConfigError(
             f"extract: {tuned} equals {base} in every layer that a LoRA may change; nothing to extract"

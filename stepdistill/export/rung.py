@@ -160,7 +160,7 @@ def _write_kohya(
 ) -> None:
     family, names = kohya.family_of(facts), config.export.kohya_names
     sgm = family == "sdxl" if names == "auto" else names == "sgm"
-    name = kohya.file_name(config.name, record.student_steps, config.export.rank)
+    name = kohya.kohya_name(config.name, record.student_steps, config.export.rank)
     state = kohya.kohya_state(lora, facts.unet, sgm=sgm, dtype=_dtype(config))
     header = kohya.kohya_header(
         lora,
@@ -194,9 +194,9 @@ def _write_workflow(
         return
     workflow = comfy.workflow(
         setting,
-        checkpoint=comfy.file_name(config.teacher.path),
+        checkpoint=comfy.model_file_name(config.teacher.path),
         lora=lora,
-        teacher_loras=[(comfy.file_name(part.path), part.weight) for part in config.teacher.loras],
+        teacher_loras=[(comfy.model_file_name(part.path), part.weight) for part in config.teacher.loras],
         size=facts.image_size,
         prompt=config.preview.prompts[0],
         title=lora.removesuffix("_lora.safetensors"),

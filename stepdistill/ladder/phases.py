@@ -7,7 +7,7 @@ from typing import Any
 
 from stepdistill.config import Phase, Rung
 from stepdistill.errors import CheckpointError, OutOfMemoryError, ToBeContinued
-from stepdistill.ladder.rung_files import read_lora
+from stepdistill.ladder.rung_files import read_rung_lora
 from stepdistill.ladder.shared import Shared
 from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
@@ -282,7 +282,7 @@ class RungTraining:
         shared, students = self.shared, [r.student_steps for r in self.shared.config.ladder]
         if teacher_steps not in students[: students.index(self.rung.student_steps)]:
             return shared.undistilled
-        lora = read_lora(shared.config.run_dir, teacher_steps)
+        lora = read_rung_lora(shared.config.run_dir, teacher_steps)
         adapters.load_adapter_state(shared.network.model, TEACHER, lora)
         prediction_type = self.prediction_types[students.index(teacher_steps)]
         return Denoiser(shared.network, TEACHER, shared.noise_path, prediction_type)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from stepdistill.config import Rung
 from stepdistill.disk.durable import replace_folder, sha256_file, writing
-from stepdistill.disk.guarded import make_folder
+from stepdistill.disk.guarded_folder import make_folder
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space, folder_bytes
 from stepdistill.ladder.shared import Shared
@@ -71,7 +71,7 @@ def save_lora(network: SharedNetwork, folder: Path) -> None:
     write_lora(folder, state, adapters.adapter_metadata(network.model, STUDENT))
 
 
-def read_lora(run_dir: Path, student_steps: int) -> dict:
+def read_rung_lora(run_dir: Path, student_steps: int) -> dict:
     """The weights of a finished rung's LoRA by peft's keys; ValueError if the rung is missing or damaged."""
     if read_rung(run_dir, student_steps) is None:
         raise ValueError(

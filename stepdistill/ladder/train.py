@@ -9,7 +9,7 @@ from stepdistill.data.held_out import settled
 from stepdistill.disk.durable import put_back_replaced
 from stepdistill.errors import ToBeContinued
 from stepdistill.ladder.phases import RungTraining, check_same_checkpoint
-from stepdistill.ladder.rung_files import finish_rung, open_partial, read_lora
+from stepdistill.ladder.rung_files import finish_rung, open_partial, read_rung_lora
 from stepdistill.ladder.shared import Shared, load_shared
 from stepdistill.models import adapters
 from stepdistill.models.shared_network import STUDENT
@@ -17,7 +17,7 @@ from stepdistill.run.checkpoint_files import CHECKPOINTS, partial_rung
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.rung_order import is_current, warn_of_training_again
 from stepdistill.run.rungs import read_record, rung_folder
-from stepdistill.run.start_from import TakenRung, check_base, missing_rungs, take_rungs, taken_steps
+from stepdistill.run.start_from import TakenRung, check_rungs_base, missing_rungs, take_rungs, taken_steps
 from stepdistill.run.stop import StopRequest
 from stepdistill.runtime import Processes, Runtime
 from stepdistill.teacher.facts import TeacherFacts
@@ -130,7 +130,7 @@ def rungs_to_copy(config: RunConfig) -> list[TakenRung]:
     base = teacher_folder(config)
     rungs = missing_rungs(config, base_prediction_type=TeacherFacts.of_folder(base).prediction_type)
     if rungs:
-        check_base(config, rungs, base_fingerprint=fingerprint(base))
+        check_rungs_base(config, rungs, base_fingerprint=fingerprint(base))
     return rungs
 
 
@@ -178,7 +178,9 @@ def _train_rung(
     shared.runtime.reset_loss_scale()
     position = config.ladder.index(rung)
     if position:
-        adapters.load_adapter_state(network.model, STUDENT, read_lora(config.run_dir, rung.teacher_steps))
+        adapters.load_adapter_state(
+            network.model, STUDENT, read_rung_lora(config.run_dir, rung.teacher_steps)
+        )
     partial = partial_rung(config.run_dir, rung.student_steps)
     if shared.runtime.is_main:
         open_partial(shared, rung, is_resumed=resumed is not None)

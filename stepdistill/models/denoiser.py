@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from stepdistill.diffusion.noise_path import Move, NoisePath
-from stepdistill.diffusion.prediction import convert
+from stepdistill.diffusion.prediction import convert_prediction
 from stepdistill.diffusion.solver import guide, move, rollout
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.shared_network import SharedNetwork
@@ -73,7 +73,7 @@ class Denoiser:
     ) -> torch.Tensor:
         """Predicts `target` ("sample", "epsilon" or "v_prediction") from sample at timesteps (B,); both (B, C, H, W)."""
         seen = self.network_timesteps(timesteps)
-        return convert(
+        return convert_prediction(
             self.output(sample, seen, conditioning),
             sample,
             seen,

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from stepdistill.report import rules
-from stepdistill.report.diagnosis import destroyed_student, difference_error, still_falling
+from stepdistill.report.diagnosis import destroyed_student, error_of_difference, still_falling
 from stepdistill.report.entries import Entry, entries_of, equal_passes
 from stepdistill.report.proposals import Advice, Proposal, accepted, scaled, setting
 from stepdistill.report.read import Run, RungLog
@@ -93,7 +93,7 @@ def _far_from_teacher(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
         fid = student.value("fid_to_teacher") if student is not None else None
         if student is None or fid is None:
             continue
-        lost, error = fid - before, difference_error(run, student.name, name)
+        lost, error = fid - before, error_of_difference(run, student.name, name)
         certain = error is None or lost > _CERTAIN * error
         if lost > 0 and certain and fid > _FAR * floor and (worst is None or lost > worst[0]):
             worst = (lost, rung, fid, before)
@@ -150,11 +150,11 @@ def _other_nodes(run: Run, rung: RungLog) -> Iterator[Proposal]:
 
 def _within_error(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
     """Neighbouring rungs whose FIDs to the teacher differ by less than two standard errors of the difference
-    (`difference_error`)."""
+    (`error_of_difference`)."""
     pairs = []
     for first, second in itertools.pairwise(students.values()):
         a, b = first.value("fid_to_teacher"), second.value("fid_to_teacher")
-        error = difference_error(run, first.name, second.name)
+        error = error_of_difference(run, first.name, second.name)
         if a is not None and b is not None and error is not None and abs(a - b) < _CERTAIN * error:
             pairs.append(
                 f"{first.name} and {second.name} ({a:.2f} and {b:.2f}, the difference ± {error:.2f})"

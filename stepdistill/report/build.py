@@ -12,7 +12,7 @@ from stepdistill.disk.places import clear_half_written
 from stepdistill.report.entries import Entry, entries_of
 from stepdistill.report.gallery import comparison_sheet
 from stepdistill.report.markdown import markdown, markdown_table
-from stepdistill.report.page import render
+from stepdistill.report.page import render_page
 from stepdistill.report.read import Run, read_run
 from stepdistill.report.summary import joined_names
 
@@ -37,7 +37,7 @@ def build_report(
         folder = output
     else:
         folder = folders[0] / "report" if len(folders) == 1 else folders[0].parent / "comparison"
-    write_text(folder / "index.html", render(runs, columns=grid_columns))
+    write_text(folder / "index.html", render_page(runs, columns=grid_columns))
     evaluated = [run for run in runs if run.results is not None]
     if evaluated:
         _write_numbers(folder, runs, evaluated, columns=grid_columns)

@@ -92,7 +92,7 @@ def _is_destroyed(phase: PhaseLog, real: Sequence[float], student: Sequence[floa
     return of_norms[-1] <= _VANISHED * max(of_norms)
 
 
-def difference_error(
+def error_of_difference(
     run: Run, first: str, second: str | None, *, metric: str = "fid_to_teacher"
 ) -> float | None:
     """Standard error of the difference between two rows in a metric; None if either row has no replicates of the metric."""

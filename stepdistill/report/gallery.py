@@ -26,7 +26,7 @@ _SHEET_TILE = 256
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TileSizes:
     """Longest side in pixels to which large images are shrunk: in the same-noise grid, and in the other tables."""
 
     grid: int
@@ -64,7 +64,7 @@ class Gallery:
     is_study: bool = True
 
 
-def same_noise(entries: Sequence[Entry], *, columns: int, sizes: Sizes) -> Gallery | None:
+def same_noise(entries: Sequence[Entry], *, columns: int, sizes: TileSizes) -> Gallery | None:
     """The grid with the same prompt and noise in each column; None if no image exists."""
     prompts = _texts(entries[0].run.part("prompts") if entries else None)[:columns]
     strips = []
@@ -88,7 +88,7 @@ def same_noise(entries: Sequence[Entry], *, columns: int, sizes: Sizes) -> Galle
     return Gallery(caption, "model", headings, tuple(strips), bool(prompts), _unclipped(prompts), False)
 
 
-def seeds(run: Run, *, sizes: Sizes) -> Gallery | None:
+def seeds(run: Run, *, sizes: TileSizes) -> Gallery | None:
     """A few prompts with several seeds each; a student whose images look alike has lost diversity. None if not drawn."""
     study = run.part("diversity_grid") or {}
     prompts, count = _texts(study.get("prompts"))[:_MAX_PROMPTS], int(number(study.get("seeds")) or 0)
@@ -107,7 +107,7 @@ def seeds(run: Run, *, sizes: Sizes) -> Gallery | None:
     return _if_drawn(Gallery(caption, "model", headings, tuple(strips), True, _unclipped(prompts)))
 
 
-def scale_sweep(run: Run, *, sizes: Sizes) -> Gallery | None:
+def scale_sweep(run: Run, *, sizes: TileSizes) -> Gallery | None:
     """Every rung's LoRA at several scales; scale 1, as trained, is outlined. None if not drawn."""
     study = run.part("scale_sweep") or {}
     scales = [float(s) for s in study.get("scales") or () if number(s) is not None]
@@ -131,7 +131,7 @@ def scale_sweep(run: Run, *, sizes: Sizes) -> Gallery | None:
     return _if_drawn(Gallery(caption, "LoRA", tuple(f"scale {s:g}" for s in scales), tuple(strips)))
 
 
-def matrix(run: Run, *, sizes: Sizes) -> Gallery | None:
+def matrix(run: Run, *, sizes: TileSizes) -> Gallery | None:
     """Every rung's LoRA sampled with every rung's step count; the trained step count is outlined. None if not drawn."""
     study = run.part("matrix") or {}
     cells = {(c.get("adapter"), c.get("steps")): c for c in study.get("cells") or ()}
@@ -164,7 +164,7 @@ def comparison_sheet(entries: Sequence[Entry], *, columns: int) -> Image.Image |
     return image_grid(rows, max_tile=_SHEET_TILE) if rows else None
 
 
-def _study_tile(run: Run, parts: tuple[str, ...], indices: range, alt: str, sizes: Sizes) -> Tile:
+def _study_tile(run: Run, parts: tuple[str, ...], indices: range, alt: str, sizes: TileSizes) -> Tile:
     folder = row_folder(run.path / "evaluation", *parts)
     images = open_images(folder, indices, longest=sizes.study) if folder else []
     return Tile(mosaic(images, alt, tile=_TILE) if images else None)

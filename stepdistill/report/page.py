@@ -16,17 +16,17 @@ from stepdistill.report.advice import advice_for
 from stepdistill.report.curves import distance_plots, training_plots
 from stepdistill.report.embedded_images import EmbeddedImage, sheet
 from stepdistill.report.entries import entries_of
-from stepdistill.report.gallery import Sizes
+from stepdistill.report.gallery import TileSizes
 from stepdistill.report.looks_by_phase import looks_table
 from stepdistill.report.number_format import format_number, number
 from stepdistill.report.read import Run, RungLog
-from stepdistill.report.summary import joined_names, sentences, warnings_of
+from stepdistill.report.summary import joined_names, report_warnings, sentences
 from stepdistill.report.table import cost_table, metrics_of, quality_table
 from stepdistill.run.start_from import taken_from
 
 _LARGEST = 20 * 2**20
 # Image sizes, tried in this order until the page is small enough.
-_SIZES = (Sizes(256, 128), Sizes(192, 96), Sizes(128, 64), Sizes(96, 48))
+_SIZES = (TileSizes(256, 128), TileSizes(192, 96), TileSizes(128, 64), TileSizes(96, 48))
 _PREVIEW = 1000
 
 
@@ -43,7 +43,7 @@ class Progress:
     seconds: float | None
 
 
-def render(runs: Sequence[Run], *, columns: int) -> str:
+def render_page(runs: Sequence[Run], *, columns: int) -> str:
     """The page of one run, or of several compared. Large images are shrunk further if the page exceeds 20 MiB."""
     fixed = _context(runs)
     for sizes in _SIZES:
@@ -95,7 +95,7 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
         "title": joined_names(runs),
         "several": several,
         "leads": _leads(runs),
-        "warnings": warnings_of(runs),
+        "warnings": report_warnings(runs),
         "sentences": sentences(entries),
         "advice": [(run.name, advice) for run in runs if (advice := advice_for(run))],
         "quality": quality,
@@ -113,7 +113,7 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _images(runs: Sequence[Run], *, columns: int, sizes: Sizes) -> dict[str, Any]:
+def _images(runs: Sequence[Run], *, columns: int, sizes: TileSizes) -> dict[str, Any]:
     """The tables of images, with large images shrunk to `sizes`."""
     entries = entries_of(runs)
     studies = {

@@ -52,7 +52,7 @@ def joined_names(runs: Sequence[Run]) -> str:
     return f"{', '.join(before)} and {last}" if before else last
 
 
-def warnings_of(runs: Sequence[Run]) -> list[str]:
+def report_warnings(runs: Sequence[Run]) -> list[str]:
     """The warnings in the runs' results, differences in how several runs were measured, and missing numbers."""
     warnings = list(dict.fromkeys(str(text) for run in runs for text in run.part("warnings") or ()))
     evaluated = [run for run in runs if run.results is not None]

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stepdistill.disk.durable import writing
-from stepdistill.disk.guarded import guarded, make_folder
+from stepdistill.disk.guarded_folder import guarded_folder, make_folder
 from stepdistill.errors import FolderInUseError
 from stepdistill.messages import printable, short
 
@@ -123,7 +123,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         return
     with writing(path):
         make_folder(run_dir)
-    with guarded(run_dir):
+    with guarded_folder(run_dir):
         if not _is_main():
             yield
             return

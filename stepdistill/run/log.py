@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stepdistill.disk.durable import finite_or_null, warn_of_damage, write_text, writing
-from stepdistill.disk.guarded import check_present
+from stepdistill.disk.guarded_folder import check_present
 
 _PLACE = ("rung", "phase", "step")
 """Keys that say to which update a line belongs."""

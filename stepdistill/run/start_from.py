@@ -118,7 +118,7 @@ def _check_settings(
             )
 
 
-def check_base(config: RunConfig, rungs: list[TakenRung], *, base_fingerprint: str) -> None:
+def check_rungs_base(config: RunConfig, rungs: list[TakenRung], *, base_fingerprint: str) -> None:
     """ConfigError if one of the rungs was trained on another base model than this run's teacher."""
     for rung in rungs:
         if rung.record.base_fingerprint != base_fingerprint:

@@ -53,7 +53,7 @@ def unet_of(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
     return uncompiled(unet)
 
 
-def check_base(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> None:
+def check_pipeline(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> None:
     """ValueError if the LoRA is of another U-Net or a LoRA is merged already; a warning if the base has other weights, or
     its weights cannot be compared."""
     unet = unet_of(pipeline)

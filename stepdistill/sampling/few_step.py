@@ -34,9 +34,9 @@ from stepdistill.sampling.checks import (
     LOADED,
     FewStepWarning,
     LoadedRung,
-    check_base,
     check_call,
     check_dtypes,
+    check_pipeline,
     check_saved,
     unet_of,
 )
@@ -58,7 +58,7 @@ def load_few_step(pipeline: DiffusionPipeline, path: str | Path, *, hotswap: boo
     """
     rung, lora = _read(Path(path))
     unet = unet_of(pipeline)
-    check_base(pipeline, rung, lora or read_kohya(rung.weights, layer_shapes(unet), dict(unet.config)))
+    check_pipeline(pipeline, rung, lora or read_kohya(rung.weights, layer_shapes(unet), dict(unet.config)))
     check_dtypes(pipeline)
     _add_adapter(pipeline, rung.weights, hotswap=hotswap)
     vars(unet)[LOADED] = rung.record.sha256

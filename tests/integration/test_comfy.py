@@ -151,9 +151,9 @@ def test_the_last_timestep_needs_no_extra_nodes(folders):
 def test_the_workflow_names_files_and_size_but_no_local_path(folders):
     workflow = comfy.workflow(
         comfy.setting_of(record_of(), TeacherFacts.of_folder(folders("sd15")[0] / "teacher").scheduler),
-        checkpoint=comfy.file_name("/somewhere/my-model.safetensors"),
+        checkpoint=comfy.model_file_name("/somewhere/my-model.safetensors"),
         lora="mine_1step_lora.safetensors",
-        teacher_loras=[(comfy.file_name("/somewhere/style/"), 0.8)],
+        teacher_loras=[(comfy.model_file_name("/somewhere/style/"), 0.8)],
         size=(768, 512),
         prompt="a cat",
         title="mine_1step",

@@ -1,5 +1,6 @@
 """The table, end to end: every kind of row and study, hostile prompts, an outside scorer, memory."""
 
+import dataclasses
 import html
 import json
 import shutil
@@ -14,7 +15,7 @@ from stepdistill import stages
 from stepdistill.config import ConfigError
 from stepdistill.disk.durable import read_sealed
 from stepdistill.evaluation.evaluate import evaluate
-from stepdistill.evaluation.measure.small_net import Schooling, train_small_net, write_small_net
+from stepdistill.evaluation.measure.small_net import TrainingSettings, train_small_net, write_small_net
 from stepdistill.report.build import build_report
 from stepdistill.run.rungs import rung_folder
 from stepdistill.stages import open_run
@@ -207,8 +208,8 @@ def test_an_interrupted_evaluation_shows_the_measured_rows_on_the_page(copy_of, 
 def test_a_stored_net_measures_and_without_any_extractor_the_table_says_what_is_missing(copy_of, tmp_path):
     """Prompts that are not letters captions: first with the net of another run, then without any extractor."""
     noise = torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
-    net, grades = train_small_net(noise, noise[:8], Schooling(steps=1, batch_size=8))
-    write_small_net(tmp_path / "extractor", net, {"grades": grades.as_json()})
+    net, accuracy = train_small_net(noise, noise[:8], TrainingSettings(steps=1, batch_size=8))
+    write_small_net(tmp_path / "extractor", net, {"grades": dataclasses.asdict(accuracy)})
     (tmp_path / "prompts.txt").write_text("a wall\na door\n")
     few = ("evaluation.diversity_prompts=0", "evaluation.lora_scales=[]", "evaluation.cost_batch_sizes=[]")
     config = copy_of(f"evaluation.prompts={tmp_path / 'prompts.txt'}", "evaluation.floor=false", *few)

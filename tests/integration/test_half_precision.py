@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stepdistill.data.prepare import prepare
-from stepdistill.ladder import distill, phases, read_lora
+from stepdistill.ladder import distill, phases, read_rung_lora
 from stepdistill.run.log import read_log
 from tests.integration.conftest import tiny_config
 
@@ -60,6 +60,6 @@ def test_an_update_that_overflows_is_left_out_and_the_next_ones_are_taken(tmp_pa
     assert left_out[0] == 1.0
     assert left_out[-1] == 0.0
     assert all(record["student_grad_norm"] > 0 for record in records if not record.get("overflowed"))
-    weights = read_lora(config.run_dir, 1)
+    weights = read_rung_lora(config.run_dir, 1)
     assert all(bool(tensor.isfinite().all()) and tensor.dtype == torch.float32 for tensor in weights.values())
     assert any(bool(tensor.any()) for key, tensor in weights.items() if "lora_B" in key)

@@ -12,8 +12,8 @@ from stepdistill.config import ConfigError
 from stepdistill.data.prepare import prepare
 from stepdistill.export.fused import fused_unet
 from stepdistill.export.onnx_unet import inputs_of
-from stepdistill.ladder import distill, load_shared, read_lora
-from stepdistill.models.lora_file import read_lora as lora_of
+from stepdistill.ladder import distill, load_shared, read_rung_lora
+from stepdistill.models.lora_file import read_lora
 from stepdistill.models.network.kind import load_network
 from stepdistill.runtime import Runtime
 from tests.integration.conftest import tiny_config
@@ -32,7 +32,7 @@ def test_a_rung_is_trained_and_exported_on_an_int8_base(tmp_path):
     config = tiny_config(tmp_path, *options, INT8, ladder)
     prepare(config)
     assert distill(config) == [1]
-    weights = read_lora(config.run_dir, 1)
+    weights = read_rung_lora(config.run_dir, 1)
     assert any(bool(tensor.any()) for key, tensor in weights.items() if "lora_B" in key)
     pipeline = StableDiffusionXLPipeline.from_pretrained(teacher, dtype=torch.float32)
     pipeline.load_lora_weights(config.run_dir / "rungs" / "1")
@@ -41,7 +41,7 @@ def test_a_rung_is_trained_and_exported_on_an_int8_base(tmp_path):
         unet_output(unet, inputs)
         for unet in (
             pipeline.unet,
-            fused_unet(teacher, lora_of(config.run_dir / "rungs" / "1")),
+            fused_unet(teacher, read_lora(config.run_dir / "rungs" / "1")),
             load_network(teacher),
         )
     )

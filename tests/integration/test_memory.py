@@ -21,7 +21,7 @@ WORK = """
 import sys, psutil
 from pathlib import Path
 from stepdistill.images.drift import image_drift
-from stepdistill.evaluation.measure.features import build_extractor, extract
+from stepdistill.evaluation.measure.features import build_extractor, extract_features
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import Row
@@ -33,7 +33,7 @@ images = RowImages(Path(sys.argv[2]))
 for count in map(int, sys.argv[3:]):
     prompts = ["a red letter a on white"] * count
     sampler.ensure(Row("student-1", 1, 1.0, 1), images.path, prompts, seed=0, processes=Processes())
-    extract(images.batches(count), extractor, resize="none")
+    extract_features(images.batches(count), extractor, resize="none")
     image_drift(images.batches(count), images.batches(count))
     print("MiB", psutil.Process().memory_info().rss / 2**20)
 """

@@ -18,7 +18,7 @@ from transformers import (
 from stepdistill.config import Evaluation
 from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.measure.feature_files import INCEPTION_VARIABLE
-from stepdistill.evaluation.measure.features import build_extractor, clip_score, extract
+from stepdistill.evaluation.measure.features import build_extractor, clip_score, extract_features
 from stepdistill.evaluation.measure.image_sets import Distances
 from tests.conftest import randn
 from tests.extractors import build_clip, build_dinov2
@@ -70,8 +70,8 @@ def dinov2_folder(tmp_path_factory):
 def test_features_do_not_depend_on_the_batch_size(clip_folder):
     extractor = build_extractor(f"clip:{clip_folder}")
     x = images(9)
-    features = extract([x], extractor, resize="pil_bicubic")
-    parts = extract(x.split(4), extractor, resize="pil_bicubic", batch_size=3)
+    features = extract_features([x], extractor, resize="pil_bicubic")
+    parts = extract_features(x.split(4), extractor, resize="pil_bicubic", batch_size=3)
     assert features.shape == (9, 8)
     assert torch.allclose(features, parts, atol=1e-6)
 
@@ -85,7 +85,7 @@ def test_clip_and_dinov2_features_equal_those_of_transformers_own_preprocessing(
         pixels = processor(list(x), return_tensors="pt")["pixel_values"]
         expected = model.visual_projection(model.vision_model(pixels).pooler_output)
     extractor = build_extractor(f"clip:{clip_folder}")
-    assert torch.allclose(extract([x], extractor, resize="none"), expected, atol=1e-5)
+    assert torch.allclose(extract_features([x], extractor, resize="none"), expected, atol=1e-5)
     x = images(3, size=28)
     model = Dinov2Model.from_pretrained(dinov2_folder)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_clip_and_dinov2_features_equal_those_of_transformers_own_preprocessing(
         expected = model(pixels).last_hidden_state[:, 0]
     extractor = build_extractor(f"dinov2:{dinov2_folder}")
     assert extractor.num_features == 16
-    assert torch.allclose(extract([x], extractor, resize="none"), expected, atol=1e-5)
+    assert torch.allclose(extract_features([x], extractor, resize="none"), expected, atol=1e-5)
 
 
 def test_clip_score_is_the_cosine_and_long_prompts_are_truncated(clip_folder):
@@ -105,7 +105,7 @@ def test_clip_score_is_the_cosine_and_long_prompts_are_truncated(clip_folder):
     x = images(3, size=32)
     model, processor = CLIPModel.from_pretrained(clip_folder), CLIPProcessor.from_pretrained(clip_folder)
     with torch.no_grad():
-        features = extract([x], extractor, resize="none")
+        features = extract_features([x], extractor, resize="none")
         tokens = processor.tokenizer(
             prompts, padding=True, truncation=True, max_length=12, return_tensors="pt"
         )
@@ -130,14 +130,14 @@ def test_the_inception_file_is_checked_and_gets_inputs_in_its_range(scripted, mo
         build_extractor(f"inception:{scripted}")
     spec = f"inception:{scripted}#sha256={sha256_file(scripted)}"
     extractor = build_extractor(spec)
-    features = extract([images()], extractor, resize="torchmetrics")
+    features = extract_features([images()], extractor, resize="torchmetrics")
     assert features.shape == (5, 2048)
     from stepdistill.evaluation.measure.resize import resize
 
     sized = resize(images(), "torchmetrics", size=299)
     assert torch.allclose(features, Scripted()(sized).detach(), atol=1e-5)
     with pytest.raises(ValueError, match="inception takes 299 x 299 images, got 40 x 40"):
-        extract([images()], extractor, resize="none")
+        extract_features([images()], extractor, resize="none")
     monkeypatch.setenv(INCEPTION_VARIABLE, str(scripted))
     with pytest.raises(ValueError, match="expected f58cb9b6"):
         build_extractor("inception")
@@ -155,9 +155,12 @@ def test_weights_in_half_precision_still_give_float32_features(kind, clip_folder
     extractor = build_extractor(f"{kind}:{half}")
     assert {parameter.dtype for parameter in extractor.parameters()} == {torch.float32}
     x = images(2, size=extractor.input_size)
-    features = extract([x], extractor, resize="none")
+    features = extract_features([x], extractor, resize="none")
     assert torch.allclose(
-        features, extract([x], build_extractor(f"{kind}:{folder}"), resize="none"), atol=0.01, rtol=0.01
+        features,
+        extract_features([x], build_extractor(f"{kind}:{folder}"), resize="none"),
+        atol=0.01,
+        rtol=0.01,
     )
 
 
@@ -204,10 +207,10 @@ def test_a_missing_file_is_named_with_the_remedy(tmp_path, monkeypatch):
 
 def test_the_reader_accepts_only_its_own_size():
     extractor = build_extractor("reader")
-    assert extract([images(size=32)], extractor, resize="none").shape == (5, 96)
-    assert extract([images(size=64)], extractor, resize="torchmetrics").shape == (5, 96)
+    assert extract_features([images(size=32)], extractor, resize="none").shape == (5, 96)
+    assert extract_features([images(size=64)], extractor, resize="torchmetrics").shape == (5, 96)
     with pytest.raises(ValueError, match="takes 32 x 32 images, got 64 x 64"):
-        extract([images(size=64)], extractor, resize="none")
+        extract_features([images(size=64)], extractor, resize="none")
 
 
 def test_a_crop_is_not_resized():
@@ -215,5 +218,6 @@ def test_a_crop_is_not_resized():
     x = images(size=50)
     inner = x[:, :, 9:41, 9:41]
     assert torch.equal(
-        extract([x], extractor, resize="none", crop=32), extract([inner], extractor, resize="none")
+        extract_features([x], extractor, resize="none", crop=32),
+        extract_features([inner], extractor, resize="none"),
     )

@@ -10,7 +10,7 @@ import torch
 from stepdistill.config import Phase
 from stepdistill.data.batches import Batch
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
-from stepdistill.diffusion.prediction import convert
+from stepdistill.diffusion.prediction import convert_prediction
 from stepdistill.diffusion.solver import move, rollout
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network import kind as network_kind
@@ -28,7 +28,7 @@ def predictor(noise_path, kind):
     def predict(rows, sample, timesteps):
         alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=2)
         original = MEAN + alpha * STD**2 * (sample - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
-        return convert(
+        return convert_prediction(
             original, sample, timesteps, noise_path=noise_path, prediction_type="sample", target=kind
         )
 
@@ -127,7 +127,7 @@ class GaussianNetwork(torch.nn.Module):
         gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         original = mean + gain * (sample - alpha * mean)
         kinds = {"prediction_type": "sample", "target": self.kind}
-        return convert(original, sample, timesteps, noise_path=self.noise_path, **kinds)
+        return convert_prediction(original, sample, timesteps, noise_path=self.noise_path, **kinds)
 
 
 class GaussianKind:

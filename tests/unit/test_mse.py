@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
-from stepdistill.diffusion.prediction import convert
+from stepdistill.diffusion.prediction import convert_prediction
 from stepdistill.diffusion.solver import move, move_gain
 from stepdistill.objectives.mse import LOSS_SPACES, convert_loss, mse_loss, space_weight
 from tests.conftest import ends_of, randn
@@ -42,7 +42,7 @@ def test_each_loss_space_measures_the_error_of_its_prediction_type(noise_path, s
     x_t = randn(4, 4, 8, 8, dtype=torch.float64)
     first, second = (randn(4, 4, 8, 8, seed=k, dtype=torch.float64) for k in (1, 2))
     as_space = [
-        convert(e, x_t, timesteps, noise_path=noise_path, prediction_type="epsilon", target=space)
+        convert_prediction(e, x_t, timesteps, noise_path=noise_path, prediction_type="epsilon", target=space)
         for e in (first, second)
     ]
     moved = [
@@ -87,7 +87,7 @@ def test_every_loss_space_but_epsilon_is_exact_at_zero_terminal_snr(kind, space,
 
     def error(target):
         first, second = (
-            convert(o, x_t, timesteps, noise_path=noise_path, prediction_type=kind, target=target)
+            convert_prediction(o, x_t, timesteps, noise_path=noise_path, prediction_type=kind, target=target)
             for o in outputs
         )
         return (first - second).square().flatten(1).mean(1)

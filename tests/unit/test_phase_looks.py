@@ -9,7 +9,7 @@ from stepdistill.config.saved import resolved
 from stepdistill.disk.durable import read_sealed, write_sealed
 from stepdistill.report.advice import advice_for
 from stepdistill.report.looks_by_phase import changes, looks_table
-from stepdistill.report.page import render
+from stepdistill.report.page import render_page
 from stepdistill.report.read import read_run
 from tests.browser.synthetic_run import results_of, save, write_looks, write_training
 
@@ -228,7 +228,7 @@ def test_numbers_from_other_images_are_not_compared(run):
 
 def test_the_page_shows_the_drift_of_each_phase(run):
     after(run, 4, 2, sharpness=-0.2, noise=0, data={"colour": 3.0})
-    page = render([read_run(run)], columns=1)
+    page = render_page([read_run(run)], columns=1)
     assert "8 images at the end of each phase, compared with the undistilled teacher&#39;s" in page
     start = page.index("4 steps, phase 2 (single)")
     assert "<td>-20 % <small>-" in page[start : start + 200]

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
-from stepdistill.diffusion.prediction import COEFFICIENTS, PREDICTION_TYPES, convert, to_original_and_noise
+from stepdistill.diffusion.prediction import (
+    COEFFICIENTS,
+    PREDICTION_TYPES,
+    convert_prediction,
+    to_original_and_noise,
+)
 from stepdistill.diffusion.solver import guide, implied_noise, move
 from stepdistill.models.denoiser import Denoiser
 from tests.conftest import randn
@@ -17,8 +22,12 @@ TIMESTEPS = torch.tensor([999, 749, 250, 10])
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(PREDICTION_TYPES, 2)))
 def test_round_trips_in_float64(noise_path, first, second):
     x_t, output = randn(4, 4, 8, 8, dtype=torch.float64), randn(4, 4, 8, 8, seed=1, dtype=torch.float64)
-    converted = convert(output, x_t, TIMESTEPS, noise_path=noise_path, prediction_type=first, target=second)
-    back = convert(converted, x_t, TIMESTEPS, noise_path=noise_path, prediction_type=second, target=first)
+    converted = convert_prediction(
+        output, x_t, TIMESTEPS, noise_path=noise_path, prediction_type=first, target=second
+    )
+    back = convert_prediction(
+        converted, x_t, TIMESTEPS, noise_path=noise_path, prediction_type=second, target=first
+    )
     assert torch.allclose(back, output, atol=1e-11)
 
 
@@ -29,7 +38,7 @@ def test_the_three_prediction_types_agree_on_a_noised_sample(noise_path):
     alpha, sigma = noise_path.alpha_sigma(TIMESTEPS, ndim=4)
     truth = {"epsilon": noise, "sample": original, "v_prediction": alpha * noise - sigma * original}
     for kind, target in itertools.product(PREDICTION_TYPES, repeat=2):
-        converted = convert(
+        converted = convert_prediction(
             truth[kind], x_t, TIMESTEPS, noise_path=noise_path, prediction_type=kind, target=target
         )
         assert torch.allclose(converted, truth[target], atol=1e-11), (kind, target)
@@ -41,14 +50,16 @@ def test_moves_do_not_depend_on_the_prediction_type(noise_path):
     target = torch.tensor([499, 249, 9, CLEAN])
     expected = noise_path.add_noise(original, noise, target)
     for kind in PREDICTION_TYPES:
-        output = convert(noise, x_t, TIMESTEPS, noise_path=noise_path, prediction_type="epsilon", target=kind)
+        output = convert_prediction(
+            noise, x_t, TIMESTEPS, noise_path=noise_path, prediction_type="epsilon", target=kind
+        )
         moved = move(output, x_t, TIMESTEPS, target, noise_path=noise_path, prediction_type=kind)
         assert torch.allclose(moved, expected, atol=1e-11), kind
 
 
 def test_bfloat16_outputs_are_converted_in_float32(noise_path):
     x_t, output = randn(4, 4, 8, 8), randn(4, 4, 8, 8, seed=1)
-    converted = convert(
+    converted = convert_prediction(
         output.bfloat16(),
         x_t.bfloat16(),
         TIMESTEPS,
@@ -56,7 +67,7 @@ def test_bfloat16_outputs_are_converted_in_float32(noise_path):
         prediction_type="epsilon",
         target="sample",
     )
-    expected = convert(
+    expected = convert_prediction(
         output.bfloat16().double(),
         x_t.bfloat16().double(),
         TIMESTEPS,
@@ -80,7 +91,9 @@ def test_v_gives_x0_at_zero_terminal_snr_and_epsilon_is_refused_there():
     noise_path = VariancePreserving.from_betas(betas, zero_terminal_snr=True)
     x_t, last = randn(1, 4, 8, 8, dtype=torch.float64), torch.tensor([999])
     v = randn(1, 4, 8, 8, seed=1, dtype=torch.float64)
-    original = convert(v, x_t, last, noise_path=noise_path, prediction_type="v_prediction", target="sample")
+    original = convert_prediction(
+        v, x_t, last, noise_path=noise_path, prediction_type="v_prediction", target="sample"
+    )
     assert torch.allclose(original, -v)
     with pytest.raises(ValueError, match="zero terminal SNR"):
         Denoiser(None, None, noise_path, "epsilon")
@@ -112,4 +125,6 @@ def test_guidance_1_is_off_and_guidance_0_is_unconditional():
 def test_an_unknown_prediction_type_is_refused(noise_path):
     x = randn(1, 4, 8, 8)
     with pytest.raises(ValueError, match="epsilon, sample, v_prediction"):
-        convert(x, x, torch.tensor([3]), noise_path=noise_path, prediction_type="x0", target="sample")
+        convert_prediction(
+            x, x, torch.tensor([3]), noise_path=noise_path, prediction_type="x0", target="sample"
+        )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stepdistill.export.rank import extract, reduce_rank
+from stepdistill.export.rank import extract_lora, reduce_rank
 from stepdistill.models.lora_file import Lora, LoraLayer
 
 
@@ -58,16 +58,16 @@ def test_a_lora_is_recovered_from_the_weights_that_it_was_merged_into():
     layers = {"line": random_layer(10, 8, 3), "conv": random_layer(6, 5, 3, kernel=(3, 3), seed=4)}
     base = {f"{name}.weight": torch.randn(layer.weight_shape) for name, layer in layers.items()}
     tuned = {f"{name}.weight": base[f"{name}.weight"] + layer.delta() for name, layer in layers.items()}
-    extracted = extract(base, tuned, layers, 3, {"peft_type": "LORA"})
+    extracted = extract_lora(base, tuned, layers, 3, {"peft_type": "LORA"})
     assert extracted.energy_kept == pytest.approx(1.0, abs=1e-9)
     for name, layer in layers.items():
         assert torch.allclose(extracted.lora.layers[name].delta(), layer.delta(), atol=1e-5)
-    less = extract(base, tuned, layers, 1, {})
+    less = extract_lora(base, tuned, layers, 1, {})
     assert 0 < less.energy_kept < 0.95
     assert less.left_out == 0
     for weights, value in ((base, 0.0), (tuned, 2.0)):
         weights["norm.bias"] = torch.full((5,), value)
-    with_others = extract(base, tuned, layers, 3, {})
+    with_others = extract_lora(base, tuned, layers, 3, {})
     changed = sum(float(layer.delta().double().square().sum()) for layer in layers.values())
     assert with_others.left_out == pytest.approx(20 / (20 + changed), rel=1e-5)
     assert with_others.energy_kept == pytest.approx(changed / (20 + changed), rel=1e-5)

@@ -7,7 +7,7 @@ from torch.nn.functional import avg_pool2d
 
 from stepdistill.demo import letters
 from stepdistill.evaluation.measure.distances import density_coverage, diversity, fid, kid, precision_recall
-from stepdistill.evaluation.measure.features import build_extractor, extract
+from stepdistill.evaluation.measure.features import build_extractor, extract_features
 from stepdistill.images.drift import image_drift
 
 N = 400
@@ -38,7 +38,7 @@ def sets():
     }
     images = {name: x.float().round().clamp(0, 255).to(torch.uint8) for name, x in changed.items()}
     extractor = build_extractor("reader")
-    return {name: (extract([x], extractor, resize="none"), x) for name, x in images.items()}
+    return {name: (extract_features([x], extractor, resize="none"), x) for name, x in images.items()}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,9 @@ def test_seeds_that_differ_less_lower_diversity():
         images = torch.stack([rendered(triples, seed) for seed in range(6)], dim=1).float()
         first = images[:, :1]
         mixed = (images + mixing * (first - images)).round().to(torch.uint8).flatten(0, 1)
-        return diversity(extract([mixed], build_extractor("reader"), resize="none").reshape(8, 6, -1))
+        return diversity(
+            extract_features([mixed], build_extractor("reader"), resize="none").reshape(8, 6, -1)
+        )
 
     assert spread(1.0) == 0
     assert spread(0.7) < 0.7 * spread(0.0)

@@ -8,12 +8,12 @@ from torch.nn.functional import avg_pool2d
 
 from stepdistill.demo import letters
 from stepdistill.evaluation.measure.distances import fid
-from stepdistill.evaluation.measure.features import build_extractor, extract
+from stepdistill.evaluation.measure.features import build_extractor, extract_features
 from stepdistill.evaluation.measure.small_net import (
     DAMAGES,
     SIDES,
-    Schooling,
     SmallNet,
+    TrainingSettings,
     damaged,
     read_small_net,
     side_for,
@@ -39,23 +39,23 @@ def damages(images):
     return {name: [x.round().clamp(0, 255).to(torch.uint8) for x in those] for name, those in growing.items()}
 
 
-def distances(schooling, folder):
+def distances(settings, folder):
     """FID to other images of the same kind, for undamaged images, each damage, and a third of the letters only."""
     triples = letters.sample_triples(N, seed=0)
     few = [dataclasses.replace(t, letter=t.letter % 8) for t in triples]
-    net, grades = train_small_net(
-        rendered(letters.sample_triples(400, seed=9), 9), rendered(triples[:100], 5), schooling
+    net, accuracy = train_small_net(
+        rendered(letters.sample_triples(400, seed=9), 9), rendered(triples[:100], 5), settings
     )
     write_small_net(folder, net, {})
     extractor = build_extractor(f"trained:{folder}")
     real, same = rendered(triples, 1), rendered(triples, 2)
     sets = {"same": [same], "lost letters": [rendered(few, 2)], **damages(same)}
-    reference = extract([real], extractor, resize="pil_bicubic")
+    reference = extract_features([real], extractor, resize="pil_bicubic")
     fids = {
-        name: [fid(reference, extract([x], extractor, resize="pil_bicubic")) for x in those]
+        name: [fid(reference, extract_features([x], extractor, resize="pil_bicubic")) for x in those]
         for name, those in sets.items()
     }
-    return fids, grades
+    return fids, accuracy
 
 
 def check(fids, times):
@@ -68,17 +68,17 @@ def check(fids, times):
 
 @pytest.mark.slow
 def test_fid_grows_with_every_damage_after_short_training(tmp_path):
-    fids, _ = distances(Schooling(steps=40, batch_size=24), tmp_path)
+    fids, _ = distances(TrainingSettings(steps=40, batch_size=24), tmp_path)
     check(fids, {"lost letters": 2, "blur": 5, "noise": 1.8, "two at once": 4})
 
 
 @pytest.mark.slow
 def test_fid_grows_with_every_damage_and_unseen_images_are_recognised(tmp_path):
-    fids, grades = distances(Schooling(), tmp_path)
+    fids, accuracy = distances(TrainingSettings(), tmp_path)
     check(fids, {"lost letters": 4, "blur": 50, "noise": 10, "two at once": 50})
-    assert grades.among == 100
-    assert grades.found_again > 0.7
-    assert grades.damage_named > 2 / len(DAMAGES)
+    assert accuracy.among == 100
+    assert accuracy.found_again > 0.7
+    assert accuracy.damage_named > 2 / len(DAMAGES)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -92,18 +92,18 @@ def test_the_same_images_give_a_bit_identical_net_and_global_randomness_is_uncha
     images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
     before = torch.get_rng_state()
     for name in ("first", "second"):
-        net, _ = train_small_net(images[:30], images[30:], Schooling(steps=3, batch_size=8))
+        net, _ = train_small_net(images[:30], images[30:], TrainingSettings(steps=3, batch_size=8))
         write_small_net(tmp_path / name, net, {"pictures": 30})
     assert torch.equal(before, torch.get_rng_state())
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
     assert first == second
-    other, _ = train_small_net(images[:30], images[30:], Schooling(steps=3, batch_size=8, seed=1))
+    other, _ = train_small_net(images[:30], images[30:], TrainingSettings(steps=3, batch_size=8, seed=1))
     assert not torch.equal(other.trunk[0].weight, net.trunk[0].weight)
 
 
 def test_a_stored_net_reads_back_and_a_damaged_one_is_refused(tmp_path):
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
-    net, _ = train_small_net(images, images, Schooling(steps=1, batch_size=8))
+    net, _ = train_small_net(images, images, TrainingSettings(steps=1, batch_size=8))
     write_small_net(tmp_path, net, {})
     again, sha256 = read_small_net(tmp_path)
     extractor = build_extractor(f"trained:{tmp_path}")

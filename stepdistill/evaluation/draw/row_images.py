@@ -28,7 +28,7 @@ from stepdistill.disk.durable import (
     write_sealed,
     writing,
 )
-from stepdistill.disk.guarded import make_folder
+from stepdistill.disk.guarded_folder import make_folder
 from stepdistill.run.image_chunks import (
     Chunk,
     chunks_of,

@@ -17,7 +17,7 @@ from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import Row
 from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.evaluation.measure.distances import diversity
-from stepdistill.evaluation.measure.features import FeatureExtractor, extract
+from stepdistill.evaluation.measure.features import FeatureExtractor, extract_features
 from stepdistill.evaluation.measure.metrics import latent_mse
 from stepdistill.rng import derive_seed
 from stepdistill.runtime import Processes
@@ -62,7 +62,7 @@ class Studies:
         """Mean feature distance between two images of one prompt with different seeds, of a drawn seed study."""
         prompts, seeds = len(grid["prompts"]), grid["seeds"]
         batches = RowImages(self._seeds_folder(row)).batches(prompts * seeds)
-        return diversity(extract(batches, extractor, resize=resize).reshape(prompts, seeds, -1))
+        return diversity(extract_features(batches, extractor, resize=resize).reshape(prompts, seeds, -1))
 
     def scale_sweep(self, students: Sequence[Row], reference: Row) -> dict[str, Any] | None:
         """Each student's LoRA at each weight, with the latent MSE to the teacher; None without evaluation.lora_scales."""

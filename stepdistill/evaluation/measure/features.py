@@ -198,7 +198,7 @@ def build_extractor(
 
 
 @torch.no_grad()
-def extract(
+def extract_features(
     batches: Iterable[torch.Tensor],
     extractor: FeatureExtractor,
     *,

@@ -17,7 +17,7 @@ from stepdistill.evaluation.measure.distances import (
     kid,
     precision_recall,
 )
-from stepdistill.evaluation.measure.features import FeatureExtractor, build_extractor, extract
+from stepdistill.evaluation.measure.features import FeatureExtractor, build_extractor, extract_features
 from stepdistill.evaluation.measure.kept_features import read_features, write_features
 from stepdistill.messages import first_line
 
@@ -53,7 +53,7 @@ class View:
         path = images.cache / f"{self.name}.safetensors"
         features = read_features(path, key)
         if features is None:
-            features = extract(images.batches(), self.extractor, resize=self.resize, crop=self.crop)
+            features = extract_features(images.batches(), self.extractor, resize=self.resize, crop=self.crop)
             write_features(path, features, key)
         return features
 
@@ -100,7 +100,7 @@ class Distances:
         image = torch.zeros(1, 3, *size, dtype=torch.uint8)
         for view in self._views:
             try:
-                features = extract(iter([image]), view.extractor, resize=view.resize, crop=view.crop)
+                features = extract_features(iter([image]), view.extractor, resize=view.resize, crop=view.crop)
             except (RuntimeError, TypeError, AttributeError) as error:  # the file holds another network
                 raise ValueError(
                     f"evaluation: {view.extractor.name} cannot read an image: {first_line(error)}; fix: another copy of "

@@ -10,7 +10,6 @@ only. Features learned without labels measure generators well (Morozov, Voynov a
 learned from images of the kind that is measured (Cetin et al. 2024, arXiv 2406.18430).
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ _EMBEDDING = 64
 
 
 @dataclass(frozen=True)
-class Schooling:
+class TrainingSettings:
     """Training settings: number of updates, batch size, AdamW's learning rate (with cosine decay to 0) and seed."""
 
     steps: int = 400
@@ -47,7 +46,7 @@ class Schooling:
 
 
 @dataclass(frozen=True)
-class Grades:
+class Accuracy:
     """Accuracy of both tasks on validation images.
 
     found_again   share of images that are found by another crop among `among` images
@@ -57,10 +56,6 @@ class Grades:
     found_again: float
     among: int
     damage_named: float
-
-    def as_json(self) -> dict[str, float]:
-        """The fields as a dictionary for JSON."""
-        return dataclasses.asdict(self)
 
 
 class SmallNet(nn.Module):
@@ -107,9 +102,9 @@ def side_for(size: tuple[int, int]) -> int:
 def train_small_net(
     images: torch.Tensor,
     kept_apart: torch.Tensor,
-    schooling: Schooling,
+    settings: TrainingSettings,
     progress: Callable[[int, float], None] = lambda _step, _loss: None,
-) -> tuple[SmallNet, Grades]:
+) -> tuple[SmallNet, Accuracy]:
     """Trains a net; returns it with its accuracy on validation images.
 
     The same images and settings give the same bits on one machine with the same number of threads.
@@ -117,17 +112,17 @@ def train_small_net(
     Args:
         images: training images, uint8 (N, 3, side, side).
         kept_apart: validation images, uint8 (M, 3, side, side).
-        schooling: training settings.
+        settings: training settings.
         progress: called after every update with its number, from 1, and its loss.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(schooling.seed)
+        torch.manual_seed(settings.seed)
         net, heads = SmallNet(images.shape[-1]), _Heads()
-    draws = torch.Generator().manual_seed(schooling.seed)
+    draws = torch.Generator().manual_seed(settings.seed)
     parameters = [*net.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=schooling.learning_rate, weight_decay=0.01)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schooling.steps)
-    for step, rows in enumerate(_batches(len(images), schooling, draws), 1):
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.01)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    for step, rows in enumerate(_batches(len(images), settings, draws), 1):
         batch = _floats(images[rows])
         again, damage = _losses(net, heads, batch, draws)
         loss = again + _DAMAGE_WEIGHT * damage
@@ -141,13 +136,13 @@ def train_small_net(
     with torch.no_grad():
         features = torch.cat([net(_floats(part)) for part in images[:2048].split(256)])
         net.scale.div_(features.std(dim=0).clamp(min=1e-6))
-        return net, _grade(net, heads, kept_apart, torch.Generator().manual_seed(schooling.seed))
+        return net, _measure(net, heads, kept_apart, torch.Generator().manual_seed(settings.seed))
 
 
-def _batches(count: int, schooling: Schooling, draws: torch.Generator) -> Iterator[torch.Tensor]:
+def _batches(count: int, settings: TrainingSettings, draws: torch.Generator) -> Iterator[torch.Tensor]:
     """The image indices of each update, from passes over all images in random order."""
-    size, order = min(schooling.batch_size, count), torch.empty(0, dtype=torch.int64)
-    for _ in range(schooling.steps):
+    size, order = min(settings.batch_size, count), torch.empty(0, dtype=torch.int64)
+    for _ in range(settings.steps):
         if len(order) < size:
             order = torch.randperm(count, generator=draws)
         yield order[:size]
@@ -243,13 +238,13 @@ _DAMAGE = {
 }
 
 
-def _grade(net: SmallNet, heads: _Heads, kept_apart: torch.Tensor, draws: torch.Generator) -> Grades:
+def _measure(net: SmallNet, heads: _Heads, kept_apart: torch.Tensor, draws: torch.Generator) -> Accuracy:
     batch = _floats(kept_apart)
     first, second = (normalize(heads.again(net(_crop(batch, draws)) / net.scale), dim=1) for _ in range(2))
     again = (first @ second.T).argmax(dim=1) == torch.arange(len(batch))
     kinds = torch.randint(len(DAMAGES), (len(batch),), generator=draws)
     named = heads.damage(net(damaged(batch, kinds, draws)) / net.scale).argmax(dim=1) == kinds
-    return Grades(again.float().mean().item(), len(batch), named.float().mean().item())
+    return Accuracy(again.float().mean().item(), len(batch), named.float().mean().item())
 
 
 def write_small_net(folder: Path, net: SmallNet, about: Mapping[str, Any]) -> None:

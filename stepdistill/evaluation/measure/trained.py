@@ -30,7 +30,7 @@ from stepdistill.evaluation.measure.resize import resize
 from stepdistill.evaluation.measure.small_net import (
     RECORD,
     WEIGHTS,
-    Schooling,
+    TrainingSettings,
     read_small_net,
     side_for,
     train_small_net,
@@ -78,11 +78,11 @@ def trained_extractor(config: RunConfig) -> Path:
     """The folder of the run's extractor, which is trained if it is missing or its images or settings changed."""
     folder = config.run_dir / "evaluation" / "extractor"
     chosen = list(itertools.islice(_images(config), MAX_IMAGES))
-    size, schooling = teacher_facts(config).image_size, Schooling()
+    size, settings = teacher_facts(config).image_size, TrainingSettings()
     how, side = config.evaluation.resize or RESIZE, trained_side(config)
     versions = [[image.name, image.version()] for image in chosen]
     drawn_by = [config.seed, config.data.num_images] if world_of(config.data.source) is not None else None
-    key = sha256_json([_FORM, versions, drawn_by, size, how, dataclasses.asdict(schooling)])
+    key = sha256_json([_FORM, versions, drawn_by, size, how, dataclasses.asdict(settings)])
     record = read_sealed(folder / RECORD)
     if record is not None and record.get("key") == key:
         with contextlib.suppress(ValueError):
@@ -96,17 +96,17 @@ def trained_extractor(config: RunConfig) -> Path:
     )
     pixels = torch.cat(list(_resized(chosen, size, how, side)))
     apart = torch.arange(len(pixels)) % _APART == 0
-    with PhaseProgress("extractor", schooling.steps, logging_steps=100, enabled=True) as bar:
-        net, grades = train_small_net(
-            pixels[~apart], pixels[apart], schooling, lambda step, loss: bar.update(step, {"loss": loss})
+    with PhaseProgress("extractor", settings.steps, logging_steps=100, enabled=True) as bar:
+        net, accuracy = train_small_net(
+            pixels[~apart], pixels[apart], settings, lambda step, loss: bar.update(step, {"loss": loss})
         )
     about = {
         "key": key,
         "pictures": int((~apart).sum()),
         "resize": how,
-        "schooling": dataclasses.asdict(schooling),
+        "schooling": dataclasses.asdict(settings),
     }
-    write_small_net(folder, net, {**about, "grades": dataclasses.asdict(grades)})
+    write_small_net(folder, net, {**about, "grades": dataclasses.asdict(accuracy)})
     return folder
 
 

@@ -1,7 +1,7 @@
 """A folder that must stay where it is while a command writes into it, such as a run's. No torch.
 
 Many writers make the folders that are missing. If somebody removes a run's folder under a command, such a writer would make
-it again, with nothing but its last files in it. Inside `guarded`, writing ends with a one-line error instead.
+it again, with nothing but its last files in it. Inside `guarded_folder`, writing ends with a one-line error instead.
 """
 
 import os
@@ -14,7 +14,7 @@ _guarded: dict[Path, tuple[int, int]] = {}
 
 
 @contextmanager
-def guarded(folder: Path) -> Iterator[None]:
+def guarded_folder(folder: Path) -> Iterator[None]:
     """Guards an existing folder. An error that follows from its removal becomes the ValueError of `check_present`."""
     place = folder.absolute()
     if place in _guarded:
