@@ -178,9 +178,8 @@ def _train_rung(
     shared.runtime.reset_loss_scale()
     position = config.ladder.index(rung)
     if position:
-        adapters.load_adapter_state(
-            network.model, STUDENT, read_rung_lora(config.run_dir, rung.teacher_steps)
-        )
+        lora = read_rung_lora(config.run_dir, rung.teacher_steps)
+        adapters.load_adapter_state(network.model, STUDENT, lora)
     partial = partial_rung(config.run_dir, rung.student_steps)
     if shared.runtime.is_main:
         open_partial(shared, rung, is_resumed=resumed is not None)
