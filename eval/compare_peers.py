@@ -55,7 +55,7 @@ from stepdistill.evaluation.check import check_evaluation
 from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.runtime import source_commit
 
-IMAGE = {
+GRID_LABELS = {
     "teacher-4": "teacher 4",
     **{f"stepdistill-{n}": f"ours {n}" for n in (4, 2, 1)},
     "lcm-lora-4": "LCM-LoRA 4",
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     write(args.output, text, tables, payload)
     run_dir = next((t.run_dir for t in tables if t.run_dir is not None), None)
     if run_dir is not None:
-        labels = {names[0]: names[0].replace("-", " ")} | IMAGE
+        labels = {names[0]: names[0].replace("-", " ")} | GRID_LABELS
         image(run_dir, labels, evaluation_set_of(base).prompts).save(args.output.with_suffix(".png"))
     print(text)
     return 0

@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_images(args.output / "pictures", seed=args.seed)
-    records = evaluation_images(Data(source=str(args.output / "pictures")))
-    images = torch.from_numpy(np.stack([record.pixels((32, 32)) for record in records])).permute(0, 3, 1, 2)
+    captioned = evaluation_images(Data(source=str(args.output / "pictures")))
+    images = torch.from_numpy(np.stack([image.pixels((32, 32)) for image in captioned])).permute(0, 3, 1, 2)
     vae = load_vae(embedded_folder("teacher"))
     latents = recipe.encode_images(vae, images, scaling_factor=vae.config.scaling_factor)
     tokenizer = recipe.build_tokenizer()
-    captions = [record.caption for record in records]
+    captions = [image.caption for image in captioned]
     unet, text_encoder = recipe.train_unet(
         latents, captions, tokenizer, steps=args.unet_steps, seed=args.seed
     )

@@ -170,7 +170,7 @@ def _preview(family: str, side: int) -> dict[str, int]:
         vae = build_vae(family).eval().requires_grad_(False)
     with torch.no_grad(), _Live() as live:
         vae.decode(torch.empty(1, 4, side, side, device="meta"))
-    return {"vae": sum(p.numel() for p in vae.parameters()) * 4, "one image decoded": live.peak}
+    return {"vae": sum(p.numel() for p in vae.parameters()) * 4, "one picture decoded": live.peak}
 
 
 def _phase(

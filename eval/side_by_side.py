@@ -185,7 +185,7 @@ def by_steps(entries: Sequence[dict[str, Any]], names: Sequence[str], measure_na
     return "\n".join(lines)
 
 
-def image(run_dir: Path, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
+def grid_of_rows(run_dir: Path, rows: dict[str, str], prompts: Sequence[str]) -> Image.Image:
     """A grid of the first images of each row that the run folder has; each column has one prompt and one noise."""
     shown = {}
     for name, label in rows.items():

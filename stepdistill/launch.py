@@ -130,33 +130,35 @@ class Launch:
 _launch: Launch | None = None
 
 
-def meeting_place(timeout: timedelta) -> dict[str, Any]:
-    """Arguments of torch.distributed.init_process_group: a part of the store that no earlier start of this launch has used.
+def name_start(timeout: timedelta) -> tuple[str, dict[str, Any]]:
+    """The name of this start of the launch, and arguments of init_process_group: a store whose keys begin with that name.
 
-    Without WORLD_SIZE in the environment, the timeout only: there is no launch, or one without a store, such as mpirun's.
+    Both are empty if WORLD_SIZE is 1 or not set.
 
-    timeout: how long the processes wait for one another, here and in each later operation of all; then DistributedError.
+    timeout: how long the processes wait for one another; then DistributedError.
     """
     from torch.distributed import PrefixStore, rendezvous
 
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = int(os.environ.get("WORLD_SIZE") or "1")
     if count == 1:
-        return {"timeout": timeout}
+        return "", {}
+    until = time.monotonic() + timeout.total_seconds()
     store, rank, _ = next(rendezvous("env://", _index(), count, timeout=timeout))
-    name = agree(store, rank, count, timeout=timeout)
-    return {"store": PrefixStore(name, store), "rank": rank, "world_size": count, "timeout": timeout}
+    name = agree(PrefixStore("stepdistill/start", store), rank, count, until=until)
+    return name, {"store": PrefixStore(name, store), "rank": rank, "world_size": count}
 
 
-def agree(store: Any, rank: int, count: int, *, timeout: timedelta) -> str:
+def agree(store: Any, rank: int, count: int, *, until: float) -> str:
     """A name for this start of the launch: the same in all processes, and new even if the store has seen other starts.
 
-    Process 0 offers a new name to each other process beside the word that this one has just made up, and waits until it
-    has answered with that name. So nobody takes what a process of an earlier start has written for a word, an offer or an
-    answer of this one.
+    Every other process writes a random word. Process 0 answers it with a new name beside that word, and waits until the
+    process has written the name back. A word, offer or answer of an earlier start does not fit, so it is ignored. The
+    launcher must have ended all processes of earlier starts.
 
-    rank: this process's number, of 0 to count - 1.
+    rank: this process's number, from 0 to count - 1.
+    until: time.monotonic() at which a process gives up: DistributedError.
     """
-    mine, until = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    mine = uuid.uuid4().hex
 
     def read(key: str) -> str:
         return store.get(key).decode() if store.check([key]) else ""
@@ -174,10 +176,11 @@ def agree(store: Any, rank: int, count: int, *, timeout: timedelta) -> str:
         name = offer.removesuffix(mine)
         store.set(f"answer/{rank}", name)
         return name
-    for number in range(1, count):
-        while read(f"answer/{number}") != mine:
+    waiting = list(range(1, count))
+    while waiting := [number for number in waiting if read(f"answer/{number}") != mine]:
+        for number in waiting:
             store.set(f"offer/{number}", mine + read(f"word/{number}"))
-            pause(number)
+        pause(waiting[0])
     return mine
 
 
@@ -190,7 +193,7 @@ def join(name: str, *, release: Callable[[], None]) -> None:
     """Connects this process to the store, starts the watch, and lets `ending` tell the other processes. Called once in each
     process of a launch, when they have met.
 
-    name: the same in all of them, and other in every start of the launch.
+    name: the same in all of them, and different in each start of the launch.
     release: called before the watch ends this process.
     """
     global _launch

@@ -218,11 +218,20 @@ def meet(run_dir: Path, *, timeout_minutes: float, release: Callable[[], None]) 
     """
     if launch.is_joined():
         return
+    timeout = timedelta(minutes=timeout_minutes)
     with collective():
-        PartialState(cpu=_ON_CPU, **launch.meeting_place(timedelta(minutes=timeout_minutes)))
+        start, store = launch.name_start(timeout)
+        if store:  # before PartialState, which meets in a store that may hold addresses of ended processes
+            torch.distributed.init_process_group("gloo" if _ON_CPU else "nccl", timeout=timeout, **store)
+        PartialState(cpu=_ON_CPU, timeout=timeout)
     processes = Processes()
+    if store and processes.count != store["world_size"]:
+        raise ValueError(
+            f"WORLD_SIZE is {store['world_size']} in the environment, but accelerate sees {processes.count} process; fix: "
+            f"set LOCAL_RANK too, the number of the process on its machine, as docs/cluster.md does"
+        )
     if processes.count > 1:
-        launch.join(processes.broadcast(uuid.uuid4().hex), release=release)
+        launch.join(start or processes.broadcast(uuid.uuid4().hex), release=release)
         processes.check_shared(run_dir)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config.ladder import unused_settings
 from stepdistill.disk.durable import IMAGE_FORMATS, read_sealed, warn_of_damage, write_image, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
@@ -99,7 +100,7 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
     teacher = TeacherFacts.of_folder(teacher_folder(config))
     check_ladder_fits(config, teacher)
     if Processes().is_main:
-        for about, remedy in unfit_settings(config, teacher):
+        for about, remedy in [*unused_settings(config.ladder), *unfit_settings(config, teacher)]:
             logger.warning("prepare: %s; fix: %s", about, remedy)
     manifest = run_dir / "cache" / "manifest.json"
     before = read_sealed(manifest)
@@ -352,7 +353,7 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     from stepdistill.config.saved import read_run_config
     from stepdistill.run.rungs import require_rung
 
-    _check_image(output)
+    _check_image_path(output)
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
     check_same_teacher(config, teacher_folder(config))
@@ -374,7 +375,7 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     return output
 
 
-def _check_image(path: Path) -> None:
+def _check_image_path(path: Path) -> None:
     """ConfigError if no image can be written to the path: its suffix is unknown, or it is a folder."""
     if path.suffix.lower() not in IMAGE_FORMATS or path.is_dir():
         raise ConfigError(

@@ -80,7 +80,7 @@ class Evaluation(Section, affects=Affects.NOTHING):
     """Data type in which the pipeline draws."""
     features: ExpandedPath | None = None
     """Feature extractor for FID, KID, precision, recall, density and coverage: inception or inception:FILE, clip:FOLDER,
-    dinov2:FOLDER, trained (a small network that is trained on the run's own images, in minutes on a CPU), trained:FOLDER
+    dinov2:FOLDER, trained (a small network that learns from the run's training images, in minutes on a CPU), trained:FOLDER
     (the evaluation/extractor folder of another run) or reader (made for letters). Default: reader for letters; for other
     images inception if its weights are on disk, else trained if there are 200 images or more, else none."""
     resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] | None = None

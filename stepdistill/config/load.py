@@ -24,7 +24,7 @@ _ALLOWED = {
     "model_type": "a section: a mapping of keys to values",
     "string_pattern_mismatch": "letters, digits and . _ -, of which the first is a letter or a digit",
 }
-"""What is allowed, by pydantic's name of the mistake, where its own words are about its classes."""
+"""What a message names as allowed, by pydantic's error type; for errors whose own text speaks of Python classes."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

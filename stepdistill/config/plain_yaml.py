@@ -16,12 +16,12 @@ LONGEST_NUMBER = 100
 """Most characters of a number."""
 _LONGEST_MESSAGE = 500
 _STANDARD = "tag:yaml.org,2002:"
-"""How the tags of YAML itself begin, which a text writes as !!bool, !!int and so on."""
+"""The beginning of YAML's own tags, which a text writes as !!bool or !!int."""
 _NUMBERS = (f"{_STANDARD}int", f"{_STANDARD}float")
 _TEXTS = tuple(f"{_STANDARD}{name}" for name in ("str", "bool", "null", "timestamp", "binary"))
-"""Tags of values that are, like numbers, made from a text, not from a list or a mapping."""
+"""Tags of values that are written as one text, not as a list or mapping; numbers are listed above."""
 _OF_A_VALUE = (ValueError, OverflowError, LookupError, AttributeError, TypeError)
-"""What PyYAML raises besides its own errors if a value does not fit its tag."""
+"""Errors, besides PyYAML's own, that PyYAML raises if a value does not fit its tag."""
 
 
 def plain_yaml(text: str) -> Any:

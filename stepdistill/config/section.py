@@ -52,7 +52,7 @@ Rank = Annotated[int, Field(gt=0, le=4096)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=150)]
 """A name that becomes part of file names, which have at most 255 bytes."""
 FilePath = Annotated[str, AfterValidator(_usable_path)]
-"""A path as the config has it. Who opens it expands ~: the text itself is part of what a cache is recognised by."""
+"""A path exactly as the config has it, because the text is part of a cache's key. The code that opens it expands ~."""
 ExpandedPath = Annotated[FilePath, AfterValidator(_expanded)]
 """A path, or KIND:PATH, in which ~ at the start of the path is already the home folder."""
 

@@ -97,10 +97,9 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     checkpoint: CheckpointOptions = CheckpointOptions()
     """Checkpoints within a rung."""
     max_minutes: Annotated[PositiveFloat | None, Affects.NOTHING] = None
-    """Minutes from a command's start after which it stops training between two updates, saves the state and exits with code
+    """Minutes after the command's start at which training stops: it finishes the update, saves the state and exits with code
     75, so that the same command continues there; for clusters that end jobs without notice. The time before training counts,
-    such as that in which `stepdistill run` prepares the data, but only training is stopped: preparing and evaluating are not
-    bounded. At least one update is made. Default: no limit."""
+    too, but preparing and evaluating are not stopped. At least one update is made. Default: no limit."""
     guard: Annotated[Literal["warn", "rewind"], Affects.NOTHING] = "warn"
     """What happens in an adversarial phase if the discriminator is nearly always right, or if the student's distance to the
     teacher on 16 fixed samples rises to 4 times that at the phase's start. warn: a warning; rewind: training goes back to

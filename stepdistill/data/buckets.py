@@ -18,8 +18,11 @@ Size = tuple[int, int]
 
 
 def least_per_bucket(config: RunConfig) -> int:
-    """The smallest number of images that a bucket must have to be used. Without data.min_per_bucket it is the cache's, so
-    that a run whose updates are split in another way keeps its latents; without a cache, the samples of one update."""
+    """The smallest number of images with which a bucket is used.
+
+    It is data.min_per_bucket; if that is not set, the number that the run's cache was made with; without a cache, the
+    samples of one update. So a run keeps its latents when its updates are split differently.
+    """
     if config.data.min_per_bucket is not None:
         return config.data.min_per_bucket
     before = (read_sealed(config.run_dir / "cache" / "manifest.json") or {}).get("min_per_bucket")

@@ -19,7 +19,7 @@ _ANIMATED = ("PNG", "WEBP")
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 _ORIENTATION_IN_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")
-MAX_BYTES = 2**28
+MAX_IMAGE_BYTES = 2**28
 """Largest file that is read as an image."""
 MAX_CAPTION_BYTES = 2**17
 
@@ -37,8 +37,8 @@ def decode_image(content: bytes, *, max_pixels: int, min_side: int) -> Image.Ima
 
     Size and format are checked before any pixel is decoded, so a decompression bomb costs nothing.
     """
-    if len(content) > MAX_BYTES:
-        raise BadSample("image_too_large", f"{len(content):,} bytes; allowed: up to {MAX_BYTES:,}")
+    if len(content) > MAX_IMAGE_BYTES:
+        raise BadSample("image_too_large", f"{len(content):,} bytes; allowed: up to {MAX_IMAGE_BYTES:,}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's bomb warning: the size is checked here
         try:

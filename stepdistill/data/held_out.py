@@ -19,12 +19,12 @@ from stepdistill.disk.durable import read_sealed
 from stepdistill.run.folder import saved_held_out
 
 AUTO_SHARE = 0.05
-MIN_HELD_OUT = 64
+MIN_HELD_OUT_CAPTIONS = 64
 """The default share is used only if it holds out this many distinct captions; a source needs about 1,280 for that."""
 MAX_LOOKED_AT = 5120
 """Records that are read to choose the default share. If they have too few distinct captions, the source repeats captions,
 and holding some out would remove whole subjects from training."""
-_MAX_HELD_OUT = 4 * AUTO_SHARE  # share of the images; many of them may share one held-out caption
+_MAX_HELD_OUT_SHARE = 4 * AUTO_SHARE  # share of the images; many of them may share one held-out caption
 
 
 def is_held_out(caption: str, share: float) -> bool:
@@ -83,7 +83,7 @@ def _lenders(data: Data) -> Data:
     return data.model_copy(update={"held_out": 0.0}) if is_cache(data.source) else data
 
 
-def imaged_data(config: RunConfig) -> Data:
+def source_data(config: RunConfig) -> Data:
     """The data that the run's latents were encoded from, with a number for held_out.
 
     If data.source is another run's cache: the source which that cache was made from, if it still exists; otherwise the cache
@@ -117,7 +117,7 @@ def _prepared_with(cache: Path) -> float | None:
 
 
 def leaves_enough(stream: Iterable[Record]) -> bool:
-    """Whether AUTO_SHARE holds out at least MIN_HELD_OUT distinct captions but not too many of the images.
+    """Whether AUTO_SHARE holds out at least MIN_HELD_OUT_CAPTIONS distinct captions but not too many of the images.
 
     Reads at most MAX_LOOKED_AT records and stops as soon as enough captions are found.
     """
@@ -128,6 +128,6 @@ def leaves_enough(stream: Iterable[Record]) -> bool:
             continue
         held_out += 1
         captions.add(read_caption(record.read_caption()))
-        if len(captions) >= MIN_HELD_OUT:
-            return held_out <= _MAX_HELD_OUT * seen
+        if len(captions) >= MIN_HELD_OUT_CAPTIONS:
+            return held_out <= _MAX_HELD_OUT_SHARE * seen
     return False

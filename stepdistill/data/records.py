@@ -24,7 +24,7 @@ from PIL import Image
 
 from stepdistill.config import ConfigError
 from stepdistill.config.data import Kind
-from stepdistill.data.decode import MAX_BYTES, MAX_CAPTION_BYTES, BadSample
+from stepdistill.data.decode import MAX_CAPTION_BYTES, MAX_IMAGE_BYTES, BadSample
 from stepdistill.data.file_version import version_of_bytes, version_of_file, version_of_part
 from stepdistill.data.shards import Shard
 from stepdistill.data.tar import BrokenArchive, Member, members, read_member
@@ -116,10 +116,10 @@ def read_file(path: Path, *, most: int) -> bytes:
     """The bytes of a regular file.
 
     BadSample if it is missing, larger than `most` bytes, or not a regular file: reading a pipe would block for ever. The
-    kind is about the image if `most` is MAX_BYTES, else about the caption.
+    kind is about the image if `most` is MAX_IMAGE_BYTES, else about the caption.
     """
-    missing: Kind = "image_missing" if most == MAX_BYTES else "caption_missing"
-    large: Kind = "image_too_large" if most == MAX_BYTES else "caption_too_long"
+    missing: Kind = "image_missing" if most == MAX_IMAGE_BYTES else "caption_missing"
+    large: Kind = "image_too_large" if most == MAX_IMAGE_BYTES else "caption_too_long"
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -147,7 +147,7 @@ def _text_beside(file: Path) -> Callable[[], bytes]:
 def _of_file(folder: Path, file: Path, caption: Callable[[], bytes | str | None]) -> Record:
     name = file.relative_to(folder).as_posix()
     return Record(
-        name, caption, lambda: read_file(file, most=MAX_BYTES), functools.partial(version_of_file, file)
+        name, caption, lambda: read_file(file, most=MAX_IMAGE_BYTES), functools.partial(version_of_file, file)
     )
 
 
@@ -234,8 +234,8 @@ def _grouped(path: Path, group: Iterable[Member]) -> Iterator[Record]:
 
 def _bytes_of(path: Path, member: Member) -> Callable[[], bytes]:
     def read() -> bytes:
-        if member.size > MAX_BYTES:
-            raise BadSample("image_too_large", f"{member.size:,} bytes; allowed: {MAX_BYTES:,}")
+        if member.size > MAX_IMAGE_BYTES:
+            raise BadSample("image_too_large", f"{member.size:,} bytes; allowed: {MAX_IMAGE_BYTES:,}")
         return read_member(path, member)
 
     return read

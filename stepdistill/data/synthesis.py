@@ -13,6 +13,10 @@ from stepdistill.diffusion.noise_path import moves_to
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.conditioning import Conditioning
 
+_NOISE = "teacher's pictures"
+"""The name of the random stream that the noise comes from. With another name, a cache that is partly filled would get other
+latents."""
+
 
 @dataclass(frozen=True)
 class Synthesis:
@@ -43,7 +47,7 @@ class Synthesis:
 
     def _batch(self, conditioning: Conditioning, numbers: list[int]) -> torch.Tensor:
         model = self.teacher.network.model
-        noise = rng.normal(self.shape, numbers, seed=self.seed, keys=("teacher's images",)).to(model.device)
+        noise = rng.normal(self.shape, numbers, seed=self.seed, keys=(_NOISE,)).to(model.device)
         moves = moves_to(self.teacher.noise_path.sampling(self.steps, len(numbers)), model.device)
         conditioning = conditioning.to(model.device, model.dtype)
         return self.teacher.rollout(noise, moves, conditioning).float().cpu()

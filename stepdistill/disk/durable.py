@@ -31,8 +31,9 @@ CHECKSUM = "checksum"
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _LARGEST_JSON = 2**28
 _REPLACED = ".replaced.partial"
+# os.umask can be read only by setting it. At import there are no other threads, whose files would get the wrong mode.
 _UMASK = os.umask(0)
-os.umask(_UMASK)  # at import, because for a moment the files of other threads would be writable by everybody
+os.umask(_UMASK)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 _BLOCKED = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 _OTHER_REMEDY = "remove the cause, then the same command"

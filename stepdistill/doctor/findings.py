@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import Kind
+from stepdistill.config.ladder import unused_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import held_out_share
@@ -134,6 +135,8 @@ def _run(config: RunConfig) -> Iterator[Finding]:
 
 
 def _ladder(config: RunConfig) -> Iterator[Finding]:
+    for about, remedy in unused_settings(config.ladder):
+        yield Finding("note", about, remedy)
     teacher = _facts(config)
     if teacher is None:
         about = "ladder: whether it fits the teacher is checked when the teacher's configs are on this disk"
@@ -173,8 +176,8 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
     what = "captions of another run's latents" if is_cache(data.source) else what
     yield Finding("ok", f"data: {data.source}, the first {seen} {what} read")
     if sides and config.evaluation.real_images is None and held_out_share(data) == 0:
-        remedy = "data.held_out=0.2, or evaluation.prompts and evaluation.real_images of other images"
-        yield Finding("note", "data: the table compares with images that are trained on", remedy)
+        remedy = "data.held_out=0.2, or evaluation.prompts and evaluation.real_images that are not trained on"
+        yield Finding("note", "data: the table compares with training images", remedy)
     for kind, count in bad.items():
         stops = data.policy(kind) == "error" or count > data.max_bad_fraction * seen
         remedy = ", ".join(
@@ -219,14 +222,14 @@ def _evaluation(config: RunConfig) -> Iterator[Finding]:
     from stepdistill.evaluation.check import check_evaluation
 
     if _facts(config) is None:
-        about = "evaluation: prompts, images and extractors are checked when the teacher's configs are on this disk"
+        about = "evaluation: prompts, real images and extractors are checked when the teacher's configs are on this disk"
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     choice = check_evaluation(config)
-    yield Finding("ok", "evaluation: prompts, images and extractors can be used")
+    yield Finding("ok", "evaluation: prompts, real images and extractors can be used")
     yield from (Finding("note", f"evaluation: {text}") for text in choice.warnings)
     if choice.learns and not choice.is_named:
-        about = "FID is measured by a small network trained on these images in minutes (evaluation.features=trained)"
+        about = "FID is measured by a small network trained on your images in minutes (evaluation.features=trained)"
         yield Finding(
             "note", f"evaluation: {about}", f"for numbers comparable with published ones: {_EXTRACTORS}"
         )
@@ -249,7 +252,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
     remedy = (
         ""
         if state == "ok"
-        else "another output_dir, data.dtype=float16, fewer images or evaluation.num_images"
+        else "another output_dir, data.dtype=float16, a smaller data.num_images or evaluation.num_images"
     )
     parts = ("teacher", "cache", "rungs", "checkpoints", "evaluation", "report")
     each = ", ".join(f"{part} {_bytes(size)}" for part in parts if (size := getattr(need, part)))

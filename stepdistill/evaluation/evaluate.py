@@ -22,7 +22,7 @@ from stepdistill.evaluation.measure.features import clip_score
 from stepdistill.evaluation.measure.image_sets import Distances, ImageSet, View
 from stepdistill.evaluation.measure.metrics import described, latent_mse
 from stepdistill.evaluation.measure.outside_scorer import run_score_cmd
-from stepdistill.evaluation.protocol import absent_columns, protocol_of, warnings_of
+from stepdistill.evaluation.protocol import IN_WORDS, absent_columns, protocol_of, warnings_of
 from stepdistill.export.exported import read_scheduler
 from stepdistill.images.drift import image_drift
 from stepdistill.jackknife import standard_error
@@ -174,12 +174,11 @@ class _Measuring:
         return self._write(facts, rows, unmeasured=[])
 
     def _has_results(self, facts: Mapping[str, Any]) -> bool:
-        """Whether results.json already holds every row, measured on these images under this protocol. It must then not be
-        replaced by a part of the rows."""
+        """Whether results.json holds every row for these images and this protocol: then it is not overwritten row by row."""
         stored = read_sealed(self._folder / "results.json") or {}
 
         def digest(results: Mapping[str, Any]) -> str:
-            protocol = {k: v for k, v in results["protocol"].items() if k != "evaluated_at_commit"}
+            protocol = {k: v for k, v in results["protocol"].items() if k not in IN_WORDS}
             return sha256_json([protocol, results["pictures"]])
 
         return stored.get("unmeasured") == [] and "pictures" in stored and digest(stored) == digest(facts)

@@ -14,6 +14,10 @@ FEW_IMAGES = 5000
 _IMAGE_METRICS = "precision, recall, density, coverage"
 
 
+IN_WORDS = ("prompts", "real_images", "other_real_images", "evaluated_at_commit")
+"""Parts of a protocol that another version of the package may say differently. Hashes beside them identify the data."""
+
+
 def protocol_of(
     config: RunConfig,
     evaluation_set: EvaluationSet,
@@ -25,7 +29,7 @@ def protocol_of(
 ) -> dict[str, Any]:
     """The protocol of a table: two tables can be compared only if their protocols agree.
 
-    learned: how an extractor was trained on the run's own images (trained.py); empty for any other extractor.
+    learned: how an extractor was trained on the run's training images (trained.py); empty for any other extractor.
     """
     options, main, real = config.evaluation, distances.main, evaluation_set.real
     return {

@@ -99,8 +99,8 @@ class RungTraining:
         return _Start(resumed.phase, self._load(resumed), carried, adversary_scale)
 
     def _rewound(self, diverged: _Diverged) -> _Start:
-        """The start from the newest checkpoint of the diverged phase in which nothing was wrong; removes the checkpoints and
-        log lines of later updates. CheckpointError, with nothing removed, if there is none."""
+        """The start from the diverged phase's newest checkpoint that was written while all was well. Checkpoints and log
+        lines of later updates are removed. CheckpointError, with nothing removed, if there is none."""
         runtime, folder = self.shared.runtime, self.checkpoints.folder
         self.checkpoints.wait()
         runtime.wait()  # until process 0 has written the last one

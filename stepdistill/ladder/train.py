@@ -72,7 +72,8 @@ def rungs_of(config: RunConfig, only: tuple[int, int] | None) -> list[Rung]:
 
 def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> list[int]:
     """Trains rungs in order, each from its newest checkpoint if it has one; returns the student_steps of those that it
-    trained. A later rung stays if it is finished and the rung before came out as it was. ToBeContinued if asked to stop.
+    trained. A finished later rung is not trained again if the rung before it has the same weights as when it began.
+    ToBeContinued if asked to stop.
     """
     config, runtime = shared.config, shared.runtime
     _check_samples(shared)

@@ -87,7 +87,7 @@ def _remedies(moved: Change, rung: RungLog, run: Run) -> Iterator[Proposal]:
 
 
 def _adversarial_text(moved: Change, run: Run) -> str:
-    """Advice against an adversarial phase's change; says so if the phase pulls the images towards the training images."""
+    """Advice against an adversarial phase's change; says so if the phase pulls the student towards the training images."""
     text = "give that adversarial phase fewer updates or a lower learning rate."
     drift = data_drift(moved.phase, moved.look)
     takes_data = setting(run.config, f"{moved.phase.key}.discriminator.real") == "data"
@@ -95,8 +95,8 @@ def _adversarial_text(moved: Change, run: Run) -> str:
     if not (takes_data and is_direction) or drift is None or drift / moved.by < _TOWARDS_DATA:
         return text[0].upper() + text[1:]
     return (
-        f"That phase pulls the images towards the training images, which differ from the teacher in the same way. To stay "
-        f"closer to the teacher, {text}"
+        f"That phase pulls the student's images towards the training images, which differ from the teacher in the same way. "
+        f"To stay closer to the teacher, {text}"
     )
 
 

@@ -139,8 +139,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def release_all() -> None:
-    """Removes the locks of this process. Called before os._exit, which leaves no `locked`: else another machine, where flock
-    may not reach, would refuse the folder."""
+    """Removes the locks of this process. Called before os._exit, which skips the end of `locked`: the file would stay, and
+    another machine, where flock may not reach, would refuse the folder."""
     for place, (descriptor, process) in list(_held.items()):
         if process == os.getpid():
             _remove(place / LOCK, descriptor)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config.ladder import unused_settings
 from stepdistill.teacher.facts import TeacherFacts
 
 
@@ -24,9 +23,7 @@ def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
 
 
 def unfit_settings(config: RunConfig, teacher: TeacherFacts) -> Iterator[tuple[str, str]]:
-    """Settings that do no good here, as (why, remedy): those that no objective reads, and those meant for epsilon on rungs
-    that predict v or x0."""
-    yield from unused_settings(config.ladder)
+    """Settings meant for students that predict epsilon, on rungs that predict v or x0: (effect of the setting, remedy)."""
     for index, (rung, kind) in enumerate(
         zip(config.ladder, config.prediction_types(teacher.prediction_type), strict=True)
     ):
@@ -91,7 +88,7 @@ def _check_zero_snr(config: RunConfig, index: int, kind: str) -> None:
             f"teacher with zero terminal SNR; allowed: v_prediction, sample"
         )
     for number, phase in enumerate(config.ladder[index].phases):
-        if phase.loss_space_for(kind) == "epsilon":
+        if "mse" in phase.kinds and phase.loss_space_for(kind) == "epsilon":
             raise ConfigError(
                 f"ladder.{index}.phases.{number}.loss_space: got epsilon, which gives zero weight to the first step of a "
                 f"teacher with zero terminal SNR; allowed: auto, prev_sample, sample, v_prediction, truncated_snr"

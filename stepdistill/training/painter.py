@@ -76,19 +76,19 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def skipped_without_memory(images: str) -> Iterator[None]:
-    """Inside it, running out of memory ends the drawing with a warning, and training goes on without these images."""
+def skipped_without_memory(what: str) -> Iterator[None]:
+    """Inside it, running out of memory ends the drawing with a warning, and training goes on without the file `what`."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        logger.warning("distill: out of memory: %s is not drawn; training goes on", images)
+        logger.warning("distill: out of memory: %s is not drawn; training goes on", what)
     else:
         return
     release_memory()  # outside of the except clause, whose error keeps the tensors of the drawing alive
 
 
 def to_images(images: torch.Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W), uint8, as Pillow images."""
+    """Turns a uint8 tensor (B, 3, H, W) into a list of Pillow images."""
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]

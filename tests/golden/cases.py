@@ -176,7 +176,7 @@ PROCESSES = {"two processes": 2}
 
 
 def build_inputs(work: Path) -> None:
-    """Builds the teachers, pictures and prompts that the cases use, if they are missing."""
+    """Builds the teachers, images and prompts that the cases use, if they are missing."""
     if (work / "prompts.txt").exists():
         return
     from eval.random_teacher import build
@@ -188,12 +188,12 @@ def build_inputs(work: Path) -> None:
         pipeline = build(family, tiny=True)
         pipeline.scheduler.register_to_config(**scheduler)
         pipeline.save_pretrained(work / name)
-    _write_pictures(work / "pictures")
+    _write_images(work / "pictures")
     (work / "prompts.txt").write_text("".join(f"a wall number {k}\n" for k in range(8)))
 
 
-def _write_pictures(folder: Path) -> None:
-    """Writes square, tall and wide pictures of noise, each with its caption."""
+def _write_images(folder: Path) -> None:
+    """Writes square, tall and wide images of noise, each with its caption."""
     from PIL import Image
 
     folder.mkdir(exist_ok=True)

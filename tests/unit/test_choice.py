@@ -11,7 +11,7 @@ from stepdistill.config.load import load_config
 from stepdistill.evaluation.evaluation_set import evaluation_set_of
 from stepdistill.evaluation.measure.choice import choose_features
 from stepdistill.evaluation.measure.image_sets import Distances
-from stepdistill.evaluation.measure.trained import MIN_IMAGES, trained_extractor, trained_facts
+from stepdistill.evaluation.measure.trained import MIN_NET_IMAGES, trained_extractor, trained_facts
 from stepdistill.evaluation.protocol import absent_columns, warnings_of
 from tests.unit.test_held_out import images, numbered
 
@@ -46,7 +46,7 @@ def test_other_images_are_measured_by_the_reader_only_if_the_config_names_it(tmp
     )
     config, evaluation_set, choice = chosen(tmp_path, source)
     assert choice.spec is None
-    assert f"only 30 images to learn from, fewer than the {MIN_IMAGES}" in choice.why
+    assert f"only 30 images to learn from, fewer than the {MIN_NET_IMAGES}" in choice.why
     assert "nowhere.pt" in choice.why
     lacking = {one["columns"]: one["why"] for one in absent_columns(config, evaluation_set, choice)}
     assert lacking["FID, KID, precision, recall, density, coverage, diversity"].startswith(choice.why)
@@ -55,7 +55,7 @@ def test_other_images_are_measured_by_the_reader_only_if_the_config_names_it(tmp
 
 
 def test_a_net_is_trained_if_there_are_enough_images(tmp_path):
-    source = images(tmp_path / "walls", numbered(MIN_IMAGES))
+    source = images(tmp_path / "walls", numbered(MIN_NET_IMAGES))
     config, _, choice = chosen(tmp_path, source)
     assert choice.learns
     assert not choice.is_named
@@ -72,14 +72,14 @@ def test_a_net_is_trained_if_there_are_enough_images(tmp_path):
 def test_inception_is_preferred_if_its_weights_are_on_disk(tmp_path, monkeypatch):
     (tmp_path / "inception.pt").write_bytes(b"looked at when it is built")
     monkeypatch.setenv("STEPDISTILL_INCEPTION", str(tmp_path / "inception.pt"))
-    _, _, choice = chosen(tmp_path, images(tmp_path / "walls", numbered(MIN_IMAGES)))
+    _, _, choice = chosen(tmp_path, images(tmp_path / "walls", numbered(MIN_NET_IMAGES)))
     assert choice.spec == "inception"
 
 
 def test_with_prompts_only_the_net_is_trained_on_the_real_images(tmp_path):
     (tmp_path / "prompts.txt").write_text("a wall\na door\n")
     (tmp_path / "real").mkdir()
-    for k in range(MIN_IMAGES):
+    for k in range(MIN_NET_IMAGES):
         Image.fromarray(np.full((8, 8, 3), k % 256, dtype=np.uint8)).save(tmp_path / "real" / f"{k}.png")
     source, real = tmp_path / "prompts.txt", f"evaluation.real_images={tmp_path / 'real'}"
     assert chosen(tmp_path, source, real)[2].learns
@@ -98,7 +98,7 @@ def test_the_net_of_a_run_is_stored_with_its_grades_and_retrained_for_other_imag
     source = tmp_path / "walls"
     source.mkdir()
     noise = np.random.default_rng(0)
-    for k in range(MIN_IMAGES):
+    for k in range(MIN_NET_IMAGES):
         pixels = noise.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((40, 32), Image.Resampling.BICUBIC).save(source / f"{k}.png")
         (source / f"{k}.txt").write_text(f"wall {k}")

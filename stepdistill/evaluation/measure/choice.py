@@ -1,7 +1,7 @@
 """Chooses the feature extractor for FID and related metrics from `evaluation.features`.
 
 Default: the reader for the letters world; for other images Inception if its weights are on disk, else a small net trained
-on the run's own images if there are enough of them, else none. The reader was trained on letters only, so it measures
+on the run's training images if there are enough of them, else none. The reader was trained on letters only, so it measures
 other images only if the config names it.
 """
 
@@ -12,7 +12,7 @@ from stepdistill.demo.world import world_of
 from stepdistill.evaluation.evaluation_set import EvaluationSet
 from stepdistill.evaluation.measure.feature_files import inception_file
 from stepdistill.evaluation.measure.trained import (
-    MIN_IMAGES,
+    MIN_NET_IMAGES,
     images_at_hand,
     trained_extractor,
     trained_facts,
@@ -72,16 +72,16 @@ def choose_features(config: RunConfig, evaluation_set: EvaluationSet) -> Choice:
     if spec is None and inception_file().is_file():
         return Choice("inception", is_named=False)
     count = images_at_hand(config)
-    if count >= MIN_IMAGES:
+    if count >= MIN_NET_IMAGES:
         _check_settings(config)
         return Choice(TRAINED, is_named=spec is not None)
-    few = f"only {count} images to learn from, fewer than the {MIN_IMAGES} that it needs"
+    few = f"only {count} images to learn from, fewer than the {MIN_NET_IMAGES} that it needs"
     if spec == TRAINED:
         raise ConfigError(
             f"evaluation.features: got trained, but there are {few}; allowed: more images as data.source or "
             f"evaluation.real_images, or inception, clip:FOLDER, dinov2:FOLDER"
         )
-    why = f"there are no weights of Inception at {inception_file()}, and a net trained on the run's own images has {few}"
+    why = f"there are no weights of Inception at {inception_file()}, and a net of the run's training images has {few}"
     return Choice(None, why, is_named=False)
 
 

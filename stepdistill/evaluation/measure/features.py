@@ -1,4 +1,4 @@
-"""Feature extractors: the reader, Inception, CLIP, DINOv2, and a small net trained on the run's images.
+"""Feature extractors: the reader, Inception, CLIP, DINOv2, and a small net trained on the run's training images.
 
 All weights are local files. Nothing is downloaded; the error for a missing file names it.
 """

@@ -1,4 +1,4 @@
-"""`evaluation.features: trained`: a small net (small_net.py) that is trained once on the run's own images.
+"""`evaluation.features: trained`: a small net (small_net.py) that is trained once on the run's training images.
 
 RUN/evaluation/extractor/model.safetensors   the net
 RUN/evaluation/extractor/extractor.json      key of what it depends on, sha256, training settings, accuracy; written last
@@ -19,7 +19,7 @@ from PIL import Image
 from stepdistill.config import Data, RunConfig
 from stepdistill.data.decode import BadSample, cover
 from stepdistill.data.file_version import version_of_file
-from stepdistill.data.held_out import imaged_data
+from stepdistill.data.held_out import source_data
 from stepdistill.data.records import Record, is_cache, is_prompts_only
 from stepdistill.data.size_counts import data_seed
 from stepdistill.data.source import image_of, training_records
@@ -40,8 +40,8 @@ from stepdistill.run.log import PhaseProgress
 from stepdistill.teacher.source import teacher_facts
 
 logger = logging.getLogger(__name__)
-MIN_IMAGES = 200
-MAX_IMAGES = 4096
+MIN_NET_IMAGES = 200
+MAX_NET_IMAGES = 4096
 """Most images that the net is trained on and validated with."""
 RESIZE = "pil_bicubic"
 _APART = 10  # every tenth image is used for validation
@@ -65,8 +65,8 @@ Size = tuple[int, int]
 
 
 def images_at_hand(config: RunConfig) -> int:
-    """Number of images that the net could be trained on, counted up to MIN_IMAGES."""
-    return sum(1 for _ in itertools.islice(_images(config), MIN_IMAGES))
+    """Number of images that the net could be trained on, counted up to MIN_NET_IMAGES."""
+    return sum(1 for _ in itertools.islice(_images(config), MIN_NET_IMAGES))
 
 
 def trained_side(config: RunConfig) -> int:
@@ -77,7 +77,7 @@ def trained_side(config: RunConfig) -> int:
 def trained_extractor(config: RunConfig) -> Path:
     """The folder of the run's extractor, which is trained if it is missing or its images or settings changed."""
     folder = config.run_dir / "evaluation" / "extractor"
-    chosen = list(itertools.islice(_images(config), MAX_IMAGES))
+    chosen = list(itertools.islice(_images(config), MAX_NET_IMAGES))
     size, settings = teacher_facts(config).image_size, TrainingSettings()
     how, side = config.evaluation.resize or RESIZE, trained_side(config)
     versions = [[image.name, image.version()] for image in chosen]
@@ -117,8 +117,9 @@ def trained_facts(folder: Path) -> dict[str, object]:
 
 
 def _images(config: RunConfig) -> Iterator[_TrainingImage]:
-    """The run's training images; if the data has only prompts or latents, those of evaluation.real_images, if set."""
-    data = imaged_data(config)
+    """The images that the net learns from: the run's training images, or, if the data has only prompts or latents, those of
+    evaluation.real_images."""
+    data = source_data(config)
     if not (is_prompts_only(data.source) or is_cache(data.source)):
         for record in training_records(data, seed=data_seed(config)):
             yield _TrainingImage(record.name, record.version, functools.partial(_of_record, record, data))
