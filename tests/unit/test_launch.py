@@ -13,6 +13,7 @@ from torch.distributed import PrefixStore, TCPStore
 from stepdistill import launch
 from stepdistill.errors import DistributedError
 from stepdistill.launch import Launch, agree, collective, ending, is_of_another_process
+from stepdistill.runtime import meet
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,14 @@ def test_processes_that_ended_before_all_had_met_do_not_disturb_the_next_start(s
     (name, *others) = agreed(server, request.node.name, (0, 1, 2))
     assert others == [name, name]
     assert name not in outcomes
+
+
+def test_a_launch_in_which_accelerate_sees_one_process_is_refused(monkeypatch, tmp_path):
+    """As on GPUs without LOCAL_RANK: every process would train alone."""
+    monkeypatch.setattr(launch, "name_start", lambda _timeout: ("start", {"world_size": 2}))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_backend, **_options: None)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 .* accelerate sees 1 process; fix: set LOCAL_RANK"):
+        meet(tmp_path, timeout_minutes=1, release=lambda: None)
 
 
 def test_other_errors_in_such_an_operation_stay_as_they_are():
