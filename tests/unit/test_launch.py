@@ -152,7 +152,9 @@ def test_a_launch_in_which_accelerate_sees_one_process_is_refused(monkeypatch, t
     """As on GPUs without LOCAL_RANK: every process would train alone."""
     monkeypatch.setattr(launch, "name_start", lambda _timeout: ("start", {"world_size": 2}))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_backend, **_options: None)
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2 .* accelerate sees 1 process; fix: set LOCAL_RANK"):
+    with pytest.raises(
+        ValueError, match=r"WORLD_SIZE is 2 .* accelerate sees 1 process; fix: set LOCAL_RANK"
+    ):
         meet(tmp_path, timeout_minutes=1, release=lambda: None)
 
 
