@@ -42,6 +42,8 @@ def fail(failure):
     if failure == "asleep":
         time.sleep(3600)
     os.kill(os.getpid(), SIGNALS[failure])
+    if failure == "stopped":
+        time.sleep(60)  # any thread may take the signal; this one would go on until then
 
 
 def let_fail(place, failure):
