@@ -65,7 +65,7 @@ def test_each_mistake_is_reported_with_its_remedy_and_does_not_hide_the_others(t
     assert "data: 1 caption_empty (04.png: an empty caption)" in out
     assert "/nowhere" in out
     assert out.count("fix: ") == 4  # the fourth is a note: none of so few images is held out
-    assert "note     data: the table compares with images that are trained on\n" in out
+    assert "note     data: the table compares with training images\n" in out
     assert "3 problems to fix before this runs" in err
 
 

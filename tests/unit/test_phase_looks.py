@@ -102,7 +102,9 @@ def test_the_advice_names_the_training_images_if_the_phase_pulls_towards_them(ru
     config.write_text(config.read_text().replace("real: teacher", "real: data"))
     after(run, 4, 2, sharpness=-0.2, data={"sharpness": -0.25})
     (advice,) = blurred(run)
-    assert advice.remedy.startswith("That phase pulls the images towards the training images, which differ")
+    assert advice.remedy.startswith(
+        "That phase pulls the student's images towards the training images, which differ"
+    )
     after(run, 4, 2, sharpness=-0.2, data={"sharpness": 0.1})
     (advice,) = blurred(run)
     assert "training images" not in advice.remedy
