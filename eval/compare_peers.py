@@ -40,7 +40,7 @@ from side_by_side import (
     arguments,
     base_config,
     by_steps,
-    image,
+    grid_of_rows,
     measure,
     share_cache,
     summary,
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     run_dir = next((t.run_dir for t in tables if t.run_dir is not None), None)
     if run_dir is not None:
         labels = {names[0]: names[0].replace("-", " ")} | GRID_LABELS
-        image(run_dir, labels, evaluation_set_of(base).prompts).save(args.output.with_suffix(".png"))
+        grid_of_rows(run_dir, labels, evaluation_set_of(base).prompts).save(args.output.with_suffix(".png"))
     print(text)
     return 0
 
