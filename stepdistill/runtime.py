@@ -1,7 +1,7 @@
 """Device, precision and processes. The only file that imports accelerate.
 
-The network is not wrapped in DDP, which fails when adapters are switched. Instead the gradients of the trained parameters
-are averaged over the processes in one flat all-reduce.
+The network is not wrapped in DDP, which fails when adapters are switched. Instead the flat gradient of each role's trained
+weights is averaged over the processes in one all-reduce.
 """
 
 import gc
@@ -25,7 +25,7 @@ from stepdistill import launch
 from stepdistill.launch import collective
 
 WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Data type of the base model's weights by `training.mixed_precision`; trained weights are always float32."""
+"""Data type in which the network computes, by `training.mixed_precision`; the masters of trained weights are float32."""
 _ON_CPU = not torch.cuda.is_available()
 """Without cpu=True, accelerate ignores torchrun's processes on a CPU machine."""
 _MAX_SECONDS_UNSEEN = 10.0  # until a new file is visible on the other machines of a shared file system
@@ -42,12 +42,6 @@ class Runtime:
         # small gradients vanish in float16, so the loss is scaled up, and down again after an overflow
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.weight_dtype == torch.float16)
         self._first_loss_scale = self._scaler.state_dict()
-
-    def autocast(self) -> torch.autocast:
-        """A context that runs matrix products in half precision; without mixed precision it changes nothing."""
-        half = self.weight_dtype != torch.float32
-        dtype = self.weight_dtype if half else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=half)
 
     @property
     def is_main(self) -> bool:
@@ -97,18 +91,13 @@ class Runtime:
         if state:
             self._scaler.load_state_dict(state)
 
-    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replaces each gradient by its mean over the processes; parameters without one count as zero."""
+    def average_gradient(self, master: torch.nn.Parameter) -> None:
+        """Replaces the gradient by its mean over the processes."""
         if self.num_processes == 1:
             return
-        parameters = list(parameters)
-        flat = torch.cat(
-            [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters]
-        )
+        assert master.grad is not None, "a role's optimiser holds its gradient"
         with collective():
-            flat = self.accelerator.reduce(flat, reduction="mean")
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+            master.grad.copy_(self.accelerator.reduce(master.grad, reduction="mean"))
 
     def average_scalars(self, scalars: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The means of scalars over the processes, in one operation that the CPU does not wait for on a GPU; every process

@@ -14,6 +14,7 @@ from stepdistill.errors import NonFiniteError
 from stepdistill.ladder import load_shared, save_lora
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.shared_network import STUDENT
+from stepdistill.models.trained_weights import TrainedWeights
 from stepdistill.run.log import PhaseProgress
 from stepdistill.runtime import Runtime
 from stepdistill.training.optim import RoleOptimizer
@@ -72,12 +73,10 @@ class Loop:
         drawn = rng.normal(shape, self._indices(number), seed=self._config.seed, keys=keys)
         return drawn.to(self.shared.runtime.device)
 
-    def optimizer(
-        self, parameters: dict[str, torch.nn.Parameter], learning_rate: float, updates: int
-    ) -> RoleOptimizer:
+    def optimizer(self, weights: TrainedWeights, learning_rate: float, updates: int) -> RoleOptimizer:
         """The optimiser of all methods here: Adam with the config's warm-up and decay."""
         return RoleOptimizer(
-            parameters,
+            weights,
             learning_rate=learning_rate,
             adversarial=False,
             max_train_steps=updates,

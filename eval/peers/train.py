@@ -9,7 +9,6 @@ from stepdistill.config import RunConfig
 from stepdistill.data.batches import Batch
 from stepdistill.disk.durable import sha256_file
 from stepdistill.ladder import read_lora_file
-from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Head
 from stepdistill.models.network.conditioning import Conditioning
@@ -28,7 +27,7 @@ def train_lcm(config: RunConfig, folder: Path, *, updates: int, learning_rate: f
         return
     loop = Loop(config, ("lcm",), lcm.NODES)
     shared, student, teacher = loop.shared, loop.student, loop.shared.undistilled
-    optimizer = loop.optimizer(shared.network.group(STUDENT), learning_rate, updates)
+    optimizer = loop.optimizer(shared.network.weights(STUDENT), learning_rate, updates)
     with loop.progress("LCM-LoRA", updates) as bar:
         for step in range(updates):
             batch = loop.batch(step)
@@ -77,7 +76,7 @@ class Dmd2:
         network = self.shared.network
         seed = derive_seed(config.seed, "dmd2", steps)
         if start is not None:
-            adapters.load_adapter_state(network.model, STUDENT, start)
+            network.load_adapter_state(STUDENT, start)
         fake_parameters = network.add_adapter(FAKE, rank=config.lora.rank, seed=seed)
         self.student = loop.student
         self.fake = dataclasses.replace(self.student, adapter=FAKE)
@@ -85,9 +84,13 @@ class Dmd2:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = Head(channels, channels, size).to(self.shared.runtime.device)
-        self.critics = fake_parameters | dict(self.head.named_parameters())
-        self.student_optimizer = loop.optimizer(network.group(STUDENT), learning_rate, updates)
-        self.critic_optimizer = loop.optimizer(self.critics, learning_rate, updates * dmd2.FAKE_UPDATES)
+        head = {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
+        self.critics = fake_parameters | head
+        network.set_group(FAKE, self.critics, float32=head)
+        self.student_optimizer = loop.optimizer(network.weights(STUDENT), learning_rate, updates)
+        self.critic_optimizer = loop.optimizer(
+            network.weights(FAKE), learning_rate, updates * dmd2.FAKE_UPDATES
+        )
         self.nodes = dmd2.nodes(steps).to(self.shared.runtime.device)
 
     def update_critics(self, number: int) -> float:

@@ -46,8 +46,8 @@ class Synthesis:
         return torch.cat(parts)
 
     def _batch(self, conditioning: Conditioning, numbers: list[int]) -> torch.Tensor:
-        model = self.teacher.network.model
-        noise = rng.normal(self.shape, numbers, seed=self.seed, keys=(_NOISE,)).to(model.device)
-        moves = moves_to(self.teacher.noise_path.sampling(self.steps, len(numbers)), model.device)
-        conditioning = conditioning.to(model.device, model.dtype)
+        network = self.teacher.network
+        noise = rng.normal(self.shape, numbers, seed=self.seed, keys=(_NOISE,)).to(network.device)
+        moves = moves_to(self.teacher.noise_path.sampling(self.steps, len(numbers)), network.device)
+        conditioning = conditioning.to(network.device, network.dtype)
         return self.teacher.rollout(noise, moves, conditioning).float().cpu()

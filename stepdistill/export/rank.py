@@ -15,8 +15,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
-from stepdistill.models.adapters import as_plain_data, lora_config
+from stepdistill.models.adapters import as_plain_data
 from stepdistill.models.lora_file import Lora, LoraLayer, write_lora
+from stepdistill.models.lora_layers import lora_config
 from stepdistill.models.network.unet import LORA_TARGETS
 from stepdistill.teacher.examine import not_finite
 from stepdistill.teacher.files import check_counts, read_headers, read_object, weight_files
@@ -109,7 +110,9 @@ def extract_to(folder: Path, base: Path, tuned: Path, rank: int) -> Reduced:
         raise ConfigError(
             f"--rank: got {rank}; allowed: up to {most}, the rank of this U-Net's largest layer"
         )
-    reduced = extract_lora(first, second, modules, rank, as_plain_data(lora_config(rank)))
+    reduced = extract_lora(
+        first, second, modules, rank, as_plain_data(lora_config(rank, targets=list(LORA_TARGETS)))
+    )
     if not any(bool(layer.up.any()) for layer in reduced.lora.layers.values()):
         raise ConfigError(
             f"extract: {tuned} equals {base} in every layer that a LoRA may change; nothing to extract"

@@ -9,7 +9,6 @@ from stepdistill.config import Phase, Rung
 from stepdistill.errors import CheckpointError, OutOfMemoryError, ToBeContinued
 from stepdistill.ladder.rung_files import read_rung_lora
 from stepdistill.ladder.shared import Shared
-from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
 from stepdistill.models.shared_network import STUDENT, TEACHER
@@ -135,7 +134,7 @@ class RungTraining:
             )
         if resumed.step:
             return resumed.state
-        adapters.load_adapter_state(self.shared.network.model, STUDENT, resumed.state["student"])
+        self.shared.network.load_adapter_state(STUDENT, resumed.state["student"])
         self.shared.runtime.load_loss_scale_state(resumed.state["loss_scale"])
         return None
 
@@ -146,7 +145,7 @@ class RungTraining:
 
     def between_phases(self) -> dict[str, Any]:
         """A copy of all that one phase leaves for the next, besides its discriminator."""
-        student = adapters.adapter_state(self.shared.network.model, STUDENT)
+        student = self.shared.network.adapter_state(STUDENT)
         return copied({"student": student, "loss_scale": self.shared.runtime.loss_scale_state()})
 
     def _save(self, phase: int, step: int, state: dict[str, Any], carried: DiscriminatorState | None) -> None:
@@ -283,7 +282,7 @@ class RungTraining:
         if teacher_steps not in students[: students.index(self.rung.student_steps)]:
             return shared.undistilled
         lora = read_rung_lora(shared.config.run_dir, teacher_steps)
-        adapters.load_adapter_state(shared.network.model, TEACHER, lora)
+        shared.network.load_adapter_state(TEACHER, lora)
         prediction_type = self.prediction_types[students.index(teacher_steps)]
         return Denoiser(shared.network, TEACHER, shared.noise_path, prediction_type)
 

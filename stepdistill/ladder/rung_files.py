@@ -67,7 +67,7 @@ def finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: s
 
 def save_lora(network: SharedNetwork, folder: Path) -> None:
     """Writes the student's LoRA into a folder."""
-    state = adapters.adapter_state(network.model, STUDENT)
+    state = network.adapter_state(STUDENT)
     write_lora(folder, state, adapters.adapter_metadata(network.model, STUDENT))
 
 

@@ -117,7 +117,6 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     painter = Painter(
         load_vae(base, dtype=vae_dtype(facts, runtime.weight_dtype)),
         batch_size=config.training.train_batch_size,
-        autocast=runtime.autocast,
     )
     looks = PhaseLooks(
         painter,

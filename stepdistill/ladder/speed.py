@@ -32,7 +32,7 @@ def seconds_per_forward(config: RunConfig) -> float:
     seconds = []
     for _ in range(3):
         started = time.monotonic()
-        with runtime.autocast(), network.using(STUDENT):
+        with network.using(STUDENT):
             network.ask(sample, timesteps, conditioning)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()

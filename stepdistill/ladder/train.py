@@ -11,7 +11,6 @@ from stepdistill.errors import ToBeContinued
 from stepdistill.ladder.phases import RungTraining, check_same_checkpoint
 from stepdistill.ladder.rung_files import finish_rung, open_partial, read_rung_lora
 from stepdistill.ladder.shared import Shared, load_shared
-from stepdistill.models import adapters
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.run.checkpoint_files import CHECKPOINTS, partial_rung
 from stepdistill.run.log import TrainingLog
@@ -180,7 +179,7 @@ def _train_rung(
     position = config.ladder.index(rung)
     if position:
         lora = read_rung_lora(config.run_dir, rung.teacher_steps)
-        adapters.load_adapter_state(network.model, STUDENT, lora)
+        network.load_adapter_state(STUDENT, lora)
     partial = partial_rung(config.run_dir, rung.student_steps)
     if shared.runtime.is_main:
         open_partial(shared, rung, is_resumed=resumed is not None)
@@ -199,7 +198,7 @@ def _train_rung(
     if resumed is not None and resumed.phase == len(rung.phases):
         if log is not None:
             logger.info("distill: the %d-step rung continues after its last update", rung.student_steps)
-        adapters.load_adapter_state(network.model, STUDENT, resumed.state["student"])
+        network.load_adapter_state(STUDENT, resumed.state["student"])
         shared.runtime.load_loss_scale_state(resumed.state["loss_scale"])
     else:
         training = RungTraining(shared, rung, predicted, preview, log, checkpoints, stop)

@@ -1,8 +1,7 @@
-"""LoRA adapters on the shared base U-Net: adds, reads, loads and activates them. Only this module imports peft.
+"""LoRA adapters on the shared base U-Net: adds, reads and loads them. Only this module and lora_layers.py import peft.
 
 peft's own switches (`set_adapter`, `disable_adapters`) also flip requires_grad, which silently cuts gradients between a
-forward pass and its backward pass. Here activating an adapter sets one field of every LoRA layer and leaves requires_grad
-alone.
+forward pass and its backward pass. Here all layers read one shared `ActiveAdapter`, and requires_grad stays as it is.
 """
 
 import math
@@ -11,20 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from stepdistill.models.lora_layers import ActiveAdapter, lora_config
 from stepdistill.models.network.unet import LORA_TARGETS
-
-
-def lora_config(rank: int, *, targets: Sequence[str] | str = LORA_TARGETS) -> LoraConfig:
-    """peft's config of a LoRA with alpha = rank, because some tools assume that.
-
-    targets: module names, or a regular expression that they match
-    """
-    return LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=targets if isinstance(targets, str) else list(targets)
-    )
 
 
 def lora_parameters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> int:
@@ -57,12 +47,13 @@ def add_adapter(
             "ignore", message="Already found a `peft_config`"
         )  # having several adapters is intended
         torch.manual_seed(seed)
-        unet.add_adapter(lora_config(rank, targets=targets), adapter_name=name)
+        config = lora_config(rank, targets=targets if isinstance(targets, str) else list(targets))
+        unet.add_adapter(config, adapter_name=name)
     parameters = adapter_parameters(unet, name)
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
-    activate(unet, active)
     for layer in lora_layers(unet):
+        layer.active = active
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
     return parameters
@@ -73,32 +64,15 @@ def lora_layers(unet: UNet2DConditionModel) -> list[BaseTunerLayer]:
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def active_adapter(unet: UNet2DConditionModel) -> str | None:
-    """The adapter that a forward pass would use now; None: the base alone."""
-    for layer in lora_layers(unet):
-        if layer.active_adapters:
-            return layer.active_adapters[0]
-    return None
-
-
-def activate(
-    unet: UNet2DConditionModel, name: str | None, *, layers: list[BaseTunerLayer] | None = None
-) -> None:
-    """Activates one adapter, or with None the base alone. Leaves requires_grad unchanged.
-
-    Outside autocast peft must cast each layer's input to float32, the dtype of the adapter's weights. Under autocast, which
-    casts input and weights to one dtype, peft's cast is wasted, so it is switched off there.
-    """
-    device = unet.device.type
-    casts = not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
-    layers = lora_layers(unet) if layers is None else layers
-    set_active(layers, [] if name is None else [name])
-    for layer in layers:
-        layer.cast_input_dtype_enabled = casts
+def active_adapter(unet: UNet2DConditionModel) -> ActiveAdapter:
+    """The object that all LoRA layers of a network read; a new one, which no layer reads, if it has no adapter yet."""
+    layers = (module for module in unet.modules() if isinstance(module, BaseTunerLayer))
+    first = next(layers, None)
+    return ActiveAdapter() if first is None else first.active
 
 
 def set_active(layers: Iterable[BaseTunerLayer], names: Sequence[str]) -> None:
-    """Makes these adapters the active ones; a layer ignores names that it does not have.
+    """Makes these adapters the active ones of peft's own layers; a layer ignores names that it does not have.
 
     peft's set_adapter also sets requires_grad of every adapter, so this writes peft's private field `_active_adapter`.
     """
@@ -112,21 +86,22 @@ def adapter_parameters(unet: UNet2DConditionModel, name: str) -> dict[str, torch
     return {key: p for key, p in unet.named_parameters() if any(mark in key for mark in marks)}
 
 
-def adapter_state(unet: UNet2DConditionModel, name: str) -> dict[str, torch.Tensor]:
-    """A copy of one adapter's weights on the CPU, under peft's keys, all of which diffusers loads."""
-    state = get_peft_model_state_dict(unet, adapter_name=name)
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+def file_key(parameter_name: str, adapter: str) -> str:
+    """The key under which peft and diffusers save an adapter's parameter: its name without the adapter's."""
+    return parameter_name.replace(f".{adapter}.weight", ".weight")
 
 
-def load_adapter_state(unet: UNet2DConditionModel, name: str, state: Mapping[str, torch.Tensor]) -> None:
-    """Loads weights from `adapter_state` into an existing adapter; ValueError unless all keys and shapes are equal."""
-    expected = {key: tuple(tensor.shape) for key, tensor in adapter_state(unet, name).items()}
+def copy_adapter(target: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """Copies weights into the tensors of an adapter, both by their file keys; ValueError unless all keys and shapes are
+    equal."""
+    expected = {key: tuple(tensor.shape) for key, tensor in target.items()}
     given = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if expected != given:
         odd = sorted(set(expected.items()) ^ set(given.items()))
         raise ValueError(f"the LoRA does not fit this U-Net and rank: {len(odd)} keys differ, first {odd[0]}")
-    result = set_peft_model_state_dict(unet, dict(state), adapter_name=name)
-    assert not result.unexpected_keys, result.unexpected_keys
+    with torch.no_grad():
+        for key, tensor in target.items():
+            tensor.copy_(state[key])
 
 
 def adapter_metadata(unet: UNet2DConditionModel, name: str) -> dict:

@@ -10,7 +10,7 @@ single          D sees the features of x_s alone (Eq 23)
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from stepdistill.config import Phase
-from stepdistill.models.adapters import adapter_state, load_adapter_state
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import DISCRIMINATOR, SharedNetwork
 
 TRUNKS = ("lora", "full", "frozen")
 HEADS = ("mid", "multi")
+_HEADS, _ENCODER = "heads.", "encoder."
+"""How the names of D's own parameters begin."""
 
 
 class Head(nn.Module):
@@ -49,13 +50,10 @@ class Head(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, 1) in float32; averages the positions that remain if the latents are not square.
 
-        It runs outside autocast: a relativistic loss depends on the difference between the logits of two samples that are
+        Heads compute in float32: a relativistic loss depends on the difference between the logits of two samples that are
         nearly the same, and bfloat16's 8 bits round it away in every layer. The heads cost about 1 % of the U-Net's work.
         """
-        device = features.device.type
-        has_autocast = torch.amp.is_autocast_available(device)  # not on the meta device
-        with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-            return self.logit(self.body(features.float()).mean(dim=(2, 3)))
+        return self.logit(self.body(features.float()).mean(dim=(2, 3)))
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,14 @@ class Discriminator(nn.Module):
         self.encoder = self._encoder(base) if trunk == "full" else None
         adapter: dict[str, nn.Parameter] = {}
         if trunk == "lora":
-            adapter = network.add_adapter(DISCRIMINATOR, rank=rank, seed=seed, encoder_only=True)
-        self.to(next(network.model.parameters()).device)
-        network.set_group(DISCRIMINATOR, dict(self.named_parameters()) | adapter)
+            adapter = network.add_adapter(
+                DISCRIMINATOR, rank=rank, seed=seed, trains=False, encoder_only=True
+            )
+        self.to(network.device)
+        own = dict(self.named_parameters())
+        network.set_group(
+            DISCRIMINATOR, own | adapter, float32=[name for name in own if name.startswith(_HEADS)]
+        )
 
     def _encoder(self, base: Any) -> Any:
         if base is None:
@@ -131,7 +134,7 @@ class Discriminator(nn.Module):
 
     def close(self) -> None:
         """Removes D's adapter and parameters from the shared network, at the end of a phase."""
-        self._network.set_group(DISCRIMINATOR, {})
+        self._network.remove_group(DISCRIMINATOR)
         if self._trunk == "lora":
             self._network.remove_adapter(DISCRIMINATOR)
 
@@ -143,10 +146,11 @@ class Discriminator(nn.Module):
     def features(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> list[torch.Tensor]:
-        """The float32 features that the heads read, of sample (B, C, H, W) at timesteps (B,); call it inside `active`."""
+        """The features that the heads read, of sample (B, C, H, W) at timesteps (B,); call it inside `active`."""
         network = self._network.model if self.encoder is None else self.encoder
+        sample = sample.to(self._network.dtype)
         features = self._network.kind.features(network, sample, timesteps, conditioning)
-        return [f.float() for f in (features if self._heads_at == "multi" else features[-1:])]
+        return features if self._heads_at == "multi" else features[-1:]
 
     def logits(self, features: list[torch.Tensor], context: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Logits (B, heads) from the features of x_s, and from those of x_t (`context`) if D is paired."""
@@ -157,12 +161,8 @@ class Discriminator(nn.Module):
 
     def state(self) -> DiscriminatorState:
         """A copy of the weights of trunk and heads, for `load_state`."""
-        trunk: dict[str, torch.Tensor] = {}
-        if self._trunk == "lora":
-            trunk = adapter_state(self._network.model, DISCRIMINATOR)
-        elif self.encoder is not None:
-            trunk = _copied(self.encoder)
-        return DiscriminatorState(trunk, _copied(self.heads))
+        trunk = {} if self._trunk == "frozen" else _copied(self._trunk_weights())
+        return DiscriminatorState(trunk, _copied(self._own(_HEADS)))
 
     def load_state(self, state: DiscriminatorState, *, strict: bool = False) -> None:
         """Loads the trunk, which must be of the same kind, and the heads if all their shapes are equal.
@@ -170,15 +170,29 @@ class Discriminator(nn.Module):
         Heads of other shapes stay as they are, or raise ValueError if `strict`. ValueError for another trunk.
         """
         if self._trunk == "lora":
-            load_adapter_state(self._network.model, DISCRIMINATOR, state.trunk)
-        elif self.encoder is not None:
-            if _shapes(self.encoder.state_dict()) != _shapes(state.trunk):
+            self._network.load_adapter_state(DISCRIMINATOR, state.trunk)
+        elif self._trunk == "full":
+            if not _fits(state.trunk, self._own(_ENCODER)):
                 raise ValueError("the state of another trunk does not fit this discriminator's full copy")
-            self.encoder.load_state_dict(state.trunk)
-        if _shapes(self.heads.state_dict()) == _shapes(state.heads):
-            self.heads.load_state_dict(state.heads)
+            self._load(_ENCODER, state.trunk)
+        if _fits(state.heads, self._own(_HEADS)):
+            self._load(_HEADS, state.heads)
         elif strict:
             raise ValueError("the state of other heads does not fit this discriminator")
+
+    def _trunk_weights(self) -> dict[str, torch.Tensor]:
+        return self._network.adapter_state(DISCRIMINATOR) if self._trunk == "lora" else self._own(_ENCODER)
+
+    def _own(self, part: str) -> dict[str, torch.Tensor]:
+        """The float32 weights of a part of D by their names in that part."""
+        masters = self._network.weights(DISCRIMINATOR).masters()
+        return {name.removeprefix(part): of for name, of in masters.items() if name.startswith(part)}
+
+    def _load(self, part: str, state: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, master in self._own(part).items():
+                master.copy_(state[name])
+        self._network.weights(DISCRIMINATOR).refresh()
 
 
 def build_discriminator(
@@ -221,9 +235,10 @@ def build_discriminator(
     return discriminator
 
 
-def _copied(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
+def _copied(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
 
-def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
+def _fits(state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> bool:
+    """Whether a state has the names and shapes of these weights."""
+    return {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in weights.items()}

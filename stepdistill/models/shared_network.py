@@ -7,6 +7,9 @@ discriminator   an adapter on the part that gives features
 Entering a context activates an adapter; leaving it activates the previous one again. Trained parameters belong to named
 groups, and a frozen group receives no gradients: so gradients pass through the discriminator to a sample without reaching
 the discriminator's parameters.
+
+All passes compute in the base's dtype, without autocast, which would cast weights and activations again and again. The
+trained weights have float32 masters (trained_weights.py).
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -17,9 +20,16 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.models.adapters import activate, add_adapter, lora_layers
+from stepdistill.models.adapters import (
+    active_adapter,
+    adapter_parameters,
+    add_adapter,
+    copy_adapter,
+    file_key,
+)
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.kind import kind_of
+from stepdistill.models.trained_weights import TrainedWeights
 
 TEACHER, STUDENT, DISCRIMINATOR = "teacher", "student", "discriminator"
 
@@ -45,9 +55,13 @@ class SharedNetwork:
 
     def __init__(self, model: Any, *, gradient_checkpointing: bool = False) -> None:
         self.model, self.kind = model, kind_of(model)
+        # asking a diffusers model for these walks through all its modules, 33 ms for SDXL
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
         self._state = NetworkState()
-        self._groups: dict[str, dict[str, torch.nn.Parameter]] = {}
-        self._layers = lora_layers(model)
+        self._groups: dict[str, TrainedWeights] = {}
+        self._outside: dict[str, list[torch.nn.Parameter]] = {}  # of each group, those that are not in a LoRA
+        self._active = active_adapter(model)
         if gradient_checkpointing:
             model.enable_gradient_checkpointing(self.checkpointed)
 
@@ -70,25 +84,64 @@ class SharedNetwork:
         """
         targets = self.kind.encoder_lora_targets if encoder_only else self.kind.lora_targets
         parameters = add_adapter(self.model, name, targets=targets, rank=rank, seed=seed)
+        self._adapters_changed()
         if trains:
-            self._groups[name] = parameters
-        self._layers_changed()
+            self.set_group(name, parameters)
+        else:
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(self.dtype)
         return parameters
 
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter and its group."""
         self.model.delete_adapters(name)
-        self._groups.pop(name, None)
-        self._layers_changed()
+        self.remove_group(name)
+        self._adapters_changed()
 
-    def set_group(self, name: str, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Sets or replaces the group `name`: its parameters receive gradients whenever the group is not frozen."""
-        self._groups[name] = dict(parameters)
+    def adapter_state(self, name: str) -> dict[str, torch.Tensor]:
+        """A copy of one adapter's weights on the CPU, under peft's keys, all of which diffusers loads."""
+        weights = self._adapter_weights(name)
+        return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in weights.items()}
+
+    def load_adapter_state(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Loads weights from `adapter_state` into an existing adapter; ValueError unless all keys and shapes are equal."""
+        copy_adapter(self._adapter_weights(name), state)
+        if name in self._groups:
+            self._groups[name].refresh()
+
+    def _adapter_weights(self, name: str) -> dict[str, torch.Tensor]:
+        """The weights of an adapter by their file keys, in float32 if it trains."""
+        masters = self._groups[name].masters() if name in self._groups else {}
+        parameters = adapter_parameters(self.model, name)
+        return {
+            file_key(key, name): masters.get(key, parameter.data) for key, parameter in parameters.items()
+        }
+
+    def set_group(
+        self, name: str, parameters: Mapping[str, torch.nn.Parameter], *, float32: Collection[str] = ()
+    ) -> None:
+        """Makes the group `name`: its parameters receive gradients whenever the group is not frozen.
+
+        The network computes with them in its own dtype, or in float32 with those named in `float32`.
+        """
+        self._groups[name] = TrainedWeights(parameters, dtype=self.dtype, float32=float32)
+        self._outside[name] = [p for key, p in parameters.items() if f".{name}." not in key]
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
         self._set_requires_grad([name])
+
+    def remove_group(self, name: str) -> None:
+        """Removes a group, if there is one."""
+        self._groups.pop(name, None)
+        self._outside.pop(name, None)
+
+    def weights(self, name: str) -> TrainedWeights:
+        """The trained weights of a group; KeyError if there is no such group."""
+        return self._groups[name]
 
     def group(self, name: str) -> dict[str, torch.nn.Parameter]:
         """The trained parameters of a group, by parameter name; empty if there is no such group."""
-        return self._groups.get(name, {})
+        return self._groups[name].parameters if name in self._groups else {}
 
     @property
     def state(self) -> NetworkState:
@@ -113,21 +166,23 @@ class SharedNetwork:
 
     def _enter(self, state: NetworkState) -> None:
         changed = state.frozen ^ self._state.frozen
-        if state.adapter != self._state.adapter:
-            activate(self.model, state.adapter, layers=self._layers)
         self._state = state
+        self._active.name, self._active.is_frozen = state.adapter, state.adapter in state.frozen
         self._set_requires_grad(changed)
 
     def _set_requires_grad(self, groups: Collection[str]) -> None:
+        """Freezes or thaws what a group has outside of LoRA layers, which read `is_frozen` themselves."""
         for name in groups:
-            for parameter in self.group(name).values():
+            for parameter in self._outside.get(name, ()):
                 parameter.requires_grad_(name not in self._state.frozen)
 
-    def _layers_changed(self) -> None:
-        """Restores the current state, because peft changes the active adapter and requires_grad when an adapter is added or
-        removed."""
-        self._layers = lora_layers(self.model)
-        activate(self.model, self._state.adapter, layers=self._layers)
+    def _adapters_changed(self) -> None:
+        """Restores the current state, because peft changes requires_grad when an adapter is added or removed."""
+        self._active = active_adapter(self.model)
+        self._enter(self._state)
+        for group in self._groups.values():
+            for parameter in group.parameters.values():
+                parameter.requires_grad_(True)
         self._set_requires_grad(list(self._groups))
 
     def checkpointed(self, module: torch.nn.Module, *args: object) -> object:
@@ -142,4 +197,5 @@ class SharedNetwork:
 
     def ask(self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Forward pass with the active adapter: the output (B, C, H, W) in the dtype of `sample`."""
-        return self.kind.ask(self.model, sample, timesteps, conditioning)
+        output = self.kind.ask(self.model, sample.to(self.dtype), timesteps, conditioning)
+        return output.to(sample.dtype)

@@ -38,7 +38,7 @@ from stepdistill.run.settings import differences, differences_text
 logger = logging.getLogger(__name__)
 _TENSOR = "tensor"
 """Key of an object that stands for a tensor in the JSON of a state; its value is the tensor's name in state.safetensors."""
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class AdversaryGuard:
         if self._parts is None:
             self._parts = self._drawn()
         errors = []
-        with torch.no_grad(), self._runtime.autocast():
+        with torch.no_grad():
             for samples, target in self._parts:
                 batch = samples.batch
                 moved = self._setup.student.move(
@@ -150,6 +150,6 @@ class AdversaryGuard:
                 dtype=self._runtime.weight_dtype,
             )
             samples = Samples(batch.to(device), student=setup.student, teacher=setup.teacher)
-            with torch.no_grad(), self._runtime.autocast():
+            with torch.no_grad():
                 parts.append((samples, samples.teacher_sample))
         return parts

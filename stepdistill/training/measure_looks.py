@@ -78,7 +78,7 @@ class PhaseLooks:
         return looks_of([self._painter.draw(denoiser, self._noise, self._samples.conditioning, steps=steps)])
 
     def _of_data(self) -> Looks:
-        device = self._base.network.model.device
+        device = self._base.network.device
         return looks_of([decode_latents(self._painter.vae, self._samples.latents.to(device))])
 
 

@@ -1,25 +1,32 @@
-"""Optimisers of student and discriminator: Adam as in the paper, with warm-up and decay; the student's moving average."""
+"""Optimisers of student and discriminator: Adam as in the paper, with warm-up and decay; the student's moving average.
+
+Both work on the flat float32 masters of a role's weights (models/trained_weights.py).
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 
+from stepdistill.models.trained_weights import TrainedWeights
+
 
 class RoleOptimizer:
-    """Adam on one role's parameters, with linear warm-up and cosine decay, without weight decay.
+    """Adam on one role's weights, with linear warm-up and cosine decay, without weight decay.
+
+    While it is open, each gradient that a backward pass gives to a parameter is added to the master's float32 gradient and
+    dropped at once. So micro-batches add up in float32, and no role's gradients are held in two forms.
 
     betas: (0, .99) if `adversarial`, else (.9, .999), as in the paper.
-    parameters: by the names that `state_dict` uses.
     lr_warmup_steps: limited to a tenth of max_train_steps. With a longer warm-up the cosine would fall before the warm-up
     ends, and a short phase would never reach its learning rate.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, torch.nn.Parameter],
+        weights: TrainedWeights,
         *,
         learning_rate: float,
         adversarial: bool,
@@ -27,11 +34,16 @@ class RoleOptimizer:
         lr_warmup_steps: int,
         lr_final_fraction: float,
     ) -> None:
-        self._names = list(parameters)
-        self.parameters = list(parameters.values())
+        self.weights = weights
         warmup_steps = min(lr_warmup_steps, max_train_steps // 10)
         betas = (0.0, 0.99) if adversarial else (0.9, 0.999)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=learning_rate, betas=betas)
+        weights.master.grad = torch.zeros_like(weights.master)
+        parts = weights.views(weights.master.grad)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(_adds_to(parts[name]))
+            for name, parameter in weights.parameters.items()
+        ]
+        self.optimizer = torch.optim.Adam([weights.master], lr=learning_rate, betas=betas, fused=True)
 
         def scale(step: int) -> float:
             warmup = min((step + 1) / (warmup_steps + 1), 1.0)
@@ -39,6 +51,12 @@ class RoleOptimizer:
             return warmup * (lr_final_fraction + (1 - lr_final_fraction) * cosine)
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, scale)
+
+    def close(self) -> None:
+        """Gives the parameters' gradients back to autograd, and frees the master's gradient."""
+        for hook in self._hooks:
+            hook.remove()
+        self.weights.master.grad = None
 
     @property
     def learning_rate(self) -> float:
@@ -61,79 +79,87 @@ class RoleOptimizer:
 
     def clip(self, max_grad_norm: float) -> torch.Tensor:
         """Clips the gradients' total norm to max_grad_norm; returns the norm before clipping, a scalar."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        return torch.nn.utils.clip_grad_norm_([self.weights.master], max_grad_norm)
 
     def step(self) -> None:
-        """Updates the parameters, advances the schedule by one step, drops the gradients."""
+        """Updates the weights, advances the schedule by one step, drops the gradients."""
         self.optimizer.step()
         self.schedule.step()
+        self.weights.refresh()
         self.zero_grad()
 
     def zero_grad(self) -> None:
         """Drops the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments and step by parameter name, and the position in the schedule."""
-        moments = self.optimizer.state_dict()["state"]
-        by_name = {name: moments[k] for k, name in enumerate(self._names) if k in moments}
-        return {"parameters": by_name, "schedule": self.schedule.state_dict()}
+        """The optimiser's tensors, the shapes of the parameters that they belong to, and the position in the schedule."""
+        shapes = {name: list(shape) for name, shape in self.weights.shapes().items()}
+        moments = self.optimizer.state_dict()["state"].get(0, {})
+        return {"shapes": shapes, "moments": moments, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the `state_dict` of an optimiser; ValueError unless its parameters had these names and shapes."""
-        moments = state["parameters"]
-        if moments:  # empty before the first update
-            shapes = {name: of.get("exp_avg", torch.empty(0)).shape for name, of in moments.items()}
-            check_names("the optimiser's state", dict(zip(self._names, self.parameters, strict=True)), shapes)
+        check_shapes("the optimiser's state", self.weights, state["shapes"])
         whole = self.optimizer.state_dict()
-        places = {name: k for k, name in enumerate(self._names)}
-        whole["state"] = {places[name]: of_parameter for name, of_parameter in moments.items()}
+        whole["state"] = {0: state["moments"]} if state["moments"] else {}
         self.schedule.load_state_dict(dict(state["schedule"]))
         for group, rate in zip(whole["param_groups"], self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         self.optimizer.load_state_dict(whole)
 
 
+def _adds_to(part: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a parameter's gradient to `part` and drops it."""
+
+    def add(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None, "autograd calls the hook after it has set the gradient"
+        part.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
+
+
 class MovingAverage:
-    """The exponential moving average of a role's parameters, with diffusers' warm-up of the decay.
+    """The exponential moving average of a role's weights, with diffusers' warm-up of the decay."""
 
-    parameters: by the names that `state_dict` uses.
-    """
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, decay: float) -> None:
-        self._parameters = dict(parameters)
-        self._average = EMAModel(list(self._parameters.values()), decay=decay, foreach=True)
+    def __init__(self, weights: TrainedWeights, *, decay: float) -> None:
+        self._weights = weights
+        self._average = EMAModel([weights.master], decay=decay, foreach=True)
 
     def update(self) -> None:
-        """Updates the averages; call it after each update of the parameters."""
-        self._average.step(self._parameters.values())
+        """Updates the average; call it after each update of the weights."""
+        self._average.step([self._weights.master])
 
     def copy_to_parameters(self) -> None:
-        """Replaces the parameters by their averages."""
-        self._average.copy_to(self._parameters.values())
+        """Replaces the weights by their average."""
+        self._average.copy_to([self._weights.master])
+        self._weights.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, and the number of updates so far."""
-        averages = dict(zip(self._parameters, self._average.shadow_params, strict=True))
+        averages = self._weights.views(self._average.shadow_params[0])
         return {"parameters": averages, "updates": self._average.optimization_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict`; ValueError unless its parameters had these names and shapes."""
         averages: Mapping[str, torch.Tensor] = state["parameters"]
-        check_names("the moving average", self._parameters, {name: of.shape for name, of in averages.items()})
+        shapes = {name: of.shape for name, of in averages.items()}
+        check_shapes("the moving average", self._weights, shapes)
         self._average.optimization_step = state["updates"]
-        for name, average in zip(self._parameters, self._average.shadow_params, strict=True):
+        for name, average in self._weights.views(self._average.shadow_params[0]).items():
             average.copy_(averages[name])
 
 
-def check_names(what: str, parameters: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """ValueError unless a state has these parameters' names and shapes; it names the first one that differs."""
-    for name in sorted(parameters.keys() | shapes.keys()):
+def check_shapes(what: str, weights: TrainedWeights, shapes: Mapping[str, Sequence[int]]) -> None:
+    """ValueError unless a state has these weights' names and shapes; it names the first one that differs."""
+    expected = weights.shapes()
+    for name in sorted(expected.keys() | shapes.keys()):
         if name not in shapes:
             raise ValueError(f"{what} lacks {name}, which is trained here")
-        if name not in parameters:
+        if name not in expected:
             raise ValueError(f"{what} has {name}, which is not trained here")
-        if parameters[name].shape != shapes[name]:
+        if tuple(expected[name]) != tuple(shapes[name]):
             raise ValueError(
-                f"{what} has {name} in shape {tuple(shapes[name])}; here its shape is {tuple(parameters[name].shape)}"
+                f"{what} has {name} in shape {tuple(shapes[name])}; here its shape is {tuple(expected[name])}"
             )

@@ -6,8 +6,8 @@ latents' device and decodes one image after another.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,25 +29,22 @@ class Painter:
     Args:
         vae: the teacher's VAE, on the CPU, in the dtype in which it decodes.
         batch_size: rows that the network gets at once.
-        autocast: makes the context in which the network runs, as in training.
     """
 
     vae: AutoencoderKL
     batch_size: int
-    autocast: Callable[[], AbstractContextManager]
 
     @torch.no_grad()
     def draw(
         self, denoiser: Denoiser, noise: torch.Tensor, conditioning: Conditioning, *, steps: int
     ) -> torch.Tensor:
         """Samples a denoiser from noise (B, C, h, w) in `steps` steps; returns images, uint8 (B, 3, H, W), on the CPU."""
-        model = denoiser.network.model
+        network = denoiser.network
         latents = []
         for chunk in torch.arange(len(noise)).split(self.batch_size):
-            moves = moves_to(denoiser.noise_path.sampling(steps, len(chunk)), model.device)
-            prompts = conditioning.rows(chunk).to(model.device, model.dtype)
-            with self.autocast():
-                latents.append(denoiser.rollout(noise[chunk].to(model.device), moves, prompts))
+            moves = moves_to(denoiser.noise_path.sampling(steps, len(chunk)), network.device)
+            prompts = conditioning.rows(chunk).to(network.device, network.dtype)
+            latents.append(denoiser.rollout(noise[chunk].to(network.device), moves, prompts))
         return decode_latents(self.vae, torch.cat(latents))
 
 

@@ -10,7 +10,6 @@ import torch
 
 from stepdistill.data.batches import Batch
 from stepdistill.errors import NonFiniteError
-from stepdistill.models.adapters import adapter_state, load_adapter_state
 from stepdistill.models.discriminator import DiscriminatorState
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.run.log import PhaseProgress, TrainingLog
@@ -45,13 +44,18 @@ class PhaseState:
         self.guard = None if setup.discriminator is None else AdversaryGuard(setup, runtime)
         self.average = None
         if training.ema_decay > 0:
-            self.average = MovingAverage(setup.student.network.group(STUDENT), decay=training.ema_decay)
+            self.average = MovingAverage(setup.student.network.weights(STUDENT), decay=training.ema_decay)
 
     @property
     def adversary_scale(self) -> float:
         """The discriminator's learning rate as a fraction of the configured one."""
         configured = _rates(dataclasses.replace(self._setup, adversary_scale=1.0))[DISCRIMINATOR]
         return self.optimizers[DISCRIMINATOR].base_rate / configured
+
+    def close(self) -> None:
+        """Frees the gradients; the weights stay."""
+        for optimizer in self.optimizers.values():
+            optimizer.close()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the whole state: numbers, and tensors by name."""
@@ -62,7 +66,7 @@ class PhaseState:
                 "step": self.step,
                 "overflows": self.overflows,
                 "seconds": self.seconds,
-                "student": adapter_state(self._setup.student.network.model, STUDENT),
+                "student": self._setup.student.network.adapter_state(STUDENT),
                 "discriminator": None if learned is None else vars(learned),
                 "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
                 "guard": None if self.guard is None else self.guard.state_dict(),
@@ -74,7 +78,7 @@ class PhaseState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the `state_dict` of a phase with the same setup; ValueError if parts, names or shapes differ."""
         _check_parts(state, self.state_dict())
-        load_adapter_state(self._setup.student.network.model, STUDENT, state["student"])
+        self._setup.student.network.load_adapter_state(STUDENT, state["student"])
         if self._setup.discriminator is not None:
             self._setup.discriminator.load_state(DiscriminatorState(**state["discriminator"]), strict=True)
         for role, optimizer in self.optimizers.items():
@@ -105,13 +109,9 @@ def run_phase(
         phase found wrong, or None.
     """
     phase, training = setup.phase, setup.training
-    state = PhaseState(setup, runtime)
-    if start is not None:
-        state.load_state_dict(start)
-    elif state.guard is not None:
-        state.guard.begin()
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
     with (
+        contextlib.closing(_begun(setup, runtime, start)) as state,
         contextlib.closing(MicroBatches(setup, runtime, first_step=state.step)) as batches,
         PhaseProgress(
             setup.title, phase.max_train_steps, logging_steps=training.logging_steps, enabled=runtime.is_main
@@ -136,6 +136,16 @@ def run_phase(
     setup.preview(f"phase{setup.number}-{phase.title}-end")
 
 
+def _begun(setup: PhaseSetup, runtime: Runtime, start: Mapping[str, Any] | None) -> PhaseState:
+    """The phase's state before its first update, or the one to continue from."""
+    state = PhaseState(setup, runtime)
+    if start is not None:
+        state.load_state_dict(start)
+    elif state.guard is not None:
+        state.guard.begin()
+    return state
+
+
 def _line(setup: PhaseSetup, step: int, numbers: Mapping[str, float]) -> dict[str, Any]:
     """The log's line of an update, counted from 0."""
     place = {"rung": setup.rung.student_steps, "phase": setup.number, "objective": setup.phase.title}
@@ -150,7 +160,7 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
     """
     means, waited = _accumulate_in_memory(setup, state, batches, runtime)
     for role, optimizer in state.optimizers.items():
-        runtime.average_gradients(optimizer.parameters)
+        runtime.average_gradient(optimizer.weights.master)
         runtime.unscale([optimizer.optimizer])
         means[f"{role}_grad_norm"] = optimizer.clip(setup.training.max_grad_norm)
     numbers = _read(runtime.average_scalars(means)) | {"data_seconds": waited}
@@ -170,7 +180,7 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
     return numbers | runtime.peak_memory()
 
 
-def _losses(setup: PhaseSetup, state: PhaseState, runtime: Runtime, first: int, batch: Batch) -> Losses:
+def _losses(setup: PhaseSetup, state: PhaseState, first: int, batch: Batch) -> Losses:
     """The losses of a micro-batch."""
     samples = Samples(
         batch,
@@ -180,15 +190,14 @@ def _losses(setup: PhaseSetup, state: PhaseState, runtime: Runtime, first: int, 
         teacher_samples=state.teacher_samples,
         number=first,
     )
-    with runtime.autocast():
-        return losses_of(samples, setup.phase)
+    return losses_of(samples, setup.phase)
 
 
 def _optimizers(setup: PhaseSetup) -> dict[str, RoleOptimizer]:
     phase, training, network = setup.phase, setup.training, setup.student.network
     return {
         role: RoleOptimizer(
-            network.group(role),
+            network.weights(role),
             learning_rate=rate,
             adversarial=setup.discriminator is not None,
             max_train_steps=phase.max_train_steps,
@@ -247,7 +256,7 @@ def _accumulate(
         asked = time.monotonic()
         first, batch = next(batches)
         waited += time.monotonic() - asked
-        losses = _losses(setup, state, runtime, first, batch)
+        losses = _losses(setup, state, first, batch)
         for loss in losses.by_role.values():
             runtime.backward(loss / batches.per_update)
         for name, value in _scalars(losses).items():
@@ -267,7 +276,7 @@ def check_result(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, ru
     samples that the next update would have, and changes nothing.
     """
     with torch.no_grad():
-        losses = _losses(setup, state, runtime, *batches.one_of(setup.phase.max_train_steps))
+        losses = _losses(setup, state, *batches.one_of(setup.phase.max_train_steps))
         numbers = _read(runtime.average_scalars(_scalars(losses)))
     bad = _not_finite(numbers)
     if bad:

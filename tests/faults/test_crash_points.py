@@ -13,7 +13,6 @@ from stepdistill.data.shards import is_intact, read_about, write_shard
 from stepdistill.disk.durable import put_back_replaced, read_sealed, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.ladder.rung_files import finish_rung
-from stepdistill.models import adapters
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
 from stepdistill.run.checkpoint_files import CHECKPOINTS
 from stepdistill.run.folder import open_folder
@@ -164,11 +163,11 @@ def test_rung(folders, network, monkeypatch, exchange, has_old, most):
     place, template = folders
     if not exchange:
         monkeypatch.setattr("stepdistill.disk.durable._exchange", lambda *_folders: False)
-    state_of_new = adapters.adapter_state(network.model, STUDENT)
+    state_of_new = network.adapter_state(STUDENT)
     if has_old:
         finish(template, network)
         other = {name: tensor + 1 for name, tensor in state_of_new.items()}
-        adapters.load_adapter_state(network.model, STUDENT, other)
+        network.load_adapter_state(STUDENT, other)
     checkpoint = partial(template) / CHECKPOINTS / "phase1-step000000"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state").write_text("x")
@@ -191,7 +190,7 @@ def test_rung(folders, network, monkeypatch, exchange, has_old, most):
 
     enumerate_crashes(place, template, lambda: finish(place, network), state, again=again, most=most)
     assert sorted(tree(place)) == ["rungs/8/pytorch_lora_weights.safetensors", "rungs/8/rung.json"]
-    adapters.load_adapter_state(network.model, STUDENT, state_of_new)
+    network.load_adapter_state(STUDENT, state_of_new)
 
 
 def partial(run_dir):

@@ -26,7 +26,7 @@ def random_student(teacher, *, rank=RANK, seed=0):
     parameters = network.add_adapter(STUDENT, rank=rank, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters.values():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return network
 
 

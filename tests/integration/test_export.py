@@ -18,7 +18,6 @@ from stepdistill.export.card_tools import tools_section
 from stepdistill.export.fused import fused_unet
 from stepdistill.export.kohya import sgm_name
 from stepdistill.export.rung import HEADER, export_rung
-from stepdistill.models.adapters import activate
 from stepdistill.models.lora_file import read_lora
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT
@@ -310,7 +309,6 @@ def test_the_active_adapter_takes_part_in_the_forward_pass(tmp_path):
     inputs = inputs_for(network.model)
     with network.using(STUDENT):
         first = unet_output(network.model, inputs)
-    activate(network.model, None)
     assert not torch.allclose(unet_output(network.model, inputs), first, atol=1e-3)
     assert not torch.equal(second_weight(random_student(teacher, seed=1)), second_weight(network))
 

@@ -24,7 +24,6 @@ from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.export.card import model_card
 from stepdistill.export.rung import export_rung
 from stepdistill.ladder import distill, read_rung_lora
-from stepdistill.models import adapters
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.encode import encode_prompts
 from stepdistill.models.network.kind import load_network
@@ -181,7 +180,7 @@ def test_the_exported_lora_draws_in_a_fresh_pipeline_what_was_trained(finished_r
 
     network = SharedNetwork(load_network(embedded_folder("teacher")))
     network.add_adapter(STUDENT, rank=32, seed=0)
-    adapters.load_adapter_state(network.model, STUDENT, read_rung_lora(finished_run.run_dir, steps))
+    network.load_adapter_state(STUDENT, read_rung_lora(finished_run.run_dir, steps))
     conditioning = encode_prompts(load_pipeline(embedded_folder("teacher")), prompts, image_size=(32, 32))
     noise_path, _ = load_noise_path(dict(pipeline.scheduler.config))
     kind = read_rung(finished_run.run_dir, steps).prediction_type

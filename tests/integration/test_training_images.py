@@ -98,7 +98,7 @@ def test_drawing_gives_the_unet_no_more_rows_than_training(shared, vae):
     drawn = {}
     for batch_size in (2, 3):
         calls.clear()
-        painter = Painter(vae, batch_size, Runtime().autocast)
+        painter = Painter(vae, batch_size)
         teacher = painter.draw(shared.undistilled, noise, conditioning, steps=2)
         assert max(rows for rows, *_ in calls) == 2 * batch_size  # guidance needs two rows per sample
         calls.clear()
@@ -106,15 +106,3 @@ def test_drawing_gives_the_unet_no_more_rows_than_training(shared, vae):
         assert max(rows for rows, *_ in calls) == batch_size
     for few, many in zip(*drawn.values(), strict=True):
         assert (few.int() - many.int()).abs().max() <= 1
-
-
-def test_only_the_unet_runs_under_autocast(shared, vae):
-    shared, _ = shared
-    conditioning = shared.cache.samples((32, 32), [0]).conditioning
-    kinds = {}
-    shared.network.model.conv_in.register_forward_hook(lambda _m, _a, output: kinds.update(unet=output.dtype))
-    vae.decoder.conv_out.register_forward_hook(lambda _m, _a, output: kinds.update(vae=output.dtype))
-    painter = Painter(vae, 1, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-    noise = randn(1, *shared.cache.latent_shapes[32, 32])
-    painter.draw(student_of(shared), noise, conditioning, steps=1)
-    assert kinds == {"unet": torch.bfloat16, "vae": torch.float32}

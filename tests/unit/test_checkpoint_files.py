@@ -136,7 +136,7 @@ def test_a_checkpoint_that_cannot_be_read_at_the_moment_is_not_taken_for_damaged
 def test_a_checkpoint_of_another_format_is_refused(two):
     path = two / checkpoint_name(1, 4) / MANIFEST
     write_sealed(path, read_sealed(path) | {"format": 1})
-    with pytest.raises(CheckpointError, match=r"another version of stepdistill \(format 1; allowed: 2\)"):
+    with pytest.raises(CheckpointError, match=r"another version of stepdistill \(format 1; allowed: 3\)"):
         newest(two, identity)
 
 

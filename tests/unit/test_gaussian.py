@@ -120,6 +120,7 @@ class GaussianNetwork(torch.nn.Module):
     def __init__(self, noise_path, kind, std):
         super().__init__()
         self.noise_path, self.kind, self.std = noise_path, kind, std
+        self.dtype, self.device = torch.float64, torch.device("cpu")
 
     def forward(self, sample, timesteps, conditioning):
         mean = conditioning.encoder_hidden_states[:, 0, :1, None, None].to(sample.dtype)

@@ -33,7 +33,7 @@ FLOORS = [
     {"doctor", "stages", "cli", "__main__"},
 ]
 OWNERS = {
-    "peft": {"models/adapters.py"},
+    "peft": {"models/adapters.py", "models/lora_layers.py"},
     "accelerate": {"runtime.py"},
     "torchmetrics": {"evaluation/measure/distances.py", "evaluation/measure/features.py"},
     "psutil": {"evaluation/draw/cost.py"},

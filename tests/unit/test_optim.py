@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stepdistill.config.load import load_config
+from stepdistill.models.trained_weights import TrainedWeights
 from stepdistill.training.optim import RoleOptimizer
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -13,7 +14,7 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 def rates(max_train_steps, *, lr_warmup_steps=10, learning_rate=1.0):
     optimizer = RoleOptimizer(
-        {"weight": torch.nn.Parameter(torch.zeros(1))},
+        TrainedWeights({"weight": torch.nn.Parameter(torch.zeros(1))}),
         learning_rate=learning_rate,
         adversarial=True,
         max_train_steps=max_train_steps,

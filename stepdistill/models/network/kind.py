@@ -43,12 +43,12 @@ class NetworkKind(Protocol):
     def ask(
         self, network: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """Forward pass: the network's output (B, C, H, W) in the dtype of `sample`."""
+        """Forward pass: the network's output (B, C, H, W); sample and embeddings are in the network's dtype."""
 
     def features(
         self, network: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> list[torch.Tensor]:
-        """Features (B, C_i, H_i, W_i) inside the network, from shallow to deep."""
+        """Features (B, C_i, H_i, W_i) inside the network, from shallow to deep; sample and embeddings are in its dtype."""
 
     def encode(self, pipeline: Any, prompts: list[str], *, image_size: tuple[int, int]) -> Conditioning:
         """One row of conditioning per prompt, from the pipeline's text encoders; image_size: (height, width) in pixels."""

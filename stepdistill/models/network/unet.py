@@ -50,15 +50,14 @@ class UNetKind:
         timesteps: torch.Tensor,
         conditioning: Conditioning,
     ) -> torch.Tensor:
-        """Forward pass: the output (B, C, H, W) in the dtype of `sample`; the input is cast to the U-Net's dtype."""
-        output = network(
-            sample.to(network.dtype),
+        """Forward pass: the output (B, C, H, W); all inputs but the timesteps are in the U-Net's dtype."""
+        return network(
+            sample,
             timesteps,
             encoder_hidden_states=conditioning.encoder_hidden_states,
             added_cond_kwargs=conditioning.added_cond_kwargs or None,
             return_dict=False,
         )[0]
-        return output.to(sample.dtype)
 
     def features(
         self,
@@ -70,7 +69,6 @@ class UNetKind:
         """Features (B, C_i, H_i, W_i) after each down block and the mid-block: the U-Net without its decoder."""
         hidden_states = conditioning.encoder_hidden_states
         added = conditioning.added_cond_kwargs or None
-        sample = sample.to(network.dtype)
         emb = network.time_embedding(network.get_time_embed(sample=sample, timestep=timesteps))
         augmentation = network.get_aug_embed(
             emb=emb, encoder_hidden_states=hidden_states, added_cond_kwargs=added

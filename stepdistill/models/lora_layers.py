@@ -1,0 +1,106 @@
+"""The LoRA layers of the shared base: peft's modules and parameter names, with a forward pass in few operations.
+
+y = W x + b + B A x     A: rank x in, B: out x rank; the scale alpha / rank is 1, because alpha equals the rank
+
+peft's own forward pass casts, scales and adds in separate operations, and looks up its active adapters in every layer. Here
+the last product and the sum are one operation, everything is computed in the dtype of x, and all layers of a network read
+one `ActiveAdapter`: changing it switches all of them at once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Conv2d as PeftConv2d
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional
+
+
+@dataclass
+class ActiveAdapter:
+    """Which adapter all LoRA layers of a network use; they share this object.
+
+    name       None: the base alone
+    is_frozen  True: gradients pass through the adapter, and its own parameters receive none
+    """
+
+    name: str | None = None
+    is_frozen: bool = False
+
+
+class _Layer(BaseTunerLayer):
+    """What both kinds of layers share. active: the adapter in use; `add_adapter` gives all layers of a network the same."""
+
+    active: ActiveAdapter
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The weights A and B of the active adapter; None if this layer does not have it."""
+        name = self.active.name
+        if name is None or name not in self.lora_A:
+            return None
+        first, second = self.lora_A[name].weight, self.lora_B[name].weight
+        return (first.detach(), second.detach()) if self.active.is_frozen else (first, second)
+
+
+class LoraLinear(PeftLinear, _Layer):
+    """A linear layer with LoRA adapters."""
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        self.active = ActiveAdapter()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out), in the dtype of x."""
+        base = self.base_layer
+        y = functional.linear(x, base.weight, base.bias)
+        factors = self._factors()
+        if factors is None:
+            return y
+        reduced = functional.linear(x, factors[0])
+        if y.ndim == 2:
+            return torch.addmm(y, reduced, factors[1].t())
+        return torch.addmm(y.flatten(0, -2), reduced.flatten(0, -2), factors[1].t()).view(y.shape)
+
+
+class LoraConv2d(PeftConv2d, _Layer):
+    """A convolution with LoRA adapters: A has the kernel, stride and padding of the base, B is 1 x 1."""
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        self.active = ActiveAdapter()
+        plain = self.get_base_layer()
+        if plain.groups != 1 or plain.padding_mode != "zeros":
+            raise ValueError(
+                f"a LoRA on a convolution with groups={plain.groups}, padding_mode={plain.padding_mode!r}; "
+                f"allowed: groups=1, padding_mode='zeros'"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, in, H, W) -> (B, out, H', W'), in the dtype of x."""
+        base = self.base_layer
+        geometry = (base.stride, base.padding, base.dilation)
+        y = functional.conv2d(x, base.weight, base.bias, *geometry)
+        factors = self._factors()
+        if factors is None:
+            return y
+        reduced = functional.conv2d(x, factors[0], None, *geometry)
+        second = factors[1].flatten(1)
+        if y.is_contiguous():
+            rows = second.expand(len(y), -1, -1)
+            return torch.baddbmm(y.flatten(2), rows, reduced.flatten(2)).view(y.shape)
+        last = y.permute(0, 2, 3, 1)  # in channels_last memory format, the rows of one matrix
+        pixels = reduced.permute(0, 2, 3, 1).flatten(0, -2)
+        return torch.addmm(last.flatten(0, -2), pixels, second.t()).view(last.shape).permute(0, 3, 1, 2)
+
+
+def lora_config(rank: int, *, targets: list[str] | str) -> LoraConfig:
+    """peft's config of a LoRA with alpha = rank, because some tools assume that. Its layers are those of this file.
+
+    targets: module names, or a regular expression that they match
+    """
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    config._register_custom_module({nn.Linear: LoraLinear, nn.Conv2d: LoraConv2d})
+    return config

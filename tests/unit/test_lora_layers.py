@@ -1,0 +1,144 @@
+"""Our LoRA layers compute what peft's compute, in fewer operations, and all of them switch at once."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stepdistill.models import adapters
+from stepdistill.models.lora_layers import LoraConv2d, LoraLinear
+from stepdistill.models.network.unet import LORA_TARGETS
+from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
+from tests.conftest import build_tiny_unet, make_conditioning, randn
+from tests.unit.test_gradients import fill, make_network
+
+
+class Operations(TorchDispatchMode):
+    """The operations that reach the device, without views."""
+
+    VIEWS = (
+        "view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "detach",
+        "_unsafe_view",
+        "slice",
+        "alias",
+        "split",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def with_pefts_layers(state):
+    """A U-Net with an adapter of peft's own layers."""
+    unet = build_tiny_unet()
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=list(LORA_TARGETS))
+    unet.add_adapter(config, adapter_name=STUDENT)
+    set_peft_model_state_dict(unet, dict(state), adapter_name=STUDENT)
+    return unet
+
+
+def run(unet, inputs):
+    x, t, c = inputs
+    return unet(x, t, encoder_hidden_states=c.encoder_hidden_states).sample
+
+
+def trained_gradients(unet, loss):
+    parameters = adapters.adapter_parameters(unet, STUDENT)
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_outputs_and_gradients_equal_those_of_pefts_layers(memory_format):
+    network = make_network()
+    state = fill(network, STUDENT, 100)
+    theirs = with_pefts_layers(state)
+    inputs = (randn(2, 4, 8, 8), torch.tensor([999, 9]), make_conditioning(2))
+    network.model.to(memory_format=memory_format)
+    with network.using(STUDENT):
+        ours = run(network.model, inputs)
+    expected = run(theirs, inputs)
+    assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    gradients = trained_gradients(network.model, ours.square().sum())
+    others = trained_gradients(theirs, expected.square().sum())
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, others[name], rtol=1e-4, atol=1e-3), name
+
+
+def test_keys_and_weights_are_those_that_peft_saves():
+    network = make_network()
+    fill(network, STUDENT, 100)
+    theirs = get_peft_model_state_dict(network.model, adapter_name=STUDENT)
+    ours = network.adapter_state(STUDENT)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_state_of_another_rank_is_refused():
+    network, other = make_network(), SharedNetwork(build_tiny_unet())
+    other.add_adapter(STUDENT, rank=8, seed=0)
+    with pytest.raises(ValueError, match="does not fit this U-Net and rank"):
+        network.load_adapter_state(STUDENT, other.adapter_state(STUDENT))
+
+
+def layer_of(kind, **options):
+    holder = torch.nn.ModuleDict({"layer": kind(8, 16, **options)}).requires_grad_(False)
+    from peft import inject_adapter_in_model
+
+    from stepdistill.models.lora_layers import lora_config
+
+    inject_adapter_in_model(lora_config(4, targets=["layer"]), holder, STUDENT)
+    return holder["layer"]
+
+
+@pytest.mark.parametrize("active", [None, STUDENT])
+def test_an_adapter_costs_two_operations(active):
+    linear, conv = layer_of(torch.nn.Linear), layer_of(torch.nn.Conv2d, kernel_size=3, padding=1)
+    assert isinstance(linear, LoraLinear)
+    assert isinstance(conv, LoraConv2d)
+    for layer, x, expected in (
+        (linear, randn(2, 5, 8), ["addmm", "mm", "addmm"]),
+        (linear, randn(5, 8), ["addmm", "mm", "addmm"]),
+        (conv, randn(2, 8, 6, 6), ["convolution", "convolution", "baddbmm"]),
+        (
+            conv,
+            randn(2, 8, 6, 6).to(memory_format=torch.channels_last),
+            ["convolution", "convolution", "addmm"],
+        ),
+    ):
+        layer.active.name = active
+        with Operations() as counted, torch.no_grad():
+            layer(x)
+        assert counted.names == (expected if active else expected[:1])
+
+
+def test_a_convolution_of_another_kind_is_refused():
+    for options in ({"groups": 2}, {"padding_mode": "circular"}):
+        with pytest.raises(ValueError, match="allowed: groups=1, padding_mode='zeros'"):
+            layer_of(torch.nn.Conv2d, kernel_size=3, padding=1, **options)
+
+
+def test_all_layers_read_one_object_also_after_adapters_come_and_go():
+    network = make_network()
+    network.add_adapter("third", rank=2, seed=1, encoder_only=True)
+    network.remove_adapter("third")
+    layers = adapters.lora_layers(network.model)
+    assert len({id(layer.active) for layer in layers}) == 1
+    with network.using(TEACHER):
+        assert {layer.active.name for layer in layers} == {TEACHER}
+    assert {layer.active.name for layer in layers} == {None}
+    before = {name: p.requires_grad for name, p in network.model.named_parameters()}
+    with network.using(STUDENT, frozen=[STUDENT]):
+        assert {name: p.requires_grad for name, p in network.model.named_parameters()} == before
