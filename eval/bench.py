@@ -46,7 +46,7 @@ from stepdistill.stages import open_run
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import load_encoders, load_noise_path
 from stepdistill.teacher.source import teacher_folder
-from stepdistill.training.losses import losses_of
+from stepdistill.training.phase import losses_and_gradients
 from stepdistill.training.samples import Samples
 
 
@@ -95,8 +95,7 @@ def bench_phase(config: RunConfig, phase: Phase, rung_index: int, iterations: in
 
     def iteration() -> None:
         samples = Samples(batch, student=student, teacher=teacher, discriminator=discriminator)
-        for loss in losses_of(samples, phase).by_role.values():
-            loss.backward()
+        losses_and_gradients(samples, phase, torch.Tensor.backward)
 
     evaluations = rung.teacher_steps // rung.student_steps * passes_per_step(teacher.guidance_scale)
     bare = bare_seconds(batch, teacher, discriminator, evaluations, iterations)

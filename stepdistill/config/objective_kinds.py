@@ -11,29 +11,33 @@ from typing import Literal
 class ObjectiveKind:
     """What is known of an objective before anything is computed.
 
-    losses                  the function from Samples and Phase to Losses, as "module:function"
+    student_loss            the function from Samples and Phase to the student's Loss, as "module:function"
     teacher                 what it asks the teacher for: its moves from t to s, one prediction at x_t, its moves if they are
                             D's real samples, or nothing
+    discriminator_loss      the same for the discriminator; None if it has none
     discriminator_forwards  what its discriminator adds to the cost of a sample, in forward passes of the bare U-Net
                             (computed on SDXL); None if it has no discriminator
     """
 
-    losses: str
+    student_loss: str
     teacher: Literal["moves", "prediction", "real", "nothing"]
+    discriminator_loss: str | None = None
     discriminator_forwards: float | None = None
 
 
+_LOSSES = "stepdistill.training.losses"
+_STUDENT, _DISCRIMINATOR = f"{_LOSSES}:adversarial_student", f"{_LOSSES}:adversarial_discriminator"
 OBJECTIVES: dict[str, ObjectiveKind] = {
-    "mse": ObjectiveKind("stepdistill.training.losses:mse", "moves"),
-    "convert": ObjectiveKind("stepdistill.training.losses:convert", "prediction"),
-    "paired": ObjectiveKind("stepdistill.training.losses:adversarial_pair", "real", 5.25),
-    "single": ObjectiveKind("stepdistill.training.losses:adversarial_pair", "real", 3.55),
+    "mse": ObjectiveKind(f"{_LOSSES}:mse", "moves"),
+    "convert": ObjectiveKind(f"{_LOSSES}:convert", "prediction"),
+    "paired": ObjectiveKind(_STUDENT, "real", _DISCRIMINATOR, 5.25),
+    "single": ObjectiveKind(_STUDENT, "real", _DISCRIMINATOR, 3.55),
 }
 
 
 def is_adversarial(kind: str) -> bool:
     """Whether an objective of this name has a discriminator; False for a name that this version does not know."""
-    return kind in OBJECTIVES and OBJECTIVES[kind].discriminator_forwards is not None
+    return kind in OBJECTIVES and OBJECTIVES[kind].discriminator_loss is not None
 
 
 def check_kind(kind: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stepdistill.config import Phase
 from stepdistill.data.batches import Batch
 from stepdistill.errors import NonFiniteError
 from stepdistill.models.discriminator import DiscriminatorState
@@ -15,7 +16,7 @@ from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime, is_out_of_memory, release_memory
 from stepdistill.training.guard import AdversaryGuard, Trouble
-from stepdistill.training.losses import Losses, losses_of
+from stepdistill.training.losses import loss_of, roles_of
 from stepdistill.training.micro_batches import MicroBatches
 from stepdistill.training.optim import MovingAverage, RoleOptimizer
 from stepdistill.training.phase_setup import PhaseSetup
@@ -180,9 +181,9 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
     return numbers | runtime.peak_memory()
 
 
-def _losses(setup: PhaseSetup, state: PhaseState, first: int, batch: Batch) -> Losses:
-    """The losses of a micro-batch."""
-    samples = Samples(
+def _samples(setup: PhaseSetup, state: PhaseState, first: int, batch: Batch) -> Samples:
+    """The samples of a micro-batch, which are computed when a loss needs them."""
+    return Samples(
         batch,
         student=setup.student,
         teacher=setup.teacher,
@@ -190,7 +191,21 @@ def _losses(setup: PhaseSetup, state: PhaseState, first: int, batch: Batch) -> L
         teacher_samples=state.teacher_samples,
         number=first,
     )
-    return losses_of(samples, setup.phase)
+
+
+def losses_and_gradients(
+    samples: Samples, phase: Phase, backward: Callable[[torch.Tensor], None]
+) -> dict[str, torch.Tensor]:
+    """Computes the loss of each role and at once its backward pass, so that a role's graph is freed before the next one's.
+
+    Returns losses and metrics, detached, by their names in the log.
+    """
+    scalars: dict[str, torch.Tensor] = {}
+    for role in roles_of(phase):
+        loss = loss_of(role, samples, phase)
+        backward(loss.value)
+        scalars |= {f"{role}_loss": loss.value.detach()} | loss.metrics
+    return scalars
 
 
 def _optimizers(setup: PhaseSetup) -> dict[str, RoleOptimizer]:
@@ -256,17 +271,13 @@ def _accumulate(
         asked = time.monotonic()
         first, batch = next(batches)
         waited += time.monotonic() - asked
-        losses = _losses(setup, state, first, batch)
-        for loss in losses.by_role.values():
-            runtime.backward(loss / batches.per_update)
-        for name, value in _scalars(losses).items():
+        samples = _samples(setup, state, first, batch)
+        scalars = losses_and_gradients(
+            samples, setup.phase, lambda loss: runtime.backward(loss / batches.per_update)
+        )
+        for name, value in scalars.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / batches.per_update
     return sums, waited
-
-
-def _scalars(losses: Losses) -> dict[str, torch.Tensor]:
-    """Losses and metrics by their names in the log."""
-    return {f"{role}_loss": loss.detach() for role, loss in losses.by_role.items()} | losses.metrics
 
 
 def check_result(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime: Runtime) -> None:
@@ -276,8 +287,9 @@ def check_result(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, ru
     samples that the next update would have, and changes nothing.
     """
     with torch.no_grad():
-        losses = _losses(setup, state, *batches.one_of(setup.phase.max_train_steps))
-        numbers = _read(runtime.average_scalars(_scalars(losses)))
+        samples = _samples(setup, state, *batches.one_of(setup.phase.max_train_steps))
+        scalars = losses_and_gradients(samples, setup.phase, lambda _loss: None)
+        numbers = _read(runtime.average_scalars(scalars))
     bad = _not_finite(numbers)
     if bad:
         raise NonFiniteError(

@@ -15,15 +15,10 @@ from stepdistill.objectives.adversarial import perturb
 
 @dataclass(frozen=True)
 class Logits:
-    """D's logits in one update, each (B, heads).
-
-    real, student   of detached samples, with D's graph: for D's loss
-    student_frozen  of the student's samples, with the student's graph and D frozen: for the student's loss
-    """
+    """D's logits of real samples and of the student's, each (B, heads), with D's graph and detached from the student's."""
 
     real: torch.Tensor
     student: torch.Tensor
-    student_frozen: torch.Tensor
 
 
 class Samples:
@@ -51,6 +46,7 @@ class Samples:
         self.batch, self.student, self.teacher = batch, student, teacher
         self._discriminator, self._teacher_samples, self._number = discriminator, teacher_samples, number
         self._logits: dict[str, Logits] = {}
+        self._context: list[torch.Tensor] | None = None  # a paired D's features of x_t, detached
 
     @cached_property
     def noisy(self) -> torch.Tensor:
@@ -102,37 +98,46 @@ class Samples:
         return denoiser.predict(self.noisy, self.batch.timesteps, self.batch.conditioning, target="sample")
 
     def logits(self, *, real: str) -> Logits:
-        """D's logits of real samples ("teacher" or "data") and the student's; clean samples are perturbed first (Eq 25-26).
-
-        D's loss and the student's loss use the same D, so an update does not depend on how a batch is split.
-        """
+        """D's logits of real samples ("teacher" or "data") and the student's; clean ones are perturbed first (Eq 25-26)."""
         if real not in self._logits:
             self._logits[real] = self._logits_against(real)
         return self._logits[real]
 
-    def _logits_against(self, real: str) -> Logits:
-        """Computes the logits; the features of x_t are computed only once for both losses."""
+    def student_logits(self, *, real: str) -> torch.Tensor:
+        """D's logits of the student's samples, (B, heads), with the student's graph and D frozen; call `logits` before.
+
+        They are computed apart from `logits`, so that D's graph can be freed before.
+        """
         discriminator, batch = self._discriminator, self.batch
         assert discriminator is not None, "an adversarial objective has a discriminator"
-        real_seen, student_seen = (self._perturbed(x) for x in (self.real_sample(real), self.student_sample))
+        assert batch.perturbation is not None, "an adversarial objective draws a perturbation"
+        assert real in self._logits, "the discriminator's loss comes first"
+        with discriminator.active(trains=False):
+            features = discriminator.features(
+                self._perturbed(self.student_sample), batch.perturbation.timesteps, batch.conditioning
+            )
+            return discriminator.logits(features, self._context)
+
+    def _logits_against(self, real: str) -> Logits:
+        discriminator, batch = self._discriminator, self.batch
+        assert discriminator is not None, "an adversarial objective has a discriminator"
+        real_seen, student_seen = (
+            self._perturbed(x) for x in (self.real_sample(real), self.student_sample.detach())
+        )
         assert batch.perturbation is not None, "an adversarial objective draws a perturbation"
         seen_at = batch.perturbation.timesteps
         with discriminator.active(trains=True):
             context = None
             if discriminator.paired:
                 context = discriminator.features(self.noisy, batch.timesteps, batch.conditioning)
+                self._context = [f.detach() for f in context]
             both = discriminator.features(
-                torch.cat([real_seen, student_seen.detach()]),
+                torch.cat([real_seen, student_seen]),
                 torch.cat([seen_at, seen_at]),
                 Conditioning.concat(batch.conditioning, batch.conditioning),
             )
             twice = None if context is None else [torch.cat([f, f]) for f in context]
-            real_logits, student_logits = discriminator.logits(both, twice).chunk(2)
-        with discriminator.active(trains=False):
-            features = discriminator.features(student_seen, seen_at, batch.conditioning)
-            still = None if context is None else [f.detach() for f in context]
-            student_frozen = discriminator.logits(features, still)
-        return Logits(real_logits, student_logits, student_frozen)
+            return Logits(*discriminator.logits(both, twice).chunk(2))
 
     def _perturbed(self, sample: torch.Tensor) -> torch.Tensor:
         perturbation = self.batch.perturbation

@@ -60,7 +60,7 @@ def to_nan(result):
 
 
 def destroy(optimizer):
-    for parameter in optimizer.parameters:
+    for parameter in optimizer.weights.parameters.values():
         parameter.data.fill_(1e38)
 
 

@@ -17,9 +17,9 @@ from stepdistill.models.network import kind as network_kind
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.objectives.mse import mse_loss
-from stepdistill.training.losses import losses_of
 from stepdistill.training.samples import Samples
 from tests.conftest import ends_of, randn
+from tests.unit.test_gradients import losses_of
 
 MEAN, STD = 0.7, 0.4
 

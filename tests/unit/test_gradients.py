@@ -15,7 +15,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import HEADS, TRUNKS, Discriminator
 from stepdistill.models.network.unet import UNetKind
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
-from stepdistill.training.losses import losses_of
+from stepdistill.training.losses import loss_of, roles_of
 from stepdistill.training.samples import Samples
 from tests.conftest import build_tiny_unet, make_conditioning, randn
 
@@ -68,6 +68,20 @@ class Pair(NamedTuple):
             batch, student=self.student, teacher=self.teacher, discriminator=discriminator, **options
         )
         return losses_of(samples, phase)
+
+
+class Losses(NamedTuple):
+    """The losses of all roles, with their graphs, and all metrics."""
+
+    by_role: dict
+    metrics: dict
+
+
+def losses_of(samples, phase):
+    """Computes the losses of all roles before any backward pass."""
+    losses = {role: loss_of(role, samples, phase) for role in roles_of(phase)}
+    metrics = {name: value for loss in losses.values() for name, value in loss.metrics.items()}
+    return Losses({role: loss.value for role, loss in losses.items()}, metrics)
 
 
 def make_network(*, checkpointing=False):

@@ -13,9 +13,16 @@ from stepdistill.config.objective_kinds import OBJECTIVES, ObjectiveKind
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.plan import _LORA_FORWARD, phase_forwards
-from stepdistill.training.losses import losses_of
 from stepdistill.training.samples import Samples
-from tests.unit.test_gradients import BATCH, MSE, forward, make_batch, make_discriminator, make_pair
+from tests.unit.test_gradients import (
+    BATCH,
+    MSE,
+    forward,
+    losses_of,
+    make_batch,
+    make_discriminator,
+    make_pair,
+)
 
 
 def student_sample(pair, batch):
@@ -154,9 +161,9 @@ def test_losses_and_gradients_never_wait_for_the_gpu(noise_path, kind):
 def test_a_new_objective_is_one_file_and_one_line(noise_path, monkeypatch, tmp_path):
     """A toy objective from outside the package: make the student's sample small."""
     (tmp_path / "small_objective.py").write_text(
-        "from stepdistill.training.losses import Losses\n\n\n"
+        "from stepdistill.training.losses import Loss\n\n\n"
         "def small(samples, phase):\n"
-        "    return Losses({'student': samples.student_sample.square().mean()})\n"
+        "    return Loss(samples.student_sample.square().mean())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(OBJECTIVES, "small", ObjectiveKind("small_objective:small", "nothing"))
