@@ -72,7 +72,7 @@ def active_adapter(unet: UNet2DConditionModel) -> ActiveAdapter:
 
 
 def set_active(layers: Iterable[BaseTunerLayer], names: Sequence[str]) -> None:
-    """Makes these adapters the active ones of peft's own layers; a layer ignores names that it does not have.
+    """Makes these adapters the active ones for peft and its own layers; a layer ignores names that it does not have.
 
     peft's set_adapter also sets requires_grad of every adapter, so this writes peft's private field `_active_adapter`.
     """

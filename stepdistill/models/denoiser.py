@@ -44,7 +44,7 @@ class Denoiser:
         """ValueError if the output says nothing about x_0 at the last timestep: epsilon at zero terminal SNR."""
         if self.prediction_type == "epsilon" and self.start_timestep is None:
             alpha, _ = self.noise_path.alpha_sigma(torch.tensor([self.noise_path.last_timestep]))
-            if not float(alpha) > 0:
+            if not alpha.is_meta and not float(alpha) > 0:  # on the meta device there are no values
                 raise ValueError(
                     "epsilon says nothing about x_0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample"
                 )

@@ -26,6 +26,8 @@ from stepdistill.models.adapters import (
     add_adapter,
     copy_adapter,
     file_key,
+    lora_layers,
+    set_active,
 )
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.kind import kind_of
@@ -94,6 +96,7 @@ class SharedNetwork:
 
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter and its group."""
+        set_active(lora_layers(self.model), [])  # else peft warns that the active adapter is deleted
         self.model.delete_adapters(name)
         self.remove_group(name)
         self._adapters_changed()

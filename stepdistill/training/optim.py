@@ -92,6 +92,11 @@ class RoleOptimizer:
         """Drops the gradients."""
         self.optimizer.zero_grad(set_to_none=False)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that the optimiser keeps between updates, such as Adam's moments."""
+        kept = self.optimizer.state[self.weights.master].values()
+        return [value for value in kept if isinstance(value, torch.Tensor)]
+
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's tensors, the shapes of the parameters that they belong to, and the position in the schedule."""
         shapes = {name: list(shape) for name, shape in self.weights.shapes().items()}
@@ -130,6 +135,10 @@ class MovingAverage:
     def update(self) -> None:
         """Updates the average; call it after each update of the weights."""
         self._average.step([self._weights.master])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The averages."""
+        return list(self._average.shadow_params)
 
     def copy_to_parameters(self) -> None:
         """Replaces the weights by their average."""

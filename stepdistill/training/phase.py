@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from stepdistill.config import Phase
+from stepdistill.config import Phase, Training
 from stepdistill.data.batches import Batch
 from stepdistill.errors import NonFiniteError
 from stepdistill.models.discriminator import DiscriminatorState
-from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
+from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, SharedNetwork
 from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime, is_out_of_memory, release_memory
 from stepdistill.training.guard import AdversaryGuard, Trouble
@@ -41,7 +41,7 @@ class PhaseState:
         self._setup, self._runtime = setup, runtime
         self.step, self.overflows, self.seconds = 0, 0, 0.0
         self.teacher_samples: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
-        self.optimizers = _optimizers(setup)
+        self.optimizers = optimizers_of(phase, training, setup.student.network, _rates(setup))
         self.guard = None if setup.discriminator is None else AdversaryGuard(setup, runtime)
         self.average = None
         if training.ema_decay > 0:
@@ -208,18 +208,20 @@ def losses_and_gradients(
     return scalars
 
 
-def _optimizers(setup: PhaseSetup) -> dict[str, RoleOptimizer]:
-    phase, training, network = setup.phase, setup.training, setup.student.network
+def optimizers_of(
+    phase: Phase, training: Training, network: SharedNetwork, rates: Mapping[str, float]
+) -> dict[str, RoleOptimizer]:
+    """The optimiser of each role that learns in a phase; rates: the learning rates by role."""
     return {
         role: RoleOptimizer(
             network.weights(role),
             learning_rate=rate,
-            adversarial=setup.discriminator is not None,
+            adversarial=phase.adversary is not None,
             max_train_steps=phase.max_train_steps,
             lr_warmup_steps=training.lr_warmup_steps,
             lr_final_fraction=training.lr_final_fraction,
         )
-        for role, rate in _rates(setup).items()
+        for role, rate in rates.items()
     }
 
 

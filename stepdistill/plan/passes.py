@@ -33,16 +33,16 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     if not phase.needs_teacher_moves:
         asks = any(OBJECTIVES[kind].teacher == "prediction" for kind in phase.kinds)
-        return asks * (1.0 if _is_base(config, rung, phase) else _LORA_FORWARD)
+        return asks * (1.0 if is_base_teacher(config, rung, phase) else _LORA_FORWARD)
     each = _LORA_FORWARD
-    if _is_base(config, rung, phase):
+    if is_base_teacher(config, rung, phase):
         each = float(passes_per_step(config.teacher.guidance_scale))
     share_of_new = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
     teacher_steps = phase.teacher_steps or rung.teacher_steps
-    return share_of_new * _teacher_substeps(rung, teacher_steps, teacher_timesteps(config)) * each
+    return share_of_new * teacher_substeps(rung, teacher_steps, teacher_timesteps(config)) * each
 
 
-def _is_base(config: RunConfig, rung: Rung, phase: Phase) -> bool:
+def is_base_teacher(config: RunConfig, rung: Rung, phase: Phase) -> bool:
     """Whether the teacher of a phase is the base model, as on the first rung, rather than an earlier rung's student."""
     earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
     return (phase.teacher_steps or rung.teacher_steps) not in earlier
@@ -55,7 +55,7 @@ def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
     return forwards + (_FROZEN_TRUNK if phase.discriminator.trunk == "frozen" else 0.0)
 
 
-def _teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:
+def teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:
     """Number of teacher steps within one student step, averaged over the timesteps that the student is trained at."""
     count = num_train_timesteps
     nodes = trailing_nodes(rung.node_steps or rung.student_steps, num_train_timesteps=count)

@@ -1,0 +1,84 @@
+"""The GPUs that a plan knows: memory, arithmetic and bandwidth, from their makers' data sheets. No torch.
+
+A kernel takes at least what its arithmetic and its memory traffic take at the rates that kernels of such sizes reach, and at
+least the time to launch it:
+
+    seconds = max(FLOP / (_OF_PEAK * peak), bytes / (_OF_BANDWIDTH * bandwidth), _LAUNCH)
+
+The three constants are assumptions from published measurements of large matrix products and copies on these cards, not
+measurements of this package.
+"""
+
+import re
+from dataclasses import dataclass
+
+from stepdistill.config import ConfigError
+
+_OF_PEAK, _OF_BANDWIDTH = 0.7, 0.85
+_LAUNCH = 4e-6
+_RESERVED_GIB = 0.8
+"""What the driver, CUDA's context and the libraries take of a card's memory."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU.
+
+    memory_gib  the memory that its name says, in GiB
+    half        peak of dense bfloat16 or float16 products with float32 sums, FLOP/s
+    single      peak of float32 arithmetic, FLOP/s
+    bandwidth   of its memory, bytes/s
+    """
+
+    name: str
+    memory_gib: float
+    half: float
+    single: float
+    bandwidth: float
+
+    @property
+    def usable_gib(self) -> float:
+        """The memory that tensors can take."""
+        return self.memory_gib - _RESERVED_GIB
+
+    def seconds(self, flop: float, moved: float, *, is_half: bool) -> float:
+        """The least time of one kernel with so much arithmetic and memory traffic."""
+        peak = self.half if is_half else self.single
+        return max(flop / (_OF_PEAK * peak), moved / (_OF_BANDWIDTH * self.bandwidth), _LAUNCH)
+
+
+CARDS = {
+    "h100": Card("H100 SXM", 80, 989e12, 67e12, 3.35e12),
+    "h200": Card("H200", 141, 989e12, 67e12, 4.8e12),
+    "a100": Card("A100 80 GB", 80, 312e12, 19.5e12, 2.04e12),
+    "a100-40gb": Card("A100 40 GB", 40, 312e12, 19.5e12, 1.56e12),
+    "l40s": Card("L40S", 48, 362e12, 91.6e12, 0.864e12),
+    "a6000": Card("RTX A6000", 48, 155e12, 38.7e12, 0.768e12),
+    "l4": Card("L4", 24, 121e12, 30.3e12, 0.3e12),
+    "a10": Card("A10", 24, 125e12, 31.2e12, 0.6e12),
+    "t4": Card("T4", 16, 65e12, 8.1e12, 0.32e12),
+    "rtx5090": Card("RTX 5090", 32, 209e12, 105e12, 1.79e12),
+    "rtx4090": Card("RTX 4090", 24, 165e12, 82.6e12, 1.008e12),
+    "rtx4080": Card("RTX 4080", 16, 97.5e12, 48.7e12, 0.717e12),
+    "rtx4070": Card("RTX 4070", 12, 58e12, 29.1e12, 0.504e12),
+    "rtx4060": Card("RTX 4060", 8, 30e12, 15.1e12, 0.272e12),
+    "rtx3090": Card("RTX 3090", 24, 71e12, 35.6e12, 0.936e12),
+    "rtx3080": Card("RTX 3080", 10, 59.5e12, 29.8e12, 0.76e12),
+    "rtx3060": Card("RTX 3060", 12, 25.5e12, 12.7e12, 0.36e12),
+}
+_BY_MEMORY = {8: "rtx4060", 10: "rtx3080", 12: "rtx4070", 16: "rtx4080", 24: "rtx4090", 32: "rtx5090"}
+_BY_MEMORY |= {40: "a100-40gb", 48: "l40s", 80: "h100", 141: "h200"}
+DEFAULT = "rtx4090"
+
+
+def card_of(text: str) -> Card:
+    """The card of a name such as "h100", or for a size such as "24GB" a usual card of that size; ConfigError otherwise."""
+    name = re.sub(r"[\s_]", "", text.lower()).removeprefix("nvidia")
+    if name in CARDS:
+        return CARDS[name]
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)gi?b", name)
+    if size is not None and float(size[1]) >= 1:
+        memory = float(size[1])
+        usual = CARDS[_BY_MEMORY[min(_BY_MEMORY, key=lambda known: (abs(known - memory), known))]]
+        return Card(f"{memory:g} GB, as fast as {usual.name}", memory, usual.half, usual.single, usual.bandwidth)
+    raise ConfigError(f"--gpu: got {text!r}; allowed: {', '.join(CARDS)}, or a size such as 24GB")

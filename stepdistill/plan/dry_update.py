@@ -1,0 +1,288 @@
+"""One update of every phase on the meta device, with the code that trains: its memory, arithmetic and traffic on a GPU.
+
+No weights are read and no GPU is needed. What depends on the number of the teacher's moves is computed for one move and
+multiplied, because all its moves are alike and none of them keeps memory.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.data.batches import Batch, Perturbation
+from stepdistill.data.buckets import Sizes
+from stepdistill.diffusion.noise_path import Move, VariancePreserving
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
+from stepdistill.plan.cards import Card
+from stepdistill.plan.passes import is_base_teacher, teacher_substeps
+from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
+from stepdistill.runtime import WEIGHT_DTYPES
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.training.losses import roles_of
+from stepdistill.training.optim import MovingAverage, RoleOptimizer
+from stepdistill.training.phase import losses_and_gradients, optimizers_of
+from stepdistill.training.samples import Samples
+
+_TOKENS = 77
+_ACTIVATIONS = "activations"
+_OPTIMISER = "optimiser"
+
+
+@dataclass(frozen=True)
+class UpdateCost:
+    """What one update of a phase takes on one GPU.
+
+    peak     bytes
+    parts    bytes at the peak, by part; what is not a weight, a gradient or a moment counts as activations
+    between  bytes that stay between two updates
+    work     by role: "teacher", "student", "discriminator" and "optimiser", of the whole update
+    """
+
+    peak: int
+    parts: dict[str, int]
+    between: int
+    work: dict[str, Work] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Work:
+        """The work of all roles."""
+        return sum(self.work.values(), Work())
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Shapes of a micro-batch: (C, h, w) of latents, number of tokens, widths of embeddings, T."""
+
+    batch: int
+    latent: tuple[int, int, int]
+    tokens: int
+    width: int
+    pooled: int | None
+    timesteps: int
+    dtype: torch.dtype
+
+    def conditioning(self, rows: int) -> Conditioning:
+        hidden = torch.empty(rows, self.tokens, self.width, dtype=self.dtype)
+        if self.pooled is None:
+            return Conditioning(hidden)
+        added = {"text_embeds": torch.empty(rows, self.pooled, dtype=self.dtype), "time_ids": torch.empty(rows, 6)}
+        return Conditioning(hidden, added)
+
+    def micro_batch(self, *, has_teacher: bool, is_adversarial: bool) -> Batch:
+        rows, shape = self.batch, (self.batch, *self.latent)
+        timesteps, ends = (torch.empty(rows, dtype=torch.int64) for _ in range(2))
+        return Batch(
+            original_samples=torch.empty(shape),
+            noise=torch.empty(shape),
+            timesteps=timesteps,
+            prev_timesteps=ends,
+            conditioning=self.conditioning(rows),
+            teacher_moves=[Move(None, timesteps, ends)] if has_teacher else None,
+            perturbation=Perturbation(timesteps, torch.empty(shape)) if is_adversarial else None,
+        )
+
+
+class DryRun:
+    """The network of a run on the meta device, on which each phase makes one update.
+
+    Args:
+        config: the run.
+        facts: the teacher's configs.
+        card: gives the time of each kernel.
+    """
+
+    def __init__(self, config: RunConfig, facts: TeacherFacts, card: Card) -> None:
+        self._config, self._card, self._facts = config, card, facts
+        dtype = WEIGHT_DTYPES[config.training.mixed_precision]
+        size = Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple).target
+        unet = dict(facts.unet)
+        pooled = None
+        if unet.get("addition_embed_type") == "text_time":
+            pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        self._inputs = _Inputs(
+            batch=config.training.train_batch_size,
+            latent=facts.latent_shape(size),
+            tokens=int(facts.configs["text_encoder"].get("max_position_embeddings", _TOKENS)),
+            width=int(unet.get("cross_attention_dim", 768)),
+            pooled=pooled,
+            timesteps=facts.num_train_timesteps,
+            dtype=dtype,
+        )
+        with torch.device("meta"):
+            model = UNet2DConditionModel.from_config(unet).to(dtype).eval().requires_grad_(False)
+        self._base_bytes = base_bytes(model, config.training.base_quantization)
+        with torch.device("meta"):
+            self.network = SharedNetwork.with_student_and_teacher(
+                model,
+                rank=config.lora.rank,
+                seed=0,
+                gradient_checkpointing=config.training.gradient_checkpointing,
+            )
+        self._path = VariancePreserving(torch.empty(facts.num_train_timesteps, dtype=torch.float64, device="meta"))
+
+    def update(self, rung: Rung, phase: Phase) -> UpdateCost:
+        """What one update of this phase takes."""
+        with torch.device("meta"), gpu_kernels():
+            discriminator = self._discriminator(phase)
+            try:
+                return self._update(rung, phase, discriminator)
+            finally:
+                if discriminator is not None:
+                    discriminator.close()
+                gc.collect()
+
+    def _update(self, rung: Rung, phase: Phase, discriminator: Discriminator | None) -> UpdateCost:
+        training, learning_roles = self._config.training, roles_of(phase)
+        part = _Parts(self.network, is_adversarial=phase.adversary is not None)
+        tracker = Tracker(self._card, label=part.current)
+        rates = dict.fromkeys(learning_roles, 1e-4)
+        optimizers = optimizers_of(phase, training, self.network, rates)
+        average = None
+        if training.ema_decay > 0:
+            average = MovingAverage(self.network.weights(STUDENT), decay=training.ema_decay)
+        for optimizer in optimizers.values():
+            optimizer.step()  # makes the moments
+        batch = self._inputs.micro_batch(
+            has_teacher=phase.needs_teacher_moves, is_adversarial=phase.adversary is not None
+        )
+        self._hold(tracker, optimizers, average)
+        student, teacher = self._denoisers(rung, phase)
+        tracker.reset_peak()
+        with tracker:
+            samples = Samples(batch, student=student, teacher=teacher, discriminator=discriminator)
+            losses_and_gradients(samples, phase, part.backward(learning_roles))
+            del samples
+            micro_peak, micro_parts = tracker.peak, tracker.peak_parts
+            tracker.reset_peak()
+            with part.named(_OPTIMISER):
+                for optimizer in optimizers.values():
+                    optimizer.clip(training.max_grad_norm)
+                    optimizer.step()
+                if average is not None:
+                    average.update()
+        peak, parts = max((micro_peak, micro_parts), (tracker.peak, tracker.peak_parts), key=lambda x: x[0])
+        cost = UpdateCost(peak, _named(parts), tracker.now, self._whole(tracker.work, rung, phase))
+        for optimizer in optimizers.values():
+            optimizer.close()
+        return cost
+
+    def _whole(self, work: dict[str, Work], rung: Rung, phase: Phase) -> dict[str, Work]:
+        """The work of a whole update, from that of one micro-batch with one move of the teacher."""
+        micro = self._config.training.gradient_accumulation_steps
+        moves = 1.0
+        if phase.needs_teacher_moves:
+            steps = phase.teacher_steps or rung.teacher_steps
+            moves = teacher_substeps(rung, steps, self._inputs.timesteps)
+            moves *= min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
+        factors = {"teacher": micro * moves, _OPTIMISER: 1}
+        return {part: done * factors.get(part, micro) for part, done in work.items()}
+
+    def _hold(
+        self, tracker: Tracker, optimizers: dict[str, RoleOptimizer], average: MovingAverage | None
+    ) -> None:
+        """Counts what exists before the update."""
+        base = [p for name, p in self.network.model.named_parameters() if "lora_" not in name]
+        tracker.hold(base, "base model")
+        tracker.hold_bytes(self._base_bytes - sum(p.numel() * p.itemsize for p in base), "base model")
+        for role in (STUDENT, DISCRIMINATOR):
+            if role in optimizers or role == STUDENT:
+                weights = self.network.weights(role)
+                tracker.hold([weights.master, *weights.parameters.values()], f"{role}: weights")
+            if role in optimizers:
+                optimizer = optimizers[role]
+                assert optimizer.weights.master.grad is not None
+                tracker.hold([optimizer.weights.master.grad], f"{role}: gradient")
+                tracker.hold(optimizer.tensors(), f"{role}: moments")
+        teacher = [p for name, p in self.network.model.named_parameters() if f".{TEACHER}." in name]
+        tracker.hold(teacher, "teacher: weights")
+        if average is not None:
+            tracker.hold(average.tensors(), "student: moving average")
+
+    def _denoisers(self, rung: Rung, phase: Phase) -> tuple[Denoiser, Denoiser]:
+        kind = self._facts.prediction_type
+        student = Denoiser(self.network, STUDENT, self._path, kind, start_timestep=rung.start_timestep, trains=True)
+        if not is_base_teacher(self._config, rung, phase):
+            return student, Denoiser(self.network, TEACHER, self._path, kind)
+        guidance = self._config.teacher.guidance_scale
+        unconditional = self._inputs.conditioning(1)
+        return student, Denoiser(
+            self.network, None, self._path, kind, guidance_scale=guidance, unconditional=unconditional
+        )
+
+    def _discriminator(self, phase: Phase) -> Discriminator | None:
+        if phase.adversary is None:
+            return None
+        options, base = phase.discriminator, None
+        if options.trunk == "full":
+            base = UNet2DConditionModel.from_config(dict(self._facts.unet))
+        return Discriminator(
+            self.network,
+            trunk=options.trunk,
+            heads=options.heads,
+            paired=phase.adversary == "paired",
+            rank=self._config.lora.rank,
+            seed=0,
+            sample_size=min(self._inputs.latent[1:]),
+            base=base,
+        )
+
+
+class _Parts:
+    """Names the role that an operation belongs to."""
+
+    def __init__(self, network: SharedNetwork, *, is_adversarial: bool) -> None:
+        self._network, self._is_adversarial = network, is_adversarial
+        self._name: str | None = None
+        self._learner = STUDENT
+
+    def current(self) -> str:
+        """The role of the operation that runs now."""
+        if self._name is not None:
+            return self._name
+        if torch._C._current_graph_task_id() != -1:
+            return self._learner
+        if not torch.is_grad_enabled():
+            return TEACHER
+        adapter = self._network.state.adapter
+        return adapter or (DISCRIMINATOR if self._is_adversarial else STUDENT)
+
+    def backward(self, roles: tuple[str, ...]) -> Callable[[torch.Tensor], None]:
+        """The backward passes of these roles, in order."""
+        rest: Iterator[str] = iter(roles)
+
+        def run(loss: torch.Tensor) -> None:
+            self._learner = next(rest)
+            loss.backward()
+
+        return run
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Inside it, all operations belong to `name`."""
+        self._name = name
+        yield
+        self._name = None
+
+
+def _named(parts: dict[str, int]) -> dict[str, int]:
+    """The parts at a peak, with those of operations summed as activations."""
+    kept = {name: size for name, size in parts.items() if ":" in name or name == "base model"}
+    kept[_ACTIVATIONS] = sum(parts.values()) - sum(kept.values())
+    return {name: size for name, size in kept.items() if size}
+
+
+def base_bytes(unet: UNet2DConditionModel, quantization: str) -> int:
+    """Bytes of the frozen base model. With int8, a linear layer's weights take a byte each, and a scale per row."""
+    total = sum(p.numel() * p.itemsize for p in unet.parameters())
+    if quantization == "int8":
+        for linear in (m for m in unet.modules() if isinstance(m, torch.nn.Linear)):
+            itemsize = linear.weight.itemsize
+            total -= (linear.weight.numel() - linear.out_features) * itemsize - linear.weight.numel()
+    return total

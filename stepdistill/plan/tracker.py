@@ -1,0 +1,167 @@
+"""Counts what a computation would do on a GPU: live memory, kernels, arithmetic, memory traffic, time.
+
+Tensors are on the meta device, which has shapes and dtypes and no values. Every operation is seen as the GPU would see it.
+Memory is the sum of the storages that are alive, each rounded up to CUDA's 512 bytes. The working memory of libraries inside
+a kernel is not counted.
+"""
+
+import importlib
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from stepdistill.plan.cards import Card
+
+_OPTIMIZER: Any = importlib.import_module("torch.optim.optimizer")  # torch.optim hides it behind its class
+_BLOCK = 512  # bytes; CUDA's allocator rounds up to it
+_NO_KERNEL = {
+    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "detach", "alias", "slice", "select", "narrow"),
+    *("unsqueeze", "squeeze", "as_strided", "split", "split_with_sizes", "chunk", "unbind", "_reshape_alias", "unfold"),
+    *("lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "device"),
+}
+"""Operations that start no kernel."""
+
+
+@dataclass
+class Work:
+    """What a part of a computation does.
+
+    kernels; flop; moved: bytes read and written; cast: bytes of these in copies to another dtype
+    seconds: the least time on the card, kernel by kernel
+    """
+
+    kernels: float = 0
+    flop: float = 0.0
+    moved: float = 0.0
+    cast: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(*(a * factor for a in vars(self).values()))
+
+
+@dataclass
+class _Held:
+    bytes: int
+    label: str
+    reference: Any
+
+
+class Tracker(TorchDispatchMode):
+    """While active, counts the operations and the live memory of meta tensors.
+
+    card: gives the time of each kernel.
+    label: names the part that an operation, and the memory that it takes, belongs to.
+
+    work: by part. now: live bytes. peak, peak_parts: the most live bytes since `reset_peak`, and these by part.
+    """
+
+    def __init__(self, card: Card, *, label: Callable[[], str] = lambda: "all") -> None:
+        super().__init__()
+        self._card, self._label = card, label
+        self._held: dict[int, _Held] = {}
+        self._by_part: Counter[str] = Counter()
+        self.work: dict[str, Work] = {}
+        self.now = self.peak = 0
+        self.peak_parts: dict[str, int] = {}
+
+    def hold(self, tensors: Iterable[torch.Tensor], part: str) -> None:
+        """Counts tensors that exist already, or moves them to another part."""
+        for tensor in tensors:
+            self._hold(tensor, part, moves=True)
+
+    def hold_bytes(self, count: int, part: str) -> None:
+        """Counts memory that no tensor here stands for."""
+        self._add(part, count)
+
+    def reset_peak(self) -> None:
+        """Begins to look for a new peak."""
+        self.peak, self.peak_parts = self.now, dict(self._by_part)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        part = self._label()
+        outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if func.overloadpacket.__name__ not in _NO_KERNEL and outputs:
+            self._count(part, func, args, kwargs or {}, result, outputs)
+        for tensor in outputs:
+            self._hold(tensor, part)
+        return result
+
+    def _count(
+        self, part: str, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[torch.Tensor]
+    ) -> None:
+        inputs = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        moved = sum(_bytes(t) for t in (*inputs.values(), *outputs))
+        packet = func.overloadpacket
+        flop = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
+        is_cast = packet.__name__ in ("_to_copy", "copy_")
+        is_half = outputs[0].dtype in (torch.bfloat16, torch.float16)
+        seconds = self._card.seconds(flop, moved, is_half=is_half)
+        done = Work(1, flop, moved, moved if is_cast else 0, seconds)
+        self.work[part] = self.work.get(part, Work()) + done
+
+    def _hold(self, tensor: torch.Tensor, part: str, *, moves: bool = False) -> None:
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        held = self._held.get(place)
+        if held is None:
+            size = math.ceil(storage.nbytes() / _BLOCK) * _BLOCK
+            reference = weakref.ref(storage, lambda _, place=place: self._drop(place))
+            self._held[place] = _Held(size, part, reference)
+            self._add(part, size)
+        elif moves:
+            self._by_part[held.label] -= held.bytes
+            self._by_part[part] += held.bytes
+            held.label = part
+
+    def _add(self, part: str, size: int) -> None:
+        self._by_part[part] += size
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.peak_parts = self.now, dict(self._by_part)
+
+    def _drop(self, place: int) -> None:
+        held = self._held.pop(place)
+        self._by_part[held.label] -= held.bytes
+        self.now -= held.bytes
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+@contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Inside it, meta tensors take the ways that CUDA tensors take: one kernel for attention, one for an Adam step."""
+    attention = functional.scaled_dot_product_attention
+    devices = _OPTIMIZER._get_fused_kernels_supported_devices
+
+    def one_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if query.device.type != "meta" or args or kwargs.get("attn_mask") is not None:
+            return attention(query, key, value, *args, **kwargs)
+        if query.dtype == torch.float32:
+            call = torch.ops.aten._scaled_dot_product_efficient_attention
+            return call(query, key, value, None, torch.is_grad_enabled())[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    functional.scaled_dot_product_attention = one_kernel
+    _OPTIMIZER._get_fused_kernels_supported_devices = lambda: [*devices(), "meta"]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = attention
+        _OPTIMIZER._get_fused_kernels_supported_devices = devices
