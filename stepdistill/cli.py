@@ -154,6 +154,22 @@ def doctor(config: ConfigPath, overrides: Overrides = None) -> None:
     stages.doctor(_load(config, overrides))
 
 
+@app.command("plan")
+def plan_command(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="a card such as h100 or rtx4090, or a size such as 24GB; default: the one in this machine"
+        ),
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of an hour of the card, for the cost")] = None,
+) -> None:
+    """Tell in seconds whether this run fits a GPU, how long it takes and what it costs; needs neither GPU nor weights."""
+    stages.print_plan(_load(config, overrides), gpu=gpu, price=price)
+
+
 @app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Write latents and text embeddings into the run's cache."""

@@ -22,6 +22,7 @@ from stepdistill.run.lock import is_alone, locked, release_all
 from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.families import plannable_facts
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
 from stepdistill.teacher.same_teacher import check_same_teacher, record_teacher
 from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
@@ -79,6 +80,37 @@ def doctor(config: RunConfig) -> None:
     for finding in findings:
         print(printable_lines(str(finding)))
     raise_for(findings)
+
+
+def print_plan(config: RunConfig, *, gpu: str | None = None, price: float | None = None) -> None:
+    """Prints what a run needs of a GPU and how long it takes there. Neither a GPU nor the teacher's weights are needed.
+
+    Args:
+        config: the run.
+        gpu: a card's name or size; default: the GPU of this machine, or one of 24 GB.
+        price: of an hour of the card.
+    ConfigError for an unknown card, for a teacher whose configs are neither on this disk nor known, and, after the plan, if
+    the run does not fit the card.
+    """
+    from stepdistill.plan.cards import card_of
+
+    asked = None if gpu is None else card_of(gpu)
+    _quiet_libraries()
+    from stepdistill.plan.disk_need import disk_need
+    from stepdistill.plan.text import plan_text, verdict
+    from stepdistill.plan.whole_run import card_here, plan_run, smaller_run
+
+    facts = plannable_facts(config)
+    card = asked or card_here() or card_of("24GB")
+    planned = plan_run(config, facts, card)
+    changes = None if planned.fits else smaller_run(config, facts, card)
+    try:
+        disk = disk_need(config, facts)
+    except (ValueError, OSError):  # the data are not here yet
+        disk = None
+    print(plan_text(planned, disk=disk, changes=changes, price=price))
+    if not planned.fits:
+        raise ConfigError(verdict(planned))
 
 
 def prepare(config: RunConfig) -> None:
@@ -264,8 +296,8 @@ def evaluate(config: RunConfig) -> None:
     """Draws and measures every row of the table."""
     with _work_in(config) as run_dir:
         _quiet_libraries()
-        from stepdistill.doctor.disk_need import evaluation_bytes
         from stepdistill.evaluation.evaluate import evaluate as measure
+        from stepdistill.plan.disk_need import evaluation_bytes
 
         _meet(config)
         _require_same_teacher(config)

@@ -28,7 +28,7 @@ from stepdistill.models.network.encode import encode_prompts
 
 _WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 32
-_MAX_AT_ONCE, _PIXELS_AT_ONCE = 128, 2**22
+_MAX_AT_ONCE, _PIXELS_AT_ONCE = 128, 2**20
 _EXAMPLES = 3
 
 
@@ -126,7 +126,7 @@ class Encoder:
                 continue
             size = (outcome[1].shape[0], outcome[1].shape[1])
             waiting[size].append(outcome)
-            if len(waiting[size]) == min(_MAX_AT_ONCE, max(1, _PIXELS_AT_ONCE // (size[0] * size[1]))):
+            if len(waiting[size]) == images_at_once(size[0] * size[1]):
                 flush(size)
         for size in sorted(waiting):
             flush(size)
@@ -201,6 +201,11 @@ class Encoder:
             tensors[f"rows/{size_name(size)}"] = torch.tensor(rows, dtype=torch.int32)
             tensors[f"latents/{size_name(size)}"] = torch.stack([latent for _, latent in group])
         return tensors
+
+
+def images_at_once(pixels: int) -> int:
+    """How many images of so many pixels the VAE encodes at once."""
+    return min(_MAX_AT_ONCE, max(1, _PIXELS_AT_ONCE // pixels))
 
 
 def stopping(kind: Kind, message: str) -> BadSample:

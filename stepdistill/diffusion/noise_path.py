@@ -91,6 +91,10 @@ class NoisePath(Protocol):
     def last_timestep(self) -> int:
         """The noisiest timestep, at which sampling starts from pure noise."""
 
+    @property
+    def ends_in_pure_noise(self) -> bool:
+        """Whether x_t holds no signal at the last timestep, where alpha_T is 0 (zero terminal SNR)."""
+
     def alpha_sigma(
         self, timesteps: torch.Tensor, *, ndim: int = 1, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,6 +157,11 @@ class VariancePreserving:
     def last_timestep(self) -> int:
         """The noisiest timestep, T - 1."""
         return self.num_train_timesteps - 1
+
+    @property
+    def ends_in_pure_noise(self) -> bool:
+        """Whether alpha_T is 0 (zero terminal SNR)."""
+        return not float(self.alphas_cumprod[-1]) > 0
 
     def alpha_sigma(
         self, timesteps: torch.Tensor, *, ndim: int = 1, dtype: torch.dtype = torch.float64

@@ -22,13 +22,16 @@ from stepdistill.data.source import image_of
 from stepdistill.demo.world import world_of
 from stepdistill.disk.places import check_writable
 from stepdistill.disk.space import folder_bytes, free_bytes
-from stepdistill.doctor.disk_need import disk_need
 from stepdistill.doctor.finding import Finding
 from stepdistill.doctor.teacher import teacher_findings
 from stepdistill.export.check import check_export
+from stepdistill.plan.disk_need import disk_need
+from stepdistill.plan.text import verdict
+from stepdistill.plan.whole_run import card_here, plan_run, smaller_run
 from stepdistill.run.folder import check_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.families import plannable_facts
 from stepdistill.teacher.folder import EMBEDDED_TEACHER
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
 from stepdistill.teacher.source import teacher_facts
@@ -50,7 +53,7 @@ def examine(config: RunConfig) -> list[Finding]:
     If the teacher has a problem, checks that need an intact teacher are left out.
     """
     findings: list[Finding] = []
-    for part in (_packages, _device, _run, _export, _previews):
+    for part in (_packages, _device, _memory, _run, _export, _previews):
         findings += _findings(part, config)
     teacher = _findings(teacher_findings, config)
     is_whole = not any(finding.state == "problem" for finding in teacher)
@@ -118,6 +121,31 @@ def _device(config: RunConfig) -> Iterator[Finding]:
             "device: float32 takes twice the memory and several times the time of half precision",
             remedy,
         )
+
+
+def _memory(config: RunConfig) -> Iterator[Finding]:
+    """Whether the run fits the GPU of this machine, by one update of every phase on the meta device."""
+    card = card_here()
+    if card is None:
+        return
+    try:
+        facts = plannable_facts(config)
+    except ConfigError:
+        yield Finding(
+            "note", "memory: known when the teacher's configs are on this disk", "`stepdistill prepare`"
+        )
+        return
+    planned = plan_run(config, facts, card)
+    if planned.fits:
+        yield Finding("ok", f"memory: {verdict(planned)}")
+        return
+    smaller = smaller_run(config, facts, card)
+    if smaller is None:
+        yield Finding(
+            "problem", f"memory: {verdict(planned)}", "a card with more memory, or a smaller teacher"
+        )
+    else:
+        yield Finding("problem", f"memory: {verdict(planned)}", " ".join(smaller[0]))
 
 
 def _run(config: RunConfig) -> Iterator[Finding]:

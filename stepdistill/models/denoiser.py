@@ -42,12 +42,14 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         """ValueError if the output says nothing about x_0 at the last timestep: epsilon at zero terminal SNR."""
-        if self.prediction_type == "epsilon" and self.start_timestep is None:
-            alpha, _ = self.noise_path.alpha_sigma(torch.tensor([self.noise_path.last_timestep]))
-            if not alpha.is_meta and not float(alpha) > 0:  # on the meta device there are no values
-                raise ValueError(
-                    "epsilon says nothing about x_0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample"
-                )
+        if (
+            self.prediction_type == "epsilon"
+            and self.start_timestep is None
+            and self.noise_path.ends_in_pure_noise
+        ):
+            raise ValueError(
+                "epsilon says nothing about x_0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample"
+            )
 
     def network_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The timesteps (B,) that the network is given: start_timestep in place of the last one."""

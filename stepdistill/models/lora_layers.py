@@ -17,6 +17,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @dataclass
@@ -45,24 +46,63 @@ class _Layer(BaseTunerLayer):
         return (first.detach(), second.detach()) if self.active.is_frozen else (first, second)
 
 
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b + (x A^T) B^T for rows x, of which W and b are frozen.
+
+    With g = dL/dy:   dL/dA = (g B)^T x     dL/dB = g^T (x A^T)     dL/dx = g W + (g B) A
+
+    autograd alone would compute the two terms of dL/dx apart and add them in one more pass over memory, which takes a sixth
+    of the memory traffic of SDXL's backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        first: torch.Tensor,
+        second: torch.Tensor,
+    ) -> torch.Tensor:
+        reduced = functional.linear(x, first)
+        ctx.save_for_backward(x, weight, first, second, reduced)
+        return torch.addmm(functional.linear(x, weight, bias), reduced, second.t())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, first, second, reduced = ctx.saved_tensors
+        gradient = gradients[0]
+        of_x, _, _, of_first, of_second = ctx.needs_input_grad
+        of_reduced = gradient @ second
+        return (
+            torch.addmm(gradient @ weight, of_reduced, first) if of_x else None,
+            None,
+            None,
+            of_reduced.t() @ x if of_first else None,
+            gradient.t() @ reduced if of_second else None,
+        )
+
+
 class LoraLinear(PeftLinear, _Layer):
     """A linear layer with LoRA adapters."""
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
         self.active = ActiveAdapter()
+        self._is_quantized = is_traceable_wrapper_subclass(self.get_base_layer().weight.data)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
-        base = self.base_layer
-        y = functional.linear(x, base.weight, base.bias)
-        factors = self._factors()
+        base, factors = self.base_layer, self._factors()
         if factors is None:
-            return y
-        reduced = functional.linear(x, factors[0])
-        if y.ndim == 2:
-            return torch.addmm(y, reduced, factors[1].t())
-        return torch.addmm(y.flatten(0, -2), reduced.flatten(0, -2), factors[1].t()).view(y.shape)
+            return functional.linear(x, base.weight, base.bias)
+        rows = x if x.ndim == 2 else x.flatten(0, -2)
+        if self._is_quantized or not torch.is_grad_enabled():
+            y = functional.linear(rows, base.weight, base.bias)
+            y = torch.addmm(y, functional.linear(rows, factors[0]), factors[1].t())
+        else:
+            y = _Linear.apply(rows, base.weight, base.bias, *factors)
+        return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
 
 
 class LoraConv2d(PeftConv2d, _Layer):

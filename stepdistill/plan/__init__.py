@@ -1,6 +1,5 @@
 """What a run will do and what it costs, before it starts: passes, memory, time and disk."""
 
-from stepdistill.plan.passes import COST_REPEATS as COST_REPEATS
 from stepdistill.plan.passes import STAGES as STAGES
 from stepdistill.plan.passes import describe as describe
 from stepdistill.plan.passes import evaluation_forwards as evaluation_forwards

@@ -10,7 +10,7 @@ measurements of this package.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepdistill.config import ConfigError
 
@@ -68,17 +68,31 @@ CARDS = {
 }
 _BY_MEMORY = {8: "rtx4060", 10: "rtx3080", 12: "rtx4070", 16: "rtx4080", 24: "rtx4090", 32: "rtx5090"}
 _BY_MEMORY |= {40: "a100-40gb", 48: "l40s", 80: "h100", 141: "h200"}
-DEFAULT = "rtx4090"
 
 
 def card_of(text: str) -> Card:
     """The card of a name such as "h100", or for a size such as "24GB" a usual card of that size; ConfigError otherwise."""
-    name = re.sub(r"[\s_]", "", text.lower()).removeprefix("nvidia")
+    name = _short(text)
     if name in CARDS:
         return CARDS[name]
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)gi?b", name)
+    size = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)gi?b", name)
     if size is not None and float(size[1]) >= 1:
         memory = float(size[1])
-        usual = CARDS[_BY_MEMORY[min(_BY_MEMORY, key=lambda known: (abs(known - memory), known))]]
-        return Card(f"{memory:g} GB, as fast as {usual.name}", memory, usual.half, usual.single, usual.bandwidth)
+        usual = _usual(memory)
+        return replace(usual, name=f"a card of {memory:g} GB, as fast as {usual.name}", memory_gib=memory)
     raise ConfigError(f"--gpu: got {text!r}; allowed: {', '.join(CARDS)}, or a size such as 24GB")
+
+
+def nearest_card(name: str, memory_gib: float) -> Card:
+    """The card that a driver calls `name`, with the memory that it has; else a usual card of that size."""
+    known = [card for key, card in CARDS.items() if key.split("-")[0] in _short(name)]
+    card = min(known, key=lambda k: abs(k.memory_gib - memory_gib)) if known else _usual(memory_gib)
+    return replace(card, name=name, memory_gib=memory_gib)
+
+
+def _short(name: str) -> str:
+    return re.sub(r"[\s_]|nvidia|geforce", "", name.lower())
+
+
+def _usual(memory_gib: float) -> Card:
+    return CARDS[_BY_MEMORY[min(_BY_MEMORY, key=lambda known: (abs(known - memory_gib), known))]]

@@ -72,7 +72,10 @@ class _Inputs:
         hidden = torch.empty(rows, self.tokens, self.width, dtype=self.dtype)
         if self.pooled is None:
             return Conditioning(hidden)
-        added = {"text_embeds": torch.empty(rows, self.pooled, dtype=self.dtype), "time_ids": torch.empty(rows, 6)}
+        added = {
+            "text_embeds": torch.empty(rows, self.pooled, dtype=self.dtype),
+            "time_ids": torch.empty(rows, 6),
+        }
         return Conditioning(hidden, added)
 
     def micro_batch(self, *, has_teacher: bool, is_adversarial: bool) -> Batch:
@@ -96,10 +99,11 @@ class DryRun:
         config: the run.
         facts: the teacher's configs.
         card: gives the time of each kernel.
+        device: meta, or that of other tensors without values.
     """
 
-    def __init__(self, config: RunConfig, facts: TeacherFacts, card: Card) -> None:
-        self._config, self._card, self._facts = config, card, facts
+    def __init__(self, config: RunConfig, facts: TeacherFacts, card: Card, *, device: str = "meta") -> None:
+        self._config, self._card, self._facts, self._device = config, card, facts, device
         dtype = WEIGHT_DTYPES[config.training.mixed_precision]
         size = Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple).target
         unet = dict(facts.unet)
@@ -115,21 +119,24 @@ class DryRun:
             timesteps=facts.num_train_timesteps,
             dtype=dtype,
         )
-        with torch.device("meta"):
-            model = UNet2DConditionModel.from_config(unet).to(dtype).eval().requires_grad_(False)
+        with torch.device(device):
+            model = UNet2DConditionModel.from_config(unet).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         self._base_bytes = base_bytes(model, config.training.base_quantization)
-        with torch.device("meta"):
+        with torch.device(device):
             self.network = SharedNetwork.with_student_and_teacher(
                 model,
                 rank=config.lora.rank,
                 seed=0,
                 gradient_checkpointing=config.training.gradient_checkpointing,
             )
-        self._path = VariancePreserving(torch.empty(facts.num_train_timesteps, dtype=torch.float64, device="meta"))
+        table = torch.empty(facts.num_train_timesteps, dtype=torch.float64, device=device)
+        self._path = _PlannedPath(table)
 
     def update(self, rung: Rung, phase: Phase) -> UpdateCost:
         """What one update of this phase takes."""
-        with torch.device("meta"), gpu_kernels():
+        with torch.device(self._device), gpu_kernels():
             discriminator = self._discriminator(phase)
             try:
                 return self._update(rung, phase, discriminator)
@@ -207,7 +214,9 @@ class DryRun:
 
     def _denoisers(self, rung: Rung, phase: Phase) -> tuple[Denoiser, Denoiser]:
         kind = self._facts.prediction_type
-        student = Denoiser(self.network, STUDENT, self._path, kind, start_timestep=rung.start_timestep, trains=True)
+        student = Denoiser(
+            self.network, STUDENT, self._path, kind, start_timestep=rung.start_timestep, trains=True
+        )
         if not is_base_teacher(self._config, rung, phase):
             return student, Denoiser(self.network, TEACHER, self._path, kind)
         guidance = self._config.teacher.guidance_scale
@@ -234,6 +243,12 @@ class DryRun:
         )
 
 
+class _PlannedPath(VariancePreserving):
+    """A noise path without values. Which prediction a model can use on it was checked from the configs."""
+
+    ends_in_pure_noise = False
+
+
 class _Parts:
     """Names the role that an operation belongs to."""
 
@@ -248,10 +263,12 @@ class _Parts:
             return self._name
         if torch._C._current_graph_task_id() != -1:
             return self._learner
+        adapter = self._network.state.adapter
+        if adapter in (STUDENT, DISCRIMINATOR):
+            return adapter
         if not torch.is_grad_enabled():
             return TEACHER
-        adapter = self._network.state.adapter
-        return adapter or (DISCRIMINATOR if self._is_adversarial else STUDENT)
+        return DISCRIMINATOR if self._is_adversarial else STUDENT
 
     def backward(self, roles: tuple[str, ...]) -> Callable[[torch.Tensor], None]:
         """The backward passes of these roles, in order."""

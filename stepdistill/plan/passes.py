@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
+from stepdistill.config.evaluation import COST_REPEATS
 from stepdistill.config.objective_kinds import OBJECTIVES
 from stepdistill.diffusion.grid import next_node, passes_per_step, substeps, trailing_nodes
 from stepdistill.run.log import read_log
@@ -21,8 +22,6 @@ _FROZEN_TRUNK = -2.2  # a frozen trunk has no backward pass and no adapter: a si
 
 STAGES = ("prepare", "distill", "export", "evaluate", "report")
 """The stages, in the order in which they run."""
-COST_REPEATS = 2
-"""How many times the cost of a row is measured at each batch size."""
 
 
 def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:

@@ -5,19 +5,20 @@ Memory is the sum of the storages that are alive, each rounded up to CUDA's 512 
 a kernel is not counted.
 """
 
+import functools
 import importlib
 import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from stepdistill.plan.cards import Card
@@ -25,11 +26,35 @@ from stepdistill.plan.cards import Card
 _OPTIMIZER: Any = importlib.import_module("torch.optim.optimizer")  # torch.optim hides it behind its class
 _BLOCK = 512  # bytes; CUDA's allocator rounds up to it
 _NO_KERNEL = {
-    *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "detach", "alias", "slice", "select", "narrow"),
-    *("unsqueeze", "squeeze", "as_strided", "split", "split_with_sizes", "chunk", "unbind", "_reshape_alias", "unfold"),
+    *(
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "detach",
+        "alias",
+        "slice",
+        "select",
+        "narrow",
+    ),
+    *(
+        "unsqueeze",
+        "squeeze",
+        "as_strided",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "_reshape_alias",
+        "unfold",
+    ),
     *("lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "device"),
 }
 """Operations that start no kernel."""
+_IN_PLACE = {"add_", "sub_", "mul_", "div_", "copy_", "zero_", "fill_", "clamp_", "lerp_"}
+"""Operations that return their first input, changed."""
 
 
 @dataclass
@@ -92,11 +117,13 @@ class Tracker(TorchDispatchMode):
         self.peak, self.peak_parts = self.now, dict(self._by_part)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        starts_kernel = func.overloadpacket.__name__ not in _NO_KERNEL
+        result = _result(func, args, kwargs) if starts_kernel else func(*args, **kwargs)
         part = self._label()
         outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        if func.overloadpacket.__name__ not in _NO_KERNEL and outputs:
-            self._count(part, func, args, kwargs or {}, result, outputs)
+        if starts_kernel:
+            self._count(part, func, args, kwargs, result, outputs)
         for tensor in outputs:
             self._hold(tensor, part)
         return result
@@ -104,12 +131,15 @@ class Tracker(TorchDispatchMode):
     def _count(
         self, part: str, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[torch.Tensor]
     ) -> None:
-        inputs = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        moved = sum(_bytes(t) for t in (*inputs.values(), *outputs))
+        inputs = list({id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}.values())
+        written = outputs or _written(func, args)
+        if not written:
+            return
+        moved = sum(map(_bytes, (*inputs, *written)))
         packet = func.overloadpacket
         flop = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
         is_cast = packet.__name__ in ("_to_copy", "copy_")
-        is_half = outputs[0].dtype in (torch.bfloat16, torch.float16)
+        is_half = written[0].dtype in (torch.bfloat16, torch.float16)
         seconds = self._card.seconds(flop, moved, is_half=is_half)
         done = Work(1, flop, moved, moved if is_cast else 0, seconds)
         self.work[part] = self.work.get(part, Work()) + done
@@ -120,7 +150,7 @@ class Tracker(TorchDispatchMode):
         held = self._held.get(place)
         if held is None:
             size = math.ceil(storage.nbytes() / _BLOCK) * _BLOCK
-            reference = weakref.ref(storage, lambda _, place=place: self._drop(place))
+            reference = weakref.ref(storage, functools.partial(self._drop, place))
             self._held[place] = _Held(size, part, reference)
             self._add(part, size)
         elif moves:
@@ -134,10 +164,72 @@ class Tracker(TorchDispatchMode):
         if self.now > self.peak:
             self.peak, self.peak_parts = self.now, dict(self._by_part)
 
-    def _drop(self, place: int) -> None:
+    def _drop(self, place: int, _reference: object) -> None:
         held = self._held.pop(place)
         self._by_part[held.label] -= held.bytes
         self.now -= held.bytes
+
+
+_Description = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_RESULTS: dict[Any, Any] = {}
+"""Descriptions of what operations return, by operation and descriptions of its inputs."""
+
+
+def _result(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation on meta tensors returns. The shape of a result is computed once for equal inputs, because torch
+    computes it in Python and a network repeats the same operations many times."""
+    if func._schema.is_mutable:
+        skips = func.overloadpacket.__name__ in _IN_PLACE and _is_plain_meta(args[0])
+        return args[0] if skips else func(*args, **kwargs)
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    if func.namespace != "aten" or not tensors or not all(map(_is_plain_meta, tensors)):
+        return func(*args, **kwargs)
+    key = (
+        func,
+        structure,
+        *(_description(x) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves),
+    )
+    if key not in _RESULTS:
+        result = func(*args, **kwargs)
+        _RESULTS[key] = tree_map(_described, result)
+        return result
+    return tree_map(_empty, _RESULTS[key])
+
+
+@dataclass(frozen=True)
+class _Empty:
+    """Describes a new meta tensor."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
+
+
+def _written(func: Any, args: Any) -> list[torch.Tensor]:
+    """The inputs that an operation changes, such as Adam's moments."""
+    pairs = zip(func._schema.arguments, args, strict=False)
+    changed = [value for argument, value in pairs if argument.alias_info and argument.alias_info.is_write]
+    return [t for t in tree_leaves(changed) if isinstance(t, torch.Tensor)]
+
+
+def _is_plain_meta(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _described(value: Any) -> Any:
+    return _Empty(*_description(value)) if isinstance(value, torch.Tensor) else value
+
+
+def _empty(value: Any) -> Any:
+    return value.tensor() if isinstance(value, _Empty) else value
+
+
+def _description(tensor: torch.Tensor) -> _Description:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -150,8 +242,10 @@ def gpu_kernels() -> Iterator[None]:
     attention = functional.scaled_dot_product_attention
     devices = _OPTIMIZER._get_fused_kernels_supported_devices
 
-    def one_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if query.device.type != "meta" or args or kwargs.get("attn_mask") is not None:
+    def one_kernel(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if query.device.type in ("cpu", "cuda") or args or kwargs.get("attn_mask") is not None:
             return attention(query, key, value, *args, **kwargs)
         if query.dtype == torch.float32:
             call = torch.ops.aten._scaled_dot_product_efficient_attention

@@ -4,11 +4,12 @@ downloaded. No torch.
 They are the numbers of each model's own config.json files, without keys that change neither shapes nor memory.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stepdistill.config import ConfigError, RunConfig
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.source import teacher_facts
 
 _SD_BLOCKS = {
     "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
@@ -79,8 +80,12 @@ def family_configs(family: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def released_facts(path: str) -> TeacherFacts | None:
-    """The facts of a released model by the name of its repository; None if it is not known."""
-    family = _REPOSITORIES.get(path)
-    configs: Mapping[str, Mapping[str, Any]] | None = None if family is None else family_configs(family)
-    return None if configs is None else TeacherFacts(Path(path), configs)
+def plannable_facts(config: RunConfig) -> TeacherFacts:
+    """The facts of a teacher whose configs are on this disk, or which is a released model; ConfigError otherwise."""
+    family = _REPOSITORIES.get(config.teacher.path)
+    try:
+        return teacher_facts(config)
+    except ConfigError:
+        if family is None:
+            raise
+    return TeacherFacts(Path(config.teacher.path), family_configs(family))

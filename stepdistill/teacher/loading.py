@@ -44,6 +44,7 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Diffus
         check_weights(folder, *_parts(folder))
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **local_options(folder))
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.vae.enable_slicing()  # decoding an image of 1024 px takes 3 GiB
     return pipeline
 
 

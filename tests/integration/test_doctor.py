@@ -14,8 +14,8 @@ from stepdistill import stages
 from stepdistill.cli import app, guarded
 from stepdistill.config.load import load_config
 from stepdistill.data.prepare import prepare
-from stepdistill.doctor.disk_need import disk_need
 from stepdistill.doctor.findings import examine
+from stepdistill.plan.disk_need import disk_need
 from stepdistill.stages import open_run
 from stepdistill.teacher.make import make_teacher
 from stepdistill.teacher.source import teacher_facts

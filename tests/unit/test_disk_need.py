@@ -7,9 +7,9 @@ from PIL import Image
 
 from stepdistill.config.load import load_config
 from stepdistill.disk.space import folder_bytes
-from stepdistill.doctor.disk_need import disk_need
 from stepdistill.models.adapters import add_adapter, lora_parameters
 from stepdistill.models.identity import layer_shapes
+from stepdistill.plan.disk_need import disk_need
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.folder import embedded_folder
 from tests.conftest import build_tiny_unet

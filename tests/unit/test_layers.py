@@ -25,10 +25,10 @@ FLOORS = [
     {"config", "objectives", "demo"},
     {"run"},
     {"teacher"},
-    {"models", "plan"},
+    {"models"},
     {"data"},
     {"training", "report"},
-    {"ladder", "export", "sampling"},
+    {"ladder", "export", "sampling", "plan"},
     {"evaluation"},
     {"doctor", "stages", "cli", "__main__"},
 ]
@@ -44,7 +44,8 @@ NO_TORCH = {
     "config",
     "disk",
     "run",
-    "plan",
+    "plan.passes",
+    "plan.cards",
     "jackknife",
     "errors",
     "launch",
@@ -54,7 +55,17 @@ NO_TORCH = {
     "cli",
 }
 NO_TORCH |= {"terminal"}
-TEACHER = ("facts", "files", "fingerprints", "folder", "ladder_fit", "same_teacher", "scheduler", "source")
+TEACHER = (
+    "facts",
+    "families",
+    "files",
+    "fingerprints",
+    "folder",
+    "ladder_fit",
+    "same_teacher",
+    "scheduler",
+    "source",
+)
 NO_TORCH |= {f"teacher.{name}" for name in TEACHER}
 
 

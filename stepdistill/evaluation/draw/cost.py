@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 import torch
 
+from stepdistill.config.evaluation import COST_REPEATS
 from stepdistill.evaluation.draw.rows import Row
 from stepdistill.evaluation.draw.sampler import Sampler
-from stepdistill.plan import COST_REPEATS
 
 _MIB = 2**20
 

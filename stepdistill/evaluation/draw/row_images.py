@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from stepdistill.config.evaluation import LATENTS_KEPT
 from stepdistill.disk.durable import (
     image_bytes,
     read_sealed,
@@ -38,8 +39,6 @@ from stepdistill.run.image_chunks import (
     read_chunk,
 )
 
-LATENTS_KEPT = 2048
-"""Latents of the first images only are stored: enough for a mean, 0.5 GB at SDXL's 4 x 128 x 128."""
 _UNREADABLE = (OSError, ValueError, SyntaxError, KeyError, SafetensorError, Image.DecompressionBombError)
 
 

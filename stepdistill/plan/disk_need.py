@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Data, RunConfig
+from stepdistill.config.evaluation import LATENTS_KEPT
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import settled
@@ -18,7 +19,6 @@ from stepdistill.data.records import is_cache, is_prompts_only
 from stepdistill.data.source import training_records
 from stepdistill.demo.world import world_of
 from stepdistill.disk.space import png_bytes
-from stepdistill.evaluation.draw.row_images import LATENTS_KEPT
 from stepdistill.models.adapters import lora_parameters
 from stepdistill.models.identity import layer_shapes
 from stepdistill.teacher.facts import TeacherFacts

@@ -1,0 +1,190 @@
+"""The plan of a run: whether it fits a card, how long it takes there and what it costs, rung by rung; and what would fit."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.config.saved import resolved
+from stepdistill.plan.cards import Card, nearest_card
+from stepdistill.plan.dry_update import DryRun, UpdateCost
+from stepdistill.plan.other_stages import OtherStages
+from stepdistill.plan.passes import evaluation_forwards, is_base_teacher, preparation_forwards
+from stepdistill.run.start_from import taken_steps
+from stepdistill.runtime import WEIGHT_DTYPES
+from stepdistill.teacher.facts import TeacherFacts
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """One phase of one rung, and what one update of it takes."""
+
+    rung: Rung
+    phase: Phase
+    update: UpdateCost
+
+    @property
+    def title(self) -> str:
+        """Such as "32 -> 8 mse"."""
+        return f"{self.rung.teacher_steps} -> {self.rung.student_steps} {self.phase.title}"
+
+    @property
+    def seconds(self) -> float:
+        """The least seconds of the whole phase."""
+        return self.phase.max_train_steps * self.update.total.seconds
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes on a card. stages: peak bytes of what is not training, by name; evaluation, preparation: seconds."""
+
+    config: RunConfig
+    card: Card
+    phases: list[PhaseCost]
+    stages: dict[str, int]
+    preparation: float
+    evaluation: float
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that the run needs at once."""
+        return max([*(cost.update.peak for cost in self.phases), *self.stages.values()])
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card has enough memory."""
+        return self.peak <= self.card.usable_gib * GIB
+
+    @property
+    def too_large(self) -> set[str]:
+        """What needs more memory than the card has: "training", or the name of another stage; previews count as training."""
+        limit = self.card.usable_gib * GIB
+        stages = {name for name, size in self.stages.items() if size > limit}
+        if any(cost.update.peak > limit for cost in self.phases) or "previews" in stages:
+            stages.add("training")
+        return stages
+
+    @property
+    def largest(self) -> str:
+        """What needs the most memory: a phase or another stage."""
+        sizes = {cost.title: cost.update.peak for cost in self.phases} | self.stages
+        return max(sizes, key=lambda name: sizes[name])
+
+    @property
+    def seconds(self) -> float:
+        """The least seconds of training, of images that the teacher draws, and of the evaluation."""
+        return sum(cost.seconds for cost in self.phases) + self.preparation + self.evaluation
+
+
+def plan_run(config: RunConfig, facts: TeacherFacts, card: Card) -> RunPlan:
+    """The plan of a run; nothing is read but the teacher's configs."""
+    dry_run, other = DryRun(config, facts, card), OtherStages(config, facts, card)
+    updates: dict[Any, UpdateCost] = {}
+    phases = []
+    for rung, phase in _phases(config):
+        alike = _what_matters(config, rung, phase)
+        if alike not in updates:
+            updates[alike] = dry_run.update(rung, phase)
+        phases.append(PhaseCost(rung, phase, updates[alike]))
+    dtype = WEIGHT_DTYPES[config.training.mixed_precision]
+    between = max(cost.update.between for cost in phases)
+    each = other.seconds_per_pass()
+    stages = {
+        "prepare": other.prepare_bytes(),
+        "previews": between + other.decode_bytes(dtype),
+        "evaluate": other.evaluate_bytes(),
+    }
+    drawn = preparation_forwards(config)
+    return RunPlan(config, card, phases, stages, each * drawn, each * evaluation_forwards(config))
+
+
+def _phases(config: RunConfig) -> Iterator[tuple[Rung, Phase]]:
+    taken = taken_steps(config)
+    for rung in config.ladder:
+        if rung.student_steps not in taken:
+            for phase in rung.phases:
+                yield rung, phase
+
+
+def _what_matters(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, ...]:
+    """What the cost of an update depends on: phases that are alike in it cost the same."""
+    return (
+        phase.model_copy(update={"max_train_steps": 1, "learning_rate": 1.0}).model_dump_json(),
+        phase.cached_updates and phase.max_train_steps,
+        is_base_teacher(config, rung, phase),
+        (rung.teacher_steps, rung.student_steps, rung.node_steps) if phase.needs_teacher_moves else None,
+        rung.start_timestep is None,
+    )
+
+
+def smaller_run(config: RunConfig, facts: TeacherFacts, card: Card) -> tuple[list[str], RunPlan] | None:
+    """Changes with which the run fits the card, those first that cost no quality; None if none are enough.
+
+    Returns the changes as key=value and the plan with them. What needs too much memory is changed, and nothing else.
+    """
+    changes: list[str] = []
+    plan = plan_run(config, facts, card)
+    for change, relieves in _savings(config):
+        if plan.fits:
+            break
+        if relieves in plan.too_large:
+            changes = [*changes, *change]
+            plan = plan_run(changed(config, changes), facts, card)
+    return (_last_of_each(changes), plan) if plan.fits else None
+
+
+def _last_of_each(changes: list[str]) -> list[str]:
+    """The changes without those that a later one of the same key replaces."""
+    return list({change.partition("=")[0]: change for change in changes}.values())
+
+
+def _savings(config: RunConfig) -> Iterator[tuple[list[str], str]]:
+    """Changes that save memory, and what needs less with each: "training" or the name of another stage."""
+    training = config.training
+    yield ["evaluation.batch_size=1"], "evaluate"
+    yield ["data.vae_dtype=bfloat16"], "prepare"
+    if training.mixed_precision == "no":
+        yield ["training.mixed_precision=bf16"], "training"
+    if not training.gradient_checkpointing:
+        yield ["training.gradient_checkpointing=true"], "training"
+    samples = training.train_batch_size * training.gradient_accumulation_steps
+    size = training.train_batch_size
+    while size > 1:
+        size = next(smaller for smaller in range(size // 2, 0, -1) if size % smaller == 0)
+        split = [
+            f"training.train_batch_size={size}",
+            f"training.gradient_accumulation_steps={samples // size}",
+        ]
+        yield split, "training"
+    if training.base_quantization == "none":
+        yield ["training.base_quantization=int8"], "training"
+    rank = config.lora.rank
+    while rank > 16:
+        rank //= 2
+        yield [f"lora.rank={rank}"], "training"
+
+
+def changed(config: RunConfig, changes: list[str]) -> RunConfig:
+    """The config with key=value changes of numbers and words in its sections."""
+    raw = copy.deepcopy(resolved(config))
+    for change in changes:
+        key, _, value = change.partition("=")
+        place = raw
+        *sections, name = key.split(".")
+        for section in sections:
+            place = place[section]
+        place[name] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
+    return RunConfig.model_validate(raw)
+
+
+def card_here() -> Card | None:
+    """The GPU of this machine with its own memory, as fast as the most similar card that is known; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return nearest_card(properties.name, properties.total_memory / GIB)
