@@ -33,6 +33,9 @@ class DiscriminatorOptions(Section, affects=Affects.ITS_RUNG):
     copy of the base model's, all of whose weights are trained; frozen: the base model's, unchanged."""
     heads: Literal["mid", "multi"] = "mid"
     """mid: one head, on the features of the mid-block; multi: that head and one more on every down block."""
+    head_width: Annotated[int, Field(ge=8, le=8192)] | None = None
+    """Channels inside each head, at most those of the features that it reads. A convolution of a head has 16 width^2
+    parameters, which take 16 bytes each with gradient and moments. Default: the channels of the features."""
     loss: Literal["non_saturating", "relativistic"] = "non_saturating"
     """non_saturating judges each sample by itself (as in SDXL-Lightning); relativistic judges each real sample against the
     student's sample from the same x_t."""
@@ -127,6 +130,13 @@ class Phase(Section, affects=Affects.ITS_RUNG):
         """Whether an objective asks for the teacher's moves from t to s."""
         asked = {OBJECTIVES[kind].teacher for kind in self.kinds}
         return "moves" in asked or ("real" in asked and self.discriminator.real == "teacher")
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether an objective asks the teacher for anything."""
+        return self.needs_teacher_moves or any(
+            OBJECTIVES[kind].teacher == "prediction" for kind in self.kinds
+        )
 
     def loss_space_for(self, student_prediction_type: str) -> str:
         """loss_space, with `auto` replaced by what the student predicts."""

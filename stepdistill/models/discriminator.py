@@ -70,6 +70,7 @@ class Discriminator(nn.Module):
     Args:
         network: the shared base; a `lora` trunk adds D's adapter to it.
         trunk, heads, paired: see the top of this file.
+        head_width: channels inside the heads; None: those of the features.
         rank: of the LoRA of a `lora` trunk.
         seed: of the initial weights of heads and LoRA.
         sample_size: the smaller of the latents' height and width.
@@ -88,6 +89,7 @@ class Discriminator(nn.Module):
         rank: int,
         seed: int,
         sample_size: int,
+        head_width: int | None = None,
         base: Any = None,
     ) -> None:
         super().__init__()
@@ -104,13 +106,13 @@ class Discriminator(nn.Module):
             places = places[-1:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.heads = nn.ModuleList(Head(c * (2 if paired else 1), c, size) for c, size in places)
+            reads = [(c * (2 if paired else 1), min(c, head_width or c), size) for c, size in places]
+            self.heads = nn.ModuleList(Head(*shape) for shape in reads)
         self.encoder = self._encoder(base) if trunk == "full" else None
         adapter: dict[str, nn.Parameter] = {}
         if trunk == "lora":
-            adapter = network.add_adapter(
-                DISCRIMINATOR, rank=rank, seed=seed, trains=False, encoder_only=True
-            )
+            options = {"rank": rank, "seed": seed}
+            adapter = network.add_adapter(DISCRIMINATOR, **options, trains=False, encoder_only=True)
         self.to(network.device)
         own = dict(self.named_parameters())
         network.set_group(
@@ -223,6 +225,7 @@ def build_discriminator(
         network,
         trunk=options.trunk,
         heads=options.heads,
+        head_width=options.head_width,
         paired=phase.adversary == "paired",
         rank=rank,
         seed=seed,

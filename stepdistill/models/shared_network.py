@@ -64,6 +64,7 @@ class SharedNetwork:
         self._groups: dict[str, TrainedWeights] = {}
         self._outside: dict[str, list[torch.nn.Parameter]] = {}  # of each group, those that are not in a LoRA
         self._active = active_adapter(model)
+        self._parked: set[str] = set()
         if gradient_checkpointing:
             model.enable_gradient_checkpointing(self.checkpointed)
 
@@ -100,6 +101,15 @@ class SharedNetwork:
         self.model.delete_adapters(name)
         self.remove_group(name)
         self._adapters_changed()
+
+    def park(self, name: str) -> None:
+        """Moves an adapter that does not train to the CPU, until it is used again."""
+        self._move(name, torch.device("cpu"))
+        self._parked.add(name)
+
+    def _move(self, name: str, device: torch.device) -> None:
+        for parameter in adapter_parameters(self.model, name).values():
+            parameter.data = parameter.data.to(device)
 
     def adapter_state(self, name: str) -> dict[str, torch.Tensor]:
         """A copy of one adapter's weights on the CPU, under peft's keys, all of which diffusers loads."""
@@ -168,6 +178,9 @@ class SharedNetwork:
             self._enter(before)
 
     def _enter(self, state: NetworkState) -> None:
+        if state.adapter in self._parked:
+            self._parked.remove(state.adapter)
+            self._move(state.adapter, self.device)
         changed = state.frozen ^ self._state.frozen
         self._state = state
         self._active.name, self._active.is_frozen = state.adapter, state.adapter in state.frozen

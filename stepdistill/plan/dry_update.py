@@ -26,7 +26,7 @@ from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
 from stepdistill.runtime import WEIGHT_DTYPES
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.training.losses import roles_of
-from stepdistill.training.optim import MovingAverage, RoleOptimizer
+from stepdistill.training.optim import RoleOptimizer
 from stepdistill.training.phase import losses_and_gradients, optimizers_of
 from stepdistill.training.samples import Samples
 
@@ -151,15 +151,12 @@ class DryRun:
         tracker = Tracker(self._card, label=part.current)
         rates = dict.fromkeys(learning_roles, 1e-4)
         optimizers = optimizers_of(phase, training, self.network, rates)
-        average = None
-        if training.ema_decay > 0:
-            average = MovingAverage(self.network.weights(STUDENT), decay=training.ema_decay)
         for optimizer in optimizers.values():
             optimizer.step()  # makes the moments
         batch = self._inputs.micro_batch(
             has_teacher=phase.needs_teacher_moves, is_adversarial=phase.adversary is not None
         )
-        self._hold(tracker, optimizers, average)
+        self._hold(tracker, phase, optimizers)
         student, teacher = self._denoisers(rung, phase)
         tracker.reset_peak()
         with tracker:
@@ -172,8 +169,6 @@ class DryRun:
                 for optimizer in optimizers.values():
                     optimizer.clip(training.max_grad_norm)
                     optimizer.step()
-                if average is not None:
-                    average.update()
         peak, parts = max((micro_peak, micro_parts), (tracker.peak, tracker.peak_parts), key=lambda x: x[0])
         cost = UpdateCost(peak, _named(parts), tracker.now, self._whole(tracker.work, rung, phase))
         for optimizer in optimizers.values():
@@ -191,10 +186,8 @@ class DryRun:
         factors = {"teacher": micro * moves, _OPTIMISER: 1}
         return {part: done * factors.get(part, micro) for part, done in work.items()}
 
-    def _hold(
-        self, tracker: Tracker, optimizers: dict[str, RoleOptimizer], average: MovingAverage | None
-    ) -> None:
-        """Counts what exists before the update."""
+    def _hold(self, tracker: Tracker, phase: Phase, optimizers: dict[str, RoleOptimizer]) -> None:
+        """Counts what exists on the GPU before the update."""
         base = [p for name, p in self.network.model.named_parameters() if "lora_" not in name]
         tracker.hold(base, "base model")
         tracker.hold_bytes(self._base_bytes - sum(p.numel() * p.itemsize for p in base), "base model")
@@ -208,9 +201,8 @@ class DryRun:
                 tracker.hold([optimizer.weights.master.grad], f"{role}: gradient")
                 tracker.hold(optimizer.tensors(), f"{role}: moments")
         teacher = [p for name, p in self.network.model.named_parameters() if f".{TEACHER}." in name]
-        tracker.hold(teacher, "teacher: weights")
-        if average is not None:
-            tracker.hold(average.tensors(), "student: moving average")
+        if phase.asks_teacher:  # else it is parked on the CPU
+            tracker.hold(teacher, "teacher: weights")
 
     def _denoisers(self, rung: Rung, phase: Phase) -> tuple[Denoiser, Denoiser]:
         kind = self._facts.prediction_type
@@ -235,6 +227,7 @@ class DryRun:
             self.network,
             trunk=options.trunk,
             heads=options.heads,
+            head_width=options.head_width,
             paired=phase.adversary == "paired",
             rank=self._config.lora.rank,
             seed=0,

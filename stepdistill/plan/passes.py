@@ -31,8 +31,7 @@ def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     if not phase.needs_teacher_moves:
-        asks = any(OBJECTIVES[kind].teacher == "prediction" for kind in phase.kinds)
-        return asks * (1.0 if is_base_teacher(config, rung, phase) else _LORA_FORWARD)
+        return phase.asks_teacher * (1.0 if is_base_teacher(config, rung, phase) else _LORA_FORWARD)
     each = _LORA_FORWARD
     if is_base_teacher(config, rung, phase):
         each = float(passes_per_step(config.teacher.guidance_scale))

@@ -19,14 +19,20 @@ from stepdistill.disk.durable import sha256_json
 Difference = tuple[str, Any, Any]
 """A dotted key, its value before and its value now; None where the key is missing."""
 _MAX_SHOWN = 8
+_LATER_DEFAULTS: dict[str, Any] = {"start_from": None, "objectives": None, "head_width": None}
+"""Settings that earlier versions did not have, by their last name: at these values they are not part of a hash."""
 
 
 def config_hash(config: RunConfig) -> str:
     """A hash of all settings that a run's weights depend on; the run's place, exports and evaluation do not change it."""
     settings = {k: v for k, v in flat(resolved(config)).items() if affects(k) is not Affects.NOTHING}
-    # keys that earlier versions did not have: part of the hash only if they are set
-    added = [k for k in settings if k == "start_from" or k.endswith(".objectives")]
-    return sha256_json({k: v for k, v in settings.items() if k not in added or v})
+    return sha256_json({k: v for k, v in settings.items() if not _is_later_default(k, v)})
+
+
+def _is_later_default(key: str, value: Any) -> bool:
+    """Whether a setting is one that earlier versions did not have, and has the value that stands for what they did."""
+    name = key.rpartition(".")[2]
+    return name in _LATER_DEFAULTS and value in (_LATER_DEFAULTS[name], None, [], ())
 
 
 def forbidden_changes(

@@ -46,5 +46,5 @@ def encoder_parameters(unet: torch.nn.Module) -> int:
 def preview_images(config: RunConfig, rung: Rung) -> int:
     """Number of images in all previews of a rung: student and teacher for each prompt."""
     every = config.training.preview_steps
-    drawn = sum(1 + (phase.max_train_steps // every if every else 0) for phase in rung.phases)
+    drawn = sum(1 + ((phase.max_train_steps - 1) // every if every else 0) for phase in rung.phases)
     return drawn * 2 * len(config.preview.prompts)

@@ -126,19 +126,18 @@ def _adds_to(part: torch.Tensor) -> Callable[[torch.Tensor], None]:
 
 
 class MovingAverage:
-    """The exponential moving average of a role's weights, with diffusers' warm-up of the decay."""
+    """The exponential moving average of a role's weights, with diffusers' warm-up of the decay.
+
+    It stays on the CPU, also if the weights are on a GPU: it is used once an update, and at the end of the phase.
+    """
 
     def __init__(self, weights: TrainedWeights, *, decay: float) -> None:
         self._weights = weights
-        self._average = EMAModel([weights.master], decay=decay, foreach=True)
+        self._average = EMAModel([weights.master.detach().cpu()], decay=decay, foreach=True)
 
     def update(self) -> None:
         """Updates the average; call it after each update of the weights."""
-        self._average.step([self._weights.master])
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The averages."""
-        return list(self._average.shadow_params)
+        self._average.step([self._weights.master.detach().cpu().requires_grad_(True)])
 
     def copy_to_parameters(self) -> None:
         """Replaces the weights by their average."""

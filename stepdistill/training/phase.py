@@ -129,8 +129,10 @@ def run_phase(
                 log.write(_line(setup, state.step - 1, numbers))
             after_update(state, trouble)
             progress.update(state.step, _for_console(numbers))
-            if training.preview_steps and state.step % training.preview_steps == 0:
+            is_last = state.step == phase.max_train_steps  # its preview comes at the end of the phase
+            if training.preview_steps and state.step % training.preview_steps == 0 and not is_last:
                 setup.preview(f"phase{setup.number}-{phase.title}-step{state.step:06d}")
+                _park_idle(setup)
         if state.average is not None:
             state.average.copy_to_parameters()
         check_result(setup, state, batches, runtime)
@@ -144,7 +146,14 @@ def _begun(setup: PhaseSetup, runtime: Runtime, start: Mapping[str, Any] | None)
         state.load_state_dict(start)
     elif state.guard is not None:
         state.guard.begin()
+    _park_idle(setup)
     return state
+
+
+def _park_idle(setup: PhaseSetup) -> None:
+    """Takes the teacher's LoRA off the GPU in a phase whose losses do not need the teacher."""
+    if not setup.phase.asks_teacher and setup.teacher.adapter is not None:
+        setup.teacher.network.park(setup.teacher.adapter)
 
 
 def _line(setup: PhaseSetup, step: int, numbers: Mapping[str, float]) -> dict[str, Any]:

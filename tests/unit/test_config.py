@@ -57,7 +57,7 @@ def several(objectives):
         ),
         (
             "ladder.1.phases.1.discriminator.trunc=full",
-            ["phases.1.discriminator.trunc", "nearest: trunk", "allowed: heads"],
+            ["phases.1.discriminator.trunc", "nearest: trunk", "allowed: head_width, heads"],
         ),
         ("export.format=[onnx]", ["export.format", "nearest: formats", "allowed: base_model"]),
         ("training.train_batch_size=abc", ["training.train_batch_size", "'abc'", "integer"]),

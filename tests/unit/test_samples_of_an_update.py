@@ -12,7 +12,8 @@ from stepdistill.config.load import load_config
 from stepdistill.config.objective_kinds import OBJECTIVES, ObjectiveKind
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
-from stepdistill.plan import _LORA_FORWARD, phase_forwards
+from stepdistill.plan import phase_forwards
+from stepdistill.plan.passes import _LORA_FORWARD
 from stepdistill.training.samples import Samples
 from tests.unit.test_gradients import (
     BATCH,
