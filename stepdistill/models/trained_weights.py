@@ -16,6 +16,10 @@ _ALIGNED = 64
 """Each parameter begins at a multiple of so many elements, 128 bytes in bfloat16, which the GPU's matrix units need."""
 
 
+_BLOCK = 256
+"""The master's length is a multiple of this, the block in which 8-bit optimisers keep a common scale."""
+
+
 class TrainedWeights:
     """Takes over parameters: their values move into the master, and their data become views or copies of it.
 
@@ -46,6 +50,7 @@ class TrainedWeights:
             end += -(-count // _ALIGNED) * _ALIGNED
             if name not in stays:
                 self._copied = end
+        end = -(-end // _BLOCK) * _BLOCK
         device = next(iter(parameters.values())).device if parameters else None
         flat = torch.zeros(end, dtype=torch.float32, device=device)
         self._copy = torch.zeros(self._copied, dtype=dtype, device=device)

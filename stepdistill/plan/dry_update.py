@@ -31,6 +31,8 @@ from stepdistill.training.phase import losses_and_gradients, optimizers_of
 from stepdistill.training.samples import Samples
 
 _TOKENS = 77
+_MOMENTS = {"adam": 8.0, "adamw": 8.0, "adam8bit": 2 + 8 / 256, "prodigy": 16.0}
+"""Bytes per parameter that an optimiser keeps; adam8bit has a float32 scale for each moment and 256 parameters."""
 _ACTIVATIONS = "activations"
 _OPTIMISER = "optimiser"
 
@@ -150,7 +152,10 @@ class DryRun:
         part = _Parts(self.network, is_adversarial=phase.adversary is not None)
         tracker = Tracker(self._card, label=part.current)
         rates = dict.fromkeys(learning_roles, 1e-4)
-        optimizers = optimizers_of(phase, training, self.network, rates)
+        traced = training.model_copy(
+            update={"optimizer": "adam"}
+        )  # the others have other moments, and the same kernels or more
+        optimizers = optimizers_of(phase, traced, self.network, rates)
         for optimizer in optimizers.values():
             optimizer.step()  # makes the moments
         batch = self._inputs.micro_batch(
@@ -200,6 +205,9 @@ class DryRun:
                 assert optimizer.weights.master.grad is not None
                 tracker.hold([optimizer.weights.master.grad], f"{role}: gradient")
                 tracker.hold(optimizer.tensors(), f"{role}: moments")
+                count = optimizer.weights.master.numel()
+                bytes_each = _MOMENTS[self._config.training.optimizer]
+                tracker.hold_bytes(round(count * (bytes_each - _MOMENTS["adam"])), f"{role}: moments")
         teacher = [p for name, p in self.network.model.named_parameters() if f".{TEACHER}." in name]
         if phase.asks_teacher:  # else it is parked on the CPU
             tracker.hold(teacher, "teacher: weights")

@@ -19,7 +19,12 @@ from stepdistill.disk.durable import sha256_json
 Difference = tuple[str, Any, Any]
 """A dotted key, its value before and its value now; None where the key is missing."""
 _MAX_SHOWN = 8
-_LATER_DEFAULTS: dict[str, Any] = {"start_from": None, "objectives": None, "head_width": None}
+_LATER_DEFAULTS: dict[str, Any] = {
+    "start_from": None,
+    "objectives": None,
+    "head_width": None,
+    "optimizer": "adam",
+}
 """Settings that earlier versions did not have, by their last name: at these values they are not part of a hash."""
 
 

@@ -1,4 +1,4 @@
-"""Optimisers of student and discriminator: Adam as in the paper, with warm-up and decay; the student's moving average.
+"""Optimisers of student and discriminator, by default Adam as in the paper, with warm-up and decay; the moving average.
 
 Both work on the flat float32 masters of a role's weights (models/trained_weights.py).
 """
@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stepdistill.models.trained_weights import TrainedWeights
 
 
 class RoleOptimizer:
-    """Adam on one role's weights, with linear warm-up and cosine decay, without weight decay.
+    """The optimiser of one role's weights, with linear warm-up and cosine decay.
 
     While it is open, each gradient that a backward pass gives to a parameter is added to the master's float32 gradient and
     dropped at once. So micro-batches add up in float32, and no role's gradients are held in two forms.
 
+    kind: one of OPTIMIZERS.
     betas: (0, .99) if `adversarial`, else (.9, .999), as in the paper.
     lr_warmup_steps: limited to a tenth of max_train_steps. With a longer warm-up the cosine would fall before the warm-up
     ends, and a short phase would never reach its learning rate.
@@ -33,6 +35,7 @@ class RoleOptimizer:
         max_train_steps: int,
         lr_warmup_steps: int,
         lr_final_fraction: float,
+        kind: str = "adam",
     ) -> None:
         self.weights = weights
         warmup_steps = min(lr_warmup_steps, max_train_steps // 10)
@@ -43,7 +46,7 @@ class RoleOptimizer:
             parameter.register_post_accumulate_grad_hook(_adds_to(parts[name]))
             for name, parameter in weights.parameters.items()
         ]
-        self.optimizer = torch.optim.Adam([weights.master], lr=learning_rate, betas=betas, fused=True)
+        self.optimizer = OPTIMIZERS[kind](weights.master, learning_rate, betas)
 
         def scale(step: int) -> float:
             warmup = min((step + 1) / (warmup_steps + 1), 1.0)
@@ -65,12 +68,8 @@ class RoleOptimizer:
 
     def set_base_rate(self, learning_rate: float) -> None:
         """Changes the learning rate that the schedule is applied to, from the next update on."""
-        factor = learning_rate / self.base_rate
-        state = self.schedule.state_dict()
-        scaled = {name: [rate * factor for rate in state[name]] for name in ("base_lrs", "_last_lr")}
-        self.schedule.load_state_dict(state | scaled)
-        for group in self.optimizer.param_groups:
-            group["lr"] *= factor
+        self.schedule.base_lrs = [learning_rate]
+        self._set_rate()
 
     @property
     def base_rate(self) -> float:
@@ -94,24 +93,101 @@ class RoleOptimizer:
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that the optimiser keeps between updates, such as Adam's moments."""
-        kept = self.optimizer.state[self.weights.master].values()
-        return [value for value in kept if isinstance(value, torch.Tensor)]
+        return list(_tensors(self.optimizer.state[self.weights.master]).values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's tensors, the shapes of the parameters that they belong to, and the position in the schedule."""
-        shapes = {name: list(shape) for name, shape in self.weights.shapes().items()}
-        moments = self.optimizer.state_dict()["state"].get(0, {})
-        return {"shapes": shapes, "moments": moments, "schedule": self.schedule.state_dict()}
+        """The optimiser's tensors and numbers, the shapes of the parameters that they belong to, and the position in the
+        schedule."""
+        group = self.optimizer.param_groups[0]
+        return {
+            "shapes": {name: list(shape) for name, shape in self.weights.shapes().items()},
+            "tensors": _tensors(self.optimizer.state[self.weights.master]),
+            "numbers": {
+                k: v for k, v in group.items() if k not in ("params", "lr") and isinstance(v, int | float)
+            },
+            "schedule": {"last_epoch": self.schedule.last_epoch, "base_rate": self.base_rate},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from the `state_dict` of an optimiser; ValueError unless its parameters had these names and shapes."""
+        """Continues from the `state_dict` of an optimiser; ValueError unless its parameters had these names and shapes, and
+        it was of the same kind."""
         check_shapes("the optimiser's state", self.weights, state["shapes"])
-        whole = self.optimizer.state_dict()
-        whole["state"] = {0: state["moments"]} if state["moments"] else {}
-        self.schedule.load_state_dict(dict(state["schedule"]))
-        for group, rate in zip(whole["param_groups"], self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        self.optimizer.load_state_dict(whole)
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        self.schedule.base_lrs = [state["schedule"]["base_rate"]]
+        self.optimizer.param_groups[0].update(state["numbers"])
+        if state["tensors"]:  # empty before the first update
+            self._make_tensors()
+            own = _tensors(self.optimizer.state[self.weights.master])
+            if own.keys() != state["tensors"].keys():
+                raise ValueError(
+                    f"the optimiser's state has {', '.join(state['tensors'])}; here it has {', '.join(own)}"
+                )
+            for name, tensor in own.items():
+                tensor.copy_(state["tensors"][name])
+            self.optimizer.param_groups[0].update(state["numbers"])
+        self._set_rate()
+
+    def _make_tensors(self) -> None:
+        """Makes the optimiser's tensors, by an update with a learning rate of 0 and a gradient of 0."""
+        before = self.weights.master.detach().clone()
+        self.zero_grad()
+        self._set_rate(factor=0.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.weights.master.copy_(before)
+
+    def _set_rate(self, *, factor: float = 1.0) -> None:
+        """Sets the learning rate that the schedule has now, times a factor."""
+        rate = self.base_rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+        self.schedule._last_lr = [rate]
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of an optimiser's state by name; one in 8 bits as its codes and scales."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if is_traceable_wrapper_subclass(value):
+            parts = value.__tensor_flatten__()[0]
+            tensors |= {f"{name}.{part}": getattr(value, part) for part in parts}
+        elif isinstance(value, torch.Tensor):
+            tensors[name] = value
+    return tensors
+
+
+_Betas = tuple[float, float]
+
+
+def _adam(master: torch.nn.Parameter, rate: float, betas: _Betas) -> torch.optim.Optimizer:
+    return torch.optim.Adam([master], lr=rate, betas=betas, fused=True)
+
+
+def _adamw(master: torch.nn.Parameter, rate: float, betas: _Betas) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([master], lr=rate, betas=betas, weight_decay=0.01, fused=True)
+
+
+def _adam8bit(master: torch.nn.Parameter, rate: float, betas: _Betas) -> torch.optim.Optimizer:
+    from torchao.optim import Adam8bit
+
+    return Adam8bit([master], lr=rate, betas=betas)
+
+
+def _prodigy(master: torch.nn.Parameter, rate: float, betas: _Betas) -> torch.optim.Optimizer:
+    from prodigyopt import Prodigy
+
+    return Prodigy([master], lr=rate, betas=betas, safeguard_warmup=True)
+
+
+OPTIMIZERS: dict[str, Callable[[torch.nn.Parameter, float, _Betas], torch.optim.Optimizer]] = {
+    "adam": _adam,
+    "adamw": _adamw,
+    "adam8bit": _adam8bit,
+    "prodigy": _prodigy,
+}
 
 
 def _adds_to(part: torch.Tensor) -> Callable[[torch.Tensor], None]:

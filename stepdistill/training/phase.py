@@ -229,6 +229,7 @@ def optimizers_of(
             max_train_steps=phase.max_train_steps,
             lr_warmup_steps=training.lr_warmup_steps,
             lr_final_fraction=training.lr_final_fraction,
+            kind=training.optimizer,
         )
         for role, rate in rates.items()
     }
