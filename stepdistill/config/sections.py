@@ -79,8 +79,8 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     """Number of micro-batches per update. Another split of the same samples changes an update only by rounding."""
     optimizer: Literal["adam", "adamw", "adam8bit", "prodigy"] = "adam"
     """adam: as in SDXL-Lightning; adamw: with a weight decay of 0.01; adam8bit: Adam with its moments in 8 bits, a quarter
-    of their memory (torchao's; needs the extra "quantize" and a compiler); prodigy: sets its own step size, with learning_rate
-    as a factor, usually 1 (needs the extra "prodigy")."""
+    of their memory (torchao's; needs the extra "quantize" and a compiler); prodigy: sets its own step size, of which
+    learning_rate is a factor, usually 1 (needs the extra "prodigy")."""
     max_grad_norm: PositiveFloat = 1.0
     """Norm to which gradients are clipped, separately for student and discriminator."""
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 10

@@ -3,6 +3,7 @@
 Both work on the flat float32 masters of a role's weights (models/trained_weights.py).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,7 +39,6 @@ class RoleOptimizer:
         kind: str = "adam",
     ) -> None:
         self.weights = weights
-        warmup_steps = min(lr_warmup_steps, max_train_steps // 10)
         betas = (0.0, 0.99) if adversarial else (0.9, 0.999)
         weights.master.grad = torch.zeros_like(weights.master)
         parts = weights.views(weights.master.grad)
@@ -48,12 +48,14 @@ class RoleOptimizer:
         ]
         self.optimizer = OPTIMIZERS[kind](weights.master, learning_rate, betas)
 
-        def scale(step: int) -> float:
-            warmup = min((step + 1) / (warmup_steps + 1), 1.0)
-            cosine = 0.5 * (1 + math.cos(math.pi * min(step / max_train_steps, 1.0)))
-            return warmup * (lr_final_fraction + (1 - lr_final_fraction) * cosine)
-
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, scale)
+        self.base_rate, self.updates = learning_rate, 0
+        self._schedule = functools.partial(
+            rate_fraction,
+            max_train_steps=max_train_steps,
+            lr_warmup_steps=min(lr_warmup_steps, max_train_steps // 10),
+            lr_final_fraction=lr_final_fraction,
+        )
+        self._set_rate(self.learning_rate)
 
     def close(self) -> None:
         """Gives the parameters' gradients back to autograd, and frees the master's gradient."""
@@ -64,17 +66,19 @@ class RoleOptimizer:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next update."""
-        return float(self.schedule.get_last_lr()[0])
+        return self.base_rate * self._schedule(self.updates)
 
     def set_base_rate(self, learning_rate: float) -> None:
         """Changes the learning rate that the schedule is applied to, from the next update on."""
-        self.schedule.base_lrs = [learning_rate]
-        self._set_rate()
+        self.base_rate = learning_rate
+        self._set_rate(self.learning_rate)
 
-    @property
-    def base_rate(self) -> float:
-        """The learning rate that the schedule is applied to."""
-        return float(self.schedule.base_lrs[0])
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def clip(self, max_grad_norm: float) -> torch.Tensor:
         """Clips the gradients' total norm to max_grad_norm; returns the norm before clipping, a scalar."""
@@ -83,7 +87,8 @@ class RoleOptimizer:
     def step(self) -> None:
         """Updates the weights, advances the schedule by one step, drops the gradients."""
         self.optimizer.step()
-        self.schedule.step()
+        self.updates += 1
+        self._set_rate(self.learning_rate)
         self.weights.refresh()
         self.zero_grad()
 
@@ -96,8 +101,7 @@ class RoleOptimizer:
         return list(_tensors(self.optimizer.state[self.weights.master]).values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's tensors and numbers, the shapes of the parameters that they belong to, and the position in the
-        schedule."""
+        """The optimiser's tensors and numbers, the shapes of their parameters, and the schedule's place."""
         group = self.optimizer.param_groups[0]
         return {
             "shapes": {name: list(shape) for name, shape in self.weights.shapes().items()},
@@ -105,15 +109,15 @@ class RoleOptimizer:
             "numbers": {
                 k: v for k, v in group.items() if k not in ("params", "lr") and isinstance(v, int | float)
             },
-            "schedule": {"last_epoch": self.schedule.last_epoch, "base_rate": self.base_rate},
+            "updates": self.updates,
+            "base_rate": self.base_rate,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from the `state_dict` of an optimiser; ValueError unless its parameters had these names and shapes, and
         it was of the same kind."""
         check_shapes("the optimiser's state", self.weights, state["shapes"])
-        self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        self.schedule.base_lrs = [state["schedule"]["base_rate"]]
+        self.updates, self.base_rate = state["updates"], state["base_rate"]
         self.optimizer.param_groups[0].update(state["numbers"])
         if state["tensors"]:  # empty before the first update
             self._make_tensors()
@@ -125,26 +129,25 @@ class RoleOptimizer:
             for name, tensor in own.items():
                 tensor.copy_(state["tensors"][name])
             self.optimizer.param_groups[0].update(state["numbers"])
-        self._set_rate()
+        self._set_rate(self.learning_rate)
 
     def _make_tensors(self) -> None:
         """Makes the optimiser's tensors, by an update with a learning rate of 0 and a gradient of 0."""
         before = self.weights.master.detach().clone()
         self.zero_grad()
-        self._set_rate(factor=0.0)
+        self._set_rate(0.0)
         self.optimizer.step()
         with torch.no_grad():
             self.weights.master.copy_(before)
 
-    def _set_rate(self, *, factor: float = 1.0) -> None:
-        """Sets the learning rate that the schedule has now, times a factor."""
-        rate = self.base_rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch)
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate * factor)
-            else:
-                group["lr"] = rate * factor
-        self.schedule._last_lr = [rate]
+
+def rate_fraction(
+    update: int, *, max_train_steps: int, lr_warmup_steps: int, lr_final_fraction: float
+) -> float:
+    """The share of the learning rate that an update uses: linear warm-up times cosine decay to lr_final_fraction."""
+    warmup = min((update + 1) / (lr_warmup_steps + 1), 1.0)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(update / max_train_steps, 1.0)))
+    return warmup * (lr_final_fraction + (1 - lr_final_fraction) * cosine)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -66,7 +66,7 @@ def test_a_stopped_and_resumed_optimiser_gives_the_same_weights_to_the_bit(kind,
     second.load_state_dict(state)
     assert torch.equal(resumed.master, masters)
     for step in range(6, 10):
-        assert second.learning_rate == pytest.approx(optimizer_of_step(kind, step), rel=1e-6)
+        assert second.learning_rate == optimizer_of_step(kind, step)
         update(second, step)
     assert torch.equal(resumed.master, straight.master)
     assert all(torch.equal(a, straight.parameters[n]) for n, a in resumed.parameters.items())
@@ -74,7 +74,9 @@ def test_a_stopped_and_resumed_optimiser_gives_the_same_weights_to_the_bit(kind,
 
 def optimizer_of_step(kind, step):
     optimizer = optimizer_of(kind, weights_of())
-    return optimizer.base_rate * optimizer.schedule.lr_lambdas[0](step)
+    for _ in range(step):
+        optimizer.updates += 1
+    return optimizer.learning_rate
 
 
 @pytest.mark.parametrize("kind", KINDS)
