@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config.installed import check_installed
 from stepdistill.config.ladder import unused_settings
 from stepdistill.disk.durable import IMAGE_FORMATS, read_sealed, warn_of_damage, write_image, write_sealed
 from stepdistill.disk.places import clear_half_written
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 def check_run(config: RunConfig) -> None:
     """ConfigError if the teacher, the rungs to start from or the run's folder cannot be used; writes nothing."""
+    check_installed(config)
     check_teacher(config)
     try:
         base_prediction_type = teacher_facts(config).prediction_type

@@ -92,10 +92,14 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """no: float32; bf16 and fp16: the base model in bfloat16 or float16, under autocast. The trained weights are always
     float32. fp16 also scales the loss; it is meant for cards without bfloat16."""
-    base_quantization: Literal["none", "int8"] = "none"
-    """int8 stores the base model's linear layers in 8 bits with one scale per row (torchao's weight-only form; needs the
-    extra "quantize"), in half of the memory that they take in bfloat16. The LoRA is trained on the quantised base model and
+    base_quantization: Literal["none", "int8", "fp8"] = "none"
+    """int8 and fp8 store the base model's linear layers in 8 bits with one scale per row (torchao's weight-only forms; need
+    the extra "quantize"), in half of the memory that they take in bfloat16. int8 has the smaller error; the run stops if the
+    output of the quantised model is too far from the original's. The LoRA is trained on the quantised base model and
     evaluated on the original one."""
+    compile: Annotated[bool, Affects.NOTHING] = False
+    """Compile the repeated blocks of the network with torch.compile: fewer and larger kernels on a GPU, after some minutes
+    of compiling; it changes results only by rounding. Needs a C++ compiler. On a CPU it gains little."""
     gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint: CheckpointOptions = CheckpointOptions()
@@ -112,6 +116,11 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     distributed_timeout: Annotated[float, Field(ge=0.1, le=10_000), Affects.NOTHING] = 30.0
     """Minutes that the processes of a launch wait for one that does not answer; then all of them end with code 8. It must be
     longer than one process works alone, as when it counts the images of a large data set."""
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(max_length=3), Affects.NOTHING
+    ] = ()
+    """Trackers that get the numbers of every update and the preview images. tensorboard writes into the run's folder and
+    needs no account (extra "trackers"): `tensorboard --logdir runs`."""
     logging_steps: Annotated[PositiveInt, Affects.NOTHING] = 20
     """If the output is not a terminal, print a line every so many updates; the JSONL log has every update."""
     preview_steps: Annotated[int, Field(ge=0), Affects.NOTHING] = 0

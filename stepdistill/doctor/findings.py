@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import Kind
+from stepdistill.config.installed import check_installed
 from stepdistill.config.ladder import unused_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.decode import BadSample, read_caption
@@ -75,7 +76,8 @@ def _findings(part: Callable[[RunConfig], Iterator[Finding]], config: RunConfig)
     return findings
 
 
-def _packages(_config: RunConfig) -> Iterator[Finding]:
+def _packages(config: RunConfig) -> Iterator[Finding]:
+    check_installed(config)
     wrong = []
     for text in importlib.metadata.requires("stepdistill") or []:
         requirement = Requirement(text)

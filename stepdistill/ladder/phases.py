@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,7 @@ class RungTraining:
                 log=self.log,
                 start=start.state,
                 after_update=between_updates,
+                track=functools.partial(self._track, number),
             )
         except _Diverged:
             if setup.discriminator is not None:
@@ -193,6 +195,11 @@ class RungTraining:
         state = setup.discriminator.state() if self._is_carried_after(number) else None
         setup.discriminator.close()
         return state
+
+    def _track(self, number: int, step: int, numbers: Mapping[str, float]) -> None:
+        """Sends the numbers of an update of phase `number` to the trackers."""
+        if self.shared.trackers is not None:
+            self.shared.trackers.log(self.rung.student_steps, number, step, numbers)
 
     def _save_and_stop(
         self, setup: PhaseSetup, state: PhaseState, carried: DiscriminatorState | None
@@ -245,11 +252,13 @@ class RungTraining:
             carried=start.carried,
         )
 
-        def draw(name: str) -> None:
+        def draw(name: str, step: int) -> None:
             if shared.runtime.is_main:
                 steps = {"student_steps": rung.student_steps, "teacher_steps": teacher_steps}
                 with skipped_without_memory(f"{name}.png"):
-                    self.preview.draw(name, student, teacher, **steps)
+                    path = self.preview.draw(name, student, teacher, **steps)
+                    if shared.trackers is not None:
+                        shared.trackers.image(rung.student_steps, number, step, path)
 
         return PhaseSetup(
             rung=rung,

@@ -8,8 +8,8 @@ from stepdistill.config import RunConfig
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.disk.durable import read_sealed, sha256_json
+from stepdistill.ladder.base_network import load_base
 from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.rng import derive_seed
 from stepdistill.run.rungs import read_record
@@ -22,6 +22,7 @@ from stepdistill.training.checkpoint import Identity
 from stepdistill.training.measure_looks import PhaseLooks
 from stepdistill.training.painter import Painter
 from stepdistill.training.preview import MAX_TEACHER_STEPS
+from stepdistill.training.trackers import Trackers
 
 _VERSIONS = ("commit", "python", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -35,6 +36,7 @@ class Shared:
     undistilled     the first rung's teacher: the base model with guidance and without an adapter
     cache           latents and text embeddings
     painter         draws images with a denoiser during training
+    trackers        get the numbers of every update; None in processes that write no files
     looks           measures sharpness, contrast and colour at the end of each phase
     """
 
@@ -46,6 +48,7 @@ class Shared:
     painter: Painter
     looks: PhaseLooks
     runtime: Runtime
+    trackers: Trackers | None
 
     @functools.cached_property
     def base_fingerprint(self) -> str:
@@ -94,14 +97,13 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     """Loads the shared network, the cache and all else that every rung needs, after freeing models of earlier stages."""
     release_memory()
     base = teacher_folder(config)
-    unet = load_network(base, dtype=runtime.weight_dtype, quantization=config.training.base_quantization).to(
-        runtime.device
-    )
+    unet = load_base(base, config, runtime)
     network = SharedNetwork.with_student_and_teacher(
         unet,
         rank=config.lora.rank,
         seed=derive_seed(config.seed, "lora"),
         gradient_checkpointing=config.training.gradient_checkpointing,
+        compiles=config.training.compile,
     )
     facts = TeacherFacts.of_folder(base)
     noise_path, prediction_type = load_noise_path(facts.scheduler)
@@ -126,4 +128,5 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         images=config.preview.looks_images,
         seed=config.seed,
     )
-    return Shared(config, base, network, undistilled, cache, painter, looks, runtime)
+    trackers = Trackers(config) if runtime.is_main else None
+    return Shared(config, base, network, undistilled, cache, painter, looks, runtime, trackers)

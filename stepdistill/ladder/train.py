@@ -94,6 +94,8 @@ def _train(shared: Shared, todo: list[Rung], stop: StopRequest) -> list[int]:
     finally:
         if log is not None:
             log.close()
+        if shared.trackers is not None:
+            shared.trackers.close()
     return trained
 
 

@@ -125,6 +125,7 @@ class Discriminator(nn.Module):
         encoder = self._network.kind.encoder_copy(base).float().requires_grad_(True)
         if self._network.model.is_gradient_checkpointing:
             encoder.enable_gradient_checkpointing(self._network.checkpointed)
+        self._network.compile_blocks(encoder)
         return encoder
 
     @contextmanager

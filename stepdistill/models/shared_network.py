@@ -34,6 +34,8 @@ from stepdistill.models.network.kind import kind_of
 from stepdistill.models.trained_weights import TrainedWeights
 
 TEACHER, STUDENT, DISCRIMINATOR = "teacher", "student", "discriminator"
+_COMPILED_VARIANTS = 256
+"""How many variants of one block may be compiled: for each width, adapter, image size, and with and without gradients."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ class SharedNetwork:
     Args:
         model: the base network, such as a UNet2DConditionModel.
         gradient_checkpointing: recompute activations in the backward pass, each in the state of its forward pass.
+        compiles: compile the repeated blocks, each once per adapter. They lie inside of what is recomputed at once, so the
+            recomputation runs compiled code too.
     """
 
-    def __init__(self, model: Any, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: Any, *, gradient_checkpointing: bool = False, compiles: bool = False) -> None:
         self.model, self.kind = model, kind_of(model)
         # asking a diffusers model for these walks through all its modules, 33 ms for SDXL
         self.dtype: torch.dtype = model.dtype
@@ -65,18 +69,37 @@ class SharedNetwork:
         self._outside: dict[str, list[torch.nn.Parameter]] = {}  # of each group, those that are not in a LoRA
         self._active = active_adapter(model)
         self._parked: set[str] = set()
+        self._compiles = compiles
         if gradient_checkpointing:
             model.enable_gradient_checkpointing(self.checkpointed)
+        self.compile_blocks(model)
 
     @classmethod
     def with_student_and_teacher(
-        cls, model: Any, *, rank: int, seed: int, gradient_checkpointing: bool = False
+        cls,
+        model: Any,
+        *,
+        rank: int,
+        seed: int,
+        gradient_checkpointing: bool = False,
+        compiles: bool = False,
     ) -> "SharedNetwork":
         """The base with two adapters of this rank: the student's, which trains, and one to hold an earlier rung."""
-        network = cls(model, gradient_checkpointing=gradient_checkpointing)
+        network = cls(model, gradient_checkpointing=gradient_checkpointing, compiles=compiles)
         network.add_adapter(STUDENT, rank=rank, seed=seed)
         network.add_adapter(TEACHER, rank=rank, seed=seed, trains=False)
         return network
+
+    def compile_blocks(self, model: torch.nn.Module) -> None:
+        """Compiles the repeated blocks of the network, or of a copy of a part of it; does nothing unless `compiles`."""
+        if not self._compiles:
+            return
+        # one code object for all blocks of a class: torch falls back to eager code, with one warning, beyond the limit
+        torch._dynamo.config.recompile_limit = _COMPILED_VARIANTS
+        torch._dynamo.config.accumulated_recompile_limit = 4 * _COMPILED_VARIANTS
+        for module in model.modules():
+            if isinstance(module, self.kind.compiled_blocks):
+                module.compile()
 
     def add_adapter(
         self, name: str, *, rank: int, seed: int, trains: bool = True, encoder_only: bool = False

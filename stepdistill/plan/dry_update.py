@@ -297,9 +297,9 @@ def _named(parts: dict[str, int]) -> dict[str, int]:
 
 
 def base_bytes(unet: UNet2DConditionModel, quantization: str) -> int:
-    """Bytes of the frozen base model. With int8, a linear layer's weights take a byte each, and a scale per row."""
+    """Bytes of the frozen base model. Quantised, a linear layer's weights take a byte each, and a scale per row."""
     total = sum(p.numel() * p.itemsize for p in unet.parameters())
-    if quantization == "int8":
+    if quantization != "none":
         for linear in (m for m in unet.modules() if isinstance(m, torch.nn.Linear)):
             itemsize = linear.weight.itemsize
             total -= (linear.weight.numel() - linear.out_features) * itemsize - linear.weight.numel()

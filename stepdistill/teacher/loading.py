@@ -1,6 +1,5 @@
 """Loads a teacher and its parts from its folder, through diffusers."""
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,11 +70,11 @@ def load_part(
 ) -> Any:
     """A part of the pipeline, such as "unet", frozen, in eval mode.
 
-    ConfigError if its files lack weights or have some too many, or if quantization is "int8" and torchao is not installed.
+    ConfigError if its files lack weights or have some too many.
     """
     options = local_options(folder, part)
-    if quantization == "int8":
-        options["quantization_config"] = _int8()
+    if quantization != "none":
+        options["quantization_config"] = _quantized(quantization)
     with loading("teacher.path", folder / part):
         check_weights(folder, part)
         model = part_class.from_pretrained(folder, subfolder=part, dtype=dtype, **options)
@@ -88,15 +87,10 @@ def _parts(folder: Path) -> list[str]:
     return [part for part in pipeline_parts(index) if part in WEIGHTS]
 
 
-def _int8() -> TorchAoConfig:
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(
-            "training.base_quantization: got int8, which needs the torchao package; fix: "
-            'pip install "stepdistill[quantize]"'
-        )
-    from torchao.quantization import Int8WeightOnlyConfig
+def _quantized(kind: str) -> TorchAoConfig:
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

@@ -101,6 +101,7 @@ def run_phase(
     log: TrainingLog | None,
     start: Mapping[str, Any] | None = None,
     after_update: Callable[[PhaseState, Trouble | None], None] = lambda _state, _trouble: None,
+    track: Callable[[int, Mapping[str, float]], None] = lambda _step, _numbers: None,
 ) -> None:
     """Trains the student in place. NonFiniteError, before updating, if a loss or gradient is not finite, and at the end if
     the student's loss is not. OutOfMemoryError if not even micro-batches of one sample fit.
@@ -108,6 +109,7 @@ def run_phase(
     start: a `PhaseState.state_dict` to continue from; default: the phase's first update.
     after_update: called between two updates, after the update's line is in the log, with what the guard of an adversarial
         phase found wrong, or None.
+    track: called with the number of each update, counted from 1, and its numbers.
     """
     phase, training = setup.phase, setup.training
     batch_size = training.train_batch_size * training.gradient_accumulation_steps * runtime.num_processes
@@ -127,16 +129,17 @@ def run_phase(
             trouble = None if state.guard is None else state.guard.watch(state.step, numbers)
             if log is not None:
                 log.write(_line(setup, state.step - 1, numbers))
+            track(state.step, numbers)
             after_update(state, trouble)
             progress.update(state.step, _for_console(numbers))
             is_last = state.step == phase.max_train_steps  # its preview comes at the end of the phase
             if training.preview_steps and state.step % training.preview_steps == 0 and not is_last:
-                setup.preview(f"phase{setup.number}-{phase.title}-step{state.step:06d}")
+                setup.preview(f"phase{setup.number}-{phase.title}-step{state.step:06d}", state.step)
                 _park_idle(setup)
         if state.average is not None:
             state.average.copy_to_parameters()
         check_result(setup, state, batches, runtime)
-    setup.preview(f"phase{setup.number}-{phase.title}-end")
+    setup.preview(f"phase{setup.number}-{phase.title}-end", phase.max_train_steps)
 
 
 def _begun(setup: PhaseSetup, runtime: Runtime, start: Mapping[str, Any] | None) -> PhaseState:

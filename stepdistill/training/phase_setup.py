@@ -15,7 +15,7 @@ class PhaseSetup:
     """One phase of one rung, ready to run.
 
     number           the phase's index in the rung
-    preview          preview(name) writes a preview image
+    preview          preview(name, step) writes a preview image after so many updates
     adversary_scale  factor of the discriminator's learning rate, below 1 after the guard went back
     """
 
@@ -28,7 +28,7 @@ class PhaseSetup:
     teacher: Denoiser
     discriminator: Discriminator | None
     cache: LatentCache
-    preview: Callable[[str], None]
+    preview: Callable[[str, int], None]
     adversary_scale: float = 1.0
 
     @property

@@ -6,16 +6,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from eval.full_size import base_bytes
 from eval.random_teacher import build
 from stepdistill.config import ConfigError
 from stepdistill.data.prepare import prepare
 from stepdistill.export.fused import fused_unet
 from stepdistill.export.onnx_unet import inputs_of
-from stepdistill.ladder import distill, load_shared, read_rung_lora
+from stepdistill.ladder import base_network, distill, load_shared, read_rung_lora
 from stepdistill.models.lora_file import read_lora
 from stepdistill.models.network.kind import load_network
+from stepdistill.plan.dry_update import base_bytes
 from stepdistill.runtime import Runtime
+from stepdistill.stages import prepare as prepare_stage
 from tests.integration.conftest import tiny_config
 from tests.integration.exported import unet_output
 
@@ -58,7 +59,7 @@ def test_the_int8_base_is_within_rounding_of_the_base_and_has_the_estimated_size
     stored_bytes = sum(
         (p.qdata.nbytes + p.scale.nbytes) if hasattr(p, "qdata") else p.nbytes for p in small.parameters()
     )
-    assert stored_bytes == base_bytes(full, torch.float32, "int8")
+    assert stored_bytes == base_bytes(full, "int8")
     for name, module in small.named_modules():
         if isinstance(module, torch.nn.Linear):
             exact = full.get_submodule(name).weight
@@ -73,8 +74,23 @@ def test_without_torchao_the_remedy_is_named(tmp_path, monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "torchao" else find_spec(name)
     )
     config = tiny_config(tmp_path, "data.num_images=4", INT8)
-    prepare(config)
     with pytest.raises(
         ConfigError, match=r'base_quantization: got int8.*pip install "stepdistill\[quantize\]"'
     ):
-        load_shared(config, Runtime(mixed_precision="no"))
+        prepare_stage(config)
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.slow
+def test_a_base_that_the_quantisation_changes_too_much_is_refused(tmp_path, monkeypatch, caplog, kind):
+    config = tiny_config(tmp_path, "data.num_images=4", f"training.base_quantization={kind}")
+    prepare(config)
+    with caplog.at_level("INFO"):
+        load_shared(config, Runtime(mixed_precision="bf16"))
+    assert f"the base model in {kind}: its output is 0." in caplog.text
+    monkeypatch.setattr(base_network, "MAX_QUANTIZATION_ERROR", 1e-4)
+    with pytest.raises(
+        ConfigError, match=rf"with {kind} the output of this model is 0.\d% off; allowed: up to 0%"
+    ):
+        load_shared(config, Runtime(mixed_precision="bf16"))

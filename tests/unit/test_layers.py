@@ -34,7 +34,7 @@ FLOORS = [
 ]
 OWNERS = {
     "peft": {"models/adapters.py", "models/lora_layers.py"},
-    "accelerate": {"runtime.py"},
+    "accelerate": {"runtime.py", "training/trackers.py"},
     "torchmetrics": {"evaluation/measure/distances.py", "evaluation/measure/features.py"},
     "psutil": {"evaluation/draw/cost.py"},
     "matplotlib": {"report/plots.py", "demo/letters.py"},

@@ -56,6 +56,10 @@ class NetworkKind(Protocol):
     def feature_shapes(self, network: Any, sample_size: int) -> list[tuple[int, int]]:
         """(channels, smaller side) of each of these features, for latents whose smaller side is sample_size."""
 
+    @property
+    def compiled_blocks(self) -> tuple[type[Any], ...]:
+        """The classes of the repeated modules that are compiled one by one if training.compile is on."""
+
     def encoder_copy(self, network: Any) -> Any:
         """A copy of the part that `features` runs, so that all its weights can be trained."""
 
@@ -76,8 +80,7 @@ def kind_of_pipeline(pipeline: object) -> NetworkKind:
 def load_network(folder: Path, *, dtype: torch.dtype = torch.float32, quantization: str = "none") -> Any:
     """The network of a pipeline's folder, frozen, in eval mode.
 
-    ConfigError if the pipeline is not supported, if a weight is missing or cannot be loaded, or if quantization is "int8"
-    and torchao is not installed.
+    ConfigError if the pipeline is not supported, or if a weight is missing or cannot be loaded.
     """
     named = TeacherFacts.of_folder(folder).pipeline_class
     kinds = {pipeline.__name__: kind for kind in KINDS for pipeline in kind.pipeline_classes}

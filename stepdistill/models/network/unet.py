@@ -9,6 +9,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from stepdistill.models.network.conditioning import Conditioning
@@ -39,6 +41,7 @@ class UNetKind:
     network_class = UNet2DConditionModel
     pipeline_classes = (StableDiffusionPipeline, StableDiffusionXLPipeline)
     lora_targets = LORA_TARGETS
+    compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)
     encoder_lora_targets = (
         r"(down_blocks|mid_block)\..*\.(" + "|".join(n.replace(".", r"\.") for n in LORA_TARGETS) + ")"
     )
