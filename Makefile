@@ -20,7 +20,7 @@ test: $(VENV)/installed
 
 # With what the optional sources need: scikit-image's and scikit-learn's photographs, parquet through datasets.
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint,worlds,data,quantize,onnx]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint,worlds,data,quantize,onnx,prodigy,trackers]"
 	$(BIN)/python -m pytest -m slow $(TOGETHER)
 
 # The report in headless Chromium: needs chromium and chromium-driver (Debian's packages); skips itself without them.
