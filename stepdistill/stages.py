@@ -98,13 +98,14 @@ def print_plan(config: RunConfig, *, gpu: str | None = None, price: float | None
 
     asked = None if gpu is None else card_of(gpu)
     _quiet_libraries()
+    from stepdistill.plan.budget import kept_modules
     from stepdistill.plan.disk_need import disk_need
     from stepdistill.plan.text import plan_text, verdict
     from stepdistill.plan.whole_run import card_here, plan_run, smaller_run
 
     facts = plannable_facts(config)
     card = asked or card_here() or card_of("24GB")
-    planned = plan_run(config, facts, card)
+    planned = plan_run(config, facts, card, keeps=kept_modules(config, facts))
     changes = None if planned.fits else smaller_run(config, facts, card)
     try:
         disk = disk_need(config, facts)
@@ -455,12 +456,14 @@ def _make_teacher(config: RunConfig) -> None:
 
 
 def _check_later_stages(config: RunConfig) -> None:
-    """ValueError if the exports or the table could not be made after training."""
+    """ValueError if the exports or the table could not be made after training, or if a phase does not fit its budget."""
     from stepdistill.evaluation.check import check_evaluation
     from stepdistill.export.check import check_export
+    from stepdistill.plan.budget import kept_modules
 
     check_export(config)
     check_evaluation(config)
+    kept_modules(config, teacher_facts(config))
 
 
 def _require_same_teacher(config: RunConfig) -> None:

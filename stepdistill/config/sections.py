@@ -1,9 +1,10 @@
 """The sections of a run's YAML file: frozen, each field documented (docs/configuration.md), ladder checked. No torch."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from stepdistill.config.data import Data
 from stepdistill.config.evaluation import Evaluation
@@ -11,6 +12,7 @@ from stepdistill.config.ladder import Rung, check_ladder
 from stepdistill.config.section import (
     Affects,
     BatchSize,
+    ConfigError,
     ExpandedPath,
     FilePath,
     Name,
@@ -19,6 +21,17 @@ from stepdistill.config.section import (
     Rank,
     Section,
 )
+
+
+def _memory_size(value: object) -> object:
+    """Text such as 16GiB, from that or from a number of GiB."""
+    text = f"{value}GiB" if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if not (isinstance(text, str) and re.fullmatch(r"[1-9]\d{0,4}(\.\d{1,3})?\s?Gi?B", text)):
+        raise ValueError("a size such as 16GiB")
+    return text
+
+
+MemorySize = Annotated[str, BeforeValidator(_memory_size)]
 
 
 class TeacherLora(Section, affects=Affects.EVERY_RUNG):
@@ -102,6 +115,9 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     of compiling; it changes results only by rounding. Needs a C++ compiler. On a CPU it gains little."""
     gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    memory_budget: Annotated[MemorySize | None, Affects.NOTHING] = None
+    """Memory of a GPU that training may fill, such as 16GiB. With gradient_checkpointing, the activations of as many blocks
+    as fit are then kept in place of being computed again, for each phase by its own need. Default: none are kept."""
     checkpoint: CheckpointOptions = CheckpointOptions()
     """Checkpoints within a rung."""
     max_minutes: Annotated[PositiveFloat | None, Affects.NOTHING] = None
@@ -125,6 +141,13 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     """If the output is not a terminal, print a line every so many updates; the JSONL log has every update."""
     preview_steps: Annotated[int, Field(ge=0), Affects.NOTHING] = 0
     """Draw a preview image every so many updates, besides the one at the end of each phase; 0 draws that one alone."""
+
+    @property
+    def memory_budget_bytes(self) -> float | None:
+        """memory_budget in bytes; GB and GiB both count 2^30, as on the cards' boxes."""
+        if self.memory_budget is None:
+            return None
+        return float(self.memory_budget.rstrip("GiB ")) * 2**30
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -203,4 +226,9 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     @model_validator(mode="after")
     def _check_ladder(self) -> "RunConfig":
         check_ladder(self.ladder)
+        if self.training.memory_budget is not None and not self.training.gradient_checkpointing:
+            raise ConfigError(
+                "training.memory_budget: got a budget without gradient_checkpointing; allowed: with "
+                "training.gradient_checkpointing: true, of which it says how much is computed again"
+            )
         return self

@@ -242,6 +242,7 @@ class RungTraining:
         shared, rung, config = self.shared, self.rung, self.shared.config
         teacher_steps = phase.teacher_steps or rung.teacher_steps
         student, teacher = self._student(), self._teacher(teacher_steps)
+        shared.network.keep_activations(shared.keeps.get((rung.student_steps, number), ()))
         discriminator = build_discriminator(
             shared.network,
             phase,

@@ -11,6 +11,7 @@ from stepdistill.disk.durable import read_sealed, sha256_json
 from stepdistill.ladder.base_network import load_base
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.shared_network import SharedNetwork
+from stepdistill.plan.budget import Keeps, kept_modules
 from stepdistill.rng import derive_seed
 from stepdistill.run.rungs import read_record
 from stepdistill.run.settings import settings_behind
@@ -37,6 +38,7 @@ class Shared:
     cache           latents and text embeddings
     painter         draws images with a denoiser during training
     trackers        get the numbers of every update; None in processes that write no files
+    keeps           the modules whose activations are kept under training.memory_budget
     looks           measures sharpness, contrast and colour at the end of each phase
     """
 
@@ -49,6 +51,7 @@ class Shared:
     looks: PhaseLooks
     runtime: Runtime
     trackers: Trackers | None
+    keeps: Keeps
 
     @functools.cached_property
     def base_fingerprint(self) -> str:
@@ -97,6 +100,8 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     """Loads the shared network, the cache and all else that every rung needs, after freeing models of earlier stages."""
     release_memory()
     base = teacher_folder(config)
+    facts = TeacherFacts.of_folder(base)
+    keeps = kept_modules(config, facts)
     unet = load_base(base, config, runtime)
     network = SharedNetwork.with_student_and_teacher(
         unet,
@@ -105,7 +110,6 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         gradient_checkpointing=config.training.gradient_checkpointing,
         compiles=config.training.compile,
     )
-    facts = TeacherFacts.of_folder(base)
     noise_path, prediction_type = load_noise_path(facts.scheduler)
     cache = load_cache(config)
     undistilled = Denoiser(
@@ -129,4 +133,4 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         seed=config.seed,
     )
     trackers = Trackers(config) if runtime.is_main else None
-    return Shared(config, base, network, undistilled, cache, painter, looks, runtime, trackers)
+    return Shared(config, base, network, undistilled, cache, painter, looks, runtime, trackers, keeps)

@@ -69,6 +69,7 @@ class SharedNetwork:
         self._outside: dict[str, list[torch.nn.Parameter]] = {}  # of each group, those that are not in a LoRA
         self._active = active_adapter(model)
         self._parked: set[str] = set()
+        self._kept: frozenset[torch.nn.Module] = frozenset()
         self._compiles = compiles
         if gradient_checkpointing:
             model.enable_gradient_checkpointing(self.checkpointed)
@@ -226,6 +227,8 @@ class SharedNetwork:
 
     def checkpointed(self, module: torch.nn.Module, *args: object) -> object:
         """diffusers' gradient_checkpointing_func: recomputes in the state of the forward pass, not of the backward pass."""
+        if module in self._kept:
+            return module(*args)
         state = self._state
         return checkpoint(
             module.__call__,
@@ -233,6 +236,12 @@ class SharedNetwork:
             use_reentrant=False,
             context_fn=lambda: (nullcontext(), self._restored(state)),
         )
+
+    def keep_activations(self, names: Collection[str]) -> None:
+        """Under gradient checkpointing, keeps the activations of these modules of the network in place of computing them
+        again; those of all others are computed again. The results are the same to the bit."""
+        modules = dict(self.model.named_modules())
+        self._kept = frozenset(modules[name] for name in names)
 
     def ask(self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Forward pass with the active adapter: the output (B, C, H, W) in the dtype of `sample`."""

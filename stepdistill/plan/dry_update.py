@@ -5,9 +5,10 @@ multiplied, because all its moves are alike and none of them keeps memory.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -56,6 +57,15 @@ class UpdateCost:
     def total(self) -> Work:
         """The work of all roles."""
         return sum(self.work.values(), Work())
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A module whose activations are kept or computed again: its name, their bytes, and the FLOP to compute them."""
+
+    name: str
+    kept: int
+    flop: float
 
 
 @dataclass(frozen=True)
@@ -136,8 +146,9 @@ class DryRun:
         table = torch.empty(facts.num_train_timesteps, dtype=torch.float64, device=device)
         self._path = _PlannedPath(table)
 
-    def update(self, rung: Rung, phase: Phase) -> UpdateCost:
-        """What one update of this phase takes."""
+    def update(self, rung: Rung, phase: Phase, *, keeps: Collection[str] = ()) -> UpdateCost:
+        """What one update of this phase takes, if the activations of the modules named in `keeps` are not computed again."""
+        self.network.keep_activations(keeps)
         with torch.device(self._device), gpu_kernels():
             discriminator = self._discriminator(phase)
             try:
@@ -146,6 +157,26 @@ class DryRun:
                 if discriminator is not None:
                     discriminator.close()
                 gc.collect()
+
+    def segments(self) -> list[Segment]:
+        """The parts of a student's forward pass that gradient checkpointing computes again, in order."""
+        names = {module: name for name, module in self.network.model.named_modules()}
+        tracker, found = Tracker(self._card), list[Segment]()
+
+        def spied(module: torch.nn.Module, *args: Any) -> Any:
+            before, flop = tracker.now, sum(tracker.work.values(), Work()).flop
+            output = module(*args)
+            kept = tracker.now - before - output.untyped_storage().nbytes()
+            found.append(Segment(names[module], kept, sum(tracker.work.values(), Work()).flop - flop))
+            return output
+
+        model, inputs = self.network.model, self._inputs
+        model.enable_gradient_checkpointing(spied)
+        with torch.device(self._device), gpu_kernels(), tracker, self.network.using(STUDENT):
+            batch = inputs.micro_batch(has_teacher=False, is_adversarial=False)
+            _ = self.network.ask(batch.noise, batch.timesteps, batch.conditioning)
+        model.enable_gradient_checkpointing(self.network.checkpointed)
+        return found
 
     def _update(self, rung: Rung, phase: Phase, discriminator: Discriminator | None) -> UpdateCost:
         training, learning_roles = self._config.training, roles_of(phase)

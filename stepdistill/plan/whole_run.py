@@ -1,7 +1,7 @@
 """The plan of a run: whether it fits a card, how long it takes there and what it costs, rung by rung; and what would fit."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,15 +81,22 @@ class RunPlan:
         return sum(cost.seconds for cost in self.phases) + self.preparation + self.evaluation
 
 
-def plan_run(config: RunConfig, facts: TeacherFacts, card: Card) -> RunPlan:
-    """The plan of a run; nothing is read but the teacher's configs."""
+def plan_run(
+    config: RunConfig,
+    facts: TeacherFacts,
+    card: Card,
+    *,
+    keeps: Mapping[tuple[int, int], Collection[str]] | None = None,
+) -> RunPlan:
+    """The plan of a run; nothing is read but the teacher's configs. keeps: `kept_modules` of a memory budget."""
     dry_run, other = DryRun(config, facts, card), OtherStages(config, facts, card)
+    keeps = keeps or {}
     updates: dict[Any, UpdateCost] = {}
     phases = []
-    for rung, phase in _phases(config):
-        alike = _what_matters(config, rung, phase)
+    for rung, number, phase in phases_of(config):
+        alike = what_matters(config, rung, phase)
         if alike not in updates:
-            updates[alike] = dry_run.update(rung, phase)
+            updates[alike] = dry_run.update(rung, phase, keeps=keeps.get((rung.student_steps, number), ()))
         phases.append(PhaseCost(rung, phase, updates[alike]))
     dtype = WEIGHT_DTYPES[config.training.mixed_precision]
     between = max(cost.update.between for cost in phases)
@@ -103,15 +110,16 @@ def plan_run(config: RunConfig, facts: TeacherFacts, card: Card) -> RunPlan:
     return RunPlan(config, card, phases, stages, each * drawn, each * evaluation_forwards(config))
 
 
-def _phases(config: RunConfig) -> Iterator[tuple[Rung, Phase]]:
+def phases_of(config: RunConfig) -> Iterator[tuple[Rung, int, Phase]]:
+    """The phases that the run trains, each with its rung and its number there."""
     taken = taken_steps(config)
     for rung in config.ladder:
         if rung.student_steps not in taken:
-            for phase in rung.phases:
-                yield rung, phase
+            for number, phase in enumerate(rung.phases):
+                yield rung, number, phase
 
 
-def _what_matters(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, ...]:
+def what_matters(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, ...]:
     """What the cost of an update depends on: phases that are alike in it cost the same."""
     return (
         phase.model_copy(update={"max_train_steps": 1, "learning_rate": 1.0}).model_dump_json(),

@@ -137,7 +137,7 @@ def cases() -> dict[str, Config]:
         ),
         "prompts alone": with_data({"source": "prompts.txt", "teacher_steps": 4, "num_images": 8}),
         "buckets": with_data({"buckets": True, "min_per_bucket": 4}),
-        "held out": with_data({"held_out": 0.25}),
+        "held out": with_data({"held_out": 0.67}),
         "cache in bfloat16": with_data({"dtype": "bfloat16"}),
     }
     for space in ("prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr", "auto"):
