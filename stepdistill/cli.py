@@ -165,9 +165,15 @@ def plan_command(
         ),
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="of an hour of the card, for the cost")] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="also make two updates a phase here, with random weights, and compare"
+        ),
+    ] = False,
 ) -> None:
     """Tell in seconds whether this run fits a GPU, how long it takes and what it costs; needs neither GPU nor weights."""
-    stages.print_plan(_load(config, overrides), gpu=gpu, price=price)
+    stages.print_plan(_load(config, overrides), gpu=gpu, price=price, measure=measure)
 
 
 @app.command()

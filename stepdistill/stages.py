@@ -84,36 +84,27 @@ def doctor(config: RunConfig) -> None:
     raise_for(findings)
 
 
-def print_plan(config: RunConfig, *, gpu: str | None = None, price: float | None = None) -> None:
+def print_plan(
+    config: RunConfig, *, gpu: str | None = None, price: float | None = None, measure: bool = False
+) -> None:
     """Prints what a run needs of a GPU and how long it takes there. Neither a GPU nor the teacher's weights are needed.
 
     Args:
         config: the run.
         gpu: a card's name or size; default: the GPU of this machine, or one of 24 GB.
         price: of an hour of the card.
+        measure: make two updates of every kind of phase on this machine's device, with random weights, and compare.
     ConfigError for an unknown card, for a teacher whose configs are neither on this disk nor known, and, after the plan, if
     the run does not fit the card.
     """
     from stepdistill.plan.cards import card_of
 
-    asked = None if gpu is None else card_of(gpu)
+    card = None if gpu is None else card_of(gpu)
+    check_installed(config)
     _quiet_libraries()
-    from stepdistill.plan.budget import kept_modules
-    from stepdistill.plan.disk_need import disk_need
-    from stepdistill.plan.text import plan_text, verdict
-    from stepdistill.plan.whole_run import card_here, plan_run, smaller_run
+    from stepdistill.plan.command import print_plan as show
 
-    facts = plannable_facts(config)
-    card = asked or card_here() or card_of("24GB")
-    planned = plan_run(config, facts, card, keeps=kept_modules(config, facts))
-    changes = None if planned.fits else smaller_run(config, facts, card)
-    try:
-        disk = disk_need(config, facts)
-    except (ValueError, OSError):  # the data are not here yet
-        disk = None
-    print(plan_text(planned, disk=disk, changes=changes, price=price))
-    if not planned.fits:
-        raise ConfigError(verdict(planned))
+    show(config, plannable_facts(config), card=card, price=price, measure=measure)
 
 
 def prepare(config: RunConfig) -> None:

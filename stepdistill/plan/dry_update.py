@@ -5,26 +5,20 @@ multiplied, because all its moves are alike and none of them keeps memory.
 """
 
 import gc
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Phase, RunConfig, Rung
-from stepdistill.data.batches import Batch, Perturbation
-from stepdistill.data.buckets import Sizes
-from stepdistill.diffusion.noise_path import Move, VariancePreserving
-from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
-from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.cards import Card
-from stepdistill.plan.passes import is_base_teacher, teacher_substeps
+from stepdistill.plan.passes import teacher_substeps
+from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
-from stepdistill.runtime import WEIGHT_DTYPES
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.training.losses import roles_of
 from stepdistill.training.optim import RoleOptimizer
@@ -46,12 +40,14 @@ class UpdateCost:
     parts    bytes at the peak, by part; what is not a weight, a gradient or a moment counts as activations
     between  bytes that stay between two updates
     work     by role: "teacher", "student", "discriminator" and "optimiser", of the whole update
+    micro    the work of one micro-batch with one move of the teacher, and of the optimisers
     """
 
     peak: int
     parts: dict[str, int]
     between: int
-    work: dict[str, Work] = field(default_factory=dict)
+    work: dict[str, Work]
+    micro: Work
 
     @property
     def total(self) -> Work:
@@ -68,44 +64,8 @@ class Segment:
     flop: float
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Shapes of a micro-batch: (C, h, w) of latents, number of tokens, widths of embeddings, T."""
-
-    batch: int
-    latent: tuple[int, int, int]
-    tokens: int
-    width: int
-    pooled: int | None
-    timesteps: int
-    dtype: torch.dtype
-
-    def conditioning(self, rows: int) -> Conditioning:
-        hidden = torch.empty(rows, self.tokens, self.width, dtype=self.dtype)
-        if self.pooled is None:
-            return Conditioning(hidden)
-        added = {
-            "text_embeds": torch.empty(rows, self.pooled, dtype=self.dtype),
-            "time_ids": torch.empty(rows, 6),
-        }
-        return Conditioning(hidden, added)
-
-    def micro_batch(self, *, has_teacher: bool, is_adversarial: bool) -> Batch:
-        rows, shape = self.batch, (self.batch, *self.latent)
-        timesteps, ends = (torch.empty(rows, dtype=torch.int64) for _ in range(2))
-        return Batch(
-            original_samples=torch.empty(shape),
-            noise=torch.empty(shape),
-            timesteps=timesteps,
-            prev_timesteps=ends,
-            conditioning=self.conditioning(rows),
-            teacher_moves=[Move(None, timesteps, ends)] if has_teacher else None,
-            perturbation=Perturbation(timesteps, torch.empty(shape)) if is_adversarial else None,
-        )
-
-
 class DryRun:
-    """The network of a run on the meta device, on which each phase makes one update.
+    """The network of a run on a device without values, on which each phase makes one update.
 
     Args:
         config: the run.
@@ -115,48 +75,21 @@ class DryRun:
     """
 
     def __init__(self, config: RunConfig, facts: TeacherFacts, card: Card, *, device: str = "meta") -> None:
-        self._config, self._card, self._facts, self._device = config, card, facts, device
-        dtype = WEIGHT_DTYPES[config.training.mixed_precision]
-        size = Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple).target
-        unet = dict(facts.unet)
-        pooled = None
-        if unet.get("addition_embed_type") == "text_time":
-            pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        self._inputs = _Inputs(
-            batch=config.training.train_batch_size,
-            latent=facts.latent_shape(size),
-            tokens=int(facts.configs["text_encoder"].get("max_position_embeddings", _TOKENS)),
-            width=int(unet.get("cross_attention_dim", 768)),
-            pooled=pooled,
-            timesteps=facts.num_train_timesteps,
-            dtype=dtype,
-        )
-        with torch.device(device):
-            model = UNet2DConditionModel.from_config(unet).eval().requires_grad_(False)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        self._base_bytes = base_bytes(model, config.training.base_quantization)
-        with torch.device(device):
-            self.network = SharedNetwork.with_student_and_teacher(
-                model,
-                rank=config.lora.rank,
-                seed=0,
-                gradient_checkpointing=config.training.gradient_checkpointing,
-            )
-        table = torch.empty(facts.num_train_timesteps, dtype=torch.float64, device=device)
-        self._path = _PlannedPath(table)
+        self._rehearsal = Rehearsal(config, facts, device=device)
+        self._config, self._card, self._device = config, card, device
+        self.network = self._rehearsal.network
 
     def update(self, rung: Rung, phase: Phase, *, keeps: Collection[str] = ()) -> UpdateCost:
         """What one update of this phase takes, if the activations of the modules named in `keeps` are not computed again."""
         self.network.keep_activations(keeps)
-        with torch.device(self._device), gpu_kernels():
-            discriminator = self._discriminator(phase)
-            try:
-                return self._update(rung, phase, discriminator)
-            finally:
-                if discriminator is not None:
-                    discriminator.close()
-                gc.collect()
+        with (
+            torch.device(self._device),
+            gpu_kernels(),
+            self._rehearsal.discriminator_of(phase) as discriminator,
+        ):
+            cost = self._update(rung, phase, discriminator)
+        gc.collect()
+        return cost
 
     def segments(self) -> list[Segment]:
         """The parts of a student's forward pass that gradient checkpointing computes again, in order."""
@@ -170,10 +103,10 @@ class DryRun:
             found.append(Segment(names[module], kept, sum(tracker.work.values(), Work()).flop - flop))
             return output
 
-        model, inputs = self.network.model, self._inputs
+        model = self.network.model
         model.enable_gradient_checkpointing(spied)
         with torch.device(self._device), gpu_kernels(), tracker, self.network.using(STUDENT):
-            batch = inputs.micro_batch(has_teacher=False, is_adversarial=False)
+            batch = self._rehearsal.inputs.micro_batch(has_teacher=False, is_adversarial=False)
             _ = self.network.ask(batch.noise, batch.timesteps, batch.conditioning)
         model.enable_gradient_checkpointing(self.network.checkpointed)
         return found
@@ -183,17 +116,14 @@ class DryRun:
         part = _Parts(self.network, is_adversarial=phase.adversary is not None)
         tracker = Tracker(self._card, label=part.current)
         rates = dict.fromkeys(learning_roles, 1e-4)
-        traced = training.model_copy(
-            update={"optimizer": "adam"}
-        )  # the others have other moments, and the same kernels or more
+        # other optimisers have other moments (_MOMENTS) and about the same work
+        traced = training.model_copy(update={"optimizer": "adam"})
         optimizers = optimizers_of(phase, traced, self.network, rates)
         for optimizer in optimizers.values():
             optimizer.step()  # makes the moments
-        batch = self._inputs.micro_batch(
-            has_teacher=phase.needs_teacher_moves, is_adversarial=phase.adversary is not None
-        )
+        batch = self._rehearsal.micro_batch(phase)
         self._hold(tracker, phase, optimizers)
-        student, teacher = self._denoisers(rung, phase)
+        student, teacher = self._rehearsal.denoisers(rung, phase)
         tracker.reset_peak()
         with tracker:
             samples = Samples(batch, student=student, teacher=teacher, discriminator=discriminator)
@@ -206,7 +136,9 @@ class DryRun:
                     optimizer.clip(training.max_grad_norm)
                     optimizer.step()
         peak, parts = max((micro_peak, micro_parts), (tracker.peak, tracker.peak_parts), key=lambda x: x[0])
-        cost = UpdateCost(peak, _named(parts), tracker.now, self._whole(tracker.work, rung, phase))
+        work = tracker.work
+        micro = sum(work.values(), Work())
+        cost = UpdateCost(peak, _named(parts), tracker.now, self._whole(work, rung, phase), micro)
         for optimizer in optimizers.values():
             optimizer.close()
         return cost
@@ -217,7 +149,7 @@ class DryRun:
         moves = 1.0
         if phase.needs_teacher_moves:
             steps = phase.teacher_steps or rung.teacher_steps
-            moves = teacher_substeps(rung, steps, self._inputs.timesteps)
+            moves = teacher_substeps(rung, steps, self._rehearsal.inputs.timesteps)
             moves *= min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
         factors = {"teacher": micro * moves, _OPTIMISER: 1}
         return {part: done * factors.get(part, micro) for part, done in work.items()}
@@ -226,7 +158,8 @@ class DryRun:
         """Counts what exists on the GPU before the update."""
         base = [p for name, p in self.network.model.named_parameters() if "lora_" not in name]
         tracker.hold(base, "base model")
-        tracker.hold_bytes(self._base_bytes - sum(p.numel() * p.itemsize for p in base), "base model")
+        saved = base_bytes(base_modules(self.network.model), self._config.training.base_quantization)
+        tracker.hold_bytes(saved - sum(p.numel() * p.itemsize for p in base), "base model")
         for role in (STUDENT, DISCRIMINATOR):
             if role in optimizers or role == STUDENT:
                 weights = self.network.weights(role)
@@ -242,43 +175,6 @@ class DryRun:
         teacher = [p for name, p in self.network.model.named_parameters() if f".{TEACHER}." in name]
         if phase.asks_teacher:  # else it is parked on the CPU
             tracker.hold(teacher, "teacher: weights")
-
-    def _denoisers(self, rung: Rung, phase: Phase) -> tuple[Denoiser, Denoiser]:
-        kind = self._facts.prediction_type
-        student = Denoiser(
-            self.network, STUDENT, self._path, kind, start_timestep=rung.start_timestep, trains=True
-        )
-        if not is_base_teacher(self._config, rung, phase):
-            return student, Denoiser(self.network, TEACHER, self._path, kind)
-        guidance = self._config.teacher.guidance_scale
-        unconditional = self._inputs.conditioning(1)
-        return student, Denoiser(
-            self.network, None, self._path, kind, guidance_scale=guidance, unconditional=unconditional
-        )
-
-    def _discriminator(self, phase: Phase) -> Discriminator | None:
-        if phase.adversary is None:
-            return None
-        options, base = phase.discriminator, None
-        if options.trunk == "full":
-            base = UNet2DConditionModel.from_config(dict(self._facts.unet))
-        return Discriminator(
-            self.network,
-            trunk=options.trunk,
-            heads=options.heads,
-            head_width=options.head_width,
-            paired=phase.adversary == "paired",
-            rank=self._config.lora.rank,
-            seed=0,
-            sample_size=min(self._inputs.latent[1:]),
-            base=base,
-        )
-
-
-class _PlannedPath(VariancePreserving):
-    """A noise path without values. Which prediction a model can use on it was checked from the configs."""
-
-    ends_in_pure_noise = False
 
 
 class _Parts:
@@ -327,11 +223,20 @@ def _named(parts: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in kept.items() if size}
 
 
-def base_bytes(unet: UNet2DConditionModel, quantization: str) -> int:
-    """Bytes of the frozen base model. Quantised, a linear layer's weights take a byte each, and a scale per row."""
-    total = sum(p.numel() * p.itemsize for p in unet.parameters())
-    if quantization != "none":
-        for linear in (m for m in unet.modules() if isinstance(m, torch.nn.Linear)):
-            itemsize = linear.weight.itemsize
-            total -= (linear.weight.numel() - linear.out_features) * itemsize - linear.weight.numel()
+def base_bytes(modules: Iterable[torch.nn.Module], quantization: str) -> int:
+    """Bytes of frozen modules. Quantised, the weights of a linear layer take a byte each, and a scale per row."""
+    total = 0
+    for module in modules:
+        own = list(module.parameters(recurse=False))
+        total += sum(p.numel() * p.itemsize for p in own)
+        if quantization != "none" and isinstance(module, torch.nn.Linear):
+            weight = module.weight
+            total -= (weight.numel() - module.out_features) * weight.itemsize - weight.numel()
     return total
+
+
+def base_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules of a network without those of its adapters."""
+    for name, module in model.named_modules():
+        if "lora_" not in name:
+            yield module

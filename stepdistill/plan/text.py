@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from stepdistill.plan.disk_need import DiskNeed
+from stepdistill.plan.real_update import MeasuredUpdate
 from stepdistill.plan.whole_run import GIB, PhaseCost, RunPlan
 
 _ROLES = ("teacher", "student", "discriminator", "optimiser")
@@ -38,6 +41,22 @@ def plan_text(
             *_disk(disk),
             *_changes(plan, changes),
         ]
+    )
+
+
+def measured_title(device: torch.device) -> str:
+    """The title of the lines of `measured_line`."""
+    of = "tensors" if device.type == "cuda" else "the process beyond its libraries"
+    return f"measured on {device.type}: a micro-batch with one move of the teacher, and the optimisers; memory of {of}"
+
+
+def measured_line(cost: PhaseCost, measured: MeasuredUpdate) -> str:
+    """One phase: measured and planned memory and time."""
+    planned = cost.update
+    return (
+        f"  {cost.title}: {measured.peak / GIB:.2f} GiB, planned {planned.peak / GIB:.2f} "
+        f"({measured.peak / planned.peak - 1:+.0%}); {measured.seconds:.2f} s, planned on the card "
+        f"{planned.micro.seconds:.2f} s; {planned.micro.flop / measured.seconds / 1e12:.2f} TFLOP/s"
     )
 
 

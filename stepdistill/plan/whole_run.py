@@ -130,6 +130,15 @@ def what_matters(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, .
     )
 
 
+def distinct_phases(plan: RunPlan) -> list[tuple[int, PhaseCost]]:
+    """One phase of each kind that costs something else, with its number in its rung."""
+    found: dict[object, tuple[int, PhaseCost]] = {}
+    for cost in plan.phases:
+        number = cost.rung.phases.index(cost.phase)
+        found.setdefault((cost.phase.title, cost.update.micro.kernels, cost.update.peak), (number, cost))
+    return list(found.values())
+
+
 def smaller_run(config: RunConfig, facts: TeacherFacts, card: Card) -> tuple[list[str], RunPlan] | None:
     """Changes with which the run fits the card, those first that cost no quality; None if none are enough.
 

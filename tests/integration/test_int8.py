@@ -59,7 +59,7 @@ def test_the_int8_base_is_within_rounding_of_the_base_and_has_the_estimated_size
     stored_bytes = sum(
         (p.qdata.nbytes + p.scale.nbytes) if hasattr(p, "qdata") else p.nbytes for p in small.parameters()
     )
-    assert stored_bytes == base_bytes(full, "int8")
+    assert stored_bytes == base_bytes(full.modules(), "int8")
     for name, module in small.named_modules():
         if isinstance(module, torch.nn.Linear):
             exact = full.get_submodule(name).weight

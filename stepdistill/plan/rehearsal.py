@@ -1,0 +1,158 @@
+"""The network of a run with random weights, and a random micro-batch, on any device: what an update needs but the data.
+
+On the meta device nothing has values (dry_update.py); on a real one an update can be timed (real_update.py).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.data.batches import Batch, Perturbation
+from stepdistill.data.buckets import Sizes
+from stepdistill.diffusion.noise_path import Move, VariancePreserving
+from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
+from stepdistill.plan.passes import is_base_teacher
+from stepdistill.runtime import WEIGHT_DTYPES
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.loading import load_noise_path
+
+_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Shapes of a micro-batch: (C, h, w) of latents, number of tokens, widths of embeddings, T."""
+
+    batch: int
+    latent: tuple[int, int, int]
+    tokens: int
+    width: int
+    pooled: int | None
+    timesteps: int
+    dtype: torch.dtype
+
+    def conditioning(self, rows: int) -> Conditioning:
+        hidden = torch.randn(rows, self.tokens, self.width, dtype=self.dtype)
+        if self.pooled is None:
+            return Conditioning(hidden)
+        added = {
+            "text_embeds": torch.randn(rows, self.pooled, dtype=self.dtype),
+            "time_ids": torch.full((rows, 6), 512.0),
+        }
+        return Conditioning(hidden, added)
+
+    def micro_batch(self, *, has_teacher: bool, is_adversarial: bool) -> Batch:
+        rows, shape = self.batch, (self.batch, *self.latent)
+        timesteps, ends = (torch.full((rows,), at, dtype=torch.int64) for at in (499, 249))
+        return Batch(
+            original_samples=torch.randn(shape),
+            noise=torch.randn(shape),
+            timesteps=timesteps,
+            prev_timesteps=ends,
+            conditioning=self.conditioning(rows),
+            teacher_moves=[Move(None, timesteps, ends)] if has_teacher else None,
+            perturbation=Perturbation(timesteps, torch.randn(shape)) if is_adversarial else None,
+        )
+
+
+@dataclass(frozen=True)
+class _KnownEnd(VariancePreserving):
+    """A noise path that is told whether it ends in pure noise: its tensor may have no values to look at."""
+
+    ends_in_pure_noise: bool = False
+
+
+class Rehearsal:
+    """Network and inputs of a run.
+
+    Args:
+        config: the run.
+        facts: the teacher's configs.
+        device: where everything is.
+    """
+
+    def __init__(self, config: RunConfig, facts: TeacherFacts, *, device: str) -> None:
+        self.config, self.facts, self.device = config, facts, device
+        dtype = WEIGHT_DTYPES[config.training.mixed_precision]
+        size = Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple).target
+        unet = dict(facts.unet)
+        pooled = None
+        if unet.get("addition_embed_type") == "text_time":
+            pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        self.inputs = _Inputs(
+            batch=config.training.train_batch_size,
+            latent=facts.latent_shape(size),
+            tokens=int(facts.configs["text_encoder"].get("max_position_embeddings", _TOKENS)),
+            width=int(unet.get("cross_attention_dim", 768)),
+            pooled=pooled,
+            timesteps=facts.num_train_timesteps,
+            dtype=dtype,
+        )
+        with torch.device(device):
+            model = UNet2DConditionModel.from_config(unet).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        with torch.device(device):
+            self.network = SharedNetwork.with_student_and_teacher(
+                model,
+                rank=config.lora.rank,
+                seed=0,
+                gradient_checkpointing=config.training.gradient_checkpointing,
+            )
+        path, _ = load_noise_path(facts.scheduler)
+        self._path = _KnownEnd(path.alphas_cumprod.to(device), path.ends_in_pure_noise)
+
+    @contextmanager
+    def discriminator_of(self, phase: Phase) -> Iterator[Discriminator | None]:
+        """The discriminator that a phase needs, inside the context."""
+        discriminator = self._discriminator(phase)
+        try:
+            yield discriminator
+        finally:
+            if discriminator is not None:
+                discriminator.close()
+
+    def micro_batch(self, phase: Phase) -> Batch:
+        """A micro-batch with one move of the teacher, if the phase asks for its moves."""
+        return self.inputs.micro_batch(
+            has_teacher=phase.needs_teacher_moves, is_adversarial=phase.adversary is not None
+        )
+
+    def denoisers(self, rung: Rung, phase: Phase) -> tuple[Denoiser, Denoiser]:
+        """Student and teacher of a phase."""
+        kind = self.facts.prediction_type
+        student = Denoiser(
+            self.network, STUDENT, self._path, kind, start_timestep=rung.start_timestep, trains=True
+        )
+        if not is_base_teacher(self.config, rung, phase):
+            return student, Denoiser(self.network, TEACHER, self._path, kind)
+        guidance = self.config.teacher.guidance_scale
+        unconditional = self.inputs.conditioning(1)
+        return student, Denoiser(
+            self.network, None, self._path, kind, guidance_scale=guidance, unconditional=unconditional
+        )
+
+    def _discriminator(self, phase: Phase) -> Discriminator | None:
+        if phase.adversary is None:
+            return None
+        options, base = phase.discriminator, None
+        if options.trunk == "full":
+            base = UNet2DConditionModel.from_config(dict(self.facts.unet))
+        return Discriminator(
+            self.network,
+            trunk=options.trunk,
+            heads=options.heads,
+            head_width=options.head_width,
+            paired=phase.adversary == "paired",
+            rank=self.config.lora.rank,
+            seed=0,
+            sample_size=min(self.inputs.latent[1:]),
+            base=base,
+        )
