@@ -17,6 +17,7 @@ from stepdistill.teacher.source import teacher_timesteps
 # an earlier rung's student as a teacher has a LoRA.
 _LORA_FORWARD = 1.083
 _STUDENT = _LORA_FORWARD + 1.268
+_ENCODER = 0.47  # a forward pass of the U-Net's encoder and mid-block with a LoRA
 _FROZEN_TRUNK = -2.2  # a frozen trunk has no backward pass and no adapter: a single phase's 3.55 becomes 1.35
 
 
@@ -26,7 +27,18 @@ STAGES = ("prepare", "distill", "export", "evaluate", "report")
 
 def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
     """Cost of one phase per sample and update, in forward passes of the bare U-Net; a pass with a LoRA counts 1.083."""
-    return _teacher_forwards(config, rung, phase) + _STUDENT + _discriminator_forwards(rung, phase)
+    again = _recomputed_forwards(phase) if config.training.gradient_checkpointing else 0.0
+    return _teacher_forwards(config, rung, phase) + _STUDENT + _discriminator_forwards(rung, phase) + again
+
+
+def _recomputed_forwards(phase: Phase) -> float:
+    """What gradient checkpointing computes again: the student's forward pass, and those of the discriminator's encoder."""
+    if phase.adversary is None:
+        return _LORA_FORWARD
+    passes = (
+        4 if phase.adversary == "paired" else 3
+    )  # per sample: x_t, the real one, the student's for D and for itself
+    return _LORA_FORWARD + _ENCODER * (1 if phase.discriminator.trunk == "frozen" else passes)
 
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:

@@ -107,7 +107,7 @@ class Rehearsal:
                 gradient_checkpointing=config.training.gradient_checkpointing,
             )
         path, _ = load_noise_path(facts.scheduler)
-        self._path = _KnownEnd(path.alphas_cumprod.to(device), path.ends_in_pure_noise)
+        self._path = _KnownEnd(path.alphas_cumprod.to(device), facts.is_zero_snr)
 
     @contextmanager
     def discriminator_of(self, phase: Phase) -> Iterator[Discriminator | None]:

@@ -146,13 +146,28 @@ def smaller_run(config: RunConfig, facts: TeacherFacts, card: Card) -> tuple[lis
     """
     changes: list[str] = []
     plan = plan_run(config, facts, card)
+    too_large, limit = set(plan.too_large), card.usable_gib * GIB
+    worst = max(plan.phases, key=lambda cost: cost.update.peak)
     for change, relieves in _savings(config):
-        if plan.fits:
-            break
-        if relieves in plan.too_large:
-            changes = [*changes, *change]
-            plan = plan_run(changed(config, changes), facts, card)
-    return (_last_of_each(changes), plan) if plan.fits else None
+        if relieves not in too_large:
+            continue
+        changes = [*changes, *change]
+        if _needs(changed(config, changes), facts, card, relieves, worst) <= limit:
+            too_large.remove(relieves)
+    smaller = plan if not changes else plan_run(changed(config, changes), facts, card)
+    return (_last_of_each(changes), smaller) if smaller.fits else None
+
+
+def _needs(config: RunConfig, facts: TeacherFacts, card: Card, what: str, worst: PhaseCost) -> int:
+    """The most bytes that a stage needs; for "training", those of its worst phase and of a preview after it."""
+    other = OtherStages(config, facts, card)
+    if what == "evaluate":
+        return other.evaluate_bytes()
+    if what == "prepare":
+        return other.prepare_bytes()
+    cost = DryRun(config, facts, card).update(worst.rung, worst.phase)
+    decoding = other.decode_bytes(WEIGHT_DTYPES[config.training.mixed_precision])
+    return max(cost.peak, cost.between + decoding)
 
 
 def _last_of_each(changes: list[str]) -> list[str]:

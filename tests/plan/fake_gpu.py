@@ -1,0 +1,78 @@
+"""A pretended GPU: torch's backend for devices written in Python, with tensors that have no values.
+
+Unlike on the meta device, an operation on tensors of the pretended GPU and of the CPU fails, as it would on a real one.
+
+    python -m tests.plan.fake_gpu CONFIG     prints the peak bytes of every kind of phase as JSON
+"""
+
+import json
+import sys
+from contextlib import contextmanager
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from stepdistill.config.load import load_config
+from stepdistill.plan.cards import CARDS
+from stepdistill.plan.dry_update import DryRun
+from stepdistill.plan.passes import is_base_teacher
+from stepdistill.plan.whole_run import phases_of
+from stepdistill.teacher.families import plannable_facts
+
+NAME = "pretended"
+
+
+@contextmanager
+def pretended_gpu():
+    """Inside it, the device NAME exists. It can be set up once in a process."""
+    _setup_privateuseone_for_python_backend(NAME)
+    module = getattr(torch, NAME)
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    module._is_in_bad_fork = lambda: False
+    before, torch.nn.Module._apply = torch.nn.Module._apply, _apply
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.nn.Module._apply = before
+
+
+def _apply(self, change, recurse=True):
+    """Module._apply without swap_tensors, which tensors without values do not support."""
+    for child in self.children():
+        child._apply(change)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                new = change(parameter)
+            if new is not parameter:
+                self._parameters[name] = torch.nn.Parameter(
+                    new.detach(), requires_grad=parameter.requires_grad
+                )
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = change(buffer)
+    return self
+
+
+def peaks(config, *, device):
+    """The peak bytes of a config's phases by title; of phases that differ in steps and rates alone, the first."""
+    dry_run = DryRun(config, plannable_facts(config), CARDS["h100"], device=device)
+    found, seen = {}, set()
+    for rung, _, phase in phases_of(config):
+        is_base = phase.needs_teacher_moves and is_base_teacher(config, rung, phase)
+        alike = (phase.title, phase.discriminator, is_base, rung.start_timestep is None)
+        if alike not in seen:
+            seen.add(alike)
+            found[f"{rung.teacher_steps} -> {rung.student_steps} {phase.title}"] = dry_run.update(
+                rung, phase
+            ).peak
+    return found
+
+
+if __name__ == "__main__":
+    config = load_config(sys.argv[1], sys.argv[2:])
+    with pretended_gpu():
+        found = peaks(config, device=NAME)
+    print(json.dumps(found, indent=2))

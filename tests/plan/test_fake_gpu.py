@@ -1,0 +1,59 @@
+"""Every phase of every shipped config runs at full size on a pretended GPU, with the peaks that were recorded.
+
+python -m tests.plan.test_fake_gpu     records them again
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepdistill.config.load import load_config
+from tests.plan.fake_gpu import peaks
+
+RECORD = Path(__file__).with_name("peaks.json")
+# The letters and `small` run on a CPU in other tests.
+CONFIGS = sorted(p.stem for p in Path("configs").glob("sd*.yaml"))
+
+
+def test_every_config_is_recorded():
+    assert sorted(json.loads(RECORD.read_text())) == CONFIGS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_phase_runs_on_a_pretended_gpu_with_the_recorded_peak(name):
+    """A tensor on the wrong device, or of a dtype that does not fit, fails. The record is of the meta device, like plans."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.plan.fake_gpu", f"configs/{name}.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == json.loads(RECORD.read_text())[name]
+
+
+@pytest.mark.slow
+def test_a_tensor_on_the_cpu_is_noticed(tmp_path):
+    code = (
+        "import torch\n"
+        "from tests.plan.fake_gpu import NAME, pretended_gpu\n"
+        "with pretended_gpu():\n"
+        "    torch.ones(2, 2, device=NAME) @ torch.ones(2, 2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "DeviceMismatch" in done.stderr
+
+
+def record():
+    """Writes the peaks that the meta device has now."""
+    found = {name: peaks(load_config(f"configs/{name}.yaml"), device="meta") for name in CONFIGS}
+    RECORD.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    record()

@@ -1,0 +1,187 @@
+"""`stepdistill plan`: profiles fit their cards, what would fit is named, wrong input ends with one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stepdistill.cli import app, guarded
+from stepdistill.config import ConfigError
+from stepdistill.config.load import load_config
+from stepdistill.plan.budget import kept_modules
+from stepdistill.plan.cards import card_of
+from stepdistill.plan.dry_update import DryRun
+from stepdistill.plan.passes import phase_forwards
+from stepdistill.plan.whole_run import GIB, plan_run, smaller_run
+from stepdistill.teacher.families import plannable_facts
+
+LETTERS = "configs/letters.yaml"
+PROFILES = {"sd15": 24, "sd15_8gb": 8, "sd15_12gb": 12, "sd21_v": 24, "sdxl_12gb": 12, "sdxl_16gb": 16}
+PROFILES |= {"sdxl_24gb": 24, "sdxl": 80, "sdxl_8x80gb": 80}
+SMALLEST_MARGIN = 1.0
+"""GiB that must be free beyond what the driver takes: for the working memory of kernels, and for fragments."""
+
+
+def run(*arguments):
+    return guarded(lambda: app(["plan", *arguments]))
+
+
+def test_the_table_lists_every_config_of_a_released_model():
+    assert sorted(PROFILES) == sorted(path.stem for path in Path("configs").glob("sd*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_fits_its_card_with_a_margin(name):
+    """Without the memory budget, which is filled on purpose; it is checked to be smaller than the card."""
+    config = load_config(f"configs/{name}.yaml", ["training.memory_budget=null"])
+    card = card_of(f"{PROFILES[name]}GB")
+    planned = plan_run(config, plannable_facts(config), card)
+    assert planned.peak / GIB < card.usable_gib - SMALLEST_MARGIN, planned.largest
+    budget = load_config(f"configs/{name}.yaml").training.memory_budget_bytes
+    assert budget is None or budget / GIB < card.usable_gib - SMALLEST_MARGIN
+
+
+def test_the_plan_of_the_letters_names_memory_time_and_disk(capsys):
+    assert run(LETTERS, "--gpu", "h100", "--price", "2") == 0
+    text = capsys.readouterr().out
+    assert "it fits" in text
+    for part in (
+        "base model",
+        "student: moments",
+        "discriminator: weights",
+        "activations",
+        "previews",
+        "evaluate",
+    ):
+        assert part in text
+    for title in ("32 -> 32 mse", "32 -> 8 single", "2 -> 1 mse"):
+        assert title in text
+    assert "time: training" in text
+    assert "cost: " in text
+    assert "at 2 an hour" in text
+    assert "disk: " in text
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_ends_with_code_2_and_names_what_would():
+    config = load_config(LETTERS, ["training.train_batch_size=4096", "evaluation.batch_size=1"])
+    card = card_of("1GB")
+    facts = plannable_facts(config)
+    assert not plan_run(config, facts, card).fits
+    changes, smaller = smaller_run(config, facts, card)
+    assert smaller.fits
+    assert changes[0].startswith("training.")
+    from stepdistill.config.load import load_config as again
+
+    checked = again(LETTERS, ["training.train_batch_size=4096", "evaluation.batch_size=1", *changes])
+    assert plan_run(checked, facts, card).peak == smaller.peak
+    samples = checked.training.train_batch_size * checked.training.gradient_accumulation_steps
+    assert samples == 4096
+
+
+@pytest.mark.slow
+def test_a_run_that_nothing_makes_fit_says_so(capsys, monkeypatch):
+    monkeypatch.setattr("stepdistill.plan.cards._RESERVED_GIB", 0.999)
+    assert run(LETTERS, "--gpu", "1GB") == 2
+    captured = capsys.readouterr()
+    assert "what would fit: nothing that this plan tries" in captured.out
+    assert captured.err.count("\n") == 1
+    assert "too few" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([LETTERS, "--gpu", "gtx"], "--gpu: got 'gtx'; allowed: h100"),
+        (["configs/small.yaml"], "my-model"),
+        (
+            ["configs/sdxl.yaml", "teacher.path=org/unknown", "--gpu", "24GB"],
+            "configs of 'org/unknown' are not on this disk",
+        ),
+    ],
+)
+def test_wrong_input_ends_with_one_line(capsys, arguments, message):
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_measuring_prints_what_real_updates_take_beside_the_plan(capsys):
+    assert run(LETTERS, "--gpu", "h100", "--measure", "training.train_batch_size=2") == 0
+    lines = capsys.readouterr().out.split("measured on cpu")[1].splitlines()[1:]
+    assert len(lines) >= 3
+    assert all("planned" in line and "TFLOP/s" in line for line in lines)
+
+
+CHECKPOINTED = ["training.gradient_checkpointing=true", "lora.rank=4"]
+
+
+def peaks_of(config, keeps):
+    dry_run = DryRun(config, plannable_facts(config), card_of("h100"))
+    return {
+        (rung.student_steps, number): dry_run.update(
+            rung, phase, keeps=keeps.get((rung.student_steps, number), ())
+        )
+        for rung in config.ladder[1:2]
+        for number, phase in enumerate(rung.phases)
+    }
+
+
+@pytest.mark.slow
+def test_a_budget_is_filled_by_as_many_activations_as_fit():
+    without = load_config(LETTERS, CHECKPOINTED)
+    least = peaks_of(without, {})
+    most = peaks_of(load_config(LETTERS, ["lora.rank=4"]), {})
+    budget = (max(c.peak for c in least.values()) + max(c.peak for c in most.values())) / 2 / GIB
+    config = load_config(LETTERS, [*CHECKPOINTED, f"training.memory_budget={budget:.3f}GiB"])
+    keeps = kept_modules(config, plannable_facts(config))
+    found = peaks_of(config, keeps)
+    for place, cost in found.items():
+        assert least[place].peak < cost.peak <= config.training.memory_budget_bytes
+        assert most[place].total.flop <= cost.total.flop < least[place].total.flop
+        kept, segments = keeps[place], DryRun(config, plannable_facts(config), card_of("h100")).segments()
+        assert 0 < len(kept) <= len(segments)
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    options = [*CHECKPOINTED, f"output_dir={tmp_path}", "training.memory_budget=1MiB"]
+    with pytest.raises(ConfigError, match="allowed: a size such as 16GiB"):
+        load_config(LETTERS, options)
+    options[-1] = "training.memory_budget=1GiB"
+    big = [*options, "training.train_batch_size=4096"]
+    assert guarded(lambda: app(["run", LETTERS, *big])) == 2
+    error = capsys.readouterr().err
+    assert "training.memory_budget: got 1 GiB, but 32 -> 32 mse needs" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_without_checkpointing_is_refused():
+    with pytest.raises(ConfigError, match="got a budget without gradient_checkpointing"):
+        load_config(LETTERS, ["training.memory_budget=8GiB"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_in_passes_agrees_with_the_arithmetic_counted(name, checkpointing):
+    """passes.py, which needs no torch, counts in forward passes of the bare network with the same factors for all models."""
+    options = [f"training.gradient_checkpointing={str(checkpointing).lower()}", "training.memory_budget=null"]
+    config = load_config(f"configs/{name}.yaml", [*options, "training.train_batch_size=1"])
+    dry_run = DryRun(config, plannable_facts(config), card_of("h100"))
+    samples = config.training.train_batch_size * config.training.gradient_accumulation_steps
+    guided = dry_run.update(config.ladder[0], config.ladder[0].phases[0])
+    bare = guided.work["teacher"].flop / samples / 2  # two passes of the base model
+    for rung, phase in (
+        (config.ladder[0], config.ladder[0].phases[0]),
+        (config.ladder[2], config.ladder[2].phases[0]),
+        (config.ladder[1], config.ladder[1].phases[1]),
+    ):
+        counted = dry_run.update(rung, phase).total.flop / samples / bare
+        assert phase_forwards(config, rung, phase) == pytest.approx(counted, rel=0.2), phase.title
+
+
+def test_the_peaks_that_are_recorded_are_those_of_the_profiles():
+    assert sorted(json.loads(Path("tests/plan/peaks.json").read_text())) == sorted(PROFILES)
