@@ -2,6 +2,8 @@
 
 y = W x + b + B A x     A: rank x in, B: out x rank; the scale alpha / rank is 1, because alpha equals the rank
 
+In float32, where it loses nothing, a layer whose weight is small for its input computes (W + B A) x instead.
+
 peft's own forward pass casts, scales and adds in separate operations, and looks up its active adapters in every layer. Here
 the last product and the sum are one operation, everything is computed in the dtype of x, and all layers of a network read
 one `ActiveAdapter`: changing it switches all of them at once.
@@ -36,6 +38,20 @@ class _Layer(BaseTunerLayer):
     """What both kinds of layers share. active: the adapter in use; `add_adapter` gives all layers of a network the same."""
 
     active: ActiveAdapter
+
+    def _is_cheaper_merged(self, first: torch.Tensor, second: torch.Tensor, rows: int) -> bool:
+        """Whether forming W + B A takes less arithmetic than the two products with A and B, for an input of so many rows.
+
+        Only in float32: rounded to bfloat16, W + B A would lose the small B A. With gradients, the merged weight costs the
+        product that gives its own gradient, and the factors cost four times their forward pass.
+        """
+        if first.dtype != torch.float32:
+            return False
+        rank, reads, writes = len(first), first.numel() // len(first), len(second)
+        factors, forming = rank * (reads + writes), rank * reads * writes
+        if not torch.is_grad_enabled():
+            return rows * factors > forming
+        return rows * (3 * factors - reads * writes) > 3 * forming
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The weights A and B of the active adapter; None if this layer does not have it."""
@@ -97,6 +113,8 @@ class LoraLinear(PeftLinear, _Layer):
         if factors is None:
             return functional.linear(x, base.weight, base.bias)
         rows = x if x.ndim == 2 else x.flatten(0, -2)
+        if not self._is_quantized and self._is_cheaper_merged(*factors, len(rows)):
+            return functional.linear(x, torch.addmm(base.weight, factors[1], factors[0]), base.bias)
         if self._is_quantized or not torch.is_grad_enabled():
             y = functional.linear(rows, base.weight, base.bias)
             y = torch.addmm(y, functional.linear(rows, factors[0]), factors[1].t())
@@ -120,10 +138,12 @@ class LoraConv2d(PeftConv2d, _Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, in, H, W) -> (B, out, H', W'), in the dtype of x."""
-        base = self.base_layer
+        base, factors = self.base_layer, self._factors()
         geometry = (base.stride, base.padding, base.dilation)
+        if factors is not None and self._is_cheaper_merged(*factors, x.numel() // x.shape[1]):
+            product = factors[1].flatten(1) @ factors[0].flatten(1)
+            return functional.conv2d(x, base.weight + product.view_as(base.weight), base.bias, *geometry)
         y = functional.conv2d(x, base.weight, base.bias, *geometry)
-        factors = self._factors()
         if factors is None:
             return y
         reduced = functional.conv2d(x, factors[0], None, *geometry)

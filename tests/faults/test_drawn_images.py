@@ -32,9 +32,14 @@ def test_a_image_that_is_not_finite_names_its_row_and_rung(name, odd, whole_run,
     row = next(row for row in rows_of(whole_run) if row.name == name)
     pipeline = sampler._ready(row)
 
+    calls = []
+
     def spoil(_decoder, _latents, images):
+        """Spoils the second image of a batch, which the pipeline decodes one by one."""
+        calls.append(len(images))
         images = images.clone()
-        images[1, 0, 5, 7] = odd
+        if len(calls) == 2:
+            images[0, 0, 5, 7] = odd
         return images
 
     handle = pipeline.vae.decoder.conv_out.register_forward_hook(spoil)
@@ -42,6 +47,8 @@ def test_a_image_that_is_not_finite_names_its_row_and_rung(name, odd, whole_run,
         prompts = ["a red letter a on white"] * 8
         with pytest.raises(NonFiniteError, match=ROWS[name]):
             sampler.draw(row, prompts[:2], seed=0, first=2)
+        assert calls == [1, 1]
+        calls.clear()
         folder = tmp_path / "row"
         assert guarded(lambda: sampler.ensure(row, folder, prompts, seed=0, processes=Processes())) == 6
     finally:

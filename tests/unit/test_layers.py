@@ -36,7 +36,7 @@ OWNERS = {
     "peft": {"models/adapters.py", "models/lora_layers.py"},
     "accelerate": {"runtime.py", "training/trackers.py"},
     "torchmetrics": {"evaluation/measure/distances.py", "evaluation/measure/features.py"},
-    "psutil": {"evaluation/draw/cost.py"},
+    "psutil": {"evaluation/draw/cost.py", "plan/real_update.py"},
     "matplotlib": {"report/plots.py", "demo/letters.py"},
 }
 TORCH_ONLY = ("diffusion", "objectives")

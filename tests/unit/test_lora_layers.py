@@ -103,25 +103,58 @@ def layer_of(kind, **options):
     return holder["layer"]
 
 
+def operations_of(layer, x):
+    with Operations() as counted, torch.no_grad():
+        layer(x)
+    return counted.names
+
+
 @pytest.mark.parametrize("active", [None, STUDENT])
 def test_an_adapter_costs_two_operations(active):
     linear, conv = layer_of(torch.nn.Linear), layer_of(torch.nn.Conv2d, kernel_size=3, padding=1)
     assert isinstance(linear, LoraLinear)
     assert isinstance(conv, LoraConv2d)
+    convolutions = ["convolution", "convolution"]
     for layer, x, expected in (
         (linear, randn(2, 5, 8), ["addmm", "mm", "addmm"]),
         (linear, randn(5, 8), ["addmm", "mm", "addmm"]),
-        (conv, randn(2, 8, 6, 6), ["convolution", "convolution", "baddbmm"]),
-        (
-            conv,
-            randn(2, 8, 6, 6).to(memory_format=torch.channels_last),
-            ["convolution", "convolution", "addmm"],
-        ),
+        (conv, randn(2, 8, 6, 6), [*convolutions, "baddbmm"]),
+        (conv, randn(2, 8, 6, 6).to(memory_format=torch.channels_last), [*convolutions, "addmm"]),
     ):
         layer.active.name = active
-        with Operations() as counted, torch.no_grad():
-            layer(x)
-        assert counted.names == (expected if active else expected[:1])
+        assert operations_of(layer.bfloat16(), x.bfloat16()) == (expected if active else expected[:1])
+
+
+def test_many_rows_in_float32_go_through_the_merged_weight():
+    """Forming W + B A costs as much as the product with some rows; in bfloat16 it would lose B A."""
+    linear = layer_of(torch.nn.Linear)  # 8 -> 16, rank 4: merged from 4 * 8 * 16 / (4 * 24) = 5.3 rows on
+    linear.active.name = STUDENT
+    assert operations_of(linear, randn(5, 8)) == ["addmm", "mm", "addmm"]
+    assert operations_of(linear, randn(6, 8)) == ["addmm", "addmm"]
+    conv = layer_of(torch.nn.Conv2d, kernel_size=3, padding=1)
+    conv.active.name = STUDENT
+    assert operations_of(conv, randn(1, 8, 6, 6)) == ["mm", "add", "convolution"]
+    assert operations_of(linear.bfloat16(), randn(600, 8).bfloat16()) == ["addmm", "mm", "addmm"]
+
+
+@pytest.mark.parametrize("rows", [5, 600])
+@pytest.mark.parametrize("kind", [torch.nn.Linear, torch.nn.Conv2d])
+def test_both_ways_give_the_same_outputs_and_gradients(kind, rows, monkeypatch):
+    options = {} if kind is torch.nn.Linear else {"kernel_size": 3, "padding": 1}
+    layer = layer_of(kind, **options)
+    layer.active.name = STUDENT
+    torch.nn.init.normal_(layer.lora_B[STUDENT].weight)
+    x = randn(rows, 8) if kind is torch.nn.Linear else randn(rows, 8, 3, 3)
+    results = []
+    for merged in (True, False):
+        monkeypatch.setattr(type(layer), "_is_cheaper_merged", lambda *_args, merged=merged: merged)
+        leaves = [x.clone().requires_grad_(True), layer.lora_A[STUDENT].weight, layer.lora_B[STUDENT].weight]
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        y = layer(leaves[0])
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_a_convolution_of_another_kind_is_refused():

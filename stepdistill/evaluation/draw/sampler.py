@@ -83,11 +83,16 @@ def _requiring_finite_images(vae: Any, what: str, *, first: int) -> Iterator[Non
         first: number of the first image.
     """
 
+    decoded = 0  # the pipeline may decode a batch in parts
+
     def check(_decoder: torch.nn.Module, _latents: object, images: torch.Tensor) -> None:
+        nonlocal decoded
         is_finite = images.isfinite().flatten(1).all(dim=1)
+        number = first + decoded + int(is_finite.int().argmin())
+        decoded += len(images)
         if not bool(is_finite.all()):
             raise NonFiniteError(
-                f"image {first + int(is_finite.int().argmin())} of {what} holds numbers that are not finite; fix: "
+                f"image {number} of {what} holds numbers that are not finite; fix: "
                 f"evaluation.dtype=float32 if it is half precision; else the model is damaged, which `stepdistill doctor` "
                 f"finds in the teacher, and `stepdistill distill --rung` trains a damaged rung again"
             )
