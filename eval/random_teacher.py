@@ -23,53 +23,11 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from stepdistill.teacher.families import FAMILIES, family_configs
 from stepdistill.teacher.folder import embedded_folder
 
 _TOKENS = 77
-_SD_BLOCKS = {
-    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-}
-_XL_BLOCKS = {
-    "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
-    "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
-    "addition_embed_type": "text_time",
-}
-_VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
-_VIT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
-_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
 _TINY_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-# per family: U-Net, first and second text encoder, the VAE's scaling_factor, options of the scheduler
-_FULL: dict[str, tuple[dict[str, Any], dict, dict | None, float, dict[str, Any]]] = {
-    "sd15": (
-        {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-        | {"block_out_channels": (320, 640, 1280, 1280)},
-        _VIT_L,
-        None,
-        0.18215,
-        {"prediction_type": "epsilon"},
-    ),
-    "sd21_v": (
-        {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20)}
-        | {"block_out_channels": (320, 640, 1280, 1280), "use_linear_projection": True},
-        _VIT_H | {"hidden_act": "gelu"},
-        None,
-        0.18215,
-        {"prediction_type": "v_prediction"},
-    ),
-    "sdxl": (
-        {"sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20)}
-        | {"block_out_channels": (320, 640, 1280), "use_linear_projection": True}
-        | {"transformer_layers_per_block": (1, 2, 10), "addition_time_embed_dim": 256}
-        | {"projection_class_embeddings_input_dim": 2816},
-        _VIT_L,
-        _BIG_G | {"hidden_act": "gelu", "projection_dim": 1280},
-        0.13025,
-        {"prediction_type": "epsilon", "timestep_spacing": "leading"},
-    ),
-}
 _TINY: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 8, "cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 8}
     | {"block_out_channels": (16, 16, 32, 32)},
@@ -90,21 +48,20 @@ _TINY: dict[str, dict[str, Any]] = {
     | {"transformer_layers_per_block": (1, 1, 2), "addition_time_embed_dim": 8}
     | {"projection_class_embeddings_input_dim": 24 + 6 * 8},
 }
-FAMILIES = tuple(_FULL)
 
 
 def unet_config(family: str, *, tiny: bool = False) -> dict[str, Any]:
     """The keyword arguments of UNet2DConditionModel for a family."""
-    blocks = _XL_BLOCKS if family == "sdxl" else _SD_BLOCKS
-    return {**(_TINY[family] if tiny else _FULL[family][0]), **blocks}
+    return {**family_configs(family)["unet"], **(_TINY[family] if tiny else {})}
 
 
 def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipeline:
     """The pipeline of a family in float32, with random weights drawn from `seed`."""
-    _, first, second, _, scheduler = _FULL[family]
+    configs = family_configs(family)
+    first, second, scheduler = (configs[part] for part in ("text_encoder", "text_encoder_2", "scheduler"))
     if tiny:
         first = first | _TINY_TEXT
-        second = None if second is None else second | _TINY_TEXT | {"hidden_size": 24, "projection_dim": 24}
+        second = second and second | _TINY_TEXT | {"hidden_size": 24, "projection_dim": 24}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: dict[str, Any] = {
@@ -112,7 +69,7 @@ def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipelin
             "vae": build_vae(family, tiny=tiny),
             "text_encoder": CLIPTextModel(_text(first, tiny=tiny)),
         }
-        if second is not None:
+        if second:
             parts["text_encoder_2"] = CLIPTextModelWithProjection(_text(second, tiny=tiny))
     for module in parts.values():
         module.eval().requires_grad_(False)
@@ -120,9 +77,9 @@ def build(family: str, *, tiny: bool = False, seed: int = 0) -> DiffusionPipelin
     tokenizer.model_max_length = _TOKENS
     parts["tokenizer"] = tokenizer
     if family == "sdxl":
-        euler = EulerDiscreteScheduler(**_BETAS, **scheduler)
+        euler = EulerDiscreteScheduler(**scheduler, timestep_spacing="leading")
         return StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, scheduler=euler)
-    ddim = DDIMScheduler(**_BETAS, **scheduler, clip_sample=False, set_alpha_to_one=False)
+    ddim = DDIMScheduler(**scheduler, clip_sample=False, set_alpha_to_one=False)
     plain = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(**parts, scheduler=ddim, **plain)
 
@@ -137,7 +94,7 @@ def build_vae(family: str, *, tiny: bool = False) -> AutoencoderKL:
         layers_per_block=1 if tiny else 2,
         latent_channels=4,
         norm_num_groups=8 if tiny else 32,
-        scaling_factor=_FULL[family][3],
+        scaling_factor=family_configs(family)["vae"]["scaling_factor"],
     )
 
 
