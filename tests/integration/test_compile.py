@@ -1,0 +1,88 @@
+"""Compiled blocks: no graph breaks, no compiling after the first update, and gradients equal to those of eager code."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from stepdistill.config import Phase
+from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
+from stepdistill.training.phase import losses_and_gradients
+from stepdistill.training.samples import Samples
+from tests.conftest import build_tiny_unet
+from tests.unit.test_gradients import Denoiser, fill, make_batch
+from tests.unit.test_half_precision import optimizer_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler"),
+]
+
+
+def network_of(*, compiles, checkpointing):
+    network = SharedNetwork.with_student_and_teacher(
+        build_tiny_unet(), rank=4, seed=0, gradient_checkpointing=checkpointing, compiles=compiles
+    )
+    fill(network, STUDENT, 100)
+    fill(network, TEACHER, 200)
+    options = {"trunk": "lora", "heads": "multi", "paired": False, "rank": 4, "seed": 3}
+    discriminator = Discriminator(network, sample_size=8, **options)
+    fill(network, DISCRIMINATOR, 300)
+    return network, discriminator
+
+
+def gradients(network, discriminator, noise_path):
+    """The gradients of an mse and of an adversarial update: teacher, student, discriminator, trained and frozen."""
+    student = Denoiser(network, STUDENT, noise_path, "epsilon", trains=True)
+    teacher = Denoiser(network, TEACHER, noise_path, "epsilon")
+    for phase in (Phase(objective="mse"), Phase(objective="single")):
+        samples = Samples(
+            make_batch(noise_path), student=student, teacher=teacher, discriminator=discriminator
+        )
+        losses_and_gradients(samples, phase, torch.Tensor.backward)
+    parameters = {**network.group(STUDENT), **network.group(DISCRIMINATOR)}
+    found = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_are_equal_and_compiled_once(noise_path, checkpointing):
+    torch._dynamo.reset()
+    counters.clear()
+    eager = gradients(*network_of(compiles=False, checkpointing=checkpointing), noise_path)
+    assert counters["stats"]["unique_graphs"] == 0
+    compiled = network_of(compiles=True, checkpointing=checkpointing)
+    first = gradients(*compiled, noise_path)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 4  # of two kinds of blocks for each role
+    again = [gradients(*compiled, noise_path) for _ in range(3)]
+    assert counters["stats"]["unique_graphs"] == graphs, "a block was compiled again"
+    assert not counters["graph_break"]
+    for name, gradient in eager.items():
+        assert torch.allclose(first[name], gradient, rtol=1e-4, atol=1e-5), name
+    for repeated in again:
+        assert all(torch.equal(repeated[name], first[name]) for name in first)
+
+
+def test_a_compiled_training_continued_from_its_state_is_bit_identical(noise_path):
+    def trained(network, discriminator, updates, state=None):
+        optimizer = optimizer_of(network.weights(STUDENT))
+        if state is not None:
+            network.load_adapter_state(STUDENT, state[0])
+            optimizer.load_state_dict(state[1])
+        student = Denoiser(network, STUDENT, noise_path, "epsilon", trains=True)
+        teacher = Denoiser(network, TEACHER, noise_path, "epsilon")
+        for _ in range(updates):
+            samples = Samples(make_batch(noise_path), student=student, teacher=teacher)
+            losses_and_gradients(samples, Phase(objective="mse"), torch.Tensor.backward)
+            optimizer.step()
+        return network.adapter_state(STUDENT), optimizer.state_dict()
+
+    straight, _ = trained(*network_of(compiles=True, checkpointing=True), 4)
+    half = trained(*network_of(compiles=True, checkpointing=True), 2)
+    resumed, _ = trained(*network_of(compiles=True, checkpointing=True), 2, half)
+    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
