@@ -4,7 +4,9 @@
 
 The bare passes run the network alone on the phase's batch, each timed in the same process: the teacher's evaluations, one
 LoRA forward and backward of the student, and encoder passes of the discriminator. The time spent waiting for data comes from
-a rung's log. Preparing is timed on photograph-sized JPEGs with a VAE of Stable Diffusion's size.
+a rung's log.
+Preparing is timed on photograph-sized JPEGs with a VAE of Stable Diffusion's size. What Python takes is timed on SDXL's
+module tree with few channels, where computing takes nearly nothing.
 """
 
 import argparse
@@ -19,8 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
-from random_teacher import build, build_vae
+from random_teacher import build, build_vae, unet_config
 
 from stepdistill.config import Data, Phase, RunConfig, Rung
 from stepdistill.config.load import load_config
@@ -37,6 +40,7 @@ from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.ladder import distill
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator, build_discriminator
+from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan import phase_forwards
@@ -201,6 +205,41 @@ def bench_preparing(scratch: Path, *, images: int = 8, side: int = 192) -> dict:
     return {"pictures": images, "side": side, "seconds": round(whole, 3), "ratio": round(whole / bare, 3)}
 
 
+def bench_host(iterations: int) -> dict:
+    """Milliseconds that Python takes for SDXL's modules: a role switch, forward passes, and a student's update pass with and
+    without recomputation."""
+    few = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "attention_head_dim": (1, 2, 2)}
+    few |= {"cross_attention_dim": 16, "sample_size": 8, "addition_time_embed_dim": 8}
+    few |= {"projection_class_embeddings_input_dim": 24 + 6 * 8}
+    unet = UNet2DConditionModel(**(unet_config("sdxl") | few)).eval().requires_grad_(False)
+    network = SharedNetwork.with_student_and_teacher(unet, rank=4, seed=0, gradient_checkpointing=True)
+    added = {"text_embeds": torch.randn(1, 24), "time_ids": torch.zeros(1, 6)}
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), Conditioning(torch.randn(1, 8, 16), added))
+
+    def forward(adapter: str | None) -> None:
+        with torch.no_grad(), network.using(adapter):
+            network.ask(*inputs)
+
+    def update_pass() -> None:
+        with network.using(STUDENT):
+            network.ask(*inputs).square().mean().backward()
+
+    def switches() -> None:
+        for _ in range(1000):
+            with network.using(TEACHER):
+                pass
+
+    found = {
+        "modules": sum(1 for _ in unet.modules()),
+        "switch_ms": round(timed(switches, 3), 5),  # of 1000 in seconds, so of one in milliseconds
+        "base_forward_ms": round(1000 * timed(lambda: forward(None), iterations), 1),
+        "lora_forward_ms": round(1000 * timed(lambda: forward(STUDENT), iterations), 1),
+        "recomputed_pass_ms": round(1000 * timed(update_pass, iterations), 1),
+    }
+    unet.disable_gradient_checkpointing()
+    return found | {"pass_ms": round(1000 * timed(update_pass, iterations), 1)}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Measures iteration time against bare U-Net passes, per phase."
@@ -218,6 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         waiting = bench_waiting(config, args.iterations)
         preparing = bench_preparing(Path(scratch))
+    host = bench_host(args.iterations)
     for row in rows:
         print(
             f"{row['rung']:>10} {row['objective']:>7}  {row['iteration_seconds']:.3f} s an iteration, "
@@ -227,8 +267,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"waiting for data: {waiting['share']:.2%} of an iteration")
     print(f"an update of the whole loop: {waiting['loop_ratio']:.2f} times its iteration alone")
     print(f"preparing: {preparing['ratio']:.2f} times the bare encoding of {preparing['pictures']} images")
+    print("Python on SDXL's modules: " + ", ".join(f"{name} {value}" for name, value in host.items()))
     if args.output:
         results = {"environment": environment(), "rows": rows, "waiting": waiting, "preparing": preparing}
+        results["host"] = host
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=2) + "\n")
     return 0

@@ -2,15 +2,22 @@
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eval.random_teacher import unet_config
 from stepdistill.models import adapters
 from stepdistill.models.lora_layers import LoraConv2d, LoraLinear
+from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.unet import LORA_TARGETS
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
+from stepdistill.plan.cards import CARDS
+from stepdistill.plan.tracker import Tracker, gpu_kernels
 from tests.conftest import build_tiny_unet, make_conditioning, randn
 from tests.unit.test_gradients import fill, make_network
+
+KERNELS_OF_SDXL = {None: 1856, STUDENT: 3421}
 
 
 class Operations(TorchDispatchMode):
@@ -175,3 +182,25 @@ def test_all_layers_read_one_object_also_after_adapters_come_and_go():
     before = {name: p.requires_grad for name, p in network.model.named_parameters()}
     with network.using(STUDENT, frozen=[STUDENT]):
         assert {name: p.requires_grad for name, p in network.model.named_parameters()} == before
+
+
+def kernels_of(family, adapter):
+    """The kernels of one forward pass of a U-Net of full size in bfloat16, without views."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**unet_config(family)).to(torch.bfloat16).eval().requires_grad_(False)
+        network = SharedNetwork(unet)
+        network.add_adapter(STUDENT, rank=64, seed=0)
+        hidden = torch.empty(1, 77, unet.config.cross_attention_dim, dtype=torch.bfloat16)
+        added = {"text_embeds": torch.empty(1, 1280, dtype=torch.bfloat16), "time_ids": torch.empty(1, 6)}
+        conditioning = Conditioning(hidden, added if family == "sdxl" else {})
+        side = unet.config.sample_size
+        sample, timesteps = torch.empty(1, 4, side, side), torch.empty(1, dtype=torch.int64)
+    with gpu_kernels(), Tracker(CARDS["h100"]) as tracker, torch.no_grad(), network.using(adapter):
+        network.ask(sample, timesteps, conditioning)
+    return tracker.work["all"].kernels
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_forward_pass_at_full_size():
+    """Two more for each layer that a LoRA adapts, and none to cast; peft's layers under autocast took 8,931."""
+    assert {adapter: kernels_of("sdxl", adapter) for adapter in (None, STUDENT)} == KERNELS_OF_SDXL
