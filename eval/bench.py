@@ -4,8 +4,8 @@
 
 The bare passes run the network alone on the phase's batch, each timed in the same process: the teacher's evaluations, one
 LoRA forward and backward of the student, and encoder passes of the discriminator. The time spent waiting for data comes from
-a rung's log. Preparing is timed on photograph-sized JPEGs with a VAE of Stable Diffusion's size. What Python takes is timed on SDXL's
-module tree with few channels, where computing takes nearly nothing.
+a rung's log. Preparing is timed on photograph-sized JPEGs with a VAE of Stable Diffusion's size. What Python takes is timed
+on SDXL's module tree with few channels, where computing takes nearly nothing.
 """
 
 import argparse
