@@ -103,8 +103,8 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the student's weights, which is the result of each phase; 0 keeps the last weights."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """no: float32; bf16 and fp16: the network computes in bfloat16 or float16. The trained weights, their gradients' sums and
-    the optimiser are always float32. fp16 also scales the loss; it is meant for cards without bfloat16."""
+    """no: float32; bf16 and fp16: the network computes in bfloat16 or float16. Trained weights, sums of gradients and the
+    optimiser are always float32. fp16 also scales the loss; it is meant for cards without bfloat16."""
     base_quantization: Literal["none", "int8", "fp8"] = "none"
     """int8 and fp8 store the base model's linear layers in 8 bits with one scale per row (torchao's weight-only forms; need
     the extra "quantize"), in half of the memory that they take in bfloat16. int8 has the smaller error; the run stops if the
