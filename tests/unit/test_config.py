@@ -300,7 +300,7 @@ def test_the_plan_counts_the_recipes_forwards():
     ]
     plain.append("evaluation.cost_batch_sizes=[]")
     assert evaluation_forwards(load_config(CONFIG, plain)) == config.evaluation.num_images * per_image
-    seeds, sweep, matrix, cost = 32 * (64 + 47), 4 * (3 * 47 + 64), 4 * 5 * 47, 2 * (1 + 32) * per_image
+    seeds, sweep, matrix, cost = 32 * (64 + 47), 4 * (3 * 47 + 64), 4 * 5 * 47, 2 * per_image
     expected = config.evaluation.num_images * (per_image + 64) + seeds + sweep + matrix + cost
     assert evaluation_forwards(config) == expected
     assert "32 -> 8" in describe(config)
