@@ -1,6 +1,5 @@
 """The plan of a run: whether it fits a card, how long it takes there and what it costs, rung by rung; and what would fit."""
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import torch
 
 from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.config.load import changed as with_changes
+from stepdistill.config.plain_yaml import plain_yaml
 from stepdistill.config.saved import resolved
 from stepdistill.plan.cards import Card, nearest_card
 from stepdistill.plan.dry_update import DryRun, UpdateCost
@@ -202,16 +203,9 @@ def _savings(config: RunConfig) -> Iterator[tuple[list[str], str]]:
 
 
 def changed(config: RunConfig, changes: list[str]) -> RunConfig:
-    """The config with key=value changes of numbers and words in its sections."""
-    raw = copy.deepcopy(resolved(config))
-    for change in changes:
-        key, _, value = change.partition("=")
-        place = raw
-        *sections, name = key.split(".")
-        for section in sections:
-            place = place[section]
-        place[name] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)
-    return RunConfig.model_validate(raw)
+    """The config with key=value changes."""
+    pairs = (change.partition("=") for change in changes)
+    return with_changes(resolved(config), {key: plain_yaml(value) for key, _, value in pairs})
 
 
 def card_here() -> Card | None:
