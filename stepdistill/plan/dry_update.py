@@ -25,7 +25,6 @@ from stepdistill.training.optim import RoleOptimizer
 from stepdistill.training.phase import losses_and_gradients, optimizers_of
 from stepdistill.training.samples import Samples
 
-_TOKENS = 77
 _MOMENTS = {"adam": 8.0, "adamw": 8.0, "adam8bit": 2 + 8 / 256, "prodigy": 16.0}
 """Bytes per parameter that an optimiser keeps; adam8bit has a float32 scale for each moment and 256 parameters."""
 _ACTIVATIONS = "activations"

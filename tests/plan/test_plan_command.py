@@ -72,9 +72,7 @@ def test_a_run_that_does_not_fit_ends_with_code_2_and_names_what_would():
     changes, smaller = smaller_run(config, facts, card)
     assert smaller.fits
     assert changes[0].startswith("training.")
-    from stepdistill.config.load import load_config as again
-
-    checked = again(LETTERS, ["training.train_batch_size=4096", "evaluation.batch_size=1", *changes])
+    checked = load_config(LETTERS, ["training.train_batch_size=4096", "evaluation.batch_size=1", *changes])
     assert plan_run(checked, facts, card).peak == smaller.peak
     samples = checked.training.train_batch_size * checked.training.gradient_accumulation_steps
     assert samples == 4096

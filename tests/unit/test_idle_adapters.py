@@ -16,7 +16,7 @@ def devices(network, name):
 
 
 def test_a_parked_adapter_comes_back_when_it_is_used(monkeypatch):
-    """On a machine without a GPU the meta device stands for it: what is there cannot be computed with."""
+    """Each move between devices is recorded, because on a machine without a GPU both are the CPU."""
     network = make_network()
     fill(network, TEACHER, 200)
     state = network.adapter_state(TEACHER)
