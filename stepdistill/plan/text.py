@@ -61,11 +61,12 @@ def measured_line(cost: PhaseCost, measured: MeasuredUpdate) -> str:
 
 
 def _memory(plan: RunPlan) -> Iterator[str]:
-    shown = list({_alike(cost): cost for cost in reversed(plan.phases)}.values())[::-1]
+    titles = list(dict.fromkeys(cost.phase.title for cost in plan.phases))
+    largest = ([cost for cost in plan.phases if cost.phase.title == title] for title in titles)
+    shown = [max(costs, key=lambda cost: cost.update.peak) for costs in largest]
     names = list(dict.fromkeys(name for cost in shown for name in cost.update.parts))
-    yield "memory at the peak, GiB"
+    yield "memory at the peak of the largest phase of each kind, GiB"
     width = max(map(len, (*names, *plan.stages)))
-    titles = [_alike(cost) for cost in shown]
     yield f"  {'':{width}}  " + "  ".join(f"{title:>{max(8, len(title))}}" for title in titles)
     rows = [(name, [cost.update.parts.get(name, 0) for cost in shown]) for name in names]
     rows.append(("in all", [cost.update.peak for cost in shown]))
@@ -74,11 +75,6 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         yield f"  {name:{width}}  " + "  ".join(cells)
     for name, size in plan.stages.items():
         yield f"  {name:{width}}  {size / GIB:>{max(8, len(titles[0]))}.2f}"
-
-
-def _alike(cost: PhaseCost) -> str:
-    """Phases of this name have the same memory, but for the first rung's, whose teacher takes two passes."""
-    return cost.phase.title
 
 
 def _time(plan: RunPlan) -> Iterator[str]:
