@@ -170,6 +170,7 @@ VARIANTS: dict[str, Change] = {
     "loss-in-epsilon": with_mse(loss_space="epsilon"),
     "loss-in-v": with_mse(loss_space="v_prediction"),
     "ema-.95": with_training(ema_decay=0.95),
+    "bfloat16": with_training(mixed_precision="bf16"),
     "skip-level": skip_level,
     "cached-twice": cached_twice,
     "even-updates": even_updates,
