@@ -3,8 +3,9 @@
     python eval/ablations.py [--config configs/letters.yaml] [--only NAME ...] [--seeds 10 11 12] [key=value ...]
 
 A variant (eval/variants.py) changes the config, mostly its ladder. The updates of the changed rungs, and of the rungs below
-them, are then scaled so that all training takes as many forwards as the default. Leading rungs that a variant shares with
-the default are not trained again. A tenth of the captions is held out from training, and only these captions are drawn.
+them, are then scaled so that all training takes as many forwards as the default; --equal-updates leaves them as they are.
+Leading rungs that a variant shares with the default are not trained again. A tenth of the captions is held out from
+training, and only these captions are drawn.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 
+from peers.methods import named
 from side_by_side import (
     MAIN,
     MEASURES,
@@ -27,7 +29,7 @@ from side_by_side import (
     summary,
     write,
 )
-from variants import VARIANTS, variant
+from variants import VARIANTS, variant, varied
 
 from stepdistill import plan
 from stepdistill.evaluation.check import check_evaluation
@@ -66,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     # compare_peers.py uses other seeds, so a choice made here is not measured there on the same noise
     arguments(parser, output="eval/results/ablations", output_dir="runs/ablations", seeds=(10, 11, 12))
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--equal-updates", action="store_true", help="in place of equal forwards")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     made_at, chosen = source_commit(), list(dict.fromkeys(["default", *args.only]))
@@ -76,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         base, loras, first = base_config(args, seed), [], None
         for name in chosen:
             method = variant(name)
-            config = method.config(base, budget, 1.0)
+            config = (
+                named(varied(name, base), name) if args.equal_updates else method.config(base, budget, 1.0)
+            )
             share_cache(base, config)
             share_rungs(first or config, config)
             method.train(config, budget, 1.0)

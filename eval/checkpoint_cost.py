@@ -18,57 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import CONFIGS, estimate
+from full_size import CARDS
+from timing.clock import seconds_of
+from timing.phases import phase_state
 
 from stepdistill.config import RunConfig
 from stepdistill.config.load import load_config
 from stepdistill.config.sections import CheckpointOptions
 from stepdistill.data.prepare import prepare
-from stepdistill.ladder import load_shared
-from stepdistill.models.denoiser import Denoiser
-from stepdistill.models.discriminator import build_discriminator
-from stepdistill.models.shared_network import STUDENT
+from stepdistill.plan.dry_update import MOMENTS
+from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.runtime import Runtime, environment
 from stepdistill.stages import open_run
+from stepdistill.teacher.families import plannable_facts
 from stepdistill.training.checkpoint import Checkpoints, Identity
+from stepdistill.training.losses import roles_of
 from stepdistill.training.micro_batches import MicroBatches
-from stepdistill.training.phase import PhaseState, copied, update
-from stepdistill.training.phase_setup import PhaseSetup
+from stepdistill.training.phase import copied, update
 
 POSITION, PHASE = 2, 1  # the letters' 8 -> 4 rung, its adversarial phase
 LARGE = 2**29
-_PER_PARAMETER = 3 * 4  # a float32 parameter and Adam's two moments
-_IN_ESTIMATE = 4 * 4  # full_size.py also counts the gradient
+_FLOAT32 = 4
 _INTERVAL = 60 * (CheckpointOptions().every_minutes or 0)
-
-
-def phase_state(config: RunConfig, runtime: Runtime) -> tuple[PhaseSetup, PhaseState]:
-    """The adversarial phase before its first update."""
-    rung = config.ladder[POSITION]
-    phase = rung.phases[PHASE].model_copy(update={"max_train_steps": 10_000})
-    shared = load_shared(config, runtime)
-    student = Denoiser(shared.network, STUDENT, shared.noise_path, "epsilon", trains=True)
-    discriminator = build_discriminator(
-        shared.network,
-        phase,
-        base=shared.base,
-        rank=config.lora.rank,
-        seed=0,
-        sample_size=shared.cache.smallest_side,
-    )
-    setup = PhaseSetup(
-        rung=rung,
-        phase=phase,
-        number=PHASE,
-        training=config.training,
-        seed=config.seed,
-        student=student,
-        teacher=shared.undistilled,
-        discriminator=discriminator,
-        cache=shared.cache,
-        preview=lambda _name: None,
-    )
-    return setup, PhaseState(setup, runtime)
 
 
 def writer(folder: Path) -> Checkpoints:
@@ -78,17 +49,12 @@ def writer(folder: Path) -> Checkpoints:
     return Checkpoints(folder, identity, every_minutes=0, keep=2, seconds=0.0)
 
 
-def seconds_of(action: Any) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
 def measured(config: RunConfig, place: Path, updates: int) -> dict[str, float]:
     """Medians over the updates: seconds of an update, also while a checkpoint is written; of the copy; of the writing; and
     the bytes of a checkpoint."""
     runtime = Runtime()
-    setup, state = phase_state(config, runtime)
+    phase = config.ladder[POSITION].phases[PHASE].model_copy(update={"max_train_steps": 10_000})
+    setup, state = phase_state(config, POSITION, phase, runtime)
     batches, checkpoints = MicroBatches(setup, runtime), writer(place)
     alone, beside, copying, writing = [], [], [], []
     update(setup, state, batches, runtime)
@@ -122,11 +88,15 @@ def rates(place: Path) -> dict[str, float]:
     return {"copy": min(copies) / LARGE, "write": min(writes) / LARGE}
 
 
-def computed(path: str, family: str, per_byte: dict[str, float]) -> dict[str, float]:
-    """Bytes of a checkpoint of a shipped config at full size, and its seconds at the measured rates."""
-    found = estimate(load_config(path), family)
-    discriminator = max(phase.get("discriminator", 0) for phase in found["phases"].values())
-    size = (found["parts"]["student"] + discriminator) * _PER_PARAMETER // _IN_ESTIMATE
+def computed(name: str, per_byte: dict[str, float]) -> dict[str, float]:
+    """Bytes of the largest checkpoint of a shipped config at full size, and its seconds at the measured rates."""
+    config = load_config(name)
+    rehearsal, count = Rehearsal(config, plannable_facts(config), device="meta"), 0
+    for phase in (phase for rung in config.ladder for phase in rung.phases):
+        with torch.device("meta"), rehearsal.discriminator_of(phase):
+            roles = [rehearsal.network.weights(role) for role in roles_of(phase)]
+            count = max(count, sum(weights.master.numel() for weights in roles))
+    size = count * round(_FLOAT32 + MOMENTS[config.training.optimizer])
     return {
         "bytes": size,
         "stall_seconds": size * per_byte["copy"],
@@ -162,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         letters = measured(config, Path(place) / "checkpoints", args.updates)
         per_byte = rates(Path(place) / "large")
     letters["writing_seconds"] = letters["update_and_writing_seconds"] - letters["update_seconds"]
-    full_size = {name: computed(name, family, per_byte) for name, family in CONFIGS.items()}
+    full_size = {name: computed(name, per_byte) for name in CARDS}
     results = {"environment": environment(), "rates": per_byte, "letters": letters, "full_size": full_size}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")

@@ -4,6 +4,7 @@ A Change edits the config in place, as read from YAML (Raw); mostly it edits the
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -188,12 +189,13 @@ VARIANTS: dict[str, Change] = {
 }
 
 
+def varied(name: str, config: RunConfig) -> RunConfig:
+    """The config with the change `VARIANTS[name]`."""
+    raw = resolved(config)
+    VARIANTS[name](raw)
+    return parse_config(raw)
+
+
 def variant(name: str) -> Method:
     """The method that trains the default recipe with the change `VARIANTS[name]`."""
-
-    def change(config: RunConfig) -> RunConfig:
-        raw = resolved(config)
-        VARIANTS[name](raw)
-        return parse_config(raw)
-
-    return ladder_method(name, change)
+    return ladder_method(name, functools.partial(varied, name))

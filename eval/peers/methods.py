@@ -78,13 +78,14 @@ def scaled(config: RunConfig, *, budget: float, keep: int = 0, factor: float = 1
     return parse_config(raw)
 
 
-def _named(config: RunConfig, name: str) -> RunConfig:
+def named(config: RunConfig, name: str) -> RunConfig:
+    """The config as the run of a method, one per seed."""
     return config.model_copy(update={"name": f"{name}-s{config.seed}"})
 
 
 def _peer(config: RunConfig, name: str) -> RunConfig:
     """The config of a method without a ladder."""
-    return _named(config.model_copy(update={"ladder": ()}), name)
+    return named(config.model_copy(update={"ladder": ()}), name)
 
 
 def ladder_method(name: str, change: Callable[[RunConfig], RunConfig], *, note: str = "") -> Method:
@@ -99,8 +100,8 @@ def ladder_method(name: str, change: Callable[[RunConfig], RunConfig], *, note: 
         pairs = zip(changed.ladder, base.ladder, strict=False)
         keep = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
         if keep == len(changed.ladder):
-            return _named(scaled(changed, budget=plan.training_forwards(base), factor=factor), name)
-        return _named(scaled(changed, budget=budget, keep=keep, factor=factor), name)
+            return named(scaled(changed, budget=plan.training_forwards(base), factor=factor), name)
+        return named(scaled(changed, budget=budget, keep=keep, factor=factor), name)
 
     def train(config: RunConfig, _budget: float, _factor: float) -> None:
         stages.prepare(config)

@@ -113,6 +113,9 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     compile: Annotated[bool, Affects.NOTHING] = False
     """Compile the repeated blocks of the network with torch.compile: fewer and larger kernels on a GPU, after some minutes
     of compiling; it changes results only by rounding. Needs a C++ compiler. On a CPU it gains little."""
+    channels_last: Annotated[bool, Affects.NOTHING] = False
+    """Store images between layers with the channels of a pixel side by side (torch's channels_last memory format), as GPUs'
+    matrix units read them in convolutions; it changes results only by rounding. Whether it is faster depends on the GPU."""
     gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     memory_budget: Annotated[MemorySize | None, Affects.NOTHING] = None

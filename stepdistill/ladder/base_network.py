@@ -1,4 +1,5 @@
-"""Loads the base network for training, in 8 bits if asked, and then only if its output stays close to the original's."""
+"""Loads the base network for training: in the run's dtype and memory format, and in 8 bits if asked, but then only if its
+output stays close to the original's."""
 
 import logging
 from pathlib import Path
@@ -35,7 +36,7 @@ def load_base(base: Path, config: RunConfig, runtime: Runtime) -> Any:
                 f"{MAX_QUANTIZATION_ERROR:.0%}; fix: training.base_quantization=none"
             )
         logger.info("distill: the base model in %s: its output is %.2f %% off", kind, 100 * error)
-    return unet
+    return unet.to(memory_format=torch.channels_last) if config.training.channels_last else unet
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.disk.durable import read_sealed, sha256_json
 from stepdistill.ladder.base_network import load_base
+from stepdistill.models.attention import log_attention
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.plan.budget import Keeps, kept_modules
@@ -103,6 +104,8 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     facts = TeacherFacts.of_folder(base)
     keeps = kept_modules(config, facts)
     unet = load_base(base, config, runtime)
+    if runtime.is_main:
+        log_attention(unet, dtype=runtime.weight_dtype, device=runtime.device)
     network = SharedNetwork.with_student_and_teacher(
         unet,
         rank=config.lora.rank,

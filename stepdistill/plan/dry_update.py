@@ -25,7 +25,7 @@ from stepdistill.training.optim import RoleOptimizer
 from stepdistill.training.phase import losses_and_gradients, optimizers_of
 from stepdistill.training.samples import Samples
 
-_MOMENTS = {"adam": 8.0, "adamw": 8.0, "adam8bit": 2 + 8 / 256, "prodigy": 16.0}
+MOMENTS = {"adam": 8.0, "adamw": 8.0, "adam8bit": 2 + 8 / 256, "prodigy": 16.0}
 """Bytes per parameter that an optimiser keeps; adam8bit has a float32 scale for each moment and 256 parameters."""
 _ACTIVATIONS = "activations"
 _OPTIMISER = "optimiser"
@@ -115,7 +115,7 @@ class DryRun:
         part = _Parts(self.network, is_adversarial=phase.adversary is not None)
         tracker = Tracker(self._card, label=part.current)
         rates = dict.fromkeys(learning_roles, 1e-4)
-        # other optimisers have other moments (_MOMENTS) and about the same work
+        # other optimisers have other moments (MOMENTS) and about the same work
         traced = training.model_copy(update={"optimizer": "adam"})
         optimizers = optimizers_of(phase, traced, self.network, rates)
         for optimizer in optimizers.values():
@@ -169,8 +169,8 @@ class DryRun:
                 tracker.hold([optimizer.weights.master.grad], f"{role}: gradient")
                 tracker.hold(optimizer.tensors(), f"{role}: moments")
                 count = optimizer.weights.master.numel()
-                bytes_each = _MOMENTS[self._config.training.optimizer]
-                tracker.hold_bytes(round(count * (bytes_each - _MOMENTS["adam"])), f"{role}: moments")
+                bytes_each = MOMENTS[self._config.training.optimizer]
+                tracker.hold_bytes(round(count * (bytes_each - MOMENTS["adam"])), f"{role}: moments")
         teacher = [p for name, p in self.network.model.named_parameters() if f".{TEACHER}." in name]
         if phase.asks_teacher:  # else it is parked on the CPU
             tracker.hold(teacher, "teacher: weights")

@@ -43,10 +43,10 @@ class RealRun:
         self.device = default_device()
         self._before = psutil.Process().memory_info().rss
         self._config = config
-        self._rehearsal = Rehearsal(config, facts, device=str(self.device))
+        self._rehearsal = Rehearsal(config, facts, device=str(self.device), compiles=True)
 
     def update(self, rung: Rung, phase: Phase, *, keeps: Collection[str] = ()) -> MeasuredUpdate:
-        """Makes two updates of a phase."""
+        """Makes two updates of a phase; the first one compiles the blocks if training.compile is on."""
         network, training = self._rehearsal.network, self._config.training
         network.keep_activations(keeps)
         with torch.device(self.device), self._rehearsal.discriminator_of(phase) as discriminator:

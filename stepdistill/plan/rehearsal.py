@@ -76,9 +76,12 @@ class Rehearsal:
         config: the run.
         facts: the teacher's configs.
         device: where everything is.
+        compiles: compile the blocks if the run does; what is counted on the meta device is eager code.
     """
 
-    def __init__(self, config: RunConfig, facts: TeacherFacts, *, device: str) -> None:
+    def __init__(
+        self, config: RunConfig, facts: TeacherFacts, *, device: str, compiles: bool = False
+    ) -> None:
         self.config, self.facts, self.device = config, facts, device
         dtype = WEIGHT_DTYPES[config.training.mixed_precision]
         size = Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple).target
@@ -105,6 +108,7 @@ class Rehearsal:
                 rank=config.lora.rank,
                 seed=0,
                 gradient_checkpointing=config.training.gradient_checkpointing,
+                compiles=compiles and config.training.compile,
             )
         path, _ = load_noise_path(facts.scheduler)
         self._path = _KnownEnd(path.alphas_cumprod.to(device), facts.is_zero_snr)

@@ -127,6 +127,29 @@ def test_stopped_at_any_update_it_continues_to_equal_weights_and_an_equal_log(
     assert files_below(stopped.run_dir / "rungs") == files_below(straight.run_dir / "rungs")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_with_8_bit_adam_and_micro_batches_it_continues_to_equal_weights(
+    cache, tmp_path, monkeypatch
+):
+    pytest.importorskip("torchao")
+    overrides = [
+        *("training.compile=true", "training.optimizer=adam8bit", "training.mixed_precision=bf16"),
+        *("training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2"),
+        "training.train_batch_size=2",
+    ]
+    straight, stopped = (
+        prepared(config_of(tmp_path / name, LADDERS["mse, paired, single"], *overrides), cache)
+        for name in ("straight", "stopped")
+    )
+    stages.distill(straight)
+    for after in (2, 5, 2):  # within each phase of the first rung, and within the second rung
+        distill_and_stop(stopped, monkeypatch, after=after)
+    stages.distill(stopped)
+    assert weights_of(stopped) == weights_of(straight)
+    assert log_of(stopped) == log_of(straight)
+
+
 @pytest.fixture(scope="module")
 def interrupted_once(cache, tmp_path_factory):
     """The folder of a run that was stopped after two updates of its second phase."""

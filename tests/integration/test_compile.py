@@ -1,5 +1,6 @@
 """Compiled blocks: no graph breaks, no compiling after the first update, and gradients equal to those of eager code."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -86,3 +87,24 @@ def test_a_compiled_training_continued_from_its_state_is_bit_identical(noise_pat
     half = trained(*network_of(compiles=True, checkpointing=True), 2)
     resumed, _ = trained(*network_of(compiles=True, checkpointing=True), 2, half)
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
+def test_micro_batches_of_compiled_blocks_add_up_to_the_eager_gradient(noise_path):
+    """The float32 sums of the gradients of three micro-batches of one sample are the gradient of the batch of three."""
+    phase = Phase(objective="single", discriminator={"real": "data"})
+    whole = dataclasses.replace(make_batch(noise_path), teacher_moves=None)
+
+    def summed(parts, *, compiles):
+        network, discriminator = network_of(compiles=compiles, checkpointing=True)
+        student = Denoiser(network, STUDENT, noise_path, "epsilon", trains=True)
+        optimizers = {role: optimizer_of(network.weights(role)) for role in (STUDENT, DISCRIMINATOR)}
+        for rows in torch.arange(len(whole.noise)).chunk(parts):
+            batch = whole._changed(lambda tensor, rows=rows: tensor[rows])
+            samples = Samples(batch, student=student, teacher=None, discriminator=discriminator)
+            losses_and_gradients(samples, phase, lambda loss: (loss / parts).backward())
+        return {role: optimizer.weights.master.grad for role, optimizer in optimizers.items()}
+
+    eager, compiled = summed(1, compiles=False), summed(3, compiles=True)
+    for role, gradient in eager.items():
+        assert gradient.any()
+        assert torch.allclose(compiled[role], gradient, rtol=1e-4, atol=1e-5), role

@@ -1,0 +1,1 @@
+"""The parts of eval/bench.py, each of which measures one thing."""
