@@ -92,7 +92,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def growth() -> dict[str, list[dict[str, Any]]]:
-    """SDXL's mse and single updates by micro-batch, image size and rank: peak bytes, FLOP and seconds of a micro-batch."""
+    """Updates of SDXL by micro-batch, image size and rank: peak bytes, FLOP and seconds of a micro-batch, by objective."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, changes in GROWTH.items():
         found[name] = []
@@ -102,7 +102,8 @@ def growth() -> dict[str, list[dict[str, Any]]]:
             )
             dry_run = DryRun(config, plannable_facts(config), card_of("rtx4090"))
             rung, row = config.ladder[2], {"value": value}
-            for phase in rung.phases:
+            paired = rung.phases[-1].model_copy(update={"objective": "paired"})
+            for phase in (*rung.phases, paired):
                 cost = dry_run.update(rung, phase)
                 micro = config.training.gradient_accumulation_steps * config.training.train_batch_size
                 each = {"peak": cost.peak, "seconds_per_sample": cost.total.seconds / micro}
@@ -114,14 +115,15 @@ def growth() -> dict[str, list[dict[str, Any]]]:
 def growth_table(found: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown row per value."""
     lines = [
-        "| changed | value | mse, GiB | single, GiB | mse, TFLOP a sample | single | mse, s a sample | single |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| changed | value | mse, GiB | single | paired | mse, TFLOP a sample | single | mse, s a sample | single |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, rows in found.items():
         for row in rows:
             mse, single = row["mse"], row["single"]
             lines.append(
                 f"| {name} | {row['value']} | {mse['peak'] / GIB:.1f} | {single['peak'] / GIB:.1f} | "
+                f"{row['paired']['peak'] / GIB:.1f} | "
                 f"{mse['flop_per_sample'] / 1e12:.1f} | {single['flop_per_sample'] / 1e12:.1f} | "
                 f"{mse['seconds_per_sample']:.2f} | {single['seconds_per_sample']:.2f} |"
             )

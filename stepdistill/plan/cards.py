@@ -3,10 +3,10 @@
 A kernel takes at least what its arithmetic and its memory traffic take at the rates that kernels of such sizes reach, and at
 least the time to launch it:
 
-    seconds = max(FLOP / (_OF_PEAK * peak), bytes / (_OF_BANDWIDTH * bandwidth), _LAUNCH)
+    seconds = max(FLOP / (_OF_PEAK * peak), bytes / (_OF_BANDWIDTH * bandwidth), launch)
 
-The three constants are assumptions from published measurements of large matrix products and copies on these cards, not
-measurements of this package.
+The two shares and the launch of 4 microseconds are assumptions from published measurements of large matrix products and
+copies on these cards, not measurements of this package.
 """
 
 import re
@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from stepdistill.config import ConfigError
 
 _OF_PEAK, _OF_BANDWIDTH = 0.7, 0.85
-_LAUNCH = 4e-6
 _RESERVED_GIB = 0.8
 """What the driver, CUDA's context and the libraries take of a card's memory."""
 
@@ -28,6 +27,7 @@ class Card:
     half        peak of dense bfloat16 or float16 products with float32 sums, FLOP/s
     single      peak of float32 arithmetic, FLOP/s
     bandwidth   of its memory, bytes/s
+    launch      seconds to start a kernel
     """
 
     name: str
@@ -35,6 +35,7 @@ class Card:
     half: float
     single: float
     bandwidth: float
+    launch: float = 4e-6
 
     @property
     def usable_gib(self) -> float:
@@ -44,7 +45,7 @@ class Card:
     def seconds(self, flop: float, moved: float, *, is_half: bool) -> float:
         """The least time of one kernel with so much arithmetic and memory traffic."""
         peak = self.half if is_half else self.single
-        return max(flop / (_OF_PEAK * peak), moved / (_OF_BANDWIDTH * self.bandwidth), _LAUNCH)
+        return max(flop / (_OF_PEAK * peak), moved / (_OF_BANDWIDTH * self.bandwidth), self.launch)
 
 
 CARDS = {

@@ -1,0 +1,262 @@
+"""What `training.compile` saves on a GPU: kernels, memory traffic and least time of SDXL's student pass, counted.
+
+    python eval/compiled_blocks.py [--config configs/sdxl_24gb.yaml] [--batch 1] [--gpu h100] [--output FILE]
+
+The pass is a forward and a backward pass of the student, whole and with recomputation. Eager operations are counted as in
+`stepdistill plan`. Of each kind of compiled block one is compiled for the CPU, at full size in bfloat16, and what its
+compiler leaves after fusion is counted: every fused loop and every call of a library is one kernel. The compiler for GPUs
+fuses by the same rules and has other limits, so its numbers will differ. What lies outside of these blocks stays eager.
+
+The last two rows are a teacher's pass, and the same if starting kernels took no time: what CUDA graphs could save at most.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.virtualized import V
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from stepdistill.config.load import load_config
+from stepdistill.data.batches import Batch
+from stepdistill.models.adapters import lora_layers
+from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
+from stepdistill.plan.cards import Card, card_of
+from stepdistill.plan.dry_update import DryRun
+from stepdistill.plan.rehearsal import Rehearsal
+from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
+from stepdistill.runtime import environment
+from stepdistill.teacher.families import plannable_facts
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a compiled block: its module, positional and keyword arguments, on the meta device."""
+
+    module: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for calls that are compiled to the same code: class, shapes of the weights and of the inputs."""
+        weights = tuple(tuple(p.shape) for p in self.module.parameters())
+        inputs = tuple(
+            (key, tuple(x.shape)) if isinstance(x, torch.Tensor) else (key, x)
+            for key, x in (*enumerate(self.args), *self.kwargs.items())
+        )
+        return type(self.module).__name__, weights, inputs
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """The work of one call of a block: of its forward and of its backward pass."""
+
+    forward: Work
+    backward: Work
+
+
+def calls(network: SharedNetwork, forward: Callable[[], object]) -> list[Call]:
+    """The calls of compiled blocks in a forward pass."""
+    found: list[Call] = []
+
+    def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(Call(module, args, kwargs))
+
+    blocks = [m for m in network.model.modules() if isinstance(m, network.kind.compiled_blocks)]
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def passes(call: Call, device: str) -> tuple[Callable[[], torch.Tensor], torch.nn.Module]:
+    """A forward pass of a copy of the call's module on a device, and that copy. Gradients reach the hidden states and the
+    trained weights, as in training."""
+    module = copy.deepcopy(call.module).to_empty(device=device)
+    for layer in lora_layers(module):
+        layer.active.name = STUDENT
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.02)
+
+    def placed(name: Any, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        new = torch.randn(x.shape, dtype=x.dtype, device=device)
+        return new.requires_grad_(name == 0)
+
+    args = [placed(k, x) for k, x in enumerate(call.args)]
+    kwargs = {k: placed(k, x) for k, x in call.kwargs.items()}
+    return lambda: module(*args, **kwargs), module
+
+
+def eager_work(call: Call, card: Card) -> BlockWork:
+    """The work of a block without compiling, by the plan's tracker."""
+    forward, _ = passes(call, "meta")
+    there, back = Tracker(card), Tracker(card)
+    with there:
+        output = forward()
+    gradient = torch.empty_like(output)
+    with back:
+        output.backward(gradient)
+    return BlockWork(total(there), total(back))
+
+
+def teacher_work(network: SharedNetwork, inputs: Batch, card: Card) -> Work:
+    """The work of a pass of an earlier rung's LoRA without gradients."""
+    tracker = Tracker(card)
+    with torch.no_grad(), tracker, network.using(TEACHER):
+        network.ask(inputs.noise, inputs.timesteps, inputs.conditioning)
+    return total(tracker)
+
+
+def total(tracker: Tracker) -> Work:
+    """The work of all parts."""
+    return sum(tracker.work.values(), Work())
+
+
+def compiled_work(call: Call, card: Card, eager: BlockWork) -> BlockWork:
+    """The work of a block as torch's compiler fuses it; it must do the arithmetic of the eager block."""
+    torch._dynamo.reset()
+    forward, module = passes(call, "cpu")
+    module.compile(fullgraph=True)
+    work = {False: Work(), True: Work()}  # by whether it is the backward pass
+    with counted(work, card):
+        output = forward()
+        output.backward(torch.ones_like(output))
+    assert work[True].kernels, "the backward pass was not compiled"
+    for before, after in zip((eager.forward, eager.backward), (work[False], work[True]), strict=True):
+        assert abs(after.flop / before.flop - 1) < 0.02, "the compiled block does other arithmetic"
+    return BlockWork(work[False], work[True])
+
+
+@contextmanager
+def counted(work: dict[bool, Work], card: Card) -> Iterator[None]:
+    """Inside it, the kernels of all graphs that are compiled are added to `work`."""
+
+    def count(nodes: list[Any]) -> list[Any]:
+        for node in nodes:
+            moved = node.get_read_write_buffers_sizes()
+            if not moved:
+                continue  # a view, or memory that is only named
+            flop = flop_of(node)
+            seconds = card.seconds(flop, moved, is_half=True)
+            work[V.graph.is_backward] += Work(1, flop, moved, 0, seconds)
+        return nodes
+
+    options: dict[str, Any] = {"_post_fusion_custom_pass": count, "force_disable_caches": True}
+    options |= {"cpp.max_horizontal_fusion_size": 1, "layout_optimization": False}  # both concern CPUs
+    with torch._inductor.config.patch(options):
+        yield
+
+
+def flop_of(node: Any) -> int:
+    """The arithmetic of a scheduled kernel that counts: products, convolutions and attention."""
+    if not node.is_extern():
+        return 0
+    known = node.estimate_flops()
+    if known is not None:
+        return int(known)
+    aten = torch.ops.aten
+    for origin in node.node.origins:
+        packet = getattr(origin.target, "overloadpacket", None)
+        values = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in origin.args]
+        shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+        if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+            return int(sdpa_flop_count(*shapes[:3]))
+        if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            return int(sdpa_backward_flop_count(*shapes[:4]))
+        if packet is aten.convolution_backward:
+            return int(flop_registry[packet](*values, out_val=origin.meta["val"]))
+    return 0
+
+
+def counts(config_path: str, batch: int, gpu: str) -> dict[str, Any]:
+    """The student's pass, eager and compiled, whole and with recomputation."""
+    card = card_of(gpu)
+    config = load_config(
+        config_path, [f"training.train_batch_size={batch}", "training.gradient_checkpointing=true"]
+    )
+    facts = plannable_facts(config)
+    segments = [segment.name for segment in DryRun(config, facts, card).segments()]
+    rehearsal = Rehearsal(config, facts, device="meta")
+    network = rehearsal.network
+    with torch.device("meta"):
+        inputs = rehearsal.inputs.micro_batch(has_teacher=False, is_adversarial=False)
+
+    def forward() -> torch.Tensor:
+        with network.using(STUDENT):
+            return network.ask(inputs.noise, inputs.timesteps, inputs.conditioning)
+
+    found: dict[str, Any] = {"card": card.name, "batch": batch}
+    with torch.device("meta"), gpu_kernels():
+        network.keep_activations(segments)
+        found_calls = calls(network, forward)
+        eager = {}
+        for name, kept in (("whole", segments), ("recomputing", [])):
+            network.keep_activations(kept)
+            tracker = Tracker(card)
+            with tracker:
+                forward().square().mean().backward()
+            eager[name] = total(tracker)
+        kinds = {call.kind: call for call in found_calls}
+        blocks = {kind: eager_work(call, card) for kind, call in kinds.items()}
+        found["teacher"] = {
+            name: vars(teacher_work(network, inputs, at))
+            for name, at in (("eager", card), ("without launches", replace(card, launch=0.0)))
+        }
+    many = Counter(call.kind for call in found_calls)
+    compiled = {}
+    for kind, call in kinds.items():
+        compiled[kind] = compiled_work(call, card, blocks[kind])
+        print(
+            kind[0],
+            many[kind],
+            *(f"{vars(w)}" for w in (blocks[kind], compiled[kind])),
+            sep="\n  ",
+            flush=True,
+        )
+    for name, work in eager.items():
+        times = 2 if name == "recomputing" else 1
+        change = Work()
+        for kind, count in many.items():
+            before, after = blocks[kind], compiled[kind]
+            change += (after.forward + before.forward * -1) * (times * count)
+            change += (after.backward + before.backward * -1) * count
+        found[name] = {"eager": vars(work), "compiled": vars(work + change)}
+    return found | {"blocks": sum(many.values()), "kinds": len(kinds)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Counts what compiled blocks do on a GPU, without one.")
+    parser.add_argument("--config", default="configs/sdxl_24gb.yaml")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(argv)
+    found = counts(args.config, args.batch, args.gpu)
+    for name in ("whole", "recomputing", "teacher"):
+        for kind, work in found[name].items():
+            print(
+                f"{name:>11} {kind:>16}: {work['kernels']:.0f} kernels, {work['moved'] / GIB:.1f} GiB, "
+                f"{work['flop'] / 1e12:.1f} TFLOP, {1000 * work['seconds'] / args.batch:.0f} ms a sample on {found['card']}"
+            )
+    if args.output:
+        args.output.write_text(json.dumps(found | {"environment": environment()}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
