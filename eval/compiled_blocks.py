@@ -25,8 +25,8 @@ import torch
 from torch._inductor.virtualized import V
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from stepdistill.config import RunConfig
 from stepdistill.config.load import load_config
-from stepdistill.data.batches import Batch
 from stepdistill.models.adapters import lora_layers
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.cards import Card, card_of
@@ -68,17 +68,17 @@ class BlockWork:
 
 def calls(network: SharedNetwork, forward: Callable[[], object]) -> list[Call]:
     """The calls of compiled blocks in a forward pass."""
-    found: list[Call] = []
+    noted: list[Call] = []
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(Call(module, args, kwargs))
+        noted.append(Call(module, args, kwargs))
 
     blocks = [m for m in network.model.modules() if isinstance(m, network.kind.compiled_blocks)]
     hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     forward()
     for hook in hooks:
         hook.remove()
-    return found
+    return noted
 
 
 def passes(call: Call, device: str) -> tuple[Callable[[], torch.Tensor], torch.nn.Module]:
@@ -105,21 +105,13 @@ def passes(call: Call, device: str) -> tuple[Callable[[], torch.Tensor], torch.n
 def eager_work(call: Call, card: Card) -> BlockWork:
     """The work of a block without compiling, by the plan's tracker."""
     forward, _ = passes(call, "meta")
-    there, back = Tracker(card), Tracker(card)
-    with there:
+    of_forward, of_backward = Tracker(card), Tracker(card)
+    with of_forward:
         output = forward()
     gradient = torch.empty_like(output)
-    with back:
+    with of_backward:
         output.backward(gradient)
-    return BlockWork(total(there), total(back))
-
-
-def teacher_work(network: SharedNetwork, inputs: Batch, card: Card) -> Work:
-    """The work of a pass of an earlier rung's LoRA without gradients."""
-    tracker = Tracker(card)
-    with torch.no_grad(), tracker, network.using(TEACHER):
-        network.ask(inputs.noise, inputs.timesteps, inputs.conditioning)
-    return total(tracker)
+    return BlockWork(total(of_forward), total(of_backward))
 
 
 def total(tracker: Tracker) -> Work:
@@ -183,60 +175,73 @@ def flop_of(node: Any) -> int:
     return 0
 
 
-def counts(config_path: str, batch: int, gpu: str) -> dict[str, Any]:
-    """The student's pass, eager and compiled, whole and with recomputation."""
-    card = card_of(gpu)
-    config = load_config(
-        config_path, [f"training.train_batch_size={batch}", "training.gradient_checkpointing=true"]
-    )
-    facts = plannable_facts(config)
-    segments = [segment.name for segment in DryRun(config, facts, card).segments()]
-    rehearsal = Rehearsal(config, facts, device="meta")
-    network = rehearsal.network
-    with torch.device("meta"):
-        inputs = rehearsal.inputs.micro_batch(has_teacher=False, is_adversarial=False)
+class StudentPass:
+    """A forward and backward pass of the student, and a pass of the teacher, on the meta device.
 
-    def forward() -> torch.Tensor:
-        with network.using(STUDENT):
-            return network.ask(inputs.noise, inputs.timesteps, inputs.conditioning)
+    Args:
+        config: the run.
+        card: gives the time of each kernel.
+    """
 
-    found: dict[str, Any] = {"card": card.name, "batch": batch}
+    def __init__(self, config: RunConfig, card: Card) -> None:
+        facts = plannable_facts(config)
+        self._card = card
+        self._segments = [segment.name for segment in DryRun(config, facts, card).segments()]
+        rehearsal = Rehearsal(config, facts, device="meta")
+        self._network = rehearsal.network
+        with torch.device("meta"):
+            self._batch = rehearsal.inputs.micro_batch(has_teacher=False, is_adversarial=False)
+
+    def _forward(self, role: str = STUDENT) -> torch.Tensor:
+        with self._network.using(role):
+            return self._network.ask(self._batch.noise, self._batch.timesteps, self._batch.conditioning)
+
+    def calls(self) -> list[Call]:
+        """The calls of compiled blocks in a forward pass."""
+        self._network.keep_activations(self._segments)
+        return calls(self._network, self._forward)
+
+    def work(self, *, recomputes: bool) -> Work:
+        """The work of the student's eager pass, whole or with all activations computed again."""
+        self._network.keep_activations([] if recomputes else self._segments)
+        tracker = Tracker(self._card)
+        with tracker:
+            self._forward().square().mean().backward()
+        return total(tracker)
+
+    def teacher_work(self, card: Card) -> Work:
+        """The work of a pass of an earlier rung's LoRA without gradients."""
+        tracker = Tracker(card)
+        with torch.no_grad(), tracker:
+            self._forward(TEACHER)
+        return total(tracker)
+
+
+def counts(config: RunConfig, card: Card) -> dict[str, Any]:
+    """The student's pass, eager and compiled, whole and with recomputation; the teacher's pass."""
+    passed = StudentPass(config, card)
     with torch.device("meta"), gpu_kernels():
-        network.keep_activations(segments)
-        found_calls = calls(network, forward)
-        eager = {}
-        for name, kept in (("whole", segments), ("recomputing", [])):
-            network.keep_activations(kept)
-            tracker = Tracker(card)
-            with tracker:
-                forward().square().mean().backward()
-            eager[name] = total(tracker)
-        kinds = {call.kind: call for call in found_calls}
-        blocks = {kind: eager_work(call, card) for kind, call in kinds.items()}
-        found["teacher"] = {
-            name: vars(teacher_work(network, inputs, at))
-            for name, at in (("eager", card), ("without launches", replace(card, launch=0.0)))
-        }
-    many = Counter(call.kind for call in found_calls)
-    compiled = {}
-    for kind, call in kinds.items():
-        compiled[kind] = compiled_work(call, card, blocks[kind])
-        print(
-            kind[0],
-            many[kind],
-            *(f"{vars(w)}" for w in (blocks[kind], compiled[kind])),
-            sep="\n  ",
-            flush=True,
-        )
-    for name, work in eager.items():
-        times = 2 if name == "recomputing" else 1
+        block_calls = passed.calls()
+        kinds = {call.kind: call for call in block_calls}
+        eager = {kind: eager_work(call, card) for kind, call in kinds.items()}
+        whole, recomputing = (passed.work(recomputes=recomputes) for recomputes in (False, True))
+        cards = {"eager": card, "without launches": replace(card, launch=0.0)}
+        teacher = {name: vars(passed.teacher_work(of)) for name, of in cards.items()}
+    compiled = {kind: compiled_work(call, card, eager[kind]) for kind, call in kinds.items()}
+    many = Counter(call.kind for call in block_calls)
+
+    def row(work: Work, forwards: int) -> dict[str, Any]:
+        """The pass eager, and with each of its blocks, whose forward pass runs so many times, replaced by compiled code."""
         change = Work()
         for kind, count in many.items():
-            before, after = blocks[kind], compiled[kind]
-            change += (after.forward + before.forward * -1) * (times * count)
+            before, after = eager[kind], compiled[kind]
+            change += (after.forward + before.forward * -1) * (forwards * count)
             change += (after.backward + before.backward * -1) * count
-        found[name] = {"eager": vars(work), "compiled": vars(work + change)}
-    return found | {"blocks": sum(many.values()), "kinds": len(kinds)}
+        return {"eager": vars(work), "compiled": vars(work + change)}
+
+    result = {"card": card.name, "batch": config.training.train_batch_size}
+    result |= {"blocks": len(block_calls), "kinds": len(kinds)}
+    return result | {"whole": row(whole, 1), "recomputing": row(recomputing, 2), "teacher": teacher}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -246,15 +251,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
-    found = counts(args.config, args.batch, args.gpu)
+    options = [f"training.train_batch_size={args.batch}", "training.gradient_checkpointing=true"]
+    result = counts(load_config(args.config, options), card_of(args.gpu))
     for name in ("whole", "recomputing", "teacher"):
-        for kind, work in found[name].items():
+        for kind, work in result[name].items():
             print(
                 f"{name:>11} {kind:>16}: {work['kernels']:.0f} kernels, {work['moved'] / GIB:.1f} GiB, "
-                f"{work['flop'] / 1e12:.1f} TFLOP, {1000 * work['seconds'] / args.batch:.0f} ms a sample on {found['card']}"
+                f"{work['flop'] / 1e12:.1f} TFLOP, {1000 * work['seconds'] / args.batch:.0f} ms a sample on {result['card']}"
             )
     if args.output:
-        args.output.write_text(json.dumps(found | {"environment": environment()}, indent=2) + "\n")
+        args.output.write_text(json.dumps(result | {"environment": environment()}, indent=2) + "\n")
     return 0
 
 

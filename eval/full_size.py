@@ -20,8 +20,8 @@ from stepdistill.config.load import load_config
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import card_of
 from stepdistill.plan.dry_update import DryRun
-from stepdistill.plan.real_update import RealRun
-from stepdistill.plan.whole_run import GIB, distinct_phases, plan_run
+from stepdistill.plan.real_update import measured_phases
+from stepdistill.plan.whole_run import GIB, plan_run
 from stepdistill.runtime import environment
 from stepdistill.teacher.families import plannable_facts
 
@@ -62,13 +62,8 @@ def measured(config: RunConfig, card: str) -> dict[str, Any]:
     """Peak bytes and seconds of two real updates of every kind of phase on this machine's GPU."""
     facts = plannable_facts(config)
     keeps = kept_modules(config, facts)
-    plan, real = plan_run(config, facts, card_of(card), keeps=keeps), RealRun(config, facts)
-    return {
-        cost.title: vars(
-            real.update(cost.rung, cost.phase, keeps=keeps.get((cost.rung.student_steps, number), ()))
-        )
-        for number, cost in distinct_phases(plan)
-    }
+    plan = plan_run(config, facts, card_of(card), keeps=keeps)
+    return {cost.title: vars(update) for cost, update in measured_phases(config, facts, plan, keeps)}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -164,7 +164,8 @@ def plan_command(
             help="a card such as h100 or rtx4090, or a size such as 24GB; default: the one in this machine"
         ),
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="of an hour of the card, for the cost")] = None,
+    cards: Annotated[int, typer.Option(min=1, help="how many such cards train together")] = 1,
+    price: Annotated[float | None, typer.Option(min=0, help="of an hour of one card, for the cost")] = None,
     measure: Annotated[
         bool,
         typer.Option(
@@ -173,7 +174,7 @@ def plan_command(
     ] = False,
 ) -> None:
     """Tell in seconds whether this run fits a GPU, how long it takes and what it costs; needs neither GPU nor weights."""
-    stages.print_plan(_load(config, overrides), gpu=gpu, price=price, measure=measure)
+    stages.print_plan(_load(config, overrides), gpu=gpu, cards=cards, price=price, measure=measure)
 
 
 @app.command()

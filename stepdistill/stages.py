@@ -85,14 +85,20 @@ def doctor(config: RunConfig) -> None:
 
 
 def print_plan(
-    config: RunConfig, *, gpu: str | None = None, price: float | None = None, measure: bool = False
+    config: RunConfig,
+    *,
+    gpu: str | None = None,
+    cards: int = 1,
+    price: float | None = None,
+    measure: bool = False,
 ) -> None:
     """Prints what a run needs of a GPU and how long it takes there. Neither a GPU nor the teacher's weights are needed.
 
     Args:
         config: the run.
         gpu: a card's name or size; default: the GPU of this machine, or one of 24 GB.
-        price: of an hour of the card.
+        cards: how many such cards train together.
+        price: of an hour of one card.
         measure: make two updates of every kind of phase on this machine's device, with random weights, and compare.
     ConfigError for an unknown card, for a teacher whose configs are neither on this disk nor known, and, after the plan, if
     the run does not fit the card.
@@ -100,11 +106,12 @@ def print_plan(
     from stepdistill.plan.cards import card_of
 
     card = None if gpu is None else card_of(gpu)
-    check_installed(config)
+    if measure:  # the run may be meant for another machine
+        check_installed(config)
     _quiet_libraries()
     from stepdistill.plan.command import print_plan as show
 
-    show(config, plannable_facts(config), card=card, price=price, measure=measure)
+    show(config, plannable_facts(config), card=card, cards=cards, price=price, measure=measure)
 
 
 def prepare(config: RunConfig) -> None:

@@ -91,35 +91,20 @@ def _ours(shared: Shared, batch: Batch) -> Callable[[], None]:
 
 
 def _plain(config: RunConfig, shared: Shared, batch: Batch) -> Callable[[], None]:
-    runtime = shared.runtime
-    guidance, device = config.teacher.guidance_scale, runtime.device
-    teacher_unet, unet = (
-        UNet2DConditionModel.from_pretrained(shared.base / "unet").to(device, runtime.weight_dtype)
-        for _ in range(2)
-    )
-    for network in (teacher_unet, unet):
-        network.requires_grad_(False)
-    rank = config.lora.rank
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=list(shared.network.kind.lora_targets))
-    )
+    runtime, guidance = shared.runtime, config.teacher.guidance_scale
+    teacher_unet, unet = _two_unets(config, shared)
     trained = [p for p in unet.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=_RATE)
     unconditional = shared.undistilled.unconditional
     assert unconditional is not None
     no_prompt = unconditional.beside(batch.conditioning)
 
     def output(network: UNet2DConditionModel, conditioning: Conditioning) -> Model:
+        hidden, added = conditioning.encoder_hidden_states, conditioning.added_cond_kwargs
+
         def ask(sample: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-            result = network(
-                sample.to(runtime.weight_dtype),
-                timesteps,
-                encoder_hidden_states=conditioning.encoder_hidden_states,
-                added_cond_kwargs=conditioning.added_cond_kwargs,
-            )
-            return result.sample.float()
+            inputs = (sample.to(runtime.weight_dtype), timesteps)
+            return network(*inputs, encoder_hidden_states=hidden, added_cond_kwargs=added).sample.float()
 
         return ask
 
@@ -130,7 +115,7 @@ def _plain(config: RunConfig, shared: Shared, batch: Batch) -> Callable[[], None
 
     def update() -> None:
         is_half = runtime.weight_dtype != torch.float32
-        with torch.autocast(device.type, runtime.weight_dtype, enabled=is_half):
+        with torch.autocast(runtime.device.type, runtime.weight_dtype, enabled=is_half):
             loss = _loss(shared, batch, output(unet, batch.conditioning), teacher)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -138,3 +123,19 @@ def _plain(config: RunConfig, shared: Shared, batch: Batch) -> Callable[[], None
         optimizer.zero_grad(set_to_none=True)
 
     return update
+
+
+def _two_unets(config: RunConfig, shared: Shared) -> tuple[UNet2DConditionModel, UNet2DConditionModel]:
+    """A frozen U-Net, and one with a LoRA of peft's whose weights are float32."""
+    teacher_unet, unet = (
+        UNet2DConditionModel.from_pretrained(shared.base / "unet", dtype=shared.runtime.weight_dtype)
+        .to(shared.runtime.device)
+        .requires_grad_(False)
+        for _ in range(2)
+    )
+    rank, targets = config.lora.rank, list(shared.network.kind.lora_targets)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return teacher_unet, unet

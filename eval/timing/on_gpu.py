@@ -8,8 +8,8 @@ import torch
 from stepdistill.config.load import load_config
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import Card
-from stepdistill.plan.real_update import RealRun
-from stepdistill.plan.whole_run import distinct_phases, plan_run
+from stepdistill.plan.real_update import measured_phases
+from stepdistill.plan.whole_run import plan_run
 from stepdistill.teacher.families import plannable_facts
 
 BLOCKS = (("sd15", False), ("sdxl_24gb", False), ("sd15", True), ("sdxl_24gb", True))
@@ -21,17 +21,15 @@ def on_gpu(card: Card, name: str, compiles: bool, overrides: list[str]) -> Itera
     config = load_config(name, [f"training.compile={str(compiles).lower()}", *overrides])
     facts = plannable_facts(config)
     keeps = kept_modules(config, facts)
-    plan, real = plan_run(config, facts, card, keeps=keeps), RealRun(config, facts)
-    for number, cost in distinct_phases(plan):
-        kept = keeps.get((cost.rung.student_steps, number), ())
-        measured = real.update(cost.rung, cost.phase, keeps=kept)
+    plan = plan_run(config, facts, card, keeps=keeps)
+    for cost, update in measured_phases(config, facts, plan, keeps):
         yield {
             "config": name,
             "compile": compiles,
             "phase": cost.title,
             "planned_bytes": cost.update.peak,
-            "bytes": measured.peak,
+            "bytes": update.peak,
             "planned_seconds": cost.update.micro.seconds,
-            "seconds": measured.seconds,
+            "seconds": update.seconds,
         }
         torch.cuda.empty_cache()

@@ -40,7 +40,7 @@ def phase_setup(config: RunConfig, rung_index: int, phase: Phase, runtime: Runti
         teacher=teacher,
         discriminator=discriminator,
         cache=shared.cache,
-        preview=lambda _name: None,
+        preview=lambda _name, _step: None,
     )
 
 

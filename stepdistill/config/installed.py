@@ -4,14 +4,18 @@ import importlib.util
 import netrc
 import os
 import shutil
+import socket
+import sys
+import urllib.parse
 from collections.abc import Iterator
 
 from stepdistill.config.section import ConfigError
 from stepdistill.config.sections import RunConfig
 
-_COMPILERS = ("g++", "c++", "clang++", "cl")
 _EXTRAS = {"torchao": "quantize", "prodigyopt": "prodigy", "tensorboard": "trackers"}
-_WANDB_HOST = "api.wandb.ai"
+_WANDB_URL = "https://api.wandb.ai"
+_MAX_SECONDS = 5.0
+"""For a tracker's server to answer."""
 
 
 def check_installed(config: RunConfig) -> None:
@@ -38,11 +42,8 @@ def _problems(config: RunConfig) -> Iterator[str]:
     if (training.compile or training.optimizer == "adam8bit") and not _has_compiler():
         key = "training.compile: got true" if training.compile else "training.optimizer: got adam8bit"
         yield f"{key}, which needs a C++ compiler; fix: install g++ or set CXX, or leave it out"
-    if "wandb" in training.trackers and not _wandb_can_log():
-        yield (
-            "training.trackers: got wandb, which has no account here; fix: `wandb login`, or WANDB_MODE=offline in the "
-            "environment"
-        )
+    if "wandb" in training.trackers and (problem := _wandb_problem()) is not None:
+        yield f"training.trackers: got wandb, which {problem}"
 
 
 def _package_of(package: str) -> str:
@@ -50,13 +51,27 @@ def _package_of(package: str) -> str:
 
 
 def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS) if name)
+    """Whether there is the compiler that torch takes: CXX, or else the platform's."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX") or usual) is not None
 
 
-def _wandb_can_log() -> bool:
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
-        return True
+def _wandb_problem() -> str | None:
+    """What keeps wandb from logging, or None."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return None
+    url = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or _WANDB_URL)
+    if not os.environ.get("WANDB_API_KEY") and not _has_login(url.hostname or ""):
+        return "has no account here; fix: `wandb login`, or WANDB_MODE=offline in the environment"
     try:
-        return netrc.netrc().authenticators(_WANDB_HOST) is not None
+        socket.create_connection((url.hostname, url.port or 443), timeout=_MAX_SECONDS).close()
+    except OSError:
+        return f"cannot reach {url.hostname}; fix: WANDB_MODE=offline in the environment, or leave it out"
+    return None
+
+
+def _has_login(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

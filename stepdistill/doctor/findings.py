@@ -26,9 +26,11 @@ from stepdistill.disk.space import folder_bytes, free_bytes
 from stepdistill.doctor.finding import Finding
 from stepdistill.doctor.teacher import teacher_findings
 from stepdistill.export.check import check_export
+from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.disk_need import disk_need
+from stepdistill.plan.smaller import smaller_run
 from stepdistill.plan.text import verdict
-from stepdistill.plan.whole_run import card_here, plan_run, smaller_run
+from stepdistill.plan.whole_run import card_here, plan_run
 from stepdistill.run.folder import check_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
@@ -137,11 +139,17 @@ def _memory(config: RunConfig) -> Iterator[Finding]:
             "note", "memory: known when the teacher's configs are on this disk", "`stepdistill prepare`"
         )
         return
-    planned = plan_run(config, facts, card)
+    try:
+        keeps = kept_modules(config, facts)
+    except ConfigError as error:
+        about, _, remedy = str(error).partition("; fix: ")
+        yield Finding("problem", about, remedy)
+        return
+    planned = plan_run(config, facts, card, keeps=keeps)
     if planned.fits:
         yield Finding("ok", f"memory: {verdict(planned)}")
         return
-    smaller = smaller_run(config, facts, card)
+    smaller = smaller_run(config, facts, planned)
     if smaller is None:
         yield Finding(
             "problem", f"memory: {verdict(planned)}", "a card with more memory, or a smaller teacher"

@@ -103,6 +103,7 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     base = teacher_folder(config)
     facts = TeacherFacts.of_folder(base)
     keeps = kept_modules(config, facts)
+    cache = load_cache(config)
     unet = load_base(base, config, runtime)
     if runtime.is_main:
         log_attention(unet, dtype=runtime.weight_dtype, device=runtime.device)
@@ -112,9 +113,9 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
         seed=derive_seed(config.seed, "lora"),
         gradient_checkpointing=config.training.gradient_checkpointing,
         compiles=config.training.compile,
+        sizes_vary=len(cache.latent_shapes) > 1,
     )
     noise_path, prediction_type = load_noise_path(facts.scheduler)
-    cache = load_cache(config)
     undistilled = Denoiser(
         network,
         None,

@@ -99,6 +99,49 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class _QuantizedLinear(torch.autograd.Function):
+    """y = x W^T + b + (x A^T) B^T for rows x and a W in 8 bits, which is converted again in the backward pass.
+
+    autograd alone would keep every layer's converted W from the forward to the backward pass: more memory than without
+    quantisation. Without factors, y = x W^T + b.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        first: torch.Tensor | None,
+        second: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.weight = weight  # frozen, and of a class that save_for_backward need not know
+        y = functional.linear(x, weight, bias)
+        if first is None or second is None:
+            ctx.save_for_backward()
+            return y
+        reduced = functional.linear(x, first)
+        ctx.save_for_backward(x, first, second, reduced)
+        return torch.addmm(y, reduced, second.t())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient = gradients[0]
+        of_x = gradient @ ctx.weight.dequantize().to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.saved_tensors:
+            return of_x, None, None, None, None
+        x, first, second, reduced = ctx.saved_tensors
+        _, _, _, needs_first, needs_second = ctx.needs_input_grad
+        of_reduced = gradient @ second
+        return (
+            None if of_x is None else torch.addmm(of_x, of_reduced, first),
+            None,
+            None,
+            of_reduced.t() @ x if needs_first else None,
+            gradient.t() @ reduced if needs_second else None,
+        )
+
+
 class LoraLinear(PeftLinear, _Layer):
     """A linear layer with LoRA adapters."""
 
@@ -110,16 +153,30 @@ class LoraLinear(PeftLinear, _Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out), in the dtype of x."""
         base, factors = self.base_layer, self._factors()
+        if self._is_quantized:
+            return self._quantized(x, factors)
         if factors is None:
             return functional.linear(x, base.weight, base.bias)
         rows = x if x.ndim == 2 else x.flatten(0, -2)
-        if not self._is_quantized and self._is_cheaper_merged(*factors, len(rows)):
+        if self._is_cheaper_merged(*factors, len(rows)):
             return functional.linear(x, torch.addmm(base.weight, factors[1], factors[0]), base.bias)
-        if self._is_quantized or not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            y = _Linear.apply(rows, base.weight, base.bias, *factors)
+        else:
             y = functional.linear(rows, base.weight, base.bias)
             y = torch.addmm(y, functional.linear(rows, factors[0]), factors[1].t())
+        return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
+
+    def _quantized(self, x: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        base, rows = self.base_layer, x if x.ndim == 2 else x.flatten(0, -2)
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # which chooses itself what it keeps
+            y = _QuantizedLinear.apply(rows, base.weight, base.bias, *(factors or (None, None)))
         else:
-            y = _Linear.apply(rows, base.weight, base.bias, *factors)
+            y = functional.linear(rows, base.weight, base.bias)
+            if factors is not None:
+                y = torch.addmm(y, functional.linear(rows, factors[0]), factors[1].t())
         return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])
 
 

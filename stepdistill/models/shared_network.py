@@ -57,9 +57,17 @@ class SharedNetwork:
         gradient_checkpointing: recompute activations in the backward pass, each in the state of its forward pass.
         compiles: compile the repeated blocks, each once per adapter. They lie inside of what is recomputed at once, so the
             recomputation runs compiled code too.
+        sizes_vary: compile for any image size; otherwise each size and width gets code of its own, which is faster.
     """
 
-    def __init__(self, model: Any, *, gradient_checkpointing: bool = False, compiles: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        gradient_checkpointing: bool = False,
+        compiles: bool = False,
+        sizes_vary: bool = False,
+    ) -> None:
         self.model, self.kind = model, kind_of(model)
         # asking a diffusers model for these walks through all its modules, 33 ms for SDXL
         self.dtype: torch.dtype = model.dtype
@@ -70,7 +78,7 @@ class SharedNetwork:
         self._active = active_adapter(model)
         self._parked: set[str] = set()
         self._kept: frozenset[torch.nn.Module] = frozenset()
-        self._compiles = compiles
+        self._compiles, self._sizes_vary = compiles, sizes_vary
         if gradient_checkpointing:
             model.enable_gradient_checkpointing(self.checkpointed)
         self.compile_blocks(model)
@@ -84,9 +92,12 @@ class SharedNetwork:
         seed: int,
         gradient_checkpointing: bool = False,
         compiles: bool = False,
+        sizes_vary: bool = False,
     ) -> "SharedNetwork":
         """The base with two adapters of this rank: the student's, which trains, and one to hold an earlier rung."""
-        network = cls(model, gradient_checkpointing=gradient_checkpointing, compiles=compiles)
+        network = cls(
+            model, gradient_checkpointing=gradient_checkpointing, compiles=compiles, sizes_vary=sizes_vary
+        )
         network.add_adapter(STUDENT, rank=rank, seed=seed)
         network.add_adapter(TEACHER, rank=rank, seed=seed, trains=False)
         return network
@@ -100,7 +111,8 @@ class SharedNetwork:
         torch._dynamo.config.accumulated_recompile_limit = 4 * _COMPILED_VARIANTS
         for module in model.modules():
             if isinstance(module, self.kind.compiled_blocks):
-                module.compile()
+                # False: otherwise torch takes the second width of a block's class for a varying one
+                module.compile(dynamic=None if self._sizes_vary else False)
 
     def add_adapter(
         self, name: str, *, rank: int, seed: int, trains: bool = True, encoder_only: bool = False
@@ -128,6 +140,8 @@ class SharedNetwork:
 
     def park(self, name: str) -> None:
         """Moves an adapter that does not train to the CPU, until it is used again."""
+        if name in self._parked:
+            return
         self._move(name, torch.device("cpu"))
         self._parked.add(name)
 
@@ -234,6 +248,7 @@ class SharedNetwork:
             module.__call__,
             *args,
             use_reentrant=False,
+            preserve_rng_state=False,  # the network is in eval mode and draws no random numbers
             context_fn=lambda: (nullcontext(), self._restored(state)),
         )
 

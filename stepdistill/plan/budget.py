@@ -5,6 +5,7 @@ itself, because a discriminator's passes keep the activations of the same module
 """
 
 import functools
+import math
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 from stepdistill.plan.cards import CARDS
@@ -30,7 +31,9 @@ class _Request:
     def __init__(self, config: RunConfig, facts: TeacherFacts) -> None:
         self.config, self.facts = config, facts
         self._key = (
-            config.model_dump_json(include={"training", "lora", "ladder", "teacher", "data"}),
+            config.model_dump_json(include={"lora", "ladder", "teacher"}),
+            config.training.model_dump_json(exclude={"compile", "channels_last"}),
+            config.data.model_dump_json(exclude={"held_out"}),  # which `settled` fills in
             facts.folder,
         )
 
@@ -46,29 +49,34 @@ def _kept_modules(request: _Request) -> Keeps:
     config = request.config
     dry_run = DryRun(config, request.facts, _ANY_CARD)
     segments = sorted(dry_run.segments(), key=lambda s: s.flop / max(s.kept, 1), reverse=True)
-    known: dict[object, list[str]] = {}
-    keeps: Keeps = {}
-    for rung, number, phase in phases_of(config):
-        alike = what_matters(config, rung, phase)
-        if alike not in known:
-            known[alike] = _most(dry_run, rung, phase, segments, config.training.memory_budget_bytes or 0.0)
-        keeps[rung.student_steps, number] = known[alike]
-    return keeps
+    budget = config.training.memory_budget_bytes or 0.0
+    phases = [
+        (rung, number, phase, what_matters(config, rung, phase)) for rung, number, phase in phases_of(config)
+    ]
+    distinct = {kind: (rung, phase) for rung, _, phase, kind in phases}
+    _check_least(dry_run, list(distinct.values()), budget)
+    kept = {kind: _most(dry_run, *of, segments, budget) for kind, of in distinct.items()}
+    return {(rung.student_steps, number): kept[kind] for rung, number, _, kind in phases}
+
+
+def _check_least(dry_run: DryRun, phases: list[tuple[Rung, Phase]], budget: float) -> None:
+    """ConfigError if a phase needs more than the budget even if it computes all activations again."""
+    needs = [(dry_run.update(rung, phase).peak, rung, phase) for rung, phase in phases]
+    most, rung, phase = max(needs, key=lambda need: need[0])
+    if most > budget:
+        raise ConfigError(
+            f"training.memory_budget: got {budget / GIB:g} GiB, but {rung.teacher_steps} -> {rung.student_steps} "
+            f"{phase.title} needs {most / GIB:.1f} GiB with all activations computed again; fix: "
+            f"training.memory_budget={math.ceil(most / GIB)}GiB, or a smaller training.train_batch_size or lora.rank"
+        )
 
 
 def _most(dry_run: DryRun, rung: Rung, phase: Phase, segments: list[Segment], budget: float) -> list[str]:
-    """The names of the most segments, from the first on, whose activations can be kept; ConfigError if not even none fit."""
+    """The names of the most segments, from the first on, whose activations can be kept."""
 
     def fits(count: int) -> bool:
         return dry_run.update(rung, phase, keeps=[s.name for s in segments[:count]]).peak <= budget
 
-    needed = dry_run.update(rung, phase).peak
-    if needed > budget:
-        raise ConfigError(
-            f"training.memory_budget: got {budget / GIB:g} GiB, but {rung.teacher_steps} -> {rung.student_steps} "
-            f"{phase.title} needs {needed / GIB:.1f} GiB with all activations computed again; fix: `stepdistill plan` with "
-            f"--gpu {budget / GIB:g}GB names settings that fit"
-        )
     fewest, most = 0, len(segments)
     while fewest < most:
         middle = (fewest + most + 1) // 2

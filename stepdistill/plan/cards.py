@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from stepdistill.config import ConfigError
 
 _OF_PEAK, _OF_BANDWIDTH = 0.7, 0.85
+_NEARLY = 0.25  # of a driver's memory to that of the card's name
 _RESERVED_GIB = 0.8
 """What the driver, CUDA's context and the libraries take of a card's memory."""
 
@@ -86,7 +87,14 @@ def card_of(text: str) -> Card:
 
 def nearest_card(name: str, memory_gib: float) -> Card:
     """The card that a driver calls `name`, with the memory that it has; else a usual card of that size."""
-    known = [card for key, card in CARDS.items() if key.split("-")[0] in _short(name)]
+    words = re.sub(
+        r"(?<=[a-z])\s+(?=\d)", "", re.sub(r"nvidia|geforce", "", name.lower())
+    )  # "rtx 4090" is one word
+    known = [
+        card
+        for key, card in CARDS.items()
+        if re.search(rf"\b{key.split('-')[0]}\b", words) and abs(card.memory_gib / memory_gib - 1) < _NEARLY
+    ]
     card = min(known, key=lambda k: abs(k.memory_gib - memory_gib)) if known else _usual(memory_gib)
     return replace(card, name=name, memory_gib=memory_gib)
 

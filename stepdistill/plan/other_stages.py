@@ -10,9 +10,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from stepdistill.config import RunConfig
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.encode import images_at_once
+from stepdistill.data.records import is_prompts_only
 from stepdistill.diffusion.grid import passes_per_step
 from stepdistill.plan.cards import Card
 from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
+from stepdistill.runtime import WEIGHT_DTYPES
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import vae_dtype
 
@@ -44,13 +46,21 @@ class OtherStages:
         return _peak(self._card, vae, lambda: vae.decode(latents))
 
     def prepare_bytes(self) -> int:
-        """Bytes of encoding the data: VAE, text encoders, and a batch of images."""
+        """Bytes of encoding the data (VAE, text encoders, a batch of images), or of drawing them if there are only prompts
+        (VAE, text encoders, a guided pass of the base model)."""
         dtype = _DTYPES[self._config.data.vae_dtype]
         vae, (height, width) = self._vae.to(dtype), self._size
         rows = images_at_once(height * width)
         with torch.device("meta"):
             pixels = torch.empty(rows, 3, height, width, dtype=dtype)
-        return self._text_bytes(torch.float32) + _peak(self._card, vae, lambda: vae.encode(pixels))
+        encoding = self._text_bytes(torch.float32) + _peak(self._card, vae, lambda: vae.encode(pixels))
+        if not is_prompts_only(self._config.data.source):
+            return encoding
+        config = self._config
+        rows = config.training.train_batch_size * passes_per_step(config.teacher.guidance_scale)
+        _, drawing = self._unet_pass(rows, WEIGHT_DTYPES[config.training.mixed_precision])
+        weights = sum(p.numel() * p.itemsize for p in vae.parameters())
+        return max(encoding, weights + self._text_bytes(torch.float32) + drawing)
 
     def evaluate_bytes(self) -> int:
         """Bytes of drawing a batch of images: the pipeline's networks, and the larger of a guided pass and decoding."""

@@ -14,7 +14,10 @@ import psutil
 import torch
 
 from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.models.shared_network import TEACHER
+from stepdistill.plan.budget import Keeps
 from stepdistill.plan.rehearsal import Rehearsal
+from stepdistill.plan.whole_run import PhaseCost, RunPlan, distinct_phases
 from stepdistill.runtime import default_device
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.training.losses import roles_of
@@ -43,7 +46,7 @@ class RealRun:
         self.device = default_device()
         self._before = psutil.Process().memory_info().rss
         self._config = config
-        self._rehearsal = Rehearsal(config, facts, device=str(self.device), compiles=True)
+        self._rehearsal = Rehearsal(config, facts, device=str(self.device), is_real=True)
 
     def update(self, rung: Rung, phase: Phase, *, keeps: Collection[str] = ()) -> MeasuredUpdate:
         """Makes two updates of a phase; the first one compiles the blocks if training.compile is on."""
@@ -51,7 +54,7 @@ class RealRun:
         network.keep_activations(keeps)
         with torch.device(self.device), self._rehearsal.discriminator_of(phase) as discriminator:
             if not phase.asks_teacher:
-                network.park("teacher")
+                network.park(TEACHER)
             student, teacher = self._rehearsal.denoisers(rung, phase)
             batch = self._rehearsal.micro_batch(phase)
             optimizers = optimizers_of(phase, training, network, dict.fromkeys(roles_of(phase), 1e-4))
@@ -96,3 +99,12 @@ class RealRun:
             ended.set()
             watcher.join()
         result.append(most[0] - self._before)
+
+
+def measured_phases(
+    config: RunConfig, facts: TeacherFacts, plan: RunPlan, keeps: Keeps
+) -> Iterator[tuple[PhaseCost, MeasuredUpdate]]:
+    """Two real updates of each kind of phase of a plan. keeps: `kept_modules` of the config."""
+    real = RealRun(config, facts)
+    for number, cost in distinct_phases(plan):
+        yield cost, real.update(cost.rung, cost.phase, keeps=keeps.get((cost.rung.student_steps, number), ()))

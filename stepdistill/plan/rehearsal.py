@@ -21,7 +21,7 @@ from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.passes import is_base_teacher
 from stepdistill.runtime import WEIGHT_DTYPES
 from stepdistill.teacher.facts import TeacherFacts
-from stepdistill.teacher.loading import load_noise_path
+from stepdistill.teacher.loading import load_noise_path, quantization_config
 
 _TOKENS = 77
 
@@ -62,6 +62,18 @@ class _Inputs:
         )
 
 
+def _as_in_the_run(model: torch.nn.Module, config: RunConfig) -> torch.nn.Module:
+    """The base model quantised and in the memory format that the run sets."""
+    training = config.training
+    if training.base_quantization != "none":
+        from torchao.quantization import quantize_
+
+        quantize_(model, quantization_config(training.base_quantization))
+    if training.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
 @dataclass(frozen=True)
 class _KnownEnd(VariancePreserving):
     """A noise path that is told whether it ends in pure noise: its tensor may have no values to look at."""
@@ -76,12 +88,11 @@ class Rehearsal:
         config: the run.
         facts: the teacher's configs.
         device: where everything is.
-        compiles: compile the blocks if the run does; what is counted on the meta device is eager code.
+        is_real: the device computes, so the base is quantised, in the memory format, and compiled as in the run. What is
+            counted on the meta device is the eager code of a plain base.
     """
 
-    def __init__(
-        self, config: RunConfig, facts: TeacherFacts, *, device: str, compiles: bool = False
-    ) -> None:
+    def __init__(self, config: RunConfig, facts: TeacherFacts, *, device: str, is_real: bool = False) -> None:
         self.config, self.facts, self.device = config, facts, device
         dtype = WEIGHT_DTYPES[config.training.mixed_precision]
         size = Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple).target
@@ -102,13 +113,15 @@ class Rehearsal:
             model = UNet2DConditionModel.from_config(unet).eval().requires_grad_(False)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
+        if is_real:
+            model = _as_in_the_run(model, config)
         with torch.device(device):
             self.network = SharedNetwork.with_student_and_teacher(
                 model,
                 rank=config.lora.rank,
                 seed=0,
                 gradient_checkpointing=config.training.gradient_checkpointing,
-                compiles=compiles and config.training.compile,
+                compiles=is_real and config.training.compile,
             )
         path, _ = load_noise_path(facts.scheduler)
         self._path = _KnownEnd(path.alphas_cumprod.to(device), facts.is_zero_snr)

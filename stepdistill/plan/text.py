@@ -1,6 +1,7 @@
 """The plan of a run as text: does it fit, how long, what does it cost, and what would fit."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +12,14 @@ from stepdistill.plan.whole_run import GIB, PhaseCost, RunPlan
 _ROLES = ("teacher", "student", "discriminator", "optimiser")
 
 
+@dataclass(frozen=True)
+class Costs:
+    """How many cards train together, and the price of an hour of one, in any currency; None: no costs are shown."""
+
+    cards: int = 1
+    price: float | None = None
+
+
 def verdict(plan: RunPlan) -> str:
     """One line: whether the run fits the card, and what needs most."""
     needs = f"the run needs {plan.peak / GIB:.1f} GiB ({plan.largest}); {plan.card.name} has {plan.card.usable_gib:.1f}"
@@ -19,7 +28,7 @@ def verdict(plan: RunPlan) -> str:
 
 
 def plan_text(
-    plan: RunPlan, *, disk: DiskNeed | None, changes: tuple[list[str], RunPlan] | None, price: float | None
+    plan: RunPlan, *, disk: DiskNeed | None, changes: tuple[list[str], RunPlan] | None, costs: Costs
 ) -> str:
     """The whole plan.
 
@@ -27,7 +36,7 @@ def plan_text(
         plan: the plan.
         disk: the bytes that the run writes; None if that is not known yet.
         changes: if the run does not fit, what would (`smaller_run`).
-        price: of an hour of the card, in any currency.
+        costs: number of cards and price of an hour.
     """
     return "\n".join(
         [
@@ -37,7 +46,7 @@ def plan_text(
             "",
             *_time(plan),
             "",
-            *_totals(plan, price),
+            *_totals(plan, costs),
             *_disk(disk),
             *_changes(plan, changes),
         ]
@@ -52,11 +61,12 @@ def measured_title(device: torch.device) -> str:
 
 def measured_line(cost: PhaseCost, measured: MeasuredUpdate) -> str:
     """One phase: measured and planned memory and time."""
-    planned = cost.update
+    planned, seconds = cost.update, measured.seconds
+    least = planned.micro.seconds
     return (
         f"  {cost.title}: {measured.peak / GIB:.2f} GiB, planned {planned.peak / GIB:.2f} "
-        f"({measured.peak / planned.peak - 1:+.0%}); {measured.seconds:.2f} s, planned on the card "
-        f"{planned.micro.seconds:.2f} s; {planned.micro.flop / measured.seconds / 1e12:.2f} TFLOP/s"
+        f"({measured.peak / planned.peak - 1:+.0%}); {seconds:.2f} s, planned on the card {least:.2f} s "
+        f"({seconds / least - 1:+.0%}); {planned.micro.flop / seconds / 1e12:.2f} TFLOP/s"
     )
 
 
@@ -89,17 +99,33 @@ def _time(plan: RunPlan) -> Iterator[str]:
         )
 
 
-def _totals(plan: RunPlan, price: float | None) -> Iterator[str]:
-    training = sum(cost.seconds for cost in plan.phases)
-    parts = [f"training {_hours(training)}", f"evaluation {_hours(plan.evaluation)}"]
-    if plan.preparation:
-        parts.insert(0, f"images drawn by the teacher {_hours(plan.preparation)}")
-    yield f"time: {', '.join(parts)}; in all {_hours(plan.seconds)}"
+def _totals(plan: RunPlan, costs: Costs) -> Iterator[str]:
+    drawing = {"images drawn by the teacher": plan.preparation} if plan.preparation else {}
+    seconds = {"training": sum(cost.seconds for cost in plan.phases)}
+    # the cards share the images; training's updates are those of one card's micro-batches
+    seconds |= {name: of / costs.cards for name, of in (drawing | {"evaluation": plan.evaluation}).items()}
+    whole = sum(seconds.values())
+    yield f"time: {', '.join(f'{name} {_hours(of)}' for name, of in seconds.items())}; in all {_hours(whole)}"
     yield (
         "      at the rates that large kernels reach on this card; no card has measured it yet (docs/performance.md)"
     )
-    if price is not None:
-        yield f"cost: {plan.seconds / 3600 * price:,.2f} at {price:g} an hour"
+    if costs.cards > 1:
+        yield f"      on each of {costs.cards} cards, which make micro-batches of their own and share all images"
+    if costs.price is None:
+        return
+    hourly = costs.cards * costs.price / 3600
+    yield f"cost: {whole * hourly:,.2f} at {costs.price:g} an hour of a card"
+    for student_steps, of in _rung_seconds(plan).items():
+        yield f"      {of * hourly:,.2f} for the rung of {student_steps} steps"
+
+
+def _rung_seconds(plan: RunPlan) -> dict[int, float]:
+    """The least seconds of each rung's training, by its student's steps."""
+    seconds: dict[int, float] = {}
+    for cost in plan.phases:
+        steps = cost.rung.student_steps
+        seconds[steps] = seconds.get(steps, 0.0) + cost.seconds
+    return seconds
 
 
 def _hours(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The plan of a run: whether it fits a card, how long it takes there and what it costs, rung by rung; and what would fit."""
+"""The plan of a run: whether it fits a card, how long it takes there and what it costs, rung by rung."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,9 +7,6 @@ from typing import Any
 import torch
 
 from stepdistill.config import Phase, RunConfig, Rung
-from stepdistill.config.load import changed as with_changes
-from stepdistill.config.plain_yaml import plain_yaml
-from stepdistill.config.saved import resolved
 from stepdistill.plan.cards import Card, nearest_card
 from stepdistill.plan.dry_update import DryRun, UpdateCost
 from stepdistill.plan.other_stages import OtherStages
@@ -138,74 +135,6 @@ def distinct_phases(plan: RunPlan) -> list[tuple[int, PhaseCost]]:
         number = cost.rung.phases.index(cost.phase)
         found.setdefault((cost.phase.title, cost.update.micro.kernels, cost.update.peak), (number, cost))
     return list(found.values())
-
-
-def smaller_run(config: RunConfig, facts: TeacherFacts, card: Card) -> tuple[list[str], RunPlan] | None:
-    """Changes with which the run fits the card, those first that cost no quality; None if none are enough.
-
-    Returns the changes as key=value and the plan with them. What needs too much memory is changed, and nothing else.
-    """
-    changes: list[str] = []
-    plan = plan_run(config, facts, card)
-    too_large, limit = set(plan.too_large), card.usable_gib * GIB
-    worst = max(plan.phases, key=lambda cost: cost.update.peak)
-    for change, relieves in _savings(config):
-        if relieves not in too_large:
-            continue
-        changes = [*changes, *change]
-        if _needs(changed(config, changes), facts, card, relieves, worst) <= limit:
-            too_large.remove(relieves)
-    smaller = plan if not changes else plan_run(changed(config, changes), facts, card)
-    return (_last_of_each(changes), smaller) if smaller.fits else None
-
-
-def _needs(config: RunConfig, facts: TeacherFacts, card: Card, what: str, worst: PhaseCost) -> int:
-    """The most bytes that a stage needs; for "training", those of its worst phase and of a preview after it."""
-    other = OtherStages(config, facts, card)
-    if what == "evaluate":
-        return other.evaluate_bytes()
-    if what == "prepare":
-        return other.prepare_bytes()
-    cost = DryRun(config, facts, card).update(worst.rung, worst.phase)
-    decoding = other.decode_bytes(WEIGHT_DTYPES[config.training.mixed_precision])
-    return max(cost.peak, cost.between + decoding)
-
-
-def _last_of_each(changes: list[str]) -> list[str]:
-    """The changes without those that a later one of the same key replaces."""
-    return list({change.partition("=")[0]: change for change in changes}.values())
-
-
-def _savings(config: RunConfig) -> Iterator[tuple[list[str], str]]:
-    """Changes that save memory, and what needs less with each: "training" or the name of another stage."""
-    training = config.training
-    yield ["evaluation.batch_size=1"], "evaluate"
-    yield ["data.vae_dtype=bfloat16"], "prepare"
-    if training.mixed_precision == "no":
-        yield ["training.mixed_precision=bf16"], "training"
-    if not training.gradient_checkpointing:
-        yield ["training.gradient_checkpointing=true"], "training"
-    samples = training.train_batch_size * training.gradient_accumulation_steps
-    size = training.train_batch_size
-    while size > 1:
-        size = next(smaller for smaller in range(size // 2, 0, -1) if size % smaller == 0)
-        split = [
-            f"training.train_batch_size={size}",
-            f"training.gradient_accumulation_steps={samples // size}",
-        ]
-        yield split, "training"
-    if training.base_quantization == "none":
-        yield ["training.base_quantization=int8"], "training"
-    rank = config.lora.rank
-    while rank > 16:
-        rank //= 2
-        yield [f"lora.rank={rank}"], "training"
-
-
-def changed(config: RunConfig, changes: list[str]) -> RunConfig:
-    """The config with key=value changes."""
-    pairs = (change.partition("=") for change in changes)
-    return with_changes(resolved(config), {key: plain_yaml(value) for key, _, value in pairs})
 
 
 def card_here() -> Card | None:

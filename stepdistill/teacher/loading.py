@@ -74,7 +74,7 @@ def load_part(
     """
     options = local_options(folder, part)
     if quantization != "none":
-        options["quantization_config"] = _quantized(quantization)
+        options["quantization_config"] = TorchAoConfig(quantization_config(quantization))
     with loading("teacher.path", folder / part):
         check_weights(folder, part)
         model = part_class.from_pretrained(folder, subfolder=part, dtype=dtype, **options)
@@ -87,10 +87,11 @@ def _parts(folder: Path) -> list[str]:
     return [part for part in pipeline_parts(index) if part in WEIGHTS]
 
 
-def _quantized(kind: str) -> TorchAoConfig:
+def quantization_config(kind: str) -> Any:
+    """torchao's config of `training.base_quantization`: linear layers in 8 bits with one scale per row."""
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-    return TorchAoConfig({"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]())
+    return {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]()
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

@@ -39,17 +39,10 @@ class MicroBatches:
         sample already."""
         self.close()
         if self.size == 1:
-            here = (
-                ""
-                if self._setup.training.gradient_checkpointing
-                else (
-                    "the same command with training.gradient_checkpointing=true, which continues there; or "
-                )
-            )
             raise OutOfMemoryError(
-                f"out of memory in {self._setup.title} after {step} updates, with one sample in a micro-batch; fix: {here}"
-                f"another run (name=...) with training.mixed_precision=bf16, training.base_quantization=int8, or smaller "
-                f"images (data.resolution)"
+                f"out of memory in {self._setup.title} after {step} updates, with one sample in a micro-batch; fix: "
+                f"{self._remedy_here()}another run (name=...) with training.mixed_precision=bf16, "
+                f"training.base_quantization=int8, or smaller images (data.resolution)"
             )
         smaller = next(size for size in range(self.size // 2, 0, -1) if self.size % size == 0)
         if self._runtime.is_main:
@@ -64,6 +57,17 @@ class MicroBatches:
         self.per_update *= self.size // smaller
         self.size = smaller
         self._batches = self._from(step)
+
+    def _remedy_here(self) -> str:
+        """What lets the same run continue with less memory, if anything does."""
+        training = self._setup.training
+        if not training.gradient_checkpointing:
+            setting = "training.gradient_checkpointing=true"
+        elif training.memory_budget is not None:
+            setting = f"a smaller training.memory_budget, now {training.memory_budget}, or null"
+        else:
+            return ""
+        return f"the same command with {setting}, which continues there; or "
 
     def close(self) -> None:
         """Ends the thread that draws ahead."""

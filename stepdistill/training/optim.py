@@ -207,24 +207,45 @@ def _adds_to(part: torch.Tensor) -> Callable[[torch.Tensor], None]:
 class MovingAverage:
     """The exponential moving average of a role's weights, with diffusers' warm-up of the decay.
 
-    It stays on the CPU, also if the weights are on a GPU: it is used once an update, and at the end of the phase.
+    It stays on the CPU, also if the weights are on a GPU: it is used once an update, and at the end of the phase. A copy of
+    the weights travels there while the CPU prepares the next update, and is averaged after that update.
     """
 
     def __init__(self, weights: TrainedWeights, *, decay: float) -> None:
         self._weights = weights
+        on_gpu = weights.master.is_cuda
+        self._copy = (
+            torch.empty_like(weights.master, device="cpu", pin_memory=on_gpu).detach().requires_grad_(True)
+        )
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        self._is_behind = False
         self._average = EMAModel([weights.master.detach().cpu()], decay=decay, foreach=True)
 
     def update(self) -> None:
         """Updates the average; call it after each update of the weights."""
-        self._average.step([self._weights.master.detach().cpu().requires_grad_(True)])
+        self._catch_up()
+        self._copy.data.copy_(self._weights.master.data, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+        self._is_behind = True
+
+    def _catch_up(self) -> None:
+        """Averages the last copy, if that is still to be done."""
+        if self._is_behind:
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._average.step([self._copy])
+            self._is_behind = False
 
     def copy_to_parameters(self) -> None:
         """Replaces the weights by their average."""
+        self._catch_up()
         self._average.copy_to([self._weights.master])
         self._weights.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name, and the number of updates so far."""
+        self._catch_up()
         averages = self._weights.views(self._average.shadow_params[0])
         return {"parameters": averages, "updates": self._average.optimization_step}
 
@@ -233,7 +254,7 @@ class MovingAverage:
         averages: Mapping[str, torch.Tensor] = state["parameters"]
         shapes = {name: of.shape for name, of in averages.items()}
         check_shapes("the moving average", self._weights, shapes)
-        self._average.optimization_step = state["updates"]
+        self._average.optimization_step, self._is_behind = state["updates"], False
         for name, average in self._weights.views(self._average.shadow_params[0]).items():
             average.copy_(averages[name])
 

@@ -12,7 +12,7 @@ from stepdistill.config import Phase, Training
 from stepdistill.data.batches import Batch
 from stepdistill.errors import NonFiniteError
 from stepdistill.models.discriminator import DiscriminatorState
-from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, SharedNetwork
+from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
 from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime, is_out_of_memory, release_memory
 from stepdistill.training.guard import AdversaryGuard, Trouble
@@ -135,7 +135,7 @@ def run_phase(
             is_last = state.step == phase.max_train_steps  # its preview comes at the end of the phase
             if training.preview_steps and state.step % training.preview_steps == 0 and not is_last:
                 setup.preview(f"phase{setup.number}-{phase.title}-step{state.step:06d}", state.step)
-                _park_idle(setup)
+            _park_idle(setup)  # the guard and previews may have asked the teacher
         if state.average is not None:
             state.average.copy_to_parameters()
         check_result(setup, state, batches, runtime)
@@ -154,9 +154,9 @@ def _begun(setup: PhaseSetup, runtime: Runtime, start: Mapping[str, Any] | None)
 
 
 def _park_idle(setup: PhaseSetup) -> None:
-    """Takes the teacher's LoRA off the GPU in a phase whose losses do not need the teacher."""
-    if not setup.phase.asks_teacher and setup.teacher.adapter is not None:
-        setup.teacher.network.park(setup.teacher.adapter)
+    """Takes the LoRA of earlier rungs off the GPU in a phase whose losses do not need the teacher."""
+    if not setup.phase.asks_teacher:
+        setup.student.network.park(TEACHER)
 
 
 def _line(setup: PhaseSetup, step: int, numbers: Mapping[str, float]) -> dict[str, Any]:
@@ -314,7 +314,8 @@ def check_result(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, ru
 
 
 def _read(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The values of scalars on the device. An update makes the CPU wait for the device only here."""
+    """The values of scalars on the device. An update makes the CPU wait for the device here, and with prodigy
+    in its optimiser."""
     values = torch.stack([value.detach().double() for value in scalars.values()]).tolist()
     return dict(zip(scalars, values, strict=True))
 

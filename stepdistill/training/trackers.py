@@ -1,10 +1,12 @@
 """Sends the numbers of every update, and the preview images, to the trackers that the config names, through accelerate.
 
-A tracker must not stop a training: one that fails, such as for lack of a network, is named in a warning and left out.
+A tracker must not stop a training: one that fails after it began, such as for lack of a network, is named in a warning and
+left out. Whether it can begin at all is checked before anything is loaded (config/installed.py).
 """
 
 import functools
 import logging
+import secrets
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 
 from stepdistill.config import RunConfig
 from stepdistill.config.saved import resolved
+from stepdistill.disk.durable import write_text
 from stepdistill.messages import first_line
 from stepdistill.run.settings import flat
 
@@ -30,7 +33,15 @@ def _tensorboard(config: RunConfig, folder: Path) -> GeneralTracker:
 
 
 def _wandb(config: RunConfig, folder: Path) -> GeneralTracker:
-    return WandBTracker(PROJECT, name=config.name, dir=str(folder), resume="allow")
+    return WandBTracker(PROJECT, name=config.name, id=_run_id(folder), dir=str(folder), resume="allow")
+
+
+def _run_id(folder: Path) -> str:
+    """A random name of this run, kept in its folder, with which wandb continues its curves."""
+    file = folder / "wandb_id"
+    if not file.is_file():
+        write_text(file, secrets.token_hex(8))
+    return file.read_text().strip()
 
 
 def _trackio(config: RunConfig, _folder: Path) -> GeneralTracker:

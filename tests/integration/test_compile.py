@@ -1,6 +1,7 @@
 """Compiled blocks: no graph breaks, no compiling after the first update, and gradients equal to those of eager code."""
 
 import dataclasses
+import functools
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
 from stepdistill.training.phase import losses_and_gradients
 from stepdistill.training.samples import Samples
-from tests.conftest import build_tiny_unet
+from tests.conftest import build_tiny_unet, make_conditioning, randn
 from tests.unit.test_gradients import Denoiser, fill, make_batch
 from tests.unit.test_half_precision import optimizer_of
 
@@ -20,6 +21,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler"),
 ]
+
+
+def compiled_by(module, backend, **options):
+    module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
 
 
 def network_of(*, compiles, checkpointing):
@@ -67,6 +72,30 @@ def test_compiled_blocks_are_equal_and_compiled_once(noise_path, checkpointing):
         assert torch.allclose(first[name], gradient, rtol=1e-4, atol=1e-5), name
     for repeated in again:
         assert all(torch.equal(repeated[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("sizes_vary", [False, True])
+def test_each_size_has_code_of_its_own_unless_sizes_vary(monkeypatch, noise_path, sizes_vary):
+    torch._dynamo.reset()
+    symbolic = []
+
+    def spied(graph, _inputs):
+        values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        symbolic.extend(x for x in values if not isinstance(x, torch.Tensor))
+        symbolic.extend(
+            s for x in values if isinstance(x, torch.Tensor) for s in x.shape if not isinstance(s, int)
+        )
+        return graph.forward
+
+    unet = build_tiny_unet()
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compiled_by, spied))
+    network = SharedNetwork.with_student_and_teacher(
+        unet, rank=4, seed=0, compiles=True, sizes_vary=sizes_vary
+    )
+    for side in (8, 16):
+        with torch.no_grad(), network.using(STUDENT):
+            network.ask(randn(2, 4, side, side), torch.tensor([900, 300]), make_conditioning(2))
+    assert bool(symbolic) == sizes_vary
 
 
 def test_a_compiled_training_continued_from_its_state_is_bit_identical(noise_path):

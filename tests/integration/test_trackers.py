@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import socket
 
 import pytest
 from PIL import Image
@@ -174,3 +175,23 @@ def test_wandb_without_an_account_is_refused_and_offline_it_needs_none(tmp_path,
         check_installed(config)
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_installed(config)
+
+
+def test_wandb_whose_server_cannot_be_reached_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    config = config_of(tmp_path, "training.trackers=[wandb]")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        check_installed(config)
+    assert guarded(lambda: check_installed(config)) == 2
+    with pytest.raises(ConfigError, match=r"wandb, which cannot reach 127\.0\.0\.1; fix: WANDB_MODE=offline"):
+        check_installed(config)
+
+
+def test_a_compiler_that_torch_does_not_take_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    with pytest.raises(ConfigError, match=r"training\.compile: got true, which needs a C\+\+ compiler"):
+        check_installed(config_of(tmp_path, "training.compile=true"))

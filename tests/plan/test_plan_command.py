@@ -1,6 +1,8 @@
 """`stepdistill plan`: profiles fit their cards, what would fit is named, wrong input ends with one line."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import card_of
 from stepdistill.plan.dry_update import DryRun
 from stepdistill.plan.passes import phase_forwards
-from stepdistill.plan.whole_run import GIB, plan_run, smaller_run
+from stepdistill.plan.smaller import smaller_run
+from stepdistill.plan.whole_run import GIB, plan_run
 from stepdistill.teacher.families import plannable_facts
 
 LETTERS = "configs/letters.yaml"
@@ -59,8 +62,40 @@ def test_the_plan_of_the_letters_names_memory_time_and_disk(capsys):
         assert title in text
     assert "time: training" in text
     assert "cost: " in text
-    assert "at 2 an hour" in text
+    assert "at 2 an hour of a card" in text
+    assert "for the rung of 8 steps" in text
     assert "disk: " in text
+
+
+@pytest.mark.slow
+def test_more_cards_share_the_images_and_each_costs_its_hours(capsys):
+    def costs(*options):
+        assert run(LETTERS, "--gpu", "h100", "--price", "3600000", *options) == 0
+        found = re.findall(
+            r"^(?:cost: |      )([\d,.]+) (?:at|for the rung)", capsys.readouterr().out, re.MULTILINE
+        )
+        return [float(number.replace(",", "")) for number in found]
+
+    one, *rungs = costs()
+    two, *rungs_of_two = costs("--cards", "2")
+    assert rungs_of_two == pytest.approx([2 * cost for cost in rungs], rel=1e-3)
+    assert two - sum(rungs_of_two) == pytest.approx(one - sum(rungs), rel=1e-3)  # of the images
+
+
+@pytest.mark.slow
+def test_what_would_fit_a_smaller_card_than_the_budget_is_a_smaller_budget():
+    options = [
+        "training.gradient_checkpointing=true",
+        "training.memory_budget=2GiB",
+        "training.train_batch_size=512",
+    ]
+    config = load_config(LETTERS, [*options, "evaluation.batch_size=1"])
+    facts, card = plannable_facts(config), replace(card_of("1GB"), memory_gib=2.0)
+    plan = plan_run(config, facts, card, keeps=kept_modules(config, facts))
+    assert not plan.fits
+    changes, smaller = smaller_run(config, facts, plan)
+    assert changes[0] == "training.memory_budget=1GiB"
+    assert smaller.fits
 
 
 @pytest.mark.slow
@@ -68,8 +103,9 @@ def test_a_run_that_does_not_fit_ends_with_code_2_and_names_what_would():
     config = load_config(LETTERS, ["training.train_batch_size=4096", "evaluation.batch_size=1"])
     card = card_of("1GB")
     facts = plannable_facts(config)
-    assert not plan_run(config, facts, card).fits
-    changes, smaller = smaller_run(config, facts, card)
+    plan = plan_run(config, facts, card)
+    assert not plan.fits
+    changes, smaller = smaller_run(config, facts, plan)
     assert smaller.fits
     assert changes[0].startswith("training.")
     checked = load_config(LETTERS, ["training.train_batch_size=4096", "evaluation.batch_size=1", *changes])

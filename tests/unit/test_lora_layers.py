@@ -1,19 +1,23 @@
 """Our LoRA layers compute what peft's compute, in fewer operations, and all of them switch at once."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.random_teacher import unet_config
 from stepdistill.models import adapters
-from stepdistill.models.lora_layers import LoraConv2d, LoraLinear
+from stepdistill.models.lora_layers import LoraConv2d, LoraLinear, lora_config
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.unet import LORA_TARGETS
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.cards import CARDS
 from stepdistill.plan.tracker import Tracker, gpu_kernels
+from stepdistill.teacher.loading import quantization_config
 from tests.conftest import build_tiny_unet, make_conditioning, randn
 from tests.unit.test_gradients import fill, make_network
 
@@ -204,3 +208,36 @@ def kernels_of(family, adapter):
 def test_the_kernels_of_a_forward_pass_at_full_size():
     """Two more for each layer that a LoRA adapts, and none to cast; peft's layers under autocast took 8,931."""
     assert {adapter: kernels_of("sdxl", adapter) for adapter in (None, STUDENT)} == KERNELS_OF_SDXL
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("role", [None, STUDENT])
+def test_a_quantised_layer_keeps_no_converted_weight_and_has_the_converted_weights_gradients(kind, role):
+    """Its weight is larger than all that its backward pass needs besides."""
+    torchao = pytest.importorskip("torchao.quantization")
+    plain = nn.Linear(256, 128).bfloat16().requires_grad_(False)
+    quantized = nn.Sequential(copy.deepcopy(plain))
+    torchao.quantize_(quantized, quantization_config(kind))
+    plain.weight.data = quantized[0].weight.dequantize()
+
+    def outcome(base):
+        model = nn.Sequential(base)
+        config = lora_config(4, targets=["0"])
+        layer = get_peft_model(model, config).base_model.model[0]
+        layer.active.name = role and "default"
+        torch.manual_seed(0)
+        trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        for parameter in trained:
+            parameter.data = torch.randn(parameter.shape).bfloat16()
+        x, saved = randn(6, 256).bfloat16().requires_grad_(True), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            y = layer(x)
+        y.float().square().sum().backward()
+        return y, [x.grad, *(p.grad for p in trained if role)], saved
+
+    expected, gradients, _ = outcome(plain)
+    y, found, saved = outcome(quantized[0])
+    assert torch.allclose(y, expected, rtol=0.02, atol=0.02)
+    for gradient, of in zip(found, gradients, strict=True):
+        assert float((gradient - of).float().norm() / of.float().norm()) < 0.02
+    assert max(saved, default=0) < plain.weight.numel()
