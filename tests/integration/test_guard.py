@@ -11,14 +11,14 @@ from stepdistill.config import Phase
 from stepdistill.config.load import load_config
 from stepdistill.errors import CheckpointError
 from stepdistill.ladder import phases
-from stepdistill.models.shared_network import STUDENT
+from stepdistill.models.shared_network import STUDENT, TEACHER
 from stepdistill.run.checkpoint_files import CHECKPOINTS, STATE, checkpoint_name, partial_rung
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Runtime
 from stepdistill.training import guard as guard_module
 from stepdistill.training.guard import CERTAIN, FAR, HORIZON, LONG, AdversaryGuard
-from stepdistill.training.phase import PhaseState
+from stepdistill.training.phase import PhaseState, copied, run_phase
 from tests.integration.conftest import tiny_config
 from tests.integration.test_phase_state import assert_equal, setup_of, train_until
 
@@ -53,6 +53,29 @@ def first_trouble(guard, accuracies, *, updates):
         if trouble is not None:
             return step, trouble.kind
     return None
+
+
+def test_the_teachers_lora_is_put_away_again_after_a_resumed_guard_has_asked_it(trained_run, monkeypatch):
+    """Its phase's losses do not need the teacher; a resumed guard has no samples of it yet."""
+    monkeypatch.setattr(guard_module, "EVERY", 2)
+    phase = Phase(objective="single", max_train_steps=4, discriminator={"real": "data"})
+    setup, runtime = setup_of(load_config(trained_run.run_dir), phase), Runtime()
+    setup = dataclasses.replace(
+        setup,
+        teacher=dataclasses.replace(setup.teacher, adapter=TEACHER, guidance_scale=1.0),
+        preview=lambda _name, _step: None,
+    )
+    state = PhaseState(setup, runtime)
+    state.guard.begin()
+    train_until(setup, state, runtime, 1)
+    saved = copied(state.state_dict())
+    state.close()
+    network, used = setup.student.network, []
+    using = network.using
+    monkeypatch.setattr(network, "using", lambda name, **options: used.append(name) or using(name, **options))
+    run_phase(setup, runtime=runtime, log=None, start=saved)
+    assert TEACHER in used
+    assert network._parked == {TEACHER}
 
 
 def test_a_discriminator_that_is_nearly_always_right_is_noticed_after_the_horizon(watched):

@@ -121,6 +121,29 @@ def test_an_update_is_begun_again_with_the_same_samples_in_smaller_micro_batches
         batches.split(1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({}, "fix: the same command with training.gradient_checkpointing=true, which continues there"),
+        (
+            {"gradient_checkpointing": True, "memory_budget": "16GiB"},
+            "fix: the same command with a smaller training.memory_budget, now 16GiB, or null, which continues there",
+        ),
+        (
+            {"gradient_checkpointing": True},
+            r"fix: another run \(name=...\) with training.mixed_precision=bf16",
+        ),
+    ],
+)
+def test_what_lets_one_sample_fit_is_named_the_same_run_first(tmp_path, settings, remedy):
+    setup = setup_of(tmp_path, 1, 1)
+    setup = dataclasses.replace(setup, training=setup.training.model_copy(update=settings))
+    batches = MicroBatches(setup, one_process())
+    with pytest.raises(OutOfMemoryError, match=remedy):
+        batches.split(1)
+    batches.close()
+
+
 def test_the_next_batch_is_drawn_in_order_while_the_last_one_is_processed():
     started = [threading.Event() for _ in range(4)]
 
