@@ -136,7 +136,7 @@ def test_an_update_is_begun_again_with_the_same_samples_in_smaller_micro_batches
     ],
 )
 def test_what_lets_one_sample_fit_is_named_the_same_run_first(tmp_path, settings, remedy):
-    setup = setup_of(tmp_path, 1, 1)
+    setup = setup_of(tmp_path / "cache", 1, 1)
     setup = dataclasses.replace(setup, training=setup.training.model_copy(update=settings))
     batches = MicroBatches(setup, one_process())
     with pytest.raises(OutOfMemoryError, match=remedy):
