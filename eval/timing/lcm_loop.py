@@ -43,7 +43,7 @@ def _compared(config: RunConfig, precision: str, count: int) -> dict[str, object
         node_steps=NODES,
         seed=0,
         keys=("bench",),
-        dtype=torch.float32,
+        dtype=shared.runtime.weight_dtype,
     ).to(shared.runtime.device)
     timed = rounds({"ours": _ours(shared, batch), "plain": _plain(config, shared, batch)}, count)
     return {
