@@ -1,6 +1,6 @@
 """What `training.compile` saves on a GPU: kernels, memory traffic and least time of SDXL's student pass, counted.
 
-    python eval/compiled_blocks.py [--config configs/sdxl_24gb.yaml] [--batch 1] [--gpu h100] [--output FILE]
+    python eval/compiled_blocks.py [--config configs/sdxl_24gb.yaml] [--batch 4] [--gpu h100]
 
 The pass is a forward and a backward pass of the student, whole and with recomputation. Eager operations are counted as in
 `stepdistill plan`. Of each kind of compiled block one is compiled for the CPU, at full size in bfloat16, and what its
@@ -244,23 +244,39 @@ def counts(config: RunConfig, card: Card) -> dict[str, Any]:
     return result | {"whole": row(whole, 1), "recomputing": row(recomputing, 2), "teacher": teacher}
 
 
+def table(result: dict[str, Any]) -> str:
+    """A Markdown row per pass."""
+    lines = [
+        "| pass | blocks | kernels | GiB moved | TFLOP | least ms |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    names = {
+        "whole": "student, forward and backward",
+        "recomputing": "the same, all activations computed again",
+        "teacher": "teacher, without gradients",
+    }
+    for key, name in names.items():
+        for kind, work in result[key].items():
+            lines.append(
+                f"| {name} | {kind} | {work['kernels']:,.0f} | {work['moved'] / GIB:.0f} | {work['flop'] / 1e12:.1f} | "
+                f"{1000 * work['seconds']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Counts what compiled blocks do on a GPU, without one.")
     parser.add_argument("--config", default="configs/sdxl_24gb.yaml")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--gpu", default="h100")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=Path("eval/results/compiled_blocks"))
     args = parser.parse_args(argv)
     options = [f"training.train_batch_size={args.batch}", "training.gradient_checkpointing=true"]
     result = counts(load_config(args.config, options), card_of(args.gpu))
-    for name in ("whole", "recomputing", "teacher"):
-        for kind, work in result[name].items():
-            print(
-                f"{name:>11} {kind:>16}: {work['kernels']:.0f} kernels, {work['moved'] / GIB:.1f} GiB, "
-                f"{work['flop'] / 1e12:.1f} TFLOP, {1000 * work['seconds'] / args.batch:.0f} ms a sample on {result['card']}"
-            )
-    if args.output:
-        args.output.write_text(json.dumps(result | {"environment": environment()}, indent=2) + "\n")
+    payload = result | {"environment": environment()}
+    args.output.with_suffix(".json").write_text(json.dumps(payload, indent=2) + "\n")
+    args.output.with_suffix(".md").write_text(table(result) + "\n")
+    print(table(result))
     return 0
 
 

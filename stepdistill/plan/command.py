@@ -42,9 +42,10 @@ def print_plan(
     if not planned.fits:
         raise ConfigError(verdict(planned))
     if measure:
-        print("\n" + measured_title(default_device()), flush=True)
+        device = default_device()
+        print("\n" + measured_title(device), flush=True)
         for cost, measured in measured_phases(config, facts, planned, keeps):
-            print(measured_line(cost, measured), flush=True)
+            print(measured_line(cost, measured, device), flush=True)
 
 
 def _disk(config: RunConfig, facts: TeacherFacts) -> DiskNeed | None:

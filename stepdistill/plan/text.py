@@ -59,14 +59,15 @@ def measured_title(device: torch.device) -> str:
     return f"measured on {device.type}: a micro-batch with one move of the teacher, and the optimisers; memory of {of}"
 
 
-def measured_line(cost: PhaseCost, measured: MeasuredUpdate) -> str:
-    """One phase: measured and planned memory and time."""
+def measured_line(cost: PhaseCost, measured: MeasuredUpdate, device: torch.device) -> str:
+    """One phase: measured and planned memory and time. The time on a CPU has no error: the plan is for a card."""
     planned, seconds = cost.update, measured.seconds
     least = planned.micro.seconds
+    error = f" ({seconds / least - 1:+.0%})" if device.type == "cuda" else ""
     return (
         f"  {cost.title}: {measured.peak / GIB:.2f} GiB, planned {planned.peak / GIB:.2f} "
-        f"({measured.peak / planned.peak - 1:+.0%}); {seconds:.2f} s, planned on the card {least:.2f} s "
-        f"({seconds / least - 1:+.0%}); {planned.micro.flop / seconds / 1e12:.2f} TFLOP/s"
+        f"({measured.peak / planned.peak - 1:+.0%}); {seconds:.2f} s, planned on the card {least:.2f} s{error}; "
+        f"{planned.micro.flop / seconds / 1e12:.2f} TFLOP/s"
     )
 
 
