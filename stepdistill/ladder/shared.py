@@ -4,7 +4,9 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepdistill.config import RunConfig
+import torch
+
+from stepdistill.config import ConfigError, RunConfig
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.disk.durable import read_sealed, sha256_json
@@ -99,6 +101,7 @@ class Shared:
 
 def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     """Loads the shared network, the cache and all else that every rung needs, after freeing models of earlier stages."""
+    _check_compiling(config, runtime)
     release_memory()
     base = teacher_folder(config)
     facts = TeacherFacts.of_folder(base)
@@ -138,3 +141,13 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     )
     trackers = Trackers(config) if runtime.is_main else None
     return Shared(config, base, network, undistilled, cache, painter, looks, runtime, trackers, keeps)
+
+
+def _check_compiling(config: RunConfig, runtime: Runtime) -> None:
+    """ConfigError for half precision compiled for a CPU: torch 2.13's vector code gives NaN in the backward pass of some
+    residual blocks, and its scalar code does not."""
+    if config.training.compile and runtime.device.type == "cpu" and runtime.weight_dtype != torch.float32:
+        raise ConfigError(
+            f"training.compile: got true with mixed_precision {config.training.mixed_precision} on a CPU, where torch's "
+            f"compiled code gives NaN; fix: training.mixed_precision=no, or training.compile=false"
+        )

@@ -197,9 +197,11 @@ def _adds_to(part: torch.Tensor) -> Callable[[torch.Tensor], None]:
     """A hook that adds a parameter's gradient to `part` and drops it."""
 
     def add(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None, "autograd calls the hook after it has set the gradient"
-        part.add_(parameter.grad)
-        parameter.grad = None
+        if (
+            parameter.grad is not None
+        ):  # a frozen parameter is an input of compiled code, which gives it no gradient
+            part.add_(parameter.grad)
+            parameter.grad = None
 
     return add
 

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from stepdistill import stages
+from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
 from stepdistill.config.saved import resolved
 from stepdistill.disk.durable import read_json, sealed, write_json
@@ -134,9 +135,8 @@ def test_compiled_with_8_bit_adam_and_micro_batches_it_continues_to_equal_weight
 ):
     pytest.importorskip("torchao")
     overrides = [
-        *("training.compile=true", "training.optimizer=adam8bit", "training.mixed_precision=bf16"),
-        *("training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2"),
-        "training.train_batch_size=2",
+        *("training.compile=true", "training.optimizer=adam8bit", "training.gradient_checkpointing=true"),
+        *("training.train_batch_size=2", "training.gradient_accumulation_steps=2"),
     ]
     straight, stopped = (
         prepared(config_of(tmp_path / name, LADDERS["mse, paired, single"], *overrides), cache)
@@ -148,6 +148,16 @@ def test_compiled_with_8_bit_adam_and_micro_batches_it_continues_to_equal_weight
     stages.distill(stopped)
     assert weights_of(stopped) == weights_of(straight)
     assert log_of(stopped) == log_of(straight)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's compiled code is another")
+def test_half_precision_compiled_for_a_cpu_is_refused(cache, tmp_path):
+    options = ["training.compile=true", "training.mixed_precision=bf16"]
+    config = prepared(config_of(tmp_path, LADDERS["mse"], *options), cache)
+    with pytest.raises(
+        ConfigError, match=r"mixed_precision bf16 on a CPU.*fix: training\.mixed_precision=no"
+    ):
+        stages.distill(config)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 
 from stepdistill.config import Phase
 from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
+from stepdistill.teacher.folder import embedded_folder
 from stepdistill.training.phase import losses_and_gradients
 from stepdistill.training.samples import Samples
 from tests.conftest import build_tiny_unet, make_conditioning, randn
@@ -27,13 +29,13 @@ def compiled_by(module, backend, **options):
     module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
 
 
-def network_of(*, compiles, checkpointing):
+def network_of(*, compiles, checkpointing, paired=False):
     network = SharedNetwork.with_student_and_teacher(
         build_tiny_unet(), rank=4, seed=0, gradient_checkpointing=checkpointing, compiles=compiles
     )
     fill(network, STUDENT, 100)
     fill(network, TEACHER, 200)
-    options = {"trunk": "lora", "heads": "multi", "paired": False, "rank": 4, "seed": 3}
+    options = {"trunk": "lora", "heads": "multi", "paired": paired, "rank": 4, "seed": 3}
     discriminator = Discriminator(network, sample_size=8, **options)
     fill(network, DISCRIMINATOR, 300)
     return network, discriminator
@@ -118,13 +120,16 @@ def test_a_compiled_training_continued_from_its_state_is_bit_identical(noise_pat
     assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
 
-def test_micro_batches_of_compiled_blocks_add_up_to_the_eager_gradient(noise_path):
+@pytest.mark.parametrize("objective", ["single", "paired"])
+def test_micro_batches_of_compiled_blocks_add_up_to_the_eager_gradient(noise_path, objective):
     """The float32 sums of the gradients of three micro-batches of one sample are the gradient of the batch of three."""
-    phase = Phase(objective="single", discriminator={"real": "data"})
+    phase = Phase(objective=objective, discriminator={"real": "data"})
     whole = dataclasses.replace(make_batch(noise_path), teacher_moves=None)
 
     def summed(parts, *, compiles):
-        network, discriminator = network_of(compiles=compiles, checkpointing=True)
+        network, discriminator = network_of(
+            compiles=compiles, checkpointing=True, paired=objective == "paired"
+        )
         student = Denoiser(network, STUDENT, noise_path, "epsilon", trains=True)
         optimizers = {role: optimizer_of(network.weights(role)) for role in (STUDENT, DISCRIMINATOR)}
         for rows in torch.arange(len(whole.noise)).chunk(parts):
@@ -137,3 +142,17 @@ def test_micro_batches_of_compiled_blocks_add_up_to_the_eager_gradient(noise_pat
     for role, gradient in eager.items():
         assert gradient.any()
         assert torch.allclose(compiled[role], gradient, rtol=1e-4, atol=1e-5), role
+
+
+def test_torchs_vector_code_for_cpus_still_gives_nan_in_bfloat16():
+    """When this fails, torch is mended, and ladder/shared.py need not refuse half precision compiled for a CPU."""
+    torch._dynamo.reset()
+    unet = load_network(embedded_folder("teacher"), dtype=torch.bfloat16)
+    network = SharedNetwork.with_student_and_teacher(unet, rank=32, seed=0)
+    block = unet.down_blocks[0].resnets[0]
+    sample = randn(2, block.in_channels, 8, 8).bfloat16()
+    embedding = randn(2, unet.time_embedding.linear_2.out_features).bfloat16()
+    with network.using(STUDENT):
+        torch.compile(block.forward, dynamic=False)(sample, embedding).square().mean().backward()
+    gradients = [p.grad for name, p in network.group(STUDENT).items() if "down_blocks.0.resnets.0" in name]
+    assert not all(bool(gradient.isfinite().all()) for gradient in gradients)
