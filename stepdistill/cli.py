@@ -281,6 +281,13 @@ def sample(
     typer.echo(one_line(str(written)))
 
 
+_OF_THE_COMPILER = ("InductorError", "BackendCompilerFailed")  # torch's
+_COMPILER_REMEDY = (
+    "fix: remove torch's folder of compiled code, which a kill in the middle of compiling leaves damaged "
+    "(TORCHINDUCTOR_CACHE_DIR, or torchinductor_USER in the folder for temporary files), or training.compile=false"
+)
+
+
 def guarded(command: Callable[[], object]) -> int:
     """Runs a command and returns its exit code, as listed in errors.py; all but errors of the program itself are reported
     in one line."""
@@ -308,6 +315,8 @@ def _exit_code(command: Callable[[], object]) -> int:
     except EXPECTED as error:
         return _ended(str(error), error.exit_code, is_agreed=type(error) is ToBeContinued)
     except RuntimeError as error:
+        if type(error).__name__ in _OF_THE_COMPILER:
+            return _ended(f"torch.compile: {first_line(error)}; {_COMPILER_REMEDY}", 2)
         if type(error).__name__ != OutOfMemoryError.__name__:  # torch's, which is not imported here
             raise
         return _ended(f"out of memory: {first_line(error)}; {_MEMORY_REMEDY}", OutOfMemoryError.exit_code)

@@ -20,11 +20,12 @@ _MAX_SECONDS = 5.0
 
 def check_installed(config: RunConfig) -> None:
     """ConfigError for a setting that needs a package, a compiler or an account that is not there."""
-    for problem in _problems(config):
+    for problem in installation_problems(config):
         raise ConfigError(problem)
 
 
-def _problems(config: RunConfig) -> Iterator[str]:
+def installation_problems(config: RunConfig) -> Iterator[str]:
+    """One line for each setting that needs something that is not there, with its remedy after "; fix: "."""
     training = config.training
     needs: list[tuple[str, str, str]] = []
     if training.base_quantization != "none":

@@ -231,7 +231,7 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
         check_ladder(self.ladder)
         if self.training.memory_budget is not None and not self.training.gradient_checkpointing:
             raise ConfigError(
-                "training.memory_budget: got a budget without gradient_checkpointing; allowed: with "
-                "training.gradient_checkpointing: true, of which it says how much is computed again"
+                "training.memory_budget: got a budget without gradient_checkpointing, whose computing again it limits; fix: "
+                "training.gradient_checkpointing=true"
             )
         return self

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import Kind
-from stepdistill.config.installed import check_installed
+from stepdistill.config.installed import installation_problems
 from stepdistill.config.ladder import unused_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.decode import BadSample, read_caption
@@ -79,7 +79,9 @@ def _findings(part: Callable[[RunConfig], Iterator[Finding]], config: RunConfig)
 
 
 def _packages(config: RunConfig) -> Iterator[Finding]:
-    check_installed(config)
+    for problem in installation_problems(config):
+        about, _, remedy = problem.partition("; fix: ")
+        yield Finding("problem", about, remedy)
     wrong = []
     for text in importlib.metadata.requires("stepdistill") or []:
         requirement = Requirement(text)

@@ -4,7 +4,10 @@ Modules are kept in the order of the arithmetic that a byte saves. How many of t
 itself, because a discriminator's passes keep the activations of the same modules a second time.
 """
 
+import bisect
 import functools
+import itertools
+import logging
 import math
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
@@ -13,6 +16,7 @@ from stepdistill.plan.dry_update import DryRun, Segment
 from stepdistill.plan.whole_run import GIB, phases_of, what_matters
 from stepdistill.teacher.facts import TeacherFacts
 
+logger = logging.getLogger(__name__)
 Keeps = dict[tuple[int, int], list[str]]
 """Names of the modules whose activations are kept, by student_steps of the rung and number of the phase."""
 _ANY_CARD = CARDS["rtx4090"]  # memory does not depend on it
@@ -47,6 +51,10 @@ class _Request:
 @functools.lru_cache
 def _kept_modules(request: _Request) -> Keeps:
     config = request.config
+    logger.info(
+        "memory budget: counting which activations fit %s; for SDXL a minute or two",
+        config.training.memory_budget,
+    )
     dry_run = DryRun(config, request.facts, _ANY_CARD)
     segments = sorted(dry_run.segments(), key=lambda s: s.flop / max(s.kept, 1), reverse=True)
     budget = config.training.memory_budget_bytes or 0.0
@@ -74,11 +82,22 @@ def _check_least(dry_run: DryRun, phases: list[tuple[Rung, Phase]], budget: floa
 def _most(dry_run: DryRun, rung: Rung, phase: Phase, segments: list[Segment], budget: float) -> list[str]:
     """The names of the most segments, from the first on, whose activations can be kept."""
 
-    def fits(count: int) -> bool:
-        return dry_run.update(rung, phase, keeps=[s.name for s in segments[:count]]).peak <= budget
+    sizes = list(itertools.accumulate((s.kept for s in segments), initial=0))
+
+    def peak(count: int) -> int:
+        return dry_run.update(rung, phase, keeps=[s.name for s in segments[:count]]).peak
 
     fewest, most = 0, len(segments)
-    while fewest < most:
-        middle = (fewest + most + 1) // 2
-        fewest, most = (middle, most) if fits(middle) else (fewest, middle - 1)
+    least, largest = peak(fewest), peak(most)
+    if largest <= budget:
+        return [s.name for s in segments]
+    while most - fewest > 1:  # the peak grows nearly in proportion to what is kept
+        share = (budget - least) / (largest - least)
+        guess = bisect.bisect_right(sizes, sizes[fewest] + share * (sizes[most] - sizes[fewest])) - 1
+        middle = min(max(guess, fewest + 1), most - 1)
+        size = peak(middle)
+        if size <= budget:
+            fewest, least = middle, size
+        else:
+            most, largest = middle, size
     return [s.name for s in segments[:fewest]]

@@ -1,5 +1,7 @@
 """What `stepdistill plan` prints."""
 
+import logging
+
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import Card, card_of
@@ -11,6 +13,7 @@ from stepdistill.plan.whole_run import card_here, plan_run
 from stepdistill.runtime import default_device
 from stepdistill.teacher.facts import TeacherFacts
 
+logger = logging.getLogger(__name__)
 _USUAL = "24GB"
 
 
@@ -33,7 +36,10 @@ def print_plan(
         price: of an hour of one card.
         measure: also make two updates of every kind of phase on this machine's device, with random weights.
     """
-    card = card or card_here() or card_of(_USUAL)
+    card = card or card_here()
+    if card is None:
+        logger.info("plan: no GPU here and none named, so for one of %s; --gpu names another", _USUAL)
+        card = card_of(_USUAL)
     keeps = kept_modules(config, facts)
     planned = plan_run(config, facts, card, keeps=keeps)
     changes = None if planned.fits else smaller_run(config, facts, planned)

@@ -11,7 +11,6 @@ from stepdistill.plan.cards import Card
 from stepdistill.plan.dry_update import DryRun
 from stepdistill.plan.other_stages import OtherStages
 from stepdistill.plan.whole_run import GIB, PhaseCost, RunPlan, plan_run
-from stepdistill.runtime import WEIGHT_DTYPES
 from stepdistill.teacher.facts import TeacherFacts
 
 _BESIDE_BUDGET = 1.0
@@ -54,15 +53,13 @@ def _with_budget_of(config: RunConfig, facts: TeacherFacts, card: Card) -> tuple
 
 
 def _needs(config: RunConfig, facts: TeacherFacts, card: Card, what: str, worst: PhaseCost) -> int:
-    """The most bytes that a stage needs; for "training", those of its worst phase and of a preview after it."""
+    """The most bytes that a stage needs; for "training", those of its worst phase."""
     other = OtherStages(config, facts, card)
     if what == "evaluate":
         return other.evaluate_bytes()
     if what == "prepare":
         return other.prepare_bytes()
-    cost = DryRun(config, facts, card).update(worst.rung, worst.phase)
-    decoding = other.decode_bytes(WEIGHT_DTYPES[config.training.mixed_precision])
-    return max(cost.peak, cost.between + decoding)
+    return DryRun(config, facts, card).update(worst.rung, worst.phase).peak
 
 
 def _last_of_each(changes: list[str]) -> list[str]:

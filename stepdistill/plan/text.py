@@ -9,7 +9,8 @@ from stepdistill.plan.disk_need import DiskNeed
 from stepdistill.plan.real_update import MeasuredUpdate
 from stepdistill.plan.whole_run import GIB, PhaseCost, RunPlan
 
-_ROLES = ("teacher", "student", "discriminator", "optimiser")
+_WORKING_GIB = 1.0
+"""What should stay free for the working memory of kernels and for fragments."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,15 @@ class Costs:
 
 def verdict(plan: RunPlan) -> str:
     """One line: whether the run fits the card, and what needs most."""
-    needs = f"the run needs {plan.peak / GIB:.1f} GiB ({plan.largest}); {plan.card.name} has {plan.card.usable_gib:.1f}"
     margin = plan.card.usable_gib - plan.peak / GIB
-    return f"{needs}: {f'it fits, {margin:.1f} GiB to spare' if plan.fits else f'{-margin:.1f} GiB too few'}"
+    if not plan.fits:
+        answer = f"{-margin:.1f} GiB too few"
+    elif margin < _WORKING_GIB:
+        answer = f"it just fits, {margin:.1f} GiB to spare, and may run out of memory"
+    else:
+        answer = f"it fits, {margin:.1f} GiB to spare"
+    needs = f"the run needs {plan.peak / GIB:.1f} GiB ({plan.largest})"
+    return f"{needs}; {plan.card.name}, has {plan.card.usable_gib:.1f} GiB: {answer}"
 
 
 def plan_text(
@@ -85,7 +92,10 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         cells = (f"{size / GIB:>{max(8, len(title))}.2f}" for size, title in zip(sizes, titles, strict=True))
         yield f"  {name:{width}}  " + "  ".join(cells)
     for name, size in plan.stages.items():
-        yield f"  {name:{width}}  {size / GIB:>{max(8, len(titles[0]))}.2f}"
+        left_out = (
+            "" if name != "previews" or plan.has_previews else "  more than the card has: they are left out"
+        )
+        yield f"  {name:{width}}  {size / GIB:>{max(8, len(titles[0]))}.2f}{left_out}"
 
 
 def _time(plan: RunPlan) -> Iterator[str]:
@@ -111,13 +121,23 @@ def _totals(plan: RunPlan, costs: Costs) -> Iterator[str]:
         "      at the rates that large kernels reach on this card; no card has measured it yet (docs/performance.md)"
     )
     if costs.cards > 1:
-        yield f"      on each of {costs.cards} cards, which make micro-batches of their own and share all images"
+        yield from _update_of_cards(plan, costs.cards)
     if costs.price is None:
         return
     hourly = costs.cards * costs.price / 3600
     yield f"cost: {whole * hourly:,.2f} at {costs.price:g} an hour of a card"
     for student_steps, of in _rung_seconds(plan).items():
-        yield f"      {of * hourly:,.2f} for the rung of {student_steps} steps"
+        yield f"      {of * hourly:,.2f} of it to train the {student_steps}-step rung"
+
+
+def _update_of_cards(plan: RunPlan, cards: int) -> Iterator[str]:
+    """How large an update of several cards is, and the setting that keeps it as large as that of one."""
+    training = plan.config.training
+    micro = training.gradient_accumulation_steps
+    samples = training.train_batch_size * micro
+    yield f"      on each of {cards} cards; an update then takes {cards * samples} samples in place of {samples}"
+    if micro % cards == 0:
+        yield f"      training.gradient_accumulation_steps={micro // cards} keeps {samples} and trains {cards} times as fast"
 
 
 def _rung_seconds(plan: RunPlan) -> dict[int, float]:
@@ -146,8 +166,8 @@ def _changes(plan: RunPlan, changes: tuple[list[str], RunPlan] | None) -> Iterat
     if plan.fits:
         return
     if changes is None:
-        yield "what would fit: nothing that this plan tries; a larger card"
+        yield "what would fit: a smaller data.resolution, or a larger card; nothing else that this plan tries"
         return
     settings, smaller = changes
     yield f"what would fit: {' '.join(settings)}"
-    yield f"                with it {verdict(smaller)}, {_hours(smaller.seconds)}"
+    yield f"                with it {verdict(smaller)}, {_hours(smaller.seconds)} in all"

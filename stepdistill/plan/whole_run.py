@@ -49,29 +49,40 @@ class RunPlan:
     evaluation: float
 
     @property
+    def _sizes(self) -> dict[str, int]:
+        """Bytes by phase and stage; without previews, which are left out if they do not fit."""
+        stages = {name: size for name, size in self.stages.items() if name != "previews"}
+        return {cost.title: cost.update.peak for cost in self.phases} | stages
+
+    @property
     def peak(self) -> int:
         """The most bytes that the run needs at once."""
-        return max([*(cost.update.peak for cost in self.phases), *self.stages.values()])
-
-    @property
-    def fits(self) -> bool:
-        """Whether the card has enough memory."""
-        return self.peak <= self.card.usable_gib * GIB
-
-    @property
-    def too_large(self) -> set[str]:
-        """What needs more memory than the card has: "training", or the name of another stage; previews count as training."""
-        limit = self.card.usable_gib * GIB
-        stages = {name for name, size in self.stages.items() if size > limit}
-        if any(cost.update.peak > limit for cost in self.phases) or "previews" in stages:
-            stages.add("training")
-        return stages
+        return max(self._sizes.values())
 
     @property
     def largest(self) -> str:
         """What needs the most memory: a phase or another stage."""
-        sizes = {cost.title: cost.update.peak for cost in self.phases} | self.stages
-        return max(sizes, key=lambda name: sizes[name])
+        return max(self._sizes, key=lambda name: self._sizes[name])
+
+    @property
+    def fits(self) -> bool:
+        """Whether the card has enough memory."""
+        return self.peak <= self._limit
+
+    @property
+    def has_previews(self) -> bool:
+        """Whether the card has enough memory for previews."""
+        return self.stages["previews"] <= self._limit
+
+    @property
+    def too_large(self) -> set[str]:
+        """What needs more memory than the card has: "training", or the name of another stage."""
+        names = {name for name, size in self._sizes.items() if size > self._limit}
+        return {name if name in self.stages else "training" for name in names}
+
+    @property
+    def _limit(self) -> float:
+        return self.card.usable_gib * GIB
 
     @property
     def seconds(self) -> float:

@@ -63,7 +63,7 @@ def test_the_plan_of_the_letters_names_memory_time_and_disk(capsys):
     assert "time: training" in text
     assert "cost: " in text
     assert "at 2 an hour of a card" in text
-    assert "for the rung of 8 steps" in text
+    assert "of it to train the 8-step rung" in text
     assert "disk: " in text
 
 
@@ -71,9 +71,7 @@ def test_the_plan_of_the_letters_names_memory_time_and_disk(capsys):
 def test_more_cards_share_the_images_and_each_costs_its_hours(capsys):
     def costs(*options):
         assert run(LETTERS, "--gpu", "h100", "--price", "3600000", *options) == 0
-        found = re.findall(
-            r"^(?:cost: |      )([\d,.]+) (?:at|for the rung)", capsys.readouterr().out, re.MULTILINE
-        )
+        found = re.findall(r"^(?:cost: |      )([\d,.]+) (?:at|of it)", capsys.readouterr().out, re.MULTILINE)
         return [float(number.replace(",", "")) for number in found]
 
     one, *rungs = costs()
@@ -119,7 +117,7 @@ def test_a_run_that_nothing_makes_fit_says_so(capsys, monkeypatch):
     monkeypatch.setattr("stepdistill.plan.cards._RESERVED_GIB", 0.999)
     assert run(LETTERS, "--gpu", "1GB") == 2
     captured = capsys.readouterr()
-    assert "what would fit: nothing that this plan tries" in captured.out
+    assert "what would fit: a smaller data.resolution, or a larger card" in captured.out
     assert captured.err.count("\n") == 1
     assert "too few" in captured.err
 
@@ -187,7 +185,7 @@ def test_a_budget_that_nothing_fits_is_refused_before_anything_is_loaded(tmp_pat
     big = [*options, "training.train_batch_size=4096"]
     assert guarded(lambda: app(["run", LETTERS, *big])) == 2
     error = capsys.readouterr().err
-    assert "training.memory_budget: got 1 GiB, but 32 -> 32 mse needs" in error
+    assert "training.memory_budget: got 1 GiB, but 32 -> 8 single needs" in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
