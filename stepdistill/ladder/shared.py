@@ -107,17 +107,7 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     facts = TeacherFacts.of_folder(base)
     keeps = kept_modules(config, facts)
     cache = load_cache(config)
-    unet = load_base(base, config, runtime)
-    if runtime.is_main:
-        log_attention(unet, dtype=runtime.weight_dtype, device=runtime.device)
-    network = SharedNetwork.with_student_and_teacher(
-        unet,
-        rank=config.lora.rank,
-        seed=derive_seed(config.seed, "lora"),
-        gradient_checkpointing=config.training.gradient_checkpointing,
-        compiles=config.training.compile,
-        sizes_vary=len(cache.latent_shapes) > 1,
-    )
+    network = _load_network(base, config, runtime, sizes_vary=len(cache.latent_shapes) > 1)
     noise_path, prediction_type = load_noise_path(facts.scheduler)
     undistilled = Denoiser(
         network,
@@ -141,6 +131,20 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     )
     trackers = Trackers(config) if runtime.is_main else None
     return Shared(config, base, network, undistilled, cache, painter, looks, runtime, trackers, keeps)
+
+
+def _load_network(base: Path, config: RunConfig, runtime: Runtime, *, sizes_vary: bool) -> SharedNetwork:
+    unet = load_base(base, config, runtime)
+    if runtime.is_main:
+        log_attention(unet, dtype=runtime.weight_dtype, device=runtime.device)
+    return SharedNetwork.with_student_and_teacher(
+        unet,
+        rank=config.lora.rank,
+        seed=derive_seed(config.seed, "lora"),
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        compiles=config.training.compile,
+        sizes_vary=sizes_vary,
+    )
 
 
 def _check_compiling(config: RunConfig, runtime: Runtime) -> None:
