@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from stepdistill.config.load import changed
 from stepdistill.data.prepare import prepare
 from stepdistill.ladder import load_shared
 from stepdistill.models.shared_network import STUDENT
@@ -29,13 +28,14 @@ def test_outputs_and_gradients_are_equal_but_for_rounding(tmp_path, precision):
         row = shared.cache.unconditional.to(network.device, network.dtype)
         sample = randn(2, 4, shared.cache.smallest_side, shared.cache.smallest_side)
         with network.using(STUDENT):
-            output = network.ask(sample, torch.tensor([900, 300]), row.expand(2))
+            output = network.ask(sample, torch.tensor([900, 300]), row.rows(torch.tensor([0, 0])))
             output.square().mean().backward()
         gradient = torch.cat([p.grad.float().flatten() for p in network.group(STUDENT).values()])
         return convolution, output.detach(), gradient
 
     plain = outcome(config)
-    other = outcome(changed(config, ["training.channels_last=true"]))
+    training = config.training.model_copy(update={"channels_last": True})
+    other = outcome(config.model_copy(update={"training": training}))
     assert plain[0].is_contiguous()
     assert other[0].is_contiguous(memory_format=torch.channels_last)
     tolerance = 1e-4 if precision == "no" else 0.03
