@@ -13,7 +13,8 @@ import math
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 from stepdistill.plan.cards import CARDS
 from stepdistill.plan.dry_update import DryRun, Segment
-from stepdistill.plan.whole_run import GIB, phases_of, what_matters
+from stepdistill.plan.passes import is_base_teacher
+from stepdistill.plan.whole_run import GIB, phases_of
 from stepdistill.teacher.facts import TeacherFacts
 
 logger = logging.getLogger(__name__)
@@ -52,19 +53,23 @@ class _Request:
 def _kept_modules(request: _Request) -> Keeps:
     config = request.config
     logger.info(
-        "memory budget: counting which activations fit %s; for SDXL a minute or two",
+        "memory budget: counting which activations fit %s; for SDXL some minutes",
         config.training.memory_budget,
     )
     dry_run = DryRun(config, request.facts, _ANY_CARD)
     segments = sorted(dry_run.segments(), key=lambda s: s.flop / max(s.kept, 1), reverse=True)
     budget = config.training.memory_budget_bytes or 0.0
-    phases = [
-        (rung, number, phase, what_matters(config, rung, phase)) for rung, number, phase in phases_of(config)
-    ]
+    phases = [(rung, number, phase, _kind(config, rung, phase)) for rung, number, phase in phases_of(config)]
     distinct = {kind: (rung, phase) for rung, _, phase, kind in phases}
     _check_least(dry_run, list(distinct.values()), budget)
     kept = {kind: _most(dry_run, *of, segments, budget) for kind, of in distinct.items()}
     return {(rung.student_steps, number): kept[kind] for rung, number, _, kind in phases}
+
+
+def _kind(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, ...]:
+    """What the memory of an update depends on: not on how many moves the teacher makes, of which none keeps memory."""
+    same = phase.model_copy(update={"max_train_steps": 1, "learning_rate": 1.0, "teacher_steps": None})
+    return same.model_dump_json(), is_base_teacher(config, rung, phase), rung.start_timestep is None
 
 
 def _check_least(dry_run: DryRun, phases: list[tuple[Rung, Phase]], budget: float) -> None:
