@@ -173,7 +173,7 @@ def plan_command(
         ),
     ] = False,
 ) -> None:
-    """Tell in seconds whether this run fits a GPU, how long it takes and what it costs; needs neither GPU nor weights."""
+    """Tell whether this run fits a GPU, how long it takes and what it costs; needs neither GPU nor weights."""
     stages.print_plan(_load(config, overrides), gpu=gpu, cards=cards, price=price, measure=measure)
 
 
