@@ -13,12 +13,12 @@ teacher is trained as the letters teacher is, with the VAE of the letters teache
 import argparse
 import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from stepdistill.config import Data
 from stepdistill.data.source import evaluation_images
@@ -46,6 +46,8 @@ def draw_digit(strokes: np.ndarray, ink: str, paper: str, generator: np.random.G
 
 def write_images(folder: Path, *, seed: int) -> None:
     """Writes every digit COPIES times, with its captions."""
+    from sklearn.datasets import load_digits  # an optional package: the command says in one line that it is missing
+
     folder.mkdir(parents=True, exist_ok=True)
     data, generator = load_digits(), np.random.default_rng(seed)
     for copy in range(COPIES):
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unet-steps", type=int, default=3000)
     args = parser.parse_args(argv)
+    if find_spec("sklearn") is None:
+        parser.error('scikit-learn is not installed; fix: pip install "stepdistill[worlds]"')
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_images(args.output / "pictures", seed=args.seed)
     captioned = evaluation_images(Data(source=str(args.output / "pictures")))
