@@ -1,4 +1,4 @@
-"""`stepdistill run|doctor|prepare|distill|export|extract|evaluate|report|sample`: the command line.
+"""`stepdistill run|doctor|plan|prepare|distill|export|extract|evaluate|report|sample`: the command line.
 
 An error that a user can fix ends in one line on standard error; errors.py lists the exit codes. torch is imported only once
 the config is valid.

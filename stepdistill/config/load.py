@@ -20,6 +20,8 @@ from stepdistill.messages import short
 
 _MAX_BYTES = 2**22
 _ALLOWED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
     "too_short": "a list with at least one entry",
     "model_type": "a section: a mapping of keys to values",
     "string_pattern_mismatch": "letters, digits and . _ -, of which the first is a letter or a digit",

@@ -9,6 +9,7 @@ import functools
 import itertools
 import logging
 import math
+from collections.abc import Iterable
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
 from stepdistill.plan.cards import CARDS
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 Keeps = dict[tuple[int, int], list[str]]
 """Names of the modules whose activations are kept, by student_steps of the rung and number of the phase."""
 _ANY_CARD = CARDS["rtx4090"]  # memory does not depend on it
+_UNUSED = 0.01
+"""Share of a budget that a phase may leave unused; finding less takes more dry updates."""
 
 
 def kept_modules(config: RunConfig, facts: TeacherFacts) -> Keeps:
@@ -60,9 +63,9 @@ def _kept_modules(request: _Request) -> Keeps:
     segments = sorted(dry_run.segments(), key=lambda s: s.flop / max(s.kept, 1), reverse=True)
     budget = config.training.memory_budget_bytes or 0.0
     phases = [(rung, number, phase, _kind(config, rung, phase)) for rung, number, phase in phases_of(config)]
-    distinct = {kind: (rung, phase) for rung, _, phase, kind in phases}
-    _check_least(dry_run, list(distinct.values()), budget)
-    kept = {kind: _most(dry_run, *of, segments, budget) for kind, of in distinct.items()}
+    peaks = {kind: _Peaks(dry_run, rung, phase, segments) for rung, _, phase, kind in phases}
+    _check_least(peaks.values(), budget)
+    kept = {kind: _most(of, budget) for kind, of in peaks.items()}
     return {(rung.student_steps, number): kept[kind] for rung, number, _, kind in phases}
 
 
@@ -72,37 +75,50 @@ def _kind(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, ...]:
     return same.model_dump_json(), is_base_teacher(config, rung, phase), rung.start_timestep is None
 
 
-def _check_least(dry_run: DryRun, phases: list[tuple[Rung, Phase]], budget: float) -> None:
+class _Peaks:
+    """The peak memory of one kind of phase by how many segments keep their activations, from the first on."""
+
+    def __init__(self, dry_run: DryRun, rung: Rung, phase: Phase, segments: list[Segment]) -> None:
+        self._dry_run, self.rung, self.phase, self.segments = dry_run, rung, phase, segments
+        self._counted: dict[int, int] = {}
+
+    def __getitem__(self, count: int) -> int:
+        """Bytes at the peak of an update, counted once."""
+        if count not in self._counted:
+            update = self._dry_run.update(self.rung, self.phase, keeps=self.names(count))
+            self._counted[count] = update.peak
+        return self._counted[count]
+
+    def names(self, count: int) -> list[str]:
+        """The names of the first `count` segments."""
+        return [s.name for s in self.segments[:count]]
+
+
+def _check_least(kinds: Iterable[_Peaks], budget: float) -> None:
     """ConfigError if a phase needs more than the budget even if it computes all activations again."""
-    needs = [(dry_run.update(rung, phase).peak, rung, phase) for rung, phase in phases]
-    most, rung, phase = max(needs, key=lambda need: need[0])
-    if most > budget:
+    largest = max(kinds, key=lambda peaks: peaks[0])
+    if largest[0] > budget:
+        rung, phase, need = largest.rung, largest.phase, largest[0] / GIB
         raise ConfigError(
-            f"training.memory_budget: got {budget / GIB:g} GiB, but {rung.teacher_steps} -> {rung.student_steps} "
-            f"{phase.title} needs {most / GIB:.1f} GiB with all activations computed again; fix: "
-            f"training.memory_budget={math.ceil(most / GIB)}GiB, or a smaller training.train_batch_size or lora.rank"
+            f"training.memory_budget: got {budget / GIB:.3g} GiB, but {rung.teacher_steps} -> {rung.student_steps} "
+            f"{phase.title} needs {need:.1f} GiB with all activations computed again; fix: "
+            f"training.memory_budget={math.ceil(need)}GiB, or a smaller training.train_batch_size or lora.rank"
         )
 
 
-def _most(dry_run: DryRun, rung: Rung, phase: Phase, segments: list[Segment], budget: float) -> list[str]:
-    """The names of the most segments, from the first on, whose activations can be kept."""
-
-    sizes = list(itertools.accumulate((s.kept for s in segments), initial=0))
-
-    def peak(count: int) -> int:
-        return dry_run.update(rung, phase, keeps=[s.name for s in segments[:count]]).peak
-
-    fewest, most = 0, len(segments)
-    least, largest = peak(fewest), peak(most)
-    if largest <= budget:
-        return [s.name for s in segments]
-    while most - fewest > 1:  # the peak grows nearly in proportion to what is kept
-        share = (budget - least) / (largest - least)
+def _most(peaks: _Peaks, budget: float) -> list[str]:
+    """The names of the most segments, from the first on, whose activations can be kept; at most _UNUSED is left free."""
+    sizes = list(itertools.accumulate((s.kept for s in peaks.segments), initial=0))
+    fewest, most = 0, len(peaks.segments)
+    if peaks[most] <= budget:
+        return peaks.names(most)
+    while most - fewest > 1 and budget - peaks[fewest] > _UNUSED * budget:
+        # the peak grows nearly in proportion to what is kept
+        share = (budget - peaks[fewest]) / (peaks[most] - peaks[fewest])
         guess = bisect.bisect_right(sizes, sizes[fewest] + share * (sizes[most] - sizes[fewest])) - 1
         middle = min(max(guess, fewest + 1), most - 1)
-        size = peak(middle)
-        if size <= budget:
-            fewest, least = middle, size
+        if peaks[middle] <= budget:
+            fewest = middle
         else:
-            most, largest = middle, size
-    return [s.name for s in segments[:fewest]]
+            most = middle
+    return peaks.names(fewest)

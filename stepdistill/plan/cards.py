@@ -73,11 +73,12 @@ _BY_MEMORY |= {40: "a100-40gb", 48: "l40s", 80: "h100", 141: "h200"}
 
 
 def card_of(text: str) -> Card:
-    """The card of a name such as "h100", or for a size such as "24GB" a usual card of that size; ConfigError otherwise."""
+    """The card of a name such as "h100", or a usual card for a size such as "24GB" or "24"; ConfigError otherwise."""
     name = _short(text)
-    if name in CARDS:
-        return CARDS[name]
-    size = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)gi?b", name)
+    known = {_short(key): card for key, card in CARDS.items()}
+    if name in known:
+        return known[name]
+    size = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)\s*(gi?b)?", text.lower().strip())
     if size is not None and float(size[1]) >= 1:
         memory = float(size[1])
         usual = _usual(memory)
@@ -100,7 +101,8 @@ def nearest_card(name: str, memory_gib: float) -> Card:
 
 
 def _short(name: str) -> str:
-    return re.sub(r"[\s_]|nvidia|geforce", "", name.lower())
+    """A name without makers, spaces and hyphens, by which it can be written in several ways."""
+    return re.sub(r"[\s_-]|nvidia|geforce", "", name.lower())
 
 
 def _usual(memory_gib: float) -> Card:

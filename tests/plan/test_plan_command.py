@@ -175,11 +175,13 @@ def test_a_budget_is_filled_by_as_many_activations_as_fit():
         assert most[place].total.flop <= cost.total.flop < least[place].total.flop
         kept, segments = keeps[place], DryRun(config, plannable_facts(config), card_of("h100")).segments()
         assert 0 < len(kept) <= len(segments)
+        unused = config.training.memory_budget_bytes - cost.peak
+        assert len(kept) == len(segments) or unused <= max(s.kept for s in segments) + 0.01 * budget * GIB
 
 
 def test_a_budget_that_nothing_fits_is_refused_before_anything_is_loaded(tmp_path, capsys):
     options = [*CHECKPOINTED, f"output_dir={tmp_path}", "training.memory_budget=1MiB"]
-    with pytest.raises(ConfigError, match="allowed: a size such as 16GiB"):
+    with pytest.raises(ConfigError, match="allowed: GiB, such as 16GiB or 7.5GiB"):
         load_config(LETTERS, options)
     options[-1] = "training.memory_budget=1GiB"
     big = [*options, "training.train_batch_size=4096"]

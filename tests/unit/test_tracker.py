@@ -149,7 +149,10 @@ def test_an_adam_step_is_one_kernel():
 
 def test_cards_by_name_and_by_size():
     assert card_of("H100") == card_of("NVIDIA h100") == CARDS["h100"]
+    assert card_of("rtx-4090") == card_of("GeForce RTX 4090") == CARDS["rtx4090"]
+    assert card_of("A100 40GB") == CARDS["a100-40gb"]
     by_size = card_of("24 GB")
+    assert by_size == card_of("24")
     assert (by_size.memory_gib, by_size.half) == (24, CARDS["rtx4090"].half)
     assert card_of("20GiB").half == CARDS["rtx4080"].half  # of two sizes that are as near, the smaller
     here = nearest_card("NVIDIA GeForce RTX 3090", 23.7)
@@ -158,7 +161,7 @@ def test_cards_by_name_and_by_size():
     assert nearest_card("Some New Card", 80).half == CARDS["h100"].half
 
 
-@pytest.mark.parametrize("text", ["", "gpu", "0GB", "-1GB", "24", "24TB", "x" * 9999])
+@pytest.mark.parametrize("text", ["", "gpu", "0GB", "-1GB", "0", "24TB", "x" * 9999])
 def test_an_unknown_card_is_refused_with_those_that_are_known(text):
     with pytest.raises(ValueError, match=r"--gpu: got .*; allowed: h100, .* or a size such as 24GB"):
         card_of(text)
