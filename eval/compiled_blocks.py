@@ -29,14 +29,12 @@ from stepdistill.config import RunConfig
 from stepdistill.config.load import load_config
 from stepdistill.models.adapters import lora_layers
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
-from stepdistill.plan.cards import Card, card_of
+from stepdistill.plan.cards import GIB, Card, card_of
 from stepdistill.plan.dry_update import DryRun
 from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
 from stepdistill.runtime import environment
 from stepdistill.teacher.families import plannable_facts
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

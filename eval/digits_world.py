@@ -46,7 +46,7 @@ def draw_digit(strokes: np.ndarray, ink: str, paper: str, generator: np.random.G
 
 def write_images(folder: Path, *, seed: int) -> None:
     """Writes every digit COPIES times, with its captions."""
-    from sklearn.datasets import load_digits  # an optional package: the command says in one line that it is missing
+    from sklearn.datasets import load_digits  # optional: main names it if it is missing
 
     folder.mkdir(parents=True, exist_ok=True)
     data, generator = load_digits(), np.random.default_rng(seed)

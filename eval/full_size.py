@@ -18,10 +18,10 @@ import torch
 from stepdistill.config import RunConfig
 from stepdistill.config.load import load_config
 from stepdistill.plan.budget import kept_modules
-from stepdistill.plan.cards import card_of
+from stepdistill.plan.cards import GIB, card_of
 from stepdistill.plan.dry_update import DryRun
 from stepdistill.plan.real_update import measured_phases
-from stepdistill.plan.whole_run import GIB, plan_run
+from stepdistill.plan.whole_run import plan_run
 from stepdistill.runtime import environment
 from stepdistill.teacher.families import plannable_facts
 

@@ -27,6 +27,7 @@ from stepdistill.doctor.finding import Finding
 from stepdistill.doctor.teacher import teacher_findings
 from stepdistill.export.check import check_export
 from stepdistill.plan.budget import kept_modules
+from stepdistill.plan.cards import GIB
 from stepdistill.plan.disk_need import disk_need
 from stepdistill.plan.smaller import smaller_run
 from stepdistill.plan.text import verdict
@@ -41,7 +42,6 @@ from stepdistill.teacher.source import teacher_facts
 
 LOOKED_AT = 64
 """Number of samples of the data that are read in full."""
-_GIB = 2**30
 _TOKENS_A_WORD = 1.3
 _MAX_TOKENS = 75  # of a prompt that CLIP reads, besides those of start and end
 _EXTRACTORS = (
@@ -116,7 +116,7 @@ def _device(config: RunConfig) -> Iterator[Finding]:
         return
     properties = torch.cuda.get_device_properties(0)
     free, total = torch.cuda.mem_get_info()
-    yield Finding("ok", f"device: {properties.name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
+    yield Finding("ok", f"device: {properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free")
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         remedy = "training.mixed_precision=fp16"
         yield Finding("problem", f"device: {properties.name} has no bfloat16", remedy)
@@ -303,7 +303,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
 
 
 def _bytes(count: int) -> str:
-    return f"{count / _GIB:,.1f} GiB" if count >= _GIB else f"{count / 2**20:,.0f} MiB"
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.0f} MiB"
 
 
 def raise_for(findings: list[Finding]) -> None:

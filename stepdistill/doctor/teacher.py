@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.doctor.finding import Finding
+from stepdistill.plan.cards import GIB
 from stepdistill.teacher.examine import examine_pipeline, not_finite
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.folder import missing_parts, teacher_kind
@@ -21,7 +22,6 @@ from stepdistill.teacher.source import (
     teacher_lora_file,
 )
 
-_GIB = 2**30
 _COPY_AGAIN = "another copy of the model"
 
 
@@ -64,7 +64,7 @@ def _file(config: RunConfig) -> Iterator[Finding]:
     yield from problems
     if problems:
         return
-    size = file.stat().st_size / _GIB
+    size = file.stat().st_size / GIB
     yield Finding(
         "ok", f"teacher: the file {path}, {size:.1f} GiB; `prepare` converts it to a pipeline's folder"
     )

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterable
 
 from stepdistill.config import ConfigError, Phase, RunConfig, Rung
-from stepdistill.plan.cards import CARDS
+from stepdistill.plan.cards import CARDS, GIB
 from stepdistill.plan.dry_update import DryRun, Segment
 from stepdistill.plan.passes import is_base_teacher
-from stepdistill.plan.whole_run import GIB, phases_of
+from stepdistill.plan.whole_run import phases_of
 from stepdistill.teacher.facts import TeacherFacts
 
 logger = logging.getLogger(__name__)

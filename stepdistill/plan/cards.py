@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from stepdistill.config import ConfigError
 
+GIB = 2**30
 _OF_PEAK, _OF_BANDWIDTH = 0.7, 0.85
 _NEARLY = 0.25  # of a driver's memory to that of the card's name
 _RESERVED_GIB = 0.8
@@ -24,7 +25,7 @@ _RESERVED_GIB = 0.8
 class Card:
     """One GPU.
 
-    memory_gib  the memory that its name says, in GiB
+    memory_gib  GiB that its driver reports: of a card that corrects errors (ECC), less than its name says
     half        peak of dense bfloat16 or float16 products with float32 sums, FLOP/s
     single      peak of float32 arithmetic, FLOP/s
     bandwidth   of its memory, bytes/s
@@ -50,15 +51,15 @@ class Card:
 
 
 CARDS = {
-    "h100": Card("H100 SXM", 80, 989e12, 67e12, 3.35e12),
-    "h200": Card("H200", 141, 989e12, 67e12, 4.8e12),
+    "h100": Card("H100 SXM", 79.6, 989e12, 67e12, 3.35e12),
+    "h200": Card("H200", 140.4, 989e12, 67e12, 4.8e12),
     "a100": Card("A100 80 GB", 80, 312e12, 19.5e12, 2.04e12),
     "a100-40gb": Card("A100 40 GB", 40, 312e12, 19.5e12, 1.56e12),
-    "l40s": Card("L40S", 48, 362e12, 91.6e12, 0.864e12),
+    "l40s": Card("L40S", 45.0, 362e12, 91.6e12, 0.864e12),
     "a6000": Card("RTX A6000", 48, 155e12, 38.7e12, 0.768e12),
-    "l4": Card("L4", 24, 121e12, 30.3e12, 0.3e12),
-    "a10": Card("A10", 24, 125e12, 31.2e12, 0.6e12),
-    "t4": Card("T4", 16, 65e12, 8.1e12, 0.32e12),
+    "l4": Card("L4", 22.5, 121e12, 30.3e12, 0.3e12),
+    "a10": Card("A10", 22.5, 125e12, 31.2e12, 0.6e12),
+    "t4": Card("T4", 15.0, 65e12, 8.1e12, 0.32e12),
     "rtx5090": Card("RTX 5090", 32, 209e12, 105e12, 1.79e12),
     "rtx4090": Card("RTX 4090", 24, 165e12, 82.6e12, 1.008e12),
     "rtx4080": Card("RTX 4080", 16, 97.5e12, 48.7e12, 0.717e12),

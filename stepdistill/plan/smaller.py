@@ -7,10 +7,10 @@ from stepdistill.config.load import changed as with_changes
 from stepdistill.config.plain_yaml import plain_yaml
 from stepdistill.config.saved import resolved
 from stepdistill.plan.budget import kept_modules
-from stepdistill.plan.cards import Card
+from stepdistill.plan.cards import GIB, Card
 from stepdistill.plan.dry_update import DryRun
 from stepdistill.plan.other_stages import OtherStages
-from stepdistill.plan.whole_run import GIB, PhaseCost, RunPlan, plan_run
+from stepdistill.plan.whole_run import PhaseCost, RunPlan, plan_run
 from stepdistill.teacher.facts import TeacherFacts
 
 _BESIDE_BUDGET = 1.0

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+from stepdistill.plan.cards import GIB
 from stepdistill.plan.disk_need import DiskNeed
 from stepdistill.plan.real_update import MeasuredUpdate
-from stepdistill.plan.whole_run import GIB, PhaseCost, RunPlan
+from stepdistill.plan.whole_run import PhaseCost, RunPlan
 
 _WORKING_GIB = 1.0
 """What should stay free for the working memory of kernels and for fragments."""

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 
 from stepdistill.config import Phase, RunConfig, Rung
-from stepdistill.plan.cards import Card, nearest_card
+from stepdistill.plan.cards import GIB, Card, nearest_card
 from stepdistill.plan.dry_update import DryRun, UpdateCost
 from stepdistill.plan.other_stages import OtherStages
 from stepdistill.plan.passes import evaluation_forwards, is_base_teacher, preparation_forwards
 from stepdistill.run.start_from import taken_steps
 from stepdistill.runtime import WEIGHT_DTYPES
 from stepdistill.teacher.facts import TeacherFacts
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

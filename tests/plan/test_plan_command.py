@@ -11,11 +11,11 @@ from stepdistill.cli import app, guarded
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
 from stepdistill.plan.budget import kept_modules
-from stepdistill.plan.cards import card_of
+from stepdistill.plan.cards import GIB, card_of
 from stepdistill.plan.dry_update import DryRun
 from stepdistill.plan.passes import phase_forwards
 from stepdistill.plan.smaller import smaller_run
-from stepdistill.plan.whole_run import GIB, plan_run
+from stepdistill.plan.whole_run import plan_run
 from stepdistill.teacher.families import plannable_facts
 
 LETTERS = "configs/letters.yaml"
@@ -181,7 +181,7 @@ def test_a_budget_is_filled_by_as_many_activations_as_fit():
 
 def test_a_budget_that_nothing_fits_is_refused_before_anything_is_loaded(tmp_path, capsys):
     options = [*CHECKPOINTED, f"output_dir={tmp_path}", "training.memory_budget=1MiB"]
-    with pytest.raises(ConfigError, match="allowed: GiB, such as 16GiB or 7.5GiB"):
+    with pytest.raises(ConfigError, match=r"allowed: GiB, such as 16GiB or 7\.5GiB"):
         load_config(LETTERS, options)
     options[-1] = "training.memory_budget=1GiB"
     big = [*options, "training.train_batch_size=4096"]
