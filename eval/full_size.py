@@ -45,12 +45,14 @@ GROWTH = {
 
 
 def planned(config: RunConfig, card: str) -> dict[str, Any]:
-    """Peaks in bytes by phase and stage, hours of training and evaluation, and what is free on the card."""
+    """Peaks in bytes of all, by phase and by stage, what the card has, and hours of training and evaluation. Previews do not
+    count, because they are left out if they do not fit."""
     facts = plannable_facts(config)
     plan = plan_run(config, facts, card_of(card), keeps=kept_modules(config, facts))
     return {
         "card": plan.card.name,
         "usable_bytes": round(plan.card.usable_gib * GIB),
+        "peak": plan.peak,
         "phases": {cost.title: {"peak": cost.update.peak, **vars(cost.update.total)} for cost in plan.phases},
         "stages": plan.stages,
         "training_hours": sum(cost.seconds for cost in plan.phases) / 3600,
@@ -80,7 +82,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         sizes = [*peaks, *(stages[stage] for stage in ("previews", "prepare", "evaluate"))]
         cells = " | ".join(f"{size / GIB:.1f}" for size in sizes)
-        spare = (result["usable_bytes"] - max(sizes)) / GIB
+        spare = (result["usable_bytes"] - result["peak"]) / GIB
         card = CARDS[name].upper().replace("GB", " GB")
         lines.append(f"| {name} | {card} | {cells} | {spare:.1f} | {result['training_hours']:.0f} h |")
     return "\n".join(lines)

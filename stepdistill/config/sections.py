@@ -27,7 +27,7 @@ def _memory_size(value: object) -> object:
     """Text such as 16GiB, from that or from a number of GiB."""
     text = f"{value}GiB" if isinstance(value, int | float) and not isinstance(value, bool) else value
     if not (isinstance(text, str) and re.fullmatch(r"(?!0+(\.0+)?\s?G)\d{1,5}(\.\d{1,3})?\s?Gi?B", text)):
-        raise ValueError("GiB, such as 16GiB or 7.5GiB")
+        raise ValueError("a size in GiB, such as 16GiB or 7.5GiB")
     return text
 
 

@@ -56,17 +56,21 @@ class _Request:
 def _kept_modules(request: _Request) -> Keeps:
     config = request.config
     logger.info(
-        "memory budget: counting which activations fit %s; for SDXL some minutes",
+        "memory budget: counting which activations fit %s; for SDXL about a minute",
         config.training.memory_budget,
     )
     dry_run = DryRun(config, request.facts, _ANY_CARD)
     segments = sorted(dry_run.segments(), key=lambda s: s.flop / max(s.kept, 1), reverse=True)
     budget = config.training.memory_budget_bytes or 0.0
     phases = [(rung, number, phase, _kind(config, rung, phase)) for rung, number, phase in phases_of(config)]
-    peaks = {kind: _Peaks(dry_run, rung, phase, segments) for rung, _, phase, kind in phases}
-    _check_least(peaks.values(), budget)
-    kept = {kind: _most(of, budget) for kind, of in peaks.items()}
-    return {(rung.student_steps, number): kept[kind] for rung, number, _, kind in phases}
+    kinds = {kind: _Peaks(dry_run, rung, phase, segments) for rung, _, phase, kind in phases}
+    counts = dict.fromkeys(kinds, len(segments))
+    tight = {kind: peaks for kind, peaks in kinds.items() if peaks[peaks.everything] > budget}
+    _check_least(tight.values(), budget)
+    guess = 0
+    for kind, peaks in tight.items():  # the answer for one kind is often that for the next
+        guess = counts[kind] = _most(peaks, budget, guess or peaks.guess(budget))
+    return {(rung.student_steps, number): kinds[kind].names(counts[kind]) for rung, number, _, kind in phases}
 
 
 def _kind(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, ...]:
@@ -79,8 +83,10 @@ class _Peaks:
     """The peak memory of one kind of phase by how many segments keep their activations, from the first on."""
 
     def __init__(self, dry_run: DryRun, rung: Rung, phase: Phase, segments: list[Segment]) -> None:
-        self._dry_run, self.rung, self.phase, self.segments = dry_run, rung, phase, segments
+        self._dry_run, self.rung, self.phase, self._segments = dry_run, rung, phase, segments
+        self._sizes = list(itertools.accumulate((s.kept for s in segments), initial=0))
         self._counted: dict[int, int] = {}
+        self.everything = len(segments)
 
     def __getitem__(self, count: int) -> int:
         """Bytes at the peak of an update, counted once."""
@@ -91,13 +97,21 @@ class _Peaks:
 
     def names(self, count: int) -> list[str]:
         """The names of the first `count` segments."""
-        return [s.name for s in self.segments[:count]]
+        return [s.name for s in self._segments[:count]]
+
+    def guess(self, budget: float) -> int:
+        """How many segments fill the budget, by the line through the two counted peaks that are nearest to it."""
+        near = sorted(self._counted, key=lambda count: abs(self._counted[count] - budget))[:2]
+        low, high = min(near), max(near)
+        share = (budget - self._counted[low]) / max(1, self._counted[high] - self._counted[low])
+        size = self._sizes[low] + share * (self._sizes[high] - self._sizes[low])
+        return bisect.bisect_right(self._sizes, size) - 1
 
 
 def _check_least(kinds: Iterable[_Peaks], budget: float) -> None:
     """ConfigError if a phase needs more than the budget even if it computes all activations again."""
-    largest = max(kinds, key=lambda peaks: peaks[0])
-    if largest[0] > budget:
+    largest = max(kinds, key=lambda peaks: peaks[0], default=None)
+    if largest is not None and largest[0] > budget:
         rung, phase, need = largest.rung, largest.phase, largest[0] / GIB
         raise ConfigError(
             f"training.memory_budget: got {budget / GIB:.3g} GiB, but {rung.teacher_steps} -> {rung.student_steps} "
@@ -106,19 +120,15 @@ def _check_least(kinds: Iterable[_Peaks], budget: float) -> None:
         )
 
 
-def _most(peaks: _Peaks, budget: float) -> list[str]:
-    """The names of the most segments, from the first on, whose activations can be kept; at most _UNUSED is left free."""
-    sizes = list(itertools.accumulate((s.kept for s in peaks.segments), initial=0))
-    fewest, most = 0, len(peaks.segments)
-    if peaks[most] <= budget:
-        return peaks.names(most)
+def _most(peaks: _Peaks, budget: float, guess: int) -> int:
+    """How many segments can keep their activations, from the first on; less than _UNUSED of the budget, or less than one
+    more segment, stays free. All of them do not fit. guess: a number to begin with."""
+    fewest, most = 0, peaks.everything
     while most - fewest > 1 and budget - peaks[fewest] > _UNUSED * budget:
-        # the peak grows nearly in proportion to what is kept
-        share = (budget - peaks[fewest]) / (peaks[most] - peaks[fewest])
-        guess = bisect.bisect_right(sizes, sizes[fewest] + share * (sizes[most] - sizes[fewest])) - 1
         middle = min(max(guess, fewest + 1), most - 1)
         if peaks[middle] <= budget:
             fewest = middle
         else:
             most = middle
-    return peaks.names(fewest)
+        guess = peaks.guess(budget)
+    return fewest

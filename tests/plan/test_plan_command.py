@@ -176,12 +176,15 @@ def test_a_budget_is_filled_by_as_many_activations_as_fit():
         kept, segments = keeps[place], DryRun(config, plannable_facts(config), card_of("h100")).segments()
         assert 0 < len(kept) <= len(segments)
         unused = config.training.memory_budget_bytes - cost.peak
-        assert len(kept) == len(segments) or unused <= max(s.kept for s in segments) + 0.01 * budget * GIB
+        one_more = 3 * max(
+            s.kept for s in segments
+        )  # up to three passes of an update keep a module's activations
+        assert len(kept) == len(segments) or unused <= max(one_more, 0.01 * budget * GIB)
 
 
 def test_a_budget_that_nothing_fits_is_refused_before_anything_is_loaded(tmp_path, capsys):
     options = [*CHECKPOINTED, f"output_dir={tmp_path}", "training.memory_budget=1MiB"]
-    with pytest.raises(ConfigError, match=r"allowed: GiB, such as 16GiB or 7\.5GiB"):
+    with pytest.raises(ConfigError, match=r"allowed: a size in GiB, such as 16GiB or 7\.5GiB"):
         load_config(LETTERS, options)
     options[-1] = "training.memory_budget=1GiB"
     big = [*options, "training.train_batch_size=4096"]
