@@ -58,11 +58,15 @@ class Runtime:
         """The number of this process, from 0."""
         return self.accelerator.process_index
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, *, retain_graph: bool = False) -> None:
         """Backward pass of a scalar loss. With float16 the loss is scaled: call `unscale` before the gradients are used."""
-        self._scaler.scale(
-            loss
-        ).backward()  # accelerate's would divide by the accumulation steps of its own settings
+        # accelerate's would divide by the accumulation steps of its own settings
+        self._scaler.scale(loss).backward(retain_graph=retain_graph)
+
+    @property
+    def loss_scale(self) -> float:
+        """What `backward` multiplies losses by: 1 but in float16, where reading it waits for the device."""
+        return self._scaler.get_scale()
 
     def unscale(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Divides the gradients of these optimisers by the loss scale; an overflow stays inf or nan."""

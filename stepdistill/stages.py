@@ -454,13 +454,16 @@ def _make_teacher(config: RunConfig) -> None:
 
 
 def _check_later_stages(config: RunConfig) -> None:
-    """ValueError if the exports or the table could not be made after training, or if a phase does not fit its budget."""
+    """ValueError if the exports or the table could not be made after training, or if a phase does not fit its budget or
+    its network."""
     from stepdistill.evaluation.check import check_evaluation
     from stepdistill.export.check import check_export
     from stepdistill.plan.budget import kept_modules
+    from stepdistill.plan.taps import check_taps
 
     check_export(config)
     check_evaluation(config)
+    check_taps(config, teacher_facts(config))
     kept_modules(config, teacher_facts(config))
 
 

@@ -35,7 +35,11 @@ def _iteration(config: RunConfig, phase: Phase, rung_index: int, count: int) -> 
 
     def iteration() -> None:
         samples = Samples(
-            batch, student=setup.student, teacher=setup.teacher, discriminator=setup.discriminator
+            batch,
+            student=setup.student,
+            teacher=setup.teacher,
+            discriminator=setup.discriminator,
+            taps=phase.taps,
         )
         losses_and_gradients(samples, phase, torch.Tensor.backward)
 

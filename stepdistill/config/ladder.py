@@ -1,22 +1,26 @@
 """The `ladder` section of a config: rungs, phases, discriminators, and the checks that they fit together. No torch."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from stepdistill.config.objective_kinds import OBJECTIVES, check_kind, is_adversarial
+from stepdistill.config.objective_kinds import OBJECTIVES, check_kind, compares_features, is_adversarial
 from stepdistill.config.section import (
     Affects,
     ConfigError,
     LearningRate,
-    PositiveFloat,
     PositiveInt,
     Section,
     Steps,
 )
 
 Frequency = Annotated[float, Field(ge=0, le=10**6)]
+Weight = Annotated[float, Field(ge=0)]
+Tap = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$", max_length=300)]
+PLACES = ("encoder", "middle", "decoder")
+"""Places of taps that every network has."""
 
 
 def _one_above_0(weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -71,8 +75,31 @@ class WeightedObjective(Section, affects=Affects.ITS_RUNG):
 
     kind: ObjectiveName
     """The objective; the values mean the same as those of the phase's `objective`."""
-    weight: PositiveFloat = 1.0
+    weight: Weight = 1.0
     """Factor of this objective's student loss; the discriminator's loss is not multiplied."""
+    final_weight: Weight | None = None
+    """Factor at the phase's last update; between the first and the last update it follows `schedule`. Default: weight."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the factor gets from weight to final_weight: along a line, or along half a cosine, slowly at both ends."""
+
+    taps: Annotated[tuple[Tap, ...], Field(min_length=1, max_length=64)] = ("middle",)
+    """For l2, attention, gram, kernel and relations: where features are compared. encoder: after every block of the encoder;
+    middle: after the mid-block; decoder: after every block of the decoder; or the names of modules of the network, such as
+    up_blocks.1. The losses at several taps are averaged."""
+    kernel: Literal["gaussian", "laplace"] = "gaussian"
+    """For kernel: exp(-d^2 / 2 h^2) or exp(-d / h) of the distance d; h is the median distance between two positions of the
+    teacher's features."""
+    between: Literal["patches", "samples"] = "patches"
+    """For relations: what is related. patches: the patches of one sample; samples: the samples of a micro-batch."""
+
+    def weight_at(self, step: int, max_train_steps: int) -> float:
+        """The factor at update `step`, counted from 0, of a phase with this many updates."""
+        if self.final_weight is None:
+            return self.weight
+        share = min(1.0, step / max(1, max_train_steps - 1))
+        if self.schedule == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.weight + share * (self.final_weight - self.weight)
 
 
 class Phase(Section, affects=Affects.ITS_RUNG):
@@ -81,10 +108,15 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     objective: ObjectiveName | None = None
     """mse: mean squared error between the results of one student step and of the teacher's steps; convert: learn to output
     the rung's prediction_type, allowed only as the rung's first phase; paired and single: adversarial, with a discriminator
-    that sees each sample beside the x_t from which the step starts (paired) or alone (single)."""
+    that sees each sample beside the x_t from which the step starts (paired) or alone (single). l2, attention, gram, kernel
+    and relations compare features inside the network with the teacher's at the same x_t (docs/method.md)."""
     objectives: Annotated[tuple[WeightedObjective, ...], Field(max_length=8)] = ()
     """Several objectives at once, in place of `objective`, such as [{kind: mse}, {kind: single, weight: 0.1}]. Their losses
     on the same samples are added."""
+    balance: Literal["none", "gradient"] = "none"
+    """none: the weights multiply the losses. gradient: the weights are the shares of the objectives in the student's
+    gradient. Every tenth update measures the norm of each objective's gradient, by a backward pass for each, and the losses
+    are scaled so that these norms are in proportion to the weights. The first objective's loss keeps its scale."""
     max_train_steps: PositiveInt = 100
     """Number of updates."""
     learning_rate: LearningRate = 1e-3
@@ -121,6 +153,16 @@ class Phase(Section, affects=Affects.ITS_RUNG):
         return "+".join(self.kinds)
 
     @property
+    def taps(self) -> tuple[str, ...]:
+        """The taps of all objectives that compare features, each once."""
+        taps = (tap for of in self.weighted if compares_features(of.kind) for tap in of.taps)
+        return tuple(dict.fromkeys(taps))
+
+    def options_of(self, kind: str) -> WeightedObjective:
+        """The objective of this kind; KeyError if the phase has none."""
+        return {of.kind: of for of in self.weighted}[kind]
+
+    @property
     def adversary(self) -> str | None:
         """The kind of the phase's adversarial objective; None if it has none."""
         return next((kind for kind in self.kinds if is_adversarial(kind)), None)
@@ -135,8 +177,17 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     def asks_teacher(self) -> bool:
         """Whether an objective asks the teacher for anything."""
         return self.needs_teacher_moves or any(
-            OBJECTIVES[kind].teacher == "prediction" for kind in self.kinds
+            OBJECTIVES[kind].teacher in ("prediction", "features") for kind in self.kinds
         )
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The factor of each objective's student loss at update `step`, counted from 0, by the objective's kind."""
+        return {of.kind: of.weight_at(step, self.max_train_steps) for of in self.weighted}
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the factors of the objectives change from update to update."""
+        return self.balance != "none" or any(of.final_weight is not None for of in self.weighted)
 
     def loss_space_for(self, student_prediction_type: str) -> str:
         """loss_space, with `auto` replaced by what the student predicts."""
@@ -180,6 +231,15 @@ def check_ladder(ladder: tuple[Rung, ...]) -> None:
             _check_start(f"{key}.discriminator.start", phase, rung.phases[:number])
 
 
+def between_samples(ladder: tuple[Rung, ...]) -> Iterator[str]:
+    """The keys of objectives that relate the samples of a micro-batch."""
+    for index, rung in enumerate(ladder):
+        for number, phase in enumerate(rung.phases):
+            for place, of in enumerate(phase.objectives):
+                if of.kind == "relations" and of.between == "samples":
+                    yield f"ladder.{index}.phases.{number}.objectives.{place}.between"
+
+
 def unused_settings(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
     """Settings of phases that differ from the default but that no objective of the phase reads: (what is said, remedy)."""
     for index, rung in enumerate(ladder):
@@ -189,9 +249,22 @@ def unused_settings(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
             )
             if "mse" not in phase.kinds and "loss_space" in _changed(phase):
                 unread.append("loss_space")
+            for place, of in enumerate(phase.objectives):
+                unread += [f"objectives.{place}.{name}" for name in _unread(of)]
             for name in unread:
                 key = f"ladder.{index}.phases.{number}.{name}"
                 yield f"{key} changes nothing, because {phase.title} does not read it", f"leave {key} out"
+
+
+def _unread(of: WeightedObjective) -> list[str]:
+    """The names of an objective's fields that differ from the default and that it does not read."""
+    readers = {
+        "schedule": of.final_weight is not None,
+        "taps": compares_features(of.kind),
+        "kernel": of.kind == "kernel",
+        "between": of.kind == "relations",
+    }
+    return [name for name in _changed(of) if not readers.get(name, True)]
 
 
 def _changed(section: Section) -> list[str]:
@@ -250,6 +323,10 @@ def _check_objectives(key: str, phase: Phase) -> None:
     """ConfigError if a phase has no objective, both `objective` and `objectives`, or objectives that do not go together."""
     if not phase.weighted:
         raise ConfigError(f"{key}.objective: got nothing; allowed: {', '.join(OBJECTIVES)}")
+    if phase.balance == "gradient" and len(phase.weighted) < 2:
+        raise ConfigError(
+            f"{key}.balance: got gradient; allowed: none, as {phase.title} is alone and has nothing to be balanced against"
+        )
     if not phase.objectives:
         return
     key = f"{key}.objectives"
@@ -264,6 +341,11 @@ def _check_objectives(key: str, phase: Phase) -> None:
         raise ConfigError(
             f"{key}: got paired and single; allowed: one of them, as a phase has one discriminator"
         )
+    for index, of in enumerate(phase.objectives):
+        if of.weight == 0 and not of.final_weight:
+            raise ConfigError(
+                f"{key}.{index}.weight: got 0; allowed: a number above 0, or 0 with a final_weight above 0"
+            )
     if "convert" in phase.kinds and len(phase.kinds) > 1:
         raise ConfigError(
             f"{key}: got convert beside {', '.join(k for k in phase.kinds if k != 'convert')}; allowed: convert alone, "

@@ -13,14 +13,14 @@ class ObjectiveKind:
 
     student_loss            the function from Samples and Phase to the student's Loss, as "module:function"
     teacher                 what it asks the teacher for: its moves from t to s, one prediction at x_t, its moves if they are
-                            D's real samples, or nothing
+                            D's real samples, its features at x_t, which the first move gives too, or nothing
     discriminator_loss      the same for the discriminator; None if it has none
     discriminator_forwards  what its discriminator adds to the cost of a sample, in forward passes of the bare U-Net
                             (computed on SDXL); None if it has no discriminator
     """
 
     student_loss: str
-    teacher: Literal["moves", "prediction", "real", "nothing"]
+    teacher: Literal["moves", "prediction", "real", "features", "nothing"]
     discriminator_loss: str | None = None
     discriminator_forwards: float | None = None
 
@@ -32,12 +32,22 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
     "convert": ObjectiveKind(f"{_LOSSES}:convert", "prediction"),
     "paired": ObjectiveKind(_STUDENT, "real", _DISCRIMINATOR, 5.25),
     "single": ObjectiveKind(_STUDENT, "real", _DISCRIMINATOR, 3.55),
+    "l2": ObjectiveKind(f"{_LOSSES}:l2", "features"),
+    "attention": ObjectiveKind(f"{_LOSSES}:attention", "features"),
+    "gram": ObjectiveKind(f"{_LOSSES}:gram", "features"),
+    "kernel": ObjectiveKind(f"{_LOSSES}:kernel", "features"),
+    "relations": ObjectiveKind(f"{_LOSSES}:relations", "features"),
 }
 
 
 def is_adversarial(kind: str) -> bool:
     """Whether an objective of this name has a discriminator; False for a name that this version does not know."""
     return kind in OBJECTIVES and OBJECTIVES[kind].discriminator_loss is not None
+
+
+def compares_features(kind: str) -> bool:
+    """Whether an objective of this name compares features; False for a name that this version does not know."""
+    return kind in OBJECTIVES and OBJECTIVES[kind].teacher == "features"
 
 
 def check_kind(kind: str) -> str:

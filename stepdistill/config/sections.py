@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from stepdistill.config.data import Data
 from stepdistill.config.evaluation import Evaluation
-from stepdistill.config.ladder import Rung, check_ladder
+from stepdistill.config.ladder import Rung, between_samples, check_ladder
 from stepdistill.config.section import (
     Affects,
     BatchSize,
@@ -233,5 +233,11 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
             raise ConfigError(
                 "training.memory_budget: got a budget without gradient_checkpointing, whose computing again it limits; fix: "
                 "training.gradient_checkpointing=true"
+            )
+        between = next(between_samples(self.ladder), None)
+        if between is not None and self.training.train_batch_size < 2:
+            raise ConfigError(
+                f"{between}: got samples with a training.train_batch_size of 1; allowed: patches, or micro-batches of 2 "
+                f"samples or more, as one sample has no relations"
             )
         return self

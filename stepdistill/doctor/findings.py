@@ -30,6 +30,7 @@ from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import GIB
 from stepdistill.plan.disk_need import disk_need
 from stepdistill.plan.smaller import smaller_run
+from stepdistill.plan.taps import check_taps
 from stepdistill.plan.text import verdict
 from stepdistill.plan.whole_run import card_here, plan_run
 from stepdistill.run.folder import check_folder
@@ -183,6 +184,7 @@ def _ladder(config: RunConfig) -> Iterator[Finding]:
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     check_ladder_fits(config, teacher)
+    check_taps(config, teacher)
     for about, remedy in unfit_settings(config, teacher):
         yield Finding("note", about, remedy)
 

@@ -12,8 +12,9 @@ All passes compute in the base's dtype, without autocast, which would cast weigh
 trained weights have float32 masters (trained_weights.py).
 """
 
+import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,23 +200,15 @@ class SharedNetwork:
         """The current state."""
         return self._state
 
-    @contextmanager
-    def using(self, adapter: str | None, *, frozen: Collection[str] | None = None) -> Iterator[None]:
+    def using(
+        self, adapter: str | None, *, frozen: Collection[str] | None = None
+    ) -> AbstractContextManager[None]:
         """Inside the context this adapter is active and these groups are frozen; None keeps the groups that were frozen."""
         state = NetworkState(adapter, self._state.frozen if frozen is None else frozenset(frozen))
-        with self._restored(state):
-            yield
+        return _InState(self, state)
 
-    @contextmanager
-    def _restored(self, state: NetworkState) -> Iterator[None]:
-        before = self._state
-        self._enter(state)
-        try:
-            yield
-        finally:
-            self._enter(before)
-
-    def _enter(self, state: NetworkState) -> None:
+    def enter(self, state: NetworkState) -> None:
+        """Changes the state, until the next change; `using` restores it."""
         if state.adapter in self._parked:
             self._parked.remove(state.adapter)
             self._move(state.adapter, self.device)
@@ -233,7 +226,7 @@ class SharedNetwork:
     def _adapters_changed(self) -> None:
         """Restores the current state, because peft changes requires_grad when an adapter is added or removed."""
         self._active = active_adapter(self.model)
-        self._enter(self._state)
+        self.enter(self._state)
         for group in self._groups.values():
             for parameter in group.parameters.values():
                 parameter.requires_grad_(True)
@@ -249,7 +242,7 @@ class SharedNetwork:
             *args,
             use_reentrant=False,
             preserve_rng_state=False,  # the network is in eval mode and draws no random numbers
-            context_fn=lambda: (nullcontext(), self._restored(state)),
+            context_fn=lambda: (nullcontext(), _InState(self, state)),
         )
 
     def keep_activations(self, names: Collection[str]) -> None:
@@ -258,7 +251,57 @@ class SharedNetwork:
         modules = dict(self.model.named_modules())
         self._kept = frozenset(modules[name] for name in names)
 
+    def modules_at(self, taps: Collection[str]) -> list[str]:
+        """The names of the modules at these taps: places such as "middle", or names. ValueError if there is none."""
+        names = dict.fromkeys(name for tap in taps for name in self.kind.modules_at(self.model, tap))
+        return list(names)
+
+    @contextmanager
+    def tapped(self, names: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside it, the outputs of these modules are kept by name: those of the first forward pass."""
+        outputs: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, output: Any) -> None:
+            outputs.setdefault(name, output[0] if isinstance(output, tuple) else output)
+
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(
+                lambda _module, _args, output, name=name: keep(name, output)
+            )
+            for name in names
+        ]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def ask(self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Forward pass with the active adapter: the output (B, C, H, W) in the dtype of `sample`."""
         output = self.kind.ask(self.model, sample.to(self.dtype), timesteps, conditioning)
         return output.to(sample.dtype)
+
+
+class _InState(AbstractContextManager[None]):
+    """A context in which a network is in a state; it may be entered again, as by a second backward pass of one graph."""
+
+    def __init__(self, network: SharedNetwork, state: NetworkState) -> None:
+        self._network, self._state = network, state
+        self._before: list[NetworkState] = []
+
+    def __enter__(self) -> None:
+        self._before.append(self._network.state)
+        self._network.enter(self._state)
+
+    def __exit__(self, *_: object) -> None:
+        self._network.enter(self._before.pop())
+
+
+def as_map(features: torch.Tensor) -> torch.Tensor:
+    """Features (B, C, H, W): as they are, or from those of a transformer block, (B, H W, C); square if that is possible."""
+    if features.ndim == 4:
+        return features
+    rows, positions, channels = features.shape
+    side = math.isqrt(positions)
+    shape = (side, side) if side * side == positions else (positions, 1)
+    return features.transpose(1, 2).reshape(rows, channels, *shape)

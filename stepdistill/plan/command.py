@@ -8,6 +8,7 @@ from stepdistill.plan.cards import Card, card_of
 from stepdistill.plan.disk_need import DiskNeed, disk_need
 from stepdistill.plan.real_update import measured_phases
 from stepdistill.plan.smaller import smaller_run
+from stepdistill.plan.taps import check_taps
 from stepdistill.plan.text import Costs, measured_line, measured_title, plan_text, verdict
 from stepdistill.plan.whole_run import card_here, plan_run
 from stepdistill.runtime import default_device
@@ -40,6 +41,7 @@ def print_plan(
     if card is None:
         logger.info("plan: no GPU here and none named, so for one of %s; --gpu names another", _USUAL)
         card = card_of(_USUAL)
+    check_taps(config, facts)
     keeps = kept_modules(config, facts)
     planned = plan_run(config, facts, card, keeps=keeps)
     changes = None if planned.fits else smaller_run(config, facts, planned)

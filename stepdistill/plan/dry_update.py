@@ -125,7 +125,9 @@ class DryRun:
         student, teacher = self._rehearsal.denoisers(rung, phase)
         tracker.reset_peak()
         with tracker:
-            samples = Samples(batch, student=student, teacher=teacher, discriminator=discriminator)
+            samples = Samples(
+                batch, student=student, teacher=teacher, discriminator=discriminator, taps=phase.taps
+            )
             losses_and_gradients(samples, phase, part.backward(learning_roles))
             del samples
             micro_peak, micro_parts = tracker.peak, tracker.peak_parts
@@ -171,6 +173,11 @@ class DryRun:
                 count = optimizer.weights.master.numel()
                 bytes_each = MOMENTS[self._config.training.optimizer]
                 tracker.hold_bytes(round(count * (bytes_each - MOMENTS["adam"])), f"{role}: moments")
+        if phase.balance == "gradient":  # an update that measures holds the gradient of each objective
+            master = self.network.weights(STUDENT).master
+            tracker.hold_bytes(
+                len(phase.kinds) * master.numel() * master.itemsize, "student: gradient by objective"
+            )
         teacher = [p for name, p in self.network.model.named_parameters() if f".{TEACHER}." in name]
         if phase.asks_teacher:  # else it is parked on the CPU
             tracker.hold(teacher, "teacher: weights")

@@ -42,11 +42,11 @@ def _recomputed_forwards(phase: Phase) -> float:
 
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
-    if not phase.needs_teacher_moves:
-        return phase.asks_teacher * (1.0 if is_base_teacher(config, rung, phase) else _LORA_FORWARD)
     each = _LORA_FORWARD
     if is_base_teacher(config, rung, phase):
         each = float(passes_per_step(config.teacher.guidance_scale))
+    if not phase.needs_teacher_moves:
+        return phase.asks_teacher * each
     share_of_new = min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
     teacher_steps = phase.teacher_steps or rung.teacher_steps
     return share_of_new * teacher_substeps(rung, teacher_steps, teacher_timesteps(config)) * each

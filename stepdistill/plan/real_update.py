@@ -61,7 +61,9 @@ class RealRun:
             for _ in range(2):
                 with self._peak() as peak:
                     started = time.monotonic()
-                    samples = Samples(batch, student=student, teacher=teacher, discriminator=discriminator)
+                    samples = Samples(
+                        batch, student=student, teacher=teacher, discriminator=discriminator, taps=phase.taps
+                    )
                     losses_and_gradients(samples, phase, torch.Tensor.backward)
                     del samples
                     for optimizer in optimizers.values():

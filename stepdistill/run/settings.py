@@ -24,6 +24,12 @@ _LATER_DEFAULTS: dict[str, Any] = {
     "objectives": None,
     "head_width": None,
     "optimizer": "adam",
+    "final_weight": None,
+    "schedule": "linear",
+    "balance": "none",
+    "taps": ["middle"],
+    "kernel": "gaussian",
+    "between": "patches",
 }
 """Settings that earlier versions did not have, by their last name: at these values they are not part of a hash."""
 
@@ -87,8 +93,9 @@ def settings_behind(config: RunConfig, *, position: int, phase: int, step: int) 
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """The settings by dotted key whose values differ."""
+    """The settings by dotted key whose values differ; one that an earlier version did not have is at what that did."""
     keys = [k for k in {**before, **now} if before.get(k) != now.get(k)]
+    keys = [k for k in keys if k in before or not _is_later_default(k, now[k])]
     if now.get("data.held_out") is None and "data.held_out" in keys:
         keys.remove("data.held_out")  # the run continues with the share that it was started with
     return [(k, before.get(k), now.get(k)) for k in keys]

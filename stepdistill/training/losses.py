@@ -6,7 +6,7 @@ line there.
 
 import functools
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,12 @@ import torch
 from stepdistill.config import Phase
 from stepdistill.config.objective_kinds import OBJECTIVES
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
-from stepdistill.objectives import adversarial
+from stepdistill.objectives import adversarial, features
 from stepdistill.objectives.mse import convert_loss, mse_loss
 from stepdistill.training.samples import Samples
+
+Weights = Mapping[str, float | torch.Tensor]
+"""Factors of the student's losses by the objective's kind; a tensor is a scalar."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,45 @@ def adversarial_student(samples: Samples, phase: Phase) -> Loss:
     )
 
 
+def l2(samples: Samples, phase: Phase) -> Loss:
+    """The relative squared error of the student's features."""
+    return _at_taps(samples, phase, "l2", features.l2_distance)
+
+
+def attention(samples: Samples, phase: Phase) -> Loss:
+    """The distance of the spatial maps of the features' size."""
+    return _at_taps(samples, phase, "attention", features.attention_distance)
+
+
+def gram(samples: Samples, phase: Phase) -> Loss:
+    """The relative squared error of the Gram matrices of the features' channels."""
+    return _at_taps(samples, phase, "gram", features.gram_distance)
+
+
+def kernel(samples: Samples, phase: Phase) -> Loss:
+    """How unlike the student's features are the teacher's, by a kernel."""
+    kind = phase.options_of("kernel").kernel
+    return _at_taps(samples, phase, "kernel", functools.partial(features.kernel_distance, kind=kind))
+
+
+def relations(samples: Samples, phase: Phase) -> Loss:
+    """How the relations between patches, or between samples, differ."""
+    between = {"patches": features.patch_relations, "samples": features.sample_relations}
+    return _at_taps(samples, phase, "relations", between[phase.options_of("relations").between])
+
+
+def _at_taps(
+    samples: Samples,
+    phase: Phase,
+    kind: str,
+    distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Loss:
+    """The mean over the taps of an objective of the distance between the student's features and the teacher's."""
+    names = samples.student.network.modules_at(phase.options_of(kind).taps)
+    student, teacher = samples.student_features, samples.teacher_features
+    return Loss(torch.stack([distance(student[name], teacher[name]) for name in names]).mean())
+
+
 @functools.cache
 def _function(name: str) -> Callable[[Samples, Phase], Loss]:
     return pkgutil.resolve_name(name)
@@ -83,26 +125,42 @@ def roles_of(phase: Phase) -> tuple[str, ...]:
     return (STUDENT,) if phase.adversary is None else (DISCRIMINATOR, STUDENT)
 
 
-def loss_of(role: str, samples: Samples, phase: Phase) -> Loss:
-    """The loss of one role: the sum over the phase's objectives, the student's multiplied by the objective's weight.
-
-    With several objectives the metrics also hold the unweighted student loss of each one, such as "mse_loss".
-    """
-    total: torch.Tensor | None = None
-    metrics: dict[str, torch.Tensor] = {}
+def losses_of(role: str, samples: Samples, phase: Phase) -> dict[str, Loss]:
+    """The loss of each objective that has one for this role, without its weight, by the objective's kind."""
+    losses = {}
     for objective in phase.weighted:
         kind = OBJECTIVES[objective.kind]
         name = kind.student_loss if role == STUDENT else kind.discriminator_loss
-        if name is None:
-            continue
-        loss = _function(name)(samples, phase)
+        if name is not None:
+            losses[objective.kind] = _function(name)(samples, phase)
+    assert losses, f"no objective of the phase has a loss for the {role}"
+    return losses
+
+
+def loss_of(role: str, samples: Samples, phase: Phase, weights: Weights | None = None) -> Loss:
+    """The loss of one role: the sum over the phase's objectives, the student's multiplied by `weights`.
+
+    weights: by the objective's kind; default: those of the phase's first update.
+    """
+    return summed(role, losses_of(role, samples, phase), weights or phase.weights_at(0))
+
+
+def summed(role: str, losses: Mapping[str, Loss], weights: Weights) -> Loss:
+    """The sum of the losses of one role; the discriminator's have no weights.
+
+    With several objectives the metrics also hold the student loss of each one without its weight, such as "mse_loss".
+    """
+    total: torch.Tensor | None = None
+    metrics: dict[str, torch.Tensor] = {}
+    for kind, loss in losses.items():
         metrics |= loss.metrics
         value = loss.value
         if role == STUDENT:
-            if len(phase.weighted) > 1:
-                metrics[f"{objective.kind}_loss"] = value.detach()
-            if objective.weight != 1.0:
-                value = objective.weight * value
+            if len(losses) > 1:
+                metrics[f"{kind}_loss"] = value.detach()
+            weight = weights[kind]
+            if isinstance(weight, torch.Tensor) or weight != 1.0:
+                value = weight * value
         total = value if total is None else total + value
-    assert total is not None, f"no objective of the phase has a loss for the {role}"
+    assert total is not None
     return Loss(total, metrics)

@@ -15,8 +15,9 @@ from stepdistill.models.discriminator import DiscriminatorState
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
 from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime, is_out_of_memory, release_memory
+from stepdistill.training.balance import GradientBalance
 from stepdistill.training.guard import AdversaryGuard, Trouble
-from stepdistill.training.losses import loss_of, roles_of
+from stepdistill.training.losses import Weights, losses_of, roles_of, summed
 from stepdistill.training.micro_batches import MicroBatches
 from stepdistill.training.optim import MovingAverage, RoleOptimizer
 from stepdistill.training.phase_setup import PhaseSetup
@@ -33,7 +34,8 @@ class PhaseState:
     overflows        float16 overflows in a row, up to the last update
     seconds          training time, without the previews
     teacher_samples  by the number of a micro-batch's first sample; None unless the phase reuses them (cached_updates)
-    Also: the student's adapter, the discriminator, an optimiser for each, the student's moving average, the loss scale.
+    Also: the student's adapter, the discriminator, an optimiser for each, the measured norms of each objective's gradient,
+    the student's moving average, the loss scale.
     """
 
     def __init__(self, setup: PhaseSetup, runtime: Runtime) -> None:
@@ -43,9 +45,19 @@ class PhaseState:
         self.teacher_samples: dict[int, torch.Tensor] | None = {} if phase.cached_updates else None
         self.optimizers = optimizers_of(phase, training, setup.student.network, _rates(setup))
         self.guard = None if setup.discriminator is None else AdversaryGuard(setup, runtime)
+        self.balance = None
+        if phase.balance == "gradient":
+            self.balance = GradientBalance(phase, setup.student.network.weights(STUDENT))
         self.average = None
         if training.ema_decay > 0:
             self.average = MovingAverage(setup.student.network.weights(STUDENT), decay=training.ema_decay)
+
+    @property
+    def weights(self) -> Weights:
+        """The factors of the student's losses in the next update, by the objective's kind."""
+        if self.balance is not None:
+            return self.balance.factors(self.step)
+        return self._setup.phase.weights_at(self.step)
 
     @property
     def adversary_scale(self) -> float:
@@ -71,6 +83,7 @@ class PhaseState:
                 "discriminator": None if learned is None else vars(learned),
                 "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
                 "guard": None if self.guard is None else self.guard.state_dict(),
+                "balance": None if self.balance is None else self.balance.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
                 "loss_scale": self._runtime.loss_scale_state(),
             }
@@ -88,6 +101,8 @@ class PhaseState:
             self.guard.load_state_dict(state["guard"])
             rate = _rates(self._setup)[DISCRIMINATOR]
             self.optimizers[DISCRIMINATOR].set_base_rate(min(rate, self.optimizers[DISCRIMINATOR].base_rate))
+        if self.balance is not None:
+            self.balance.load_state_dict(copied(state["balance"]))
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step, self.overflows, self.seconds = state["step"], state["overflows"], state["seconds"]
@@ -172,6 +187,13 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
     or gradient that is not finite raises NonFiniteError, and nothing is updated.
     """
     means, waited = _accumulate_in_memory(setup, state, batches, runtime)
+    if state.balance is not None and state.balance.measures(state.step):
+        means |= state.balance.combine(state.step, runtime)
+    if setup.phase.changes_weights:
+        means |= {
+            f"{kind}_weight": weight * torch.ones((), device=runtime.device)
+            for kind, weight in state.weights.items()
+        }
     for role, optimizer in state.optimizers.items():
         runtime.average_gradient(optimizer.weights.master)
         runtime.unscale([optimizer.optimizer])
@@ -202,21 +224,40 @@ def _samples(setup: PhaseSetup, state: PhaseState, first: int, batch: Batch) -> 
         discriminator=setup.discriminator,
         teacher_samples=state.teacher_samples,
         number=first,
+        taps=setup.phase.taps,
     )
 
 
 def losses_and_gradients(
-    samples: Samples, phase: Phase, backward: Callable[[torch.Tensor], None]
+    samples: Samples,
+    phase: Phase,
+    backward: Callable[..., None],
+    *,
+    weights: Weights | None = None,
+    after_each: Callable[[str], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Computes the loss of each role and at once its backward pass, so that a role's graph is freed before the next one's.
 
     Returns losses and metrics, detached, by their names in the log.
+
+    backward: takes a scalar loss and, if `after_each` is given, retain_graph.
+    weights: factors of the student's losses by the objective's kind; default: those of the phase's first update.
+    after_each: called with the kind of each objective of the student after a backward pass of that loss alone, without its
+        weight; default: one backward pass of the weighted sum.
     """
     scalars: dict[str, torch.Tensor] = {}
     for role in roles_of(phase):
-        loss = loss_of(role, samples, phase)
-        backward(loss.value)
-        scalars |= {f"{role}_loss": loss.value.detach()} | loss.metrics
+        losses = losses_of(role, samples, phase)
+        total = summed(role, losses, weights or phase.weights_at(0))
+        if role == STUDENT and after_each is not None:
+            last = list(losses)[-1]
+            for kind, loss in losses.items():
+                backward(loss.value, retain_graph=kind != last)
+                after_each(kind)
+        else:
+            backward(total.value)
+        scalars |= {f"{role}_loss": total.value.detach()} | total.metrics
+        del losses, total
     return scalars
 
 
@@ -279,7 +320,14 @@ def _accumulate(
     Returns the means of losses and metrics, and the seconds spent waiting for the micro-batches.
     """
     sums: dict[str, torch.Tensor] = {}
-    waited = 0.0
+    waited, weights, after_each = 0.0, state.weights, None
+    if state.balance is not None and state.balance.measures(state.step):
+        state.balance.begin()
+        after_each = state.balance.collect
+
+    def backward(loss: torch.Tensor, **options: bool) -> None:
+        runtime.backward(loss / batches.per_update, **options)
+
     for optimizer in state.optimizers.values():
         optimizer.zero_grad()
     for _ in range(batches.per_update):
@@ -287,9 +335,7 @@ def _accumulate(
         first, batch = next(batches)
         waited += time.monotonic() - asked
         samples = _samples(setup, state, first, batch)
-        scalars = losses_and_gradients(
-            samples, setup.phase, lambda loss: runtime.backward(loss / batches.per_update)
-        )
+        scalars = losses_and_gradients(samples, setup.phase, backward, weights=weights, after_each=after_each)
         for name, value in scalars.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / batches.per_update
     return sums, waited
@@ -303,7 +349,7 @@ def check_result(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, ru
     """
     with torch.no_grad():
         samples = _samples(setup, state, *batches.one_of(setup.phase.max_train_steps))
-        scalars = losses_and_gradients(samples, setup.phase, lambda _loss: None)
+        scalars = losses_and_gradients(samples, setup.phase, lambda _loss: None, weights=state.weights)
         numbers = _read(runtime.average_scalars(scalars))
     bad = _not_finite(numbers)
     if bad:
@@ -323,7 +369,7 @@ def _read(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
 def _check_parts(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """ValueError unless a state has the parts of this setup: optimisers, discriminator, average, teacher samples."""
     for name, part in expected.items():
-        if name not in state or (part is None) != (state[name] is None):
+        if (part is None) != (state.get(name) is None):
             has = "lacks" if state.get(name) is None else "has"
             raise ValueError(f"the phase's state {has} {name}: it belongs to a phase with other settings")
     roles, others = expected["optimizers"].keys(), state["optimizers"].keys()

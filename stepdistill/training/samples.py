@@ -1,6 +1,7 @@
 """The samples and logits that the losses of one update need; each is computed once, on first use."""
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from stepdistill.data.batches import Batch
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.shared_network import STUDENT, TEACHER, as_map
 from stepdistill.objectives.adversarial import perturb
 
 
@@ -31,6 +33,7 @@ class Samples:
         discriminator: needed in an adversarial phase.
         teacher_samples: samples to reuse, by the number of their micro-batch; new ones are added. None: no reuse.
         number: the number of this micro-batch in teacher_samples.
+        taps: where the features of student and teacher at x_t are kept (models/network: `modules_at`).
     """
 
     def __init__(
@@ -42,10 +45,13 @@ class Samples:
         discriminator: Discriminator | None = None,
         teacher_samples: MutableMapping[int, torch.Tensor] | None = None,
         number: int = 0,
+        taps: Sequence[str] = (),
     ) -> None:
         self.batch, self.student, self.teacher = batch, student, teacher
         self._discriminator, self._teacher_samples, self._number = discriminator, teacher_samples, number
         self._logits: dict[str, Logits] = {}
+        self._taps = student.network.modules_at(taps)
+        self._features: dict[str, dict[str, torch.Tensor]] = {}
         self._context: list[torch.Tensor] | None = None  # a paired D's features of x_t, detached
 
     @cached_property
@@ -60,7 +66,8 @@ class Samples:
     def student_sample(self) -> torch.Tensor:
         """x_s (B, C, H, W), with gradients: the student's one move from timesteps to prev_timesteps."""
         batch = self.batch
-        return self.student.move(self.noisy, batch.timesteps, batch.prev_timesteps, batch.conditioning)
+        with self._kept_features(STUDENT):
+            return self.student.move(self.noisy, batch.timesteps, batch.prev_timesteps, batch.conditioning)
 
     @cached_property
     def teacher_sample(self) -> torch.Tensor:
@@ -69,7 +76,8 @@ class Samples:
             return self._teacher_samples[self._number]
         moves = self.batch.teacher_moves
         assert moves is not None, "an objective that asks for the teacher's samples draws the teacher's moves"
-        sample = self.teacher.rollout(self.noisy, moves, self.batch.conditioning)
+        with self._kept_features(TEACHER):
+            sample = self.teacher.rollout(self.noisy, moves, self.batch.conditioning)
         if self._teacher_samples is not None:
             self._teacher_samples[self._number] = sample
         return sample
@@ -87,7 +95,8 @@ class Samples:
     @cached_property
     def teacher_original(self) -> torch.Tensor:
         """x_0 (B, C, H, W) that the teacher predicts from x_t, without gradients."""
-        return self._original_by(self.teacher)
+        with self._kept_features(TEACHER):
+            return self._original_by(self.teacher)
 
     @cached_property
     def student_original(self) -> torch.Tensor:
@@ -96,6 +105,30 @@ class Samples:
 
     def _original_by(self, denoiser: Denoiser) -> torch.Tensor:
         return denoiser.predict(self.noisy, self.batch.timesteps, self.batch.conditioning, target="sample")
+
+    @property
+    def student_features(self) -> dict[str, torch.Tensor]:
+        """The student's features (B, C, H, W) at x_t by the names of modules, with gradients; no pass of their own."""
+        if STUDENT not in self._features:
+            _ = self.student_sample
+        return self._features[STUDENT]
+
+    @property
+    def teacher_features(self) -> dict[str, torch.Tensor]:
+        """The teacher's features (B, C, H, W) at x_t by the names of modules: those of its first move, with the prompts. If
+        no objective needs its moves, it makes one prediction."""
+        if TEACHER not in self._features:
+            _ = self.teacher_original if self.batch.teacher_moves is None else self.teacher_sample
+        return self._features[TEACHER]
+
+    @contextmanager
+    def _kept_features(self, role: str) -> Iterator[None]:
+        """Keeps the features of the first pass inside it, unless those of the role are kept already."""
+        rows = len(self.batch.timesteps)
+        with self.student.network.tapped(self._taps) as outputs:
+            yield
+        # a guided pass has the rows without prompts first
+        self._features.setdefault(role, {name: as_map(output[-rows:]) for name, output in outputs.items()})
 
     def logits(self, *, real: str) -> Logits:
         """D's logits of real samples ("teacher" or "data") and the student's; clean ones are perturbed first (Eq 25-26)."""

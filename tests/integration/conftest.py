@@ -12,6 +12,19 @@ from stepdistill.models.shared_network import STUDENT
 
 STEPS = (128, 32, 8, 4, 2, 1)
 MSE = {"objective": "mse", "max_train_steps": 2}
+SMALL = [
+    "data.num_images=40",
+    "training.train_batch_size=4",
+    "preview.looks_images=2",
+    "evaluation.num_images=16",
+    "evaluation.grid_columns=4",
+    "evaluation.diversity_prompts=2",
+    "evaluation.diversity_seeds=2",
+    "evaluation.lora_scales=[0.5]",
+    "evaluation.study_images=1",
+    "evaluation.cost_batch_sizes=[2]",
+]
+"""Few samples, images and studies."""
 
 
 def student_of(shared):
@@ -24,24 +37,8 @@ def tiny_config(output_dir, *overrides):
     and 16 images per row."""
     ladder = [{"teacher_steps": t, "student_steps": s, "phases": [MSE]} for t, s in itertools.pairwise(STEPS)]
     ladder[-1] |= {"prediction_type": "sample", "phases": [MSE | {"objective": "convert"}, MSE]}
-    return load_config(
-        "configs/letters.yaml",
-        [
-            f"output_dir={output_dir}",
-            "data.num_images=40",
-            "training.train_batch_size=4",
-            "preview.looks_images=2",
-            "evaluation.num_images=16",
-            "evaluation.grid_columns=4",
-            "evaluation.diversity_prompts=2",
-            "evaluation.diversity_seeds=2",
-            "evaluation.lora_scales=[0.5]",
-            "evaluation.study_images=1",
-            "evaluation.cost_batch_sizes=[2]",
-            f"ladder={json.dumps(ladder)}",
-            *overrides,
-        ],
-    )
+    options = [f"output_dir={output_dir}", *SMALL, f"ladder={json.dumps(ladder)}", *overrides]
+    return load_config("configs/letters.yaml", options)
 
 
 @pytest.fixture(scope="session")

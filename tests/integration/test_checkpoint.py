@@ -45,6 +45,18 @@ LADDERS = {
     "full trunk, carried": [PAIRED | {"discriminator": {"trunk": "full"}}, carried(trunk="full"), MSE],
     "carried over an mse phase": [PAIRED, MSE, carried()],
     "several": [{**MSE, "objective": None, "objectives": [{"kind": "mse"}, {"kind": "single"}]}],
+    "balanced features": [
+        {
+            **MSE,
+            "objective": None,
+            "objectives": [
+                {"kind": "mse"},
+                {"kind": "l2", "taps": ["encoder", "decoder"], "weight": 0.1},
+                {"kind": "relations", "weight": 0.5, "final_weight": 0.0},
+            ],
+            "balance": "gradient",
+        }
+    ],
 }
 
 

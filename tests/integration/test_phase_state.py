@@ -30,6 +30,19 @@ PHASES = {
     "several": Phase(
         objectives=({"kind": "mse"}, {"kind": "single", "weight": 0.1}), max_train_steps=UPDATES
     ),
+    "balanced": Phase(
+        objectives=({"kind": "mse"}, {"kind": "single", "weight": 0.1, "final_weight": 0.5}),
+        balance="gradient",
+        max_train_steps=UPDATES,
+    ),
+    "features": Phase(
+        objectives=(
+            {"kind": "mse"},
+            {"kind": "l2", "taps": ("encoder", "middle", "decoder")},
+            {"kind": "relations", "weight": 0.5},
+        ),
+        max_train_steps=UPDATES,
+    ),
     "full trunk": Phase(
         objective="paired", max_train_steps=UPDATES, discriminator=DiscriminatorOptions(trunk="full")
     ),

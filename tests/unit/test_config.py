@@ -92,7 +92,15 @@ def several(objectives):
             several("[{kind: convert}, {kind: mse}]"),
             ["ladder.1.phases.0.objectives", "allowed: convert alone"],
         ),
-        (several("[{kind: mse, weight: 0}]"), ["ladder.1.phases.0.objectives.0.weight", "greater than 0"]),
+        (
+            several("[{kind: mse, weight: 0}]"),
+            ["ladder.1.phases.0.objectives.0.weight", "a final_weight above 0"],
+        ),
+        (
+            several("[{kind: mse, weight: -1}]"),
+            ["ladder.1.phases.0.objectives.0.weight", "greater than or equal to 0"],
+        ),
+        ("ladder.0.phases.0.balance=gradient", ["ladder.0.phases.0.balance", "mse is alone"]),
         (
             several("[{kind: mse}, {kind: single}], cached_updates: 2"),
             ["cached_updates", "this is mse+single"],

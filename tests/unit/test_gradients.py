@@ -64,9 +64,8 @@ class Pair(NamedTuple):
         return list(self.network.group(DISCRIMINATOR).values())
 
     def losses(self, batch, phase, discriminator=None, **options):
-        samples = Samples(
-            batch, student=self.student, teacher=self.teacher, discriminator=discriminator, **options
-        )
+        options = {"taps": phase.taps, "discriminator": discriminator} | options
+        samples = Samples(batch, student=self.student, teacher=self.teacher, **options)
         return losses_of(samples, phase)
 
 

@@ -54,7 +54,7 @@ def test_teacher_moves_are_counted_as_the_solver_takes_them(path):
             assert phase_forwards(config, rung, phase) == pytest.approx(each * moves + alone, abs=1e-3)
 
 
-def test_the_teacher_of_a_convert_phase_costs_a_forward_with_or_without_lora():
+def test_the_teacher_of_a_convert_phase_makes_one_prediction_guided_on_the_first_rung():
     last = load_config(CONFIGS[1]).ladder[-1]
     forwards = phase_forwards(load_config(CONFIGS[1]), last, last.phases[0])
     assert forwards == pytest.approx(1.083 + 1.083 + 1.268)
@@ -62,7 +62,7 @@ def test_the_teacher_of_a_convert_phase_costs_a_forward_with_or_without_lora():
         CONFIGS[0], ["ladder.0.prediction_type=sample", "ladder.0.phases.0.objective=convert"]
     )
     base = phase_forwards(alone, alone.ladder[0], alone.ladder[0].phases[0])
-    assert base == pytest.approx(1 + 1.083 + 1.268)
+    assert base == pytest.approx(2 + 1.083 + 1.268)
 
 
 def test_teacher_moves_are_counted_on_the_teachers_own_schedule(tmp_path):
@@ -111,6 +111,19 @@ def test_several_objectives_share_the_passes_of_student_and_teacher():
         }
     )
     assert phase_forwards(config, rung, both) == pytest.approx(phase_forwards(config, rung, mse) + 3.55)
+
+
+def test_features_cost_a_prediction_of_the_teacher_unless_it_moves_anyway():
+    config = load_config(CONFIGS[0])
+    rung, mse = config.ladder[1], config.ladder[1].phases[0]
+    alone, beside_mse = (
+        mse.model_copy(
+            update={"objective": None, "objectives": tuple(map(WeightedObjective.model_validate, of))}
+        )
+        for of in ([{"kind": "l2"}], [{"kind": "mse"}, {"kind": "l2"}])
+    )
+    assert phase_forwards(config, rung, beside_mse) == phase_forwards(config, rung, mse)
+    assert phase_forwards(config, rung, alone) == pytest.approx(1.083 + 1.083 + 1.268)
 
 
 def test_reusing_half_of_the_targets_halves_the_teachers_cost():

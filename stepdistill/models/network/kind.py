@@ -50,6 +50,10 @@ class NetworkKind(Protocol):
     ) -> list[torch.Tensor]:
         """Features (B, C_i, H_i, W_i) inside the network, from shallow to deep; sample and embeddings are in its dtype."""
 
+    def modules_at(self, network: Any, tap: str) -> Sequence[str]:
+        """The names of the modules at a tap: a place ("encoder", "middle", "decoder"), or one module's name. ValueError if
+        there is no such module."""
+
     def encode(self, pipeline: Any, prompts: list[str], *, image_size: tuple[int, int]) -> Conditioning:
         """One row of conditioning per prompt, from the pipeline's text encoders; image_size: (height, width) in pixels."""
 

@@ -91,6 +91,24 @@ class UNetKind:
             features.append(state)
         return features
 
+    def modules_at(self, network: UNet2DConditionModel, tap: str) -> list[str]:
+        """The blocks at a place, or the module of this name; ValueError if there is none."""
+        places = {
+            "encoder": [f"down_blocks.{index}" for index in range(len(network.down_blocks))],
+            "middle": ["mid_block"],
+            "decoder": [f"up_blocks.{index}" for index in range(len(network.up_blocks))],
+        }
+        if tap in places:
+            return places[tap]
+        try:
+            network.get_submodule(tap)
+        except AttributeError:
+            raise ValueError(
+                f"got {tap!r}, which names no module of the {type(network).__name__}; allowed: {', '.join(places)}, or a "
+                f"module such as {places['decoder'][0]}"
+            ) from None
+        return [tap]
+
     def encode(
         self, pipeline: DiffusionPipeline, prompts: list[str], *, image_size: tuple[int, int]
     ) -> Conditioning:

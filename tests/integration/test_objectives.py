@@ -1,0 +1,45 @@
+"""Shipped configs with several objectives in a phase, shortened, through all stages."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stepdistill import stages
+from stepdistill.config.load import load_config
+from stepdistill.run.log import read_log
+from tests.integration.conftest import SMALL
+
+pytestmark = pytest.mark.slow
+
+
+def shortened(name, folder):
+    """A shipped config with two updates a phase."""
+    path = f"configs/{name}.yaml"
+    phases = [
+        f"ladder.{index}.phases.{number}.max_train_steps=2"
+        for index, rung in enumerate(load_config(path).ladder)
+        for number in range(len(rung.phases))
+    ]
+    return load_config(path, [f"output_dir={folder}", *SMALL, *phases])
+
+
+def test_a_ladder_with_features_is_trained_exported_and_reported(tmp_path):
+    config = shortened("letters_features", tmp_path)
+    stages.run_all(config)
+    results = json.loads((config.run_dir / "report" / "results.json").read_text())
+    assert {"student-8", "student-4", "student-2", "student-1"} < {row["row"] for row in results["rows"]}
+    lines = [line for line in read_log(config.run_dir / "log.jsonl") if line["rung"] == 4]
+    assert [line["objective"] for line in lines] == ["mse+l2+relations"] * 2
+    first, last = lines
+    for kind in ("mse", "l2", "relations"):
+        assert first[f"{kind}_loss"] > 0
+        assert first[f"{kind}_grad_norm"] > 0  # measured on the first update, not on the second
+        assert f"{kind}_grad_norm" not in last
+    shares = {
+        kind: first[f"{kind}_weight"] * first[f"{kind}_grad_norm"] for kind in ("mse", "l2", "relations")
+    }
+    assert shares["l2"] == pytest.approx(0.1 * shares["mse"], rel=1e-4)
+    assert shares["relations"] == pytest.approx(0.05 * shares["mse"], rel=1e-4)
+    assert last["relations_weight"] == 0.0
+    assert (Path(config.run_dir) / "rungs" / "4" / "pytorch_lora_weights.safetensors").is_file()
