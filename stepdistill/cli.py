@@ -1,4 +1,4 @@
-"""`stepdistill run|doctor|plan|prepare|distill|export|extract|evaluate|report|sample`: the command line.
+"""`stepdistill run|doctor|plan|prepare|distill|export|extract|merge|evaluate|report|sample`: the command line.
 
 An error that a user can fix ends in one line on standard error; errors.py lists the exit codes. torch is imported only once
 the config is valid.
@@ -110,6 +110,18 @@ def parse_rung(text: str | None) -> tuple[int, int] | None:
     if not (separator and re.fullmatch("[0-9]{1,4}", teacher) and re.fullmatch("[0-9]{1,4}", student)):
         raise ConfigError(f"--rung: got {short(text)}; allowed: TEACHER:STUDENT, such as 32:8")
     return int(teacher), int(student)
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    """[3.0, 1.0] for "3,1"; ConfigError for any other form."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--weights: got {short(text)}; allowed: numbers with commas, such as 3,1"
+        ) from None
 
 
 def _stage(
@@ -235,6 +247,25 @@ def extract(
 ) -> None:
     """Turn a fully fine-tuned U-Net into a LoRA by singular values."""
     stages.extract(base, tuned, rank=rank, output=output)
+
+
+@app.command()
+def merge(
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="RUN | LORA ...", help="runs, or rungs' folders and LoRA files")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="the new folder to write: a rung, or of runs a folder of rungs")
+    ],
+    weights: Annotated[
+        str | None, typer.Option(help="of each source, such as 3,1; only ratios matter; default: equal")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="of the result; default: the largest of the sources")
+    ] = None,
+) -> None:
+    """Average what LoRAs change, such as those of sites that train on their own pictures."""
+    stages.merge(sources, output=output, weights=parse_weights(weights), rank=rank)
 
 
 @app.command()

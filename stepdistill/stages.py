@@ -293,6 +293,24 @@ def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
         )
 
 
+def merge(
+    sources: list[Path], *, output: Path, weights: list[float] | None = None, rank: int | None = None
+) -> None:
+    """Writes the weighted mean of rungs, LoRAs, or whole runs, and logs how much of it the rank keeps."""
+    _require_one_process("merge")
+    _quiet_libraries()
+    from stepdistill.export.merge import merge as merge_into
+
+    for folder, merged in merge_into(sources, output, weights=weights, rank=rank).items():
+        logger.info(
+            "merge: %s has rank %d and keeps %.2f %% of the mean, %.2f %% in the layer where it keeps least",
+            folder,
+            merged.lora.rank,
+            100 * merged.energy_kept,
+            100 * min(merged.energy_by_module.values()),
+        )
+
+
 def evaluate(config: RunConfig) -> None:
     """Draws and measures every row of the table."""
     with _work_in(config) as run_dir:
@@ -458,13 +476,16 @@ def _check_later_stages(config: RunConfig) -> None:
     its network."""
     from stepdistill.evaluation.check import check_evaluation
     from stepdistill.export.check import check_export
+    from stepdistill.ladder.initial_lora import check_initial_loras
     from stepdistill.plan.budget import kept_modules
     from stepdistill.plan.taps import check_taps
 
     check_export(config)
     check_evaluation(config)
-    check_taps(config, teacher_facts(config))
-    kept_modules(config, teacher_facts(config))
+    facts = teacher_facts(config)
+    check_taps(config, facts)
+    check_initial_loras(config, facts)
+    kept_modules(config, facts)
 
 
 def _require_same_teacher(config: RunConfig) -> None:

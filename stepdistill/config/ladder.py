@@ -10,6 +10,7 @@ from stepdistill.config.objective_kinds import OBJECTIVES, check_kind, compares_
 from stepdistill.config.section import (
     Affects,
     ConfigError,
+    FilePath,
     LearningRate,
     PositiveInt,
     Section,
@@ -211,6 +212,9 @@ class Rung(Section, affects=Affects.ITS_RUNG):
     """What the student predicts (sample is x0). Default: the same as the rung before, on the first rung as the teacher. If
     the value differs from that, the rung must begin with a convert phase. SDXL-Lightning's 1-step rung predicts
     sample."""
+    init: FilePath | None = None
+    """A rung's folder, or a LoRA's file, whose weights the student begins with in place of the rung before's, such as one
+    that `stepdistill merge` made. Its base and its rank must be those of this run."""
     start_timestep: Annotated[int, Field(gt=0, lt=1000)] | None = None
     """For a 1-step rung without node_steps: the conditioning timestep that the U-Net is given with pure noise. Default: the
     last timestep. At an earlier one an error in epsilon weighs far less in the image: in Stable Diffusion's noise schedule

@@ -44,8 +44,13 @@ def reduce_rank(lora: Lora, rank: int) -> Reduced:
     """The LoRA with every layer's update reduced to `rank`; ValueError if the LoRA's rank is not higher."""
     if rank >= lora.rank:
         raise ValueError(f"export.rank: got {rank}; allowed: below {lora.rank}, the LoRA's rank")
-    factors = ((name, _svd_of_product(layer), layer.weight_shape) for name, layer in lora.layers.items())
-    return _cut(factors, rank, lora.config)
+    return cut_product(lora.layers, rank, lora.config)
+
+
+def cut_product(layers: Mapping[str, LoraLayer], rank: int, config: Mapping[str, Any]) -> Reduced:
+    """A LoRA whose layers approximate these, of any rank, at `rank`. config: peft's config of a LoRA on these modules."""
+    factors = ((name, _svd_of_product(layer), layer.weight_shape) for name, layer in layers.items())
+    return _cut(factors, rank, config)
 
 
 def extract_lora(

@@ -16,6 +16,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.plan.budget import Keeps, kept_modules
 from stepdistill.rng import derive_seed
+from stepdistill.run.rung_order import begun_from
 from stepdistill.run.rungs import read_record
 from stepdistill.run.settings import settings_behind
 from stepdistill.runtime import Runtime, environment, release_memory
@@ -84,9 +85,12 @@ class Shared:
         earlier = [
             (r.student_steps, read_record(config.run_dir, r.student_steps)) for r in config.ladder[:position]
         ]
+        rungs = {str(steps): record.sha256 for steps, record in earlier if record is not None}
+        if config.ladder[position].init is not None:
+            rungs["init"] = str(begun_from(config, config.ladder[position]))
         return Identity(
             settings=settings_behind(config, position=position, phase=phase, step=step),
-            rungs={str(steps): record.sha256 for steps, record in earlier if record is not None},
+            rungs=rungs,
             base=self.base_fingerprint,
             cache=self._cache_hash,
             samples=self.samples_per_update,

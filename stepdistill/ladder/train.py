@@ -8,6 +8,7 @@ from stepdistill.config import ConfigError, RunConfig, Rung
 from stepdistill.data.held_out import settled
 from stepdistill.disk.durable import put_back_replaced
 from stepdistill.errors import ToBeContinued
+from stepdistill.ladder.initial_lora import initial_state
 from stepdistill.ladder.phases import RungTraining, check_same_checkpoint
 from stepdistill.ladder.rung_files import finish_rung, open_partial, read_rung_lora
 from stepdistill.ladder.shared import Shared, load_shared
@@ -172,6 +173,15 @@ def _warn_of_rare_sizes(shared: Shared) -> None:
         )
 
 
+def _load_start(shared: Shared, rung: Rung) -> None:
+    """Gives the student the LoRA that the rung begins with; on the first rung it keeps its own."""
+    config, network = shared.config, shared.network
+    if rung.init is not None:
+        network.load_adapter_state(STUDENT, initial_state(config, rung, network))
+    elif rung != config.ladder[0]:
+        network.load_adapter_state(STUDENT, read_rung_lora(config.run_dir, rung.teacher_steps))
+
+
 def _train_rung(
     shared: Shared, rung: Rung, log: TrainingLog | None, resumed: Checkpoint | None, stop: StopRequest
 ) -> None:
@@ -179,9 +189,7 @@ def _train_rung(
     config, network = shared.config, shared.network
     shared.runtime.reset_loss_scale()
     position = config.ladder.index(rung)
-    if position:
-        lora = read_rung_lora(config.run_dir, rung.teacher_steps)
-        network.load_adapter_state(STUDENT, lora)
+    _load_start(shared, rung)
     partial = partial_rung(config.run_dir, rung.student_steps)
     if shared.runtime.is_main:
         open_partial(shared, rung, is_resumed=resumed is not None)

@@ -155,6 +155,10 @@ class SharedNetwork:
         weights = self._adapter_weights(name)
         return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in weights.items()}
 
+    def adapter_shapes(self, name: str) -> dict[str, torch.Size]:
+        """The shapes of one adapter's weights, under peft's keys."""
+        return {key: tensor.shape for key, tensor in self._adapter_weights(name).items()}
+
     def load_adapter_state(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
         """Loads weights from `adapter_state` into an existing adapter; ValueError unless all keys and shapes are equal."""
         copy_adapter(self._adapter_weights(name), state)

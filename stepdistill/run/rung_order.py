@@ -3,16 +3,26 @@ LoRA than the rung before them has now. No torch.
 """
 
 import logging
+from pathlib import Path
 
 from stepdistill.config import RunConfig, Rung
-from stepdistill.run.rungs import read_record, read_rung, rung_folder
+from stepdistill.disk.durable import sha256_file
+from stepdistill.run.rungs import WEIGHT_NAME, read_record, read_rung, rung_folder
 
 logger = logging.getLogger(__name__)
 
 
+def initial_file(rung: Rung) -> Path:
+    """The LoRA file that `init` names: itself, or the one in a rung's folder."""
+    path = Path(rung.init or "").expanduser()
+    return path / WEIGHT_NAME if path.is_dir() else path
+
+
 def begun_from(config: RunConfig, rung: Rung) -> str | None:
-    """sha256 of the LoRA that the student of a rung begins with, as the rung before it records; None for the first rung,
-    which may have as many steps as its teacher."""
+    """sha256 of the LoRA that the student of a rung begins with: of `init`, if that is still there, else of the rung before,
+    as its record says; None for the first rung without init, which may have as many steps as its teacher."""
+    if rung.init is not None:
+        return sha256_file(initial_file(rung)) if initial_file(rung).is_file() else None
     if rung == config.ladder[0]:
         return None
     before = read_record(config.run_dir, rung.teacher_steps)
@@ -20,12 +30,13 @@ def begun_from(config: RunConfig, rung: Rung) -> str | None:
 
 
 def is_current(config: RunConfig, rung: Rung) -> bool:
-    """Whether a rung is finished, intact, and began with the LoRA that the rung before it has now. Earlier versions did not
-    record what a rung began with; such a rung is taken as current."""
+    """Whether a rung is finished, intact, and began with the LoRA that the rung before it has now, or that `init` names, if
+    that is still there. Earlier versions did not record what a rung began with; such a rung is taken as current."""
     record = read_rung(config.run_dir, rung.student_steps)
     if record is None:
         return False
-    return rung == config.ladder[0] or record.teacher_sha256 in (None, begun_from(config, rung))
+    began_alone = rung == config.ladder[0] if rung.init is None else not initial_file(rung).is_file()
+    return began_alone or record.teacher_sha256 in (None, begun_from(config, rung))
 
 
 def warn_of_training_again(config: RunConfig, rung: Rung) -> None:
@@ -37,7 +48,8 @@ def warn_of_training_again(config: RunConfig, rung: Rung) -> None:
     rest = config.ladder[config.ladder.index(rung) + 1 :]
     later = [r.student_steps for r in rest if rung_folder(config.run_dir, r.student_steps).is_dir()]
     if record is not None:
-        why = f"began with another LoRA than the {rung.teacher_steps}-step rung has now"
+        now = "init names" if rung.init is not None else f"the {rung.teacher_steps}-step rung has"
+        why = f"began with another LoRA than {now} now"
     elif rung_folder(config.run_dir, rung.student_steps).is_dir():
         why = "is damaged"
     elif later:

@@ -27,6 +27,7 @@ _LATER_DEFAULTS: dict[str, Any] = {
     "final_weight": None,
     "schedule": "linear",
     "balance": "none",
+    "init": None,
     "taps": ["middle"],
     "kernel": "gaussian",
     "between": "patches",
