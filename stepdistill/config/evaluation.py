@@ -96,6 +96,8 @@ class Evaluation(Section, affects=Affects.NOTHING):
     for Inception. Default: no patch FID."""
     clip: ExpandedPath | None = None
     """Folder of a CLIP model; with it, CLIP score and CMMD are measured."""
+    pickscore: ExpandedPath | None = None
+    """Folder of PickScore's CLIP model (yuvalkirstain/PickScore_v1); with it, PickScore is measured."""
     dinov2: ExpandedPath | None = None
     """Folder of a DINOv2 model; with it, FD-DINOv2 is measured."""
     floor: bool = True

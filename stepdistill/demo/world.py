@@ -35,6 +35,9 @@ class World(Protocol):
     def image(self, caption: str, *, seed: int, index: int) -> Image.Image:
         """Image number `index` of the stream `seed`; always the same, whatever was drawn before."""
 
+    def readings(self, batches: Iterable[torch.Tensor]) -> list[str]:
+        """The caption that each of the uint8 images, in batches (B, 3, H, W), shows."""
+
     def accuracy(self, batches: Iterable[torch.Tensor], captions: Sequence[str]) -> float:
         """Share of uint8 images, in batches (B, 3, H, W), that show what the caption of the same index describes."""
 
@@ -66,6 +69,11 @@ class LettersWorld:
     def image(self, caption: str, *, seed: int, index: int) -> Image.Image:
         """A 32 x 32 RGB image of the caption."""
         return letters.render_at(letters.parse_caption(caption), seed=seed, index=index)
+
+    def readings(self, batches: Iterable[torch.Tensor]) -> list[str]:
+        """The captions of the letters, inks and papers that the shipped reader sees."""
+        reader = shipped_reader()
+        return [triple.caption for batch in batches for triple in reader.read(batch)]
 
     def accuracy(self, batches: Iterable[torch.Tensor], captions: Sequence[str]) -> float:
         """Share of images whose letter, ink and paper all match the caption."""

@@ -18,7 +18,7 @@ from stepdistill.evaluation.draw.sampler import Sampler
 from stepdistill.evaluation.draw.studies import Studies
 from stepdistill.evaluation.evaluation_set import EvaluationSet, RealImages, Renderings, evaluation_set_of
 from stepdistill.evaluation.measure.choice import Choice, choose_features
-from stepdistill.evaluation.measure.features import clip_score
+from stepdistill.evaluation.measure.features import clip_score, nearest_prompts, pick_score
 from stepdistill.evaluation.measure.image_sets import Distances, ImageSet, View
 from stepdistill.evaluation.measure.metrics import described, latent_mse
 from stepdistill.evaluation.measure.outside_scorer import run_score_cmd
@@ -235,10 +235,7 @@ class _Measuring:
                 row_images.batches(count), self._evaluation_set.prompts
             )
             measures["prompt_accuracy"] = accuracy
-        if distances.clip is not None:
-            measures["clip_score"] = clip_score(
-                distances.clip.extractor, row_images.batches(count), self._evaluation_set.prompts
-            )
+        measures |= self._with_prompts(row_images, images)
         if self._options.score_cmd is not None:
             measures |= self._outside(row)
         if self._options.cost_batch_sizes:
@@ -251,6 +248,37 @@ class _Measuring:
             measures[f"{key}_std"] = standard_error(values)
         logger.info("measured %s", row.name)
         return measures
+
+    def _with_prompts(self, row_images: RowImages, images: ImageSet) -> dict[str, float]:
+        """What CLIP and PickScore say of images and prompts, and whether images are read as the teacher's are."""
+        distances, prompts = self._distances, self._evaluation_set.prompts
+        measures: dict[str, float] = {}
+        if distances.clip is not None:
+            batches = row_images.batches(self._options.num_images)
+            measures["clip_score"] = clip_score(distances.clip.extractor, batches, prompts)
+        if distances.pickscore is not None:
+            view = distances.pickscore
+            measures["pickscore"] = pick_score(view.extractor, view.features(images), prompts)
+        if self._teacher_readings is not None:
+            pairs = zip(self._readings(images), self._teacher_readings, strict=True)
+            measures["agreement"] = sum(ours == theirs for ours, theirs in pairs) / len(
+                self._teacher_readings
+            )
+        return measures
+
+    @functools.cached_property
+    def _teacher_readings(self) -> list[str] | None:
+        """What the teacher's images show; None if nothing here can read images."""
+        can_read = self._evaluation_set.world is not None or self._distances.clip is not None
+        return self._readings(self._drawn_set(self._teacher_images)) if can_read else None
+
+    def _readings(self, images: ImageSet) -> list[str]:
+        """The caption that each image shows: as the world reads it, else the prompt that CLIP finds nearest."""
+        if self._evaluation_set.world is not None:
+            return self._evaluation_set.world.readings(images.batches())
+        clip = self._distances.clip
+        assert clip is not None, "only images that can be read are asked for"
+        return nearest_prompts(clip.extractor, clip.features(images), self._evaluation_set.prompts)
 
     def _measure_floor(self, real: ImageSet | None) -> dict[str, float]:
         """The floors: one set of real images against another, and the teacher against itself with other seeds."""

@@ -121,6 +121,8 @@ def _absent(config: RunConfig, evaluation_set: EvaluationSet, choice: Choice) ->
         yield "patch FID", "evaluation.patch_size is not set"
     if options.clip is None:
         yield "CLIP score, CMMD", "evaluation.clip is not set to a CLIP folder"
+    if options.pickscore is None:
+        yield "PickScore", "evaluation.pickscore is not set to the folder of PickScore's model"
     if options.dinov2 is None:
         yield "FD-DINOv2", "evaluation.dinov2 is not set to a DINOv2 folder"
     if evaluation_set.world is None:

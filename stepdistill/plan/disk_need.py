@@ -167,7 +167,9 @@ def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0
     options, students, size = config.evaluation, len(config.ladder), teacher.image_size
     rows = len(options.teacher_steps) + len(options.unguided_steps) + students + len(options.loras)
     rows += options.floor
-    views = 1 + sum(x is not None for x in (options.patch_size, options.clip, options.dinov2))
+    views = 1 + sum(
+        x is not None for x in (options.patch_size, options.clip, options.pickscore, options.dinov2)
+    )
     latent = math.prod(teacher.latent_shape(size))
     sweep = students * len(options.lora_scales)
     few = (sweep + students**2 * options.matrix + bool(sweep or options.matrix)) * options.study_images

@@ -92,6 +92,10 @@ def test_distances_to_the_teacher_are_to_other_seeds_and_paired_ones_to_equal_no
     assert teacher["kid_to_teacher"] == results["floor"]["kid_to_teacher"]
     assert teacher["paired_fid_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert teacher["latent_mse_to_teacher"] == 0.0
+    assert teacher["agreement"] == 1.0
+    assert teacher["relations_kept"] == pytest.approx(1.0, abs=1e-6)
+    assert rows["student-1"]["relations_kept"] < rows["teacher-8"]["relations_kept"] < 1
+    assert 0 <= rows["student-1"]["agreement"] <= 1
     assert other_noise["paired_fid_to_teacher"] == pytest.approx(floor, rel=1e-6)
     assert other_noise["latent_mse_to_teacher"] > rows["teacher-8"]["latent_mse_to_teacher"] > 0
     assert other_noise["colour_drift"] > 0

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
+import scipy.stats
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -20,6 +22,7 @@ from stepdistill.evaluation.measure.distances import (
     fid,
     kid,
     precision_recall,
+    relations_kept,
 )
 
 
@@ -29,6 +32,24 @@ def two_sets(n=150, m=130, size=12):
     first = rng.normal(size=(n, size)) @ root + 3
     second = 1.2 * rng.normal(size=(m, size)) @ root + rng.normal(size=size)
     return torch.from_numpy(first), torch.from_numpy(second)
+
+
+def test_relations_kept_is_scipys_rank_correlation_of_distances():
+    x, _ = two_sets()
+    noisy = x + torch.from_numpy(np.random.default_rng(1).normal(size=x.shape)) * 4
+    expected = scipy.stats.spearmanr(*(scipy.spatial.distance.pdist(a.numpy()) for a in (noisy, x))).statistic
+    assert 0.2 < expected < 0.95
+    assert relations_kept(noisy, x) == pytest.approx(expected, abs=1e-6)
+
+
+def test_relations_are_kept_by_turning_scaling_and_moving_features_and_not_by_others():
+    x, _ = two_sets()
+    turn, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(12, 12)))
+    assert relations_kept(3 * x @ torch.from_numpy(turn) + 5, x) == pytest.approx(1.0, abs=1e-6)
+    other = torch.from_numpy(np.random.default_rng(3).normal(size=x.shape))
+    assert abs(relations_kept(other, x)) < 0.05
+    assert relations_kept(x[:2], x[:2]) is None
+    assert relations_kept(torch.ones_like(x), x) is None
 
 
 def test_fid_equals_scipys_matrix_square_root():

@@ -33,7 +33,7 @@ def test_letters_are_measured_by_the_reader(tmp_path):
     assert (choice.spec, choice.warnings) == ("reader", ())
     assert Distances(choice.options(config)).main.extractor.name == "reader"
     lacking = {one["columns"]: one["why"] for one in absent_columns(config, evaluation_set, choice)}
-    assert set(lacking) == {"patch FID", "CLIP score, CMMD", "FD-DINOv2"}
+    assert set(lacking) == {"patch FID", "CLIP score, CMMD", "PickScore", "FD-DINOv2"}
 
 
 def test_other_images_are_measured_by_the_reader_only_if_the_config_names_it(tmp_path):

@@ -50,7 +50,8 @@ def test_only_paired_distances_are_0_for_the_teacher_itself(tmp_path):
     other_seeds, _ = image_set(tmp_path, "floor", 1)
     distances = Distances(Evaluation(features="reader"))
     assert distances.paired_to_teacher(teacher, teacher) == {
-        "paired_fid_to_teacher": pytest.approx(0, abs=1e-6)
+        "paired_fid_to_teacher": pytest.approx(0, abs=1e-6),
+        "relations_kept": pytest.approx(1, abs=1e-6),
     }
     floor = distances.to_teacher(teacher, other_seeds)["fid_to_teacher"]
     assert distances.paired_to_teacher(other_seeds, teacher)["paired_fid_to_teacher"] == pytest.approx(floor)

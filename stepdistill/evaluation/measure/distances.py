@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torchmetrics.functional.regression import spearman_corrcoef
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -104,6 +105,15 @@ def _filled(moments: Sequence[Moments], size: int) -> FrechetInceptionDistance:
     metric.orig_dtype = torch.float64
     metric._update_count = 1
     return metric
+
+
+def relations_kept(features: torch.Tensor, reference: torch.Tensor, *, most: int = 512) -> float | None:
+    """Spearman's rank correlation between the pairwise distances of features (N, D) and those of reference (N, D), image by
+    image, over the first `most` images. None for fewer than 3 images, or if all distances of one set are equal."""
+    distances = [torch.pdist(_checked(x)[:most]) for x in (features, reference)]
+    if len(features) < 3 or any(bool(d.max() == d.min()) for d in distances):
+        return None
+    return float(spearman_corrcoef(*distances))
 
 
 def fid_without_each_group(images: torch.Tensor, reference: torch.Tensor, *, groups: int = 8) -> list[float]:

@@ -244,6 +244,40 @@ def clip_score(extractor: FeatureExtractor, batches: Iterable[torch.Tensor], pro
     return float(metric.compute())
 
 
+@torch.no_grad()
+def _text_embeddings(
+    extractor: FeatureExtractor, prompts: Sequence[str], *, batch_size: int = 64
+) -> torch.Tensor:
+    """CLIP's embeddings (N, D) of prompts, of norm 1, on the CPU; long ones are truncated. ValueError if it is not CLIP."""
+    if not isinstance(extractor, TransformersFeatures) or extractor.name != "clip":
+        raise ValueError(f"text embeddings need CLIP, got {extractor.name}")
+    tokenizer, net = read_processor(extractor.folder).tokenizer, _Unwrapped(extractor.net)
+    options = {"truncation": True, "max_length": net.config.text_config.max_position_embeddings}
+    device, rows = extractor.mean.device, []
+    for first in range(0, len(prompts), batch_size):
+        part = list(prompts[first : first + batch_size])
+        tokens = tokenizer(part, padding=True, return_tensors="pt", **options).to(device)
+        rows.append(net.get_text_features(tokens["input_ids"], tokens["attention_mask"]).float().cpu())
+    return nn.functional.normalize(torch.cat(rows), dim=1)
+
+
+def nearest_prompts(extractor: FeatureExtractor, images: torch.Tensor, prompts: Sequence[str]) -> list[str]:
+    """The prompt whose CLIP embedding has the largest cosine to each image's (N, D). ValueError if it is not CLIP."""
+    distinct = sorted(set(prompts))
+    texts = _text_embeddings(extractor, distinct)
+    nearest = [int(k) for part in images.split(1024) for k in (part @ texts.T).argmax(dim=1)]
+    return [distinct[k] for k in nearest]
+
+
+def pick_score(extractor: FeatureExtractor, images: torch.Tensor, prompts: Sequence[str]) -> float:
+    """PickScore (Kirstain et al. 2023, 2305.01569) of images by their embeddings (N, D): the model's scale times the cosine
+    between an image and its prompt, averaged. ValueError if the extractor is not CLIP."""
+    texts = _text_embeddings(extractor, prompts)
+    cosines = (nn.functional.normalize(images, dim=1) * texts).sum(dim=1)
+    net: Any = extractor.net
+    return float(net.logit_scale.exp().cpu() * cosines.mean())
+
+
 class _Unwrapped(nn.Module):
     """CLIP whose get_*_features return tensors; those of transformers 5 return objects, which torchmetrics cannot use."""
 

@@ -16,6 +16,7 @@ from stepdistill.evaluation.measure.distances import (
     fid_without_each_group,
     kid,
     precision_recall,
+    relations_kept,
 )
 from stepdistill.evaluation.measure.features import FeatureExtractor, build_extractor, extract_features
 from stepdistill.evaluation.measure.kept_features import read_features, write_features
@@ -83,6 +84,10 @@ class Distances:
             clip = build_extractor(f"clip:{options.clip}", device=device, key="evaluation.clip")
             self.clip = View("clip", clip, "pil_bicubic")
             self._views.append(self.clip)
+        self.pickscore = None
+        if options.pickscore is not None:
+            picked = build_extractor(f"clip:{options.pickscore}", device=device, key="evaluation.pickscore")
+            self.pickscore = View("pickscore", picked, "pil_bicubic")
         if options.dinov2 is not None:
             dinov2 = build_extractor(f"dinov2:{options.dinov2}", device=device, key="evaluation.dinov2")
             self._views.append(View("dinov2", dinov2, "pil_bicubic"))
@@ -98,7 +103,7 @@ class Distances:
     def check_size(self, size: tuple[int, int]) -> None:
         """Tries every extractor on a black image of `size` (height, width); ValueError if one cannot read it."""
         image = torch.zeros(1, 3, *size, dtype=torch.uint8)
-        for view in self._views:
+        for view in [*self._views, *([self.pickscore] if self.pickscore is not None else [])]:
             try:
                 features = extract_features(iter([image]), view.extractor, resize=view.resize, crop=view.crop)
             except (RuntimeError, TypeError, AttributeError) as error:  # the file holds another network
@@ -121,14 +126,19 @@ class Distances:
         return self._pairwise(images, other_seeds, "teacher")
 
     def paired_to_teacher(self, images: ImageSet, same_noise: ImageSet) -> dict[str, float]:
-        """`paired_fid_to_teacher`: `images` against the teacher's of the same prompts and noise; {} without a main view.
+        """`paired_fid_to_teacher` and `relations_kept`: `images` against the teacher's of the same prompts and noise; {}
+        without a main view.
 
         It measures how well a student keeps the teacher's map from noise to image: 0 for the teacher itself. Images drawn
         with other noise, even the teacher's, are as far away as the floor of `fid_to_teacher`.
         """
         if self.main is None:
             return {}
-        return {"paired_fid_to_teacher": fid(self.main.features(same_noise), self.main.features(images))}
+        theirs, ours = self.main.features(same_noise), self.main.features(images)
+        kept = relations_kept(ours, theirs)
+        return {"paired_fid_to_teacher": fid(theirs, ours)} | (
+            {} if kept is None else {"relations_kept": kept}
+        )
 
     def fid_replicates(self, images: ImageSet, reference: ImageSet) -> list[float] | None:
         """`fid_without_each_group` on the main view's features, for the standard errors of FIDs and of their differences.

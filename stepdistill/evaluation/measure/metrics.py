@@ -96,6 +96,13 @@ _TABLE = (
     ),
     ("clip_score", "CLIP score", ".2f", "higher", "100 x cosine between image and prompt."),
     (
+        "pickscore",
+        "PickScore",
+        ".2f",
+        "higher",
+        "PickScore's estimate of how people like the image for its prompt.",
+    ),
+    (
         "diversity",
         "diversity",
         ".2f",
@@ -108,6 +115,22 @@ _TABLE = (
         ".4f",
         "lower",
         "Mean squared error between final latents of the same prompts and noise; 0 for the teacher itself.",
+    ),
+    (
+        "agreement",
+        "agreement",
+        ".3f",
+        "higher",
+        "Share of images that are read as the teacher's of the same prompt and noise are: letter, ink and paper, or with "
+        "CLIP the nearest of the table's prompts. 1 for the teacher itself.",
+    ),
+    (
+        "relations_kept",
+        "relations kept",
+        ".3f",
+        "higher",
+        "Rank correlation of the distances between pairs of images with those between the teacher's of the same noise: "
+        "whether what is alike stays alike. 1 for the teacher itself.",
     ),
     (
         "colour_drift",
