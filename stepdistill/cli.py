@@ -223,6 +223,9 @@ def export(
         typer.Option("--format", help="any of diffusers,kohya,fused,onnx; default: export.formats"),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="reduce to this lower rank by singular values")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: also the ONNX U-Net with 8-bit weights and activations")
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="upload the rung to this Hub repository; needs one --steps"),
@@ -232,6 +235,7 @@ def export(
     """Write scheduler, model card and the LoRA in other tools' formats into every rung's folder."""
     asked = [] if formats is None else [f"export.formats=[{formats}]"]
     asked += [] if rank is None else [f"export.rank={rank}"]
+    asked += [] if quantize is None else [f"export.quantize={quantize}"]
     run_config = _load(config, [*(overrides or []), *asked])
     stages.export(run_config, steps=steps, push_to=push, dry_run=dry_run)
 

@@ -77,6 +77,9 @@ class Evaluation(Section, affects=Affects.NOTHING):
     unguided_steps: Annotated[tuple[Steps, ...], Field(max_length=64)] = ()
     """Step counts of rows that the undistilled teacher draws without guidance. Such a row takes as many U-Net passes as a
     student at the same steps, and is often nearer to real images than the row with guidance."""
+    onnx: Annotated[tuple[Literal["float32", "int8"], ...], Field(max_length=2)] = ()
+    """Also draw with the U-Nets that export writes for onnxruntime: a row for every rung and each of these. Needs onnx among
+    export.formats, and for int8 export.quantize=int8."""
     loras: Annotated[tuple[LoraRow, ...], Field(max_length=256)] = ()
     """Other LoRAs to draw and measure, one row each."""
     batch_size: BatchSize = 64

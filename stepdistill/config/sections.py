@@ -182,6 +182,9 @@ class Export(Section, affects=Affects.NOTHING):
     """Data type of the kohya file and of the fused U-Net; each is rounded to it once."""
     rank: Rank | None = None
     """Reduce the LoRA to this lower rank by singular values; the files go into rank<R>/. Default: the trained rank."""
+    quantize: Literal["none", "int8"] = "none"
+    """For onnx: int8 also writes the U-Net with 8-bit weights and activations (onnx-int8/), a fourth as large, whose ranges
+    are measured while the student draws captions of the run's cache."""
     kohya_names: Literal["auto", "diffusers", "sgm"] = "auto"
     """Module names in the kohya file: those of diffusers or those of the original repository (sgm). auto: the names that
     kohya's trainer uses, sgm for SDXL and diffusers for SD."""

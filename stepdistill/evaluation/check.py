@@ -25,6 +25,13 @@ def check_evaluation(config: RunConfig) -> Choice:
         if row.lora is not None:
             _check_lora(row.lora, folder)
             try_scheduler(row.lora, teacher_facts(config).scheduler)
+    for precision in config.evaluation.onnx:
+        asked = config.export
+        if "onnx" not in asked.formats or (precision == "int8" and asked.quantize != "int8"):
+            raise ConfigError(
+                f"evaluation.onnx: got {precision}, which export does not write; fix: export.formats=[diffusers,onnx]"
+                + (" export.quantize=int8" if precision == "int8" else "")
+            )
     if config.evaluation.score_cmd is not None:
         check_score_cmd(config.evaluation.score_cmd)
     evaluation_set = evaluation_set_of(config)

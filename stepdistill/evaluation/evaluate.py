@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import RunConfig
+from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import read_sealed, sha256_json, warn_of_damage, write_sealed, write_text
 from stepdistill.disk.places import clear_half_written
 from stepdistill.evaluation.draw.cost import measure_cost
@@ -46,6 +46,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         if row.student_steps is not None:
             require_rung(config.run_dir, row.student_steps)
             read_scheduler(rung_folder(config.run_dir, row.student_steps))
+            _require_onnx(config, row)
     evaluation_set, processes = evaluation_set_of(config), Processes()
     choice = choose_features(config, evaluation_set)
     distances = Distances(choice.options(config), device=processes.device)
@@ -58,6 +59,17 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         options, learned = choice.learned(config)
         distances = Distances(options, device=processes.device)
     return _Measuring(drawing, drawn, distances).measure(choice, learned)
+
+
+def _require_onnx(config: RunConfig, row: Row) -> None:
+    """ConfigError if a row is to be drawn with a U-Net that was not exported."""
+    file = row.weights(config.run_dir)
+    if row.onnx is not None and file is not None and not file.is_file():
+        quantize = " --quantize int8" if row.onnx == "int8" else ""
+        raise ConfigError(
+            f"evaluation.onnx: got {row.onnx}, but there is no {file}; fix: `stepdistill export` with --format "
+            f"onnx{quantize}"
+        )
 
 
 @dataclass(frozen=True)

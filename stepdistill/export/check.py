@@ -1,6 +1,7 @@
 """Checks of what `export` will be asked for, made before anything is trained."""
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.export.int8_onnx import check_quantiser
 from stepdistill.export.kohya import family_of
 from stepdistill.export.onnx_unet import check_installed
 from stepdistill.teacher.facts import TeacherFacts
@@ -26,6 +27,13 @@ def check_formats(config: RunConfig, facts: TeacherFacts | None) -> None:
     formats = config.export.formats
     if "onnx" in formats:
         check_installed()
+    if config.export.quantize != "none":
+        if "onnx" not in formats:
+            raise ConfigError(
+                f"export.quantize: got {config.export.quantize} without onnx among export.formats ({', '.join(formats)}); "
+                f"allowed: none, or with onnx"
+            )
+        check_quantiser()
     names, is_sdxl = config.export.kohya_names, facts is None or family_of(facts) == "sdxl"
     if "kohya" in formats and names == "sgm" and not is_sdxl:
         raise ConfigError(

@@ -7,6 +7,7 @@ rungs/<steps>/
   kohya/<name>_<steps>step_lora.safetensors, kohya/<name>_<steps>step_comfyui.json
   fused/unet/                        the base with the LoRA merged
   onnx/unet.onnx                     the merged U-Net for onnxruntime
+  onnx-int8/unet.onnx                the same with 8-bit weights and activations
   rank<R>/                           all of this at a lower rank
 """
 
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from stepdistill.config import RunConfig
+from stepdistill.data.cache import load_cache
 from stepdistill.disk.durable import (
     read_sealed,
     sealed,
@@ -35,11 +37,13 @@ from stepdistill.export.card_tools import tools_section
 from stepdistill.export.check import check_formats
 from stepdistill.export.exported import read_scheduler, write_facts
 from stepdistill.export.fused import fused_unet, write_fused
+from stepdistill.export.int8_onnx import write_int8
 from stepdistill.export.onnx_unet import write_onnx
 from stepdistill.export.rank import reduce_rank
 from stepdistill.export.scheduler import student_scheduler, trained_timesteps
 from stepdistill.models.identity import identity_of_folder
 from stepdistill.models.lora_file import Lora, read_lora, write_lora
+from stepdistill.rng import derive_seed
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, require_rung, rung_folder
 from stepdistill.run.settings import config_hash
 from stepdistill.teacher.facts import TeacherFacts
@@ -97,9 +101,24 @@ def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -
             tokens = facts.configs["text_encoder"].get("max_position_embeddings", 77)
             error = write_onnx(folder / "onnx", unet, tokens=int(tokens))
             logger.info("export: onnxruntime's output differs from torch's by %.1e (relative)", error)
+            if config.export.quantize == "int8":
+                _write_int8(config, record, folder, unet, scheduler)
         if "fused" in formats:
             write_fused(folder / "fused" / "unet", unet, dtype=_dtype(config))
     write_card(config, record, folder, scheduler)
+
+
+def _write_int8(
+    config: RunConfig, record: RungRecord, folder: Path, unet: UNet2DConditionModel, scheduler: DDIMScheduler
+) -> None:
+    steps, cache = record.student_steps, load_cache(config)
+    about = write_int8(folder, unet, scheduler, cache, steps=steps, seed=derive_seed(config.seed, "int8"))
+    logger.info(
+        "export: the U-Net in int8 has %.1f MiB in place of %.1f; its output differs by %.1f %%",
+        about["bytes"] / 2**20,
+        about["float32_bytes"] / 2**20,
+        100 * about["error"],
+    )
 
 
 def write_card(

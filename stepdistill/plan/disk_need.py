@@ -149,6 +149,7 @@ def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> i
         "onnx": whole * _BYTES["float32"],
     }
     each = lora * _BYTES["float32"] + sum(other[name] for name in options.formats)
+    each += whole if options.quantize == "int8" else 0
     previews = sum(preview_images(config, rung) for rung in config.ladder)
     return len(config.ladder) * each + previews * png_bytes(size)
 

@@ -95,7 +95,7 @@ def evaluation_forwards(config: RunConfig) -> float:
     teachers = [*(guided * n for n in options.teacher_steps), *options.unguided_steps]
     students = [r.student_steps for r in config.ladder]
     others = [lora.steps * passes_per_step(lora.guidance_scale) for lora in options.loras]
-    rows = sum(teachers + students + others)
+    rows = sum(teachers + students * (1 + len(options.onnx)) + others)
     images = options.num_images * (rows + (teachers[0] if options.floor else 0))
     seeds = options.diversity_prompts * options.diversity_seeds * (teachers[0] + sum(students + others))
     sweep = len(options.lora_scales) * sum(students)

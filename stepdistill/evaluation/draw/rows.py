@@ -19,6 +19,9 @@ from stepdistill.teacher.files import read_header
 from stepdistill.teacher.lora_header import check_lora_header
 from stepdistill.teacher.scheduler import MAX_TIMESTEPS
 
+ONNX_FILES = {"float32": "onnx/unet.onnx", "int8": "onnx-int8/unet.onnx"}
+"""Files of a rung's folder that onnxruntime draws with, by precision."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -31,11 +34,13 @@ class Row:
     student_steps: int | None = None
     lora: LoraRow | None = None
     lora_scale: float = 1.0
+    onnx: str | None = None
+    """The precision of the exported U-Net that onnxruntime draws with; None: the torch pipeline with the LoRA."""
 
     @property
     def kind(self) -> str:
-        """Which kind of model draws: "teacher", "student" or "lora"."""
-        if self.lora is not None:
+        """Which kind of model draws: "teacher", "student", or "lora" for what the ladder did not train as it is drawn."""
+        if self.lora is not None or self.onnx is not None:
             return "lora"
         return "teacher" if self.student_steps is None else "student"
 
@@ -50,11 +55,12 @@ class Row:
             return lora_file(self.lora)
         if self.student_steps is None:
             return None
-        return rung_folder(run_dir, self.student_steps) / WEIGHT_NAME
+        folder = rung_folder(run_dir, self.student_steps)
+        return folder / (WEIGHT_NAME if self.onnx is None else ONNX_FILES[self.onnx])
 
 
 def rows_of(config: RunConfig) -> list[Row]:
-    """The table's rows: the teacher at its step counts, every rung of the ladder, then the LoRAs of evaluation.loras.
+    """The table's rows: the teacher at its step counts, every rung of the ladder, those of onnxruntime, evaluation.loras.
 
     ConfigError if such a LoRA has no usable file or scheduler.
     """
@@ -64,6 +70,11 @@ def rows_of(config: RunConfig) -> list[Row]:
     teachers += [Row(f"unguided-{n}", n, 1.0) for n in config.evaluation.unguided_steps]
     students = [
         Row(f"student-{r.student_steps}", r.student_steps, 1.0, r.student_steps) for r in config.ladder
+    ]
+    students += [
+        Row(f"student-{r.student_steps}-{precision}", r.student_steps, 1.0, r.student_steps, onnx=precision)
+        for r in config.ladder
+        for precision in config.evaluation.onnx
     ]
     return teachers + students + [lora_row(lora) for lora in config.evaluation.loras]
 

@@ -19,14 +19,15 @@ from stepdistill.config import RunConfig
 from stepdistill.disk.durable import read_json, sha256_file, sha256_json
 from stepdistill.errors import NonFiniteError
 from stepdistill.evaluation.draw.row_images import RowImages
-from stepdistill.evaluation.draw.rows import Row, lora_file, lora_scheduler
+from stepdistill.evaluation.draw.rows import ONNX_FILES, Row, lora_file, lora_scheduler
+from stepdistill.export.exported import read_scheduler
 from stepdistill.export.scheduler import student_scheduler
 from stepdistill.models.network.encode import unconditional_is_zeros
 from stepdistill.rng import generator
 from stepdistill.run.log import PhaseProgress
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Processes
-from stepdistill.sampling import load_rung
+from stepdistill.sampling import load_onnx, load_rung
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import (
     encoder_fingerprint,
@@ -122,6 +123,7 @@ class Sampler:
         ]
         self._pipeline: DiffusionPipeline | None = None
         self._base_scheduler: Any = None
+        self._torch_unet: Any = None
         self._loaded: tuple[object, ...] | None = None
         self._scale = 1.0
 
@@ -171,7 +173,8 @@ class Sampler:
         made_by = [*self._base_key, weights and sha256_file(weights), self._config.evaluation.dtype]
         if self._config.teacher.unconditional != "auto":
             made_by.append(self._config.teacher.unconditional)
-        made_by.append(weights and read_json(weights.parent / "scheduler" / "scheduler_config.json"))
+        beside = weights and (weights.parent if row.onnx is None else weights.parents[1])
+        made_by.append(beside and read_json(beside / "scheduler" / "scheduler_config.json"))
         return sha256_json([what, made_by, list(prompts), seed])
 
     def ensure(
@@ -229,13 +232,20 @@ class Sampler:
 
     def _load(self, pipeline: DiffusionPipeline, row: Row) -> None:
         """Loads the row's LoRA at weight 1, and its scheduler, unless they are already loaded."""
-        loaded = (row.student_steps, row.lora)
+        loaded = (row.student_steps, row.lora, row.onnx)
         if loaded == self._loaded:
             return
         self._loaded, self._scale = None, 1.0  # stays None if loading fails
+        if self._torch_unet is None:
+            self._torch_unet = pipeline.unet
+        pipeline.unet = self._torch_unet
         pipeline.unload_lora_weights()
         config = dict(self._base_scheduler.config)
-        if row.student_steps is not None:
+        if row.student_steps is not None and row.onnx is not None:
+            folder = rung_folder(self._config.run_dir, row.student_steps)
+            pipeline.scheduler = read_scheduler(folder)
+            load_onnx(pipeline, (folder / ONNX_FILES[row.onnx]).parent)
+        elif row.student_steps is not None:
             load_rung(pipeline, rung_folder(self._config.run_dir, row.student_steps))
         elif row.lora is not None:
             file = lora_file(row.lora)
