@@ -476,15 +476,13 @@ def _check_later_stages(config: RunConfig) -> None:
     its network."""
     from stepdistill.evaluation.check import check_evaluation
     from stepdistill.export.check import check_export
-    from stepdistill.ladder.initial_lora import check_initial_loras
+    from stepdistill.ladder.check import check_training
     from stepdistill.plan.budget import kept_modules
-    from stepdistill.plan.taps import check_taps
 
     check_export(config)
     check_evaluation(config)
     facts = teacher_facts(config)
-    check_taps(config, facts)
-    check_initial_loras(config, facts)
+    check_training(config, facts)
     kept_modules(config, facts)
 
 

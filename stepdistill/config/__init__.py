@@ -8,6 +8,7 @@ from stepdistill.config.ladder import Phase as Phase
 from stepdistill.config.ladder import Rung as Rung
 from stepdistill.config.section import ConfigError as ConfigError
 from stepdistill.config.section import Section as Section
+from stepdistill.config.sections import Expert as Expert
 from stepdistill.config.sections import Export as Export
 from stepdistill.config.sections import RunConfig as RunConfig
 from stepdistill.config.sections import Training as Training

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from stepdistill.config.data import Data
 from stepdistill.config.evaluation import Evaluation
@@ -64,6 +64,51 @@ class Teacher(Section, affects=Affects.EVERY_RUNG):
     unconditional: Literal["auto", "empty", "zeros"] = "auto"
     """Unconditional input of guidance. empty: the embedding of ""; zeros: zeros in place of the embedding; auto: what the
     pipeline itself uses, the embedding of "" for SD and zeros for SDXL."""
+
+
+def _pattern(text: str) -> str:
+    """The text itself; ValueError if it is not a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f'a regular expression, such as "cat|dog" ({error})') from None
+    return text
+
+
+class Expert(Section, affects=Affects.EVERY_RUNG):
+    """One of several teachers: the model at teacher.path with LoRAs, or another model of the same shapes."""
+
+    name: Name
+    """Its name in the table."""
+    loras: Annotated[tuple[TeacherLora, ...], Field(max_length=64)] = ()
+    """LoRAs on the model at teacher.path, in diffusers' format. They stay apart from it, so they cost no second model."""
+    path: FilePath | None = None
+    """In place of LoRAs: the folder of another pipeline, whose U-Net is loaded beside the first. Its U-Net's shapes, its
+    text encoders, prediction type and noise schedule must be those of teacher.path."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of its prediction in the mean over the experts of a prompt."""
+    prompts: Annotated[str, Field(max_length=1000), AfterValidator(_pattern)] | None = None
+    """Regular expression of the prompts that this teacher is asked for, searched for in the caption without regard to case.
+    Default: all prompts."""
+
+
+def check_experts(teachers: tuple[Expert, ...], ladder: tuple[Rung, ...]) -> None:
+    """ConfigError if two teachers have one name, one has LoRAs and a path, or features of several are to be compared."""
+    compares = next((number for number, phase in enumerate(ladder[0].phases) if phase.taps), None)
+    if teachers and compares is not None:
+        raise ConfigError(
+            f"ladder.0.phases.{compares}.objectives: got {ladder[0].phases[compares].title} with several teachers; allowed: "
+            f"mse and adversarial objectives on the first rung, as the features of several networks are not comparable"
+        )
+    for index, teacher in enumerate(teachers):
+        if teacher.loras and teacher.path is not None:
+            raise ConfigError(
+                f"teachers.{index}: got loras beside path: {teacher.path}; allowed: one of the two"
+            )
+        if teacher.name.lower() in {other.name.lower() for other in teachers[:index]}:
+            raise ConfigError(
+                f"teachers.{index}.name: got {teacher.name!r} twice; allowed: a name of its own for each"
+            )
 
 
 class LoraOptions(Section, affects=Affects.EVERY_RUNG):
@@ -208,6 +253,9 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     """Folder of a finished rung of another run with the same teacher, such as runs/first/rungs/32. That rung, and the rungs
     before it in this ladder, are copied from the other run; this run trains only the rungs after it."""
     teacher: Teacher = Teacher()
+    teachers: Annotated[tuple[Expert, ...], Field(max_length=16)] = ()
+    """Several teachers in place of the model at teacher.path alone, which remains what the student is a LoRA on. The first
+    rung learns from the mean of their predictions, or for each prompt from those whose `prompts` it has."""
     lora: LoraOptions = LoraOptions()
     data: Data = Data()
     training: Training = Training()
@@ -232,6 +280,7 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     @model_validator(mode="after")
     def _check_ladder(self) -> "RunConfig":
         check_ladder(self.ladder)
+        check_experts(self.teachers, self.ladder)
         if self.training.memory_budget is not None and not self.training.gradient_checkpointing:
             raise ConfigError(
                 "training.memory_budget: got a budget without gradient_checkpointing, whose computing again it limits; fix: "

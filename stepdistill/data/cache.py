@@ -6,7 +6,7 @@ cache/manifest.json              what the cache was made from, its shards, how m
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class LatentCache:
         prompts: the preview's prompts.
         conditioning: one row for each of these prompts.
         unconditional: one row, the unconditional embedding of classifier-free guidance.
+        has_captions: the conditioning has its captions.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class LatentCache:
         prompts: list[str],
         conditioning: Conditioning,
         unconditional: Conditioning,
+        has_captions: bool = False,
     ) -> None:
-        self._shards, self._prompts, self._conditioning = shards, prompts, conditioning
+        self._shards, self._prompts, self._has_captions = shards, prompts, has_captions
+        self._conditioning = replace(conditioning, captions=tuple(prompts)) if has_captions else conditioning
         self.unconditional = unconditional
         sizes = sorted({size for shard in shards for size in shard.counts})
         self._places = {size: Places([shard.counts.get(size, 0) for shard in shards]) for size in sizes}
@@ -78,6 +81,10 @@ class LatentCache:
         """The smallest height or width of any latent."""
         return min(min(shape[1:]) for shape in self.latent_shapes.values())
 
+    def captions(self) -> set[str]:
+        """The distinct captions of all samples."""
+        return {caption for shard in self._shards for caption in shard.captions}
+
     def of_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of these prompts, one row each; ValueError if one is not a prompt of the preview."""
         return self._conditioning.rows(torch.tensor([self._prompts.index(prompt) for prompt in prompts]))
@@ -90,7 +97,9 @@ class LatentCache:
         for shard in shards.unique().tolist():
             here = index[order][shards[order] == shard]
             latents.append(self._shards[shard].latents(size, here))
-            conditionings.append(self._shards[shard].conditioning(size, here))
+            conditionings.append(
+                self._shards[shard].conditioning(size, here, has_captions=self._has_captions)
+            )
         back = torch.argsort(order)
         conditioning = functools.reduce(Conditioning.concat, conditionings).rows(back)
         return CachedSamples(torch.cat(latents)[back].float(), conditioning)
@@ -114,11 +123,14 @@ class LatentCache:
 
 def load_cache(config: RunConfig) -> LatentCache:
     """Opens the run's cache; ValueError if it is missing or a byte of it changed since `prepare` wrote it."""
-    return open_cache(config.run_dir / "cache")
+    return open_cache(config.run_dir / "cache", has_captions=bool(config.teachers))
 
 
-def open_cache(folder: Path) -> LatentCache:
-    """Opens the cache in `folder`; ValueError if it is missing or a byte of it changed since `prepare` wrote it."""
+def open_cache(folder: Path, *, has_captions: bool = False) -> LatentCache:
+    """Opens the cache in `folder`; ValueError if it is missing or a byte of it changed since `prepare` wrote it.
+
+    has_captions: the conditioning of its samples has their captions.
+    """
     manifest = read_sealed(folder / "manifest.json")
     broken = _broken(folder, manifest)
     if manifest is None or broken is not None:
@@ -131,6 +143,7 @@ def open_cache(folder: Path) -> LatentCache:
         prompts=manifest["prompts"],
         conditioning=_unpack("cond", text),
         unconditional=_unpack("uncond", text),
+        has_captions=has_captions,
     )
 
 

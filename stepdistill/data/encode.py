@@ -9,7 +9,7 @@ import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -186,7 +186,8 @@ class Encoder:
     def _texts(self, places: Sequence[_Place]) -> tuple[list[str], Conditioning]:
         """The distinct captions, sorted, and a row of conditioning for each."""
         captions = sorted({place.caption for place in places})
-        return captions, encode_prompts(self._pipeline, captions, image_size=self._sizes.target)
+        conditioning = encode_prompts(self._pipeline, captions, image_size=self._sizes.target)
+        return captions, replace(conditioning, captions=tuple(captions))
 
     def _tensors(
         self,

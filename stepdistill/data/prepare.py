@@ -44,10 +44,12 @@ from stepdistill.disk.guarded_folder import make_folder
 from stepdistill.disk.places import clear_half_written
 from stepdistill.errors import DataError
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.experts import with_experts
 from stepdistill.models.network.encode import encode_prompts, encode_unconditional
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.runtime import WEIGHT_DTYPES, Processes
+from stepdistill.teacher.experts import teachers_key
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import (
     encoder_fingerprint,
@@ -99,11 +101,13 @@ class _CacheBuilder:
         self._per_shard = SHARD
         if is_prompts_only(config.data.source):
             self._per_shard = PROMPTS_A_SHARD
-            made_by = [
+            made_by: list[Any] = [
                 config.teacher.guidance_scale,
                 config.teacher.unconditional,
                 config.training.mixed_precision,
             ]
+            if config.teachers:
+                made_by.append(teachers_key(config))
             self._source |= {"made_by": made_by}
         self._key = sha256_json([FORMAT, self._per_shard, self._source, self._sizes.all])
         self._lender = Path(config.data.source).expanduser() if is_cache(config.data.source) else None
@@ -165,7 +169,7 @@ class _CacheBuilder:
         noise_path, prediction_type = load_noise_path(facts.scheduler)
         unconditional = encode_unconditional(pipeline, image_size=size, kind=kind)
         unet = load_network(self._base, dtype=dtype).to(device)
-        teacher = Denoiser(
+        base = Denoiser(
             SharedNetwork(unet),
             None,
             noise_path.to(device),
@@ -174,7 +178,7 @@ class _CacheBuilder:
             unconditional=unconditional.to(device, dtype),
         )
         synthesis = Synthesis(
-            teacher=teacher,
+            teacher=with_experts(base, config),
             steps=config.data.teacher_steps,
             shape=facts.latent_shape(size),
             seed=config.seed,

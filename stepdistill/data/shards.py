@@ -129,8 +129,11 @@ class Shard:
         """Latents (n, C, h, w) of the samples `index` (n,) of that size, in the cache's dtype."""
         return self._tensors[f"latents/{size_name(size)}"][index]
 
-    def conditioning(self, size: Size, index: torch.Tensor) -> Conditioning:
-        """Conditioning (n rows) of the samples `index` (n,) of that size; SDXL's time ids describe how each was cropped."""
+    def conditioning(self, size: Size, index: torch.Tensor, *, has_captions: bool = False) -> Conditioning:
+        """Conditioning (n rows) of the samples `index` (n,) of that size; SDXL's time ids describe how each was cropped.
+
+        has_captions: with the captions.
+        """
         rows = self._tensors[f"rows/{size_name(size)}"][index].long()
         text = self._tensors
         embeddings = text["text/encoder_hidden_states"]
@@ -139,17 +142,18 @@ class Shard:
                 f"{self.path} has samples without a text embedding; fix: `stepdistill prepare` again"
             )
         hidden = embeddings[rows[:, 0]]
+        captions = tuple(self.captions[row] for row in rows[:, 0].tolist()) if has_captions else ()
         if "text/text_embeds" not in text:
-            return Conditioning(hidden)
+            return Conditioning(hidden, captions=captions)
         target = torch.tensor(size).expand(len(rows), 2)
         time_ids = torch.cat(
             [rows[:, 1:], target], dim=1
         ).float()  # float16 ends at 65504, bfloat16 cannot hold 1001
         return Conditioning(
-            hidden, {"text_embeds": text["text/text_embeds"][rows[:, 0]], "time_ids": time_ids}
+            hidden, {"text_embeds": text["text/text_embeds"][rows[:, 0]], "time_ids": time_ids}, captions
         )
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
         """The distinct captions, in the order of the text embeddings' rows."""
         return json.loads(bytes(self._tensors["captions"].numpy()))

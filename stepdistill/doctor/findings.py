@@ -26,11 +26,11 @@ from stepdistill.disk.space import folder_bytes, free_bytes
 from stepdistill.doctor.finding import Finding
 from stepdistill.doctor.teacher import teacher_findings
 from stepdistill.export.check import check_export
+from stepdistill.ladder.check import check_training
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import GIB
 from stepdistill.plan.disk_need import disk_need
 from stepdistill.plan.smaller import smaller_run
-from stepdistill.plan.taps import check_taps
 from stepdistill.plan.text import verdict
 from stepdistill.plan.whole_run import card_here, plan_run
 from stepdistill.run.folder import check_folder
@@ -184,7 +184,7 @@ def _ladder(config: RunConfig) -> Iterator[Finding]:
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     check_ladder_fits(config, teacher)
-    check_taps(config, teacher)
+    check_training(config, teacher)
     for about, remedy in unfit_settings(config, teacher):
         yield Finding("note", about, remedy)
 

@@ -10,6 +10,7 @@ from stepdistill.evaluation.measure.choice import Choice, choose_features
 from stepdistill.evaluation.measure.image_sets import Distances
 from stepdistill.evaluation.measure.outside_scorer import check_score_cmd
 from stepdistill.evaluation.protocol import real_warnings
+from stepdistill.teacher.experts import check_prompts
 from stepdistill.teacher.lora_trial import check_lora_goes_on
 from stepdistill.teacher.source import configs_folder, teacher_facts
 
@@ -25,6 +26,8 @@ def check_evaluation(config: RunConfig) -> Choice:
         if row.lora is not None:
             _check_lora(row.lora, folder)
             try_scheduler(row.lora, teacher_facts(config).scheduler)
+    evaluation_set = evaluation_set_of(config)
+    check_prompts(config.teachers, evaluation_set.prompts)
     for precision in config.evaluation.onnx:
         asked = config.export
         if "onnx" not in asked.formats or (precision == "int8" and asked.quantize != "int8"):
@@ -34,7 +37,6 @@ def check_evaluation(config: RunConfig) -> Choice:
             )
     if config.evaluation.score_cmd is not None:
         check_score_cmd(config.evaluation.score_cmd)
-    evaluation_set = evaluation_set_of(config)
     if isinstance(evaluation_set.real, ImageFolder):
         evaluation_set.real.check()
     choice = choose_features(config, evaluation_set)

@@ -20,7 +20,7 @@ from stepdistill.evaluation.evaluation_set import EvaluationSet, RealImages, Ren
 from stepdistill.evaluation.measure.choice import Choice, choose_features
 from stepdistill.evaluation.measure.features import clip_score, nearest_prompts, pick_score
 from stepdistill.evaluation.measure.image_sets import Distances, ImageSet, View
-from stepdistill.evaluation.measure.metrics import described, latent_mse
+from stepdistill.evaluation.measure.metrics import BY_EXPERT, described, latent_mse
 from stepdistill.evaluation.measure.outside_scorer import run_score_cmd
 from stepdistill.evaluation.protocol import IN_WORDS, absent_columns, protocol_of, warnings_of
 from stepdistill.export.exported import read_scheduler
@@ -29,6 +29,7 @@ from stepdistill.jackknife import standard_error
 from stepdistill.rng import derive_seed
 from stepdistill.run.rungs import require_rung, rung_folder
 from stepdistill.runtime import Processes
+from stepdistill.teacher.experts import is_of
 
 logger = logging.getLogger(__name__)
 
@@ -276,6 +277,18 @@ class _Measuring:
             measures["agreement"] = sum(ours == theirs for ours, theirs in pairs) / len(
                 self._teacher_readings
             )
+            measures |= self._by_expert(images)
+        return measures
+
+    def _by_expert(self, images: ImageSet) -> dict[str, float]:
+        """The share of images that show their prompt, of the prompts of each of several teachers."""
+        readings, prompts = self._readings(images), self._evaluation_set.prompts
+        measures = {}
+        for teacher in self._config.teachers:
+            pairs = zip(readings, prompts, strict=True)
+            shown = [seen == prompt for seen, prompt in pairs if is_of(teacher, prompt)]
+            if shown:
+                measures[f"{BY_EXPERT}{teacher.name}"] = sum(shown) / len(shown)
         return measures
 
     @functools.cached_property

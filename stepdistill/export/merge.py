@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from stepdistill.config import ConfigError
 from stepdistill.disk.durable import sha256_file, whole_folder, write_sealed
 from stepdistill.export.exported import BASE, scheduler_file
 from stepdistill.export.rank import Reduced, cut_product
-from stepdistill.models.lora_file import Lora, LoraLayer, lora_path, read_lora, write_lora
+from stepdistill.models.lora_file import Lora, lora_path, read_lora, weighted_sum, write_lora
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, finished_rungs, rung_folder
 
 logger = logging.getLogger(__name__)
@@ -116,18 +114,8 @@ def merged_lora(sources: Sequence[Source], shares: Sequence[float], rank: int | 
     first = sources[0]
     for other in sources[1:]:
         _check_alike(first, other)
-    layers = {
-        name: _stacked([source.lora.layers[name] for source in sources], shares) for name in first.lora.layers
-    }
-    return cut_product(layers, rank or max(source.lora.rank for source in sources), first.lora.config)
-
-
-def _stacked(layers: Sequence[LoraLayer], shares: Sequence[float]) -> LoraLayer:
-    """A layer of rank sum r_i whose update is the weighted sum of the updates."""
-    up = torch.cat(
-        [share * layer.scale * layer.up.double() for layer, share in zip(layers, shares, strict=True)], 1
-    )
-    return LoraLayer(torch.cat([layer.down.double() for layer in layers]), up, scale=1.0)
+    mean = weighted_sum([source.lora for source in sources], shares)
+    return cut_product(mean.layers, rank or max(source.lora.rank for source in sources), first.lora.config)
 
 
 def _check_alike(first: Source, other: Source) -> None:

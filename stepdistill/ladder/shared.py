@@ -13,6 +13,7 @@ from stepdistill.disk.durable import read_sealed, sha256_json
 from stepdistill.ladder.base_network import load_base
 from stepdistill.models.attention import log_attention
 from stepdistill.models.denoiser import Denoiser
+from stepdistill.models.experts import with_experts
 from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.plan.budget import Keeps, kept_modules
 from stepdistill.rng import derive_seed
@@ -20,6 +21,7 @@ from stepdistill.run.rung_order import begun_from
 from stepdistill.run.rungs import read_record
 from stepdistill.run.settings import settings_behind
 from stepdistill.runtime import Runtime, environment, release_memory
+from stepdistill.teacher.experts import check_prompts, teachers_key
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import fingerprint, load_noise_path, load_vae, vae_dtype
 from stepdistill.teacher.source import teacher_folder
@@ -38,7 +40,7 @@ class Shared:
 
     base            the folder of the teacher's pipeline
     network         the base U-Net with the adapters of student and teacher
-    undistilled     the first rung's teacher: the base model with guidance and without an adapter
+    undistilled     the first rung's teacher: the base model with guidance and without an adapter, or several on it
     cache           latents and text embeddings
     painter         draws images with a denoiser during training
     trackers        get the numbers of every update; None in processes that write no files
@@ -86,6 +88,8 @@ class Shared:
             (r.student_steps, read_record(config.run_dir, r.student_steps)) for r in config.ladder[:position]
         ]
         rungs = {str(steps): record.sha256 for steps, record in earlier if record is not None}
+        if config.teachers:
+            rungs["teachers"] = str(teachers_key(config))
         if config.ladder[position].init is not None:
             rungs["init"] = str(begun_from(config, config.ladder[position]))
         return Identity(
@@ -113,13 +117,17 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     cache = load_cache(config)
     network = _load_network(base, config, runtime, sizes_vary=len(cache.latent_shapes) > 1)
     noise_path, prediction_type = load_noise_path(facts.scheduler)
-    undistilled = Denoiser(
-        network,
-        None,
-        noise_path.to(runtime.device),
-        prediction_type,
-        guidance_scale=config.teacher.guidance_scale,
-        unconditional=cache.unconditional.to(runtime.device, runtime.weight_dtype),
+    check_prompts(config.teachers, cache.captions() if config.teachers else ())
+    undistilled = with_experts(
+        Denoiser(
+            network,
+            None,
+            noise_path.to(runtime.device),
+            prediction_type,
+            guidance_scale=config.teacher.guidance_scale,
+            unconditional=cache.unconditional.to(runtime.device, runtime.weight_dtype),
+        ),
+        config,
     )
     painter = Painter(
         load_vae(base, dtype=vae_dtype(facts, runtime.weight_dtype)),

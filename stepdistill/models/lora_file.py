@@ -8,7 +8,7 @@ as in diffusers.
 import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,21 @@ class Lora:
             for name, layer in self.layers.items()
             for side, tensor in (("A", layer.down), ("B", layer.up))
         }
+
+
+def weighted_sum(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
+    """A LoRA whose update of each layer is the weighted sum of theirs, exactly: its rank is the sum of their ranks."""
+    names = dict.fromkeys(name for lora in loras for name in lora.layers)
+    layers = {}
+    for name in names:
+        parts = [
+            (weight * lora.layers[name].scale, lora.layers[name])
+            for lora, weight in zip(loras, weights, strict=True)
+            if name in lora.layers
+        ]
+        up = torch.cat([factor * layer.up.double() for factor, layer in parts], dim=1)
+        layers[name] = LoraLayer(torch.cat([layer.down.double() for _, layer in parts]), up, scale=1.0)
+    return Lora(layers, loras[0].config)
 
 
 def write_lora(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Path:

@@ -30,6 +30,7 @@ from stepdistill.models.adapters import (
     lora_layers,
     set_active,
 )
+from stepdistill.models.lora_file import Lora
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.kind import kind_of
 from stepdistill.models.trained_weights import TrainedWeights
@@ -131,6 +132,18 @@ class SharedNetwork:
             for parameter in parameters.values():
                 parameter.data = parameter.data.to(self.dtype)
         return parameters
+
+    def add_frozen_lora(self, name: str, lora: Lora) -> None:
+        """Adds a LoRA as an adapter that does not train; ValueError if it changes a layer that has no adapter here."""
+        self.add_adapter(name, rank=lora.rank, seed=0, trains=False)
+        state = {key: torch.zeros(shape) for key, shape in self.adapter_shapes(name).items()}
+        for layer_name, layer in lora.layers.items():
+            down, up = (f"{layer_name}.lora_{side}.weight" for side in ("A", "B"))
+            if down not in state:
+                raise ValueError(f"{layer_name} has no adapter in this network")
+            state[down][: layer.rank] = layer.down.float()
+            state[up][:, : layer.rank] = layer.scale * layer.up.float()
+        self.load_adapter_state(name, state)
 
     def remove_adapter(self, name: str) -> None:
         """Removes an adapter and its group."""

@@ -14,11 +14,13 @@ import torch
 
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.experts import lora_of
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.cards import Card
 from stepdistill.plan.passes import teacher_substeps
 from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
+from stepdistill.teacher.experts import lora_files
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.training.losses import roles_of
 from stepdistill.training.optim import RoleOptimizer
@@ -181,6 +183,19 @@ class DryRun:
         teacher = [p for name, p in self.network.model.named_parameters() if f".{TEACHER}." in name]
         if phase.asks_teacher:  # else it is parked on the CPU
             tracker.hold(teacher, "teacher: weights")
+        tracker.hold_bytes(self._experts_bytes(), "teacher: weights")
+
+    def _experts_bytes(self) -> int:
+        """Bytes of several teachers beside the base model: their LoRAs, as wide as the student's, and other U-Nets."""
+        size, dtype_bytes = 0, self.network.dtype.itemsize
+        student = sum(shape.numel() for shape in self.network.adapter_shapes(STUDENT).values())
+        for expert in self._config.teachers:
+            if expert.path is not None:
+                size += base_bytes(base_modules(self.network.model), self._config.training.base_quantization)
+            elif all(file.is_file() for file in lora_files(expert)):
+                rank = lora_of(expert).rank if expert.loras else 0
+                size += student * rank // self._config.lora.rank * dtype_bytes
+        return size
 
 
 class _Parts:

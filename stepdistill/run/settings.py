@@ -28,6 +28,7 @@ _LATER_DEFAULTS: dict[str, Any] = {
     "schedule": "linear",
     "balance": "none",
     "init": None,
+    "teachers": None,
     "taps": ["middle"],
     "kernel": "gaussian",
     "between": "patches",

@@ -13,7 +13,7 @@ from tests.integration.conftest import SMALL
 pytestmark = pytest.mark.slow
 
 
-def shortened(name, folder):
+def shortened(name, folder, *overrides):
     """A shipped config with two updates a phase."""
     path = f"configs/{name}.yaml"
     phases = [
@@ -21,7 +21,7 @@ def shortened(name, folder):
         for index, rung in enumerate(load_config(path).ladder)
         for number in range(len(rung.phases))
     ]
-    return load_config(path, [f"output_dir={folder}", *SMALL, *phases])
+    return load_config(path, [f"output_dir={folder}", *SMALL, *phases, *overrides])
 
 
 def test_a_ladder_with_features_is_trained_exported_and_reported(tmp_path):

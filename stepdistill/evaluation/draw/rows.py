@@ -36,11 +36,13 @@ class Row:
     lora_scale: float = 1.0
     onnx: str | None = None
     """The precision of the exported U-Net that onnxruntime draws with; None: the torch pipeline with the LoRA."""
+    expert: int | None = None
+    """The number of the one of several teachers that draws; None: for each prompt the one with the largest weight."""
 
     @property
     def kind(self) -> str:
         """Which kind of model draws: "teacher", "student", or "lora" for what the ladder did not train as it is drawn."""
-        if self.lora is not None or self.onnx is not None:
+        if self.lora is not None or self.onnx is not None or self.expert is not None:
             return "lora"
         return "teacher" if self.student_steps is None else "student"
 
@@ -60,7 +62,7 @@ class Row:
 
 
 def rows_of(config: RunConfig) -> list[Row]:
-    """The table's rows: the teacher at its step counts, every rung of the ladder, those of onnxruntime, evaluation.loras.
+    """The table's rows: the teacher at its step counts, every rung, those of onnxruntime, experts, evaluation.loras.
 
     ConfigError if such a LoRA has no usable file or scheduler.
     """
@@ -76,7 +78,12 @@ def rows_of(config: RunConfig) -> list[Row]:
         for r in config.ladder
         for precision in config.evaluation.onnx
     ]
-    return teachers + students + [lora_row(lora) for lora in config.evaluation.loras]
+    experts = [
+        Row(f"expert-{expert.name}-{n}", n, config.teacher.guidance_scale, expert=index)
+        for index, expert in enumerate(config.teachers)
+        for n in config.evaluation.teacher_steps[:1]
+    ]
+    return teachers + students + experts + [lora_row(lora) for lora in config.evaluation.loras]
 
 
 def lora_row(lora: LoraRow) -> Row:

@@ -7,7 +7,7 @@ number of processes or interruptions.
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from stepdistill.config import RunConfig
+from stepdistill.config import Expert, RunConfig
 from stepdistill.disk.durable import read_json, sha256_file, sha256_json
 from stepdistill.errors import NonFiniteError
 from stepdistill.evaluation.draw.row_images import RowImages
@@ -23,11 +23,13 @@ from stepdistill.evaluation.draw.rows import ONNX_FILES, Row, lora_file, lora_sc
 from stepdistill.export.exported import read_scheduler
 from stepdistill.export.scheduler import student_scheduler
 from stepdistill.models.network.encode import unconditional_is_zeros
+from stepdistill.models.network.kind import load_network
 from stepdistill.rng import generator
 from stepdistill.run.log import PhaseProgress
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Processes
 from stepdistill.sampling import load_onnx, load_rung
+from stepdistill.teacher.experts import lora_files, main_expert, teachers_key
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import (
     encoder_fingerprint,
@@ -47,26 +49,29 @@ def draw(
     guidance_scale: float,
     seed: int,
     first: int,
+    numbers: Sequence[int] | None = None,
     what: str = "the pipeline",
     **options: Any,
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """Images of the prompts, and their final latents (n, C, h, w), float32 on the CPU.
 
-    Image k of the call has its own generator, seeded by (seed, first + k). `what` draws, for the message; `options` are
-    passed to the pipeline. NonFiniteError if an image holds a number that is not finite: as bytes it would be black.
+    Image k of the call has its own generator, seeded by (seed, numbers[k]); by default numbers are counted from `first`.
+    `what` draws, for the message; `options` are passed to the pipeline. NonFiniteError if an image holds a number that is
+    not finite: as bytes it would be black.
     """
+    numbers = range(first, first + len(prompts)) if numbers is None else numbers
     last: dict[str, torch.Tensor] = {}
 
     def keep(_pipeline: DiffusionPipeline, _step: int, _timestep: int, state: dict) -> dict:
         last["latents"] = state["latents"]
         return state
 
-    with _requiring_finite_images(pipeline.vae, what, first=first):
+    with _requiring_finite_images(pipeline.vae, what, numbers):
         images = pipeline(
             list(prompts),
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            generator=[generator(seed, "image", first + k) for k in range(len(prompts))],
+            generator=[generator(seed, "image", number) for number in numbers],
             callback_on_step_end=keep,
             callback_on_step_end_tensor_inputs=["latents"],
             **options,
@@ -75,13 +80,13 @@ def draw(
 
 
 @contextlib.contextmanager
-def _requiring_finite_images(vae: Any, what: str, *, first: int) -> Iterator[None]:
+def _requiring_finite_images(vae: Any, what: str, numbers: Sequence[int]) -> Iterator[None]:
     """Inside it, NonFiniteError if the VAE decodes an image with a number that is not finite.
 
     Args:
         vae: the pipeline's VAE.
         what: what draws, for the message.
-        first: number of the first image.
+        numbers: of the images.
     """
 
     decoded = 0  # the pipeline may decode a batch in parts
@@ -89,7 +94,7 @@ def _requiring_finite_images(vae: Any, what: str, *, first: int) -> Iterator[Non
     def check(_decoder: torch.nn.Module, _latents: object, images: torch.Tensor) -> None:
         nonlocal decoded
         is_finite = images.isfinite().flatten(1).all(dim=1)
-        number = first + decoded + int(is_finite.int().argmin())
+        number = numbers[decoded + int(is_finite.int().argmin())]
         decoded += len(images)
         if not bool(is_finite.all()):
             raise NonFiniteError(
@@ -130,7 +135,30 @@ class Sampler:
     def draw(
         self, row: Row, prompts: Sequence[str], *, seed: int, first: int = 0
     ) -> tuple[list[Image.Image], torch.Tensor]:
-        """`draw` with the LoRA, scheduler, steps and guidance scale of a row."""
+        """`draw` with the LoRA, scheduler, steps and guidance scale of a row. Of several teachers each draws its prompts."""
+        if not self._asks_experts(row):
+            return self._draw(row, prompts, seed=seed, numbers=range(first, first + len(prompts)))
+        teachers = self._config.teachers
+        experts = [row.expert if row.expert is not None else main_expert(teachers, p) for p in prompts]
+        drawn: dict[int, tuple[Image.Image, torch.Tensor]] = {}
+        for expert in sorted(set(experts)):
+            rows = [k for k, chosen in enumerate(experts) if chosen == expert]
+            images, latents = self._draw(
+                replace(row, expert=expert),
+                [prompts[k] for k in rows],
+                seed=seed,
+                numbers=[first + k for k in rows],
+            )
+            drawn |= dict(zip(rows, zip(images, latents, strict=True), strict=True))
+        return [drawn[k][0] for k in sorted(drawn)], torch.stack([drawn[k][1] for k in sorted(drawn)])
+
+    def _asks_experts(self, row: Row) -> bool:
+        """Whether a row is drawn by one or several of the config's `teachers`."""
+        return bool(self._config.teachers) and row.student_steps is None and row.lora is None
+
+    def _draw(
+        self, row: Row, prompts: Sequence[str], *, seed: int, numbers: Sequence[int]
+    ) -> tuple[list[Image.Image], torch.Tensor]:
         pipeline = self._ready(row)
         options = self._unconditional_options(len(prompts)) if row.guidance_scale > 1 else {}
         if row.lora is not None:
@@ -143,7 +171,8 @@ class Sampler:
             steps=row.steps,
             guidance_scale=row.guidance_scale,
             seed=seed,
-            first=first,
+            first=0,
+            numbers=numbers,
             what=f"the row {row.name}"
             + (f", drawn by the {row.student_steps}-step rung" if row.student_steps else ""),
             **options,
@@ -170,11 +199,16 @@ class Sampler:
         """A hash of everything that the images of a row depend on."""
         weights = row.weights(self._config.run_dir)
         what = asdict(row) | {"lora": row.lora and row.lora.model_dump(mode="json", exclude={"path"})}
+        what = {
+            k: v for k, v in what.items() if k not in ("onnx", "expert") or v is not None
+        }  # later settings
         made_by = [*self._base_key, weights and sha256_file(weights), self._config.evaluation.dtype]
         if self._config.teacher.unconditional != "auto":
             made_by.append(self._config.teacher.unconditional)
         beside = weights and (weights.parent if row.onnx is None else weights.parents[1])
         made_by.append(beside and read_json(beside / "scheduler" / "scheduler_config.json"))
+        if self._asks_experts(row):
+            made_by.append(teachers_key(self._config))
         return sha256_json([what, made_by, list(prompts), seed])
 
     def ensure(
@@ -232,7 +266,7 @@ class Sampler:
 
     def _load(self, pipeline: DiffusionPipeline, row: Row) -> None:
         """Loads the row's LoRA at weight 1, and its scheduler, unless they are already loaded."""
-        loaded = (row.student_steps, row.lora, row.onnx)
+        loaded = (row.student_steps, row.lora, row.onnx, row.expert)
         if loaded == self._loaded:
             return
         self._loaded, self._scale = None, 1.0  # stays None if loading fails
@@ -254,4 +288,19 @@ class Sampler:
             pipeline.scheduler = lora_scheduler(row.lora, config)
         else:
             pipeline.scheduler = student_scheduler(config, config.get("prediction_type", "epsilon"))
+            if row.expert is not None:
+                self._load_expert(pipeline, self._config.teachers[row.expert])
         self._loaded = loaded
+
+    def _load_expert(self, pipeline: DiffusionPipeline, expert: Expert) -> None:
+        """Loads the LoRAs of one of several teachers, each at its weight, or its U-Net."""
+        if expert.path is not None:
+            unet = load_network(Path(expert.path).expanduser(), dtype=pipeline.unet.dtype)
+            pipeline.unet = unet.to(self._device)
+            return
+        files = {f"lora{number}": file for number, file in enumerate(lora_files(expert))}
+        for name, file in files.items():
+            with loading("teachers", file):
+                pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        if files:
+            pipeline.set_adapters(list(files), [lora.weight for lora in expert.loras])

@@ -160,19 +160,39 @@ METRICS = {
 }
 
 
+BY_EXPERT = "accuracy_of_"
+"""Keys of the metric of one of several teachers' prompts begin with this, and its name follows."""
+
+
 def described(keys: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The entries of METRICS for `keys`, in table order, followed by those of an outside scorer (keys score_NAME)."""
+    """The entries of METRICS for `keys`, in table order, followed by those of several teachers' prompts (keys
+    accuracy_of_NAME), and by those of an outside scorer (keys score_NAME)."""
     occurring = set(keys)
-    outside = sorted(key for key in occurring if key.startswith("score_"))
-    return {key: about for key, about in METRICS.items() if key in occurring} | {
+    experts = {
         key: {
-            "title": key.removeprefix("score_"),
+            "title": f"accuracy of {key.removeprefix(BY_EXPERT)}",
             "format": ".3f",
-            "better": "",
-            "about": "Computed by evaluation.score_cmd.",
+            "better": "higher",
+            "about": "Share of images that show their prompt, of the prompts that this teacher is asked for.",
         }
-        for key in outside
+        for key in sorted(occurring)
+        if key.startswith(BY_EXPERT)
     }
+    outside = sorted(key for key in occurring if key.startswith("score_"))
+    known = {key: about for key, about in METRICS.items() if key in occurring}
+    return (
+        known
+        | experts
+        | {
+            key: {
+                "title": key.removeprefix("score_"),
+                "format": ".3f",
+                "better": "",
+                "about": "Computed by evaluation.score_cmd.",
+            }
+            for key in outside
+        }
+    )
 
 
 def latent_mse(latents: torch.Tensor, reference: torch.Tensor) -> float:
