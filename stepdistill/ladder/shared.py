@@ -160,10 +160,10 @@ def _load_network(base: Path, config: RunConfig, runtime: Runtime, *, sizes_vary
 
 
 def _check_compiling(config: RunConfig, runtime: Runtime) -> None:
-    """ConfigError for half precision compiled for a CPU: torch 2.13's vector code gives NaN in the backward pass of some
-    residual blocks, and its scalar code does not."""
+    """ConfigError for half precision compiled for a CPU: torch 2.13's vector code for some processors gives NaN in the
+    backward pass of residual blocks, and its scalar code does not."""
     if config.training.compile and runtime.device.type == "cpu" and runtime.weight_dtype != torch.float32:
         raise ConfigError(
             f"training.compile: got true with mixed_precision {config.training.mixed_precision} on a CPU, where torch's "
-            f"compiled code gives NaN; fix: training.mixed_precision=no, or training.compile=false"
+            f"compiled code gives NaN on some processors; fix: training.mixed_precision=no, or training.compile=false"
         )

@@ -47,7 +47,8 @@ def test_the_part_for_a_gpu_runs_on_any_device(tmp_path):
     rows = list(on_gpu(card_of("24GB"), "configs/sdxl_24gb.yaml", False, overrides))
     assert {row["phase"].split()[-1] for row in rows} >= {"mse", "single"}
     for row in rows:
-        assert row["bytes"] > 0
+        # on a CPU it is what the process grew by, and a process of a few MiB may give more back
+        assert row["bytes"] > (0 if torch.cuda.is_available() else -(2**24))
         assert row["seconds"] > row["planned_seconds"] > 0
 
 
