@@ -125,6 +125,12 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     teacher_steps: Steps | None = None
     """student_steps of an earlier rung whose student is the teacher in this phase (skip-level). Default: the rung's
     teacher_steps."""
+    teacher: Literal["rung", "ema"] = "rung"
+    """rung: the base model on the first rung, later the student of an earlier rung, which stays as it is; ema: the moving
+    average of this phase's own student, which begins as it (self-distillation; not on the first rung, which learns
+    guidance)."""
+    teacher_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """For teacher: ema: the share of the average that stays in an update."""
     loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr", "auto"] = (
         "prev_sample"
     )
@@ -253,6 +259,8 @@ def unused_settings(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
             )
             if "mse" not in phase.kinds and "loss_space" in _changed(phase):
                 unread.append("loss_space")
+            if phase.teacher == "rung" and "teacher_decay" in _changed(phase):
+                unread.append("teacher_decay")
             for place, of in enumerate(phase.objectives):
                 unread += [f"objectives.{place}.{name}" for name in _unread(of)]
             for name in unread:
@@ -317,9 +325,23 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
             f"{key}.teacher_steps: got {phase.teacher_steps}; allowed: {', '.join(map(str, allowed))}, "
             f"the student_steps of earlier rungs"
         )
+    if phase.teacher == "ema":
+        _check_self_teacher(key, phase, earlier)
     if phase.kinds != ("mse",) and phase.cached_updates is not None:
         raise ConfigError(
             f"{key}.cached_updates: got {phase.cached_updates}; allowed: only on an mse phase, and this is {phase.title}"
+        )
+
+
+def _check_self_teacher(key: str, phase: Phase, earlier: tuple[Rung, ...]) -> None:
+    if not earlier:
+        raise ConfigError(
+            f"{key}.teacher: got ema on the first rung, which learns the base's guidance; allowed: rung"
+        )
+    if phase.teacher_steps is not None or phase.cached_updates is not None or "convert" in phase.kinds:
+        other = "convert" if "convert" in phase.kinds else "teacher_steps or cached_updates"
+        raise ConfigError(
+            f"{key}.teacher: got ema with {other}, which needs a teacher that stays as it is; allowed: rung"
         )
 
 

@@ -1,5 +1,6 @@
 """Trains the phases of one rung, with checkpoints, and goes back to one if an adversarial phase diverges."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
@@ -241,7 +242,8 @@ class RungTraining:
     def _setup(self, number: int, phase: Phase, start: _Start) -> PhaseSetup:
         shared, rung, config = self.shared, self.rung, self.shared.config
         teacher_steps = phase.teacher_steps or rung.teacher_steps
-        student, teacher = self._student(), self._teacher(teacher_steps)
+        student = self._student()
+        teacher = self._teacher(teacher_steps) if phase.teacher == "rung" else self._self_teacher(student)
         shared.network.keep_activations(shared.keeps.get((rung.student_steps, number), ()))
         discriminator = build_discriminator(
             shared.network,
@@ -285,6 +287,10 @@ class RungTraining:
             start_timestep=rung.start_timestep,
             trains=True,
         )
+
+    def _self_teacher(self, student: Denoiser) -> Denoiser:
+        """The student's moving average, which the phase's state keeps in the teacher's adapter."""
+        return dataclasses.replace(student, adapter=TEACHER, trains=False)
 
     def _teacher(self, teacher_steps: int) -> Denoiser:
         """The student of the earlier rung with this many steps, its LoRA loaded; without one the undistilled teacher."""

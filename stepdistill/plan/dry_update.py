@@ -184,6 +184,8 @@ class DryRun:
         if phase.asks_teacher:  # else it is parked on the CPU
             tracker.hold(teacher, "teacher: weights")
         tracker.hold_bytes(self._experts_bytes(), "teacher: weights")
+        if phase.teacher == "ema":
+            tracker.hold_bytes(self.network.weights(STUDENT).master.numel() * 4, "teacher: average")
 
     def _experts_bytes(self) -> int:
         """Bytes of several teachers beside the base model: their LoRAs, as wide as the student's, and other U-Nets."""

@@ -53,7 +53,9 @@ def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
 
 
 def is_base_teacher(config: RunConfig, rung: Rung, phase: Phase) -> bool:
-    """Whether the teacher of a phase is the base model, as on the first rung, rather than an earlier rung's student."""
+    """Whether the teacher of a phase is the base model, as on the first rung, rather than a student."""
+    if phase.teacher == "ema":
+        return False
     earlier = [r.student_steps for r in config.ladder if r.student_steps > rung.student_steps]
     return (phase.teacher_steps or rung.teacher_steps) not in earlier
 

@@ -29,6 +29,8 @@ _LATER_DEFAULTS: dict[str, Any] = {
     "balance": "none",
     "init": None,
     "teachers": None,
+    "teacher": "rung",
+    "teacher_decay": 0.99,
     "taps": ["middle"],
     "kernel": "gaussian",
     "between": "patches",

@@ -22,6 +22,7 @@ from stepdistill.training.micro_batches import MicroBatches
 from stepdistill.training.optim import MovingAverage, RoleOptimizer
 from stepdistill.training.phase_setup import PhaseSetup
 from stepdistill.training.samples import Samples
+from stepdistill.training.self_teacher import SelfTeacher
 
 _MAX_OVERFLOWS = 20  # of float16 in a row; each one halves the loss scale
 
@@ -35,7 +36,7 @@ class PhaseState:
     seconds          training time, without the previews
     teacher_samples  by the number of a micro-batch's first sample; None unless the phase reuses them (cached_updates)
     Also: the student's adapter, the discriminator, an optimiser for each, the measured norms of each objective's gradient,
-    the student's moving average, the loss scale.
+    the student's moving average and the one that is its teacher, the loss scale.
     """
 
     def __init__(self, setup: PhaseSetup, runtime: Runtime) -> None:
@@ -48,6 +49,9 @@ class PhaseState:
         self.balance = None
         if phase.balance == "gradient":
             self.balance = GradientBalance(phase, setup.student.network.weights(STUDENT))
+        self.self_teacher = None
+        if phase.teacher == "ema":
+            self.self_teacher = SelfTeacher(setup.student.network, decay=phase.teacher_decay)
         self.average = None
         if training.ema_decay > 0:
             self.average = MovingAverage(setup.student.network.weights(STUDENT), decay=training.ema_decay)
@@ -64,6 +68,12 @@ class PhaseState:
         """The discriminator's learning rate as a fraction of the configured one."""
         configured = _rates(dataclasses.replace(self._setup, adversary_scale=1.0))[DISCRIMINATOR]
         return self.optimizers[DISCRIMINATOR].base_rate / configured
+
+    def after_step(self) -> None:
+        """Averages the weights after an update of them."""
+        for average in (self.average, self.self_teacher):
+            if average is not None:
+                average.update()
 
     def close(self) -> None:
         """Frees the gradients; the weights stay."""
@@ -84,6 +94,7 @@ class PhaseState:
                 "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
                 "guard": None if self.guard is None else self.guard.state_dict(),
                 "balance": None if self.balance is None else self.balance.state_dict(),
+                "self_teacher": None if self.self_teacher is None else self.self_teacher.state_dict(),
                 "average": None if self.average is None else self.average.state_dict(),
                 "loss_scale": self._runtime.loss_scale_state(),
             }
@@ -103,6 +114,8 @@ class PhaseState:
             self.optimizers[DISCRIMINATOR].set_base_rate(min(rate, self.optimizers[DISCRIMINATOR].base_rate))
         if self.balance is not None:
             self.balance.load_state_dict(copied(state["balance"]))
+        if self.self_teacher is not None:
+            self.self_teacher.load_state_dict(state["self_teacher"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.step, self.overflows, self.seconds = state["step"], state["overflows"], state["seconds"]
@@ -208,8 +221,7 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
         _stop_if_not_finite(setup, state.step, numbers)
         for optimizer in state.optimizers.values():
             optimizer.step()
-        if state.average is not None:
-            state.average.update()
+        state.after_step()
     runtime.adapt_scale()
     state.step += 1
     return numbers | runtime.peak_memory()

@@ -200,7 +200,7 @@ def partial(run_dir):
 def finish(run_dir, network):
     """The end of a rung's training, without the training."""
     partial(run_dir).mkdir(parents=True, exist_ok=True)
-    rung = SimpleNamespace(student_steps=8, teacher_steps=16, start_timestep=None)
+    rung = SimpleNamespace(student_steps=8, teacher_steps=16, start_timestep=None, init=None)
     config = SimpleNamespace(run_dir=run_dir, lora=SimpleNamespace(rank=2), ladder=[rung])
     shared = SimpleNamespace(config=config, network=network, base_fingerprint="b", samples_per_update=4)
     finish_rung(shared, rung, partial(run_dir), prediction_type="epsilon", seconds=1.0)

@@ -42,6 +42,11 @@ def phase(objective: str, **more: Any) -> Config:
     return {"objective": objective, "max_train_steps": UPDATES, "learning_rate": RATE, **more}
 
 
+def several(*objectives: Config, **more: Any) -> Config:
+    """A phase with several objectives."""
+    return phase("mse", **more) | {"objective": None, "objectives": list(objectives)}
+
+
 def adversarial(objective: str = "single", **options: Any) -> Config:
     """A phase with a discriminator."""
     return phase(objective, discriminator={"learning_rate": RATE, **options})
@@ -140,6 +145,15 @@ def cases() -> dict[str, Config]:
         "held out": with_data({"held_out": 0.67}),
         "cache in bfloat16": with_data({"dtype": "bfloat16"}),
     }
+    for kind in ("l2", "attention", "gram", "kernel", "relations"):
+        at = {"kind": kind, "taps": ["encoder", "middle", "decoder"]}
+        by_name[f"features {kind}"] = with_ladder(short(several({"kind": "mse"}, at)))
+    by_name["balanced"] = with_ladder(
+        short(several({"kind": "mse"}, {"kind": "single", "final_weight": 0.1}, balance="gradient"))
+    )
+    by_name["own average as teacher"] = with_ladder(
+        [*short(mse), rung(4, 2, mse, phase("mse", teacher="ema"))]
+    )
     for space in ("prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr", "auto"):
         by_name[f"loss_space {space}"] = with_ladder(short(phase("mse", loss_space=space)))
     for trunk in ("lora", "full", "frozen"):

@@ -141,6 +141,22 @@ def test_stopped_at_any_update_it_continues_to_equal_weights_and_an_equal_log(
 
 
 @pytest.mark.slow
+def test_a_student_that_is_its_own_teacher_continues_to_equal_weights(cache, tmp_path, monkeypatch):
+    """On the second rung, whose first phase has the rung before as its teacher."""
+    phases = json.dumps([MSE, MSE | {"teacher": "ema", "teacher_decay": 0.9}])
+    straight, stopped = (
+        prepared(config_of(tmp_path / name, LADDERS["mse"], f"ladder.1.phases={phases}"), cache)
+        for name in ("straight", "stopped")
+    )
+    stages.distill(straight)
+    for after in (4, 3, 1):  # within the first rung, at the phase's start and within it
+        distill_and_stop(stopped, monkeypatch, after=after)
+    stages.distill(stopped)
+    assert weights_of(stopped) == weights_of(straight)
+    assert log_of(stopped) == log_of(straight)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_compiled_with_8_bit_adam_and_micro_batches_it_continues_to_equal_weights(
     cache, tmp_path, monkeypatch

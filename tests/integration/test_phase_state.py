@@ -9,7 +9,7 @@ from stepdistill.config import DiscriminatorOptions, Phase, Rung
 from stepdistill.config.load import load_config
 from stepdistill.ladder import load_shared
 from stepdistill.models.discriminator import build_discriminator
-from stepdistill.models.shared_network import STUDENT
+from stepdistill.models.shared_network import STUDENT, TEACHER
 from stepdistill.runtime import Runtime
 from stepdistill.training.micro_batches import MicroBatches
 from stepdistill.training.phase import PhaseState, update
@@ -43,6 +43,7 @@ PHASES = {
         ),
         max_train_steps=UPDATES,
     ),
+    "self-distilled": Phase(objective="mse", teacher="ema", teacher_decay=0.5, max_train_steps=UPDATES),
     "full trunk": Phase(
         objective="paired", max_train_steps=UPDATES, discriminator=DiscriminatorOptions(trunk="full")
     ),
@@ -66,7 +67,9 @@ def setup_of(config, phase, precision="no"):
         training=training,
         seed=7,
         student=student,
-        teacher=shared.undistilled,
+        teacher=dataclasses.replace(student, adapter=TEACHER, trains=False)
+        if phase.teacher == "ema"
+        else shared.undistilled,
         discriminator=discriminator,
         cache=shared.cache,
         preview=lambda name: None,

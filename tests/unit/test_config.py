@@ -100,6 +100,11 @@ def several(objectives):
             several("[{kind: mse, weight: -1}]"),
             ["ladder.1.phases.0.objectives.0.weight", "greater than or equal to 0"],
         ),
+        ("ladder.0.phases.0.teacher=ema", ["ladder.0.phases.0.teacher", "got ema on the first rung"]),
+        (
+            "ladder.1.phases.0={objective: mse, teacher: ema, cached_updates: 2}",
+            ["ladder.1.phases.0.teacher", "which needs a teacher that stays as it is"],
+        ),
         ("ladder.0.phases.0.balance=gradient", ["ladder.0.phases.0.balance", "mse is alone"]),
         (
             several("[{kind: mse}, {kind: single}], cached_updates: 2"),
