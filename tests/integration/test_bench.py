@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,16 +41,21 @@ def test_every_part_is_measured_and_written(tmp_path):
         assert slopes["bytes_per_update"] < 20_000  # a sample's latents have 4 KiB
 
 
+def _rows(teacher):
+    overrides = [f"teacher.path={teacher}", "training.train_batch_size=1", "lora.rank=4"]
+    return list(on_gpu(card_of("24GB"), "configs/sdxl_24gb.yaml", False, overrides))
+
+
 @pytest.mark.slow
 def test_the_part_for_a_gpu_runs_on_any_device(tmp_path):
     """Its full-size configs need a GPU; here a tiny SDXL stands for them."""
     build("sdxl", tiny=True).save_pretrained(tmp_path / "teacher")
-    overrides = [f"teacher.path={tmp_path / 'teacher'}", "training.train_batch_size=1", "lora.rank=4"]
-    rows = list(on_gpu(card_of("24GB"), "configs/sdxl_24gb.yaml", False, overrides))
+    # in a new process: this one may give memory of earlier tests back while it is measured
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        rows = process.submit(_rows, str(tmp_path / "teacher")).result()
     assert {row["phase"].split()[-1] for row in rows} >= {"mse", "single"}
     for row in rows:
-        # on a CPU it is what the process grew by, and a process of a few MiB may give more back
-        assert row["bytes"] > (0 if torch.cuda.is_available() else -(2**24))
+        assert row["bytes"] > 0
         assert row["seconds"] > row["planned_seconds"] > 0
 
 
