@@ -93,7 +93,7 @@ def computed(name: str, per_byte: dict[str, float]) -> dict[str, float]:
     config = load_config(name)
     rehearsal, count = Rehearsal(config, plannable_facts(config), device="meta"), 0
     for phase in (phase for rung in config.ladder for phase in rung.phases):
-        with torch.device("meta"), rehearsal.discriminator_of(phase):
+        with torch.device("meta"), rehearsal.critics_of(phase):
             roles = [rehearsal.network.weights(role) for role in roles_of(phase)]
             count = max(count, sum(weights.master.numel() for weights in roles))
     size = count * round(_FLOAT32 + MOMENTS[config.training.optimizer])

@@ -188,7 +188,7 @@ class StudentPass:
         rehearsal = Rehearsal(config, facts, device="meta")
         self._network = rehearsal.network
         with torch.device("meta"):
-            self._batch = rehearsal.inputs.micro_batch(has_teacher=False, is_adversarial=False)
+            self._batch = rehearsal.inputs.micro_batch()
 
     def _forward(self, role: str = STUDENT) -> torch.Tensor:
         with self._network.using(role):

@@ -20,6 +20,8 @@ from stepdistill.config.section import (
 Frequency = Annotated[float, Field(ge=0, le=10**6)]
 Weight = Annotated[float, Field(ge=0)]
 Tap = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$", max_length=300)]
+UPDATES_OF_FAKE_SCORE = 5
+"""For each update of the student, as DMD2 has it on SDXL."""
 PLACES = ("encoder", "middle", "decoder")
 """Places of taps that every network has."""
 
@@ -109,7 +111,8 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     objective: ObjectiveName | None = None
     """mse: mean squared error between the results of one student step and of the teacher's steps; convert: learn to output
     the rung's prediction_type, allowed only as the rung's first phase; paired and single: adversarial, with a discriminator
-    that sees each sample beside the x_t from which the step starts (paired) or alone (single). l2, attention, gram, kernel
+    that sees each sample beside the x_t from which the step starts (paired) or alone (single); dmd: distribution matching
+    against the base model with guidance, with a fake score that learns the student's images. l2, attention, gram, kernel
     and relations compare features inside the network with the teacher's at the same x_t (docs/method.md)."""
     objectives: Annotated[tuple[WeightedObjective, ...], Field(max_length=8)] = ()
     """Several objectives at once, in place of `objective`, such as [{kind: mse}, {kind: single, weight: 0.1}]. Their losses
@@ -119,7 +122,15 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     gradient. Every tenth update measures the norm of each objective's gradient, by a backward pass for each, and the losses
     are scaled so that these norms are in proportion to the weights. The first objective's loss keeps its scale."""
     max_train_steps: PositiveInt = 100
-    """Number of updates."""
+    """Number of updates. With critic_updates, those of discriminator and fake score."""
+    critic_updates: Annotated[int, Field(gt=0, le=1000)] | None = None
+    """Updates of discriminator and fake score for each update of the student, which is the last of them (DMD2's two
+    time-scale rule). Default: 5 with dmd, otherwise 1."""
+    inputs: Literal["data", "own"] = "data"
+    """Where the student's steps start in training. data: at noised training data; own: at the samples that the student
+    itself reaches from pure noise with the rung's sampler, as when it draws."""
+    fake_score_learning_rate: LearningRate | None = None
+    """For dmd: learning rate of the fake score, a LoRA on the base model. Default: learning_rate."""
     learning_rate: LearningRate = 1e-3
     """Learning rate of the student's LoRA after warm-up."""
     teacher_steps: Steps | None = None
@@ -173,6 +184,31 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     def adversary(self) -> str | None:
         """The kind of the phase's adversarial objective; None if it has none."""
         return next((kind for kind in self.kinds if is_adversarial(kind)), None)
+
+    @property
+    def critics(self) -> tuple[str, ...]:
+        """The roles that learn beside the student, each once: "discriminator", "fake_score"."""
+        roles = (OBJECTIVES[kind].critic for kind in self.kinds)
+        return tuple(dict.fromkeys(role for role in roles if role is not None))
+
+    @property
+    def matches_distributions(self) -> bool:
+        """Whether an objective compares the base's score with a fake score."""
+        return "fake_score" in self.critics
+
+    @property
+    def updates_per_student_update(self) -> int:
+        """critic_updates, with the default filled in."""
+        return self.critic_updates or (UPDATES_OF_FAKE_SCORE if self.matches_distributions else 1)
+
+    def student_learns_at(self, step: int) -> bool:
+        """Whether update `step`, counted from 0, updates the student too."""
+        return (step + 1) % self.updates_per_student_update == 0
+
+    @property
+    def student_updates(self) -> int:
+        """Number of the student's updates."""
+        return self.max_train_steps // self.updates_per_student_update
 
     @property
     def needs_teacher_moves(self) -> bool:
@@ -259,6 +295,8 @@ def unused_settings(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
             )
             if "mse" not in phase.kinds and "loss_space" in _changed(phase):
                 unread.append("loss_space")
+            if not phase.matches_distributions:
+                unread += [name for name in _changed(phase) if name == "fake_score_learning_rate"]
             if phase.teacher == "rung" and "teacher_decay" in _changed(phase):
                 unread.append("teacher_decay")
             for place, of in enumerate(phase.objectives):
@@ -327,9 +365,39 @@ def _check_phase(key: str, phase: Phase, rung: Rung, earlier: tuple[Rung, ...]) 
         )
     if phase.teacher == "ema":
         _check_self_teacher(key, phase, earlier)
+    _check_updates(key, phase)
+    _check_inputs(key, phase, rung)
     if phase.kinds != ("mse",) and phase.cached_updates is not None:
         raise ConfigError(
             f"{key}.cached_updates: got {phase.cached_updates}; allowed: only on an mse phase, and this is {phase.title}"
+        )
+
+
+def _check_updates(key: str, phase: Phase) -> None:
+    if phase.critic_updates not in (None, 1) and not phase.critics:
+        raise ConfigError(
+            f"{key}.critic_updates: got {phase.critic_updates}, but {phase.title} has neither discriminator nor fake score; "
+            f"allowed: 1"
+        )
+    if not phase.student_updates:
+        raise ConfigError(
+            f"{key}.max_train_steps: got {phase.max_train_steps}, in which the student would not learn; allowed: at least "
+            f"{phase.updates_per_student_update}, the critic_updates of {phase.title}"
+        )
+
+
+def _check_inputs(key: str, phase: Phase, rung: Rung) -> None:
+    if phase.inputs == "data":
+        return
+    if rung.node_steps not in (None, rung.student_steps):
+        raise ConfigError(
+            f"{key}.inputs: got own on a rung with node_steps {rung.node_steps}; allowed: data, as a sampler of "
+            f"{rung.student_steps} steps does not come to the other nodes"
+        )
+    if phase.cached_updates is not None or "convert" in phase.kinds:
+        other = "convert" if "convert" in phase.kinds else "cached_updates"
+        raise ConfigError(
+            f"{key}.inputs: got own with {other}, which needs inputs that stay as they are; allowed: data"
         )
 
 

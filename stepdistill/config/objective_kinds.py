@@ -14,24 +14,38 @@ class ObjectiveKind:
     student_loss            the function from Samples and Phase to the student's Loss, as "module:function"
     teacher                 what it asks the teacher for: its moves from t to s, one prediction at x_t, its moves if they are
                             D's real samples, its features at x_t, which the first move gives too, or nothing
-    discriminator_loss      the same for the discriminator; None if it has none
+    critic                  the role that learns beside the student and that the student's loss asks; None if there is none
+    critic_loss             the function that gives the critic's Loss
     discriminator_forwards  what its discriminator adds to the cost of a sample, in forward passes of the bare U-Net
                             (computed on SDXL); None if it has no discriminator
     """
 
     student_loss: str
     teacher: Literal["moves", "prediction", "real", "features", "nothing"]
-    discriminator_loss: str | None = None
+    critic: Literal["discriminator", "fake_score"] | None = None
+    critic_loss: str | None = None
     discriminator_forwards: float | None = None
 
 
 _LOSSES = "stepdistill.training.losses"
-_STUDENT, _DISCRIMINATOR = f"{_LOSSES}:adversarial_student", f"{_LOSSES}:adversarial_discriminator"
+
+
+def _adversarial(discriminator_forwards: float) -> ObjectiveKind:
+    return ObjectiveKind(
+        f"{_LOSSES}:adversarial_student",
+        "real",
+        "discriminator",
+        f"{_LOSSES}:adversarial_discriminator",
+        discriminator_forwards,
+    )
+
+
 OBJECTIVES: dict[str, ObjectiveKind] = {
     "mse": ObjectiveKind(f"{_LOSSES}:mse", "moves"),
     "convert": ObjectiveKind(f"{_LOSSES}:convert", "prediction"),
-    "paired": ObjectiveKind(_STUDENT, "real", _DISCRIMINATOR, 5.25),
-    "single": ObjectiveKind(_STUDENT, "real", _DISCRIMINATOR, 3.55),
+    "paired": _adversarial(5.25),
+    "single": _adversarial(3.55),
+    "dmd": ObjectiveKind(f"{_LOSSES}:dmd_student", "nothing", "fake_score", f"{_LOSSES}:fake_score"),
     "l2": ObjectiveKind(f"{_LOSSES}:l2", "features"),
     "attention": ObjectiveKind(f"{_LOSSES}:attention", "features"),
     "gram": ObjectiveKind(f"{_LOSSES}:gram", "features"),
@@ -42,7 +56,13 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
 
 def is_adversarial(kind: str) -> bool:
     """Whether an objective of this name has a discriminator; False for a name that this version does not know."""
-    return kind in OBJECTIVES and OBJECTIVES[kind].discriminator_loss is not None
+    return kind in OBJECTIVES and OBJECTIVES[kind].critic == "discriminator"
+
+
+def has_critic(kind: str) -> bool:
+    """Whether another role learns beside the student, so that the student's loss is no distance; False for a name that this
+    version does not know."""
+    return kind in OBJECTIVES and OBJECTIVES[kind].critic is not None
 
 
 def compares_features(kind: str) -> bool:

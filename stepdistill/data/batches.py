@@ -19,18 +19,23 @@ from stepdistill.data.cache import LatentCache
 from stepdistill.diffusion.noise_path import Move, NoisePath
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.objectives.adversarial import draw_perturbation
+from stepdistill.objectives.distribution_matching import draw_score_timesteps
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How the discriminator D sees the samples of a batch.
+    """How a critic sees the samples of a batch: a discriminator D, or the scores of distribution matching.
 
-    timesteps  (B,), at which D sees each sample: t* if prev_timestep is CLEAN, else prev_timestep
-    noise      (B, C, H, W), re-noises the rows whose prev_timestep is CLEAN
+    timesteps  (B,), at which it sees each sample. D: t* if prev_timestep is CLEAN, else prev_timestep; the scores: tau
+    noise      (B, C, H, W), re-noises the rows that D sees at t*, and all rows for the scores
     """
 
     timesteps: torch.Tensor
     noise: torch.Tensor
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Perturbation":
+        """The same with both tensors changed."""
+        return Perturbation(change(self.timesteps), change(self.noise))
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Batch:
     timesteps, prev_timesteps  (B,), start and end of the student's step
     conditioning               B rows
     teacher_moves              the teacher's steps from timesteps to prev_timesteps; None if there is no teacher rollout
-    perturbation               None outside adversarial phases
+    perturbation               how D sees the samples; None outside adversarial phases
+    score                      how the scores see the student's x_0; None without distribution matching
+    own_moves                  the student's steps from pure noise to timesteps; None if the student starts at noised data
     """
 
     original_samples: torch.Tensor
@@ -51,6 +58,8 @@ class Batch:
     conditioning: Conditioning
     teacher_moves: Sequence[Move] | None = None
     perturbation: Perturbation | None = None
+    score: Perturbation | None = None
+    own_moves: Sequence[Move] | None = None
 
     def pinned(self) -> "Batch":
         """A copy in page-locked memory, from which `to` copies to a GPU without waiting for it."""
@@ -62,15 +71,20 @@ class Batch:
 
     def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The batch with every tensor changed."""
-        moves, seen = self.teacher_moves, self.perturbation
+
+        def all_changed(moves: Sequence[Move] | None) -> list[Move] | None:
+            return None if moves is None else [move.changed(change) for move in moves]
+
         return Batch(
             original_samples=change(self.original_samples),
             noise=change(self.noise),
             timesteps=change(self.timesteps),
             prev_timesteps=change(self.prev_timesteps),
             conditioning=self.conditioning.changed(change),
-            teacher_moves=None if moves is None else [move.changed(change) for move in moves],
-            perturbation=None if seen is None else Perturbation(change(seen.timesteps), change(seen.noise)),
+            teacher_moves=all_changed(self.teacher_moves),
+            perturbation=None if self.perturbation is None else self.perturbation.changed(change),
+            score=None if self.score is None else self.score.changed(change),
+            own_moves=all_changed(self.own_moves),
         )
 
 
@@ -95,6 +109,8 @@ def draw_batch(
     node_steps: int,
     teacher_steps: int | None = None,
     perturbation_weights: Sequence[float] | None = None,
+    for_scores: bool = False,
+    from_own: bool = False,
     seed: int,
     keys: tuple[rng.Key, ...],
     dtype: torch.dtype,
@@ -111,6 +127,8 @@ def draw_batch(
         node_steps: steps of the sampler whose nodes the timesteps are drawn from.
         teacher_steps: steps of the teacher's sampler; default: teacher_moves is None.
         perturbation_weights: weights of the timesteps t* (objectives/adversarial.py); default: perturbation is None.
+        for_scores: draw noise and timesteps for the scores of distribution matching.
+        from_own: begin with the student's own moves from pure noise; node_steps must be student_steps.
         seed: the run's seed.
         keys: names the random stream, together with the seed.
         dtype: dtype of the conditioning; latents and noise are float32.
@@ -131,6 +149,13 @@ def draw_batch(
         )
         noise = rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise"))
         perturbation = Perturbation(seen_at, noise)
+    score = None
+    if for_scores:
+        score_uniform = rng.uniform(indices, seed=seed, keys=(*keys, "score_timestep"))
+        score = Perturbation(
+            draw_score_timesteps(score_uniform, num_train_timesteps=noise_path.num_train_timesteps),
+            rng.normal(shape, indices, seed=seed, keys=(*keys, "score_noise")),
+        )
     moves = None if teacher_steps is None else noise_path.substeps(nodes, ends, teacher_steps)
     return Batch(
         original_samples=samples.latents,
@@ -140,4 +165,16 @@ def draw_batch(
         conditioning=samples.conditioning.to("cpu", dtype),
         teacher_moves=moves,
         perturbation=perturbation,
+        score=score,
+        own_moves=_arrivals(noise_path, nodes, student_steps) if from_own else None,
     )
+
+
+def _arrivals(noise_path: NoisePath, nodes: Sequence[int], steps: int) -> list[Move]:
+    """The moves by which an N-step sampler comes from pure noise to the node of each row; none for a row at the first."""
+    later = [row for row, node in enumerate(nodes) if node != noise_path.last_timestep]
+    if not later:
+        return []
+    moves = noise_path.substeps([noise_path.last_timestep] * len(later), [nodes[row] for row in later], steps)
+    rows = torch.tensor(later)
+    return [Move(rows if m.rows is None else rows[m.rows], m.timesteps, m.prev_timesteps) for m in moves]

@@ -13,6 +13,7 @@ from stepdistill.ladder.rung_files import read_rung_lora
 from stepdistill.ladder.shared import Shared
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import DiscriminatorState, build_discriminator
+from stepdistill.models.scores import build_scores
 from stepdistill.models.shared_network import STUDENT, TEACHER
 from stepdistill.rng import derive_seed
 from stepdistill.run.log import TrainingLog
@@ -179,8 +180,7 @@ class RungTraining:
                 track=functools.partial(self._track, number),
             )
         except _Diverged:
-            if setup.discriminator is not None:
-                setup.discriminator.close()
+            setup.close()
             raise
         except OutOfMemoryError:
             if shared.runtime.is_main and latest:
@@ -191,10 +191,10 @@ class RungTraining:
             path = self.preview.folder / f"phase{number}-{phase.title}-end.json"
             with skipped_without_memory(path.name):
                 shared.looks.write(path, setup.student, steps=rung.student_steps)
-        if setup.discriminator is None:
-            return None
-        state = setup.discriminator.state() if self._is_carried_after(number) else None
-        setup.discriminator.close()
+        state = None
+        if setup.discriminator is not None and self._is_carried_after(number):
+            state = setup.discriminator.state()
+        setup.close()
         return state
 
     def _track(self, number: int, step: int, numbers: Mapping[str, float]) -> None:
@@ -255,6 +255,13 @@ class RungTraining:
             carried=start.carried,
         )
 
+        scores = build_scores(
+            phase,
+            shared.undistilled,
+            rank=config.lora.rank,
+            seed=derive_seed(config.seed, rung.student_steps, number, "fake_score"),
+        )
+
         def draw(name: str, step: int) -> None:
             if shared.runtime.is_main:
                 steps = {"student_steps": rung.student_steps, "teacher_steps": teacher_steps}
@@ -272,6 +279,7 @@ class RungTraining:
             student=student,
             teacher=teacher,
             discriminator=discriminator,
+            scores=scores,
             cache=shared.cache,
             preview=draw,
             adversary_scale=start.adversary_scale,

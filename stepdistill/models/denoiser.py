@@ -74,11 +74,17 @@ class Denoiser:
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, *, target: str
     ) -> torch.Tensor:
         """Predicts `target` ("sample", "epsilon" or "v_prediction") from sample at timesteps (B,); both (B, C, H, W)."""
-        seen = self.network_timesteps(timesteps)
+        output = self.output(sample, self.network_timesteps(timesteps), conditioning)
+        return self.converted(output, sample, timesteps, target=target)
+
+    def converted(
+        self, output: torch.Tensor, sample: torch.Tensor, timesteps: torch.Tensor, *, target: str
+    ) -> torch.Tensor:
+        """`predict` from the output (B, C, H, W) that the network gave for sample at these timesteps (B,)."""
         return convert_prediction(
-            self.output(sample, seen, conditioning),
+            output,
             sample,
-            seen,
+            self.network_timesteps(timesteps),
             noise_path=self.noise_path,
             prediction_type=self.prediction_type,
             target=target,
@@ -92,11 +98,21 @@ class Denoiser:
         conditioning: Conditioning,
     ) -> torch.Tensor:
         """One solver step from timesteps (B,) to prev_timesteps (B,); returns prev_sample (B, C, H, W)."""
-        seen = self.network_timesteps(timesteps)
+        output = self.output(sample, self.network_timesteps(timesteps), conditioning)
+        return self.moved(output, sample, timesteps, prev_timesteps)
+
+    def moved(
+        self,
+        output: torch.Tensor,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        prev_timesteps: torch.Tensor,
+    ) -> torch.Tensor:
+        """`move` with the output (B, C, H, W) that the network gave for sample at these timesteps (B,)."""
         return move(
-            self.output(sample, seen, conditioning),
+            output,
             sample,
-            seen,
+            self.network_timesteps(timesteps),
             prev_timesteps,
             noise_path=self.noise_path,
             prediction_type=self.prediction_type,

@@ -3,6 +3,7 @@
 teacher         the base alone, or the frozen adapter of an earlier rung
 student         the adapter that this rung trains
 discriminator   an adapter on the part that gives features
+fake_score      an adapter that learns the student's images, for distribution matching
 
 Entering a context activates an adapter; leaving it activates the previous one again. Trained parameters belong to named
 groups, and a frozen group receives no gradients: so gradients pass through the discriminator to a sample without reaching
@@ -35,7 +36,7 @@ from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.kind import kind_of
 from stepdistill.models.trained_weights import TrainedWeights
 
-TEACHER, STUDENT, DISCRIMINATOR = "teacher", "student", "discriminator"
+TEACHER, STUDENT, DISCRIMINATOR, FAKE_SCORE = "teacher", "student", "discriminator", "fake_score"
 _COMPILED_VARIANTS = 256
 """How many variants of one block may be compiled: for each width, adapter, image size, and with and without gradients."""
 

@@ -4,20 +4,24 @@ No weights are read and no GPU is needed. What depends on the number of the teac
 multiplied, because all its moves are alike and none of them keeps memory.
 """
 
+import functools
 import gc
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.experts import lora_of
-from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
+from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.scores import Scores
+from stepdistill.models.shared_network import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.cards import Card
-from stepdistill.plan.passes import teacher_substeps
+from stepdistill.plan.passes import own_moves, teacher_substeps
 from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
 from stepdistill.teacher.experts import lora_files
@@ -31,6 +35,8 @@ MOMENTS = {"adam": 8.0, "adamw": 8.0, "adam8bit": 2 + 8 / 256, "prodigy": 16.0}
 """Bytes per parameter that an optimiser keeps; adam8bit has a float32 scale for each moment and 256 parameters."""
 _ACTIVATIONS = "activations"
 _OPTIMISER = "optimiser"
+_OWN_MOVES = "own moves"
+_REAL_SCORE = "real score"
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class UpdateCost:
     peak     bytes
     parts    bytes at the peak, by part; what is not a weight, a gradient or a moment counts as activations
     between  bytes that stay between two updates
-    work     by role: "teacher", "student", "discriminator" and "optimiser", of the whole update
+    work     by role: "teacher", "student" and its "own moves", the critics, "real score" and "optimiser", of the whole
+             update; the mean over updates with and without the student's
     micro    the work of one micro-batch with one move of the teacher, and of the optimisers
     """
 
@@ -86,9 +93,9 @@ class DryRun:
         with (
             torch.device(self._device),
             gpu_kernels(),
-            self._rehearsal.discriminator_of(phase) as discriminator,
+            self._rehearsal.critics_of(phase) as (discriminator, scores),
         ):
-            cost = self._update(rung, phase, discriminator)
+            cost = self._update(rung, phase, discriminator, scores)
         gc.collect()
         return cost
 
@@ -107,54 +114,77 @@ class DryRun:
         model = self.network.model
         model.enable_gradient_checkpointing(spied)
         with torch.device(self._device), gpu_kernels(), tracker, self.network.using(STUDENT):
-            batch = self._rehearsal.inputs.micro_batch(has_teacher=False, is_adversarial=False)
+            batch = self._rehearsal.inputs.micro_batch()
             _ = self.network.ask(batch.noise, batch.timesteps, batch.conditioning)
         model.enable_gradient_checkpointing(self.network.checkpointed)
         return found
 
-    def _update(self, rung: Rung, phase: Phase, discriminator: Discriminator | None) -> UpdateCost:
-        training, learning_roles = self._config.training, roles_of(phase)
-        part = _Parts(self.network, is_adversarial=phase.adversary is not None)
-        tracker = Tracker(self._card, label=part.current)
-        rates = dict.fromkeys(learning_roles, 1e-4)
+    def _update(
+        self, rung: Rung, phase: Phase, discriminator: Discriminator | None, scores: Scores | None
+    ) -> UpdateCost:
         # other optimisers have other moments (MOMENTS) and about the same work
-        traced = training.model_copy(update={"optimizer": "adam"})
-        optimizers = optimizers_of(phase, traced, self.network, rates)
+        traced = self._config.training.model_copy(update={"optimizer": "adam"})
+        optimizers = optimizers_of(phase, traced, self.network, dict.fromkeys(roles_of(phase), 1e-4))
         for optimizer in optimizers.values():
             optimizer.step()  # makes the moments
-        batch = self._rehearsal.micro_batch(phase)
-        self._hold(tracker, phase, optimizers)
+        part = _Parts(self.network, is_adversarial=phase.adversary is not None)
         student, teacher = self._rehearsal.denoisers(rung, phase)
-        tracker.reset_peak()
-        with tracker:
-            samples = Samples(
-                batch, student=student, teacher=teacher, discriminator=discriminator, taps=phase.taps
-            )
-            losses_and_gradients(samples, phase, part.backward(learning_roles))
-            del samples
-            micro_peak, micro_parts = tracker.peak, tracker.peak_parts
-            tracker.reset_peak()
-            with part.named(_OPTIMISER):
-                for optimizer in optimizers.values():
-                    optimizer.clip(training.max_grad_norm)
-                    optimizer.step()
-        peak, parts = max((micro_peak, micro_parts), (tracker.peak, tracker.peak_parts), key=lambda x: x[0])
-        work = tracker.work
-        micro = sum(work.values(), Work())
-        cost = UpdateCost(peak, _named(parts), tracker.now, self._whole(work, rung, phase), micro)
+        if scores is not None:
+            scores = Scores(_Named.of(scores.real, part), scores.fake)
+        batch = self._rehearsal.micro_batch(phase)
+        samples = functools.partial(
+            Samples,
+            teacher=teacher,
+            discriminator=discriminator,
+            scores=scores,
+            taps=phase.taps,
+        )
+        tracker = Tracker(self._card, label=part.current)
+        self._hold(tracker, phase, optimizers)
+        peak, parts = self._run(tracker, part, phase, optimizers, lambda: samples(batch, student=student))
+        work = self._whole(tracker.work, rung, phase)
+        cost = UpdateCost(peak, _named(parts), tracker.now, work, sum(tracker.work.values(), Work()))
+        if phase.updates_per_student_update > 1:
+            alone, still = Tracker(self._card, label=part.current), replace(student, trains=False)
+            learning = {role: of for role, of in optimizers.items() if role != STUDENT}
+            arrived = replace(batch, own_moves=None)  # the moves are counted in the update above
+            self._run(alone, part, phase, learning, lambda: samples(arrived, student=still))
+            others = self._whole(alone.work, rung, phase)
+            cost = replace(cost, work=_mean(work, others, 1 / phase.updates_per_student_update))
         for optimizer in optimizers.values():
             optimizer.close()
         return cost
 
+    def _run(
+        self,
+        tracker: Tracker,
+        part: "_Parts",
+        phase: Phase,
+        optimizers: Mapping[str, RoleOptimizer],
+        samples: Callable[[], Samples],
+    ) -> tuple[int, dict[str, int]]:
+        """Traces one micro-batch, in which these roles learn, and their optimisers; returns the peak and its parts."""
+        roles = tuple(role for role in roles_of(phase) if role in optimizers)
+        tracker.reset_peak()
+        with tracker:
+            losses_and_gradients(samples(), phase, part.backward(roles), roles=roles)
+            micro_peak, micro_parts = tracker.peak, tracker.peak_parts
+            tracker.reset_peak()
+            with part.named(_OPTIMISER):
+                for optimizer in optimizers.values():
+                    optimizer.clip(self._config.training.max_grad_norm)
+                    optimizer.step()
+        return max((micro_peak, micro_parts), (tracker.peak, tracker.peak_parts), key=lambda x: x[0])
+
     def _whole(self, work: dict[str, Work], rung: Rung, phase: Phase) -> dict[str, Work]:
-        """The work of a whole update, from that of one micro-batch with one move of the teacher."""
+        """The work of a whole update, from that of one micro-batch with one move of the teacher and of the student's own."""
         micro = self._config.training.gradient_accumulation_steps
         moves = 1.0
         if phase.needs_teacher_moves:
             steps = phase.teacher_steps or rung.teacher_steps
             moves = teacher_substeps(rung, steps, self._rehearsal.inputs.timesteps)
             moves *= min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
-        factors = {"teacher": micro * moves, _OPTIMISER: 1}
+        factors = {"teacher": micro * moves, _OWN_MOVES: micro * own_moves(rung, phase), _OPTIMISER: 1}
         return {part: done * factors.get(part, micro) for part, done in work.items()}
 
     def _hold(self, tracker: Tracker, phase: Phase, optimizers: dict[str, RoleOptimizer]) -> None:
@@ -163,18 +193,19 @@ class DryRun:
         tracker.hold(base, "base model")
         saved = base_bytes(base_modules(self.network.model), self._config.training.base_quantization)
         tracker.hold_bytes(saved - sum(p.numel() * p.itemsize for p in base), "base model")
-        for role in (STUDENT, DISCRIMINATOR):
+        for role in (STUDENT, DISCRIMINATOR, FAKE_SCORE):
+            title = role.replace("_", " ")
             if role in optimizers or role == STUDENT:
                 weights = self.network.weights(role)
-                tracker.hold([weights.master, *weights.parameters.values()], f"{role}: weights")
+                tracker.hold([weights.master, *weights.parameters.values()], f"{title}: weights")
             if role in optimizers:
                 optimizer = optimizers[role]
                 assert optimizer.weights.master.grad is not None
-                tracker.hold([optimizer.weights.master.grad], f"{role}: gradient")
-                tracker.hold(optimizer.tensors(), f"{role}: moments")
+                tracker.hold([optimizer.weights.master.grad], f"{title}: gradient")
+                tracker.hold(optimizer.tensors(), f"{title}: moments")
                 count = optimizer.weights.master.numel()
                 bytes_each = MOMENTS[self._config.training.optimizer]
-                tracker.hold_bytes(round(count * (bytes_each - MOMENTS["adam"])), f"{role}: moments")
+                tracker.hold_bytes(round(count * (bytes_each - MOMENTS["adam"])), f"{title}: moments")
         if phase.balance == "gradient":  # an update that measures holds the gradient of each objective
             master = self.network.weights(STUDENT).master
             tracker.hold_bytes(
@@ -206,7 +237,7 @@ class _Parts:
     def __init__(self, network: SharedNetwork, *, is_adversarial: bool) -> None:
         self._network, self._is_adversarial = network, is_adversarial
         self._name: str | None = None
-        self._learner = STUDENT
+        self._learner, self._student_learns = STUDENT, True
 
     def current(self) -> str:
         """The role of the operation that runs now."""
@@ -215,7 +246,9 @@ class _Parts:
         if torch._C._current_graph_task_id() != -1:
             return self._learner
         adapter = self._network.state.adapter
-        if adapter in (STUDENT, DISCRIMINATOR):
+        if adapter == STUDENT and self._student_learns and not torch.is_grad_enabled():
+            return _OWN_MOVES
+        if adapter in (STUDENT, DISCRIMINATOR, FAKE_SCORE):
             return adapter
         if not torch.is_grad_enabled():
             return TEACHER
@@ -224,6 +257,7 @@ class _Parts:
     def backward(self, roles: tuple[str, ...]) -> Callable[[torch.Tensor], None]:
         """The backward passes of these roles, in order."""
         rest: Iterator[str] = iter(roles)
+        self._student_learns = STUDENT in roles
 
         def run(loss: torch.Tensor) -> None:
             self._learner = next(rest)
@@ -237,6 +271,30 @@ class _Parts:
         self._name = name
         yield
         self._name = None
+
+
+@dataclass(frozen=True)
+class _Named(Denoiser):
+    """A denoiser whose work is counted apart from the teacher's moves."""
+
+    part: _Parts | None = None
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, part: _Parts) -> "_Named":
+        return cls(**{field.name: getattr(denoiser, field.name) for field in fields(Denoiser)}, part=part)
+
+    def output(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        assert self.part is not None
+        with self.part.named(_REAL_SCORE):
+            return super().output(sample, timesteps, conditioning)
+
+
+def _mean(full: dict[str, Work], critics_only: dict[str, Work], share: float) -> dict[str, Work]:
+    """The mean work of updates, of which `share` update the student too. All of them begin with its own moves."""
+    critics_only = critics_only | {part: work for part, work in full.items() if part == _OWN_MOVES}
+    return {part: work * share + critics_only.get(part, Work()) * (1 - share) for part, work in full.items()}
 
 
 def _named(parts: dict[str, int]) -> dict[str, int]:

@@ -13,32 +13,61 @@ from stepdistill.run.start_from import taken_steps
 from stepdistill.teacher.source import teacher_timesteps
 
 # Costs per sample in units of one forward pass of the bare U-Net (computed for SDXL): a forward pass of the U-Net with a
-# LoRA; forward and backward pass of the student; what the discriminator adds. The base model as a teacher is the bare U-Net;
+# LoRA; a backward pass of the student; what the discriminator adds. The base model as a teacher is the bare U-Net;
 # an earlier rung's student as a teacher has a LoRA.
 _LORA_FORWARD = 1.083
-_STUDENT = _LORA_FORWARD + 1.268
+_BACKWARD = 1.268
 _ENCODER = 0.47  # a forward pass of the U-Net's encoder and mid-block with a LoRA
 _FROZEN_TRUNK = -2.2  # a frozen trunk has no backward pass and no adapter: a single phase's 3.55 becomes 1.35
 
+_OF_STUDENT = 0.25  # of the discriminator's passes, those that the student's loss takes (counted on SD1.5)
 
 STAGES = ("prepare", "distill", "export", "evaluate", "report")
 """The stages, in the order in which they run."""
 
 
 def phase_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
-    """Cost of one phase per sample and update, in forward passes of the bare U-Net; a pass with a LoRA counts 1.083."""
-    again = _recomputed_forwards(phase) if config.training.gradient_checkpointing else 0.0
-    return _teacher_forwards(config, rung, phase) + _STUDENT + _discriminator_forwards(rung, phase) + again
+    """Cost of one phase per sample and update, in forward passes of the bare U-Net; a pass with a LoRA counts 1.083.
+
+    Where critics are updated more often than the student, it is the mean over updates.
+    """
+    share = 1 / phase.updates_per_student_update
+    student = _LORA_FORWARD * (1 + own_moves(rung, phase)) + share * _BACKWARD
+    again = _recomputed_forwards(phase, share) if config.training.gradient_checkpointing else 0.0
+    teacher = _teacher_forwards(config, rung, phase)
+    if phase.updates_per_student_update > 1 and not _real_is_by_teacher(phase):
+        teacher *= share  # critics alone do not ask it
+    return teacher + student + _discriminator_forwards(phase) + _scores_forwards(config, phase) + again
 
 
-def _recomputed_forwards(phase: Phase) -> float:
-    """What gradient checkpointing computes again: the student's forward pass, and those of the discriminator's encoder."""
+def own_moves(rung: Rung, phase: Phase) -> float:
+    """The student's own moves before x_t, averaged over the nodes: (N - 1) / 2; 0 if it starts at noised data."""
+    return (rung.student_steps - 1) / 2 if phase.inputs == "own" else 0.0
+
+
+def _real_is_by_teacher(phase: Phase) -> bool:
+    """Whether the discriminator's real samples are the teacher's."""
+    return phase.adversary is not None and phase.discriminator.real == "teacher"
+
+
+def _scores_forwards(config: RunConfig, phase: Phase) -> float:
+    """What the two scores add: a training pass of the fake one, and a guided pass of the base when the student learns."""
+    if not phase.matches_distributions:
+        return 0.0
+    real = passes_per_step(config.teacher.guidance_scale)
+    return _LORA_FORWARD + _BACKWARD + real / phase.updates_per_student_update
+
+
+def _recomputed_forwards(phase: Phase, share: float) -> float:
+    """What gradient checkpointing computes again: the forward passes of student and fake score, and those of the
+    discriminator's encoder. share: of the updates, those in which the student learns."""
+    training = _LORA_FORWARD * (share + phase.matches_distributions)
     if phase.adversary is None:
-        return _LORA_FORWARD
+        return training
     passes = (
         4 if phase.adversary == "paired" else 3
     )  # per sample: x_t, the real one, the student's for D and for itself
-    return _LORA_FORWARD + _ENCODER * (1 if phase.discriminator.trunk == "frozen" else passes)
+    return training + _ENCODER * (1 if phase.discriminator.trunk == "frozen" else passes)
 
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:
@@ -60,11 +89,12 @@ def is_base_teacher(config: RunConfig, rung: Rung, phase: Phase) -> bool:
     return (phase.teacher_steps or rung.teacher_steps) not in earlier
 
 
-def _discriminator_forwards(rung: Rung, phase: Phase) -> float:
+def _discriminator_forwards(phase: Phase) -> float:
     forwards = None if phase.adversary is None else OBJECTIVES[phase.adversary].discriminator_forwards
     if forwards is None:
         return 0.0
-    return forwards + (_FROZEN_TRUNK if phase.discriminator.trunk == "frozen" else 0.0)
+    all_passes = forwards + (_FROZEN_TRUNK if phase.discriminator.trunk == "frozen" else 0.0)
+    return all_passes * (1 - _OF_STUDENT * (1 - 1 / phase.updates_per_student_update))
 
 
 def teacher_substeps(rung: Rung, teacher_steps: int, num_train_timesteps: int) -> float:

@@ -52,7 +52,7 @@ class RealRun:
         """Makes two updates of a phase; the first one compiles the blocks if training.compile is on."""
         network, training = self._rehearsal.network, self._config.training
         network.keep_activations(keeps)
-        with torch.device(self.device), self._rehearsal.discriminator_of(phase) as discriminator:
+        with torch.device(self.device), self._rehearsal.critics_of(phase) as critics:
             if not phase.asks_teacher:
                 network.park(TEACHER)
             student, teacher = self._rehearsal.denoisers(rung, phase)
@@ -62,7 +62,12 @@ class RealRun:
                 with self._peak() as peak:
                     started = time.monotonic()
                     samples = Samples(
-                        batch, student=student, teacher=teacher, discriminator=discriminator, taps=phase.taps
+                        batch,
+                        student=student,
+                        teacher=teacher,
+                        discriminator=critics[0],
+                        scores=critics[1],
+                        taps=phase.taps,
                     )
                     losses_and_gradients(samples, phase, torch.Tensor.backward)
                     del samples

@@ -17,6 +17,7 @@ from stepdistill.diffusion.noise_path import Move, VariancePreserving
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.scores import Scores, build_scores
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.passes import is_base_teacher
 from stepdistill.runtime import WEIGHT_DTYPES
@@ -48,7 +49,14 @@ class _Inputs:
         }
         return Conditioning(hidden, added)
 
-    def micro_batch(self, *, has_teacher: bool, is_adversarial: bool) -> Batch:
+    def micro_batch(
+        self,
+        *,
+        has_teacher: bool = False,
+        is_adversarial: bool = False,
+        has_scores: bool = False,
+        from_own: bool = False,
+    ) -> Batch:
         rows, shape = self.batch, (self.batch, *self.latent)
         timesteps, ends = (torch.full((rows,), at, dtype=torch.int64) for at in (499, 249))
         return Batch(
@@ -59,6 +67,8 @@ class _Inputs:
             conditioning=self.conditioning(rows),
             teacher_moves=[Move(None, timesteps, ends)] if has_teacher else None,
             perturbation=Perturbation(timesteps, torch.randn(shape)) if is_adversarial else None,
+            score=Perturbation(timesteps, torch.randn(shape)) if has_scores else None,
+            own_moves=[Move(None, torch.full_like(timesteps, 999), timesteps)] if from_own else None,
         )
 
 
@@ -127,19 +137,25 @@ class Rehearsal:
         self._path = _KnownEnd(path.alphas_cumprod.to(device), facts.is_zero_snr)
 
     @contextmanager
-    def discriminator_of(self, phase: Phase) -> Iterator[Discriminator | None]:
-        """The discriminator that a phase needs, inside the context."""
+    def critics_of(self, phase: Phase) -> Iterator[tuple[Discriminator | None, Scores | None]]:
+        """The discriminator and the scores that a phase needs, inside the context."""
         discriminator = self._discriminator(phase)
+        scores = build_scores(phase, self._undistilled(), rank=self.config.lora.rank, seed=0)
         try:
-            yield discriminator
+            yield discriminator, scores
         finally:
-            if discriminator is not None:
-                discriminator.close()
+            for critic in (discriminator, scores):
+                if critic is not None:
+                    critic.close()
 
     def micro_batch(self, phase: Phase) -> Batch:
-        """A micro-batch with one move of the teacher, if the phase asks for its moves."""
+        """A micro-batch with one move of the teacher, if the phase asks for its moves, and one of the student's own before
+        it, if the phase begins with them."""
         return self.inputs.micro_batch(
-            has_teacher=phase.needs_teacher_moves, is_adversarial=phase.adversary is not None
+            has_teacher=phase.needs_teacher_moves,
+            is_adversarial=phase.adversary is not None,
+            has_scores=phase.matches_distributions,
+            from_own=phase.inputs == "own",
         )
 
     def denoisers(self, rung: Rung, phase: Phase) -> tuple[Denoiser, Denoiser]:
@@ -150,10 +166,17 @@ class Rehearsal:
         )
         if not is_base_teacher(self.config, rung, phase):
             return student, Denoiser(self.network, TEACHER, self._path, kind)
-        guidance = self.config.teacher.guidance_scale
-        unconditional = self.inputs.conditioning(1)
-        return student, Denoiser(
-            self.network, None, self._path, kind, guidance_scale=guidance, unconditional=unconditional
+        return student, self._undistilled()
+
+    def _undistilled(self) -> Denoiser:
+        """The base model with guidance."""
+        return Denoiser(
+            self.network,
+            None,
+            self._path,
+            self.facts.prediction_type,
+            guidance_scale=self.config.teacher.guidance_scale,
+            unconditional=self.inputs.conditioning(1),
         )
 
     def _discriminator(self, phase: Phase) -> Discriminator | None:

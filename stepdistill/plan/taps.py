@@ -52,6 +52,6 @@ def _output_shapes(rehearsal: Rehearsal, names: list[str]) -> dict[str, torch.Si
     """The shapes of these modules' outputs in a pass of the student; a module that does not run has none."""
     network = rehearsal.network
     with torch.device("meta"), torch.no_grad(), network.using(STUDENT), network.tapped(names) as outputs:
-        batch = rehearsal.inputs.micro_batch(has_teacher=False, is_adversarial=False)
+        batch = rehearsal.inputs.micro_batch()
         network.ask(batch.noise, batch.timesteps, batch.conditioning)
     return {name: output.shape for name, output in outputs.items() if isinstance(output, torch.Tensor)}

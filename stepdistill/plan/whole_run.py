@@ -134,6 +134,7 @@ def what_matters(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, .
         is_base_teacher(config, rung, phase),
         (rung.teacher_steps, rung.student_steps, rung.node_steps) if phase.needs_teacher_moves else None,
         rung.start_timestep is None,
+        phase.inputs == "own" and rung.student_steps,
     )
 
 

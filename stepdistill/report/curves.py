@@ -46,13 +46,14 @@ def distance_plots(entries: Sequence[Entry]) -> list[Plot]:
 
 
 def training_plots(runs: Sequence[Run]) -> list[tuple[str, list[Plot]]]:
-    """Plots per rung, most steps first: the MSE, and if the rung has adversarial phases, their losses and the
-    discriminator's accuracy."""
+    """Plots per rung, most steps first: the MSE, and if the rung has such phases, the adversarial losses, the
+    discriminator's accuracy and the loss of the fake score."""
     steps = sorted({rung.student_steps for run in runs for rung in run.rungs}, reverse=True)
     sections = []
     for n in steps:
         rungs = [(run.name, rung) for run in runs for rung in run.rungs if rung.student_steps == n]
-        plots = [plot for plot in (_losses(rungs), _adversarial(rungs), _accuracy(rungs)) if plot is not None]
+        drawn = (draw(rungs) for draw in (_losses, _adversarial, _accuracy, _fake_score))
+        plots = [plot for plot in drawn if plot is not None]
         if plots:
             teachers = "/".join(str(t) for t in dict.fromkeys(rung.teacher_steps for _, rung in rungs))
             sections.append((f"{teachers} → {n} steps", plots))
@@ -93,18 +94,28 @@ def _losses(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
     the teacher's log it beside their own loss."""
 
     def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
-        name = "mse" if phase.is_adversarial else "student_loss"
-        return [(name, "MSE", phase.is_adversarial)]
+        name = "mse" if phase.has_critic else "student_loss"
+        return [(name, "MSE", phase.has_critic)]
 
     return _plot(rungs, lines, title="MSE to the teacher's steps", y_label="MSE", log=True)
 
 
 def _adversarial(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
     def lines(phase: PhaseLog) -> list[tuple[str, str, bool]]:
-        names = [("student_loss", "student", False), ("discriminator_loss", "discriminator", True)]
+        names = [(phase.adversarial_loss, "student", False), ("discriminator_loss", "discriminator", True)]
         return names if phase.is_adversarial else []
 
     return _plot(rungs, lines, title="Adversarial losses", y_label="loss", log=False)
+
+
+def _fake_score(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
+    """Shows whether the fake score keeps up with the student. The student's own loss is the size of the difference of the
+    two scores, which need not fall."""
+
+    def lines(_phase: PhaseLog) -> list[tuple[str, str, bool]]:
+        return [("fake_score_loss", "fake score", False)]
+
+    return _plot(rungs, lines, title="Loss of the fake score", y_label="MSE of epsilon", log=True)
 
 
 def _accuracy(rungs: Sequence[tuple[str, RungLog]]) -> Plot | None:
@@ -140,24 +151,29 @@ def _plot(
     for place, (run_name, rung) in enumerate(rungs):
         first = 0
         for phase in rung.phases:
-            series = [(label, dashed, phase.values(key)) for key, label, dashed in lines(phase)]
-            if log:
-                series = [(label, dashed, [v for v in values if v > 0]) for label, dashed, values in series]
-            series = [(label, dashed, values) for label, dashed, values in series if values]
+            series = [
+                (
+                    label,
+                    dashed,
+                    [v for v in phase.values(key) if v > 0 or not log],
+                    phase.updates_per_value(key),
+                )
+                for key, label, dashed in lines(phase)
+            ]
+            series = [one for one in series if one[2]]
             if not series:
                 continue
             if len(rungs) == 1:
                 boundaries.append(Boundary(first, phase.objective))
-            for order, (label, dashed, values) in enumerate(series):
+            for order, (label, dashed, values, every) in enumerate(series):
                 name = label if len(rungs) == 1 else run_name if log else f"{run_name}, {label}"
                 used_labels = {curve.label for curve in curves}
                 colour = place if len(rungs) > 1 else order
-                curves.append(
-                    Curve("_" + name if name in used_labels else name, first, tuple(values), colour, dashed)
-                )
+                name = "_" + name if name in used_labels else name
+                curves.append(Curve(name, first, tuple(values), colour, dashed, every))
                 where = f"{run_name}, " if len(rungs) > 1 else ""
                 alt_texts.append(f"{where}{phase.objective}, {label}: {values[0]:.3g} to {values[-1]:.3g}")
-            first += max(len(values) for _, _, values in series)
+            first += round(max(len(values) * every for _, _, values, every in series))
     if not curves:
         return None
     if log and any(curve.dashed for curve in curves):

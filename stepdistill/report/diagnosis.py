@@ -32,9 +32,9 @@ class Adversary:
 
 def still_falling(phase: PhaseLog) -> bool | None:
     """Whether the mean loss fell by more than 5 % from the third to the last quarter of the log; None if the log is too
-    short."""
+    short, and for a phase with a critic, whose loss is no distance."""
     losses = phase.values("student_loss")
-    if len(losses) < _MIN_UPDATES:
+    if phase.has_critic or len(losses) < _MIN_UPDATES:
         return None
     *_, third, last = _quarter_means(losses)
     return last < (1 - _STILL_FALLING) * third
@@ -42,10 +42,10 @@ def still_falling(phase: PhaseLog) -> bool | None:
 
 def destroyed_student(phase: PhaseLog) -> tuple[float, float] | None:
     """(least loss of the first updates, mean of the last quarter) if the loss ended far above where it began, with a student
-    that had learned nothing yet; None if it did not, if the log is too short, and for a phase with a discriminator, whose
-    loss is no distance. A learning rate that is far too high takes effect with the second update."""
+    that had learned nothing yet; None if it did not, if the log is too short, and for a phase with a critic, whose loss is
+    no distance. A learning rate that is far too high takes effect with the second update."""
     losses = phase.values("student_loss")
-    if phase.is_adversarial or len(losses) < _MIN_UPDATES:
+    if phase.has_critic or len(losses) < _MIN_UPDATES:
         return None
     began, ended = min(losses[:_FIRST_UPDATES]), _quarter_means(losses)[-1]
     return (began, ended) if ended > _DESTROYED * began else None
@@ -63,7 +63,7 @@ def adversary(phase: PhaseLog, *, loss: str | None = None) -> Adversary | None:
     """
     real, student = (phase.values(f"discriminator_accuracy_{of}") for of in ("real", "student"))
     accuracy = [(a + b) / 2 for a, b in zip(real, student, strict=False)]
-    losses = phase.values("student_loss")
+    losses = phase.values(phase.adversarial_loss)
     if min(len(accuracy), len(losses)) < _MIN_UPDATES:
         return None
     quarters, of_student = _quarter_means(accuracy), _quarter_means(losses)

@@ -53,7 +53,8 @@ class Series:
 class Curve:
     """One logged number over updates: drawn faint as logged, and bold smoothed.
 
-    `first` is the update at which the curve begins; a label that starts with _ is left out of the legend.
+    `first` is the update at which the curve begins, `every` the updates from one value to the next; a label that starts with
+    _ is left out of the legend.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Curve:
     values: tuple[float, ...]
     colour: int
     dashed: bool = False
+    every: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ def _thinned(curve: Curve, most: int = 300) -> tuple[list[float], list[float]]:
     """(x, y) of at most `most` points; each is the mean over an equal number of updates."""
     width = -(-len(curve.values) // most)
     chunks = [curve.values[i : i + width] for i in range(0, len(curve.values), width)]
-    xs = [curve.first + i * width + (len(chunk) - 1) / 2 for i, chunk in enumerate(chunks)]
+    middles = [i * width + (len(chunk) - 1) / 2 for i, chunk in enumerate(chunks)]
+    xs = [curve.first + curve.every * (middle + 1) - 1 for middle in middles]
     return xs, [sum(chunk) / len(chunk) for chunk in chunks]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config.objective_kinds import is_adversarial
+from stepdistill.config.objective_kinds import has_critic, is_adversarial
 from stepdistill.config.saved import saved_config
 from stepdistill.disk.durable import read_sealed, warn_of_damage
 from stepdistill.messages import sizes_text
@@ -47,6 +47,18 @@ class PhaseLog:
         return any(map(is_adversarial, self.objective.split("+")))
 
     @property
+    def adversarial_loss(self) -> str:
+        """The name in the log of the student's adversarial loss, without those of other objectives."""
+        kinds = self.objective.split("+")
+        alone = len(kinds) == 1
+        return "student_loss" if alone else f"{next(filter(is_adversarial, kinds), 'student')}_loss"
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the phase has a discriminator or a fake score, so that the student's loss is no distance."""
+        return any(map(has_critic, self.objective.split("+")))
+
+    @property
     def updates(self) -> int:
         """Updates done so far."""
         return max((int(record.get("step", -1)) + 1 for record in self.records), default=0)
@@ -56,6 +68,10 @@ class PhaseLog:
         former = _FORMER_NAMES.get(name, name)  # of an earlier version
         numbers = (number(record.get(name, record.get(former))) for record in self.records)
         return [float(value) for value in numbers if value is not None]
+
+    def updates_per_value(self, name: str) -> float:
+        """Updates from one number logged under `name` to the next: more than 1 for what not every update computes."""
+        return len(self.records) / max(1, len(self.values(name)))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ _LATER_DEFAULTS: dict[str, Any] = {
     "taps": ["middle"],
     "kernel": "gaussian",
     "between": "patches",
+    "critic_updates": None,
+    "inputs": "data",
+    "fake_score_learning_rate": None,
 }
 """Settings that earlier versions did not have, by their last name: at these values they are not part of a hash."""
 

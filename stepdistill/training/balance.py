@@ -4,7 +4,8 @@ factor_i = w_i n_0 / n_i     w_i: the weight of objective i in this update
                              n_i: the norm of the gradient of its loss alone; n_0: that of the first objective
 
 So the norms of the gradients that are added are in proportion to the weights, and the first loss keeps its scale. The norms
-are measured on every tenth update, by a backward pass for each objective, and averaged with those of earlier measurements.
+are measured on every tenth update of the student, by a backward pass for each objective, and averaged with those of earlier
+measurements.
 """
 
 from collections.abc import Mapping
@@ -35,8 +36,10 @@ class GradientBalance:
         self._gradients: dict[str, torch.Tensor] = {}
 
     def measures(self, step: int) -> bool:
-        """Whether update `step`, counted from 0, measures the norms."""
-        return step % MEASURED_EVERY == 0
+        """Whether update `step`, counted from 0, measures the norms: every tenth of those in which the student learns."""
+        if not self._phase.student_learns_at(step):
+            return False
+        return step // self._phase.updates_per_student_update % MEASURED_EVERY == 0
 
     def factors(self, step: int) -> Weights:
         """The factor of each objective's loss in update `step`; before the first measurement, its weight."""

@@ -13,8 +13,8 @@ import torch
 
 from stepdistill.config import Phase
 from stepdistill.config.objective_kinds import OBJECTIVES
-from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
-from stepdistill.objectives import adversarial, features
+from stepdistill.models.shared_network import STUDENT
+from stepdistill.objectives import adversarial, distribution_matching, features
 from stepdistill.objectives.mse import convert_loss, mse_loss
 from stepdistill.training.samples import Samples
 
@@ -72,6 +72,26 @@ def adversarial_student(samples: Samples, phase: Phase) -> Loss:
     )
 
 
+def fake_score(samples: Samples, _phase: Phase) -> Loss:
+    """The fake score learns to predict the noise in the student's noised x_0 (DMD, Eq 6)."""
+    noised = samples.noised_original
+    value = distribution_matching.fake_score_loss(
+        samples.fake_output,
+        noised.sample,
+        noised.noise,
+        noised.timesteps,
+        noise_path=samples.student.noise_path,
+        prediction_type=samples.fake_prediction_type,
+    )
+    return Loss(value)
+
+
+def dmd_student(samples: Samples, _phase: Phase) -> Loss:
+    """The student's images become as likely as the base's, by the difference of the two scores (DMD, Eq 7-8)."""
+    real, fake = samples.real_original, samples.fake_original
+    return Loss(distribution_matching.matching_loss(samples.student_original, real, fake))
+
+
 def l2(samples: Samples, phase: Phase) -> Loss:
     """The relative squared error of the student's features."""
     return _at_taps(samples, phase, "l2", features.l2_distance)
@@ -119,10 +139,15 @@ def _function(name: str) -> Callable[[Samples, Phase], Loss]:
 def roles_of(phase: Phase) -> tuple[str, ...]:
     """The roles that learn in a phase, in the order of their backward passes.
 
-    The discriminator comes first: the student's relativistic loss needs its logits of real samples. Both losses use the same
-    D, because the optimisers step after both.
+    The critics come first: the student's losses need D's logits of real samples, and what the fake score predicts. All
+    losses use the same weights, because the optimisers step after all backward passes.
     """
-    return (STUDENT,) if phase.adversary is None else (DISCRIMINATOR, STUDENT)
+    return (*phase.critics, STUDENT)
+
+
+def learning_roles(phase: Phase, step: int) -> tuple[str, ...]:
+    """Those of `roles_of` that learn in update `step`, counted from 0: the critics alone in some updates."""
+    return roles_of(phase) if phase.student_learns_at(step) else phase.critics
 
 
 def losses_of(role: str, samples: Samples, phase: Phase) -> dict[str, Loss]:
@@ -130,8 +155,8 @@ def losses_of(role: str, samples: Samples, phase: Phase) -> dict[str, Loss]:
     losses = {}
     for objective in phase.weighted:
         kind = OBJECTIVES[objective.kind]
-        name = kind.student_loss if role == STUDENT else kind.discriminator_loss
-        if name is not None:
+        name = kind.student_loss if role == STUDENT else kind.critic_loss
+        if name is not None and role in (STUDENT, kind.critic):
             losses[objective.kind] = _function(name)(samples, phase)
     assert losses, f"no objective of the phase has a loss for the {role}"
     return losses
@@ -146,7 +171,7 @@ def loss_of(role: str, samples: Samples, phase: Phase, weights: Weights | None =
 
 
 def summed(role: str, losses: Mapping[str, Loss], weights: Weights) -> Loss:
-    """The sum of the losses of one role; the discriminator's have no weights.
+    """The sum of the losses of one role; those of critics have no weights.
 
     With several objectives the metrics also hold the student loss of each one without its weight, such as "mse_loss".
     """

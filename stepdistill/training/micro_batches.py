@@ -117,6 +117,8 @@ class MicroBatches:
             perturbation_weights=None
             if phase.adversary is None
             else phase.discriminator.perturbation_weights,
+            for_scores=phase.matches_distributions,
+            from_own=phase.inputs == "own",
             seed=setup.seed,
             keys=setup.keys,
             group=self.size * self.per_update * self._runtime.num_processes,

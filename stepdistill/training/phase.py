@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from stepdistill.config import Phase, Training
 from stepdistill.data.batches import Batch
 from stepdistill.errors import NonFiniteError
 from stepdistill.models.discriminator import DiscriminatorState
-from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
+from stepdistill.models.shared_network import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, SharedNetwork
 from stepdistill.run.log import PhaseProgress, TrainingLog
 from stepdistill.runtime import Runtime, is_out_of_memory, release_memory
 from stepdistill.training.balance import GradientBalance
 from stepdistill.training.guard import AdversaryGuard, Trouble
-from stepdistill.training.losses import Weights, losses_of, roles_of, summed
+from stepdistill.training.losses import Weights, learning_roles, losses_of, roles_of, summed
 from stepdistill.training.micro_batches import MicroBatches
 from stepdistill.training.optim import MovingAverage, RoleOptimizer
 from stepdistill.training.phase_setup import PhaseSetup
@@ -35,7 +35,7 @@ class PhaseState:
     overflows        float16 overflows in a row, up to the last update
     seconds          training time, without the previews
     teacher_samples  by the number of a micro-batch's first sample; None unless the phase reuses them (cached_updates)
-    Also: the student's adapter, the discriminator, an optimiser for each, the measured norms of each objective's gradient,
+    Also: the student's adapter, the critics, an optimiser for each, the measured norms of each objective's gradient,
     the student's moving average and the one that is its teacher, the loss scale.
     """
 
@@ -64,13 +64,23 @@ class PhaseState:
         return self._setup.phase.weights_at(self.step)
 
     @property
+    def learning(self) -> dict[str, RoleOptimizer]:
+        """The optimisers of the roles that learn in the next update."""
+        return {role: self.optimizers[role] for role in learning_roles(self._setup.phase, self.step)}
+
+    @property
+    def measures_balance(self) -> bool:
+        """Whether the next update measures the norms of the objectives' gradients."""
+        return self.balance is not None and self.balance.measures(self.step)
+
+    @property
     def adversary_scale(self) -> float:
         """The discriminator's learning rate as a fraction of the configured one."""
         configured = _rates(dataclasses.replace(self._setup, adversary_scale=1.0))[DISCRIMINATOR]
         return self.optimizers[DISCRIMINATOR].base_rate / configured
 
     def after_step(self) -> None:
-        """Averages the weights after an update of them."""
+        """Averages the student's weights after an update of them."""
         for average in (self.average, self.self_teacher):
             if average is not None:
                 average.update()
@@ -91,6 +101,7 @@ class PhaseState:
                 "seconds": self.seconds,
                 "student": self._setup.student.network.adapter_state(STUDENT),
                 "discriminator": None if learned is None else vars(learned),
+                "fake_score": None if self._setup.scores is None else self._setup.scores.state(),
                 "optimizers": {role: o.state_dict() for role, o in self.optimizers.items()},
                 "guard": None if self.guard is None else self.guard.state_dict(),
                 "balance": None if self.balance is None else self.balance.state_dict(),
@@ -106,6 +117,8 @@ class PhaseState:
         self._setup.student.network.load_adapter_state(STUDENT, state["student"])
         if self._setup.discriminator is not None:
             self._setup.discriminator.load_state(DiscriminatorState(**state["discriminator"]), strict=True)
+        if self._setup.scores is not None:
+            self._setup.scores.load_state(state["fake_score"])
         for role, optimizer in self.optimizers.items():
             optimizer.load_state_dict(copied(state["optimizers"][role]))
         if self.guard is not None:
@@ -200,28 +213,30 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
     or gradient that is not finite raises NonFiniteError, and nothing is updated.
     """
     means, waited = _accumulate_in_memory(setup, state, batches, runtime)
-    if state.balance is not None and state.balance.measures(state.step):
+    learning = state.learning
+    if state.balance is not None and state.measures_balance:
         means |= state.balance.combine(state.step, runtime)
-    if setup.phase.changes_weights:
+    if setup.phase.changes_weights and STUDENT in learning:
         means |= {
             f"{kind}_weight": weight * torch.ones((), device=runtime.device)
             for kind, weight in state.weights.items()
         }
-    for role, optimizer in state.optimizers.items():
+    for role, optimizer in learning.items():
         runtime.average_gradient(optimizer.weights.master)
         runtime.unscale([optimizer.optimizer])
         means[f"{role}_grad_norm"] = optimizer.clip(setup.training.max_grad_norm)
     numbers = _read(runtime.average_scalars(means)) | {"data_seconds": waited}
-    numbers |= {f"{role}_lr": optimizer.learning_rate for role, optimizer in state.optimizers.items()}
+    numbers |= {f"{role}_lr": optimizer.learning_rate for role, optimizer in learning.items()}
     state.overflows = state.overflows + 1 if runtime.may_overflow and _overflowed(numbers) else 0
     if 0 < state.overflows <= _MAX_OVERFLOWS:
         numbers = {name: value for name, value in numbers.items() if abs(value) < float("inf")}
         numbers["overflowed"] = 1.0
     else:
         _stop_if_not_finite(setup, state.step, numbers)
-        for optimizer in state.optimizers.values():
+        for optimizer in learning.values():
             optimizer.step()
-        state.after_step()
+        if STUDENT in learning:
+            state.after_step()
     runtime.adapt_scale()
     state.step += 1
     return numbers | runtime.peak_memory()
@@ -229,11 +244,13 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
 
 def _samples(setup: PhaseSetup, state: PhaseState, first: int, batch: Batch) -> Samples:
     """The samples of a micro-batch, which are computed when a loss needs them."""
+    learns = setup.phase.student_learns_at(state.step)
     return Samples(
         batch,
-        student=setup.student,
+        student=setup.student if learns else dataclasses.replace(setup.student, trains=False),
         teacher=setup.teacher,
         discriminator=setup.discriminator,
+        scores=setup.scores,
         teacher_samples=state.teacher_samples,
         number=first,
         taps=setup.phase.taps,
@@ -246,6 +263,7 @@ def losses_and_gradients(
     backward: Callable[..., None],
     *,
     weights: Weights | None = None,
+    roles: Sequence[str] | None = None,
     after_each: Callable[[str], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Computes the loss of each role and at once its backward pass, so that a role's graph is freed before the next one's.
@@ -254,11 +272,12 @@ def losses_and_gradients(
 
     backward: takes a scalar loss and, if `after_each` is given, retain_graph.
     weights: factors of the student's losses by the objective's kind; default: those of the phase's first update.
+    roles: those that learn in this update; default: all of the phase's.
     after_each: called with the kind of each objective of the student after a backward pass of that loss alone, without its
         weight; default: one backward pass of the weighted sum.
     """
     scalars: dict[str, torch.Tensor] = {}
-    for role in roles_of(phase):
+    for role in roles_of(phase) if roles is None else roles:
         losses = losses_of(role, samples, phase)
         total = summed(role, losses, weights or phase.weights_at(0))
         if role == STUDENT and after_each is not None:
@@ -282,7 +301,7 @@ def optimizers_of(
             network.weights(role),
             learning_rate=rate,
             adversarial=phase.adversary is not None,
-            max_train_steps=phase.max_train_steps,
+            max_train_steps=phase.student_updates if role == STUDENT else phase.max_train_steps,
             lr_warmup_steps=training.lr_warmup_steps,
             lr_final_fraction=training.lr_final_fraction,
             kind=training.optimizer,
@@ -297,6 +316,8 @@ def _rates(setup: PhaseSetup) -> dict[str, float]:
     if setup.discriminator is not None:
         rate = setup.phase.discriminator.learning_rate or setup.phase.learning_rate
         rates[DISCRIMINATOR] = setup.adversary_scale * rate
+    if setup.scores is not None:
+        rates[FAKE_SCORE] = setup.phase.fake_score_learning_rate or setup.phase.learning_rate
     return rates
 
 
@@ -333,7 +354,7 @@ def _accumulate(
     """
     sums: dict[str, torch.Tensor] = {}
     waited, weights, after_each = 0.0, state.weights, None
-    if state.balance is not None and state.balance.measures(state.step):
+    if state.balance is not None and state.measures_balance:
         state.balance.begin()
         after_each = state.balance.collect
 
@@ -347,7 +368,14 @@ def _accumulate(
         first, batch = next(batches)
         waited += time.monotonic() - asked
         samples = _samples(setup, state, first, batch)
-        scalars = losses_and_gradients(samples, setup.phase, backward, weights=weights, after_each=after_each)
+        scalars = losses_and_gradients(
+            samples,
+            setup.phase,
+            backward,
+            weights=weights,
+            roles=tuple(state.learning),
+            after_each=after_each,
+        )
         for name, value in scalars.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value / batches.per_update
     return sums, waited

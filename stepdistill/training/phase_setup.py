@@ -8,6 +8,7 @@ from stepdistill.config import Phase, Rung, Training
 from stepdistill.data.cache import LatentCache
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
+from stepdistill.models.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class PhaseSetup:
     number           the phase's index in the rung
     preview          preview(name, step) writes a preview image after so many updates
     adversary_scale  factor of the discriminator's learning rate, below 1 after the guard went back
+    scores           the scores that distribution matching compares; None if no objective does
     """
 
     rung: Rung
@@ -30,6 +32,13 @@ class PhaseSetup:
     cache: LatentCache
     preview: Callable[[str, int], None]
     adversary_scale: float = 1.0
+    scores: Scores | None = None
+
+    def close(self) -> None:
+        """Removes the critics from the network."""
+        for critic in (self.discriminator, self.scores):
+            if critic is not None:
+                critic.close()
 
     @property
     def keys(self) -> tuple[rng.Key, ...]:

@@ -11,6 +11,7 @@ from stepdistill.data.batches import Batch
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.scores import Scores
 from stepdistill.models.shared_network import STUDENT, TEACHER, as_map
 from stepdistill.objectives.adversarial import perturb
 
@@ -23,14 +24,24 @@ class Logits:
     student: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Noised:
+    """The student's x_0, noised for the scores: x_tau (B, C, H, W), without gradients, and its noise and timesteps tau."""
+
+    sample: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+
+
 class Samples:
-    """x_t of a micro-batch, and what teacher, student and discriminator compute from it.
+    """x_t of a micro-batch, and what teacher, student and critics compute from it.
 
     Args:
         batch: the micro-batch.
-        student: runs with gradients.
+        student: runs with gradients, unless the update is one of the critics alone.
         teacher: runs without gradients.
         discriminator: needed in an adversarial phase.
+        scores: needed for distribution matching.
         teacher_samples: samples to reuse, by the number of their micro-batch; new ones are added. None: no reuse.
         number: the number of this micro-batch in teacher_samples.
         taps: where the features of student and teacher at x_t are kept (models/network: `modules_at`).
@@ -43,12 +54,14 @@ class Samples:
         student: Denoiser,
         teacher: Denoiser,
         discriminator: Discriminator | None = None,
+        scores: Scores | None = None,
         teacher_samples: MutableMapping[int, torch.Tensor] | None = None,
         number: int = 0,
         taps: Sequence[str] = (),
     ) -> None:
         self.batch, self.student, self.teacher = batch, student, teacher
-        self._discriminator, self._teacher_samples, self._number = discriminator, teacher_samples, number
+        self._discriminator, self._scores = discriminator, scores
+        self._teacher_samples, self._number = teacher_samples, number
         self._logits: dict[str, Logits] = {}
         self._taps = student.network.modules_at(taps)
         self._features: dict[str, dict[str, torch.Tensor]] = {}
@@ -56,28 +69,39 @@ class Samples:
 
     @cached_property
     def noisy(self) -> torch.Tensor:
-        """x_t (B, C, H, W): noised data, or the noise itself at the last timestep (Eq 24)."""
+        """x_t (B, C, H, W): noised data, or the noise itself at the last timestep (Eq 24). With the student's own inputs:
+        where its own steps lead from the noise, without gradients."""
         batch = self.batch
-        return self.student.noise_path.add_noise(
-            batch.original_samples, batch.noise, batch.timesteps, pure_noise_at_last=True
-        )
+        if batch.own_moves is None:
+            return self.student.noise_path.add_noise(
+                batch.original_samples, batch.noise, batch.timesteps, pure_noise_at_last=True
+            )
+        with torch.no_grad():
+            return self.student.rollout(batch.noise, batch.own_moves, batch.conditioning)
+
+    @cached_property
+    def _student_output(self) -> torch.Tensor:
+        """What the network gives the student at x_t, (B, C, H, W): one pass, however many objectives ask."""
+        seen = self.student.network_timesteps(self.batch.timesteps)
+        noisy = self.noisy
+        with self._kept_features(STUDENT):
+            return self.student.output(noisy, seen, self.batch.conditioning)
 
     @cached_property
     def student_sample(self) -> torch.Tensor:
         """x_s (B, C, H, W), with gradients: the student's one move from timesteps to prev_timesteps."""
         batch = self.batch
-        with self._kept_features(STUDENT):
-            return self.student.move(self.noisy, batch.timesteps, batch.prev_timesteps, batch.conditioning)
+        return self.student.moved(self._student_output, self.noisy, batch.timesteps, batch.prev_timesteps)
 
     @cached_property
     def teacher_sample(self) -> torch.Tensor:
         """x_s (B, C, H, W), without gradients: where the teacher's many moves lead from the same x_t."""
         if self._teacher_samples is not None and self._number in self._teacher_samples:
             return self._teacher_samples[self._number]
-        moves = self.batch.teacher_moves
+        moves, noisy = self.batch.teacher_moves, self.noisy
         assert moves is not None, "an objective that asks for the teacher's samples draws the teacher's moves"
         with self._kept_features(TEACHER):
-            sample = self.teacher.rollout(self.noisy, moves, self.batch.conditioning)
+            sample = self.teacher.rollout(noisy, moves, self.batch.conditioning)
         if self._teacher_samples is not None:
             self._teacher_samples[self._number] = sample
         return sample
@@ -95,22 +119,58 @@ class Samples:
     @cached_property
     def teacher_original(self) -> torch.Tensor:
         """x_0 (B, C, H, W) that the teacher predicts from x_t, without gradients."""
+        batch = self.batch
+        noisy = self.noisy
         with self._kept_features(TEACHER):
-            return self._original_by(self.teacher)
+            return self.teacher.predict(noisy, batch.timesteps, batch.conditioning, target="sample")
 
     @cached_property
     def student_original(self) -> torch.Tensor:
         """x_0 (B, C, H, W) that the student predicts from x_t, with gradients."""
-        return self._original_by(self.student)
+        return self.student.converted(self._student_output, self.noisy, self.batch.timesteps, target="sample")
 
-    def _original_by(self, denoiser: Denoiser) -> torch.Tensor:
-        return denoiser.predict(self.noisy, self.batch.timesteps, self.batch.conditioning, target="sample")
+    @cached_property
+    def noised_original(self) -> Noised:
+        """The student's x_0 as the two scores see it."""
+        score = self.batch.score
+        assert score is not None, "distribution matching draws noise for the scores"
+        original = self.student_original.detach()
+        noisy = self.student.noise_path.add_noise(original, score.noise, score.timesteps)
+        return Noised(noisy, score.noise, score.timesteps)
+
+    @cached_property
+    def fake_output(self) -> torch.Tensor:
+        """What the network gives the fake score at x_tau (B, C, H, W), with the fake score's gradients."""
+        noised, fake = self.noised_original, self._both_scores.fake
+        return fake.output(noised.sample, noised.timesteps, self.batch.conditioning)
+
+    @cached_property
+    def fake_original(self) -> torch.Tensor:
+        """x_0 (B, C, H, W) that the fake score predicts from x_tau, without gradients."""
+        noised, fake = self.noised_original, self._both_scores.fake
+        return fake.converted(self.fake_output.detach(), noised.sample, noised.timesteps, target="sample")
+
+    @cached_property
+    def real_original(self) -> torch.Tensor:
+        """x_0 (B, C, H, W) that the base with guidance predicts from x_tau, without gradients."""
+        noised, real = self.noised_original, self._both_scores.real
+        return real.predict(noised.sample, noised.timesteps, self.batch.conditioning, target="sample")
+
+    @property
+    def fake_prediction_type(self) -> str:
+        """What the network predicts as the fake score."""
+        return self._both_scores.fake.prediction_type
+
+    @property
+    def _both_scores(self) -> Scores:
+        assert self._scores is not None, "distribution matching has two scores"
+        return self._scores
 
     @property
     def student_features(self) -> dict[str, torch.Tensor]:
         """The student's features (B, C, H, W) at x_t by the names of modules, with gradients; no pass of their own."""
         if STUDENT not in self._features:
-            _ = self.student_sample
+            _ = self._student_output
         return self._features[STUDENT]
 
     @property

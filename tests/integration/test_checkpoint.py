@@ -45,6 +45,16 @@ LADDERS = {
     "full trunk, carried": [PAIRED | {"discriminator": {"trunk": "full"}}, carried(trunk="full"), MSE],
     "carried over an mse phase": [PAIRED, MSE, carried()],
     "several": [{**MSE, "objective": None, "objectives": [{"kind": "mse"}, {"kind": "single"}]}],
+    "distribution matching from own inputs": [
+        {
+            **MSE,
+            "objective": None,
+            "objectives": [{"kind": "dmd"}, {"kind": "single", "weight": 0.1}],
+            "inputs": "own",
+            "critic_updates": 2,
+        },
+        MSE,
+    ],
     "balanced features": [
         {
             **MSE,

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from stepdistill import stages
 from stepdistill.config.load import load_config
@@ -14,12 +16,12 @@ pytestmark = pytest.mark.slow
 
 
 def shortened(name, folder, *overrides):
-    """A shipped config with two updates a phase."""
+    """A shipped config with two updates of the student in each phase."""
     path = f"configs/{name}.yaml"
     phases = [
-        f"ladder.{index}.phases.{number}.max_train_steps=2"
+        f"ladder.{index}.phases.{number}.max_train_steps={2 * phase.updates_per_student_update}"
         for index, rung in enumerate(load_config(path).ladder)
-        for number in range(len(rung.phases))
+        for number, phase in enumerate(rung.phases)
     ]
     return load_config(path, [f"output_dir={folder}", *SMALL, *phases, *overrides])
 
@@ -43,3 +45,25 @@ def test_a_ladder_with_features_is_trained_exported_and_reported(tmp_path):
     assert shares["relations"] == pytest.approx(0.05 * shares["mse"], rel=1e-4)
     assert last["relations_weight"] == 0.0
     assert (Path(config.run_dir) / "rungs" / "4" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_ladder_by_distribution_matching_is_trained_exported_and_reported(tmp_path):
+    config = shortened("letters_dmd2", tmp_path, "ladder.2.phases.1.max_train_steps=11")
+    stages.run_all(config)
+    report = config.run_dir / "report"
+    results = json.loads((report / "results.json").read_text())
+    assert {"student-8", "student-4", "student-2", "student-1"} < {row["row"] for row in results["rows"]}
+    assert "Loss of the fake score" in (report / "index.html").read_text()
+    lines = [
+        line for line in read_log(config.run_dir / "log.jsonl") if line["rung"] == 4 and line["phase"] == 1
+    ]
+    assert [line["objective"] for line in lines] == ["dmd+single"] * 11
+    for step, line in enumerate(lines):
+        learns = step in (4, 9)
+        assert ("student_loss" in line) == ("student_lr" in line) == ("dmd_loss" in line) == learns
+        assert line["fake_score_loss"] > 0
+        assert line["fake_score_grad_norm"] > 0
+        assert line["discriminator_loss"] > 0
+    weights = load_file(config.run_dir / "rungs" / "4" / "pytorch_lora_weights.safetensors")
+    assert all("fake_score" not in name for name in weights)
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepdistill.cli import app, guarded
-from stepdistill.config import ConfigError
+from stepdistill.config import ConfigError, Phase
 from stepdistill.config.load import load_config
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import GIB, card_of
@@ -20,7 +20,7 @@ from stepdistill.teacher.families import plannable_facts
 
 LETTERS = "configs/letters.yaml"
 PROFILES = {"sd15": 24, "sd15_8gb": 8, "sd15_12gb": 12, "sd21_v": 24, "sdxl_12gb": 12, "sdxl_16gb": 16}
-PROFILES |= {"sdxl_24gb": 24, "sdxl": 80, "sdxl_8x80gb": 80}
+PROFILES |= {"sdxl_24gb": 24, "sdxl_dmd2_24gb": 24, "sdxl": 80, "sdxl_8x80gb": 80}
 SMALLEST_MARGIN = 1.0
 """GiB that must be free beyond what the driver takes: for the working memory of kernels, and for fragments."""
 
@@ -215,6 +215,8 @@ def test_the_plan_in_passes_agrees_with_the_arithmetic_counted(name, checkpointi
         (config.ladder[0], config.ladder[0].phases[0]),
         (config.ladder[2], config.ladder[2].phases[0]),
         (config.ladder[1], config.ladder[1].phases[1]),
+        (config.ladder[2], Phase(objective="dmd", inputs="own")),
+        (config.ladder[1], config.ladder[1].phases[1].model_copy(update={"critic_updates": 5})),
     ):
         counted = dry_run.update(rung, phase).total.flop / samples / bare
         assert phase_forwards(config, rung, phase) == pytest.approx(counted, rel=0.2), phase.title

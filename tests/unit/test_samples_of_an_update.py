@@ -11,6 +11,7 @@ from stepdistill.config import ConfigError, Phase
 from stepdistill.config.load import load_config
 from stepdistill.config.objective_kinds import OBJECTIVES, ObjectiveKind
 from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
+from stepdistill.models.scores import build_scores
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.plan import phase_forwards
 from stepdistill.plan.passes import _LORA_FORWARD
@@ -150,8 +151,11 @@ def test_losses_and_gradients_never_wait_for_the_gpu(noise_path, kind):
     pair, batch = make_pair(noise_path), make_batch(noise_path)
     phase = Phase(objective=kind)
     discriminator = make_discriminator(pair.network, paired=kind == "paired") if phase.adversary else None
+    batch = dataclasses.replace(batch, score=batch.perturbation)
+    undistilled = dataclasses.replace(pair.teacher, adapter=None)
+    scores = build_scores(phase, undistilled, rank=4, seed=0)
     with NoWaiting():
-        losses = pair.losses(batch, phase, discriminator)
+        losses = pair.losses(batch, phase, discriminator, scores=scores)
         for loss in losses.by_role.values():
             loss.backward()
         torch.nn.utils.clip_grad_norm_(pair.student_parameters, 1.0)
