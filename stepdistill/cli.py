@@ -196,6 +196,13 @@ def prepare(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = F
 
 
 @app.command()
+def shrink(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Make the smaller base model that the config's `shrink` section asks for."""
+    began = time.monotonic()
+    stages.shrink(_load(config, overrides), began=began)
+
+
+@app.command()
 def distill(
     config: ConfigPath, overrides: Overrides = None, rung: RungOption = None, dry_run: DryRun = False
 ) -> None:

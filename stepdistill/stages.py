@@ -22,6 +22,7 @@ from stepdistill.run.folder import check_folder, open_folder
 from stepdistill.run.lock import is_alone, locked, release_all
 from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
+from stepdistill.shrink.small_base import base_record, ladder_base, on_small_base
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
@@ -151,6 +152,39 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
         )
 
 
+def shrink(config: RunConfig, *, began: float | None = None) -> None:
+    """Makes the smaller base model that config.shrink asks for; does nothing if it is there already.
+
+    began: time.monotonic() at the command's start, from which training.max_minutes counts; None: now.
+    """
+    if config.shrink is None:
+        raise ConfigError(
+            "shrink: got no such section; allowed: one with `remove` or `keep` (docs/configuration.md)"
+        )
+    began = time.monotonic() if began is None else began
+    if not _is_started(config):
+        _check_before_start(config, None)
+    with _work_in(config):
+        _quiet_libraries()
+        _shrink(config, began)
+
+
+def _shrink(config: RunConfig, began: float) -> None:
+    from stepdistill.shrink.train import make_small_base
+
+    _meet(config)
+    _require_same_teacher(config)
+    made = make_small_base(config, began=began)
+    record = base_record(config) or {}
+    logger.info(
+        "shrink: %s %s, with %s of %s parameters",
+        ladder_base(config),
+        "is written" if made else "is there already",
+        f"{record.get('parameters', 0):,}",
+        f"{record.get('parameters_of_original', 0):,}",
+    )
+
+
 def distill(config: RunConfig, *, only: tuple[int, int] | None = None, began: float | None = None) -> None:
     """Trains the unfinished rungs, or one rung again, after a check that the stages after it can be done.
 
@@ -161,6 +195,7 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None, began: fl
         _check_before_start(config, only)
     with _work_in(config):
         _quiet_libraries()
+        on_small_base(config)  # ConfigError if it is not there
         _check_later_stages(config)
         _distill(config, only, began=began)
 
@@ -184,6 +219,7 @@ def _distill(config: RunConfig, only: tuple[int, int] | None = None, *, began: f
 
     _meet(config)
     _require_same_teacher(config)
+    config = on_small_base(config)
     check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     before = finished_rungs(config.run_dir)
     trained = train_rungs(config, only=only, began=began)
@@ -242,6 +278,8 @@ def export(
     _quiet_libraries()
     from stepdistill.export.check import check_export
 
+    _require_same_teacher(config)
+    config = on_small_base(config)
     check_export(config)
     if dry_run:
         _print_exports(config, chosen, push_to)
@@ -249,7 +287,6 @@ def export(
     from stepdistill.export.rung import export_rung
 
     with locked(config.run_dir):
-        _require_same_teacher(config)
         for count in chosen:
             folder = export_rung(config, count)
             clear_half_written(rung_folder(config.run_dir, count))
@@ -320,6 +357,7 @@ def evaluate(config: RunConfig) -> None:
 
         _meet(config)
         _require_same_teacher(config)
+        config = on_small_base(config)
         folder = run_dir / "evaluation"
         drawn = sum(1 for _ in folder.rglob("images/*.png"))
         need = evaluation_bytes(config, TeacherFacts.of_folder(teacher_folder(config)), drawn=drawn)
@@ -381,7 +419,10 @@ def _run_all(config: RunConfig, began: float) -> None:
         plan.describe(config, finished=finished, seconds_per_pass=plan.measured_seconds_per_pass(config)),
     )
     prepare(config)
-    logger.info("%s", _estimate(config))
+    if config.shrink is not None:
+        with _work_in(config):
+            _shrink(config, began)
+    logger.info("%s", _estimate(on_small_base(config)))
     with _work_in(config):
         _distill(config, began=began)
     export(config)
@@ -395,7 +436,7 @@ def refresh_cards(config: RunConfig) -> None:
     """Writes every rung's model card again, with the measured numbers and the report's image grid."""
     from stepdistill.export.rung import refresh_cards as write_again
 
-    write_again(config)
+    write_again(on_small_base(config))
 
 
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
@@ -407,7 +448,8 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     _check_image_path(output)
     config = read_run_config(run_dir)
     require_rung(run_dir, steps)
-    check_same_teacher(config, teacher_folder(config))
+    check_same_teacher(config, teacher_folder(config), base=ladder_base(config))
+    config = on_small_base(config)
     _quiet_libraries()
     from stepdistill.evaluation.draw.sampler import draw
     from stepdistill.export.exported import is_exported
@@ -479,6 +521,8 @@ def _check_later_stages(config: RunConfig) -> None:
     from stepdistill.ladder.check import check_training
     from stepdistill.plan.budget import kept_modules
 
+    if base_record(config) is not None:
+        config = on_small_base(config)
     check_export(config)
     check_evaluation(config)
     facts = teacher_facts(config)
@@ -491,7 +535,7 @@ def _require_same_teacher(config: RunConfig) -> None:
     from stepdistill.runtime import Processes
 
     processes, folder = Processes(), teacher_folder(config)
-    check_same_teacher(config, folder)
+    check_same_teacher(config, folder, base=ladder_base(config))
     processes.wait()
     if processes.is_main:
         record_teacher(config, folder)

@@ -11,4 +11,5 @@ from stepdistill.config.section import Section as Section
 from stepdistill.config.sections import Expert as Expert
 from stepdistill.config.sections import Export as Export
 from stepdistill.config.sections import RunConfig as RunConfig
+from stepdistill.config.sections import Teacher as Teacher
 from stepdistill.config.sections import Training as Training

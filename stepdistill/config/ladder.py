@@ -112,8 +112,10 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     """mse: mean squared error between the results of one student step and of the teacher's steps; convert: learn to output
     the rung's prediction_type, allowed only as the rung's first phase; paired and single: adversarial, with a discriminator
     that sees each sample beside the x_t from which the step starts (paired) or alone (single); dmd: distribution matching
-    against the base model with guidance, with a fake score that learns the student's images. l2, attention, gram, kernel
-    and relations compare features inside the network with the teacher's at the same x_t (docs/method.md)."""
+    against the base model with guidance, with a fake score that learns the student's images; output: mean squared error
+    between the outputs of student and teacher at the same x_t; denoise: between the student's output and the noise in the
+    data, as a diffusion model is trained. l2, attention, gram, kernel and relations compare features inside the network with
+    the teacher's at the same x_t (docs/method.md)."""
     objectives: Annotated[tuple[WeightedObjective, ...], Field(max_length=8)] = ()
     """Several objectives at once, in place of `objective`, such as [{kind: mse}, {kind: single, weight: 0.1}]. Their losses
     on the same samples are added."""
@@ -129,6 +131,8 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     inputs: Literal["data", "own"] = "data"
     """Where the student's steps start in training. data: at noised training data; own: at the samples that the student
     itself reaches from pure noise with the rung's sampler, as when it draws."""
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the samples that are trained without their prompt."""
     fake_score_learning_rate: LearningRate | None = None
     """For dmd: learning rate of the fake score, a LoRA on the base model. Default: learning_rate."""
     learning_rate: LearningRate = 1e-3

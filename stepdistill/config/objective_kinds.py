@@ -46,6 +46,8 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
     "paired": _adversarial(5.25),
     "single": _adversarial(3.55),
     "dmd": ObjectiveKind(f"{_LOSSES}:dmd_student", "nothing", "fake_score", f"{_LOSSES}:fake_score"),
+    "output": ObjectiveKind(f"{_LOSSES}:output", "prediction"),
+    "denoise": ObjectiveKind(f"{_LOSSES}:denoise", "nothing"),
     "l2": ObjectiveKind(f"{_LOSSES}:l2", "features"),
     "attention": ObjectiveKind(f"{_LOSSES}:attention", "features"),
     "gram": ObjectiveKind(f"{_LOSSES}:gram", "features"),

@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from stepdistill.config.data import Data
 from stepdistill.config.evaluation import Evaluation
@@ -21,6 +21,7 @@ from stepdistill.config.section import (
     Rank,
     Section,
 )
+from stepdistill.config.shrink import Shrink, check_shrink
 
 
 def _memory_size(value: object) -> object:
@@ -256,6 +257,8 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     teachers: Annotated[tuple[Expert, ...], Field(max_length=16)] = ()
     """Several teachers in place of the model at teacher.path alone, which remains what the student is a LoRA on. The first
     rung learns from the mean of their predictions, or for each prompt from those whose `prompts` it has."""
+    shrink: Shrink | None = None
+    """A smaller base model, made before the ladder, which then climbs on it. Default: the teacher's own U-Net."""
     lora: LoraOptions = LoraOptions()
     data: Data = Data()
     training: Training = Training()
@@ -263,6 +266,20 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     preview: PreviewOptions
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
+
+    _written: "RunConfig | None" = PrivateAttr(None)
+
+    @property
+    def as_written(self) -> "RunConfig":
+        """The config that a user wrote, if this one stands for it in a part of the run; else this one."""
+        return self._written or self
+
+    def standing_for(self, changes: dict[str, Any]) -> "RunConfig":
+        """A copy with these fields changed, which stands for this config in a part of the run: checkpoints and hashes still
+        depend on what was written."""
+        copy = self.model_copy(update=changes)
+        copy._written = self.as_written
+        return copy
 
     @property
     def run_dir(self) -> Path:
@@ -281,6 +298,7 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     def _check_ladder(self) -> "RunConfig":
         check_ladder(self.ladder)
         check_experts(self.teachers, self.ladder)
+        check_shrink(self.shrink, has_teachers=bool(self.teachers), has_start=self.start_from is not None)
         if self.training.memory_budget is not None and not self.training.gradient_checkpointing:
             raise ConfigError(
                 "training.memory_budget: got a budget without gradient_checkpointing, whose computing again it limits; fix: "

@@ -111,6 +111,7 @@ def draw_batch(
     perturbation_weights: Sequence[float] | None = None,
     for_scores: bool = False,
     from_own: bool = False,
+    prompt_dropout: float = 0.0,
     seed: int,
     keys: tuple[rng.Key, ...],
     dtype: torch.dtype,
@@ -128,6 +129,7 @@ def draw_batch(
         teacher_steps: steps of the teacher's sampler; default: teacher_moves is None.
         perturbation_weights: weights of the timesteps t* (objectives/adversarial.py); default: perturbation is None.
         for_scores: draw noise and timesteps for the scores of distribution matching.
+        prompt_dropout: share of the samples that get the embedding of no prompt in place of their own.
         from_own: begin with the student's own moves from pure noise; node_steps must be student_steps.
         seed: the run's seed.
         keys: names the random stream, together with the seed.
@@ -157,12 +159,16 @@ def draw_batch(
             rng.normal(shape, indices, seed=seed, keys=(*keys, "score_noise")),
         )
     moves = None if teacher_steps is None else noise_path.substeps(nodes, ends, teacher_steps)
+    conditioning = samples.conditioning
+    if prompt_dropout:
+        dropped = rng.uniform(indices, seed=seed, keys=(*keys, "prompt_dropout")) < prompt_dropout
+        conditioning = conditioning.without_prompts(dropped, cache.unconditional)
     return Batch(
         original_samples=samples.latents,
         noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "noise")),
         timesteps=torch.tensor(nodes),
         prev_timesteps=torch.tensor(ends),
-        conditioning=samples.conditioning.to("cpu", dtype),
+        conditioning=conditioning.to("cpu", dtype),
         teacher_moves=moves,
         perturbation=perturbation,
         score=score,

@@ -65,15 +65,8 @@ class Shared:
         return fingerprint(self.base)
 
     @functools.cached_property
-    def _versions(self) -> dict[str, str]:
-        """Versions of this package and those it uses, as they were when this process began to train."""
-        versions = environment()
-        return {name: str(versions[name]) for name in _VERSIONS}
-
-    @functools.cached_property
     def _cache_hash(self) -> str:
-        manifest = read_sealed(self.config.run_dir / "cache" / "manifest.json") or {}
-        return sha256_json(manifest.get("shards"))
+        return cache_hash(self.config)
 
     @property
     def samples_per_update(self) -> int:
@@ -98,13 +91,26 @@ class Shared:
             base=self.base_fingerprint,
             cache=self._cache_hash,
             samples=self.samples_per_update,
-            versions=self._versions,
+            versions=versions_of_training(),
         )
 
     @property
     def noise_path(self) -> NoisePath:
         """The noise path of the base model."""
         return self.undistilled.noise_path
+
+
+@functools.cache
+def versions_of_training() -> dict[str, str]:
+    """Versions of this package and those it uses, as they were when this process began to train."""
+    versions = environment()
+    return {name: str(versions[name]) for name in _VERSIONS}
+
+
+def cache_hash(config: RunConfig) -> str:
+    """A hash of the shards of a run's latents and text embeddings."""
+    manifest = read_sealed(config.run_dir / "cache" / "manifest.json") or {}
+    return sha256_json(manifest.get("shards"))
 
 
 def load_shared(config: RunConfig, runtime: Runtime) -> Shared:

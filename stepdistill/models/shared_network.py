@@ -105,6 +105,25 @@ class SharedNetwork:
         network.add_adapter(TEACHER, rank=rank, seed=seed, trains=False)
         return network
 
+    @classmethod
+    def trained_whole(
+        cls,
+        model: Any,
+        *,
+        dtype: torch.dtype,
+        gradient_checkpointing: bool = False,
+        compiles: bool = False,
+        sizes_vary: bool = False,
+    ) -> "SharedNetwork":
+        """A network without adapters, all of whose weights are the student's and are trained: it computes in `dtype`, with
+        masters in float32, which is the dtype of `model` before."""
+        network = cls(
+            model, gradient_checkpointing=gradient_checkpointing, compiles=compiles, sizes_vary=sizes_vary
+        )
+        network.dtype = dtype
+        network.set_group(STUDENT, dict(model.named_parameters()))
+        return network
+
     def compile_blocks(self, model: torch.nn.Module) -> None:
         """Compiles the repeated blocks of the network, or of a copy of a part of it; does nothing unless `compiles`."""
         if not self._compiles:
@@ -183,6 +202,8 @@ class SharedNetwork:
         """The weights of an adapter by their file keys, in float32 if it trains."""
         masters = self._groups[name].masters() if name in self._groups else {}
         parameters = adapter_parameters(self.model, name)
+        if not parameters:  # all weights of the network are trained
+            return masters
         return {
             file_key(key, name): masters.get(key, parameter.data) for key, parameter in parameters.items()
         }

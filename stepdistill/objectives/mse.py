@@ -52,6 +52,28 @@ def mse_loss(
     return (error * weight.to(error.dtype)).mean()
 
 
+def output_loss(student_output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """MSE of the student's output (B, ...): to the teacher's, or to what an exact output would be (`denoising_target`)."""
+    return (student_output - target).square().mean()
+
+
+def denoising_target(
+    original: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    noise_path: NoisePath,
+    prediction_type: str,
+) -> torch.Tensor:
+    """The output (B, ...) that denoises x_t exactly: epsilon, x_0, or v = alpha_t epsilon - sigma_t x_0."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return original
+    alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=original.ndim, dtype=original.dtype)
+    return alpha * noise - sigma * original
+
+
 def convert_loss(student_original: torch.Tensor, teacher_original: torch.Tensor) -> torch.Tensor:
     """MSE between two predictions of x_0 (B, ...), for changing the student's prediction type (Eq 27-29).
 

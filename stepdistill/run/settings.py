@@ -36,6 +36,8 @@ _LATER_DEFAULTS: dict[str, Any] = {
     "between": "patches",
     "critic_updates": None,
     "inputs": "data",
+    "prompt_dropout": 0.0,
+    "shrink": None,
     "fake_score_learning_rate": None,
 }
 """Settings that earlier versions did not have, by their last name: at these values they are not part of a hash."""
@@ -43,7 +45,8 @@ _LATER_DEFAULTS: dict[str, Any] = {
 
 def config_hash(config: RunConfig) -> str:
     """A hash of all settings that a run's weights depend on; the run's place, exports and evaluation do not change it."""
-    settings = {k: v for k, v in flat(resolved(config)).items() if affects(k) is not Affects.NOTHING}
+    written = flat(resolved(config.as_written))
+    settings = {k: v for k, v in written.items() if affects(k) is not Affects.NOTHING}
     return sha256_json({k: v for k, v in settings.items() if not _is_later_default(k, v)})
 
 
@@ -87,7 +90,7 @@ def settings_behind(config: RunConfig, *, position: int, phase: int, step: int) 
     phases = config.ladder[position].phases
     prefix = f"ladder.{position}."
     settings = {}
-    for key, value in flat(resolved(config)).items():
+    for key, value in flat(resolved(config.as_written)).items():
         part = key.removeprefix(prefix).split(".")
         is_of_rung = key.startswith(prefix) and (part[0] != "phases" or int(part[1]) < begun)
         if affects(key) is Affects.EVERY_RUNG or is_of_rung:
@@ -112,6 +115,12 @@ def differences_text(changes: list[Difference]) -> str:
     """The differences in one line, such as "lora.rank: 16 -> 8, seed: 0 -> 1"; the first few if there are many."""
     shown = ", ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in changes[:_MAX_SHOWN])
     return f"{shown} and {len(changes) - _MAX_SHOWN} more" if len(changes) > _MAX_SHOWN else shown
+
+
+def settings_of_every_rung(config: RunConfig) -> dict[str, Any]:
+    """The settings, by dotted key, that everything trained in a run depends on."""
+    written = flat(resolved(config.as_written))
+    return {key: value for key, value in written.items() if affects(key) is Affects.EVERY_RUNG}
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:

@@ -19,12 +19,13 @@ _ALLOWED = (
 )
 
 
-def check_same_teacher(config: RunConfig, folder: Path) -> None:
-    """ConfigError if the teacher in `folder` is not the one that the run was started with or its rungs were trained on.
+def check_same_teacher(config: RunConfig, folder: Path, *, base: Path | None = None) -> None:
+    """ConfigError if the teacher in `folder` is not the one that the run was started with, or its rungs were trained on
+    another model than `base`, by default the teacher.
 
     A run without a record, as earlier versions left it, passes if its finished rungs belong to this teacher's U-Net.
     """
-    _check_rungs(config, folder)
+    _check_rungs(config, folder if base is None else base)
     stored = _recorded(config.run_dir / PARTS_RECORD)
     if stored is None:
         return
@@ -59,7 +60,8 @@ def _check_rungs(config: RunConfig, folder: Path) -> None:
     for rung in config.ladder:
         record = RungRecord.read(rung_folder(config.run_dir, rung.student_steps))
         if record is not None and record.base_fingerprint != weights_fingerprint(folder, "unet"):
+            shown = config.teacher.path if config.shrink is None else str(folder)
             raise ConfigError(
-                f"teacher.path: the weights in unet/ of {config.teacher.path!r} are not those that the "
+                f"teacher.path: the weights in unet/ of {shown!r} are not those that the "
                 f"{rung.student_steps}-step rung in {config.run_dir} was trained on; {_ALLOWED}"
             )

@@ -15,7 +15,7 @@ from stepdistill.config import Phase
 from stepdistill.config.objective_kinds import OBJECTIVES
 from stepdistill.models.shared_network import STUDENT
 from stepdistill.objectives import adversarial, distribution_matching, features
-from stepdistill.objectives.mse import convert_loss, mse_loss
+from stepdistill.objectives.mse import convert_loss, denoising_target, mse_loss, output_loss
 from stepdistill.training.samples import Samples
 
 Weights = Mapping[str, float | torch.Tensor]
@@ -48,6 +48,24 @@ def mse(samples: Samples, phase: Phase) -> Loss:
 def convert(samples: Samples, _phase: Phase) -> Loss:
     """MSE between the x_0 implied by the student's output, of the new type, and by the teacher's output (Eq 27-29)."""
     return Loss(convert_loss(samples.student_original, samples.teacher_original))
+
+
+def output(samples: Samples, _phase: Phase) -> Loss:
+    """MSE between the outputs of student and teacher at x_t (output distillation, as in BK-SDM)."""
+    return Loss(output_loss(samples.student_output, samples.teacher_output))
+
+
+def denoise(samples: Samples, _phase: Phase) -> Loss:
+    """MSE between the student's output and the noise in the data, as in the training of any diffusion model."""
+    batch, student = samples.batch, samples.student
+    target = denoising_target(
+        batch.original_samples,
+        batch.noise,
+        batch.timesteps,
+        noise_path=student.noise_path,
+        prediction_type=student.prediction_type,
+    )
+    return Loss(output_loss(samples.student_output, target))
 
 
 def adversarial_discriminator(samples: Samples, phase: Phase) -> Loss:

@@ -119,6 +119,7 @@ class MicroBatches:
             else phase.discriminator.perturbation_weights,
             for_scores=phase.matches_distributions,
             from_own=phase.inputs == "own",
+            prompt_dropout=phase.prompt_dropout,
             seed=setup.seed,
             keys=setup.keys,
             group=self.size * self.per_update * self._runtime.num_processes,

@@ -18,6 +18,7 @@ class PhaseSetup:
     number           the phase's index in the rung
     preview          preview(name, step) writes a preview image after so many updates
     adversary_scale  factor of the discriminator's learning rate, below 1 after the guard went back
+    name             in place of the rung's steps in messages
     scores           the scores that distribution matching compares; None if no objective does
     """
 
@@ -33,6 +34,7 @@ class PhaseSetup:
     preview: Callable[[str, int], None]
     adversary_scale: float = 1.0
     scores: Scores | None = None
+    name: str | None = None
 
     def close(self) -> None:
         """Removes the critics from the network."""
@@ -48,6 +50,8 @@ class PhaseSetup:
     @property
     def title(self) -> str:
         """The phase's title in the progress display and in messages, such as "32 -> 8 mse"."""
+        if self.name is not None:
+            return f"{self.name} {self.phase.title}"
         return f"{self.rung.teacher_steps} -> {self.rung.student_steps} {self.phase.title}"
 
     @property

@@ -80,7 +80,7 @@ class Samples:
             return self.student.rollout(batch.noise, batch.own_moves, batch.conditioning)
 
     @cached_property
-    def _student_output(self) -> torch.Tensor:
+    def student_output(self) -> torch.Tensor:
         """What the network gives the student at x_t, (B, C, H, W): one pass, however many objectives ask."""
         seen = self.student.network_timesteps(self.batch.timesteps)
         noisy = self.noisy
@@ -91,7 +91,7 @@ class Samples:
     def student_sample(self) -> torch.Tensor:
         """x_s (B, C, H, W), with gradients: the student's one move from timesteps to prev_timesteps."""
         batch = self.batch
-        return self.student.moved(self._student_output, self.noisy, batch.timesteps, batch.prev_timesteps)
+        return self.student.moved(self.student_output, self.noisy, batch.timesteps, batch.prev_timesteps)
 
     @cached_property
     def teacher_sample(self) -> torch.Tensor:
@@ -117,17 +117,24 @@ class Samples:
         return self.teacher_sample if real == "teacher" else self.data_sample
 
     @cached_property
+    def teacher_output(self) -> torch.Tensor:
+        """What the teacher predicts at x_t, (B, C, H, W), expressed in what the student predicts, without gradients."""
+        return self._teacher_prediction(self.student.prediction_type)
+
+    @cached_property
     def teacher_original(self) -> torch.Tensor:
         """x_0 (B, C, H, W) that the teacher predicts from x_t, without gradients."""
-        batch = self.batch
-        noisy = self.noisy
+        return self._teacher_prediction("sample")
+
+    def _teacher_prediction(self, target: str) -> torch.Tensor:
+        noisy, batch = self.noisy, self.batch
         with self._kept_features(TEACHER):
-            return self.teacher.predict(noisy, batch.timesteps, batch.conditioning, target="sample")
+            return self.teacher.predict(noisy, batch.timesteps, batch.conditioning, target=target)
 
     @cached_property
     def student_original(self) -> torch.Tensor:
         """x_0 (B, C, H, W) that the student predicts from x_t, with gradients."""
-        return self.student.converted(self._student_output, self.noisy, self.batch.timesteps, target="sample")
+        return self.student.converted(self.student_output, self.noisy, self.batch.timesteps, target="sample")
 
     @cached_property
     def noised_original(self) -> Noised:
@@ -170,7 +177,7 @@ class Samples:
     def student_features(self) -> dict[str, torch.Tensor]:
         """The student's features (B, C, H, W) at x_t by the names of modules, with gradients; no pass of their own."""
         if STUDENT not in self._features:
-            _ = self._student_output
+            _ = self.student_output
         return self._features[STUDENT]
 
     @property
@@ -178,14 +185,15 @@ class Samples:
         """The teacher's features (B, C, H, W) at x_t by the names of modules: those of its first move, with the prompts. If
         no objective needs its moves, it makes one prediction."""
         if TEACHER not in self._features:
-            _ = self.teacher_original if self.batch.teacher_moves is None else self.teacher_sample
+            _ = self.teacher_output if self.batch.teacher_moves is None else self.teacher_sample
         return self._features[TEACHER]
 
     @contextmanager
     def _kept_features(self, role: str) -> Iterator[None]:
         """Keeps the features of the first pass inside it, unless those of the role are kept already."""
         rows = len(self.batch.timesteps)
-        with self.student.network.tapped(self._taps) as outputs:
+        network = (self.student if role == STUDENT else self.teacher).network
+        with network.tapped(self._taps) as outputs:
             yield
         # a guided pass has the rows without prompts first
         self._features.setdefault(role, {name: as_map(output[-rows:]) for name, output in outputs.items()})

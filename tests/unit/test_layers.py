@@ -29,7 +29,7 @@ FLOORS = [
     {"data"},
     {"training", "report"},
     {"ladder", "export", "sampling", "plan"},
-    {"evaluation"},
+    {"evaluation", "shrink"},
     {"doctor", "stages", "cli", "__main__"},
 ]
 OWNERS = {

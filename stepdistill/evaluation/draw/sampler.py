@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from PIL import Image
 
 from stepdistill.config import Expert, RunConfig
@@ -260,7 +261,8 @@ class Sampler:
         self._load(self._pipeline, row)
         if row.lora_scale != self._scale:  # cheaper than loading the LoRA again
             active = self._pipeline.get_active_adapters()
-            self._pipeline.set_adapters(active, [row.lora_scale] * len(active))
+            # pipeline.set_adapters fails for a U-Net whose levels have different numbers of blocks
+            set_weights_and_activate_adapters(self._pipeline.unet, active, [row.lora_scale] * len(active))
             self._scale = row.lora_scale
         return self._pipeline
 

@@ -53,6 +53,20 @@ class Conditioning:
         sizes = {k: v for k, v in conditional.added_cond_kwargs.items() if k == "time_ids"}
         return Conditioning(rows.encoder_hidden_states, rows.added_cond_kwargs | sizes, conditional.captions)
 
+    def without_prompts(self, rows: torch.Tensor, unconditional: "Conditioning") -> "Conditioning":
+        """The same with these rows, a mask (B,), replaced by the unconditional row; their time_ids stay."""
+        other = unconditional.beside(self)
+
+        def mixed(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            return torch.where(rows.view(-1, *[1] * (ours.ndim - 1)), theirs.to(ours.dtype), ours)
+
+        added = {
+            name: mixed(value, other.added_cond_kwargs[name])
+            for name, value in self.added_cond_kwargs.items()
+        }
+        hidden = mixed(self.encoder_hidden_states, other.encoder_hidden_states)
+        return Conditioning(hidden, added, self.captions)
+
     @staticmethod
     def concat(*parts: "Conditioning") -> "Conditioning":
         """The rows of all parts in order, such as the unconditional and the conditional half of one forward pass."""

@@ -69,7 +69,8 @@ class UNetKind:
         timesteps: torch.Tensor,
         conditioning: Conditioning,
     ) -> list[torch.Tensor]:
-        """Features (B, C_i, H_i, W_i) after each down block and the mid-block: the U-Net without its decoder."""
+        """Features (B, C_i, H_i, W_i) after each down block and the mid-block, if there is one: the U-Net without its
+        decoder."""
         hidden_states = conditioning.encoder_hidden_states
         added = conditioning.added_cond_kwargs or None
         emb = network.time_embedding(network.get_time_embed(sample=sample, timestep=timesteps))
@@ -82,7 +83,7 @@ class UNetKind:
         )
         state = network.conv_in(sample)
         features = []
-        for block in (*network.down_blocks, network.mid_block):
+        for block in _encoder_blocks(network):
             if getattr(block, "has_cross_attention", False):
                 result = block(state, temb=emb, encoder_hidden_states=hidden_states)
             else:
@@ -95,11 +96,13 @@ class UNetKind:
         """The blocks at a place, or the module of this name; ValueError if there is none."""
         places = {
             "encoder": [f"down_blocks.{index}" for index in range(len(network.down_blocks))],
-            "middle": ["mid_block"],
+            "middle": [] if network.mid_block is None else ["mid_block"],
             "decoder": [f"up_blocks.{index}" for index in range(len(network.up_blocks))],
         }
-        if tap in places:
+        if places.get(tap):
             return places[tap]
+        if tap in places:
+            raise ValueError(f"got {tap!r}, but this network has no {tap}; allowed: encoder, decoder")
         try:
             network.get_submodule(tap)
         except AttributeError:
@@ -128,7 +131,7 @@ class UNetKind:
         channels = list(network.config.block_out_channels)
         last = len(channels) - 1
         blocks = [(c, max(1, sample_size >> min(i + 1, last))) for i, c in enumerate(channels)]
-        return [*blocks, blocks[-1]]
+        return [*blocks, blocks[-1]][: len(_encoder_blocks(network))]
 
     def encoder_copy(self, network: UNet2DConditionModel) -> UNet2DConditionModel:
         """A copy without the decoder."""
@@ -136,3 +139,9 @@ class UNetKind:
         encoder.up_blocks = nn.ModuleList()
         encoder.conv_norm_out, encoder.conv_out = None, nn.Identity()
         return encoder
+
+
+def _encoder_blocks(network: UNet2DConditionModel) -> list[nn.Module]:
+    """The down blocks and the mid-block, which a smaller U-Net may lack."""
+    middle = [] if network.mid_block is None else [network.mid_block]
+    return [*network.down_blocks, *middle]

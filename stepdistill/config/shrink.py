@@ -1,0 +1,79 @@
+"""The `shrink` section of a config: how a smaller base model is made before the ladder. No torch."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from stepdistill.config.ladder import Phase, WeightedObjective
+from stepdistill.config.objective_kinds import OBJECTIVES, has_critic
+from stepdistill.config.section import Affects, ConfigError, LearningRate, PositiveInt, Section
+
+PART_PATTERN = r"^(middle|middle\.end|level\.\d+\.(pair|layer)\.\d+)$"
+Part = Annotated[str, Field(pattern=PART_PATTERN)]
+_OBJECTIVES = tuple(
+    kind
+    for kind, known in OBJECTIVES.items()
+    if known.teacher in ("prediction", "features", "nothing") and not has_critic(kind) and kind != "convert"
+)
+"""Those that need neither the steps of a sampler nor a critic."""
+
+
+class Shrink(Section, affects=Affects.EVERY_RUNG):
+    """A smaller base model: blocks of the teacher's U-Net are removed, and what is left is trained whole to imitate it (as
+    BK-SDM was). The ladder then climbs on it, and its first rung learns from the teacher itself."""
+
+    remove: Annotated[tuple[Part, ...], Field(max_length=500)] = ()
+    """The parts to remove. level.L.pair.K: at level L (0 has the most pixels) residual block K, with its attention, of
+    encoder and decoder; level.L.layer.K: transformer block K of every attention at level L; middle.end: the attention and
+    the second residual block of the mid-block; middle: the whole mid-block."""
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """In place of `remove`: the share of the parameters that is kept at most. Each part is removed alone and the output's
+    error is measured; parts with the least error per parameter are removed first."""
+    sensitivity_samples: Annotated[int, Field(gt=0, le=100_000)] = 64
+    """Samples of the data on which that error is measured."""
+    objectives: Annotated[tuple[WeightedObjective, ...], Field(min_length=1, max_length=8)] = (
+        WeightedObjective(kind="output"),
+        WeightedObjective(kind="denoise"),
+        WeightedObjective(kind="l2", taps=("encoder", "decoder")),
+    )
+    """What is minimised, at all timesteps: the difference to the teacher's output, to the noise in the data, and to the
+    teacher's features (the three terms of BK-SDM, arXiv 2305.15798)."""
+    max_train_steps: PositiveInt = 2000
+    """Number of updates; all weights are trained, by AdamW, with float32 masters."""
+    learning_rate: LearningRate = 5e-5
+    """Learning rate after warm-up; 5e-5 as in BK-SDM."""
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the samples that are trained without their prompt, so that the smaller base can be guided too."""
+
+    @property
+    def phase(self) -> Phase:
+        """The training of the smaller base as a phase."""
+        return Phase(
+            objectives=self.objectives,
+            max_train_steps=self.max_train_steps,
+            learning_rate=self.learning_rate,
+            prompt_dropout=self.prompt_dropout,
+        )
+
+
+def check_shrink(shrink: Shrink | None, *, has_teachers: bool, has_start: bool) -> None:
+    """ConfigError if the section's keys, or other keys and it, do not go together."""
+    if shrink is None:
+        return
+    if bool(shrink.remove) == (shrink.keep is not None):
+        given = "both" if shrink.remove else "neither"
+        raise ConfigError(f"shrink: got {given} of remove and keep; allowed: one of them")
+    for place, objective in enumerate(shrink.objectives):
+        if objective.kind not in _OBJECTIVES:
+            raise ConfigError(
+                f"shrink.objectives.{place}.kind: got {objective.kind!r}; allowed: {', '.join(_OBJECTIVES)}"
+            )
+    kinds = [objective.kind for objective in shrink.objectives]
+    twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"shrink.objectives: got {twice} twice; allowed: each kind once, with its weight")
+    if has_teachers or has_start:
+        key = "teachers" if has_teachers else "start_from"
+        raise ConfigError(
+            f"{key}: got a value beside shrink; allowed: none, as they belong to the teacher's own U-Net"
+        )
