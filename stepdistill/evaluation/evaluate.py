@@ -29,6 +29,7 @@ from stepdistill.jackknife import standard_error
 from stepdistill.rng import derive_seed
 from stepdistill.run.rungs import require_rung, rung_folder
 from stepdistill.runtime import Processes
+from stepdistill.shrink.small_base import base_record
 from stepdistill.teacher.experts import is_of
 
 logger = logging.getLogger(__name__)
@@ -171,6 +172,8 @@ class _Measuring:
             "absent": absent_columns(config, evaluation_set, choice),
             "pictures": {row.name: self._drawn.manifests[row.name]["key"] for row in self._rows},
         }
+        if config.shrink is not None:
+            facts["smaller_base"] = base_record(config)
         rows: list[dict[str, Any]] = []
         is_complete = self._has_results(facts)
         for row in self._rows:
@@ -284,7 +287,7 @@ class _Measuring:
         """The share of images that show their prompt, of the prompts of each of several teachers."""
         readings, prompts = self._readings(images), self._evaluation_set.prompts
         measures = {}
-        for teacher in self._config.teachers:
+        for teacher in self._config.teachers if self._config.shrink is None else ():
             pairs = zip(readings, prompts, strict=True)
             shown = [seen == prompt for seen, prompt in pairs if is_of(teacher, prompt)]
             if shown:

@@ -126,7 +126,8 @@ def evaluation_forwards(config: RunConfig) -> float:
     guided = passes_per_step(config.teacher.guidance_scale)
     teachers = [*(guided * n for n in options.teacher_steps), *options.unguided_steps]
     students = [r.student_steps for r in config.ladder]
-    teachers += [guided * n for _ in config.teachers for n in options.teacher_steps[:1]]
+    more_teachers = len(config.teachers) if config.shrink is None else 1  # the smaller base
+    teachers += more_teachers * [guided * n for n in options.teacher_steps[:1]]
     others = [lora.steps * passes_per_step(lora.guidance_scale) for lora in options.loras]
     rows = sum(teachers + students * (1 + len(options.onnx)) + others)
     images = options.num_images * (rows + (teachers[0] if options.floor else 0))

@@ -143,6 +143,8 @@ def _lead(run: Run) -> str:
         parts.append(f"started from {origins[-1]}")
     if "path" in teacher:
         parts.append(f"teacher {teacher['path']}")
+    if run.smaller_base is not None:
+        parts.append(f"on {run.smaller_base}")
     if "guidance_scale" in teacher:
         parts.append(f"guidance {format_number(teacher['guidance_scale'], 'g')}")
     if "rank" in lora:

@@ -161,6 +161,19 @@ class Run:
         """The value of a key of results.json; None if the key is missing or the run is not evaluated."""
         return None if self.results is None else self.results.get(name)
 
+    @property
+    def smaller_base(self) -> str | None:
+        """What the smaller base model of a run with a `shrink` section is; None for other runs."""
+        about = self.part("smaller_base")
+        try:
+            left, whole = int(about["parameters"]), int(about["parameters_of_original"])
+            removed = ", ".join(map(str, about["removed"]))
+        except (KeyError, TypeError, ValueError):
+            return None
+        return (
+            f"a U-Net of {left:,} parameters, {left / max(whole, 1):.0%} of the teacher's, without {removed}"
+        )
+
     def renamed(self, name: str) -> "Run":
         """The same run under another name."""
         return replace(self, name=name)

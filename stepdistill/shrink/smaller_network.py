@@ -40,8 +40,9 @@ def smaller_network(model: Any, removed: Sequence[str]) -> Any:
 
 
 def plain_config(model: Any) -> dict[str, Any]:
-    """The config of a diffusers model."""
-    return dict(model.config)
+    """The config of a diffusers model, without the list of values that were not given: from_config would put the defaults
+    in their place."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
 
 
 def parameters_of(model: torch.nn.Module) -> int:

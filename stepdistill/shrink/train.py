@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ from stepdistill.shrink.smaller_network import (
     smaller_network,
 )
 from stepdistill.teacher.facts import TeacherFacts
-from stepdistill.teacher.folder import weights_variant
+from stepdistill.teacher.files import read_header, weight_files
+from stepdistill.teacher.folder import WEIGHTS, weights_variant
 from stepdistill.teacher.loading import fingerprint, load_noise_path, load_vae, vae_dtype
 from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest
@@ -289,8 +291,7 @@ class _Training:
         )
 
     def _write(self, seconds: float) -> None:
-        """Writes the smaller U-Net among copies of the teacher's other parts: in float32, or in float16 if the teacher's own
-        weights exist in that variant only."""
+        """Writes the smaller U-Net, in the dtype and variant of the teacher's, among copies of the teacher's other parts."""
         config, shrink = self._work.config, self._work.config.shrink
         assert shrink is not None
         original = teacher_folder(config)
@@ -308,9 +309,15 @@ class _Training:
         }
         with whole_folder(base_folder(config)) as folder:
             shutil.copytree(original, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
-            half = model.half() if variant == "fp16" else model
-            half.save_pretrained(folder / "unet", variant=variant)
+            model.to(_stored_dtype(original)).save_pretrained(folder / "unet", variant=variant)
             write_sealed(folder / RECORD, record)
+
+
+def _stored_dtype(pipeline: Path) -> torch.dtype:
+    """The dtype of the U-Net's weights in a pipeline's folder; one pipeline's parts must have one dtype."""
+    files = weight_files(pipeline / "unet", WEIGHTS["unet"], weights_variant(pipeline))
+    name, _ = next(iter(read_header(files[0]).values()))
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(name, torch.float32)
 
 
 def _training(training: Training) -> Training:

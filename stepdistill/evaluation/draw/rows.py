@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,13 @@ class Row:
     """The precision of the exported U-Net that onnxruntime draws with; None: the torch pipeline with the LoRA."""
     expert: int | None = None
     """The number of the one of several teachers that draws; None: for each prompt the one with the largest weight."""
+    is_base: bool = False
+    """Whether the model that LoRAs are trained on draws, where that is not the teacher."""
 
     @property
     def kind(self) -> str:
         """Which kind of model draws: "teacher", "student", or "lora" for what the ladder did not train as it is drawn."""
-        if self.lora is not None or self.onnx is not None or self.expert is not None:
+        if self.lora is not None or self.onnx is not None or self.expert is not None or self.is_base:
             return "lora"
         return "teacher" if self.student_steps is None else "student"
 
@@ -62,7 +64,8 @@ class Row:
 
 
 def rows_of(config: RunConfig) -> list[Row]:
-    """The table's rows: the teacher at its step counts, every rung, those of onnxruntime, experts, evaluation.loras.
+    """The table's rows: the teacher at its step counts, every rung, those of onnxruntime, experts or a smaller base,
+    evaluation.loras.
 
     ConfigError if such a LoRA has no usable file or scheduler.
     """
@@ -78,6 +81,9 @@ def rows_of(config: RunConfig) -> list[Row]:
         for r in config.ladder
         for precision in config.evaluation.onnx
     ]
+    if config.shrink is not None:  # its one expert is the teacher
+        guided = replace(teachers[0], name=f"smaller-base-{teachers[0].steps}", is_base=True)
+        return [*teachers, *students, guided, *map(lora_row, config.evaluation.loras)]
     experts = [
         Row(f"expert-{expert.name}-{n}", n, config.teacher.guidance_scale, expert=index)
         for index, expert in enumerate(config.teachers)

@@ -155,7 +155,8 @@ class Sampler:
 
     def _asks_experts(self, row: Row) -> bool:
         """Whether a row is drawn by one or several of the config's `teachers`."""
-        return bool(self._config.teachers) and row.student_steps is None and row.lora is None
+        is_teacher = row.student_steps is None and row.lora is None and not row.is_base
+        return bool(self._config.teachers) and is_teacher
 
     def _draw(
         self, row: Row, prompts: Sequence[str], *, seed: int, numbers: Sequence[int]
@@ -201,7 +202,7 @@ class Sampler:
         weights = row.weights(self._config.run_dir)
         what = asdict(row) | {"lora": row.lora and row.lora.model_dump(mode="json", exclude={"path"})}
         what = {
-            k: v for k, v in what.items() if k not in ("onnx", "expert") or v is not None
+            k: v for k, v in what.items() if k not in ("onnx", "expert", "is_base") or v not in (None, False)
         }  # later settings
         made_by = [*self._base_key, weights and sha256_file(weights), self._config.evaluation.dtype]
         if self._config.teacher.unconditional != "auto":
@@ -268,7 +269,7 @@ class Sampler:
 
     def _load(self, pipeline: DiffusionPipeline, row: Row) -> None:
         """Loads the row's LoRA at weight 1, and its scheduler, unless they are already loaded."""
-        loaded = (row.student_steps, row.lora, row.onnx, row.expert)
+        loaded = (row.student_steps, row.lora, row.onnx, row.expert, row.is_base)
         if loaded == self._loaded:
             return
         self._loaded, self._scale = None, 1.0  # stays None if loading fails

@@ -1,0 +1,215 @@
+"""What can be removed from a U-Net: the config of the rest, where its weights come from, and which parts are chosen."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from stepdistill.config import ConfigError
+from stepdistill.config.load import load_config
+from stepdistill.shrink.parts import MIDDLE, MIDDLE_END, removable, smaller_config, source_name
+from stepdistill.shrink.smaller_network import (
+    OutputError,
+    Removal,
+    chosen,
+    parameters_of,
+    plain_config,
+    removals,
+    sensitivity_table,
+    smaller_network,
+)
+from stepdistill.teacher.families import plannable_facts
+from tests.conftest import make_conditioning, randn
+
+
+def unet_of(seed=0, **options):
+    """Two levels with two residual blocks each and three transformer blocks at the second, in tiny widths."""
+    torch.manual_seed(seed)
+    merged = {
+        "sample_size": 8,
+        "layers_per_block": 3,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 3),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+    } | options
+    return UNet2DConditionModel(**merged).eval().requires_grad_(False)
+
+
+def ask(unet):
+    c = make_conditioning(3)
+    with torch.no_grad():
+        return unet(
+            randn(3, 4, 8, 8), torch.tensor([999, 499, 9]), encoder_hidden_states=c.encoder_hidden_states
+        ).sample
+
+
+PARTS = [
+    "level.0.pair.1",
+    "level.0.pair.2",
+    "level.1.pair.1",
+    "level.1.pair.2",
+    "level.1.layer.0",
+    "level.1.layer.1",
+    "level.1.layer.2",
+    MIDDLE_END,
+    MIDDLE,
+]
+
+
+def test_every_part_that_can_be_removed_is_named():
+    assert removable(plain_config(unet_of())) == PARTS
+    plain = plain_config(unet_of(layers_per_block=1, transformer_layers_per_block=1))
+    assert removable(plain) == [MIDDLE_END, MIDDLE]
+    assert removable(plain | {"mid_block_type": "UNetMidBlock2D"}) == [MIDDLE]
+    assert removable(plain | {"mid_block_type": None}) == []
+
+
+@pytest.mark.parametrize(
+    "removed", [[part] for part in PARTS] + [PARTS[:6] + PARTS[7:8], [*PARTS[1:7:2], MIDDLE]]
+)
+def test_the_smaller_network_is_built_by_diffusers_from_its_config_and_the_originals_weights(removed):
+    whole = unet_of()
+    smaller = smaller_network(whole, removed)
+    built = UNet2DConditionModel.from_config(smaller.config)
+    built.load_state_dict(smaller.state_dict())
+    assert parameters_of(smaller) < parameters_of(whole)
+    assert torch.equal(ask(built.eval()), ask(smaller))
+    pointers = {tensor.data_ptr() for tensor in whole.state_dict().values()}
+    assert all(tensor.data_ptr() in pointers for tensor in smaller.state_dict().values())
+
+
+def test_a_layer_that_changes_nothing_can_be_removed_without_a_change():
+    """Transformer block 1 of every attention at level 1 adds zero, so without it the output is equal to the bit; and block 2
+    then has its place."""
+    whole = unet_of()
+    for name, module in whole.named_modules():
+        if name.endswith("transformer_blocks.1"):
+            for last in (module.attn1.to_out[0], module.attn2.to_out[0], module.ff.net[2]):
+                last.weight.zero_()
+                last.bias.zero_()
+    assert torch.equal(ask(smaller_network(whole, ["level.1.layer.1"])), ask(whole))
+    assert not torch.equal(ask(smaller_network(whole, ["level.1.layer.2"])), ask(whole))
+    config = plain_config(whole)
+    inside = "down_blocks.1.attentions.0.transformer_blocks.{}.attn1.to_q.weight"
+    assert source_name(config, ["level.1.layer.1"], inside.format(1)) == inside.format(2)
+    assert source_name(config, ["level.1.layer.1"], f"mid_block{inside[13:].format(1)}") == (
+        f"mid_block{inside[13:].format(2)}"
+    )
+
+
+def test_a_pair_that_changes_nothing_can_be_removed_without_a_change():
+    """At the first level, which has no attention, encoder block 2 returns its input; decoder block 2 reads the skip that is
+    left, and its output is that of the original if both skips are equal."""
+    whole = unet_of()
+    block = whole.down_blocks[0].resnets[2]
+    block.conv2.weight.zero_()
+    block.conv2.bias.zero_()
+    smaller = smaller_network(whole, ["level.0.pair.2"])
+    kept = [id(resnet) for resnet in whole.down_blocks[0].resnets]
+    assert len(kept) == 3
+    assert len(smaller.down_blocks[0].resnets) == 2
+    assert len(smaller.up_blocks[1].resnets) == 3
+    x, emb = randn(3, 16, 8, 8), randn(3, 64)
+    with torch.no_grad():
+        assert torch.equal(whole.down_blocks[0](x, emb)[0], smaller.down_blocks[0](x, emb)[0])
+    names = [f"up_blocks.1.resnets.{k}.conv1.weight" for k in range(3)]
+    sources = [source_name(plain_config(whole), ["level.0.pair.2"], name) for name in names]
+    assert sources == [f"up_blocks.1.resnets.{k}.conv1.weight" for k in (0, 1, 3)]
+
+
+@pytest.mark.slow
+def test_the_released_models_lose_what_bk_sdm_removed():
+    """BK-SDM-Base is SD1.5 without a pair at each level, 580 M of 860 M parameters, and BK-SDM-Small without the mid-block
+    too, 483 M (arXiv 2305.15798, Table 1)."""
+    config = plannable_facts(load_config("configs/sd15.yaml")).unet
+    pairs = [f"level.{level}.pair.1" for level in range(4)]
+
+    def count(removed):
+        with torch.device("meta"):
+            return parameters_of(UNet2DConditionModel.from_config(smaller_config(config, removed)))
+
+    assert count([]) == pytest.approx(860e6, rel=0.001)
+    assert count(pairs) == pytest.approx(580e6, rel=0.002)
+    assert count([*pairs, MIDDLE]) == pytest.approx(483e6, rel=0.002)
+
+
+def test_parts_with_the_least_error_per_parameter_go_first():
+    whole = unet_of()
+    table = list(removals(whole, OutputError(whole, lambda model: [ask(model)])))
+    assert [removal.part for removal in table] == PARTS
+    expected = ask(whole)
+    for removal in table:
+        smaller = smaller_network(whole, [removal.part])
+        assert removal.parameters == parameters_of(whole) - parameters_of(smaller)
+        error = (ask(smaller) - expected).norm() / expected.norm()
+        assert removal.error == pytest.approx(float(error), rel=1e-5)
+    order = [r.part for r in sorted(table, key=lambda r: r.error / r.parameters)]
+    removed = chosen(whole, table, 0.7)
+    assert parameters_of(smaller_network(whole, removed)) <= 0.7 * parameters_of(whole)
+    assert parameters_of(smaller_network(whole, removed[:-1])) > 0.7 * parameters_of(whole)
+    assert removed == [part for part in order if part in removed]
+    text = sensitivity_table(table, removed)
+    assert text.count("| removed |") == len(removed)
+    assert text.splitlines()[2].startswith(f"| {order[0]} |")
+
+
+def test_a_share_that_leaves_nothing_is_refused():
+    whole = unet_of()
+    table = [Removal(part, 1, 1.0) for part in PARTS]
+    with pytest.raises(
+        ConfigError, match=r"shrink.keep: got 0.05, but without every part .* allowed: 0\.\d+ or more"
+    ):
+        chosen(whole, table, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("removed", "text"),
+    [
+        (
+            ["level.0.pair.0"],
+            r"got 'level.0.pair.0', which this U-Net does not have, or not without it; allowed: level",
+        ),
+        (["level.0.layer.0"], r"got 'level.0.layer.0'"),
+        (
+            ["level.1.layer.0", "level.1.layer.1", "level.1.layer.2"],
+            r"got all 3 layers of level 1; allowed: at most 2",
+        ),
+    ],
+)
+def test_parts_that_cannot_be_removed_are_refused(removed, text):
+    with pytest.raises(ConfigError, match=text):
+        smaller_config(plain_config(unet_of()), removed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["shrink={}"], r"shrink: got neither of remove and keep"),
+        (["shrink={remove: [middle], keep: 0.6}"], r"shrink: got both of remove and keep"),
+        (["shrink={keep: 1.5}"], r"shrink.keep: got 1.5"),
+        (["shrink={remove: [head]}"], r"shrink.remove.0: got 'head'"),
+        (
+            ["shrink={keep: 0.5, objectives: [{kind: mse}]}"],
+            r"shrink.objectives.0.kind: got 'mse'; allowed: output, denoise",
+        ),
+        (["shrink={keep: 0.5, objectives: [{kind: l2}, {kind: l2}]}"], r"shrink.objectives: got l2 twice"),
+        (["shrink={keep: 0.5}", "teachers=[{name: a}]"], r"teachers: got a value beside shrink"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides, text):
+    with pytest.raises(ConfigError, match=text):
+        load_config("configs/letters.yaml", overrides)
+
+
+def test_the_original_is_not_changed():
+    whole = unet_of()
+    before = copy.deepcopy(whole.state_dict())
+    smaller = copy.deepcopy(smaller_network(whole, [MIDDLE]))
+    for parameter in smaller.parameters():
+        parameter.data.add_(1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
