@@ -70,10 +70,12 @@ def _entry(key: str, field: dict[str, Any], schema: dict[str, Any], *, required:
     inner, is_list = _section_of(field, schema)
     if inner is not None:
         values = f"list of sections, see `{key}.N`" if is_list else "section, see below"
+        if "anyOf" in field:
+            values += ", or null"
     else:
         values = _values(field, schema)
     default = "required" if required else None
-    if "default" in field and inner is None:
+    if "default" in field and (inner is None or "anyOf" in field):
         default = f"default {_shown(field.get('default'))}"
     about = " ".join((field.get("description") or (inner or {}).get("description") or "").split())
     change = _CHANGES.get(affects(key.replace(".N", ".0"))) if inner is None else None
@@ -86,6 +88,8 @@ def _section_of(field: dict[str, Any], schema: dict[str, Any]) -> tuple[dict[str
     value, is_list = field, False
     if field.get("type") == "array" and "$ref" in field.get("items", {}):
         value, is_list = field["items"], True
+    if "anyOf" in field:  # a section that may be left out
+        value = next((choice for choice in field["anyOf"] if "$ref" in choice), field)
     if "$ref" not in value:
         return None, False
     section = schema["$defs"][value["$ref"].rpartition("/")[2]]

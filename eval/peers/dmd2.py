@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from stepdistill.diffusion.grid import trailing_nodes
 from stepdistill.diffusion.noise_path import VariancePreserving
-from stepdistill.diffusion.prediction import convert_prediction
+from stepdistill.objectives.distribution_matching import matching_loss
 
 FAKE_UPDATES = 5
 GENERATOR_GAN_WEIGHT = 1e-3
@@ -87,33 +87,7 @@ def distribution_matching_loss(
     with torch.no_grad():
         noisy = noise_path.add_noise(original, noise, timesteps)
         real_original, fake_original = real(noisy, timesteps), fake(noisy, timesteps)
-        scale = (original - real_original).abs().flatten(1).mean(dim=1)
-        direction = (fake_original - real_original) / scale.clamp(min=1e-6).view(
-            (-1,) + (1,) * (original.ndim - 1)
-        )
-        target = original - direction
-    return 0.5 * (original - target).square().mean()
-
-
-def fake_score_loss(
-    output: torch.Tensor,
-    noisy: torch.Tensor,
-    noise: torch.Tensor,
-    timesteps: torch.Tensor,
-    *,
-    noise_path: VariancePreserving,
-    prediction_type: str,
-) -> torch.Tensor:
-    """MSE between the epsilon that the fake score predicts and the added noise (B, ...), a scalar."""
-    epsilon = convert_prediction(
-        output,
-        noisy,
-        timesteps,
-        noise_path=noise_path,
-        prediction_type=prediction_type,
-        target="epsilon",
-    )
-    return (epsilon - noise).square().mean()
+    return matching_loss(original, real_original, fake_original)
 
 
 def critic_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Head
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.shared_network import STUDENT
+from stepdistill.objectives.distribution_matching import fake_score_loss
 from stepdistill.rng import derive_seed
 
 from . import dmd2, lcm
@@ -98,7 +99,7 @@ class Dmd2:
         batch, noise, timesteps = self._draw(number)
         noise_path = self.shared.noise_path
         noisy = noise_path.add_noise(self._samples(number, batch), noise, timesteps)
-        score = dmd2.fake_score_loss(
+        score = fake_score_loss(
             self.fake.output(noisy, timesteps, batch.conditioning),
             noisy,
             noise,

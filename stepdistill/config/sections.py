@@ -257,12 +257,12 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     teachers: Annotated[tuple[Expert, ...], Field(max_length=16)] = ()
     """Several teachers in place of the model at teacher.path alone, which remains what the student is a LoRA on. The first
     rung learns from the mean of their predictions, or for each prompt from those whose `prompts` it has."""
-    shrink: Shrink | None = None
-    """A smaller base model, made before the ladder, which then climbs on it. Default: the teacher's own U-Net."""
     lora: LoraOptions = LoraOptions()
     data: Data = Data()
     training: Training = Training()
     ladder: Annotated[tuple[Rung, ...], Field(min_length=1, max_length=64)]
+    shrink: Shrink | None = None
+    """A smaller base model, made before the ladder, which then climbs on it. Default: the teacher's own U-Net."""
     preview: PreviewOptions
     evaluation: Evaluation = Evaluation()
     export: Export = Export()

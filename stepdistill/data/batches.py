@@ -137,43 +137,57 @@ def draw_batch(
         group: number of samples in an update, all of one image size; default: `indices` are one whole update.
     """
     samples = cache.draw(indices, seed=rng.derive_seed(seed, *keys), group=group or len(indices))
-    picks = rng.uniform(indices, seed=seed, keys=(*keys, "timestep"))
+    random = _Randomness(indices, seed, keys, tuple(samples.latents.shape[1:]))
+    picks = random.uniform("timestep")
     nodes = noise_path.nodes(node_steps)[(picks * node_steps).long().clamp(max=node_steps - 1)].tolist()
     ends = noise_path.jump(nodes, student_steps)
-    shape = tuple(samples.latents.shape[1:])
-    perturbation = None
-    if perturbation_weights is not None:
-        seen_at = draw_perturbation(
-            torch.tensor(ends),
-            rng.uniform(indices, seed=seed, keys=(*keys, "perturbation")),
-            weights=perturbation_weights,
-            num_train_timesteps=noise_path.num_train_timesteps,
-        )
-        noise = rng.normal(shape, indices, seed=seed, keys=(*keys, "perturbation_noise"))
-        perturbation = Perturbation(seen_at, noise)
-    score = None
-    if for_scores:
-        score_uniform = rng.uniform(indices, seed=seed, keys=(*keys, "score_timestep"))
-        score = Perturbation(
-            draw_score_timesteps(score_uniform, num_train_timesteps=noise_path.num_train_timesteps),
-            rng.normal(shape, indices, seed=seed, keys=(*keys, "score_noise")),
-        )
-    moves = None if teacher_steps is None else noise_path.substeps(nodes, ends, teacher_steps)
     conditioning = samples.conditioning
     if prompt_dropout:
-        dropped = rng.uniform(indices, seed=seed, keys=(*keys, "prompt_dropout")) < prompt_dropout
+        dropped = random.uniform("prompt_dropout") < prompt_dropout
         conditioning = conditioning.without_prompts(dropped, cache.unconditional)
+    count, weights = noise_path.num_train_timesteps, perturbation_weights
     return Batch(
         original_samples=samples.latents,
-        noise=rng.normal(shape, indices, seed=seed, keys=(*keys, "noise")),
+        noise=random.normal("noise"),
         timesteps=torch.tensor(nodes),
         prev_timesteps=torch.tensor(ends),
         conditioning=conditioning.to("cpu", dtype),
-        teacher_moves=moves,
-        perturbation=perturbation,
-        score=score,
+        teacher_moves=None if teacher_steps is None else noise_path.substeps(nodes, ends, teacher_steps),
+        perturbation=None if weights is None else random.perturbation(ends, weights, count),
+        score=random.score(count) if for_scores else None,
         own_moves=_arrivals(noise_path, nodes, student_steps) if from_own else None,
     )
+
+
+@dataclass(frozen=True)
+class _Randomness:
+    """The random numbers of a batch, each kind by its name: a function of the samples' numbers, the seed and the keys.
+
+    shape: of one latent.
+    """
+
+    indices: list[int]
+    seed: int
+    keys: tuple[rng.Key, ...]
+    shape: tuple[int, ...]
+
+    def uniform(self, name: str) -> torch.Tensor:
+        return rng.uniform(self.indices, seed=self.seed, keys=(*self.keys, name))
+
+    def normal(self, name: str) -> torch.Tensor:
+        return rng.normal(self.shape, self.indices, seed=self.seed, keys=(*self.keys, name))
+
+    def perturbation(self, ends: Sequence[int], weights: Sequence[float], count: int) -> Perturbation:
+        """How D sees samples that end at these timesteps; count: T."""
+        seen_at = draw_perturbation(
+            torch.tensor(ends), self.uniform("perturbation"), weights=weights, num_train_timesteps=count
+        )
+        return Perturbation(seen_at, self.normal("perturbation_noise"))
+
+    def score(self, count: int) -> Perturbation:
+        """How the scores see samples; count: T."""
+        timesteps = draw_score_timesteps(self.uniform("score_timestep"), num_train_timesteps=count)
+        return Perturbation(timesteps, self.normal("score_noise"))
 
 
 def _arrivals(noise_path: NoisePath, nodes: Sequence[int], steps: int) -> list[Move]:

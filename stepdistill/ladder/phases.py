@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,14 +262,6 @@ class RungTraining:
             seed=derive_seed(config.seed, rung.student_steps, number, "fake_score"),
         )
 
-        def draw(name: str, step: int) -> None:
-            if shared.runtime.is_main:
-                steps = {"student_steps": rung.student_steps, "teacher_steps": teacher_steps}
-                with skipped_without_memory(f"{name}.png"):
-                    path = self.preview.draw(name, student, teacher, **steps)
-                    if shared.trackers is not None:
-                        shared.trackers.image(rung.student_steps, number, step, path)
-
         return PhaseSetup(
             rung=rung,
             phase=phase,
@@ -281,9 +273,25 @@ class RungTraining:
             discriminator=discriminator,
             scores=scores,
             cache=shared.cache,
-            preview=draw,
+            preview=self._preview(number, student, teacher, teacher_steps),
             adversary_scale=start.adversary_scale,
         )
+
+    def _preview(
+        self, number: int, student: Denoiser, teacher: Denoiser, teacher_steps: int
+    ) -> Callable[[str, int], None]:
+        """Draws student and teacher in the middle of phase `number` and at its end, and sends the image to the trackers."""
+        shared, rung = self.shared, self.rung
+
+        def draw(name: str, step: int) -> None:
+            if shared.runtime.is_main:
+                steps = {"student_steps": rung.student_steps, "teacher_steps": teacher_steps}
+                with skipped_without_memory(f"{name}.png"):
+                    path = self.preview.draw(name, student, teacher, **steps)
+                    if shared.trackers is not None:
+                        shared.trackers.image(rung.student_steps, number, step, path)
+
+        return draw
 
     def _student(self) -> Denoiser:
         shared, rung = self.shared, self.rung

@@ -8,6 +8,7 @@ from eval.peers import dmd2, lcm
 from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.solver import implied_noise, move, rollout
 from stepdistill.objectives import adversarial
+from stepdistill.objectives.distribution_matching import fake_score_loss
 from stepdistill.objectives.mse import mse_loss
 from tests.conftest import ends_of
 
@@ -204,9 +205,7 @@ def test_the_loss_of_the_fake_score_is_lowest_at_the_exact_score(noise_path):
     def loss(mean, std):
         output = exact(noise_path, mean, std)(noisy, timesteps)
         return float(
-            dmd2.fake_score_loss(
-                output, noisy, noise, timesteps, noise_path=noise_path, prediction_type="epsilon"
-            )
+            fake_score_loss(output, noisy, noise, timesteps, noise_path=noise_path, prediction_type="epsilon")
         )
 
     best = loss(MEAN, STD)

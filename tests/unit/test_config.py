@@ -36,10 +36,16 @@ def several(objectives):
                 "nearest: 8",
             ],
         ),
-        ("max_train_step=4", ["max_train_step", "nearest: ladder.N.phases.N.max_train_steps; allowed: data"]),
+        (
+            "max_train_step=4",
+            [
+                "max_train_step",
+                "nearest: ladder.N.phases.N.max_train_steps or shrink.max_train_steps; allowed: data",
+            ],
+        ),
         (
             "learning_rate=1",
-            ["nearest: ladder.N.phases.N.learning_rate or ladder.N.phases.N.discriminator.learning_rate; "],
+            ["nearest: ladder.N.phases.N.learning_rate or ladder.N.phases.N.discriminator.learning_rate"],
         ),
         ("ladder=[]", ["ladder: got []", "allowed: a list with at least one entry"]),
         ("training=5", ["training: got 5 (int)", "allowed: a section: a mapping of keys to values"]),
