@@ -196,10 +196,10 @@ def prepare(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = F
 
 
 @app.command()
-def shrink(config: ConfigPath, overrides: Overrides = None) -> None:
+def shrink(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Make the smaller base model that the config's `shrink` section asks for."""
     began = time.monotonic()
-    stages.shrink(_load(config, overrides), began=began)
+    _stage(config, overrides, dry_run, lambda c: stages.shrink(c, began=began), planned=("shrink",))
 
 
 @app.command()

@@ -22,11 +22,11 @@ from stepdistill.run.folder import check_folder, open_folder
 from stepdistill.run.lock import is_alone, locked, release_all
 from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
-from stepdistill.shrink.small_base import base_record, ladder_base, on_small_base
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
 from stepdistill.teacher.same_teacher import check_same_teacher, record_teacher
+from stepdistill.teacher.small_base import base_record, ladder_base, on_small_base
 from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
 from stepdistill.terminal import one_line, printable_lines
 
@@ -419,10 +419,10 @@ def _run_all(config: RunConfig, began: float) -> None:
         plan.describe(config, finished=finished, seconds_per_pass=plan.measured_seconds_per_pass(config)),
     )
     prepare(config)
+    logger.info("%s", _estimate(config))
     if config.shrink is not None:
         with _work_in(config):
             _shrink(config, began)
-    logger.info("%s", _estimate(on_small_base(config)))
     with _work_in(config):
         _distill(config, began=began)
     export(config)
@@ -488,6 +488,8 @@ def _estimate(config: RunConfig) -> str:
             raise
         return "no estimate of the time: training.train_batch_size samples need too much memory; training will take fewer"
     training = each * plan.training_forwards(config, finished=finished_rungs(config.run_dir))
+    if base_record(config) is None:
+        training += each * plan.shrink_forwards(config)
     evaluation = each * plan.evaluation_forwards(config)
     return (
         f"this will take about {(training + evaluation) / 60:.1f} minutes here: "

@@ -29,8 +29,8 @@ from stepdistill.jackknife import standard_error
 from stepdistill.rng import derive_seed
 from stepdistill.run.rungs import require_rung, rung_folder
 from stepdistill.runtime import Processes
-from stepdistill.shrink.small_base import base_record
 from stepdistill.teacher.experts import is_of
+from stepdistill.teacher.small_base import base_record
 
 logger = logging.getLogger(__name__)
 

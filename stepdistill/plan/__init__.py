@@ -6,4 +6,5 @@ from stepdistill.plan.passes import evaluation_forwards as evaluation_forwards
 from stepdistill.plan.passes import measured_seconds_per_pass as measured_seconds_per_pass
 from stepdistill.plan.passes import phase_forwards as phase_forwards
 from stepdistill.plan.passes import preparation_forwards as preparation_forwards
+from stepdistill.plan.passes import shrink_forwards as shrink_forwards
 from stepdistill.plan.passes import training_forwards as training_forwards

@@ -10,6 +10,7 @@ from stepdistill.config.objective_kinds import OBJECTIVES
 from stepdistill.diffusion.grid import next_node, passes_per_step, substeps, trailing_nodes
 from stepdistill.run.log import read_log
 from stepdistill.run.start_from import taken_steps
+from stepdistill.teacher.small_base import base_record
 from stepdistill.teacher.source import teacher_timesteps
 
 # Costs per sample in units of one forward pass of the bare U-Net (computed for SDXL): a forward pass of the U-Net with a
@@ -22,7 +23,9 @@ _FROZEN_TRUNK = -2.2  # a frozen trunk has no backward pass and no adapter: a si
 
 _OF_STUDENT = 0.25  # of the discriminator's passes, those that the student's loss takes (counted on SD1.5)
 
-STAGES = ("prepare", "distill", "export", "evaluate", "report")
+_TRAINED_WHOLE = 3.0  # forward and backward pass of a network all of whose weights are trained
+
+STAGES = ("prepare", "shrink", "distill", "export", "evaluate", "report")
 """The stages, in the order in which they run."""
 
 
@@ -120,6 +123,15 @@ def training_forwards(config: RunConfig, *, finished: Collection[int] = ()) -> f
     )
 
 
+def shrink_forwards(config: RunConfig) -> float:
+    """Forward passes of the training of a smaller base, as if it were as large as the original; 0 without one."""
+    if config.shrink is None:
+        return 0.0
+    again = 1.0 if config.training.gradient_checkpointing else 0.0
+    batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
+    return config.shrink.max_train_steps * batch * (1.0 + _TRAINED_WHOLE + again)
+
+
 def evaluation_forwards(config: RunConfig) -> float:
     """Forward passes, of one sample each, for all images that the evaluation draws: rows, floor, studies, cost."""
     options = config.evaluation
@@ -196,6 +208,21 @@ def _describe_prepare(config: RunConfig, _only: tuple[int, int] | None, _finishe
     return [f"prepare    {count} images of {config.data.source}{by_teacher}"], cost
 
 
+def _describe_shrink(config: RunConfig, _only: tuple[int, int] | None, _finished: Collection[int]) -> _Part:
+    shrink, cost = config.shrink, shrink_forwards(config)
+    if shrink is None:
+        return [], 0.0
+    if base_record(config) is not None:
+        return ["shrink     the smaller base is there"], 0.0
+    what = (
+        f"without {', '.join(shrink.remove)}"
+        if shrink.remove
+        else f"at most {shrink.keep:g} of the parameters"
+    )
+    line = f"shrink     {what}: {shrink.max_train_steps:,} updates, at most {cost:,.0f} passes"
+    return [line], cost
+
+
 def _describe_distill(config: RunConfig, only: tuple[int, int] | None, finished: Collection[int]) -> _Part:
     lines, passes, taken = [], 0.0, taken_steps(config)
     batch = config.training.train_batch_size * config.training.gradient_accumulation_steps
@@ -242,6 +269,7 @@ def _describe_report(_config: RunConfig, _only: tuple[int, int] | None, _finishe
 
 _PARTS = {
     "prepare": _describe_prepare,
+    "shrink": _describe_shrink,
     "distill": _describe_distill,
     "export": _describe_export,
     "evaluate": _describe_evaluate,

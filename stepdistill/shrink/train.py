@@ -33,7 +33,6 @@ from stepdistill.run.settings import settings_of_every_rung
 from stepdistill.run.stop import StopRequest
 from stepdistill.runtime import Runtime, release_memory
 from stepdistill.shrink.parts import check_removed
-from stepdistill.shrink.small_base import RECORD, base_folder, base_record, work_folder
 from stepdistill.shrink.smaller_network import (
     OutputError,
     Removal,
@@ -48,6 +47,7 @@ from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.files import read_header, weight_files
 from stepdistill.teacher.folder import WEIGHTS, weights_variant
 from stepdistill.teacher.loading import fingerprint, load_noise_path, load_vae, vae_dtype
+from stepdistill.teacher.small_base import RECORD, base_folder, base_record, work_folder
 from stepdistill.teacher.source import teacher_folder
 from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest
 from stepdistill.training.painter import Painter, skipped_without_memory

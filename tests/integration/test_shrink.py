@@ -19,9 +19,9 @@ from stepdistill.ladder.shared import load_shared
 from stepdistill.models.experts import Experts
 from stepdistill.run.log import read_log
 from stepdistill.runtime import Runtime
-from stepdistill.shrink.small_base import base_folder, base_record, on_small_base, work_folder
 from stepdistill.shrink.train import SENSITIVITY
 from stepdistill.teacher.folder import embedded_folder
+from stepdistill.teacher.small_base import base_folder, base_record, on_small_base, work_folder
 from tests.integration.conftest import SMALL, tiny_config
 from tests.integration.test_checkpoint import distill_and_stop
 from tests.integration.test_objectives import shortened
