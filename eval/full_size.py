@@ -33,6 +33,7 @@ CARDS = {
     "sdxl_12gb": "12GB",
     "sdxl_16gb": "16GB",
     "sdxl_24gb": "24GB",
+    "sdxl_dmd2_24gb": "24GB",
     "sdxl": "h100",
     "sdxl_8x80gb": "h100",
 }
