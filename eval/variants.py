@@ -155,6 +155,55 @@ def with_16(raw: Raw) -> None:
     rung["teacher_steps"] = 16
 
 
+def with_features(raw: Raw) -> None:
+    """The mse phases below the first rung compare features too, as in configs/letters_features.yaml."""
+    features = [
+        {"kind": "mse"},
+        {"kind": "l2", "taps": ["middle", "decoder"], "weight": 0.1},
+        {"kind": "relations", "taps": ["middle"], "weight": 0.05, "final_weight": 0.0},
+    ]
+    for phase in phases({"ladder": raw["ladder"][1:]}, ("mse",)):
+        phase |= {"objective": None, "objectives": copy.deepcopy(features), "balance": "gradient"}
+
+
+def mse_beside_the_adversary(raw: Raw) -> None:
+    """The adversarial phases minimise mse too; both have equal shares of the gradient."""
+    for phase in phases(raw):
+        kinds = [{"kind": "single"}, {"kind": "mse"}]
+        phase |= {"objective": None, "objectives": kinds, "balance": "gradient"}
+
+
+def one_phase(raw: Raw) -> None:
+    """Each rung has one phase of mse and the adversary, whose share of the gradient falls from a fifth to nothing."""
+    for rung in raw["ladder"]:
+        adversarial = [phase for phase in rung["phases"] if kinds_of(phase) & set(ADVERSARIAL)]
+        if adversarial:
+            first = rung["phases"][0]
+            kinds = [{"kind": "mse"}, {"kind": "single", "weight": 0.25, "final_weight": 0.0}]
+            first |= {"objective": None, "objectives": kinds, "balance": "gradient"}
+            rung["phases"] = [first | {"discriminator": adversarial[0]["discriminator"]}]
+
+
+def with_dmd(*, adversary: float) -> Change:
+    """The adversarial phases match distributions from the student's own inputs, as in configs/letters_dmd2.yaml, with this
+    weight of the adversary beside it."""
+
+    def change(raw: Raw) -> None:
+        for phase in phases(raw):
+            beside = [{"kind": "single", "weight": adversary}] if adversary else []
+            phase |= {
+                "objective": None,
+                "objectives": [{"kind": "dmd"}, *beside],
+                "inputs": "own",
+                "critic_updates": 5,
+                "max_train_steps": 40,
+                "learning_rate": 1e-4,
+                "fake_score_learning_rate": 5e-4,
+            }
+
+    return change
+
+
 VARIANTS: dict[str, Change] = {
     "default": lambda raw: None,
     "mse-alone": adversary_times(0),
@@ -172,6 +221,11 @@ VARIANTS: dict[str, Change] = {
     "loss-in-v": with_mse(loss_space="v_prediction"),
     "ema-.95": with_training(ema_decay=0.95),
     "bfloat16": with_training(mixed_precision="bf16"),
+    "features": with_features,
+    "mse-beside-the-adversary": mse_beside_the_adversary,
+    "one-phase": one_phase,
+    "dmd": with_dmd(adversary=0.01),
+    "dmd-alone": with_dmd(adversary=0.0),
     "skip-level": skip_level,
     "cached-twice": cached_twice,
     "even-updates": even_updates,
