@@ -296,7 +296,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
         if state == "ok"
         else "another output_dir, data.dtype=float16, a smaller data.num_images or evaluation.num_images"
     )
-    parts = ("teacher", "cache", "rungs", "checkpoints", "evaluation", "report")
+    parts = ("teacher", "base", "cache", "rungs", "checkpoints", "evaluation", "report")
     each = ", ".join(f"{part} {_bytes(size)}" for part in parts if (size := getattr(need, part)))
     about = f"{_bytes(free)} free, the run needs about {_bytes(need.total)}{'' if need.is_whole else ' or more'} ({each})"
     yield Finding(

@@ -24,7 +24,12 @@ from stepdistill.models.identity import layer_shapes
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.files import read_headers, weight_files
 from stepdistill.teacher.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
-from stepdistill.training.disk_bytes import checkpoints_bytes, encoder_parameters, preview_images
+from stepdistill.training.disk_bytes import (
+    checkpoints_bytes,
+    encoder_parameters,
+    preview_images,
+    whole_network_bytes,
+)
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _MAX_COUNTING_SECONDS = 2.0  # for reading the source
@@ -36,9 +41,9 @@ _PAGE = 20 * 2**20
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes by their purpose; `checkpoints` are those of one rung, which are removed when it is finished. If `is_whole` is
-    False the sum is a lower bound: the source was too long to count in time, or the teacher's weights are not on this disk
-    yet."""
+    """Bytes by their purpose; `checkpoints` are those of one rung, or of a smaller base, which are removed when it is
+    finished; `base` is the smaller base, at most as large as the teacher. If `is_whole` is False the sum is a lower bound:
+    the source was too long to count in time, or the teacher's weights are not on this disk yet."""
 
     teacher: int
     cache: int
@@ -47,11 +52,13 @@ class DiskNeed:
     evaluation: int
     report: int
     is_whole: bool
+    base: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.teacher + self.cache + self.rungs + self.checkpoints + self.evaluation + self.report
+        made = self.teacher + self.base + self.cache
+        return made + self.rungs + self.checkpoints + self.evaluation + self.report
 
 
 def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
@@ -68,7 +75,8 @@ def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
         checkpoints=_checkpoints(config, unet),
         evaluation=evaluation_bytes(config, teacher),
         report=_report(config, size),
-        is_whole=is_whole and pipeline is not None,
+        is_whole=is_whole and pipeline is not None and not (config.shrink and missing_parts(teacher.folder)),
+        base=_smaller_base(config, teacher.folder),
     )
 
 
@@ -88,6 +96,16 @@ def _pipeline(config: RunConfig, folder: Path) -> int | None:
     parts = [(folder / part, stem) for part, stem in WEIGHTS.items() if (folder / part).is_dir()]
     shapes = [shape for part in parts for _, shape in read_headers(weight_files(*part, variant)).values()]
     return 4 * sum(map(math.prod, shapes))
+
+
+def _smaller_base(config: RunConfig, folder: Path) -> int:
+    """Bytes of the smaller base's pipeline as if it were as large as the teacher's; 0 without one, or if the teacher is not
+    on this disk yet."""
+    if config.shrink is None or missing_parts(folder):
+        return 0
+    parts = [(folder / part, stem) for part, stem in WEIGHTS.items() if (folder / part).is_dir()]
+    variant = weights_variant(folder)
+    return sum(file.stat().st_size for part in parts for file in weight_files(*part, variant))
 
 
 def _cache(data: Data, teacher: TeacherFacts) -> tuple[int, bool]:
@@ -157,7 +175,10 @@ def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> i
 def _checkpoints(config: RunConfig, unet: torch.nn.Module) -> int:
     """The most bytes that the checkpoints of a rung take while it is trained."""
     lora, encoder = lora_parameters(layer_shapes(unet), config.lora.rank), encoder_parameters(unet)
-    return max(checkpoints_bytes(config, rung, parameters=lora, encoder=encoder) for rung in config.ladder)
+    rungs = max(checkpoints_bytes(config, rung, parameters=lora, encoder=encoder) for rung in config.ladder)
+    if config.shrink is None:
+        return rungs
+    return max(rungs, whole_network_bytes(config, parameters=sum(p.numel() for p in unet.parameters())))
 
 
 def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0) -> int:

@@ -158,7 +158,7 @@ def _disk(disk: DiskNeed | None) -> Iterator[str]:
     if disk is None:
         yield "disk: known when the data are on this disk; `stepdistill doctor` tells"
         return
-    parts = ("teacher", "cache", "rungs", "checkpoints", "evaluation", "report")
+    parts = ("teacher", "base", "cache", "rungs", "checkpoints", "evaluation", "report")
     each = ", ".join(f"{part} {size / GIB:.1f}" for part in parts if (size := getattr(disk, part)) > GIB / 20)
     yield f"disk: {disk.total / GIB:.1f} GiB{'' if disk.is_whole else ' or more'} ({each})"
 

@@ -29,13 +29,26 @@ def rung_bytes(config: RunConfig, rung: Rung, *, parameters: int, encoder: int, 
 def checkpoints_bytes(config: RunConfig, rung: Rung, *, parameters: int, encoder: int) -> int:
     """Bytes of the most checkpoints of a rung that are there at once: the newest ones, the one at the phase's start, and the
     next one. A discriminator with a LoRA counts as many parameters as the student's, which are at least as many."""
-    lora, options = _FLOAT32 * parameters, config.training.checkpoint
+    lora = _FLOAT32 * parameters
     trunks = {"lora": parameters, "full": encoder, "frozen": 0}
     trunk = max((trunks[p.discriminator.trunk] for p in rung.phases if p.adversary is not None), default=0)
     carried = _FLOAT32 * trunk if any(p.discriminator.start == "carried" for p in rung.phases) else 0
-    student = _OF_ADAM * lora + (lora if config.training.ema_decay > 0 else 0)
-    each = student + _OF_ADAM * _FLOAT32 * trunk + carried
-    return each * (2 + (options.keep if options.every_minutes is not None else 0))
+    averages = (config.training.ema_decay > 0) + any(phase.teacher == "ema" for phase in rung.phases)
+    fake_score = _OF_ADAM * lora if any(phase.matches_distributions for phase in rung.phases) else 0
+    student = _OF_ADAM * lora + averages * lora
+    each = student + fake_score + _OF_ADAM * _FLOAT32 * trunk + carried
+    return each * _at_once(config)
+
+
+def whole_network_bytes(config: RunConfig, *, parameters: int) -> int:
+    """Bytes of the most checkpoints that are there at once while all `parameters` of a smaller base are trained."""
+    each = _FLOAT32 * parameters * (_OF_ADAM + (config.training.ema_decay > 0))
+    return each * _at_once(config)
+
+
+def _at_once(config: RunConfig) -> int:
+    options = config.training.checkpoint
+    return 2 + (options.keep if options.every_minutes is not None else 0)
 
 
 def encoder_parameters(unet: torch.nn.Module) -> int:

@@ -72,6 +72,34 @@ def test_checkpoints_count_the_adam_states_of_student_and_discriminator():
     assert need_of("training.checkpoint.keep=4").checkpoints == 6 / 4 * need_of().checkpoints
 
 
+def test_a_fake_score_and_a_self_teacher_are_in_checkpoints():
+    """The fake score has Adam's moments as the student has; the average that teaches is one more copy."""
+    rungs = {
+        "mse": "[{objective: mse}]",
+        "dmd": "[{objective: dmd}]",
+        "ema": "[{objective: mse, teacher: ema}]",
+    }
+    plain, dmd, ema = (
+        need_of(f"ladder.1.phases={phases}", *LAST_RUNGS).checkpoints for phases in rungs.values()
+    )
+    assert dmd == 2 * plain
+    assert 3 * ema == 4 * plain
+
+
+LAST_RUNGS = [f"ladder.{index}.phases=[{{objective: mse}}]" for index in (0, 2, 3, 4)]
+
+
+def test_a_smaller_base_counts_its_pipeline_and_the_states_of_all_weights():
+    unet = UNet2DConditionModel.from_pretrained(TEACHER / "unet")
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    need, plain = need_of("shrink.remove=[middle]"), need_of()
+    ema = load_config("configs/letters.yaml").training.ema_decay > 0
+    assert need.checkpoints == 4 * 4 * count * (3 + ema)
+    assert need.base == sum(file.stat().st_size for file in TEACHER.glob("*/*.safetensors"))
+    assert need.total - plain.total == need.base + need.checkpoints - plain.checkpoints
+    assert plain.base == 0
+
+
 def test_repeated_prompts_are_counted_without_iterating(tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     need = need_of(f"data.source={tmp_path / 'prompts.txt'}", "data.num_images=1000000000")
