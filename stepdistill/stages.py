@@ -117,6 +117,8 @@ def print_plan(
 
 def prepare(config: RunConfig) -> None:
     """Writes latents and text embeddings into the cache; does nothing if they are there already."""
+    if not _is_started(config):
+        _check_shrink(config)
     with _work_in(config) as run_dir:
         _prepare(config, run_dir)
 
@@ -150,6 +152,17 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
             "name=..., or `stepdistill distill --rung` for each of them",
             ", ".join(map(str, finished)),
         )
+
+
+def _check_shrink(config: RunConfig) -> None:
+    """ConfigError if the parts that config.shrink removes cannot be removed, as far as the teacher's configs are known."""
+    if config.shrink is None or not is_ready_made(config):
+        return
+    check_run(config)
+    _quiet_libraries()
+    from stepdistill.shrink.check import check_shrink_fits
+
+    check_shrink_fits(config, teacher_facts(config))
 
 
 def shrink(config: RunConfig, *, began: float | None = None) -> None:
@@ -278,8 +291,7 @@ def export(
     _quiet_libraries()
     from stepdistill.export.check import check_export
 
-    _require_same_teacher(config)
-    config = on_small_base(config)
+    as_written, config = config, on_small_base(config)
     check_export(config)
     if dry_run:
         _print_exports(config, chosen, push_to)
@@ -287,6 +299,7 @@ def export(
     from stepdistill.export.rung import export_rung
 
     with locked(config.run_dir):
+        _require_same_teacher(as_written)
         for count in chosen:
             folder = export_rung(config, count)
             clear_half_written(rung_folder(config.run_dir, count))
@@ -493,7 +506,7 @@ def _estimate(config: RunConfig) -> str:
     evaluation = each * plan.evaluation_forwards(config)
     return (
         f"this will take about {(training + evaluation) / 60:.1f} minutes here: "
-        f"{training / 60:.1f} to train the ladder, {evaluation / 60:.1f} to draw the images of the table"
+        f"{training / 60:.1f} to train, {evaluation / 60:.1f} to draw the images of the table"
     )
 
 
@@ -522,7 +535,9 @@ def _check_later_stages(config: RunConfig) -> None:
     from stepdistill.export.check import check_export
     from stepdistill.ladder.check import check_training
     from stepdistill.plan.budget import kept_modules
+    from stepdistill.shrink.check import check_shrink_fits
 
+    check_shrink_fits(config, teacher_facts(config))
     if base_record(config) is not None:
         config = on_small_base(config)
     check_export(config)

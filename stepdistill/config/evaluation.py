@@ -23,7 +23,7 @@ LATENTS_KEPT = 2048
 FewImages = Annotated[int, Field(gt=0, le=10_000)]
 Timestep = Annotated[int, Field(ge=0, lt=1000)]
 
-_BEGINNINGS = ("teacher-", "student-", "unguided-")  # of the names of other rows
+_BEGINNINGS = ("teacher-", "student-", "unguided-", "smaller-base-")  # of the names of other rows
 # Folders and files of a run's evaluation/, where each row has a folder of its name.
 _OF_THE_TABLE = (
     *("extractor", "features", "floor", "matrix"),

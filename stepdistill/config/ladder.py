@@ -23,7 +23,7 @@ Tap = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$", max_length=300)
 UPDATES_OF_FAKE_SCORE = 5
 """For each update of the student, as DMD2 has it on SDXL."""
 PLACES = ("encoder", "middle", "decoder")
-"""Places of taps that every network has."""
+"""Places of taps; a smaller network may lack the middle."""
 
 
 def _one_above_0(weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -45,7 +45,7 @@ class DiscriminatorOptions(Section, affects=Affects.ITS_RUNG):
     parameters, which take 16 bytes each with gradient and moments. Default: the channels of the features."""
     loss: Literal["non_saturating", "relativistic"] = "non_saturating"
     """non_saturating judges each sample by itself (as in SDXL-Lightning); relativistic judges each real sample against the
-    student's sample from the same x_t."""
+    student's sample from the same x_t, or with `real: data` and `inputs: own` against any of the student's."""
     real: Literal["teacher", "data"] = "teacher"
     """What counts as real at timestep s, where the student's step ends. teacher: the teacher's samples (as in
     SDXL-Lightning); data: the training data noised to s, which needs no teacher."""
@@ -275,7 +275,7 @@ def check_ladder(ladder: tuple[Rung, ...]) -> None:
         _check_rung(index, ladder)
         for number, phase in enumerate(rung.phases):
             key = f"ladder.{index}.phases.{number}"
-            _check_objectives(key, phase)
+            check_objectives(key, phase)
             _check_phase(key, phase, rung, ladder[:index])
             _check_convert(f"{key}.objective", phase, rung, number)
             _check_start(f"{key}.discriminator.start", phase, rung.phases[:number])
@@ -301,6 +301,8 @@ def unused_settings(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
                 unread.append("loss_space")
             if not phase.matches_distributions:
                 unread += [name for name in _changed(phase) if name == "fake_score_learning_rate"]
+            if phase.teacher == "ema" and not phase.asks_teacher:
+                unread.append("teacher")
             if phase.teacher == "rung" and "teacher_decay" in _changed(phase):
                 unread.append("teacher_decay")
             for place, of in enumerate(phase.objectives):
@@ -391,8 +393,19 @@ def _check_updates(key: str, phase: Phase) -> None:
 
 
 def _check_inputs(key: str, phase: Phase, rung: Rung) -> None:
+    read_as_sampled = next((kind for kind in ("output", "denoise") if kind in phase.kinds), None)
+    if read_as_sampled and rung.start_timestep is not None:
+        raise ConfigError(
+            f"{key}.objectives: got {read_as_sampled} on a rung with start_timestep {rung.start_timestep}, where the output "
+            f"is read at another timestep than that of x_t; allowed: mse, which compares samples"
+        )
     if phase.inputs == "data":
         return
+    if "denoise" in phase.kinds or ("paired" in phase.kinds and phase.discriminator.real == "data"):
+        other = "denoise" if "denoise" in phase.kinds else "paired and discriminator.real: data"
+        raise ConfigError(
+            f"{key}.inputs: got own with {other}, whose data do not belong to the student's own x_t; allowed: data"
+        )
     if rung.node_steps not in (None, rung.student_steps):
         raise ConfigError(
             f"{key}.inputs: got own on a rung with node_steps {rung.node_steps}; allowed: data, as a sampler of "
@@ -417,7 +430,7 @@ def _check_self_teacher(key: str, phase: Phase, earlier: tuple[Rung, ...]) -> No
         )
 
 
-def _check_objectives(key: str, phase: Phase) -> None:
+def check_objectives(key: str, phase: Phase) -> None:
     """ConfigError if a phase has no objective, both `objective` and `objectives`, or objectives that do not go together."""
     if not phase.weighted:
         raise ConfigError(f"{key}.objective: got nothing; allowed: {', '.join(OBJECTIVES)}")

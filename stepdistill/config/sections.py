@@ -298,7 +298,13 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
     def _check_ladder(self) -> "RunConfig":
         check_ladder(self.ladder)
         check_experts(self.teachers, self.ladder)
-        check_shrink(self.shrink, has_teachers=bool(self.teachers), has_start=self.start_from is not None)
+        check_shrink(
+            self.shrink,
+            self.ladder[0],
+            has_teachers=bool(self.teachers),
+            has_start=self.start_from is not None,
+            micro_batch=self.training.train_batch_size,
+        )
         if self.training.memory_budget is not None and not self.training.gradient_checkpointing:
             raise ConfigError(
                 "training.memory_budget: got a budget without gradient_checkpointing, whose computing again it limits; fix: "

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stepdistill.config.ladder import Phase, WeightedObjective
-from stepdistill.config.objective_kinds import OBJECTIVES, has_critic
+from stepdistill.config.ladder import PLACES, Phase, Rung, WeightedObjective, check_objectives
+from stepdistill.config.objective_kinds import OBJECTIVES, compares_features, has_critic
 from stepdistill.config.section import Affects, ConfigError, LearningRate, PositiveInt, Section
 
 PART_PATTERN = r"^(middle|middle\.end|level\.\d+\.(pair|layer)\.\d+)$"
@@ -16,6 +16,10 @@ _OBJECTIVES = tuple(
     if known.teacher in ("prediction", "features", "nothing") and not has_critic(kind) and kind != "convert"
 )
 """Those that need neither the steps of a sampler nor a critic."""
+
+
+class ShrinkObjective(WeightedObjective, affects=Affects.EVERY_RUNG):
+    """One of the objectives with which the smaller base is trained."""
 
 
 class Shrink(Section, affects=Affects.EVERY_RUNG):
@@ -31,15 +35,17 @@ class Shrink(Section, affects=Affects.EVERY_RUNG):
     error is measured; parts with the least error per parameter are removed first."""
     sensitivity_samples: Annotated[int, Field(gt=0, le=100_000)] = 64
     """Samples of the data on which that error is measured."""
-    objectives: Annotated[tuple[WeightedObjective, ...], Field(min_length=1, max_length=8)] = (
-        WeightedObjective(kind="output"),
-        WeightedObjective(kind="denoise"),
-        WeightedObjective(kind="l2", taps=("encoder", "decoder")),
+    objectives: Annotated[tuple[ShrinkObjective, ...], Field(min_length=1, max_length=8)] = (
+        ShrinkObjective(kind="output"),
+        ShrinkObjective(kind="denoise"),
+        ShrinkObjective(kind="l2", taps=("encoder", "decoder")),
     )
     """What is minimised, at all timesteps: the difference to the teacher's output, to the noise in the data, and to the
-    teacher's features (the three terms of BK-SDM, arXiv 2305.15798)."""
+    teacher's features (the three terms of BK-SDM, arXiv 2305.15798). Allowed kinds: output, denoise, l2, attention, gram,
+    kernel and relations, at encoder, middle and decoder."""
     max_train_steps: PositiveInt = 2000
-    """Number of updates; all weights are trained, by AdamW, with float32 masters."""
+    """Number of updates; all weights are trained, with float32 masters, by AdamW unless training.optimizer is adam8bit or
+    prodigy."""
     learning_rate: LearningRate = 5e-5
     """Learning rate after warm-up; 5e-5 as in BK-SDM."""
     prompt_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -56,8 +62,13 @@ class Shrink(Section, affects=Affects.EVERY_RUNG):
         )
 
 
-def check_shrink(shrink: Shrink | None, *, has_teachers: bool, has_start: bool) -> None:
-    """ConfigError if the section's keys, or other keys and it, do not go together."""
+def check_shrink(
+    shrink: Shrink | None, first: Rung, *, has_teachers: bool, has_start: bool, micro_batch: int
+) -> None:
+    """ConfigError if the section's keys, or other keys and it, do not go together.
+
+    first: the first rung of the ladder, whose teacher is the original U-Net.
+    """
     if shrink is None:
         return
     if bool(shrink.remove) == (shrink.keep is not None):
@@ -68,12 +79,28 @@ def check_shrink(shrink: Shrink | None, *, has_teachers: bool, has_start: bool) 
             raise ConfigError(
                 f"shrink.objectives.{place}.kind: got {objective.kind!r}; allowed: {', '.join(_OBJECTIVES)}"
             )
-    kinds = [objective.kind for objective in shrink.objectives]
-    twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"shrink.objectives: got {twice} twice; allowed: each kind once, with its weight")
+        named = next((tap for tap in objective.taps if tap not in PLACES), None)
+        if named is not None and compares_features(objective.kind):
+            raise ConfigError(
+                f"shrink.objectives.{place}.taps: got {named!r}, whose number may be another in the smaller U-Net; allowed: "
+                f"{', '.join(PLACES)}"
+            )
+    check_objectives("shrink", shrink.phase)
     if has_teachers or has_start:
         key = "teachers" if has_teachers else "start_from"
         raise ConfigError(
             f"{key}: got a value beside shrink; allowed: none, as they belong to the teacher's own U-Net"
+        )
+    for number, phase in enumerate(first.phases):
+        named = next((tap for tap in phase.taps if tap not in PLACES), None)
+        if named is not None:
+            raise ConfigError(
+                f"ladder.0.phases.{number}.objectives: got the tap {named!r}, whose number may be another in the smaller "
+                f"U-Net than in its teacher's; allowed beside shrink: {', '.join(PLACES)}"
+            )
+    relates = [of.between for of in shrink.objectives if of.kind == "relations"]
+    if "samples" in relates and micro_batch < 2:
+        raise ConfigError(
+            "shrink.objectives: got relations between samples with a training.train_batch_size of 1; allowed: patches, or "
+            "micro-batches of 2 samples or more"
         )

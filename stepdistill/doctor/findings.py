@@ -35,6 +35,7 @@ from stepdistill.plan.text import verdict
 from stepdistill.plan.whole_run import card_here, plan_run
 from stepdistill.run.folder import check_folder
 from stepdistill.run.start_from import check_start
+from stepdistill.shrink.check import check_shrink_fits
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
 from stepdistill.teacher.folder import EMBEDDED_TEACHER
@@ -184,6 +185,7 @@ def _ladder(config: RunConfig) -> Iterator[Finding]:
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     check_ladder_fits(config, teacher)
+    check_shrink_fits(config, teacher)
     check_training(config, teacher)
     for about, remedy in unfit_settings(config, teacher):
         yield Finding("note", about, remedy)

@@ -19,9 +19,8 @@ Put `kohya/{{ kohya }}` into `models/loras` (ComfyUI) or `models/Lora` (A1111, F
 {% if teacher_loras %}
 The base model of this LoRA includes other LoRAs ({{ teacher_loras }}): load them as well.
 {% endif %}
-{% if odd_widths %}
-These tools recognise the U-Nets of SD1.5, SD2.x and SDXL by their widths. This LoRA's base has other widths
-({{ odd_widths }}), so the unmodified tools cannot open it. Settings for a modified tool:
+{% if unknown_base %}
+{{ unknown_base }} Settings for a modified tool:
 {% endif %}
 
 {% if comfy is none %}
@@ -71,18 +70,24 @@ def tools_section(config: RunConfig, record: RungRecord, file: Path, teacher: Te
         teacher_loras=", ".join(
             f"{Path(part.path).name} at {part.weight:g}" for part in config.teacher.loras
         ),
-        odd_widths=_odd_widths(teacher.unet),
+        unknown_base=_unknown_base(teacher.unet, is_smaller=config.shrink is not None),
         elsewhere=_not_elsewhere(setting, record, teacher),
     )
     return section.strip()
 
 
-def _odd_widths(unet: Mapping[str, Any]) -> str | None:
-    """The U-Net's widths as text if the tools do not know them, else None."""
+def _unknown_base(unet: Mapping[str, Any], *, is_smaller: bool) -> str | None:
+    """Why the tools cannot open the base model, in a sentence; None if they can."""
     first, texts = (unet.get("block_out_channels") or [None])[0], unet.get("cross_attention_dim")
-    if (first, texts) in _WIDTHS:
-        return None
-    return f"{first} channels in the first block, {texts} in the text embeddings"
+    if (first, texts) not in _WIDTHS:
+        return (
+            "These tools recognise the U-Nets of SD1.5, SD2.x and SDXL by their widths. This LoRA's base has other widths\n"
+            f"({first} channels in the first block, {texts} in the text embeddings), so the unmodified tools cannot open it."
+        )
+    if is_smaller:
+        known = "the models that these tools know"
+        return f"This LoRA's base has fewer blocks than {known}, so the unmodified tools cannot open it."
+    return None
 
 
 def _not_elsewhere(setting: comfy.Setting | None, record: RungRecord, teacher: TeacherFacts) -> str | None:

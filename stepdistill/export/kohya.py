@@ -55,18 +55,21 @@ def family_of(teacher: TeacherFacts) -> str:
 def sgm_name(module: str, unet_config: Mapping[str, Any]) -> str:
     """The name in the original repository, such as input_blocks.4.1.proj_in, of a module of diffusers' U-Net.
 
-    With n layers per block, layer k of block b is input_blocks[b (n + 1) + k + 1] in the down path and
-    output_blocks[b (n + 1) + k] in the up path. Within it the residual block has index 0 and the attention index 1; the
-    resampler is the last layer of its block.
+    With n_b layers in down block b, and n_b + 1 in the up block at its level, layer k of a block is number
+    k + sum over the earlier blocks of (n + 1), to which the down path adds 1. Within it the residual block has index 0 and
+    the attention index 1; the resampler is the last layer of its block.
     """
-    layers = int(unet_config.get("layers_per_block", 2))
     kind, rest = module.split(".", 1)
     if kind == "mid_block":
         part, number, inner = rest.split(".", 2)
         place = 1 if part == "attentions" else 2 * int(number)
         return f"middle_block.{place}.{_inner(part, inner)}"
     block, part, number, inner = rest.split(".", 3)
-    first = int(block) * (layers + 1)
+    count = unet_config.get("layers_per_block", 2)
+    levels = [int(count)] * len(unet_config["up_block_types"]) if isinstance(count, int) else list(count)
+    if kind == "up_blocks":
+        levels.reverse()
+    layers, first = levels[int(block)], sum(n + 1 for n in levels[: int(block)])
     if part == "downsamplers":
         return f"input_blocks.{first + layers + 1}.0.op"
     if part == "upsamplers":

@@ -207,9 +207,10 @@ def _write_kohya(
 def _write_workflow(
     config: RunConfig, record: RungRecord, folder: Path, lora: str, facts: TeacherFacts
 ) -> None:
-    """Writes ComfyUI's workflow beside the kohya file; nothing if ComfyUI's noise schedule is not the teacher's."""
+    """Writes ComfyUI's workflow beside the kohya file; nothing if ComfyUI's noise schedule is not the teacher's, or if its
+    U-Net has fewer blocks, which ComfyUI does not know."""
     setting = comfy.setting_of(record, facts.scheduler)
-    if setting is None:
+    if setting is None or config.shrink is not None:
         return
     workflow = comfy.workflow(
         setting,

@@ -9,10 +9,12 @@ from stepdistill.models.experts import check_loras_fit
 from stepdistill.plan.taps import check_taps
 from stepdistill.teacher.experts import check_files, check_prompts
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.small_base import ladder_facts
 
 
 def check_training(config: RunConfig, facts: TeacherFacts) -> None:
     """ConfigError if a tap, a LoRA that a rung begins with, or one of several teachers does not fit the base model."""
+    facts = ladder_facts(config, facts)
     check_taps(config, facts)
     check_initial_loras(config, facts)
     if not config.teachers:

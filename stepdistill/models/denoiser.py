@@ -51,6 +51,11 @@ class Denoiser:
                 "epsilon says nothing about x_0 at zero terminal SNR (alpha_T = 0); use v_prediction or sample"
             )
 
+    @property
+    def tapped_network(self) -> SharedNetwork:
+        """The network whose features are this denoiser's."""
+        return self.network
+
     def network_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The timesteps (B,) that the network is given: start_timestep in place of the last one."""
         if self.start_timestep is None:

@@ -33,6 +33,12 @@ class Experts(Denoiser):
     members: tuple[Denoiser, ...] = ()
     teachers: tuple[Expert, ...] = ()
 
+    @property
+    def tapped_network(self) -> SharedNetwork:
+        """The network of the only member; the features of several are not comparable, which the config's checks refuse."""
+        (member,) = self.members
+        return member.network
+
     def output(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:

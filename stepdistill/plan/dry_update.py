@@ -9,9 +9,11 @@ import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.models.denoiser import Denoiser
@@ -26,6 +28,7 @@ from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
 from stepdistill.teacher.experts import lora_files
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.small_base import ladder_facts
 from stepdistill.training.losses import roles_of
 from stepdistill.training.optim import RoleOptimizer
 from stepdistill.training.phase import losses_and_gradients, optimizers_of
@@ -83,7 +86,13 @@ class DryRun:
     """
 
     def __init__(self, config: RunConfig, facts: TeacherFacts, card: Card, *, device: str = "meta") -> None:
-        self._rehearsal = Rehearsal(config, facts, device=device)
+        self._rehearsal = Rehearsal(config, ladder_facts(config, facts), device=device)
+        self._teacher_unets = [facts.unet] if config.shrink is not None and not config.teachers else []
+        self._teacher_unets += [
+            TeacherFacts.of_folder(Path(expert.path).expanduser()).unet
+            for expert in config.teachers
+            if expert.path is not None
+        ]
         self._config, self._card, self._device = config, card, device
         self.network = self._rehearsal.network
 
@@ -219,13 +228,16 @@ class DryRun:
             tracker.hold_bytes(self.network.weights(STUDENT).master.numel() * 4, "teacher: average")
 
     def _experts_bytes(self) -> int:
-        """Bytes of several teachers beside the base model: their LoRAs, as wide as the student's, and other U-Nets."""
+        """Bytes of several teachers beside the base model: their LoRAs, as wide as the student's, and other U-Nets, such as
+        the original of a smaller base."""
         size, dtype_bytes = 0, self.network.dtype.itemsize
+        for unet in self._teacher_unets:
+            with torch.device("meta"):
+                model = UNet2DConditionModel.from_config(dict(unet)).to(self.network.dtype)
+            size += base_bytes(model.modules(), self._config.training.base_quantization)
         student = sum(shape.numel() for shape in self.network.adapter_shapes(STUDENT).values())
         for expert in self._config.teachers:
-            if expert.path is not None:
-                size += base_bytes(base_modules(self.network.model), self._config.training.base_quantization)
-            elif all(file.is_file() for file in lora_files(expert)):
+            if expert.path is None and all(file.is_file() for file in lora_files(expert)):
                 rank = lora_of(expert).rank if expert.loras else 0
                 size += student * rank // self._config.lora.rank * dtype_bytes
         return size

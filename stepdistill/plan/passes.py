@@ -257,7 +257,7 @@ def _describe_export(config: RunConfig, _only: tuple[int, int] | None, _finished
 def _describe_evaluate(config: RunConfig, _only: tuple[int, int] | None, _finished: Collection[int]) -> _Part:
     options, cost = config.evaluation, evaluation_forwards(config)
     undistilled = len(options.teacher_steps) + len(options.unguided_steps)
-    rows = undistilled + len(config.ladder) + len(options.loras)
+    rows = undistilled + len(config.ladder) + len(options.loras) + (config.shrink is not None)
     return [
         f"evaluate   {rows} rows of {options.num_images:,} images, floor and studies: {cost:,.0f} passes"
     ], cost
@@ -288,6 +288,7 @@ def measured_seconds_per_pass(config: RunConfig) -> float | None:
         (rung.student_steps, number): phase_forwards(config, rung, phase)
         for rung in config.ladder
         for number, phase in enumerate(rung.phases)
+        if phase.updates_per_student_update == 1  # else its updates differ in cost
     }
     seconds = []
     for record in read_log(config.run_dir / "log.jsonl"):

@@ -20,6 +20,7 @@ from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.plan.whole_run import PhaseCost, RunPlan, distinct_phases
 from stepdistill.runtime import default_device
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.small_base import ladder_facts
 from stepdistill.training.losses import roles_of
 from stepdistill.training.phase import losses_and_gradients, optimizers_of
 from stepdistill.training.samples import Samples
@@ -46,7 +47,9 @@ class RealRun:
         self.device = default_device()
         self._before = psutil.Process().memory_info().rss
         self._config = config
-        self._rehearsal = Rehearsal(config, facts, device=str(self.device), is_real=True)
+        self._rehearsal = Rehearsal(
+            config, ladder_facts(config, facts), device=str(self.device), is_real=True
+        )
 
     def update(self, rung: Rung, phase: Phase, *, keeps: Collection[str] = ()) -> MeasuredUpdate:
         """Makes two updates of a phase; the first one compiles the blocks if training.compile is on."""

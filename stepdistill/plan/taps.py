@@ -1,9 +1,12 @@
 """Checks, without weights, that the taps of feature objectives name modules of the network whose outputs are features."""
 
+from collections.abc import Iterator
+
 import torch
 
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.ladder import PLACES
+from stepdistill.config.objective_kinds import compares_features
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
 from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.teacher.facts import TeacherFacts
@@ -11,15 +14,8 @@ from stepdistill.teacher.facts import TeacherFacts
 
 def check_taps(config: RunConfig, facts: TeacherFacts) -> None:
     """ConfigError if a tap names no module, one whose output is not (B, C, H, W) or (B, H W, C), or one in compiled code."""
-    taps = {
-        tap: f"ladder.{index}.phases.{number}.objectives.{place}.taps"
-        for index, rung in enumerate(config.ladder)
-        for number, phase in enumerate(rung.phases)
-        for place, of in enumerate(phase.weighted)
-        for tap in of.taps
-        if tap not in PLACES
-    }
-    if not taps:
+    taps = dict(_taps_with_keys(config))
+    if all(tap in ("encoder", "decoder") for tap in taps):
         return
     rehearsal = Rehearsal(config, facts, device="meta")
     network = rehearsal.network
@@ -28,18 +24,34 @@ def check_taps(config: RunConfig, facts: TeacherFacts) -> None:
             network.modules_at([tap])
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from None
-        if config.training.compile and _is_compiled(network, tap):
+        if tap not in PLACES and config.training.compile and _is_compiled(network, tap):
             raise ConfigError(
                 f"{key}: got {tap!r}, which training.compile compiles together with what is around it; allowed: "
                 f"{', '.join(PLACES)}, or training.compile=false"
             )
-    shapes = _output_shapes(rehearsal, list(taps))
-    for tap, key in taps.items():
+    named = [tap for tap in taps if tap not in PLACES]
+    shapes = _output_shapes(rehearsal, named)
+    for tap in named:
         if len(shapes.get(tap, ())) not in (3, 4):
             raise ConfigError(
-                f"{key}: got {tap!r}, whose output is no map of features; allowed: {', '.join(PLACES)}, or a block or "
+                f"{taps[tap]}: got {tap!r}, whose output is no map of features; allowed: {', '.join(PLACES)}, or a block or "
                 f"layer that works on the image"
             )
+
+
+def _taps_with_keys(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The taps of all objectives that compare features, each with its key."""
+    lists = {
+        f"ladder.{index}.phases.{number}": phase.weighted
+        for index, rung in enumerate(config.ladder)
+        for number, phase in enumerate(rung.phases)
+    }
+    if config.shrink is not None:
+        lists["shrink"] = config.shrink.objectives
+    for key, objectives in lists.items():
+        for place, of in enumerate(objectives):
+            if compares_features(of.kind):
+                yield from ((tap, f"{key}.objectives.{place}.taps") for tap in of.taps)
 
 
 def _is_compiled(network: SharedNetwork, tap: str) -> bool:

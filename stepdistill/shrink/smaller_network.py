@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stepdistill.config import ConfigError
-from stepdistill.shrink.parts import can_follow, removable, smaller_config, source_name
+from stepdistill.teacher.unet_parts import can_follow, removable, smaller_config, source_name
 
 
 @dataclass(frozen=True)

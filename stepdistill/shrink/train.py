@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from stepdistill.data.batches import draw_batch
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.data.held_out import settled
 from stepdistill.disk.durable import read_sealed, whole_folder, write_sealed
-from stepdistill.errors import CheckpointError, ToBeContinued
+from stepdistill.errors import CheckpointError, OutOfMemoryError, ToBeContinued
 from stepdistill.ladder.base_network import load_base
 from stepdistill.ladder.shared import cache_hash, versions_of_training
 from stepdistill.models.denoiser import Denoiser
@@ -31,8 +30,7 @@ from stepdistill.run.checkpoint_files import CHECKPOINTS
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.settings import settings_of_every_rung
 from stepdistill.run.stop import StopRequest
-from stepdistill.runtime import Runtime, release_memory
-from stepdistill.shrink.parts import check_removed
+from stepdistill.runtime import Processes, Runtime, release_memory
 from stepdistill.shrink.smaller_network import (
     OutputError,
     Removal,
@@ -44,21 +42,22 @@ from stepdistill.shrink.smaller_network import (
     smaller_network,
 )
 from stepdistill.teacher.facts import TeacherFacts
-from stepdistill.teacher.files import read_header, weight_files
+from stepdistill.teacher.files import read_header, read_object, weight_files
 from stepdistill.teacher.folder import WEIGHTS, weights_variant
 from stepdistill.teacher.loading import fingerprint, load_noise_path, load_vae, vae_dtype
 from stepdistill.teacher.small_base import RECORD, base_folder, base_record, work_folder
 from stepdistill.teacher.source import teacher_folder
-from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest
+from stepdistill.teacher.unet_parts import check_removed
+from stepdistill.training.checkpoint import Checkpoint, Checkpoints, Identity, newest, remove_after
+from stepdistill.training.guard import Trouble
 from stepdistill.training.painter import Painter, skipped_without_memory
 from stepdistill.training.phase import PhaseState, run_phase
 from stepdistill.training.phase_setup import PhaseSetup
 from stepdistill.training.preview import MAX_TEACHER_STEPS, Preview
 
 logger = logging.getLogger(__name__)
-_TIMESTEPS = 1000
 SENSITIVITY = "sensitivity.json"
-_NOT_COPIED = ("unet", "*.bin", "*.ckpt", "*.msgpack", "*.onnx", "*.md", ".*")
+_WEIGHTS = {".safetensors", ".bin", ".ckpt", ".msgpack", ".h5", ".pt", ".onnx", ".onnx_data"}
 
 
 def make_small_base(config: RunConfig, *, began: float | None = None) -> bool:
@@ -68,12 +67,20 @@ def make_small_base(config: RunConfig, *, began: float | None = None) -> bool:
     began: time.monotonic() from which training.max_minutes counts; None: now.
     """
     if base_record(config) is not None:
+        shutil.rmtree(work_folder(config) / CHECKPOINTS, ignore_errors=True)  # if a kill left them
         return False
     with StopRequest(max_minutes=config.training.max_minutes, began=began) as stop:
         runtime = Runtime(mixed_precision=config.training.mixed_precision)
         work = _Work.of(settled(config), runtime)
         removed = work.parts_to_remove()
         _Training(work, removed, stop).run()
+        exit_code = runtime.largest(stop.exit_code)
+        if exit_code:
+            runtime.wait()  # a launcher ends all processes as soon as one has ended
+            raise ToBeContinued(
+                f"stopped ({stop.reason}) after the smaller base was written; the same command continues there",
+                exit_code,
+            )
     return True
 
 
@@ -111,18 +118,20 @@ class _Work:
         if shrink.keep is None:
             check_removed(plain_config(self.teacher.network.model), shrink.remove)
             return list(shrink.remove)
+        removed = self._chosen(shrink.keep) if self.runtime.is_main else None
+        return list(Processes().broadcast(removed))  # by one process, so that all build the same network
+
+    def _chosen(self, keep: float) -> list[str]:
+        """The parts that matter least, from the table in the run's folder, which is made if it is not there."""
         path = work_folder(self.config) / SENSITIVITY
-        known = read_sealed(path) if self.runtime.is_main else None
+        known = read_sealed(path)
         if known is None:
             model = self.teacher.network.model
             table = list(removals(model, OutputError(model, functools.partial(_outputs, self))))
-            known = {"removed": chosen(model, table, shrink.keep), "table": [r.as_dict() for r in table]}
-            if self.runtime.is_main:
-                write_sealed(path, known)
+            known = {"removed": chosen(model, table, keep), "table": [r.as_dict() for r in table]}
+            write_sealed(path, known)
         table = [Removal(**entry) for entry in known["table"]]
-        if self.runtime.is_main:
-            logger.info("shrink: what each part is worth\n%s", sensitivity_table(table, known["removed"]))
-        self.runtime.wait()
+        logger.info("shrink: what each part is worth\n%s", sensitivity_table(table, known["removed"]))
         return list(known["removed"])
 
 
@@ -137,8 +146,8 @@ def _outputs(work: _Work, model: Any) -> Iterator[torch.Tensor]:
             work.cache,
             list(range(first, min(first + size, count))),
             noise_path=work.teacher.noise_path,
-            student_steps=_TIMESTEPS,
-            node_steps=_TIMESTEPS,
+            student_steps=work.teacher.noise_path.num_train_timesteps,
+            node_steps=work.teacher.noise_path.num_train_timesteps,
             seed=config.seed,
             keys=("sensitivity",),
             dtype=work.runtime.weight_dtype,
@@ -167,28 +176,34 @@ class _Training:
         self._student = dataclasses.replace(work.teacher, network=self._network, adapter=STUDENT, trains=True)
         folder = work_folder(config)
         options = config.training.checkpoint
+        self._resumed = newest(folder / CHECKPOINTS, self._identity)
         self._checkpoints = Checkpoints(
             folder / CHECKPOINTS,
             self._identity,
             every_minutes=options.every_minutes,
             keep=options.keep,
-            seconds=0.0,
+            seconds=0.0 if self._resumed is None else self._resumed.seconds,
         )
 
     def run(self) -> None:
         """Trains from the newest checkpoint, or from the start, and writes RUN/base."""
         work, runtime = self._work, self._work.runtime
-        resumed = newest(self._checkpoints.folder, self._identity)
+        resumed = self._resumed
         if not runtime.is_same(-1 if resumed is None else resumed.step):
             raise CheckpointError(
                 f"the processes of the launch read different checkpoints in {self._checkpoints.folder}; allowed: one for "
                 f"all; fix: start the command again, on a file system that shows all machines the same files"
             )
-        seconds = time.monotonic() - (0.0 if resumed is None else resumed.seconds)
         log = None
         if runtime.is_main:
+            if resumed is not None:  # else damaged ones after it would count as the newest
+                remove_after(self._checkpoints.folder, resumed.phase, resumed.step)
             log = TrainingLog(work_folder(work.config) / "log.jsonl")
-            log.begin(_TIMESTEPS, phase=0, step=0 if resumed is None else resumed.step)
+            log.begin(
+                work.teacher.noise_path.num_train_timesteps,
+                phase=0,
+                step=0 if resumed is None else resumed.step,
+            )
             left = parameters_of(self._network.model)
             logger.info(
                 "shrink: without %s %s of %s parameters are left",
@@ -202,27 +217,41 @@ class _Training:
             if log is not None:
                 log.close()
         if runtime.is_main:
-            self._write(round(time.monotonic() - seconds, 1))
+            self._write(round(self._checkpoints.seconds, 1))
             self._checkpoints.remove()
         runtime.wait()
 
     def _train(self, log: TrainingLog | None, resumed: Checkpoint | None) -> None:
-        setup = self._setup()
-        run_phase(
-            setup,
-            runtime=self._work.runtime,
-            log=log,
-            start=None if resumed is None else resumed.state,
-            after_update=lambda state, _trouble: self._save_and_stop(state, log),
-        )
+        latest: list[PhaseState] = []
+
+        def between_updates(state: PhaseState, _trouble: Trouble | None) -> None:
+            latest[:] = [state]
+            self._save_and_stop(state, log)
+
+        try:
+            run_phase(
+                self._setup(),
+                runtime=self._work.runtime,
+                log=log,
+                start=None if resumed is None else resumed.state,
+                after_update=between_updates,
+            )
+        except OutOfMemoryError:
+            if self._work.runtime.is_main and latest:
+                self._checkpoints.save(0, latest[0].step, latest[0].state_dict(), None)
+                self._checkpoints.wait()
+            raise
 
     def _setup(self) -> PhaseSetup:
         config, work = self._work.config, self._work
         assert config.shrink is not None
-        phase = config.shrink.phase
+        phase, count = config.shrink.phase, work.teacher.noise_path.num_train_timesteps
+        # all timesteps are nodes of a sampler with as many steps, which may be more than a config allows
+        rung = Rung.model_construct(
+            teacher_steps=count, student_steps=count, node_steps=None, start_timestep=None, phases=(phase,)
+        )
         return PhaseSetup(
-            # the timesteps are those of a sampler with as many steps as there are timesteps
-            rung=Rung(teacher_steps=_TIMESTEPS, student_steps=_TIMESTEPS, phases=(phase,)),
+            rung=rung,
             phase=phase,
             number=0,
             training=_training(config.training),
@@ -308,9 +337,24 @@ class _Training:
             "seconds": seconds,
         }
         with whole_folder(base_folder(config)) as folder:
-            shutil.copytree(original, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+            _copy_other_parts(original, folder)
             model.to(_stored_dtype(original)).save_pretrained(folder / "unet", variant=variant)
             write_sealed(folder / RECORD, record)
+
+
+def _copy_other_parts(pipeline: Path, target: Path) -> None:
+    """Copies what model_index.json names, without the U-Net; of the weights, those that are loaded."""
+    index = read_object(pipeline / "model_index.json")
+    shutil.copyfile(pipeline / "model_index.json", target / "model_index.json")
+    for name in (name for name in index if name != "unet" and (pipeline / name).is_dir()):
+        loaded = set()
+        if name in WEIGHTS:
+            loaded = set(weight_files(pipeline / name, WEIGHTS[name], weights_variant(pipeline, name)))
+        (target / name).mkdir()
+        for file in sorted((pipeline / name).iterdir()):
+            is_other_part = name not in WEIGHTS and file.suffix == ".safetensors"
+            if file.is_file() and (file in loaded or is_other_part or file.suffix not in _WEIGHTS):
+                shutil.copyfile(file, target / name / file.name)
 
 
 def _stored_dtype(pipeline: Path) -> torch.dtype:

@@ -21,11 +21,12 @@ _ALLOWED = (
 
 def check_same_teacher(config: RunConfig, folder: Path, *, base: Path | None = None) -> None:
     """ConfigError if the teacher in `folder` is not the one that the run was started with, or its rungs were trained on
-    another model than `base`, by default the teacher.
+    another model than `base`, by default the teacher. A smaller base that is not there is not compared: it is made again.
 
     A run without a record, as earlier versions left it, passes if its finished rungs belong to this teacher's U-Net.
     """
-    _check_rungs(config, folder if base is None else base)
+    if base is None or base.is_dir():
+        _check_rungs(config, folder if base is None else base)
     stored = _recorded(config.run_dir / PARTS_RECORD)
     if stored is None:
         return

@@ -10,7 +10,9 @@ from typing import Any
 
 from stepdistill.config import ConfigError, Expert, RunConfig, Teacher
 from stepdistill.disk.durable import read_sealed
+from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.source import teacher_folder
+from stepdistill.teacher.unet_parts import smaller_config
 
 RECORD = "stepdistill.json"
 ORIGINAL = "original"
@@ -51,6 +53,15 @@ def on_small_base(config: RunConfig) -> RunConfig:
     )
     original = Expert(name=ORIGINAL, path=str(teacher_folder(config)))
     return config.standing_for({"teacher": small, "teachers": (original,)})
+
+
+def ladder_facts(config: RunConfig, facts: TeacherFacts) -> TeacherFacts:
+    """Facts of the model that the ladder climbs on, from the teacher's: with a U-Net without the parts to remove. With
+    `keep`, which parts these are is not known yet, and the facts are the teacher's."""
+    if config.shrink is None or config.teachers or not config.shrink.remove:
+        return facts
+    unet = smaller_config(facts.unet, config.shrink.remove)
+    return TeacherFacts(facts.folder, {**facts.configs, "unet": unet})
 
 
 def ladder_base(config: RunConfig) -> Path:

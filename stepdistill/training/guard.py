@@ -4,7 +4,8 @@ certain    D judged at least 99 % of the samples correctly, over about the last 
 at chance  D judged 45 to 55 % correctly, over about the last 300 updates: it has learned nothing, or it is broken. This is
            also what is left to D once student and teacher cannot be told apart, so it is only warned of
 far        the student's distance to the teacher, measured every 25 updates on 16 samples that stay the same in the phase,
-           is more than 4 times what it was at the phase's start
+           is more than 4 times what it was at the phase's start; not with distribution matching, which does not ask for
+           the teacher's image from the same noise
 """
 
 from collections.abc import Mapping
@@ -103,7 +104,7 @@ class AdversaryGuard:
         self._first_distance = state["first_distance"]
 
     def _far(self, step: int, numbers: dict[str, float]) -> Trouble | None:
-        if step % EVERY or not self._first_distance:
+        if step % EVERY or not self._first_distance or self._setup.phase.matches_distributions:
             return None
         now = numbers["distance_to_teacher"] = self.distance()
         times = now / self._first_distance

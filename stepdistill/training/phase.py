@@ -227,8 +227,12 @@ def update(setup: PhaseSetup, state: PhaseState, batches: MicroBatches, runtime:
         means[f"{role}_grad_norm"] = optimizer.clip(setup.training.max_grad_norm)
     numbers = _read(runtime.average_scalars(means)) | {"data_seconds": waited}
     numbers |= {f"{role}_lr": optimizer.learning_rate for role, optimizer in learning.items()}
-    state.overflows = state.overflows + 1 if runtime.may_overflow and _overflowed(numbers) else 0
-    if 0 < state.overflows <= _MAX_OVERFLOWS:
+    overflowed = runtime.may_overflow and _overflowed(numbers)
+    if overflowed:
+        state.overflows += 1
+    elif STUDENT in learning:  # else one of the critics alone tells nothing of the student's next gradient
+        state.overflows = 0
+    if overflowed and state.overflows <= _MAX_OVERFLOWS:
         numbers = {name: value for name, value in numbers.items() if abs(value) < float("inf")}
         numbers["overflowed"] = 1.0
     else:

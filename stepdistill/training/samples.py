@@ -192,7 +192,7 @@ class Samples:
     def _kept_features(self, role: str) -> Iterator[None]:
         """Keeps the features of the first pass inside it, unless those of the role are kept already."""
         rows = len(self.batch.timesteps)
-        network = (self.student if role == STUDENT else self.teacher).network
+        network = (self.student if role == STUDENT else self.teacher).tapped_network
         with network.tapped(self._taps) as outputs:
             yield
         # a guided pass has the rows without prompts first

@@ -8,7 +8,6 @@ from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
-from stepdistill.shrink.parts import MIDDLE, MIDDLE_END, removable, smaller_config, source_name
 from stepdistill.shrink.smaller_network import (
     OutputError,
     Removal,
@@ -20,6 +19,7 @@ from stepdistill.shrink.smaller_network import (
     smaller_network,
 )
 from stepdistill.teacher.families import plannable_facts
+from stepdistill.teacher.unet_parts import MIDDLE, MIDDLE_END, removable, smaller_config, source_name
 from tests.conftest import make_conditioning, randn
 
 

@@ -263,7 +263,9 @@ class Sampler:
         if row.lora_scale != self._scale:  # cheaper than loading the LoRA again
             active = self._pipeline.get_active_adapters()
             # pipeline.set_adapters fails for a U-Net whose levels have different numbers of blocks
-            set_weights_and_activate_adapters(self._pipeline.unet, active, [row.lora_scale] * len(active))
+            for component in self._pipeline.get_list_adapters():
+                scales = [row.lora_scale] * len(active)
+                set_weights_and_activate_adapters(getattr(self._pipeline, component), active, scales)
             self._scale = row.lora_scale
         return self._pipeline
 
