@@ -1,6 +1,7 @@
 """A smaller base model: made, stopped and continued to equal bits, loaded by diffusers alone, climbed on by the ladder."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -190,3 +191,38 @@ def test_a_config_without_the_section_and_parts_of_another_network_end_with_code
     assert guarded(lambda: stages.shrink(config)) == 2
     assert "got 'level.0.pair.1', which this U-Net does not have" in capsys.readouterr().err
     assert not work_folder(config).exists()
+
+
+def test_a_lost_base_is_made_again(shrunk, tmp_path):
+    config = moved(shrunk, tmp_path)
+    shutil.rmtree(base_folder(config))
+    with pytest.raises(ConfigError, match=r"base is not there, or damaged; fix: `stepdistill shrink`"):
+        stages.distill(config)
+    stages.shrink(config)
+    first, second = unet_of(shrunk), unet_of(config)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def moved(config, place):
+    """A copy of a run."""
+    shutil.copytree(config.run_dir, place / config.name)
+    return config.model_copy(update={"output_dir": str(place)})
+
+
+def test_the_ladder_climbs_on_a_teacher_of_an_older_diffusers_and_compares_features_with_it(tmp_path):
+    """Its unet/config.json lacks keys that diffusers writes today. The first rung's features are the original's, whose
+    network is another one."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(embedded_folder("teacher"), teacher)
+    path = teacher / "unet" / "config.json"
+    full = json.loads(path.read_text())
+    path.write_text(json.dumps({key: full[key] for key in sorted(full) if full[key] is not None}))
+    first = {"objectives": [{"kind": "mse"}, {"kind": "l2", "taps": ["encoder"]}], "max_train_steps": 1}
+    rungs = [{"teacher_steps": 8, "student_steps": 4, "phases": [first]}]
+    config = small_config(tmp_path, f"teacher.path={teacher}", f"ladder={json.dumps(rungs)}")
+    stages.prepare(config)
+    stages.shrink(config)
+    stages.distill(config)
+    (line,) = read_log(config.run_dir / "log.jsonl")
+    assert line["l2_loss"] > 0
+    assert (config.run_dir / "rungs" / "4" / "pytorch_lora_weights.safetensors").is_file()

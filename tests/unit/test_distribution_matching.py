@@ -212,6 +212,18 @@ def test_own_inputs_are_where_the_students_sampler_comes_to(noise_path, tmp_path
             ["ladder.1.phases.0.inputs=own", "ladder.1.phases.0.cached_updates=5"],
             r"inputs: got own with cached_updates, which needs inputs that stay as they are; allowed: data",
         ),
+        (
+            ["ladder.1.phases.0.inputs=own", "ladder.1.phases.0.objective=denoise"],
+            r"inputs: got own with denoise, whose data do not belong to the student's own x_t; allowed: data",
+        ),
+        (
+            ["ladder.1.phases.1.inputs=own", "ladder.1.phases.1.objective=paired"],
+            r"inputs: got own with paired and discriminator.real: data",
+        ),
+        (
+            ["ladder.4.phases.0.objective=output"],
+            r"ladder.4.phases.0.objectives: got output on a rung with start_timestep 499",
+        ),
         (["ladder.1.phases.0.inputs=noise"], r"inputs: got 'noise'.*data.*own"),
     ],
 )

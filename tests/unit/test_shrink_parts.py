@@ -8,6 +8,9 @@ from diffusers import UNet2DConditionModel
 
 from stepdistill.config import ConfigError
 from stepdistill.config.load import load_config
+from stepdistill.export.kohya import sgm_name
+from stepdistill.ladder.check import check_training
+from stepdistill.shrink.check import check_shrink_fits
 from stepdistill.shrink.smaller_network import (
     OutputError,
     Removal,
@@ -18,7 +21,9 @@ from stepdistill.shrink.smaller_network import (
     sensitivity_table,
     smaller_network,
 )
+from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
+from stepdistill.teacher.folder import embedded_folder
 from stepdistill.teacher.unet_parts import MIDDLE, MIDDLE_END, removable, smaller_config, source_name
 from tests.conftest import make_conditioning, randn
 
@@ -199,6 +204,25 @@ def test_parts_that_cannot_be_removed_are_refused(removed, text):
         ),
         (["shrink={keep: 0.5, objectives: [{kind: l2}, {kind: l2}]}"], r"shrink.objectives: got l2 twice"),
         (["shrink={keep: 0.5}", "teachers=[{name: a}]"], r"teachers: got a value beside shrink"),
+        (
+            ["shrink={keep: 0.5, objectives: [{kind: l2, taps: [down_blocks.0]}]}"],
+            r"shrink.objectives.0.taps: got 'down_blocks.0', .* allowed: encoder, middle, decoder",
+        ),
+        (["shrink={keep: 0.5, objectives: [{kind: l2, weight: 0}]}"], r"shrink.objectives.0.weight: got 0"),
+        (
+            [
+                "shrink={keep: 0.5}",
+                "ladder.0.phases.0={objectives: [{kind: mse}, {kind: l2, taps: [up_blocks.0]}]}",
+            ],
+            r"ladder.0.phases.0.objectives: got the tap 'up_blocks.0'",
+        ),
+        (
+            [
+                "shrink={keep: 0.5, objectives: [{kind: relations, between: samples}]}",
+                "training.train_batch_size=1",
+            ],
+            r"shrink.objectives: got relations between samples with a training.train_batch_size of 1",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides, text):
@@ -213,3 +237,44 @@ def test_the_original_is_not_changed():
     for parameter in smaller.parameters():
         parameter.data.add_(1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_what_does_not_fit_is_found_before_anything_is_trained():
+    """By doctor, prepare and run: parts that the U-Net has not, a share that is too small, taps that nothing is left of."""
+    facts = TeacherFacts.of_folder(embedded_folder("teacher"))
+
+    def check(*overrides):
+        config = load_config("configs/letters.yaml", list(overrides))
+        check_shrink_fits(config, facts)
+        check_training(config, facts)
+
+    check("shrink={remove: [middle]}")
+    check("shrink={keep: 0.75}")
+    with pytest.raises(ConfigError, match=r"shrink.remove: got 'level.0.pair.9'"):
+        check("shrink={remove: [level.0.pair.9]}")
+    with pytest.raises(
+        ConfigError, match=r"shrink.keep: got 0.7, .* 0.744 of the parameters are left; allowed: 0.744"
+    ):
+        check("shrink={keep: 0.7}")
+    with pytest.raises(
+        ConfigError, match=r"shrink.objectives.0.taps: got 'middle', but this network has no middle"
+    ):
+        check("shrink={remove: [middle], objectives: [{kind: l2}]}")
+    with pytest.raises(
+        ConfigError, match=r"ladder.1.phases.0.objectives.0.taps: got 'middle', but this network"
+    ):
+        check("shrink={remove: [middle]}", "ladder.1.phases.0={objective: l2}")
+
+
+def test_modules_of_uneven_levels_have_the_original_repositorys_names():
+    """Blocks are counted on: after a level of one pair comes the next number."""
+    uneven = plain_config(smaller_network(unet_of(layers_per_block=2), ["level.0.pair.1"]))
+    assert uneven["layers_per_block"] == [1, 2]
+    assert sgm_name("down_blocks.0.resnets.0.conv1", uneven) == "input_blocks.1.0.in_layers.2"
+    assert sgm_name("down_blocks.0.downsamplers.0.conv", uneven) == "input_blocks.2.0.op"
+    assert sgm_name("down_blocks.1.attentions.1.proj_in", uneven) == "input_blocks.4.1.proj_in"
+    assert sgm_name("up_blocks.0.resnets.2.conv1", uneven) == "output_blocks.2.0.in_layers.2"
+    assert sgm_name("up_blocks.1.resnets.0.conv1", uneven) == "output_blocks.3.0.in_layers.2"
+    even = plain_config(unet_of(layers_per_block=2))
+    for module in ("down_blocks.1.attentions.1.proj_in", "up_blocks.1.resnets.2.conv1"):
+        assert sgm_name(module, even) == sgm_name(module, even | {"layers_per_block": [2, 2]})
