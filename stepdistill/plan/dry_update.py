@@ -37,7 +37,7 @@ from stepdistill.training.samples import Samples
 MOMENTS = {"adam": 8.0, "adamw": 8.0, "adam8bit": 2 + 8 / 256, "prodigy": 16.0}
 """Bytes per parameter that an optimiser keeps; adam8bit has a float32 scale for each moment and 256 parameters."""
 _ACTIVATIONS = "activations"
-_OPTIMISER = "optimiser"
+OPTIMISER = "optimiser"
 _OWN_MOVES = "own moves"
 _REAL_SCORE = "real score"
 
@@ -136,7 +136,7 @@ class DryRun:
         optimizers = optimizers_of(phase, traced, self.network, dict.fromkeys(roles_of(phase), 1e-4))
         for optimizer in optimizers.values():
             optimizer.step()  # makes the moments
-        part = _Parts(self.network, is_adversarial=phase.adversary is not None)
+        part = Parts(self.network, is_adversarial=phase.adversary is not None)
         student, teacher = self._rehearsal.denoisers(rung, phase)
         if scores is not None:
             scores = Scores(_Named.of(scores.real, part), scores.fake)
@@ -150,40 +150,21 @@ class DryRun:
         )
         tracker = Tracker(self._card, label=part.current)
         self._hold(tracker, phase, optimizers)
-        peak, parts = self._run(tracker, part, phase, optimizers, lambda: samples(batch, student=student))
+        peak, parts = trace_update(
+            tracker, part, phase, optimizers, lambda: samples(batch, student=student), self._config
+        )
         work = self._whole(tracker.work, rung, phase)
-        cost = UpdateCost(peak, _named(parts), tracker.now, work, sum(tracker.work.values(), Work()))
+        cost = UpdateCost(peak, named_parts(parts), tracker.now, work, sum(tracker.work.values(), Work()))
         if phase.updates_per_student_update > 1:
             alone, still = Tracker(self._card, label=part.current), replace(student, trains=False)
             learning = {role: of for role, of in optimizers.items() if role != STUDENT}
             arrived = replace(batch, own_moves=None)  # the moves are counted in the update above
-            self._run(alone, part, phase, learning, lambda: samples(arrived, student=still))
+            trace_update(alone, part, phase, learning, lambda: samples(arrived, student=still), self._config)
             others = self._whole(alone.work, rung, phase)
             cost = replace(cost, work=_mean(work, others, 1 / phase.updates_per_student_update))
         for optimizer in optimizers.values():
             optimizer.close()
         return cost
-
-    def _run(
-        self,
-        tracker: Tracker,
-        part: "_Parts",
-        phase: Phase,
-        optimizers: Mapping[str, RoleOptimizer],
-        samples: Callable[[], Samples],
-    ) -> tuple[int, dict[str, int]]:
-        """Traces one micro-batch, in which these roles learn, and their optimisers; returns the peak and its parts."""
-        roles = tuple(role for role in roles_of(phase) if role in optimizers)
-        tracker.reset_peak()
-        with tracker:
-            losses_and_gradients(samples(), phase, part.backward(roles), roles=roles)
-            micro_peak, micro_parts = tracker.peak, tracker.peak_parts
-            tracker.reset_peak()
-            with part.named(_OPTIMISER):
-                for optimizer in optimizers.values():
-                    optimizer.clip(self._config.training.max_grad_norm)
-                    optimizer.step()
-        return max((micro_peak, micro_parts), (tracker.peak, tracker.peak_parts), key=lambda x: x[0])
 
     def _whole(self, work: dict[str, Work], rung: Rung, phase: Phase) -> dict[str, Work]:
         """The work of a whole update, from that of one micro-batch with one move of the teacher and of the student's own."""
@@ -193,7 +174,7 @@ class DryRun:
             steps = phase.teacher_steps or rung.teacher_steps
             moves = teacher_substeps(rung, steps, self._rehearsal.inputs.timesteps)
             moves *= min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
-        factors = {"teacher": micro * moves, _OWN_MOVES: micro * own_moves(rung, phase), _OPTIMISER: 1}
+        factors = {"teacher": micro * moves, _OWN_MOVES: micro * own_moves(rung, phase), OPTIMISER: 1}
         return {part: done * factors.get(part, micro) for part, done in work.items()}
 
     def _hold(self, tracker: Tracker, phase: Phase, optimizers: dict[str, RoleOptimizer]) -> None:
@@ -203,18 +184,8 @@ class DryRun:
         saved = base_bytes(base_modules(self.network.model), self._config.training.base_quantization)
         tracker.hold_bytes(saved - sum(p.numel() * p.itemsize for p in base), "base model")
         for role in (STUDENT, DISCRIMINATOR, FAKE_SCORE):
-            title = role.replace("_", " ")
-            if role in optimizers or role == STUDENT:
-                weights = self.network.weights(role)
-                tracker.hold([weights.master, *weights.parameters.values()], f"{title}: weights")
             if role in optimizers:
-                optimizer = optimizers[role]
-                assert optimizer.weights.master.grad is not None
-                tracker.hold([optimizer.weights.master.grad], f"{title}: gradient")
-                tracker.hold(optimizer.tensors(), f"{title}: moments")
-                count = optimizer.weights.master.numel()
-                bytes_each = MOMENTS[self._config.training.optimizer]
-                tracker.hold_bytes(round(count * (bytes_each - MOMENTS["adam"])), f"{title}: moments")
+                hold_role(tracker, role, optimizers[role], self._config)
         if phase.balance == "gradient":  # an update that measures holds the gradient of each objective
             master = self.network.weights(STUDENT).master
             tracker.hold_bytes(
@@ -243,7 +214,18 @@ class DryRun:
         return size
 
 
-class _Parts:
+def hold_role(tracker: Tracker, role: str, optimizer: RoleOptimizer, config: RunConfig) -> None:
+    """Counts the weights, gradient and moments of a role that learns."""
+    title, weights = role.replace("_", " "), optimizer.weights
+    tracker.hold([weights.master, *weights.parameters.values()], f"{title}: weights")
+    assert weights.master.grad is not None
+    tracker.hold([weights.master.grad], f"{title}: gradient")
+    tracker.hold(optimizer.tensors(), f"{title}: moments")
+    other = MOMENTS[config.training.optimizer] - MOMENTS["adam"]
+    tracker.hold_bytes(round(weights.master.numel() * other), f"{title}: moments")
+
+
+class Parts:
     """Names the role that an operation belongs to."""
 
     def __init__(self, network: SharedNetwork, *, is_adversarial: bool) -> None:
@@ -285,14 +267,36 @@ class _Parts:
         self._name = None
 
 
+def trace_update(
+    tracker: Tracker,
+    part: Parts,
+    phase: Phase,
+    optimizers: Mapping[str, RoleOptimizer],
+    samples: Callable[[], Samples],
+    config: RunConfig,
+) -> tuple[int, dict[str, int]]:
+    """Traces one micro-batch, in which these roles learn, and their optimisers; returns the peak and its parts."""
+    roles = tuple(role for role in roles_of(phase) if role in optimizers)
+    tracker.reset_peak()
+    with tracker:
+        losses_and_gradients(samples(), phase, part.backward(roles), roles=roles)
+        micro_peak, micro_parts = tracker.peak, tracker.peak_parts
+        tracker.reset_peak()
+        with part.named(OPTIMISER):
+            for optimizer in optimizers.values():
+                optimizer.clip(config.training.max_grad_norm)
+                optimizer.step()
+    return max((micro_peak, micro_parts), (tracker.peak, tracker.peak_parts), key=lambda x: x[0])
+
+
 @dataclass(frozen=True)
 class _Named(Denoiser):
     """A denoiser whose work is counted apart from the teacher's moves."""
 
-    part: _Parts | None = None
+    part: Parts | None = None
 
     @classmethod
-    def of(cls, denoiser: Denoiser, part: _Parts) -> "_Named":
+    def of(cls, denoiser: Denoiser, part: Parts) -> "_Named":
         return cls(**{field.name: getattr(denoiser, field.name) for field in fields(Denoiser)}, part=part)
 
     def output(
@@ -309,7 +313,7 @@ def _mean(full: dict[str, Work], critics_only: dict[str, Work], share: float) ->
     return {part: work * share + critics_only.get(part, Work()) * (1 - share) for part, work in full.items()}
 
 
-def _named(parts: dict[str, int]) -> dict[str, int]:
+def named_parts(parts: dict[str, int]) -> dict[str, int]:
     """The parts at a peak, with those of operations summed as activations."""
     kept = {name: size for name, size in parts.items() if ":" in name or name == "base model"}
     kept[_ACTIVATIONS] = sum(parts.values()) - sum(kept.values())

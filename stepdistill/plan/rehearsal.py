@@ -168,6 +168,13 @@ class Rehearsal:
             return student, Denoiser(self.network, TEACHER, self._path, kind)
         return student, self._undistilled()
 
+    def on_networks(self, student: SharedNetwork, teacher: SharedNetwork) -> tuple[Denoiser, Denoiser]:
+        """A student that is a whole network, and a teacher that is another one, without guidance."""
+        kind = self.facts.prediction_type
+        return Denoiser(student, STUDENT, self._path, kind, trains=True), Denoiser(
+            teacher, None, self._path, kind
+        )
+
     def _undistilled(self) -> Denoiser:
         """The base model with guidance."""
         return Denoiser(

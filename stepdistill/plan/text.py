@@ -127,8 +127,8 @@ def _totals(plan: RunPlan, costs: Costs) -> Iterator[str]:
         return
     hourly = costs.cards * costs.price / 3600
     yield f"cost: {whole * hourly:,.2f} at {costs.price:g} an hour of a card"
-    for student_steps, of in _rung_seconds(plan).items():
-        yield f"      {of * hourly:,.2f} of it to train the {student_steps}-step rung"
+    for what, of in _rung_seconds(plan).items():
+        yield f"      {of * hourly:,.2f} of it to train {what}"
 
 
 def _update_of_cards(plan: RunPlan, cards: int) -> Iterator[str]:
@@ -141,12 +141,12 @@ def _update_of_cards(plan: RunPlan, cards: int) -> Iterator[str]:
         yield f"      training.gradient_accumulation_steps={micro // cards} keeps {samples} and trains {cards} times as fast"
 
 
-def _rung_seconds(plan: RunPlan) -> dict[int, float]:
-    """The least seconds of each rung's training, by its student's steps."""
-    seconds: dict[int, float] = {}
+def _rung_seconds(plan: RunPlan) -> dict[str, float]:
+    """The least seconds of the training of a smaller base and of each rung."""
+    seconds: dict[str, float] = {}
     for cost in plan.phases:
-        steps = cost.rung.student_steps
-        seconds[steps] = seconds.get(steps, 0.0) + cost.seconds
+        what = f"the {cost.rung.student_steps}-step rung" if cost.name is None else "the smaller base"
+        seconds[what] = seconds.get(what, 0.0) + cost.seconds
     return seconds
 
 

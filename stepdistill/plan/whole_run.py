@@ -8,12 +8,14 @@ import torch
 
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.plan.cards import GIB, Card, nearest_card
+from stepdistill.plan.dry_shrink import shrink_rung, shrink_update
 from stepdistill.plan.dry_update import DryRun, UpdateCost
 from stepdistill.plan.other_stages import OtherStages
 from stepdistill.plan.passes import evaluation_forwards, is_base_teacher, preparation_forwards
 from stepdistill.run.start_from import taken_steps
 from stepdistill.runtime import WEIGHT_DTYPES
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.small_base import base_record
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,13 @@ class PhaseCost:
     rung: Rung
     phase: Phase
     update: UpdateCost
+    name: str | None = None
 
     @property
     def title(self) -> str:
-        """Such as "32 -> 8 mse"."""
+        """Such as "32 -> 8 mse", or "shrink output+denoise+l2"."""
+        if self.name is not None:
+            return f"{self.name} {self.phase.title}"
         return f"{self.rung.teacher_steps} -> {self.rung.student_steps} {self.phase.title}"
 
     @property
@@ -100,6 +105,9 @@ def plan_run(
     keeps = keeps or {}
     updates: dict[Any, UpdateCost] = {}
     phases = []
+    if config.shrink is not None and base_record(config) is None:
+        rung = shrink_rung(config, facts)
+        phases.append(PhaseCost(rung, rung.phases[0], shrink_update(config, facts, card), name="shrink"))
     for rung, number, phase in phases_of(config):
         alike = what_matters(config, rung, phase)
         if alike not in updates:
@@ -141,7 +149,7 @@ def what_matters(config: RunConfig, rung: Rung, phase: Phase) -> tuple[object, .
 def distinct_phases(plan: RunPlan) -> list[tuple[int, PhaseCost]]:
     """One phase of each kind that costs something else, with its number in its rung."""
     found: dict[object, tuple[int, PhaseCost]] = {}
-    for cost in plan.phases:
+    for cost in (cost for cost in plan.phases if cost.name is None):
         number = cost.rung.phases.index(cost.phase)
         found.setdefault((cost.phase.title, cost.update.micro.kernels, cost.update.peak), (number, cost))
     return list(found.values())

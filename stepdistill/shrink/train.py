@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stepdistill.config import RunConfig, Rung, Training
+from stepdistill.config import RunConfig, Training
 from stepdistill.data.batches import draw_batch
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.data.held_out import settled
@@ -26,6 +26,7 @@ from stepdistill.ladder.shared import cache_hash, versions_of_training
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.kind import kind_of, load_network
 from stepdistill.models.shared_network import STUDENT, SharedNetwork
+from stepdistill.plan.dry_shrink import shrink_rung
 from stepdistill.run.checkpoint_files import CHECKPOINTS
 from stepdistill.run.log import TrainingLog
 from stepdistill.run.settings import settings_of_every_rung
@@ -245,14 +246,10 @@ class _Training:
     def _setup(self) -> PhaseSetup:
         config, work = self._work.config, self._work
         assert config.shrink is not None
-        phase, count = config.shrink.phase, work.teacher.noise_path.num_train_timesteps
-        # all timesteps are nodes of a sampler with as many steps, which may be more than a config allows
-        rung = Rung.model_construct(
-            teacher_steps=count, student_steps=count, node_steps=None, start_timestep=None, phases=(phase,)
-        )
+        rung = shrink_rung(config, TeacherFacts.of_folder(teacher_folder(config)))
         return PhaseSetup(
             rung=rung,
-            phase=phase,
+            phase=rung.phases[0],
             number=0,
             training=_training(config.training),
             seed=config.seed,

@@ -16,7 +16,9 @@ from stepdistill.plan.dry_update import DryRun
 from stepdistill.plan.passes import phase_forwards
 from stepdistill.plan.smaller import smaller_run
 from stepdistill.plan.whole_run import plan_run
+from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
+from stepdistill.teacher.folder import embedded_folder
 
 LETTERS = "configs/letters.yaml"
 PROFILES = {"sd15": 24, "sd15_8gb": 8, "sd15_12gb": 12, "sd21_v": 24, "sdxl_12gb": 12, "sdxl_16gb": 16}
@@ -224,3 +226,23 @@ def test_the_plan_in_passes_agrees_with_the_arithmetic_counted(name, checkpointi
 
 def test_the_peaks_that_are_recorded_are_those_of_the_profiles():
     assert sorted(json.loads(Path("tests/plan/peaks.json").read_text())) == sorted(PROFILES)
+
+
+@pytest.mark.parametrize(("precision", "each"), [("no", 16), ("bf16", 18)])
+def test_the_training_of_a_smaller_base_is_planned(precision, each):
+    """All its weights in float32, with half copies, gradients and two moments; the original beside it, in the ladder too."""
+    config = load_config(
+        "configs/letters_small.yaml", [f"training.mixed_precision={precision}", "output_dir=nowhere"]
+    )
+    facts = TeacherFacts.of_folder(embedded_folder("teacher"))
+    plan = plan_run(config, facts, card_of("24GB"))
+    first, *ladder = plan.phases
+    assert first.title == "shrink output+denoise+l2"
+    smaller, original = 2_914_628, 3_918_532
+    student = sum(size for part, size in first.update.parts.items() if part.startswith("student: "))
+    assert student == pytest.approx(each * smaller, rel=0.01)
+    width = 4 if precision == "no" else 2
+    assert first.update.parts["teacher: weights"] == width * original
+    assert ladder[0].update.parts["teacher: weights"] > width * original
+    assert ladder[0].update.parts["base model"] == pytest.approx(width * smaller, rel=0.02)
+    assert first.update.total.flop > 0
