@@ -6,16 +6,17 @@ multiplied, because all its moves are alike and none of them keeps memory.
 
 import functools
 import gc
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.diffusion.noise_path import Move
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.experts import lora_of
@@ -138,8 +139,9 @@ class DryRun:
             optimizer.step()  # makes the moments
         part = Parts(self.network, is_adversarial=phase.adversary is not None)
         student, teacher = self._rehearsal.denoisers(rung, phase)
+        student = _OwnMoves.of(student, part)
         if scores is not None:
-            scores = Scores(_Named.of(scores.real, part), scores.fake)
+            scores = Scores(_RealScore.of(scores.real, part), scores.fake)
         batch = self._rehearsal.micro_batch(phase)
         samples = functools.partial(
             Samples,
@@ -231,7 +233,7 @@ class Parts:
     def __init__(self, network: SharedNetwork, *, is_adversarial: bool) -> None:
         self._network, self._is_adversarial = network, is_adversarial
         self._name: str | None = None
-        self._learner, self._student_learns = STUDENT, True
+        self._learner = STUDENT
 
     def current(self) -> str:
         """The role of the operation that runs now."""
@@ -240,8 +242,6 @@ class Parts:
         if torch._C._current_graph_task_id() != -1:
             return self._learner
         adapter = self._network.state.adapter
-        if adapter == STUDENT and self._student_learns and not torch.is_grad_enabled():
-            return _OWN_MOVES
         if adapter in (STUDENT, DISCRIMINATOR, FAKE_SCORE):
             return adapter
         if not torch.is_grad_enabled():
@@ -251,7 +251,6 @@ class Parts:
     def backward(self, roles: tuple[str, ...]) -> Callable[[torch.Tensor], None]:
         """The backward passes of these roles, in order."""
         rest: Iterator[str] = iter(roles)
-        self._student_learns = STUDENT in roles
 
         def run(loss: torch.Tensor) -> None:
             self._learner = next(rest)
@@ -290,21 +289,38 @@ def trace_update(
 
 
 @dataclass(frozen=True)
-class _Named(Denoiser):
-    """A denoiser whose work is counted apart from the teacher's moves."""
+class _Watched(Denoiser):
+    """A denoiser some of whose work is counted apart."""
 
     part: Parts | None = None
 
     @classmethod
-    def of(cls, denoiser: Denoiser, part: Parts) -> "_Named":
+    def of(cls, denoiser: Denoiser, part: Parts) -> Self:
         return cls(**{field.name: getattr(denoiser, field.name) for field in fields(Denoiser)}, part=part)
+
+    def _named(self, name: str) -> AbstractContextManager[None]:
+        assert self.part is not None
+        return self.part.named(name)
+
+
+class _RealScore(_Watched):
+    """The base as a score, apart from the teacher's moves."""
 
     def output(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        assert self.part is not None
-        with self.part.named(_REAL_SCORE):
+        with self._named(_REAL_SCORE):
             return super().output(sample, timesteps, conditioning)
+
+
+class _OwnMoves(_Watched):
+    """The student, its moves before x_t apart from the one that it learns."""
+
+    def rollout(
+        self, sample: torch.Tensor, moves: Sequence[Move], conditioning: Conditioning
+    ) -> torch.Tensor:
+        with self._named(_OWN_MOVES):
+            return super().rollout(sample, moves, conditioning)
 
 
 def _mean(full: dict[str, Work], critics_only: dict[str, Work], share: float) -> dict[str, Work]:

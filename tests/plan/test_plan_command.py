@@ -13,7 +13,7 @@ from stepdistill.config.load import load_config
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import GIB, card_of
 from stepdistill.plan.dry_update import DryRun
-from stepdistill.plan.passes import phase_forwards
+from stepdistill.plan.passes import phase_forwards, teacher_substeps
 from stepdistill.plan.smaller import smaller_run
 from stepdistill.plan.whole_run import plan_run
 from stepdistill.teacher.facts import TeacherFacts
@@ -246,3 +246,26 @@ def test_the_training_of_a_smaller_base_is_planned(precision, each):
     assert ladder[0].update.parts["teacher: weights"] > width * original
     assert ladder[0].update.parts["base model"] == pytest.approx(width * smaller, rel=0.02)
     assert first.update.total.flop > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_work_of_every_part_of_an_update_is_counted_once(checkpointing):
+    """Letters, mse: the student's part is all that is not the teacher's or the optimiser's. Own moves add forward passes of
+    the student, (N - 1) / 2 of them, and nothing else."""
+    config = load_config(
+        "configs/letters.yaml", [f"training.gradient_checkpointing={str(checkpointing).lower()}"]
+    )
+    facts = TeacherFacts.of_folder(embedded_folder("teacher"))
+    dry_run, rung = DryRun(config, facts, card_of("24GB")), config.ladder[2]
+    plain = dry_run.update(rung, Phase(objective="mse")).work
+    own = dry_run.update(rung, Phase(objective="mse", inputs="own")).work
+    assert plain.keys() == {"teacher", "student", "optimiser"}
+    assert own.keys() == {*plain, "own moves"}
+    for part in plain:
+        assert own[part].flop == plain[part].flop, part
+    moves = teacher_substeps(rung, rung.teacher_steps, 1000)
+    forward = plain["teacher"].flop / moves  # a pass with a LoRA, as the student's
+    assert own["own moves"].flop == pytest.approx(1.5 * forward, rel=1e-6)
+    # one pass forwards, nearly two backwards, as W + B A needs a gradient of its own, and what is computed again
+    passes = plain["student"].flop / forward
+    assert passes == pytest.approx(3.6 if checkpointing else 2.8, abs=0.05)
