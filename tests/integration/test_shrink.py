@@ -77,6 +77,7 @@ def test_a_finished_one_is_not_made_again(shrunk, caplog):
     assert after == before
 
 
+@pytest.mark.slow
 def test_diffusers_alone_loads_it_in_a_fresh_process(shrunk, tmp_path):
     code = (
         "import sys, torch\n"
@@ -92,6 +93,7 @@ def test_diffusers_alone_loads_it_in_a_fresh_process(shrunk, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_first_rung_learns_from_the_original_and_the_student_is_the_smaller_one(shrunk):
     shared = load_shared(on_small_base(shrunk), Runtime())
     assert isinstance(shared.undistilled, Experts)
@@ -104,6 +106,7 @@ def test_the_first_rung_learns_from_the_original_and_the_student_is_the_smaller_
         assert torch.equal(member.network.model.state_dict()[name], tensor.float())
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_it_has_equal_bits(tmp_path, shrunk):
     stopped = small_config(
         tmp_path, "training.ema_decay=0.5", "training.checkpoint={every_minutes: 0, keep: 2}"
@@ -123,6 +126,7 @@ def limited(config):
     return config.training.model_copy(update={"max_minutes": 1e-9})
 
 
+@pytest.mark.slow
 def test_the_parts_are_chosen_by_a_table_that_is_kept(tmp_path, capsys, caplog):
     config = tiny_config(
         tmp_path,
@@ -168,6 +172,7 @@ def test_the_shipped_ladder_on_a_smaller_base_goes_through_all_stages_and_resume
         assert all(torch.equal(tensor, second[name]) for name, tensor in first.items()), steps
 
 
+@pytest.mark.slow
 def test_the_ladder_without_its_smaller_base_is_refused(tmp_path, capsys):
     config = small_config(tmp_path)
     stages.prepare(config)
@@ -193,6 +198,7 @@ def test_a_config_without_the_section_and_parts_of_another_network_end_with_code
     assert not work_folder(config).exists()
 
 
+@pytest.mark.slow
 def test_a_lost_base_is_made_again(shrunk, tmp_path):
     config = moved(shrunk, tmp_path)
     shutil.rmtree(base_folder(config))
@@ -209,6 +215,7 @@ def moved(config, place):
     return config.model_copy(update={"output_dir": str(place)})
 
 
+@pytest.mark.slow
 def test_the_ladder_climbs_on_a_teacher_of_an_older_diffusers_and_compares_features_with_it(tmp_path):
     """Its unet/config.json lacks keys that diffusers writes today. The first rung's features are the original's, whose
     network is another one."""

@@ -248,6 +248,7 @@ def test_the_training_of_a_smaller_base_is_planned(precision, each):
     assert first.update.total.flop > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_work_of_every_part_of_an_update_is_counted_once(checkpointing):
     """Letters, mse: the student's part is all that is not the teacher's or the optimiser's. Own moves add forward passes of
