@@ -27,7 +27,7 @@ MESSAGE = "the wind has blown the papers away"
 # owner and name of a function, and which of its calls fails; at half_saved, a checkpoint's files lie beside its place
 PLACES = {
     "update": (phase, "update", 2),
-    "move": (Denoiser, "move", 2),
+    "move": (Denoiser, "moved", 2),
     "save": (Checkpoints, "save", 3),
     "half_saved": (durable, "replace_folder", 3),
     "rung": (rung_files, "replace_folder", 1),

@@ -192,10 +192,10 @@ def test_a_config_without_the_section_and_parts_of_another_network_end_with_code
     assert code() == 2
     assert "shrink: got no such section" in capsys.readouterr().err
     config = load_config("configs/letters.yaml", [*options, "shrink.remove=[level.0.pair.1]"])
-    stages.prepare(config)
-    assert guarded(lambda: stages.shrink(config)) == 2
-    assert "got 'level.0.pair.1', which this U-Net does not have" in capsys.readouterr().err
-    assert not work_folder(config).exists()
+    for stage in (stages.prepare, stages.shrink, stages.run_all):
+        assert guarded(lambda stage=stage: stage(config)) == 2
+        assert "got 'level.0.pair.1', which this U-Net does not have" in capsys.readouterr().err
+        assert not config.run_dir.exists()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from tests.integration.conftest import tiny_config
 from tests.integration.test_phase_state import PHASES, assert_equal, setup_of
 
 PLACES = {
-    "the student": (Denoiser, "move"),
+    "the student": (Denoiser, "moved"),
     "the teacher": (Denoiser, "rollout"),
     "the discriminator's logits": (Discriminator, "logits"),
     "the discriminator's features": (Discriminator, "features"),
@@ -175,7 +175,7 @@ def test_a_preview_that_the_memory_does_not_hold_is_left_out(tmp_path, monkeypat
 def test_out_of_memory_with_one_sample_stops_with_code_7_and_the_remedies(trained_run, monkeypatch):
     setup, state, runtime, batches = ready(trained_run, "mse")
     before = state.state_dict()
-    monkeypatch.setattr(Denoiser, "move", lambda *_args: run_out(None))
+    monkeypatch.setattr(Denoiser, "moved", lambda *_args: run_out(None))
     with pytest.raises(OutOfMemoryError, match="gradient_checkpointing=true") as stopped:
         update(setup, state, batches, runtime)
     assert stopped.value.exit_code == 7
