@@ -33,6 +33,8 @@ def _memory_size(value: object) -> object:
 
 
 MemorySize = Annotated[str, BeforeValidator(_memory_size)]
+Quantization = Literal["none", "int8", "fp8", "nf4"]
+"""How the base model's linear layers are stored; none: in the run's dtype."""
 
 
 class TeacherLora(Section, affects=Affects.EVERY_RUNG):
@@ -151,11 +153,11 @@ class Training(Section, affects=Affects.EVERY_RUNG):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """no: float32; bf16 and fp16: the network computes in bfloat16 or float16. Trained weights, sums of gradients and the
     optimiser are always float32. fp16 also scales the loss; it is meant for cards without bfloat16."""
-    base_quantization: Literal["none", "int8", "fp8"] = "none"
-    """int8 and fp8 store the base model's linear layers in 8 bits with one scale per row (torchao's weight-only forms; need
-    the extra "quantize"), in half of the memory that they take in bfloat16. int8 has the smaller error; the run stops if the
-    output of the quantised model is too far from the original's. The LoRA is trained on the quantised base model and
-    evaluated on the original one."""
+    base_quantization: Quantization = "none"
+    """int8 and fp8 store the base model's linear layers in 8 bits with one scale per row, in half of the memory that they
+    take in bfloat16; nf4 in 4 bits, as QLoRA does, in a fourth (torchao's forms; need the extra "quantize"). int8 has the
+    smallest error, nf4 the largest; the run stops if the output of the quantised model is too far from the original's. The
+    LoRA is trained on the quantised base model and evaluated on the original one."""
     compile: Annotated[bool, Affects.NOTHING] = False
     """Compile the repeated blocks of the network with torch.compile: fewer and larger kernels on a GPU, after some minutes
     of compiling; it changes results only by rounding. Needs a C++ compiler. On a CPU it gains little."""

@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from stepdistill.teacher.quantization import dequantized
+
 
 @dataclass
 class ActiveAdapter:
@@ -100,7 +102,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """y = x W^T + b + (x A^T) B^T for rows x and a W in 8 bits, which is converted again in the backward pass.
+    """y = x W^T + b + (x A^T) B^T for rows x and a quantised W, which is converted again in the backward pass.
 
     autograd alone would keep every layer's converted W from the forward to the backward pass: more memory than without
     quantisation. Without factors, y = x W^T + b.
@@ -127,7 +129,7 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient = gradients[0]
-        of_x = gradient @ ctx.weight.dequantize().to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_x = gradient @ dequantized(ctx.weight).to(gradient.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.saved_tensors:
             return of_x, None, None, None, None
         x, first, second, reduced = ctx.saved_tensors

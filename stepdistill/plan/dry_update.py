@@ -16,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Phase, RunConfig, Rung
+from stepdistill.config.sections import Quantization
 from stepdistill.diffusion.noise_path import Move
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
@@ -29,6 +30,7 @@ from stepdistill.plan.rehearsal import Rehearsal
 from stepdistill.plan.tracker import Tracker, Work, gpu_kernels
 from stepdistill.teacher.experts import lora_files
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.quantization import quantized_bytes
 from stepdistill.teacher.small_base import ladder_facts
 from stepdistill.training.losses import roles_of
 from stepdistill.training.optim import RoleOptimizer
@@ -336,15 +338,13 @@ def named_parts(parts: dict[str, int]) -> dict[str, int]:
     return {name: size for name, size in kept.items() if size}
 
 
-def base_bytes(modules: Iterable[torch.nn.Module], quantization: str) -> int:
-    """Bytes of frozen modules. Quantised, the weights of a linear layer take a byte each, and a scale per row."""
+def base_bytes(modules: Iterable[torch.nn.Module], quantization: Quantization) -> int:
+    """Bytes of frozen modules, whose linear layers are quantised."""
     total = 0
     for module in modules:
-        own = list(module.parameters(recurse=False))
-        total += sum(p.numel() * p.itemsize for p in own)
-        if quantization != "none" and isinstance(module, torch.nn.Linear):
-            weight = module.weight
-            total -= (weight.numel() - module.out_features) * weight.itemsize - weight.numel()
+        total += sum(p.nbytes for p in module.parameters(recurse=False))
+        if isinstance(module, torch.nn.Linear):
+            total += quantized_bytes(module, quantization) - module.weight.nbytes
     return total
 
 

@@ -18,10 +18,14 @@ from stepdistill.teacher.source import teacher_timesteps
 # an earlier rung's student as a teacher has a LoRA.
 _LORA_FORWARD = 1.083
 _BACKWARD = 1.268
-_ENCODER = 0.47  # a forward pass of the U-Net's encoder and mid-block with a LoRA
+_ENCODER = (
+    0.40  # a forward pass of the U-Net's encoder and mid-block with a LoRA (0.45 on SDXL, 0.34 on SD1.5)
+)
 _FROZEN_TRUNK = -2.2  # a frozen trunk has no backward pass and no adapter: a single phase's 3.55 becomes 1.35
 
-_OF_STUDENT = 0.25  # of the discriminator's passes, those that the student's loss takes (counted on SD1.5)
+_OF_STUDENT = (
+    0.36  # of the discriminator's cost, what goes with the student's loss (so that 5 critic updates agree)
+)
 
 _TRAINED_WHOLE = 3.0  # forward and backward pass of a network all of whose weights are trained
 
@@ -67,9 +71,8 @@ def _recomputed_forwards(phase: Phase, share: float) -> float:
     training = _LORA_FORWARD * (share + phase.matches_distributions)
     if phase.adversary is None:
         return training
-    passes = (
-        4 if phase.adversary == "paired" else 3
-    )  # per sample: x_t, the real one, the student's for D and for itself
+    # Per sample: the real one, the student's, and x_t in pairs, for the discriminator; the student's once more for itself.
+    passes = (3 if phase.adversary == "paired" else 2) + share
     return training + _ENCODER * (1 if phase.discriminator.trunk == "frozen" else passes)
 
 

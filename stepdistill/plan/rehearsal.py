@@ -22,7 +22,8 @@ from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.passes import is_base_teacher
 from stepdistill.runtime import WEIGHT_DTYPES
 from stepdistill.teacher.facts import TeacherFacts
-from stepdistill.teacher.loading import load_noise_path, quantization_config
+from stepdistill.teacher.loading import load_noise_path
+from stepdistill.teacher.quantization import quantization_config
 
 _TOKENS = 77
 

@@ -91,6 +91,8 @@ def _savings(config: RunConfig) -> Iterator[tuple[list[str], str]]:
     while rank > 16:
         rank //= 2
         yield [f"lora.rank={rank}"], "training"
+    if training.base_quantization != "nf4":
+        yield ["training.base_quantization=nf4"], "training"
 
 
 def changed(config: RunConfig, changes: list[str]) -> RunConfig:

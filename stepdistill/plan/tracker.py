@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from stepdistill.plan.cards import Card
@@ -117,32 +117,23 @@ class Tracker(TorchDispatchMode):
         self.peak, self.peak_parts = self.now, dict(self._by_part)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        starts_kernel = func.overloadpacket.__name__ not in _NO_KERNEL
-        result = _result(func, args, kwargs) if starts_kernel else func(*args, **kwargs)
         part = self._label()
-        outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        if starts_kernel:
-            self._count(part, func, args, kwargs, result, outputs)
-        for tensor in outputs:
+        result, done = _run(func, args, kwargs or {})
+        if done is not None:
+            self._count(part, done)
+        for tensor in _tensors(result):
             self._hold(tensor, part)
         return result
 
-    def _count(
-        self, part: str, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[torch.Tensor]
-    ) -> None:
-        inputs = list({id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}.values())
-        written = outputs or _written(func, args)
-        if not written:
-            return
-        moved = sum(map(_bytes, (*inputs, *written)))
-        packet = func.overloadpacket
-        flop = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
-        is_cast = packet.__name__ in ("_to_copy", "copy_")
-        is_half = written[0].dtype in (torch.bfloat16, torch.float16)
-        seconds = self._card.seconds(flop, moved, is_half=is_half)
-        done = Work(1, flop, moved, moved if is_cast else 0, seconds)
-        self.work[part] = self.work.get(part, Work()) + done
+    def _count(self, part: str, done: "_Done") -> None:
+        so_far = self.work.get(part, Work())
+        self.work[part] = Work(
+            kernels=so_far.kernels + 1,
+            flop=so_far.flop + done.flop,
+            moved=so_far.moved + done.moved,
+            cast=so_far.cast + (done.moved if done.is_cast else 0),
+            seconds=so_far.seconds + self._card.seconds(done.flop, done.moved, is_half=done.is_half),
+        )
 
     def _hold(self, tensor: torch.Tensor, part: str, *, moves: bool = False) -> None:
         storage = tensor.untyped_storage()
@@ -170,31 +161,14 @@ class Tracker(TorchDispatchMode):
         self.now -= held.bytes
 
 
-_Description = tuple[torch.Size, tuple[int, ...], torch.dtype]
-_RESULTS: dict[Any, Any] = {}
-"""Descriptions of what operations return, by operation and descriptions of its inputs."""
+@dataclass(frozen=True)
+class _Done:
+    """What a kernel does. flop; moved: bytes read and written; is_cast: it copies; is_half: it computes in 16 bits."""
 
-
-def _result(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation on meta tensors returns. The shape of a result is computed once for equal inputs, because torch
-    computes it in Python and a network repeats the same operations many times."""
-    if func._schema.is_mutable:
-        skips = func.overloadpacket.__name__ in _IN_PLACE and _is_plain_meta(args[0])
-        return args[0] if skips else func(*args, **kwargs)
-    leaves, structure = tree_flatten((args, kwargs))
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    if func.namespace != "aten" or not tensors or not all(map(_is_plain_meta, tensors)):
-        return func(*args, **kwargs)
-    key = (
-        func,
-        structure,
-        *(_description(x) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves),
-    )
-    if key not in _RESULTS:
-        result = func(*args, **kwargs)
-        _RESULTS[key] = tree_map(_described, result)
-        return result
-    return tree_map(_empty, _RESULTS[key])
+    flop: float
+    moved: int
+    is_cast: bool
+    is_half: bool
 
 
 @dataclass(frozen=True)
@@ -209,27 +183,96 @@ class _Empty:
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
 
 
+_KNOWN: dict[Any, tuple[Any, _Done | None]] = {}
+"""What operations return and do, by operation and inputs."""
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> tuple[Any, _Done | None]:
+    """What an operation on meta tensors returns and does; it does nothing if it starts no kernel.
+
+    Both are computed once for equal inputs, because torch computes the result's shape in Python and a network repeats the
+    same operations many times.
+    """
+    name = func.overloadpacket.__name__
+    if name in _NO_KERNEL:
+        return func(*args, **kwargs), None
+    key = _key(func, args, kwargs) if not func._schema.is_mutable or name in _IN_PLACE else None
+    if key is None:
+        result = func(*args, **kwargs)
+        return result, _done(func, args, kwargs, result)
+    known = _KNOWN.get(key)
+    if known is None:
+        result = func(*args, **kwargs)
+        known = _KNOWN[key] = tree_map(_described, result), _done(func, args, kwargs, result)
+    described, done = known
+    return args[0] if name in _IN_PLACE else _made(described), done
+
+
+def _key(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+    """An operation and its inputs; None if one of these is no plain meta tensor, or if there is none."""
+    parts, seen = [func], dict[int, int]()
+    described = func.namespace == "aten" and all(
+        _describe(value, parts, seen) for value in (*args, *kwargs.items())
+    )
+    return tuple(parts) if described and seen else None
+
+
+def _describe(value: Any, parts: list[Any], seen: dict[int, int]) -> bool:
+    """Adds an input to a key: a tensor by its shape, strides and dtype, and by which input it is the same as."""
+    if isinstance(value, torch.Tensor):
+        if not (value.is_meta and type(value) in (torch.Tensor, torch.nn.Parameter)):
+            return False
+        parts += (value.shape, value.stride(), value.dtype, seen.setdefault(id(value), len(seen)))
+        return True
+    if isinstance(value, list | tuple):
+        parts += (type(value), len(value))
+        return all(_describe(item, parts, seen) for item in value)
+    parts += (type(value), value)
+    return True
+
+
+def _done(func: Any, args: Any, kwargs: Any, result: Any) -> _Done | None:
+    inputs = {id(t): t for t in _tensors((*args, *kwargs.values()))}
+    written = _tensors(result) or _written(func, args)
+    if not written:
+        return None
+    packet = func.overloadpacket
+    flop = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
+    return _Done(
+        flop=flop,
+        moved=sum(map(_bytes, (*inputs.values(), *written))),
+        is_cast=packet.__name__ in ("_to_copy", "copy_"),
+        is_half=written[0].dtype in (torch.bfloat16, torch.float16),
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of a value, which is one, or nested lists and tuples with some."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def _made(described: Any) -> Any:
+    """New tensors in place of their descriptions."""
+    return described.tensor() if isinstance(described, _Empty) else tree_map(_empty, described)
+
+
 def _written(func: Any, args: Any) -> list[torch.Tensor]:
     """The inputs that an operation changes, such as Adam's moments."""
     pairs = zip(func._schema.arguments, args, strict=False)
     changed = [value for argument, value in pairs if argument.alias_info and argument.alias_info.is_write]
-    return [t for t in tree_leaves(changed) if isinstance(t, torch.Tensor)]
-
-
-def _is_plain_meta(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return _tensors(changed)
 
 
 def _described(value: Any) -> Any:
-    return _Empty(*_description(value)) if isinstance(value, torch.Tensor) else value
+    return _Empty(value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def _empty(value: Any) -> Any:
     return value.tensor() if isinstance(value, _Empty) else value
-
-
-def _description(tensor: torch.Tensor) -> _Description:
-    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _bytes(tensor: torch.Tensor) -> int:

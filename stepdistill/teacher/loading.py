@@ -9,12 +9,14 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, TorchAoConfig
 
 from stepdistill.config.section import ConfigError
+from stepdistill.config.sections import Quantization
 from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
 from stepdistill.messages import first_line
 from stepdistill.teacher.facts import DEFAULT_TIMESTEPS, TeacherFacts
 from stepdistill.teacher.fingerprints import weights_fingerprint
 from stepdistill.teacher.folder import WEIGHTS, pipeline_parts, weights_variant
+from stepdistill.teacher.quantization import quantization_config
 from stepdistill.teacher.weights import check_weights
 
 _LOOK = "`stepdistill doctor` checks all of its files"
@@ -66,7 +68,7 @@ def load_part(
     part: str,
     *,
     dtype: torch.dtype = torch.float32,
-    quantization: str = "none",
+    quantization: Quantization = "none",
 ) -> Any:
     """A part of the pipeline, such as "unet", frozen, in eval mode.
 
@@ -85,13 +87,6 @@ def _parts(folder: Path) -> list[str]:
     """The parts with weights of a pipeline's folder."""
     index = TeacherFacts.of_folder(folder).configs["pipeline"]
     return [part for part in pipeline_parts(index) if part in WEIGHTS]
-
-
-def quantization_config(kind: str) -> Any:
-    """torchao's config of `training.base_quantization`: linear layers in 8 bits with one scale per row."""
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-
-    return {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]()
 
 
 def load_vae(folder: Path, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

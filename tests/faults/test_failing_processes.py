@@ -82,9 +82,7 @@ def check_messages(place, failure, rank, errors):
         ("save", "raised", 0),
         ("half_saved", "killed", 0),
         ("half_saved", "stopped", 0),
-        ("rung", "raised", 0),
         ("rung", "killed", 0),
-        ("rung", "stopped", 0),
     ],
 )
 def test_a_failure_in_training_ends_all_and_the_next_start_continues(

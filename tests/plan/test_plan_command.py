@@ -13,6 +13,7 @@ from stepdistill.config.load import load_config
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import GIB, card_of
 from stepdistill.plan.dry_update import DryRun
+from stepdistill.plan.other_stages import OtherStages
 from stepdistill.plan.passes import phase_forwards, teacher_substeps
 from stepdistill.plan.smaller import smaller_run
 from stepdistill.plan.whole_run import plan_run
@@ -23,6 +24,12 @@ from stepdistill.teacher.folder import embedded_folder
 LETTERS = "configs/letters.yaml"
 PROFILES = {"sd15": 24, "sd15_8gb": 8, "sd15_12gb": 12, "sd21_v": 24, "sdxl_12gb": 12, "sdxl_16gb": 16}
 PROFILES |= {"sdxl_24gb": 24, "sdxl_dmd2_24gb": 24, "sdxl": 80, "sdxl_8x80gb": 80}
+ONE_RUNG = (
+    "ladder=[{teacher_steps: 8, student_steps: 4, phases: [{objective: mse, max_train_steps: 9}, "
+    "{objective: single, max_train_steps: 9}]}]"
+)
+"""Two kinds of phases are enough where many plans are made."""
+PEAKS = json.loads(Path("tests/plan/peaks.json").read_text())
 SMALLEST_MARGIN = 1.0
 """GiB that must be free beyond what the driver takes: for the working memory of kernels, and for fragments."""
 
@@ -38,13 +45,25 @@ def test_the_table_lists_every_config_of_a_released_model():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_fits_its_card_with_a_margin(name):
-    """Without the memory budget, which is filled on purpose; it is checked to be smaller than the card."""
+    """With the recorded peaks, which hold without the memory budget. It is filled on purpose, and smaller than the card."""
+    config = load_config(f"configs/{name}.yaml")
+    card = card_of(f"{PROFILES[name]}GB")
+    other = OtherStages(config, plannable_facts(config), card)
+    sizes = PEAKS[name] | {"prepare": other.prepare_bytes(), "evaluate": other.evaluate_bytes()}
+    sizes["the budget"] = config.training.memory_budget_bytes or 0
+    for what, size in sizes.items():
+        assert size / GIB < card.usable_gib - SMALLEST_MARGIN, what
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15_8gb", "sdxl_12gb"])
+def test_a_plan_has_the_recorded_peaks_and_previews_that_fit_too(name):
     config = load_config(f"configs/{name}.yaml", ["training.memory_budget=null"])
     card = card_of(f"{PROFILES[name]}GB")
     planned = plan_run(config, plannable_facts(config), card)
+    assert {cost.title: cost.update.peak for cost in planned.phases}.items() >= PEAKS[name].items()
     assert planned.peak / GIB < card.usable_gib - SMALLEST_MARGIN, planned.largest
-    budget = load_config(f"configs/{name}.yaml").training.memory_budget_bytes
-    assert budget is None or budget / GIB < card.usable_gib - SMALLEST_MARGIN
+    assert planned.has_previews
 
 
 def test_the_plan_of_the_letters_names_memory_time_and_disk(capsys):
@@ -72,7 +91,7 @@ def test_the_plan_of_the_letters_names_memory_time_and_disk(capsys):
 @pytest.mark.slow
 def test_more_cards_share_the_images_and_each_costs_its_hours(capsys):
     def costs(*options):
-        assert run(LETTERS, "--gpu", "h100", "--price", "3600000", *options) == 0
+        assert run(LETTERS, "--gpu", "h100", "--price", "3600000", ONE_RUNG, *options) == 0
         found = re.findall(r"^(?:cost: |      )([\d,.]+) (?:at|of it)", capsys.readouterr().out, re.MULTILINE)
         return [float(number.replace(",", "")) for number in found]
 
@@ -89,7 +108,7 @@ def test_what_would_fit_a_smaller_card_than_the_budget_is_a_smaller_budget():
         "training.memory_budget=2GiB",
         "training.train_batch_size=512",
     ]
-    config = load_config(LETTERS, [*options, "evaluation.batch_size=1"])
+    config = load_config(LETTERS, [*options, ONE_RUNG, "evaluation.batch_size=1"])
     facts, card = plannable_facts(config), replace(card_of("1GB"), memory_gib=2.0)
     plan = plan_run(config, facts, card, keeps=kept_modules(config, facts))
     assert not plan.fits
@@ -100,7 +119,8 @@ def test_what_would_fit_a_smaller_card_than_the_budget_is_a_smaller_budget():
 
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_ends_with_code_2_and_names_what_would():
-    config = load_config(LETTERS, ["training.train_batch_size=4096", "evaluation.batch_size=1"])
+    options = [ONE_RUNG, "training.train_batch_size=4096", "evaluation.batch_size=1"]
+    config = load_config(LETTERS, options)
     card = card_of("1GB")
     facts = plannable_facts(config)
     plan = plan_run(config, facts, card)
@@ -108,7 +128,7 @@ def test_a_run_that_does_not_fit_ends_with_code_2_and_names_what_would():
     changes, smaller = smaller_run(config, facts, plan)
     assert smaller.fits
     assert changes[0].startswith("training.")
-    checked = load_config(LETTERS, ["training.train_batch_size=4096", "evaluation.batch_size=1", *changes])
+    checked = load_config(LETTERS, [*options, *changes])
     assert plan_run(checked, facts, card).peak == smaller.peak
     samples = checked.training.train_batch_size * checked.training.gradient_accumulation_steps
     assert samples == 4096
@@ -117,7 +137,7 @@ def test_a_run_that_does_not_fit_ends_with_code_2_and_names_what_would():
 @pytest.mark.slow
 def test_a_run_that_nothing_makes_fit_says_so(capsys, monkeypatch):
     monkeypatch.setattr("stepdistill.plan.cards._RESERVED_GIB", 0.999)
-    assert run(LETTERS, "--gpu", "1GB") == 2
+    assert run(LETTERS, "--gpu", "1GB", ONE_RUNG) == 2
     captured = capsys.readouterr()
     assert "what would fit: a smaller data.resolution, or a larger card" in captured.out
     assert captured.err.count("\n") == 1

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from stepdistill.config import ConfigError
+from stepdistill.config.sections import Quantization
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.unet import UNetKind
 from stepdistill.teacher.facts import TeacherFacts
@@ -81,7 +82,9 @@ def kind_of_pipeline(pipeline: object) -> NetworkKind:
     return _first("pipeline", pipeline, [(p, kind) for kind in KINDS for p in kind.pipeline_classes])
 
 
-def load_network(folder: Path, *, dtype: torch.dtype = torch.float32, quantization: str = "none") -> Any:
+def load_network(
+    folder: Path, *, dtype: torch.dtype = torch.float32, quantization: Quantization = "none"
+) -> Any:
     """The network of a pipeline's folder, frozen, in eval mode.
 
     ConfigError if the pipeline is not supported, or if a weight is missing or cannot be loaded.
