@@ -12,7 +12,7 @@ from pathlib import Path
 from stepdistill import plan
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.installed import check_installed
-from stepdistill.config.ladder import unused_settings
+from stepdistill.config.ladder_checks import unused_settings
 from stepdistill.disk.durable import IMAGE_FORMATS, read_sealed, warn_of_damage, write_image, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, field_
 
 from stepdistill.config.data import Data
 from stepdistill.config.evaluation import Evaluation
-from stepdistill.config.ladder import Rung, between_samples, check_ladder
+from stepdistill.config.ladder import Rung
+from stepdistill.config.ladder_checks import between_samples, check_ladder
 from stepdistill.config.section import (
     Affects,
     BatchSize,

@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from stepdistill.config.ladder import PLACES, Phase, Rung, WeightedObjective, check_objectives
+from stepdistill.config.ladder import PLACES, Phase, Rung, WeightedObjective
+from stepdistill.config.ladder_checks import check_objectives
 from stepdistill.config.objective_kinds import OBJECTIVES, compares_features, has_critic
 from stepdistill.config.section import Affects, ConfigError, LearningRate, PositiveInt, Section
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import Kind
 from stepdistill.config.installed import installation_problems
-from stepdistill.config.ladder import unused_settings
+from stepdistill.config.ladder_checks import unused_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import held_out_share

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from stepdistill.config import ConfigError
-from stepdistill.config.ladder import unused_settings
+from stepdistill.config.ladder_checks import unused_settings
 from stepdistill.config.load import load_config, parse_config
 from stepdistill.config.saved import read_run_config, resolved
 from stepdistill.config.shipped import shipped_configs
