@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,6 +40,7 @@ TYPEFACES = tuple(
 )
 IMAGE_SIZE = 32
 _SUPERSAMPLING = 4
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -118,19 +120,28 @@ def render(triple: Triple, *, generator: np.random.Generator, style: Style = WOR
     shift = generator.uniform(-style.shift, style.shift, size=2) * IMAGE_SIZE * _SUPERSAMPLING
 
     side = IMAGE_SIZE * _SUPERSAMPLING
-    letter = LETTERS[triple.letter]
-    reference = _font(typeface, 128)
-    top, bottom = reference.getbbox("H", anchor="ls")[1::2]
-    font = _font(typeface, max(8, round(128 * cap_height / (bottom - top))))
-    left, top, right, bottom = font.getbbox(letter, anchor="ls")
-    mask = Image.new("L", (side, side), 0)
-    origin = (side / 2 + shift[0] - (left + right) / 2, side / 2 + shift[1] - (top + bottom) / 2)
-    ImageDraw.Draw(mask).text(origin, letter, font=font, fill=255, anchor="ls")
+    place = (side / 2 + shift[0], side / 2 + shift[1])
+    mask = glyph(LETTERS[triple.letter], typeface=typeface, cap_height=cap_height, place=place, side=side)
     mask = mask.rotate(np.degrees(angle), resample=Image.Resampling.BICUBIC)
     mask = mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     ink = Image.new("RGB", mask.size, list(INKS.values())[triple.ink])
     paper = Image.new("RGB", mask.size, list(PAPERS.values())[triple.paper])
     return Image.composite(ink, paper, mask)
+
+
+def glyph(
+    letter: str, *, typeface: str, cap_height: float, place: tuple[float, float], side: int
+) -> Image.Image:
+    """A mask of side x side pixels: a letter in a typeface whose capitals are cap_height pixels high, with its middle at
+    `place`."""
+    reference = _font(typeface, 128)
+    top, bottom = reference.getbbox("H", anchor="ls")[1::2]
+    font = _font(typeface, max(8, round(128 * cap_height / (bottom - top))))
+    left, top, right, bottom = font.getbbox(letter, anchor="ls")
+    mask = Image.new("L", (side, side), 0)
+    origin = (place[0] - (left + right) / 2, place[1] - (top + bottom) / 2)
+    ImageDraw.Draw(mask).text(origin, letter, font=font, fill=255, anchor="ls")
+    return mask
 
 
 def render_at(triple: Triple, *, seed: int, index: int, style: Style = WORLD) -> Image.Image:
@@ -140,9 +151,13 @@ def render_at(triple: Triple, *, seed: int, index: int, style: Style = WORLD) ->
 
 def sample_triples(num_images: int, *, seed: int, among: Sequence[Triple] | None = None) -> list[Triple]:
     """`num_images` triples: shuffled passes over `among`, by default all 520, so that each triple comes equally often."""
-    triples = all_triples() if among is None else among
+    return shuffled_passes(all_triples() if among is None else among, num_images, seed=seed)
+
+
+def shuffled_passes(items: Sequence[Item], count: int, *, seed: int) -> list[Item]:
+    """`count` items: shuffled passes over all of them, so that each comes equally often."""
     generator = np.random.default_rng([seed, 0x7121])
     order: list[int] = []
-    while len(order) < num_images:
-        order.extend(generator.permutation(len(triples)).tolist())
-    return [triples[i] for i in order[:num_images]]
+    while len(order) < count:
+        order.extend(generator.permutation(len(items)).tolist())
+    return [items[i] for i in order[:count]]

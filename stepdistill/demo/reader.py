@@ -1,31 +1,53 @@
-"""The reader: a small CNN that classifies the letter, ink and paper of a 32 x 32 image of the letters world.
+"""The readers: small CNNs that answer what an image of a world shows, such as the letter, the ink and the paper.
 
-An image counts for prompt accuracy if all three answers are right; the demo's FID uses the 96 features. The weights ship
-with the package and were trained by `pipelines/train_teacher.py`.
+An image counts for prompt accuracy if all answers are right; a world's FID uses the 96 features. The weights of the letters'
+reader ship with the package; `pipelines/train_teacher.py` trains readers.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stepdistill.demo.letters import INKS, LETTERS, PAPERS, Triple
+from stepdistill.demo import pairs
+from stepdistill.demo.letters import IMAGE_SIZE, INKS, LETTERS, PAPERS, Triple
 from stepdistill.messages import first_line
 
 NUM_FEATURES = 96
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a reader answers.
+
+    image_size  side of the images, in pixels; a multiple of 8
+    choices     for each question, the number of possible answers
+    content     makes what a caption describes of one answer to each question
+    """
+
+    image_size: int
+    choices: tuple[int, ...]
+    content: Callable[..., Any]
+
+
+OF_LETTERS = Questions(IMAGE_SIZE, (len(LETTERS), len(INKS), len(PAPERS)), Triple)
+OF_PAIRS = Questions(pairs.IMAGE_SIZE, pairs.CHOICES, pairs.Pair)
+
+
 class Reader(nn.Module):
-    """uint8 images (B, 3, 32, 32) -> features (B, 96) and logits for 26 letters, 5 inks, 4 papers."""
+    """uint8 images (B, 3, S, S) -> features (B, 96) and logits for each question."""
 
     num_features = NUM_FEATURES
 
-    def __init__(self) -> None:
+    def __init__(self, questions: Questions = OF_LETTERS) -> None:
         super().__init__()
+        self.questions = questions
         channels = (3, 24, 48, 96)
         blocks: list[nn.Module] = []
         for before, after in itertools.pairwise(channels):
@@ -37,11 +59,12 @@ class Reader(nn.Module):
                 nn.GroupNorm(8, after),
                 nn.SiLU(),
             ]
-        self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(96 * 4 * 4, NUM_FEATURES))
-        self.heads = nn.ModuleList(nn.Linear(NUM_FEATURES, len(kind)) for kind in (LETTERS, INKS, PAPERS))
+        side = questions.image_size // 8
+        self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(96 * side * side, NUM_FEATURES))
+        self.heads = nn.ModuleList(nn.Linear(NUM_FEATURES, count) for count in questions.choices)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, 32, 32) -> float32 (B, 96)."""
+        """uint8 (B, 3, S, S) -> float32 (B, 96)."""
         if images.dtype != torch.uint8:
             raise ValueError(f"the reader takes uint8 images in 0..255, got {images.dtype}")
         return self.trunk(images.to(next(self.parameters()).dtype) / 127.5 - 1.0)
@@ -51,14 +74,14 @@ class Reader(nn.Module):
         return self.features(images)
 
     def logits(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """uint8 (B, 3, 32, 32) -> logits [(B, 26), (B, 5), (B, 4)]."""
+        """uint8 (B, 3, S, S) -> logits, for each question (B, its choices)."""
         features = nn.functional.silu(self.features(images))
         return [head(features) for head in self.heads]
 
-    def read(self, images: torch.Tensor) -> list[Triple]:
-        """The most likely letter, ink and paper of each image."""
+    def read(self, images: torch.Tensor) -> list[Any]:
+        """The most likely content of each image: a Triple or a Pair."""
         answers = torch.stack([logits.argmax(dim=1) for logits in self.logits(images)], dim=1)
-        return [Triple(*row) for row in answers.tolist()]
+        return [self.questions.content(*row) for row in answers.tolist()]
 
 
 def save_reader(reader: Reader, path: Path) -> None:
@@ -67,25 +90,23 @@ def save_reader(reader: Reader, path: Path) -> None:
     save_file({name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}, path)
 
 
-def load_reader(path: Path) -> Reader:
+def load_reader(path: Path, questions: Questions = OF_LETTERS) -> Reader:
     """The reader in float32, in eval mode, without gradients; ValueError if the file does not hold a reader's weights."""
-    reader = Reader()
+    reader = Reader(questions)
     try:
         reader.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} does not hold the weights of the letters reader: {first_line(error)}"
-        ) from None
+        raise ValueError(f"{path} does not hold the weights of such a reader: {first_line(error)}") from None
     return reader.eval().requires_grad_(False)
 
 
 def shipped_reader() -> Reader:
-    """The reader that ships with the package."""
+    """The letters' reader that ships with the package."""
     return load_reader(Path(__file__).parent / "assets" / "reader" / "model.fp16.safetensors")
 
 
 @torch.no_grad()
-def prompt_accuracy(batches: Iterable[torch.Tensor], asked: Sequence[Triple], *, reader: Reader) -> float:
-    """Share of uint8 images, in batches (B, 3, 32, 32), whose letter, ink and paper all match `asked` at the same index."""
-    seen = [triple for batch in batches for triple in reader.read(batch)]
+def prompt_accuracy(batches: Iterable[torch.Tensor], asked: Sequence[Any], *, reader: Reader) -> float:
+    """Share of uint8 images, in batches (B, 3, S, S), whose content is in all parts what was `asked` at the same index."""
+    seen = [content for batch in batches for content in reader.read(batch)]
     return sum(a == b for a, b in zip(seen, asked, strict=True)) / len(seen)

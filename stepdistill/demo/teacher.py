@@ -10,6 +10,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,17 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from stepdistill.demo.letters import INKS, LETTERS, PAPERS, WORLD, Style, render_at, sample_triples
-from stepdistill.demo.reader import Reader
+from stepdistill.demo.letters import (
+    IMAGE_SIZE,
+    INKS,
+    LETTERS,
+    PAPERS,
+    WORLD,
+    Style,
+    render_at,
+    sample_triples,
+)
+from stepdistill.demo.reader import OF_LETTERS, Questions, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +46,12 @@ def rendered_batch(num_images: int, *, seed: int, style: Style = WORLD) -> tuple
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
-def build_tokenizer() -> CLIPTokenizer:
+WORDS = ("a", "letter", "on", *INKS, *PAPERS, *(letter.lower() for letter in LETTERS))
+"""Of the captions."""
+
+
+def build_tokenizer(words: Sequence[str] = WORDS, *, max_tokens: int = MAX_TOKENS) -> CLIPTokenizer:
     """A CLIPTokenizer whose byte-pair merges give one token per word of the captions; other words become several tokens."""
-    words = ["a", "letter", "on", *INKS, *PAPERS, *(letter.lower() for letter in LETTERS)]
     alphabet = [chr(code) for code in range(33, 127)]
     vocab = {token: index for index, token in enumerate([*alphabet, *(f"{char}</w>" for char in alphabet)])}
     merges: list[tuple[str, str]] = []
@@ -53,7 +66,7 @@ def build_tokenizer() -> CLIPTokenizer:
             pieces = _apply_merge(pieces, pair)
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 
 def _apply_merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
@@ -84,8 +97,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def build_vae() -> AutoencoderKL:
-    """An AutoencoderKL with widths (24, 48, 48): 32 x 32 pixels <-> 4 x 8 x 8 latents."""
+def build_vae(image_size: int = IMAGE_SIZE) -> AutoencoderKL:
+    """An AutoencoderKL with widths (24, 48, 48): S x S pixels <-> latents 4 x S/4 x S/4."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -93,7 +106,7 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=32,
+        sample_size=image_size,
     )
 
 
@@ -116,7 +129,7 @@ def build_unet(widths: tuple[int, int] = WIDTHS) -> UNet2DConditionModel:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """A DDIMScheduler with Stable Diffusion's betas, trailing timesteps and no clipping."""
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -126,7 +139,7 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
         steps_offset=1,
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
         timestep_spacing="trailing",
     )
 
@@ -170,10 +183,12 @@ def _train(
             )
 
 
-def train_reader(images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> Reader:
-    """Trains the reader by cross-entropy on letter, ink and paper; images uint8 (N, 3, 32, 32), labels int64 (N, 3)."""
+def train_reader(
+    images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int, questions: Questions = OF_LETTERS
+) -> Reader:
+    """Trains a reader by cross-entropy on its questions; images uint8 (N, 3, S, S), labels int64 (N, questions)."""
     torch.manual_seed(seed)
-    reader = Reader()
+    reader = Reader(questions)
     batches = _batches(len(images), 64, generator=torch.Generator().manual_seed(seed))
 
     def loss_at(step: int) -> torch.Tensor:
@@ -191,7 +206,7 @@ def train_reader(images: torch.Tensor, labels: torch.Tensor, *, steps: int, seed
 def train_vae(images: torch.Tensor, *, steps: int, seed: int) -> AutoencoderKL:
     """Trains the VAE by L1 + MSE reconstruction and 1e-4 times the KL per latent element; sets scaling_factor to 1 / std."""
     torch.manual_seed(seed)
-    vae = build_vae()
+    vae = build_vae(images.shape[-1])
     batches = _batches(len(images), 32, generator=torch.Generator().manual_seed(seed))
     noise = torch.Generator().manual_seed(seed + 1)
 
@@ -212,7 +227,7 @@ def train_vae(images: torch.Tensor, *, steps: int, seed: int) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: torch.Tensor, *, scaling_factor: float) -> torch.Tensor:
-    """uint8 (N, 3, 32, 32) -> scaled posterior means (N, 4, 8, 8)."""
+    """uint8 (N, 3, S, S) -> scaled posterior means (N, 4, S/4, S/4)."""
     parts = [vae.encode(chunk.float() / 127.5 - 1.0).latent_dist.mean for chunk in images.split(256)]
     return torch.cat(parts) * scaling_factor
 
@@ -233,8 +248,46 @@ def train_unet(
     """
     torch.manual_seed(seed)
     unet, text_encoder = build_unet(widths).to(device), build_text_encoder(tokenizer).to(device)
-    alphas_cumprod = build_scheduler().alphas_cumprod
+
+    def predict(noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
+
     encoded = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    modules: list[nn.Module] = [unet, text_encoder]
+    return train_denoiser(modules, predict, latents, encoded, steps=steps, seed=seed)
+
+
+def target_of(
+    prediction_type: str, original: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor
+) -> torch.Tensor:
+    """What a denoiser is to predict: epsilon, or v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x0."""
+    if prediction_type == "epsilon":
+        return noise
+    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * original
+
+
+def train_denoiser(
+    modules: Sequence[nn.Module],
+    predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    encoded: torch.Tensor,
+    *,
+    steps: int,
+    seed: int,
+    prediction_type: str = "epsilon",
+) -> Any:
+    """Trains the modules of a denoiser together by MSE; returns their exponential moving averages, on the CPU.
+
+    Args:
+        modules: all on one device.
+        predict: from noisy latents, timesteps (B,) and tokens (B, L) to what prediction_type names, of the latents' shape.
+        latents: (N, C, H, W), not noisy.
+        encoded: int64 (N + 1, L), the tokens of each image's caption, and last those of the empty one, which takes the
+            place of 10 % of the captions.
+        prediction_type: epsilon or v_prediction (Salimans and Ho, arXiv 2202.00512, appendix D).
+    """
+    device = next(modules[0].parameters()).device
+    alphas_cumprod = build_scheduler().alphas_cumprod
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(len(latents), 64, generator=generator)
 
@@ -247,17 +300,17 @@ def train_unet(
         timesteps = torch.randint(0, 1000, (len(rows),), generator=generator)
         alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = alpha_bar.sqrt() * original + (1 - alpha_bar).sqrt() * noise
-        hidden = text_encoder(ids.to(device)).last_hidden_state
-        predicted = unet(noisy.to(device), timesteps.to(device), hidden).sample
-        return nn.functional.mse_loss(predicted, noise.to(device))
+        target = target_of(prediction_type, original, noise, alpha_bar)
+        predicted = predict(noisy.to(device), timesteps.to(device), ids.to(device))
+        return nn.functional.mse_loss(predicted, target.to(device))
 
-    average = [copy.deepcopy(m).eval().requires_grad_(False) for m in (unet, text_encoder)]
+    average = [copy.deepcopy(module).eval().requires_grad_(False) for module in modules]
 
     def after_step(step: int) -> None:
         decay = min(0.999, (1 + step) / (10 + step))
-        for mean, module in zip(average, (unet, text_encoder), strict=True):
+        for mean, module in zip(average, modules, strict=True):
             for target, source in zip(mean.parameters(), module.parameters(), strict=True):
                 target.lerp_(source.detach(), 1 - decay)
 
-    _train("unet", [unet, text_encoder], loss_at, steps=steps, learning_rate=1e-3, after_step=after_step)
-    return average[0].cpu(), average[1].cpu()
+    _train("unet", list(modules), loss_at, steps=steps, learning_rate=1e-3, after_step=after_step)
+    return tuple(module.cpu() for module in average)

@@ -1,0 +1,115 @@
+"""The pairs world, its reader, and the training of its teacher."""
+
+import numpy as np
+import pytest
+import torch
+
+from stepdistill.demo import letters, pairs, pairs_teacher
+from stepdistill.demo.reader import OF_LETTERS, OF_PAIRS, Reader, load_reader, save_reader
+from stepdistill.demo.teacher import build_scheduler, target_of
+
+
+def test_captions_read_back():
+    every = pairs.all_pairs()
+    assert len(every) == len(set(every)) == 135_200
+    assert pairs.Pair(0, 0, 10, 2, 0, 3).caption == "a red letter a left of a blue letter k on gray"
+    assert [pairs.parse_caption(pair.caption) for pair in every[::53]] == every[::53]
+    for wrong in ("a red letter a on white", "a red letter a below a blue letter k on gray", ""):
+        with pytest.raises(ValueError, match="not a caption of the pairs world"):
+            pairs.parse_caption(wrong)
+
+
+def test_an_image_depends_only_on_seed_and_index():
+    pair = pairs.Pair(0, 0, 10, 2, 0, 3)
+    first, again, other = (
+        np.asarray(pairs.render_at(pair, seed=s, index=i)) for s, i in ((1, 7), (1, 7), (1, 8))
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("place", range(len(pairs.PLACES)))
+def test_each_letter_has_its_ink_at_its_place_on_the_paper(place):
+    middle = pairs.IMAGE_SIZE // 2
+    for index, paper in enumerate(letters.PAPERS.values()):
+        pair = pairs.Pair(1 + index, 0, 14, 2, place, index)  # red, then blue
+        pixels = np.asarray(pairs.render_at(pair, seed=4, index=index)).astype(int)
+        assert (np.abs(pixels - np.array(paper)).sum(2) < 6).mean() > 0.5
+        halves = (
+            (pixels[:, :middle], pixels[:, middle:]) if place == 0 else (pixels[:middle], pixels[middle:])
+        )
+        for half, ink, other in zip(halves, ("red", "blue"), ("blue", "red"), strict=True):
+            near = [np.abs(half - np.array(letters.INKS[name])).sum(2) < 90 for name in (ink, other)]
+            assert near[0].sum() > 10
+            assert near[1].sum() <= 0.1 * near[0].sum()
+
+
+def test_a_pair_and_its_reverse_are_different_captions_of_one_picture():
+    """So a reader must answer by place, not by which letters there are."""
+    pair = pairs.Pair(3, 0, 7, 2, 0, 0)
+    swapped = pairs.Pair(7, 2, 3, 0, 0, 0)
+    assert pair.caption != swapped.caption
+    pixels, others = (np.asarray(pairs.render_at(p, seed=1, index=0)).astype(int) for p in (pair, swapped))
+    assert np.abs(pixels - others).mean() > 5
+
+
+def test_the_tokenizer_makes_a_token_of_each_word():
+    tokenizer = pairs_teacher.build_tokenizer()
+    for pair in pairs.all_pairs()[::991]:
+        assert (
+            len(tokenizer(pair.caption).input_ids)
+            == len(pair.caption.split()) + 2
+            <= pairs_teacher.MAX_TOKENS
+        )
+
+
+def test_a_reader_of_pairs_answers_six_questions_and_keeps_its_weights(tmp_path):
+    torch.manual_seed(0)
+    reader = Reader(OF_PAIRS).eval()
+    images = pairs_teacher.rendered_batch(3, seed=1)[0]
+    assert reader.features(images).shape == (3, 96)
+    assert [logits.shape[1] for logits in reader.logits(images)] == list(pairs.CHOICES)
+    (read, *_) = reader.read(images)
+    assert isinstance(read, pairs.Pair)
+    save_reader(reader.half().float(), tmp_path / "reader.safetensors")
+    loaded = load_reader(tmp_path / "reader.safetensors", OF_PAIRS)
+    assert torch.equal(loaded.features(images), reader.features(images))
+    with pytest.raises(ValueError, match="does not hold the weights of such a reader"):
+        load_reader(tmp_path / "reader.safetensors", OF_LETTERS)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_target_is_that_of_diffusers(prediction_type):
+    torch.manual_seed(0)
+    original, noise = torch.randn(2, 5, 4, 3, 3)
+    timesteps = torch.tensor([0, 100, 499, 750, 999])
+    scheduler = build_scheduler(prediction_type)
+    expected = noise if prediction_type == "epsilon" else scheduler.get_velocity(original, noise, timesteps)
+    alpha_bar = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    assert torch.allclose(target_of(prediction_type, original, noise, alpha_bar), expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_teacher_is_trained_with_the_text_that_the_pipeline_gives_it(tmp_path):
+    """An empty prompt is zeros; a prompt is the hidden states and the pooled embedding of diffusers' own encoding."""
+    images, labels = pairs_teacher.rendered_batch(70, seed=0)
+    captions = [pairs.Pair(*row).caption for row in labels.tolist()]
+    pipeline = pairs_teacher.train_pipeline(images, captions, vae_steps=2, unet_steps=2, seed=0)
+    pipeline.set_progress_bar_config(disable=True)
+    encode = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    ids = pipeline.tokenizer([captions[0], ""], **encode).input_ids
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    predict = pairs_teacher.denoiser(*parts, empty=ids[1])
+    noisy, timesteps = torch.randn(2, 4, 12, 12), torch.tensor([500, 500])
+    with torch.no_grad():
+        found = predict(noisy, timesteps, ids)
+        text, none, pooled, no_pooled = pipeline.encode_prompt(captions[0], do_classifier_free_guidance=True)
+        added = {
+            "text_embeds": torch.cat([pooled, no_pooled]),
+            "time_ids": torch.tensor([pairs_teacher.TIME_IDS, pairs_teacher.TIME_IDS]),
+        }
+        expected = pipeline.unet(noisy, timesteps, torch.cat([text, none]), added_cond_kwargs=added).sample
+    assert torch.allclose(found, expected, atol=1e-5)
+    size = {"height": pairs.IMAGE_SIZE, "width": pairs.IMAGE_SIZE}
+    drawn = pipeline(captions[:2], num_inference_steps=2, guidance_scale=3.0, **size).images
+    assert [image.size for image in drawn] == [(48, 48)] * 2
