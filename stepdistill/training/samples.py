@@ -190,7 +190,10 @@ class Samples:
 
     @contextmanager
     def _kept_features(self, role: str) -> Iterator[None]:
-        """Keeps the features of the first pass inside it, unless those of the role are kept already."""
+        """Keeps the features of the first pass inside it, unless the role's are kept already or none are asked for."""
+        if not self._taps:  # as with several teachers, which have no one network
+            yield
+            return
         rows = len(self.batch.timesteps)
         network = (self.student if role == STUDENT else self.teacher).tapped_network
         with network.tapped(self._taps) as outputs:
