@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stepdistill.config.load import load_config
+from stepdistill.config.saved import resolved
 from tests.plan.fake_gpu import peaks
 
 RECORD = Path(__file__).with_name("peaks.json")
@@ -18,12 +19,29 @@ RECORD = Path(__file__).with_name("peaks.json")
 CONFIGS = sorted(p.stem for p in Path("configs").glob("sd*.yaml"))
 
 
+def update_of(name):
+    """What a micro-batch depends on; configs alike in it differ only in samples per update and in kept activations."""
+    settings = resolved(load_config(f"configs/{name}.yaml", ["training.memory_budget=null"]))
+    del settings["name"], settings["training"]["gradient_accumulation_steps"]
+    return json.dumps(settings, sort_keys=True)
+
+
+DIFFERENT = {update_of(name): name for name in reversed(CONFIGS)}
+"""The first config of those that are alike."""
+
+
 def test_every_config_is_recorded():
     assert sorted(json.loads(RECORD.read_text())) == CONFIGS
 
 
+def test_configs_with_the_same_micro_batch_have_the_same_record():
+    recorded = json.loads(RECORD.read_text())
+    for name in CONFIGS:
+        assert recorded[name] == recorded[DIFFERENT[update_of(name)]], name
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", sorted(DIFFERENT.values()))
 def test_every_phase_runs_on_a_pretended_gpu_with_the_recorded_peak(name):
     """A tensor on the wrong device, or of a dtype that does not fit, fails. The record is of the meta device, like plans."""
     done = subprocess.run(
