@@ -1,6 +1,6 @@
-"""Trains the teacher and the reader of an embedded world again from a fixed seed: reader, VAE, U-Net with text encoders.
+"""Trains the teacher and the reader of a world of rendered images from a fixed seed: reader, VAE, U-Net with text encoders.
 
-python pipelines/train_teacher.py OUTPUT_FOLDER [--world letters] [--seed 0]      half an hour on 4 cores; pairs: one
+python pipelines/train_teacher.py OUTPUT_FOLDER [--world letters] [--seed 0]      half an hour on 4 cores; pairs: an hour
     [--widths 192 384 --unet-steps 20000 --device cuda]         a larger U-Net, for eval/compare_peers.py --size gpu
 """
 
@@ -10,13 +10,15 @@ import logging
 import sys
 from pathlib import Path
 
-from stepdistill.demo.train import SHIPPED, train_world
+from stepdistill.demo.train import RECIPES, train_world
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train the teacher and the reader of an embedded world.")
+    parser = argparse.ArgumentParser(
+        description="Train the teacher and the reader of a world of rendered images."
+    )
     parser.add_argument("output", type=Path)
-    parser.add_argument("--world", choices=sorted(SHIPPED), default="letters")
+    parser.add_argument("--world", choices=sorted(RECIPES), default="letters")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--images", type=int, help="renderings to learn from")
     parser.add_argument("--reader-steps", type=int)
@@ -26,11 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="where the U-Net is trained")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    names = (field.name for field in dataclasses.fields(SHIPPED[args.world]))
+    names = (field.name for field in dataclasses.fields(RECIPES[args.world]))
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.widths is not None:
         given["widths"] = tuple(args.widths)
-    train_world(args.world, dataclasses.replace(SHIPPED[args.world], **given), args.output)
+    train_world(args.world, dataclasses.replace(RECIPES[args.world], **given), args.output)
     return 0
 
 

@@ -313,6 +313,11 @@ class RunConfig(Section, affects=Affects.EVERY_RUNG):
                 "training.memory_budget: got a budget without gradient_checkpointing, whose computing again it limits; fix: "
                 "training.gradient_checkpointing=true"
             )
+        if self.training.base_quantization == "nf4" and self.training.mixed_precision == "fp16":
+            raise ConfigError(
+                "training.base_quantization: got nf4 with mixed_precision fp16, in which scales of small weights overflow; "
+                "allowed: int8 or fp8, or mixed_precision bf16 or no"
+            )
         between = next(between_samples(self.ladder), None)
         if between is not None and self.training.train_batch_size < 2:
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 A caption names both letters, their inks, how they stand to each other, and the paper: 135,200 captions, of which a training
 set holds a part. So a model must bind each ink to its letter and each letter to its place, in combinations that it has not
-seen; a distilled model can lose that long before its images look worse. An image depends on (caption, seed, index) alone.
+seen, which a distilled model may lose although its images look right. An image depends on (caption, seed, index) alone.
 """
 
 import itertools
@@ -23,6 +23,9 @@ CHOICES = (len(LETTERS), len(INKS), len(LETTERS), len(INKS), len(PLACES), len(PA
 _SUPERSAMPLING = 4
 _ANGLE = 0.15  # radians, at most, to either side
 _CAP_HEIGHT = (0.30, 0.38)  # of the image's side
+_LARGEST = (
+    0.38  # of the image's side, in width and height; a larger letter, such as a W or a Q, is drawn smaller
+)
 _SHIFT = 0.03  # of the image's side, at most, along each axis
 _CAPTION = re.compile(
     rf"a ({'|'.join(INKS)}) letter ([a-z]) ({'|'.join(PLACES)}) a ({'|'.join(INKS)}) letter ([a-z]) on ({'|'.join(PAPERS)})"
@@ -86,11 +89,26 @@ def render(pair: Pair, *, generator: np.random.Generator) -> Image.Image:
         angle = generator.uniform(-_ANGLE, _ANGLE)
         cap_height = generator.uniform(*_CAP_HEIGHT) * side
         x, y = (side * (share + generator.uniform(-_SHIFT, _SHIFT)) for share in middle)
-        mask = glyph(LETTERS[letter], typeface=typeface, cap_height=cap_height, place=(x, y), side=side)
+        mask = _fitting_glyph(
+            LETTERS[letter], typeface=typeface, cap_height=cap_height, place=(x, y), side=side
+        )
         mask = mask.rotate(np.degrees(angle), resample=Image.Resampling.BICUBIC, center=(x, y))
         mask = mask.resize(image.size, Image.Resampling.BOX)
         image.paste(Image.new("RGB", image.size, list(INKS.values())[ink]), mask=mask)
     return image
+
+
+def _fitting_glyph(
+    letter: str, *, typeface: str, cap_height: float, place: tuple[float, float], side: int
+) -> Image.Image:
+    """The glyph, smaller if it would be larger than _LARGEST."""
+    mask = glyph(letter, typeface=typeface, cap_height=cap_height, place=place, side=side)
+    left, top, right, bottom = mask.getbbox() or (0, 0, 0, 0)
+    size = max(right - left, bottom - top)
+    if size <= _LARGEST * side:
+        return mask
+    smaller = cap_height * _LARGEST * side / size
+    return glyph(letter, typeface=typeface, cap_height=smaller, place=place, side=side)
 
 
 def render_at(pair: Pair, *, seed: int, index: int) -> Image.Image:

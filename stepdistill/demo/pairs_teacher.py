@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -39,7 +39,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Both text encoders, of width 64 with 3 layers, of which SDXL uses the output of the second."""
+    """Both text encoders, of width 64 with 3 layers, whose hidden states after the second SDXL reads."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_TEXT_WIDTH,
@@ -101,17 +101,16 @@ def denoiser(
 
 
 def train_pipeline(
+    vae: AutoencoderKL,
     images: torch.Tensor,
     captions: Sequence[str],
     *,
-    vae_steps: int,
     unet_steps: int,
     seed: int,
     widths: tuple[int, int] = WIDTHS,
     device: torch.device | str = "cpu",
 ) -> StableDiffusionXLPipeline:
-    """Trains the VAE, then U-Net and text encoders together by v-prediction; images uint8 (N, 3, 48, 48)."""
-    vae = recipe.train_vae(images, steps=vae_steps, seed=seed)
+    """Trains U-Net and text encoders together by v-prediction; images uint8 (N, 3, 48, 48)."""
     latents = recipe.encode_images(vae, images, scaling_factor=vae.config.scaling_factor)
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)

@@ -28,7 +28,7 @@ class Questions:
 
     image_size  side of the images, in pixels; a multiple of 8
     choices     for each question, the number of possible answers
-    content     makes what a caption describes of one answer to each question
+    content     builds what a caption describes, a Triple or a Pair, from one answer to each question
     """
 
     image_size: int
@@ -96,7 +96,10 @@ def load_reader(path: Path, questions: Questions = OF_LETTERS) -> Reader:
     try:
         reader.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold the weights of such a reader: {first_line(error)}") from None
+        raise ValueError(
+            f"{path} does not hold the weights of a reader of images of {questions.image_size} pixels with "
+            f"{len(questions.choices)} answers: {first_line(error)}"
+        ) from None
     return reader.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Trains reader and teacher of an embedded world, from renderings alone: what the package ships was made by this."""
+"""Trains the reader and the teacher of a world of rendered images. The package ships those of the letters."""
 
 import logging
 from dataclasses import dataclass
@@ -36,11 +36,13 @@ class Training:
     seed: int = 0
 
 
-SHIPPED = {
+RECIPES = {
     "letters": Training(30_000, reader_steps=1800, vae_steps=2200, unet_steps=5000),
-    "pairs": Training(40_000, reader_steps=3000, vae_steps=1800, unet_steps=5000),
+    "pairs": Training(
+        40_000, reader_steps=3000, vae_steps=1800, unet_steps=5000, widths=pairs_teacher.WIDTHS
+    ),
 }
-"""What the shipped readers and teachers were trained with, by world."""
+"""How the reader and the teacher of each world are trained."""
 _CARDS = {
     "letters": """---
 license: apache-2.0
@@ -69,7 +71,7 @@ tags: [text-to-image, stable-diffusion-xl, tiny]
 
 A complete, very small pipeline of SDXL's classes, trained from nothing: 48 x 48 pictures of two capital letters, each in its
 own ink, for captions such as "a red letter a left of a blue letter k on gray" (26 letters; 5 inks; left of, above; 4
-papers: 135,200 captions, of which it saw three tenths). Typefaces, angles, sizes and places are its own choice. It exists
+papers: 135,200 captions, of which it saw {images:,}). Typefaces, angles, sizes and places are its own choice. It exists
 to be distilled; sample it with guidance 3.
 
 AutoencoderKL (24, 48, 48) with 4 x 12 x 12 latents; two CLIP text encoders of width 64 with 3 layers; UNet2DConditionModel
@@ -145,14 +147,14 @@ def _pairs(training: Training, output: Path) -> DiffusionPipeline:
     """The reader and the pipeline of the pairs world."""
     images, labels = pairs_teacher.rendered_batch(training.images, seed=training.seed)
     reader = _reader(training, output, images, labels, OF_PAIRS)
-    pipeline = pairs_teacher.train_pipeline(
+    vae = recipe.train_vae(images, steps=training.vae_steps, seed=training.seed)
+    _check(reader, vae, *pairs_teacher.rendered_batch(1000, seed=training.seed + 1))
+    return pairs_teacher.train_pipeline(
+        vae,
         images,
         [Pair(*row).caption for row in labels.tolist()],
-        vae_steps=training.vae_steps,
         unet_steps=training.unet_steps,
         seed=training.seed,
         widths=training.widths,
         device=training.device,
     )
-    _check(reader, pipeline.vae, *pairs_teacher.rendered_batch(1000, seed=training.seed + 1))
-    return pipeline

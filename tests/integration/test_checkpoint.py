@@ -176,10 +176,11 @@ def test_compiled_with_8_bit_adam_and_micro_batches_it_continues_to_equal_weight
         *("training.train_batch_size=2", "training.gradient_accumulation_steps=2"),
     ]
     straight, stopped = (
-        prepared(config_of(tmp_path / name, [SINGLE], *overrides), cache) for name in ("straight", "stopped")
+        prepared(config_of(tmp_path / name, [MSE, SINGLE], *overrides), cache)
+        for name in ("straight", "stopped")
     )
     stages.distill(straight)
-    for after in (2, 2):  # within the first rung and within the second
+    for after in (2, 3, 2):  # within each phase of the first rung, and within the second rung
         distill_and_stop(stopped, monkeypatch, after=after)
     stages.distill(stopped)
     assert weights_of(stopped) == weights_of(straight)
@@ -483,15 +484,15 @@ def test_a_signal_lets_the_update_finish_saves_and_says_how_to_continue(cache, t
 
 @pytest.mark.slow
 def test_a_time_budget_stops_a_command_and_the_next_one_continues(cache, tmp_path):
-    one_update = [MSE | {"max_train_steps": 1}]
-    config = prepared(config_of(tmp_path / "a", one_update), cache)
-    straight = prepared(config_of(tmp_path / "b", one_update), cache)
+    two_updates = [MSE | {"max_train_steps": 2}]
+    config = prepared(config_of(tmp_path / "a", two_updates), cache)
+    straight = prepared(config_of(tmp_path / "b", two_updates), cache)
     stages.distill(straight)
     codes = []
     while not codes or codes[-1] == 75:
         process = started(config, tmp_path, "training.max_minutes=1e-6")
         process.communicate(timeout=300)
         codes.append(process.returncode)
-    assert codes == [75] * 3 + [0]  # after the update of each rung, and after the last rung
+    assert codes == [75] * 5 + [0]  # after each update, and after the last rung
     assert weights_of(config) == weights_of(straight)
     assert log_of(config) == log_of(straight)

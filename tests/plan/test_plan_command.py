@@ -30,6 +30,9 @@ ONE_RUNG = (
 )
 """Two kinds of phases are enough where many plans are made."""
 PEAKS = json.loads(Path("tests/plan/peaks.json").read_text())
+STAGES = {
+    n: found["stages"] for n, found in json.loads(Path("eval/results/full_size.json").read_text()).items()
+}
 SMALLEST_MARGIN = 1.0
 """GiB that must be free beyond what the driver takes: for the working memory of kernels, and for fragments."""
 
@@ -50,6 +53,7 @@ def test_every_profile_fits_its_card_with_a_margin(name):
     card = card_of(f"{PROFILES[name]}GB")
     other = OtherStages(config, plannable_facts(config), card)
     sizes = PEAKS[name] | {"prepare": other.prepare_bytes(), "evaluate": other.evaluate_bytes()}
+    sizes["previews"] = STAGES[name]["previews"]
     sizes["the budget"] = config.training.memory_budget_bytes or 0
     for what, size in sizes.items():
         assert size / GIB < card.usable_gib - SMALLEST_MARGIN, what
@@ -61,7 +65,10 @@ def test_a_plan_has_the_recorded_peaks_and_previews_that_fit_too(name):
     config = load_config(f"configs/{name}.yaml", ["training.memory_budget=null"])
     card = card_of(f"{PROFILES[name]}GB")
     planned = plan_run(config, plannable_facts(config), card)
-    assert {cost.title: cost.update.peak for cost in planned.phases}.items() >= PEAKS[name].items()
+    found = {cost.title: cost.update.peak for cost in planned.phases}
+    assert found.items() >= PEAKS[name].items()
+    assert {title.split(" ", 3)[3] for title in found} == {title.split(" ", 3)[3] for title in PEAKS[name]}
+    assert planned.stages == pytest.approx(STAGES[name], rel=1e-3)
     assert planned.peak / GIB < card.usable_gib - SMALLEST_MARGIN, planned.largest
     assert planned.has_previews
 

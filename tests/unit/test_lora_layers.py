@@ -17,7 +17,7 @@ from stepdistill.models.network.unet import LORA_TARGETS
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.cards import CARDS
 from stepdistill.plan.tracker import Tracker, gpu_kernels
-from stepdistill.teacher.loading import quantization_config
+from stepdistill.teacher.quantization import dequantized, quantization_config
 from tests.conftest import build_tiny_unet, make_conditioning, randn
 from tests.unit.test_gradients import fill, make_network
 
@@ -210,7 +210,7 @@ def test_the_kernels_of_a_forward_pass_at_full_size():
     assert {adapter: kernels_of("sdxl", adapter) for adapter in (None, STUDENT)} == KERNELS_OF_SDXL
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
 @pytest.mark.parametrize("role", [None, STUDENT])
 def test_a_quantised_layer_keeps_no_converted_weight_and_has_the_converted_weights_gradients(kind, role):
     """Its weight is larger than all that its backward pass needs besides."""
@@ -218,7 +218,7 @@ def test_a_quantised_layer_keeps_no_converted_weight_and_has_the_converted_weigh
     plain = nn.Linear(256, 128).bfloat16().requires_grad_(False)
     quantized = nn.Sequential(copy.deepcopy(plain))
     torchao.quantize_(quantized, quantization_config(kind))
-    plain.weight.data = quantized[0].weight.dequantize()
+    plain.weight.data = dequantized(quantized[0].weight).detach()
 
     def outcome(base):
         model = nn.Sequential(base)

@@ -1,12 +1,17 @@
 """The pairs world, its reader, and the training of its teacher."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from stepdistill.demo import letters, pairs, pairs_teacher
 from stepdistill.demo.reader import OF_LETTERS, OF_PAIRS, Reader, load_reader, save_reader
-from stepdistill.demo.teacher import build_scheduler, target_of
+from stepdistill.demo.teacher import build_scheduler, target_of, train_vae
+from stepdistill.demo.train import RECIPES, train_world
+from stepdistill.teacher.folder import missing_parts
 
 
 def test_captions_read_back():
@@ -44,13 +49,19 @@ def test_each_letter_has_its_ink_at_its_place_on_the_paper(place):
             assert near[1].sum() <= 0.1 * near[0].sum()
 
 
-def test_a_pair_and_its_reverse_are_different_captions_of_one_picture():
-    """So a reader must answer by place, not by which letters there are."""
-    pair = pairs.Pair(3, 0, 7, 2, 0, 0)
-    swapped = pairs.Pair(7, 2, 3, 0, 0, 0)
-    assert pair.caption != swapped.caption
-    pixels, others = (np.asarray(pairs.render_at(p, seed=1, index=0)).astype(int) for p in (pair, swapped))
-    assert np.abs(pixels - others).mean() > 5
+@pytest.mark.parametrize("place", range(len(pairs.PLACES)))
+def test_wide_letters_neither_touch_the_border_nor_each_other(place):
+    wide = ("M", "W", "Q", "O")
+    middle = pairs.IMAGE_SIZE // 2
+    for index in range(60):
+        one, other = (letters.LETTERS.index(wide[(index + k) % 4]) for k in (0, 1))
+        drawn = pairs.render_at(pairs.Pair(one, 3, other, 3, place, 0), seed=2, index=index)  # black on white
+        darkness = 255 - np.asarray(drawn).astype(int).min(axis=2)
+        across = darkness if place == 0 else darkness.T  # letters side by side
+        assert max(across[0].max(), across[-1].max(), across[:, 0].max(), across[:, -1].max()) < 40
+        assert across[:, middle - 1 : middle + 1].min(axis=1).max() < 128, (
+            "no dark line from one to the other"
+        )
 
 
 def test_the_tokenizer_makes_a_token_of_each_word():
@@ -74,7 +85,9 @@ def test_a_reader_of_pairs_answers_six_questions_and_keeps_its_weights(tmp_path)
     save_reader(reader.half().float(), tmp_path / "reader.safetensors")
     loaded = load_reader(tmp_path / "reader.safetensors", OF_PAIRS)
     assert torch.equal(loaded.features(images), reader.features(images))
-    with pytest.raises(ValueError, match="does not hold the weights of such a reader"):
+    with pytest.raises(
+        ValueError, match="not hold the weights of a reader of images of 32 pixels with 3 answers"
+    ):
         load_reader(tmp_path / "reader.safetensors", OF_LETTERS)
 
 
@@ -94,7 +107,8 @@ def test_the_teacher_is_trained_with_the_text_that_the_pipeline_gives_it(tmp_pat
     """An empty prompt is zeros; a prompt is the hidden states and the pooled embedding of diffusers' own encoding."""
     images, labels = pairs_teacher.rendered_batch(70, seed=0)
     captions = [pairs.Pair(*row).caption for row in labels.tolist()]
-    pipeline = pairs_teacher.train_pipeline(images, captions, vae_steps=2, unet_steps=2, seed=0)
+    vae = train_vae(images, steps=2, seed=0)
+    pipeline = pairs_teacher.train_pipeline(vae, images, captions, unet_steps=2, seed=0)
     pipeline.set_progress_bar_config(disable=True)
     encode = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     ids = pipeline.tokenizer([captions[0], ""], **encode).input_ids
@@ -113,3 +127,16 @@ def test_the_teacher_is_trained_with_the_text_that_the_pipeline_gives_it(tmp_pat
     size = {"height": pairs.IMAGE_SIZE, "width": pairs.IMAGE_SIZE}
     drawn = pipeline(captions[:2], num_inference_steps=2, guidance_scale=3.0, **size).images
     assert [image.size for image in drawn] == [(48, 48)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", sorted(RECIPES))
+def test_a_world_is_trained_to_a_folder_that_diffusers_loads(tmp_path, world):
+    few = dataclasses.replace(RECIPES[world], images=70, reader_steps=2, vae_steps=2, unet_steps=2)
+    train_world(world, few, tmp_path)
+    assert missing_parts(tmp_path / "teacher") == []
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    assert pipeline.unet.config.sample_size == {"letters": 8, "pairs": 12}[world]
+    assert "70" in (tmp_path / "teacher" / "README.md").read_text()
+    questions = {"letters": OF_LETTERS, "pairs": OF_PAIRS}[world]
+    load_reader(tmp_path / "reader" / "model.fp16.safetensors", questions)
