@@ -42,7 +42,9 @@ def installation_problems(config: RunConfig) -> Iterator[str]:
             )
     if (training.compile or training.optimizer == "adam8bit") and not _has_compiler():
         key = "training.compile: got true" if training.compile else "training.optimizer: got adam8bit"
-        yield f"{key}, which needs a C++ compiler; fix: install g++ or set CXX, or leave it out"
+        named = os.environ.get("CXX")
+        fix = f"CXX names {named}, which cannot be run; unset it" if named else "install g++ or set CXX"
+        yield f"{key}, which needs a C++ compiler; fix: {fix}, or leave it out"
     if "wandb" in training.trackers and (problem := _wandb_problem()) is not None:
         yield f"training.trackers: got wandb, which {problem}"
 

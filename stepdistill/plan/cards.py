@@ -30,6 +30,7 @@ class Card:
     single      peak of float32 arithmetic, FLOP/s
     bandwidth   of its memory, bytes/s
     launch      seconds to start a kernel
+    is_guess    only the memory was named, so the speed is that of a usual card of this size
     """
 
     name: str
@@ -38,6 +39,7 @@ class Card:
     single: float
     bandwidth: float
     launch: float = 4e-6
+    is_guess: bool = False
 
     @property
     def usable_gib(self) -> float:
@@ -83,7 +85,8 @@ def card_of(text: str) -> Card:
     if size is not None and float(size[1]) >= 1:
         memory = float(size[1])
         usual = _usual(memory)
-        return replace(usual, name=f"a card of {memory:g} GB, as fast as {usual.name}", memory_gib=memory)
+        name = f"a card of {memory:g} GB, as fast as {usual.name}"
+        return replace(usual, name=name, memory_gib=memory, is_guess=True)
     raise ConfigError(f"--gpu: got {text!r}; allowed: {', '.join(CARDS)}, or a size such as 24GB")
 
 

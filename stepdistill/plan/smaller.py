@@ -13,7 +13,7 @@ from stepdistill.plan.other_stages import OtherStages
 from stepdistill.plan.whole_run import PhaseCost, RunPlan, plan_run
 from stepdistill.teacher.facts import TeacherFacts
 
-_BESIDE_BUDGET = 1.0
+_BESIDE_BUDGET = 2.0
 """GiB of a card that a proposed budget leaves to the working memory of kernels."""
 
 

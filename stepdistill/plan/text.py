@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from stepdistill.config.load import load_config
+from stepdistill.config.shipped import shipped_configs
 from stepdistill.plan.cards import GIB
 from stepdistill.plan.disk_need import DiskNeed
 from stepdistill.plan.real_update import MeasuredUpdate
@@ -31,7 +33,8 @@ def verdict(plan: RunPlan) -> str:
         answer = f"it just fits, {margin:.1f} GiB to spare, and may run out of memory"
     else:
         answer = f"it fits, {margin:.1f} GiB to spare"
-    needs = f"the run needs {plan.peak / GIB:.1f} GiB ({plan.largest})"
+    training = f"; training {plan.training_peak / GIB:.1f}" if plan.largest in plan.stages else ""
+    needs = f"the run needs {plan.peak / GIB:.1f} GiB ({plan.largest}{training})"
     return f"{needs}; {plan.card.name}, has {plan.card.usable_gib:.1f} GiB: {answer}"
 
 
@@ -117,10 +120,15 @@ def _totals(plan: RunPlan, costs: Costs) -> Iterator[str]:
     # the cards share the images; training's updates are those of one card's micro-batches
     seconds |= {name: of / costs.cards for name, of in (drawing | {"evaluation": plan.evaluation}).items()}
     whole = sum(seconds.values())
-    yield f"time: {', '.join(f'{name} {_hours(of)}' for name, of in seconds.items())}; in all {_hours(whole)}"
+    if_it_fitted = "" if plan.fits else ", if it fitted"
+    yield f"time{if_it_fitted}: {', '.join(f'{name} {_hours(of)}' for name, of in seconds.items())}; in all {_hours(whole)}"
     yield (
         "      at the rates that large kernels reach on this card; no card has measured it yet (docs/performance.md)"
     )
+    if plan.card.is_guess:
+        yield "      of a card whose speed is a guess by its memory: --gpu rtx3060, for example, names yours"
+    if plan.config.training.base_quantization != "none":
+        yield "      without the time in which each pass converts the quantised weights"
     if costs.cards > 1:
         yield from _update_of_cards(plan, costs.cards)
     if costs.price is None:
@@ -154,6 +162,17 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds / 60:,.1f} min"
 
 
+def _profiles(plan: RunPlan) -> list[str]:
+    """The names of the other shipped configs of the run's teacher."""
+    own = plan.config
+    others = {name: load_config(path) for name, path in shipped_configs().items()}
+    return [
+        name
+        for name, config in others.items()
+        if config.teacher.path == own.teacher.path and config.name != own.name
+    ]
+
+
 def _disk(disk: DiskNeed | None) -> Iterator[str]:
     if disk is None:
         yield "disk: known when the data are on this disk; `stepdistill doctor` tells"
@@ -166,6 +185,9 @@ def _disk(disk: DiskNeed | None) -> Iterator[str]:
 def _changes(plan: RunPlan, changes: tuple[list[str], RunPlan] | None) -> Iterator[str]:
     if plan.fits:
         return
+    profiles = _profiles(plan)
+    if profiles:
+        yield f"made for this model and other cards: {', '.join(profiles)} (`stepdistill plan {profiles[0]}`)"
     if changes is None:
         yield "what would fit: a smaller data.resolution, or a larger card; nothing else that this plan tries"
         return

@@ -68,6 +68,11 @@ class RunPlan:
         return max(self._sizes, key=lambda name: self._sizes[name])
 
     @property
+    def training_peak(self) -> int:
+        """The most bytes that training needs at once."""
+        return max(cost.update.peak for cost in self.phases)
+
+    @property
     def fits(self) -> bool:
         """Whether the card has enough memory."""
         return self.peak <= self._limit

@@ -157,6 +157,7 @@ def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(
 @pytest.mark.parametrize("option", ["training.compile=true", "training.optimizer=adam8bit"])
 def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch, option):
     monkeypatch.setattr("shutil.which", lambda _name: None)
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: object())
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler; fix: install g\+\+ or set CXX"):
         check_installed(config_of(tmp_path, option))
@@ -193,5 +194,6 @@ def test_wandb_whose_server_cannot_be_reached_is_refused(tmp_path, monkeypatch):
 
 def test_a_compiler_that_torch_does_not_take_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    with pytest.raises(ConfigError, match=r"training\.compile: got true, which needs a C\+\+ compiler"):
+    fix = r"needs a C\+\+ compiler; fix: CXX names /nonexistent/c\+\+, which cannot be run; unset it"
+    with pytest.raises(ConfigError, match=rf"training\.compile: got true, which {fix}"):
         check_installed(config_of(tmp_path, "training.compile=true"))

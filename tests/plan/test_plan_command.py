@@ -12,11 +12,13 @@ from stepdistill.config import ConfigError, Phase
 from stepdistill.config.load import load_config
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import GIB, card_of
-from stepdistill.plan.dry_update import DryRun
+from stepdistill.plan.dry_update import DryRun, UpdateCost
 from stepdistill.plan.other_stages import OtherStages
 from stepdistill.plan.passes import phase_forwards, teacher_substeps
 from stepdistill.plan.smaller import smaller_run
-from stepdistill.plan.whole_run import plan_run
+from stepdistill.plan.text import Costs, plan_text, verdict
+from stepdistill.plan.tracker import Work
+from stepdistill.plan.whole_run import PhaseCost, RunPlan, plan_run
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
 from stepdistill.teacher.folder import embedded_folder
@@ -30,9 +32,7 @@ ONE_RUNG = (
 )
 """Two kinds of phases are enough where many plans are made."""
 PEAKS = json.loads(Path("tests/plan/peaks.json").read_text())
-STAGES = {
-    n: found["stages"] for n, found in json.loads(Path("eval/results/full_size.json").read_text()).items()
-}
+FULL_SIZE = json.loads(Path("eval/results/full_size.json").read_text())
 SMALLEST_MARGIN = 1.0
 """GiB that must be free beyond what the driver takes: for the working memory of kernels, and for fragments."""
 
@@ -53,7 +53,7 @@ def test_every_profile_fits_its_card_with_a_margin(name):
     card = card_of(f"{PROFILES[name]}GB")
     other = OtherStages(config, plannable_facts(config), card)
     sizes = PEAKS[name] | {"prepare": other.prepare_bytes(), "evaluate": other.evaluate_bytes()}
-    sizes["previews"] = STAGES[name]["previews"]
+    sizes["previews"] = FULL_SIZE[name]["stages"]["previews"]
     sizes["the budget"] = config.training.memory_budget_bytes or 0
     for what, size in sizes.items():
         assert size / GIB < card.usable_gib - SMALLEST_MARGIN, what
@@ -68,7 +68,7 @@ def test_a_plan_has_the_recorded_peaks_and_previews_that_fit_too(name):
     found = {cost.title: cost.update.peak for cost in planned.phases}
     assert found.items() >= PEAKS[name].items()
     assert {title.split(" ", 3)[3] for title in found} == {title.split(" ", 3)[3] for title in PEAKS[name]}
-    assert planned.stages == pytest.approx(STAGES[name], rel=1e-3)
+    assert planned.stages == pytest.approx(FULL_SIZE[name]["stages"], rel=1e-3)
     assert planned.peak / GIB < card.usable_gib - SMALLEST_MARGIN, planned.largest
     assert planned.has_previews
 
@@ -93,6 +93,42 @@ def test_the_plan_of_the_letters_names_memory_time_and_disk(capsys):
     assert "at 2 an hour of a card" in text
     assert "of it to train the 8-step rung" in text
     assert "disk: " in text
+
+
+def plan_of(training, evaluation, *, memory_gib, **changes):
+    """A plan whose training and evaluation need so many GiB."""
+    config = load_config("configs/sdxl_12gb.yaml", ["training.memory_budget=null"])
+    peak, work = int(training * GIB), Work(1, 1.0, 1.0, 0, 1.0)
+    update = UpdateCost(peak, {"base model": peak}, 0, {"student": work}, work)
+    phase = PhaseCost(config.ladder[0], config.ladder[0].phases[0], update)
+    stages = {"previews": 0, "evaluate": int(evaluation * GIB)}
+    card = replace(card_of("12GB"), memory_gib=memory_gib, **changes)
+    return RunPlan(config, card, [phase], stages, 0.0, 3600.0)
+
+
+def text_of(plan):
+    return plan_text(plan, disk=None, changes=None, costs=Costs())
+
+
+def test_the_verdict_names_the_need_of_training_beside_that_of_drawing():
+    assert "needs 9.0 GiB (evaluate; training 7.0)" in verdict(plan_of(7, 9, memory_gib=12))
+    assert "needs 9.0 GiB (32 -> 32 mse)" in verdict(plan_of(9, 7, memory_gib=12))
+
+
+def test_a_run_that_does_not_fit_has_hours_if_it_fitted_and_the_names_of_other_profiles():
+    small = text_of(plan_of(7, 9, memory_gib=6))
+    assert "time, if it fitted: training" in small
+    assert "made for this model and other cards: sdxl, sdxl_16gb, sdxl_24gb" in small
+    fits = text_of(plan_of(7, 9, memory_gib=12))
+    assert "time: training" in fits
+    assert "made for" not in fits
+
+
+def test_what_the_hours_leave_out_is_said():
+    named = "a guess by its memory"
+    assert named in text_of(plan_of(7, 9, memory_gib=12))
+    assert named not in text_of(plan_of(7, 9, memory_gib=12, is_guess=False))
+    assert "converts the quantised weights" in text_of(plan_of(7, 9, memory_gib=12))
 
 
 @pytest.mark.slow
