@@ -57,12 +57,12 @@ def _apply(self, change, recurse=True):
 
 
 def peaks(config, *, device):
-    """The peak bytes of a config's phases by title; of phases that differ in steps and rates alone, the first."""
+    """The peak bytes of a config's phases by title; of phases that differ in steps, timesteps and rates alone, the first."""
     dry_run = DryRun(config, plannable_facts(config), CARDS["h100"], device=device)
     found, seen = {}, set()
     for rung, _, phase in phases_of(config):
         is_base = phase.needs_teacher_moves and is_base_teacher(config, rung, phase)
-        alike = (phase.title, phase.discriminator, is_base, rung.start_timestep is None)
+        alike = (phase.title, phase.discriminator.model_copy(update={"learning_rate": None}), is_base)
         if alike not in seen:
             seen.add(alike)
             found[f"{rung.teacher_steps} -> {rung.student_steps} {phase.title}"] = dry_run.update(
