@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepdistill.demo import teacher as recipe
 from stepdistill.demo.pairs import IMAGE_SIZE, PLACES, render_at, sample_pairs
 
 MAX_TOKENS = 16
 WIDTHS = (64, 128)
-_TEXT_WIDTH = 64
 _TIME_ID_WIDTH = 8
 TIME_IDS = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)
 """Original size, crop and target size of every image."""
@@ -40,18 +39,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 def build_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Both text encoders, of width 64 with 3 layers, whose hidden states after the second SDXL reads."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=_TEXT_WIDTH,
-        intermediate_size=2 * _TEXT_WIDTH,
-        projection_dim=_TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = recipe.text_config(tokenizer, layers=3)
     return CLIPTextModel(config), CLIPTextModelWithProjection(config)
 
 
@@ -65,13 +53,13 @@ def build_unet(widths: tuple[int, int] = WIDTHS) -> UNet2DConditionModel:
         block_out_channels=widths,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=2 * _TEXT_WIDTH,
+        cross_attention_dim=2 * recipe.TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=32,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=_TIME_ID_WIDTH,
-        projection_class_embeddings_input_dim=_TEXT_WIDTH + len(TIME_IDS) * _TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=recipe.TEXT_WIDTH + len(TIME_IDS) * _TIME_ID_WIDTH,
     )
 
 

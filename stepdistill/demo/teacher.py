@@ -33,6 +33,7 @@ from stepdistill.demo.reader import OF_LETTERS, Questions, Reader
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 10
+TEXT_WIDTH = 64
 CAPTION_DROPOUT = 0.1
 
 
@@ -80,20 +81,23 @@ def _apply_merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIPTextModel with width 64 and 2 layers, for sequences of MAX_TOKENS."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    """A CLIPTextModel with 2 layers."""
+    return CLIPTextModel(text_config(tokenizer, layers=2))
+
+
+def text_config(tokenizer: CLIPTokenizer, *, layers: int) -> CLIPTextConfig:
+    """Of a text encoder of width TEXT_WIDTH, for sequences as long as the tokenizer's."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
@@ -123,7 +127,7 @@ def build_unet(widths: tuple[int, int] = WIDTHS) -> UNet2DConditionModel:
         block_out_channels=widths,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
+        cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=32,
     )
