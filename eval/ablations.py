@@ -1,6 +1,7 @@
 """What each choice of the default recipe is worth: one thing changed at a time, equal U-Net forwards, three seeds.
 
-    python eval/ablations.py [--config configs/letters.yaml] [--only NAME ...] [--seeds 10 11 12] [key=value ...]
+    python eval/ablations.py [--config configs/letters.yaml] [--only NAME ...] [--seeds 10 11 12] [--earlier OUTPUT.json] ...
+        [key=value ...]
 
 A variant (eval/variants.py) changes the config, mostly its ladder. The updates of the changed rungs, and of the rungs below
 them, are then scaled so that all training takes as many forwards as the default; --equal-updates leaves them as they are.
@@ -12,7 +13,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from earlier_results import SeedResults, joined, read_earlier
 from peers.methods import named
 from side_by_side import (
     MAIN,
@@ -61,6 +64,29 @@ def against_default(
     return "\n".join(lines)
 
 
+def results_of_seed(
+    args: argparse.Namespace,
+    seed: int,
+    chosen: Sequence[str],
+    budget: float,
+    ready: Mapping[str, SeedResults],
+) -> tuple[Table, dict[str, dict[str, float]]]:
+    """One seed's table, and the training cost of each variant; those in `ready` are neither trained nor measured."""
+    base, loras, first = base_config(args, seed), [], None
+    costs = {name: dict(results.costs[name]) for name, results in ready.items()}
+    for name in (name for name in chosen if name not in ready):
+        method = variant(name)
+        config = named(varied(name, base), name) if args.equal_updates else method.config(base, budget, 1.0)
+        share_cache(base, config)
+        share_rungs(first or config, config)
+        method.train(config, budget, 1.0)
+        first = first or config
+        costs[name] = {"unet_forwards": plan.training_forwards(config)}
+        loras += method.rows(config)
+    local = measure(base, f"table-s{seed}", loras) if loras else None
+    return joined(local, ready), costs
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Measures the default recipe with one thing changed at a time."
@@ -69,34 +95,30 @@ def main(argv: list[str] | None = None) -> int:
     arguments(parser, output="eval/results/ablations", output_dir="runs/ablations", seeds=(10, 11, 12))
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--equal-updates", action="store_true", help="in place of equal forwards")
+    parser.add_argument("--earlier", action="append", type=Path, default=[], metavar="OUTPUT.json")
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     made_at, chosen = source_commit(), list(dict.fromkeys(["default", *args.only]))
-    budget = args.budget or plan.training_forwards(base_config(args, 0))
-    tables, forwards = [], {}
-    check_evaluation(base_config(args, 0))
+    base = base_config(args, args.seeds[0])
+    budget = args.budget or plan.training_forwards(base)
+    check_evaluation(base)
+    settings = {"config": args.config, "size": args.size, "budget": budget}
+    settings |= {"num_images": base.evaluation.num_images, "overrides": args.overrides}
+    earlier = read_earlier(args.earlier, settings, {})
+    results = []
     for seed in args.seeds:
-        base, loras, first = base_config(args, seed), [], None
-        for name in chosen:
-            method = variant(name)
-            config = (
-                named(varied(name, base), name) if args.equal_updates else method.config(base, budget, 1.0)
-            )
-            share_cache(base, config)
-            share_rungs(first or config, config)
-            method.train(config, budget, 1.0)
-            first = first or config
-            forwards[name] = plan.training_forwards(config)
-            loras += method.rows(config)
-        tables.append(measure(base, f"table-s{seed}", loras))
+        ready = {name: earlier[seed, name] for name in chosen if (seed, name) in earlier}
+        results.append(results_of_seed(args, seed, chosen, budget, ready))
+    tables = [table for table, _ in results]
+    forwards = {name: results[0][1][name]["unet_forwards"] for name in chosen}
     rows = [f"teacher-{max(base.evaluation.teacher_steps)}"]
     rows += [f"{name}-{n}" for n in STEPS for name in chosen if f"{name}-{n}" in tables[0].rows]
     full, table = summary(tables, rows)
     shown = [m for m in MAIN if any(m in entry for entry in table)]
     text = "\n\n".join([*(against_default(tables, chosen, forwards, m) for m in shown), full])
-    payload = {"commit": made_at, "config": args.config, "size": args.size, "budget": budget}
-    payload |= {"seeds": args.seeds, "num_images": base.evaluation.num_images, "table": table}
-    write(args.output, text, tables, payload | {"forwards": forwards})
+    payload = {"commit": made_at, **settings, "rates": {}, "seeds": args.seeds, "table": table}
+    payload |= {"costs": [costs for _, costs in results], "earlier": [str(f.name) for f in args.earlier]}
+    write(args.output, text, tables, payload)
     print(text)
     return 0
 

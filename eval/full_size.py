@@ -1,6 +1,7 @@
 """What the shipped configs take at full size, by their plans: memory and hours on the card that each is meant for.
 
     python eval/full_size.py [--configs sd15 sdxl_24gb ...] [--output eval/results/full_size] [key=value ...]
+                                                      with --configs, the others keep the numbers that OUTPUT.json has
     python eval/full_size.py --growth                 memory and time of SDXL by micro-batch, image size and rank
 
 The numbers are those of `stepdistill plan`: one update of every phase on the meta device. On a machine with a CUDA GPU two
@@ -17,6 +18,7 @@ import torch
 
 from stepdistill.config import RunConfig
 from stepdistill.config.load import load_config
+from stepdistill.disk.durable import read_json
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import GIB, card_of
 from stepdistill.plan.dry_update import DryRun
@@ -36,7 +38,10 @@ CARDS = {
     "sdxl_dmd2_24gb": "24GB",
     "sdxl": "h100",
     "sdxl_8x80gb": "h100",
+    "sd35_medium_24gb": "24GB",
+    "z_image_24gb": "24GB",
 }
+"""The card that each config of a released model is meant for."""
 GROWTH = {
     "train_batch_size": [("training.train_batch_size={}", size) for size in (1, 2, 4, 8, 16)],
     "resolution": [("data.resolution={}", side) for side in (512, 768, 1024, 1280, 1536)],
@@ -138,6 +143,12 @@ def write(output: Path, results: dict[str, Any], text: str) -> None:
     print(text)
 
 
+def earlier(output: Path) -> dict[str, Any]:
+    """The results that a file of an earlier call has, by config. Its environment is that of the last call."""
+    stored = read_json(output.with_suffix(".json")) or {}
+    return {name: stored[name] for name in CARDS if name in stored}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="What the shipped configs take at full size, by their plans."
@@ -151,13 +162,15 @@ def main(argv: list[str] | None = None) -> int:
         found = growth()
         write(args.output or Path("eval/results/growth"), found, growth_table(found))
         return 0
-    results: dict[str, Any] = {}
+    output = args.output or Path("eval/results/full_size")
+    results = earlier(output) if set(args.configs) < set(CARDS) else {}
     for name in args.configs:
         config = load_config(f"configs/{name}.yaml", args.overrides)
         results[name] = planned(config, CARDS[name])
         if torch.cuda.is_available():
             results[name]["measured"] = measured(config, CARDS[name])
-    write(args.output or Path("eval/results/full_size"), results, table(results))
+    results = {name: results[name] for name in CARDS if name in results}
+    write(output, results, table(results))
     return 0
 
 

@@ -72,7 +72,7 @@ def measured_again(config: RunConfig, rows: Iterable[str], *, asset: Path = ASSE
         asset: path of the second reader, without suffix.
     """
     evaluation_set, folder = evaluation_set_of(config), config.run_dir / "evaluation"
-    if evaluation_set.world is None:
+    if evaluation_set.world is None or evaluation_set.world.name != "letters":
         return Again({}, {}, {})
     extractor = ReaderFeatures(weights_of(asset)).eval().requires_grad_(False)
     shipped = shipped_reader()

@@ -166,6 +166,41 @@ def with_features(raw: Raw) -> None:
         phase |= {"objective": None, "objectives": copy.deepcopy(features), "balance": "gradient"}
 
 
+def guidance_times(factor: float) -> Change:
+    """Multiplies the updates of the first rung, which learns guidance, by `factor`."""
+
+    def change(raw: Raw) -> None:
+        for phase in raw["ladder"][0]["phases"]:
+            phase["max_train_steps"] = max(1, round(factor * phase["max_train_steps"]))
+
+    return change
+
+
+def with_guidance(**options: Any) -> Change:
+    """Sets these options of the first rung's phases, which learn guidance."""
+
+    def change(raw: Raw) -> None:
+        for phase in raw["ladder"][0]["phases"]:
+            phase |= options
+
+    return change
+
+
+def without_guidance_rung(raw: Raw) -> None:
+    """No rung learns guidance alone: the first one goes from the guided teacher's steps to 8."""
+    del raw["ladder"][0]
+
+
+def rates_times(factor: float) -> Change:
+    """Multiplies the learning rates of all mse phases by `factor`."""
+
+    def change(raw: Raw) -> None:
+        for phase in phases(raw, ("mse",)):
+            phase["learning_rate"] *= factor
+
+    return change
+
+
 def mse_beside_the_adversary(raw: Raw) -> None:
     """The adversarial phases minimise mse too; both have equal shares of the gradient."""
     for phase in phases(raw):
@@ -226,6 +261,13 @@ VARIANTS: dict[str, Change] = {
     "one-phase": one_phase,
     "dmd": with_dmd(adversary=0.01),
     "dmd-alone": with_dmd(adversary=0.0),
+    "guidance-twice": guidance_times(2),
+    "guidance-half": guidance_times(0.5),
+    "guidance-in-v": with_guidance(loss_space="v_prediction"),
+    "without-guidance-rung": without_guidance_rung,
+    "rates-half": rates_times(0.5),
+    "rates-twice": rates_times(2),
+    "decay-to-nothing": with_training(lr_final_fraction=0.0),
     "skip-level": skip_level,
     "cached-twice": cached_twice,
     "even-updates": even_updates,

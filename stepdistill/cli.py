@@ -418,7 +418,7 @@ _ENCODING = (
 )
 _MEMORY_REMEDY = (
     "fix: end other programs that use the GPU; or a lower evaluation.batch_size (evaluate); or another run (name=...) with "
-    "data.vae_dtype=bfloat16 (prepare)"
+    "data.vae_dtype=bfloat16 and data.text_dtype=bfloat16 (prepare)"
 )
 _FILE_REMEDY = "fix: make room there, allow this user to use it, or name another path"
 

@@ -409,8 +409,11 @@ def run_all(config: RunConfig, *, began: float | None = None) -> None:
     _require_one_process("run")
     check_run(config)
     _quiet_libraries()
-    if is_ready_made(config):
-        _check_later_stages(config)  # before the run's folder is made
+    if is_ready_made(config):  # before the run's folder is made
+        from stepdistill.ladder import rungs_to_copy
+
+        _check_later_stages(config)
+        rungs_to_copy(config)
     with locked(config.run_dir):
         _run_all(config, began)
 
@@ -490,7 +493,7 @@ def _check_image_path(path: Path) -> None:
 
 
 def _estimate(config: RunConfig) -> str:
-    """How many minutes the run will take: the plan's number of U-Net passes times the time of one measured here."""
+    """How many minutes the run will take: the plan's number of network passes times the time of one measured here."""
     from stepdistill.ladder import seconds_per_forward
     from stepdistill.runtime import is_out_of_memory
 
@@ -529,14 +532,16 @@ def _make_teacher(config: RunConfig) -> None:
 
 
 def _check_later_stages(config: RunConfig) -> None:
-    """ValueError if the exports or the table could not be made after training, or if a phase does not fit its budget or
-    its network."""
+    """ValueError if another run's latents cannot be used, if exports or table could not be made later, or if a phase
+    does not fit its budget or its network."""
+    from stepdistill.data.prepare import check_borrowed
     from stepdistill.evaluation.check import check_evaluation
     from stepdistill.export.check import check_export
     from stepdistill.ladder.check import check_training
     from stepdistill.plan.budget import kept_modules
     from stepdistill.shrink.check import check_shrink_fits
 
+    check_borrowed(config)
     check_shrink_fits(config, teacher_facts(config))
     if base_record(config) is not None:
         config = on_small_base(config)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.models.network.conditioning import Conditioning
 
 

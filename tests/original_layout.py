@@ -2,7 +2,7 @@
 
 The inverse of what diffusers' `from_single_file` reads, from the names in the original configs: input_blocks, middle_block,
 output_blocks of a U-Net with two layers a block; encoder.down and decoder.up of the VAE; OpenCLIP's names for SD2.x's text
-encoder and SDXL's second.
+encoder and SDXL's second; the transformers of SD3 and Z-Image alone.
 """
 
 import re
@@ -120,3 +120,78 @@ def _open_clip(prefix: str, encoder) -> dict[str, torch.Tensor]:
             parts = [ours[f"{layer_name}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
             state[f"{place}.attn.in_proj_{kind}"] = torch.cat(parts)
     return {f"{prefix}.{key}": value for key, value in state.items()}
+
+
+FLOW_BLOCK = {
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+FLOW_OUTSIDE = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+FUSED = {
+    "attn.to_{}": "x_block.attn.qkv",
+    "attn.add_{}_proj": "context_block.attn.qkv",
+    "attn2.to_{}": "x_block.attn2.qkv",
+}
+
+
+def original_sd3(transformer, prefix="model.diffusion_model.") -> dict[str, torch.Tensor]:
+    """Every weight of an SD3Transformer2DModel. Shift and scale of its last two modulations are in the other order there."""
+    weights, last = dict(transformer.state_dict()), transformer.config.num_layers - 1
+    swapped = ("norm_out.linear.", f"transformer_blocks.{last}.norm1_context.linear.")
+    weights = {
+        k: torch.cat(list(reversed(v.chunk(2)))) if k.startswith(swapped) else v for k, v in weights.items()
+    }
+    state = {}
+    for block in range(last + 1):
+        ours, theirs = f"transformer_blocks.{block}.", f"joint_blocks.{block}."
+        for parts, fused in FUSED.items():
+            for kind in ("weight", "bias"):
+                names = [f"{ours}{parts.format(part)}.{kind}" for part in "qkv"]
+                if names[0] in weights:
+                    state[f"{theirs}{fused}.{kind}"] = torch.cat([weights.pop(name) for name in names])
+        for key in [key for key in weights if key.startswith(ours)]:
+            name, _, kind = key.removeprefix(ours).rpartition(".")
+            state[f"{theirs}{FLOW_BLOCK[name]}.{kind}"] = weights.pop(key)
+    for key, value in weights.items():
+        name = next(name for name in FLOW_OUTSIDE if key.startswith(name))
+        state[key.replace(name, FLOW_OUTSIDE[name], 1)] = value
+    return {f"{prefix}{key}": value.contiguous() for key, value in state.items()}
+
+
+def original_z_image(transformer, prefix="model.diffusion_model.") -> dict[str, torch.Tensor]:
+    """Every weight of a ZImageTransformer2DModel."""
+    weights = dict(transformer.state_dict())
+    for key in [key for key in weights if key.endswith("attention.to_q.weight")]:
+        parts = [weights.pop(key.replace("to_q", f"to_{part}")) for part in "qkv"]
+        weights[key.replace("to_q", "qkv")] = torch.cat(parts)
+    renames = {"all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder."}
+    renames |= {".attention.to_out.0.": ".attention.out.", ".norm_k.": ".k_norm.", ".norm_q.": ".q_norm."}
+    state = {}
+    for key, value in weights.items():
+        for ours, theirs in renames.items():
+            key = key.replace(ours, theirs)
+        state[f"{prefix}{key}"] = value.contiguous()
+    return state

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import softplus
 
 from stepdistill.diffusion.grid import trailing_nodes
-from stepdistill.diffusion.noise_path import VariancePreserving
+from stepdistill.diffusion.variance_preserving import VariancePreserving
 from stepdistill.objectives.distribution_matching import matching_loss
 
 FAKE_UPDATES = 5

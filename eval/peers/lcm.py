@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from stepdistill.diffusion.noise_path import VariancePreserving
 from stepdistill.diffusion.prediction import convert_prediction, to_original_and_noise
+from stepdistill.diffusion.variance_preserving import VariancePreserving
 
 NODES = 50
 HUBER_C = 0.001

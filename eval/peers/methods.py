@@ -16,6 +16,7 @@ from stepdistill.config.objective_kinds import OBJECTIVES, is_adversarial
 from stepdistill.config.saved import resolved
 from stepdistill.disk.durable import read_json
 from stepdistill.run.rungs import WEIGHT_NAME, read_rung, rung_folder
+from stepdistill.teacher.source import teacher_facts
 
 from . import dmd2, lcm
 from .train import train_dmd2, train_lcm
@@ -129,11 +130,10 @@ def lcm_method() -> Method:
         train_lcm(config, config.run_dir / "lcm", updates=updates, learning_rate=LCM_LEARNING_RATE * factor)
 
     def rows(config: RunConfig) -> list[LoraRow]:
-        folder = str(config.run_dir / "lcm")
+        folder, is_flow = str(config.run_dir / "lcm"), teacher_facts(config).matches_flows
+        kind = "FlowMatchLCMScheduler" if is_flow else "LCMScheduler"
         return [
-            LoraRow(
-                name=f"lcm-lora-{n}", path=folder, steps=n, scheduler="LCMScheduler", scheduler_options={}
-            )
+            LoraRow(name=f"lcm-lora-{n}", path=folder, steps=n, scheduler=kind, scheduler_options={})
             for n in STEPS
         ]
 

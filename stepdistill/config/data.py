@@ -23,6 +23,8 @@ Kind = Literal[
 ]
 """The ways in which a sample can be bad."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+WORLDS = ("letters", "pairs")
+"""The sources that the package renders (demo/world.py)."""
 _MAX_RENDERINGS = 10**7  # the captions of all of them are chosen in advance and kept in memory
 _CURES = {"image_too_small": "min_side", "image_too_large": "max_pixels"}
 # One such sample means that many others may be missing or wrong, so by default it stops `prepare`.
@@ -33,17 +35,17 @@ class Data(Section, affects=Affects.EVERY_RUNG):
     """The samples to distil on: images with captions, prompts alone, or the latents of another run."""
 
     source: FilePath = "letters"
-    """Where the samples come from: "letters", the demo data that the package renders; a folder of NAME.png with NAME.txt,
-    or with metadata.jsonl or metadata.csv; a .tar or .parquet file, or a folder of them; a .txt file with one prompt per
-    line, for which the teacher draws the images; or the cache folder of another run with the same teacher."""
+    """Where the samples come from: "letters" or "pairs", the demo data that the package renders; a folder of NAME.png with
+    NAME.txt, or with metadata.jsonl or metadata.csv; a .tar or .parquet file, or a folder of them; a .txt file with one
+    prompt per line, for which the teacher draws the images; or the cache folder of another run with the same teacher."""
     num_images: Annotated[int, Field(gt=0, le=10**12)] | None = None
-    """Number of samples in the cache. Letters: the number of renderings (default 4096). Images and prompts: only the
-    first so many are used (default all); if there are fewer prompts, they are repeated with new noise. For another run's
-    cache it has no effect: all latents are used."""
+    """Number of samples in the cache. Demo data: the number of renderings (default 4096 for letters, 16384 for pairs).
+    Images and prompts: only the first so many are used (default all); if there are fewer prompts, they are repeated with new
+    noise. For another run's cache it has no effect: all latents are used."""
     held_out: Annotated[float | None, Field(ge=0, lt=1, validate_default=True)] = None
     """Share of the captions that distillation never sees; above 0, the table is measured on these captions alone. Default
     for your own images: 0.05 if that holds out at least 64 captions (which takes about 1,280), else 0. Default for
-    letters and for prompts alone: 0. Default for another run's cache: the share that the cache was made with."""
+    demo data and for prompts alone: 0. Default for another run's cache: the share that the cache was made with."""
     resolution: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Side of the images in pixels; with `buckets`, the square root of each bucket's number of pixels. Default: the size
     that the teacher draws."""
@@ -70,20 +72,22 @@ class Data(Section, affects=Affects.EVERY_RUNG):
     """Data type of the latents and text embeddings in the cache."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type in which the VAE encodes images. float16 is not offered, because SDXL's VAE overflows in it."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type in which the text encoders run. SD3's T5 has 4.7 billion parameters: 18 GiB in float32."""
 
     @field_validator("held_out")
     @classmethod
     def _default_held_out(cls, value: float | None, info: ValidationInfo) -> float | None:
-        """0 for letters and prompts; for other sources the default (None) is resolved later, as the source must be read."""
+        """0 for demo data and prompts; other sources' default (None) is resolved later, as the source must be read."""
         source = str(info.data.get("source", ""))
-        is_zero = source == "letters" or source.endswith(".txt")
+        is_zero = source in WORLDS or source.endswith(".txt")
         return 0.0 if value is None and is_zero else value
 
     @model_validator(mode="after")
     def _check(self) -> "Data":
-        if self.source == "letters" and (self.num_images or 0) > _MAX_RENDERINGS:
+        if self.source in WORLDS and (self.num_images or 0) > _MAX_RENDERINGS:
             raise ConfigError(
-                f"data.num_images: got {self.num_images}; allowed: up to {_MAX_RENDERINGS} renderings of letters"
+                f"data.num_images: got {self.num_images}; allowed: up to {_MAX_RENDERINGS} renderings of {self.source}"
             )
         return self
 

@@ -47,7 +47,7 @@ class LoraRow(Section, affects=Affects.NOTHING):
     """Weight at which the LoRA is applied."""
     scheduler: str | None = None
     """Name of a diffusers scheduler class, built from the base model's scheduler config. Default: the scheduler saved in
-    scheduler/ beside the weights, or DDIMScheduler if there is none."""
+    scheduler/ beside the weights; if there is none, DDIMScheduler, or FlowMatchEulerDiscreteScheduler on a flow."""
     scheduler_options: dict[str, bool | int | float | str] | None = None
     """Values to change in the scheduler's config. Default: {timestep_spacing: trailing}; for a scheduler saved beside the
     weights, nothing."""
@@ -67,7 +67,7 @@ class Evaluation(Section, affects=Affects.NOTHING):
     only the held-out ones if `data.held_out` is above 0."""
     real_images: ExpandedPath | None = None
     """A folder of images to which `*_to_real`, precision, recall, density and coverage compare. Default: the images of
-    `data`, only the held-out ones if `data.held_out` is above 0; for letters, new renderings of the prompts."""
+    `data`, only the held-out ones if `data.held_out` is above 0; for demo data, new renderings of the prompts."""
     reference_stats: ExpandedPath | None = None
     """An .npz file with mean (mu) and covariance (sigma) of real images' features, made with the same extractor and resize;
     `fid_to_real` then needs no images."""
@@ -75,7 +75,7 @@ class Evaluation(Section, affects=Affects.NOTHING):
     """Step counts of the undistilled teacher's rows. The first row is the reference: paired distances compare with its
     images, and FID and KID to teacher compare with images that it draws from other seeds."""
     unguided_steps: Annotated[tuple[Steps, ...], Field(max_length=64)] = ()
-    """Step counts of rows that the undistilled teacher draws without guidance. Such a row takes as many U-Net passes as a
+    """Step counts of rows that the undistilled teacher draws without guidance. Such a row takes as many network passes as a
     student at the same steps, and is often nearer to real images than the row with guidance."""
     onnx: Annotated[tuple[Literal["float32", "int8"], ...], Field(max_length=2)] = ()
     """Also draw with the U-Nets that export writes for onnxruntime: a row for every rung and each of these. Needs onnx among
@@ -89,10 +89,11 @@ class Evaluation(Section, affects=Affects.NOTHING):
     features: ExpandedPath | None = None
     """Feature extractor for FID, KID, precision, recall, density and coverage: inception or inception:FILE, clip:FOLDER,
     dinov2:FOLDER, trained (a small network that learns from the run's training images, in minutes on a CPU), trained:FOLDER
-    (the evaluation/extractor folder of another run) or reader (made for letters). Default: reader for letters; for other
-    images inception if its weights are on disk, else trained if there are 200 images or more, else none."""
+    (the evaluation/extractor folder of another run), reader (made for letters) or pairs_reader (made for pairs). Default:
+    for demo data its reader; for other images inception if its weights are on disk, else trained if there are 200 images or
+    more, else none."""
     resize: Literal["none", "torchmetrics", "tf1", "pil_bicubic", "lanczos512"] | None = None
-    """How images are resized to the extractor's input size. Default: none for reader, torchmetrics for inception,
+    """How images are resized to the extractor's input size. Default: none for the readers, torchmetrics for inception,
     pil_bicubic for the other extractors."""
     patch_size: Annotated[int, Field(gt=0, le=8192)] | None = None
     """Measure patch FID on a centre crop of this side, without resizing. It must be the extractor's input size, such as 299

@@ -34,10 +34,12 @@ class DiscriminatorOptions(Section, affects=Affects.ITS_RUNG):
     """The discriminator of a phase whose objective is `paired` or `single`."""
 
     trunk: Literal["lora", "full", "frozen"] = "lora"
-    """The trunk is the U-Net's encoder and mid-block. lora: the base model's, with an adapter for the discriminator; full: a
-    copy of the base model's, all of whose weights are trained; frozen: the base model's, unchanged."""
+    """The trunk is the U-Net's encoder and mid-block, or the first two thirds of a transformer's blocks. lora: the base
+    model's, with an adapter for the discriminator; full: a copy of the base model's, all of whose weights are trained;
+    frozen: the base model's, unchanged."""
     heads: Literal["mid", "multi"] = "mid"
-    """mid: one head, on the features of the mid-block; multi: that head and one more on every down block."""
+    """mid: one head, on the features of the mid-block; multi: that head and one more on every down block. Of a transformer:
+    after two thirds of the blocks; and after a quarter and half of them."""
     head_width: Annotated[int, Field(ge=8, le=8192)] | None = None
     """Channels inside each head, at most those of the features that it reads. A convolution of a head has 16 width^2
     parameters, which take 16 bytes each with gradient and moments. Default: the channels of the features."""
@@ -144,12 +146,12 @@ class Phase(Section, affects=Affects.ITS_RUNG):
     guidance)."""
     teacher_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """For teacher: ema: the share of the average that stays in an update."""
-    loss_space: Literal["prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr", "auto"] = (
-        "prev_sample"
-    )
+    loss_space: Literal[
+        "prev_sample", "epsilon", "sample", "v_prediction", "velocity", "truncated_snr", "auto"
+    ] = "prev_sample"
     """Space in which mse measures the error. prev_sample: the sample at the end of the step (as in SDXL-Lightning); epsilon,
-    sample (x0) and v_prediction: the same error expressed in that quantity; truncated_snr: the x0 error weighted by
-    max(SNR, 1); auto: the quantity that the student predicts."""
+    sample (x0), v_prediction and velocity: the same error expressed in that quantity; truncated_snr: the x0 error weighted
+    by max(SNR, 1); auto: the quantity that the student predicts."""
     cached_updates: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """For mse alone: keep the batches and teacher samples of this many updates and reuse them in turn. Default: every update
     has new ones."""

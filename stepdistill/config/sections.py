@@ -52,19 +52,21 @@ class Teacher(Section, affects=Affects.EVERY_RUNG):
 
     path: FilePath = "letters"
     """Where the model is: the folder of a diffusers pipeline, a single .safetensors checkpoint, a Hub repository such as
-    org/name, or "letters", the small model that ships in the package."""
+    org/name, or "letters", "letters_sd3" or "pairs", the small models that ship in the package."""
     revision: str | None = None
     """Commit, tag or branch, if `path` is a Hub repository."""
     variant: str | None = None
     """Variant of the weights to download, such as fp16, if `path` is a Hub repository."""
     config: FilePath | None = None
     """If `path` is a single file: a pipeline folder or Hub repository with the configs and tokenizers that belong to the
-    file. Default: diffusers infers a repository from the file's keys and reads its configs from the cache or the Hub."""
+    file. Default: diffusers infers a repository from the file's keys and reads its configs from the cache or the Hub. If the
+    file holds a transformer alone: the pipeline's folder, whose other parts are used."""
     loras: Annotated[tuple[TeacherLora, ...], Field(max_length=64)] = ()
     """LoRAs to merge into the teacher, which is then distilled with them."""
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     """Classifier-free guidance scale of the first rung's teacher, of the teacher's rows in the table, and of the images
-    that the teacher draws if `data.source` is a .txt file of prompts; 1 turns guidance off."""
+    that the teacher draws if `data.source` is a .txt file of prompts; 1 turns guidance off. Z-Image's pipeline counts from
+    0: its guidance_scale 4 is 5 here."""
     unconditional: Literal["auto", "empty", "zeros"] = "auto"
     """Unconditional input of guidance. empty: the embedding of ""; zeros: zeros in place of the embedding; auto: what the
     pipeline itself uses, the embedding of "" for SD and zeros for SDXL."""

@@ -153,7 +153,7 @@ def draw_batch(
         prev_timesteps=torch.tensor(ends),
         conditioning=conditioning.to("cpu", dtype),
         teacher_moves=None if teacher_steps is None else noise_path.substeps(nodes, ends, teacher_steps),
-        perturbation=None if weights is None else random.perturbation(ends, weights, count),
+        perturbation=None if weights is None else random.perturbation(ends, weights, noise_path),
         score=random.score(count) if for_scores else None,
         own_moves=_arrivals(noise_path, nodes, student_steps) if from_own else None,
     )
@@ -177,11 +177,12 @@ class _Randomness:
     def normal(self, name: str) -> torch.Tensor:
         return rng.normal(self.shape, self.indices, seed=self.seed, keys=(*self.keys, name))
 
-    def perturbation(self, ends: Sequence[int], weights: Sequence[float], count: int) -> Perturbation:
-        """How D sees samples that end at these timesteps; count: T."""
-        seen_at = draw_perturbation(
-            torch.tensor(ends), self.uniform("perturbation"), weights=weights, num_train_timesteps=count
-        )
+    def perturbation(
+        self, ends: Sequence[int], weights: Sequence[float], noise_path: NoisePath
+    ) -> Perturbation:
+        """How D sees samples that end at these timesteps."""
+        uniform = self.uniform("perturbation")
+        seen_at = draw_perturbation(torch.tensor(ends), uniform, weights=weights, noise_path=noise_path)
         return Perturbation(seen_at, self.normal("perturbation_noise"))
 
     def score(self, count: int) -> Perturbation:

@@ -8,11 +8,13 @@ images.
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 
 from stepdistill.config import ConfigError, Data, RunConfig
 from stepdistill.disk.durable import read_sealed
+from stepdistill.teacher.facts import TeacherFacts
 
 Size = tuple[int, int]
 
@@ -29,6 +31,22 @@ def least_per_bucket(config: RunConfig) -> int:
     if isinstance(before, int) and before > 0:
         return before
     return config.training.train_batch_size * config.training.gradient_accumulation_steps
+
+
+def scheduler_of(config: RunConfig, facts: TeacherFacts) -> Mapping[str, Any]:
+    """The teacher's scheduler config at the run's image size, at which a dynamic shift is a fixed one."""
+    if not facts.matches_flows:
+        return facts.scheduler
+    sizes = Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple)
+    return facts.scheduler_at(sizes.target)
+
+
+def drawn_size(config: RunConfig, facts: TeacherFacts) -> Size | None:
+    """The size of the students' training if the pipeline must be asked for it, as its configs give none or its shift depends
+    on the size; None if the pipeline's default is right."""
+    if facts.layout.image_side is None and not facts.scheduler.get("use_dynamic_shifting"):
+        return None
+    return Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple).target
 
 
 class Sizes:

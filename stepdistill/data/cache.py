@@ -19,7 +19,7 @@ from stepdistill.data.order import samples_of_update
 from stepdistill.data.shards import Places, Shard, Size, is_intact, read_about
 from stepdistill.disk.durable import read_sealed, sha256_file
 from stepdistill.errors import DataError
-from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.network.conditioning import MASK, Conditioning
 
 TEXT = "text.safetensors"
 
@@ -81,6 +81,11 @@ class LatentCache:
         """The smallest height or width of any latent."""
         return min(min(shape[1:]) for shape in self.latent_shapes.values())
 
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether updates have images of several sizes, or texts of several lengths."""
+        return len(self.latent_shapes) > 1 or MASK in self.unconditional.added_cond_kwargs
+
     def captions(self) -> set[str]:
         """The distinct captions of all samples."""
         return {caption for shard in self._shards for caption in shard.captions}
@@ -101,7 +106,7 @@ class LatentCache:
                 self._shards[shard].conditioning(size, here, has_captions=self._has_captions)
             )
         back = torch.argsort(order)
-        conditioning = functools.reduce(Conditioning.concat, conditionings).rows(back)
+        conditioning = functools.reduce(Conditioning.concat, conditionings).rows(back).cut()
         return CachedSamples(torch.cat(latents)[back].float(), conditioning)
 
     def draw(self, indices: list[int], *, seed: int, group: int) -> CachedSamples:

@@ -23,7 +23,8 @@ from stepdistill.data.records import Record
 from stepdistill.data.shards import caption_bytes, size_name
 from stepdistill.data.source import image_of
 from stepdistill.data.synthesis import Synthesis
-from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.images.latents import scaled
+from stepdistill.models.network.conditioning import MASK, Conditioning
 from stepdistill.models.network.encode import encode_prompts
 
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -219,7 +220,7 @@ def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, to
     """The text tensors of a shard, on the CPU; time ids are left out, as they depend on the image."""
     parts = {"encoder_hidden_states": conditioning.encoder_hidden_states, **conditioning.added_cond_kwargs}
     return {
-        f"text/{name}": part.to("cpu", dtype).contiguous()
+        f"text/{name}": part.to("cpu", torch.uint8 if name == MASK else dtype).contiguous()
         for name, part in parts.items()
         if name != "time_ids"
     }
@@ -227,8 +228,8 @@ def text_tensors(conditioning: Conditioning, dtype: torch.dtype) -> dict[str, to
 
 @torch.no_grad()
 def encode_pixels(pipeline: DiffusionPipeline, pixels: np.ndarray) -> torch.Tensor:
-    """uint8 images (B, H, W, 3) -> VAE posterior means times scaling_factor (B, C, h, w), float32 on the CPU."""
+    """uint8 images (B, H, W, 3) -> the VAE's scaled posterior means (B, C, h, w), float32 on the CPU."""
     vae = pipeline.vae
     batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(vae.device, torch.float32)
     latents = vae.encode((batch / 127.5 - 1.0).to(vae.dtype)).latent_dist.mean
-    return latents.float().cpu() * vae.config.scaling_factor
+    return scaled(vae, latents.float().cpu())

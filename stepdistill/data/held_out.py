@@ -45,7 +45,7 @@ def held_out_share(data: Data) -> float:
     """The share (0 to 1) of captions to hold out: data.held_out, or its default.
 
     Default: for another run's cache, the share that the cache was made with; for images of your own, AUTO_SHARE if
-    `leaves_enough`, else 0; for the letters world and for prompts only, 0.
+    `leaves_enough`, else 0; for the demo's worlds and for prompts only, 0.
     """
     if data.held_out is not None:
         return data.held_out

@@ -57,7 +57,7 @@ from stepdistill.teacher.loading import (
     load_encoders,
     load_noise_path,
 )
-from stepdistill.teacher.source import teacher_folder
+from stepdistill.teacher.source import is_ready_made, made_folder, teacher_folder
 
 logger = logging.getLogger(__name__)
 SHARD = 1024
@@ -92,6 +92,8 @@ class _CacheBuilder:
         self._folder = config.run_dir / "cache"
         self._base = teacher_folder(config)
         data = config.data.model_dump(mode="json", exclude=_FREE)
+        if config.data.text_dtype == "float32":  # as in caches of earlier versions, which do not name it
+            del data["text_dtype"]
         self._source = {
             "teacher": fingerprint(self._base),
             "encoders": encoder_fingerprint(self._base),
@@ -157,7 +159,9 @@ class _CacheBuilder:
 
     @functools.cached_property
     def _pipeline(self) -> DiffusionPipeline:
-        return load_encoders(self._base, vae_dtype=getattr(torch, self._config.data.vae_dtype))
+        data = self._config.data
+        vae, text = (getattr(torch, name) for name in (data.vae_dtype, data.text_dtype))
+        return load_encoders(self._base, vae_dtype=vae, text_dtype=text)
 
     def _make_encoder(self, device: torch.device) -> Encoder:
         config = self._config
@@ -166,7 +170,7 @@ class _CacheBuilder:
             return Encoder(pipeline, config.data, self._sizes)
         size, kind = self._sizes.target, config.teacher.unconditional
         dtype = WEIGHT_DTYPES[config.training.mixed_precision]
-        noise_path, prediction_type = load_noise_path(facts.scheduler)
+        noise_path, prediction_type = load_noise_path(facts.scheduler_at(size))
         unconditional = encode_unconditional(pipeline, image_size=size, kind=kind)
         unet = load_network(self._base, dtype=dtype).to(device)
         base = Denoiser(
@@ -278,6 +282,16 @@ class _CacheBuilder:
 def _remove(path: Path) -> None:
     with writing(path):
         path.unlink(missing_ok=True)
+
+
+def check_borrowed(config: RunConfig) -> None:
+    """ConfigError if data.source is another run's cache that this run cannot use, such as that of another teacher. A teacher
+    that `prepare` has yet to make is not compared."""
+    if not is_cache(config.data.source) or not (is_ready_made(config) or made_folder(config)):
+        return
+    base = teacher_folder(config)
+    source = {"teacher": fingerprint(base), "encoders": encoder_fingerprint(base)}
+    borrowed_manifest(settled(config), Path(config.data.source).expanduser(), source)
 
 
 def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -> dict[str, Any]:

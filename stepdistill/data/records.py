@@ -1,6 +1,6 @@
 """Where samples come from: a stream of records in a fixed order. Records are lazy: nothing is decoded or held in memory.
 
-letters            the letters world, rendered from a seed (not read here; see source.py)
+letters, pairs     worlds of the demo, rendered from a seed (not read here; see source.py)
 FOLDER             NAME.png (.jpg, .jpeg, .webp, .bmp) with NAME.txt beside it, in folders of any depth
 FOLDER             with metadata.jsonl or metadata.csv: file_name, and text (or caption, or prompt)
 FILE.tar, FOLDER   a tar or a folder of them: NAME.png, NAME.txt (or NAME.json) one after the other, as webdataset packs them
@@ -53,7 +53,7 @@ class Record:
 
 
 def records(source: str) -> Iterator[Record]:
-    """The records of any source but the letters world; ConfigError if the source has no records or does not exist."""
+    """The records of any source but the demo's worlds; ConfigError if the source has no records or does not exist."""
     path = Path(source).expanduser()
     reader = _reader(path)
     first = next(reader, None)
@@ -73,7 +73,7 @@ def is_cache(source: str) -> bool:
 
 
 _ALLOWED = (
-    '"letters", a folder of images with captions (NAME.png and NAME.txt, or metadata.jsonl), '
+    '"letters", "pairs", a folder of images with captions (NAME.png and NAME.txt, or metadata.jsonl), '
     ".tar or .parquet files, a .txt file of prompts"
 )
 

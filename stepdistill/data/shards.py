@@ -1,8 +1,10 @@
 """One shard of a cache: latents and text embeddings of consecutive samples in one safetensors file, memory-mapped.
 
-latents/HxW                 (n, C, h, w), latents of the images cropped to H x W pixels, times scaling_factor
+latents/HxW                 (n, C, h, w), latents of the images cropped to H x W pixels, scaled (images/latents.py)
 rows/HxW                    (n, 5) int32: row of the caption; height, width of the whole image; top, left of the crop
-text/encoder_hidden_states  (m, tokens, width), text/text_embeds (m, width): embeddings of the m distinct captions
+text/encoder_hidden_states  (m, tokens, width), text/text_embeds or text/pooled_projections (m, width): embeddings of the m
+                            distinct captions
+text/attention_mask         (m, tokens) uint8, of texts of different lengths: 0 at the zeros that fill a row up
 captions                    the m captions, as the bytes of a JSON list
 header                      what the shard was made from, how many samples were bad and why, sha256 of everything else
 """
@@ -21,7 +23,7 @@ from safetensors.torch import save
 
 from stepdistill.disk.durable import write_bytes
 from stepdistill.errors import DataError
-from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.network.conditioning import MASK, Conditioning
 
 FORMAT = "stepdistill cache 2"
 _DTYPES = {
@@ -143,15 +145,18 @@ class Shard:
             )
         hidden = embeddings[rows[:, 0]]
         captions = tuple(self.captions[row] for row in rows[:, 0].tolist()) if has_captions else ()
-        if "text/text_embeds" not in text:
-            return Conditioning(hidden, captions=captions)
-        target = torch.tensor(size).expand(len(rows), 2)
-        time_ids = torch.cat(
-            [rows[:, 1:], target], dim=1
-        ).float()  # float16 ends at 65504, bfloat16 cannot hold 1001
-        return Conditioning(
-            hidden, {"text_embeds": text["text/text_embeds"][rows[:, 0]], "time_ids": time_ids}, captions
-        )
+        added = {
+            name.removeprefix("text/"): tensor[rows[:, 0]]
+            for name, tensor in text.items()
+            if name.startswith("text/") and name != "text/encoder_hidden_states"
+        }
+        if MASK in added:
+            added[MASK] = added[MASK].bool()
+        if "text_embeds" in added:  # SDXL's
+            target = torch.tensor(size).expand(len(rows), 2)
+            # float32, because float16 ends at 65504 and bfloat16 cannot hold 1001
+            added["time_ids"] = torch.cat([rows[:, 1:], target], dim=1).float()
+        return Conditioning(hidden, added, captions)
 
     @cached_property
     def captions(self) -> list[str]:

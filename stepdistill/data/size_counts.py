@@ -81,7 +81,7 @@ def without_small(sizes: Sizes, tally: Counter[Size], *, least: int) -> UsedSize
 
 
 def data_seed(config: RunConfig) -> int:
-    """The seed of the letters world's images."""
+    """The seed of the images of a demo's world."""
     return derive_seed(config.seed, "data") % 2**32
 
 

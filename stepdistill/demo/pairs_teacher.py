@@ -5,6 +5,7 @@ also gives a pooled embedding; time ids; and AutoencoderKL with latents 4 x 12 x
 zeros, as SDXL has it. `pipelines/train_teacher.py --world pairs` trains reader, VAE and U-Net in this order.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -93,22 +94,26 @@ def train_pipeline(
     images: torch.Tensor,
     captions: Sequence[str],
     *,
-    unet_steps: int,
-    seed: int,
+    updates: recipe.Updates,
     widths: tuple[int, int] = WIDTHS,
     device: torch.device | str = "cpu",
 ) -> StableDiffusionXLPipeline:
     """Trains U-Net and text encoders together by v-prediction; images uint8 (N, 3, 48, 48)."""
     latents = recipe.encode_images(vae, images, scaling_factor=vae.config.scaling_factor)
     tokenizer = build_tokenizer()
-    torch.manual_seed(seed)
+    torch.manual_seed(updates.seed)
     first, second = (encoder.to(device) for encoder in build_text_encoders(tokenizer))
     unet = build_unet(widths).to(device)
     encoded = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     predict = denoiser(unet, first, second, empty=encoded[-1].to(device))
     modules: list[nn.Module] = [unet, first, second]
     unet, first, second = recipe.train_denoiser(
-        modules, predict, latents, encoded, steps=unet_steps, seed=seed, prediction_type="v_prediction"
+        modules,
+        predict,
+        latents,
+        encoded,
+        updates=updates,
+        noised=functools.partial(recipe.noised_by_diffusion, prediction_type="v_prediction"),
     )
     return StableDiffusionXLPipeline(
         vae=vae,

@@ -1,6 +1,6 @@
 """The readers: small CNNs that answer what an image of a world shows, such as the letter, the ink and the paper.
 
-An image counts for prompt accuracy if all answers are right; a world's FID uses the 96 features. The weights of the letters'
+An image counts for prompt accuracy if all answers are right; a world's FID uses the 96 features. The weights of each world's
 reader ship with the package; `pipelines/train_teacher.py` trains readers.
 """
 
@@ -38,6 +38,9 @@ class Questions:
 
 OF_LETTERS = Questions(IMAGE_SIZE, (len(LETTERS), len(INKS), len(PAPERS)), Triple)
 OF_PAIRS = Questions(pairs.IMAGE_SIZE, pairs.CHOICES, pairs.Pair)
+SHIPPED_READERS = {"reader": OF_LETTERS, "pairs_reader": OF_PAIRS}
+"""The readers that ship with the package, by their `evaluation.features`, and what each answers."""
+_FILES = {"reader": "reader", "pairs_reader": "pairs/reader"}
 
 
 class Reader(nn.Module):
@@ -79,9 +82,18 @@ class Reader(nn.Module):
         return [head(features) for head in self.heads]
 
     def read(self, images: torch.Tensor) -> list[Any]:
-        """The most likely content of each image: a Triple or a Pair."""
-        answers = torch.stack([logits.argmax(dim=1) for logits in self.logits(images)], dim=1)
+        """The most likely content of each uint8 image (B, 3, H, W), of any size: a Triple or a Pair."""
+        sized = _resized(images, self.questions.image_size)
+        answers = torch.stack([logits.argmax(dim=1) for logits in self.logits(sized)], dim=1)
         return [self.questions.content(*row) for row in answers.tolist()]
+
+
+def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 images (B, 3, side, side), as a teacher may draw a world's captions in another size."""
+    if images.shape[-2:] == (side, side):
+        return images
+    resized = nn.functional.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def save_reader(reader: Reader, path: Path) -> None:
@@ -103,9 +115,14 @@ def load_reader(path: Path, questions: Questions = OF_LETTERS) -> Reader:
     return reader.eval().requires_grad_(False)
 
 
-def shipped_reader() -> Reader:
-    """The letters' reader that ships with the package."""
-    return load_reader(Path(__file__).parent / "assets" / "reader" / "model.fp16.safetensors")
+def reader_file(name: str = "reader") -> Path:
+    """The weights of a reader that ships with the package, by its name in SHIPPED_READERS."""
+    return Path(__file__).parent / "assets" / _FILES[name] / "model.fp16.safetensors"
+
+
+def shipped_reader(name: str = "reader") -> Reader:
+    """A reader that ships with the package, by its name in SHIPPED_READERS."""
+    return load_reader(reader_file(name), SHIPPED_READERS[name])
 
 
 @torch.no_grad()

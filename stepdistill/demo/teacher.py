@@ -7,9 +7,11 @@ ships.
 """
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -162,14 +164,20 @@ def _train(
     *,
     steps: int,
     learning_rate: float,
+    decay_steps: int | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Minimises `loss_at(step)` by AdamW with 100 steps of warm-up and cosine decay to 2 % of the learning rate."""
+    """Minimises `loss_at(step)` by AdamW with 100 steps of warm-up and cosine decay to 2 % of the learning rate.
+
+    decay_steps: of the decay; default: `steps`. A longer one is stopped on the way.
+    """
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / 100, 1.0) * (0.02 + 0.49 * (1 + np.cos(np.pi * step / steps))),
+        lambda step: (
+            min((step + 1) / 100, 1.0) * (0.02 + 0.49 * (1 + np.cos(np.pi * step / (decay_steps or steps))))
+        ),
     )
     started = time.monotonic()
     for step in range(steps):
@@ -258,7 +266,7 @@ def train_unet(
 
     encoded = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
     modules: list[nn.Module] = [unet, text_encoder]
-    return train_denoiser(modules, predict, latents, encoded, steps=steps, seed=seed)
+    return train_denoiser(modules, predict, latents, encoded, updates=Updates(steps, seed))
 
 
 def target_of(
@@ -270,51 +278,88 @@ def target_of(
     return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * original
 
 
+@dataclass(frozen=True)
+class Updates:
+    """How many updates are made, of how many images, from which seed. The learning rate decays over decay_steps, by default
+    over all updates; a longer decay is stopped on the way."""
+
+    steps: int
+    seed: int
+    batch_size: int = 64
+    decay_steps: int | None = None
+
+
+Noising = Callable[
+    [torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+]
+"""From latents and noise, both (B, C, H, W), and a source of random numbers: noisy latents, timesteps (B,), the target."""
+
+
+def noised_by_diffusion(
+    original: torch.Tensor,
+    noise: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    prediction_type: str = "epsilon",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A Noising of Stable Diffusion's schedule at uniform timesteps; the target is epsilon, or v (Salimans and Ho, arXiv
+    2202.00512, appendix D)."""
+    timesteps = torch.randint(0, 1000, (len(original),), generator=generator)
+    alpha_bar = build_scheduler().alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = alpha_bar.sqrt() * original + (1 - alpha_bar).sqrt() * noise
+    return noisy, timesteps, target_of(prediction_type, original, noise, alpha_bar)
+
+
 def train_denoiser(
     modules: Sequence[nn.Module],
     predict: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     latents: torch.Tensor,
     encoded: torch.Tensor,
     *,
-    steps: int,
-    seed: int,
-    prediction_type: str = "epsilon",
+    updates: Updates,
+    noised: Noising = noised_by_diffusion,
 ) -> Any:
     """Trains the modules of a denoiser together by MSE; returns their exponential moving averages, on the CPU.
 
     Args:
         modules: all on one device.
-        predict: from noisy latents, timesteps (B,) and tokens (B, L) to what prediction_type names, of the latents' shape.
+        predict: from noisy latents, timesteps (B,) and tokens (B, L) to the prediction, of the latents' shape.
         latents: (N, C, H, W), not noisy.
         encoded: int64 (N + 1, L), the tokens of each image's caption, and last those of the empty one, which takes the
             place of 10 % of the captions.
-        prediction_type: epsilon or v_prediction (Salimans and Ho, arXiv 2202.00512, appendix D).
+        noised: draws timesteps, and gives noisy latents and what is to be predicted from them.
     """
     device = next(modules[0].parameters()).device
-    alphas_cumprod = build_scheduler().alphas_cumprod
-    generator = torch.Generator().manual_seed(seed)
-    batches = _batches(len(latents), 64, generator=generator)
+    generator = torch.Generator().manual_seed(updates.seed)
+    batches = _batches(len(latents), updates.batch_size, generator=generator)
 
-    def loss_at(step: int) -> torch.Tensor:
+    def loss_at(_step: int) -> torch.Tensor:
         rows = next(batches)
         ids = encoded[rows].clone()
         ids[torch.rand(len(rows), generator=generator) < CAPTION_DROPOUT] = encoded[-1]
         original = latents[rows]
         noise = torch.randn(original.shape, generator=generator)
-        timesteps = torch.randint(0, 1000, (len(rows),), generator=generator)
-        alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha_bar.sqrt() * original + (1 - alpha_bar).sqrt() * noise
-        target = target_of(prediction_type, original, noise, alpha_bar)
+        noisy, timesteps, target = noised(original, noise, generator)
         predicted = predict(noisy.to(device), timesteps.to(device), ids.to(device))
         return nn.functional.mse_loss(predicted, target.to(device))
 
     average = [copy.deepcopy(module).eval().requires_grad_(False) for module in modules]
-
-    def after_step(step: int) -> None:
-        decay = min(0.999, (1 + step) / (10 + step))
-        for mean, module in zip(average, modules, strict=True):
-            for target, source in zip(mean.parameters(), module.parameters(), strict=True):
-                target.lerp_(source.detach(), 1 - decay)
-
-    _train("unet", list(modules), loss_at, steps=steps, learning_rate=1e-3, after_step=after_step)
+    _train(
+        "unet",
+        list(modules),
+        loss_at,
+        steps=updates.steps,
+        decay_steps=updates.decay_steps,
+        learning_rate=1e-3,
+        after_step=functools.partial(_average, average, modules),
+    )
     return tuple(module.cpu() for module in average)
+
+
+@torch.no_grad()
+def _average(average: Sequence[nn.Module], modules: Sequence[nn.Module], step: int) -> None:
+    """Moves the average towards the modules, by a thousandth or, in the first steps, by more."""
+    decay = min(0.999, (1 + step) / (10 + step))
+    for mean, module in zip(average, modules, strict=True):
+        for target, source in zip(mean.parameters(), module.parameters(), strict=True):
+            target.lerp_(source.detach(), 1 - decay)

@@ -9,9 +9,11 @@ from typing import Protocol
 import torch
 from PIL import Image
 
-from stepdistill.demo import letters
+from stepdistill.demo import letters, pairs
+from stepdistill.demo.reader import SHIPPED_READERS as SHIPPED_READERS
 from stepdistill.demo.reader import load_reader as load_reader
 from stepdistill.demo.reader import prompt_accuracy, shipped_reader
+from stepdistill.demo.reader import reader_file as reader_file
 
 
 class World(Protocol):
@@ -80,7 +82,49 @@ class LettersWorld:
         return prompt_accuracy(batches, [*map(letters.parse_caption, captions)], reader=shipped_reader())
 
 
-WORLDS: dict[str, World] = {"letters": LettersWorld()}
+class PairsWorld:
+    """Two capital letters, each in its own ink, one beside or above the other on a paper (pairs.py), checked by the shipped
+    reader of pairs."""
+
+    name = "pairs"
+    num_images = 16_384
+    extractor = "pairs_reader"
+
+    def captions(self) -> list[str]:
+        """All 135,200 captions."""
+        return [pair.caption for pair in pairs.all_pairs()]
+
+    def knows(self, caption: str) -> bool:
+        """Whether a text is a caption such as "a red letter a left of a blue letter k on gray"."""
+        try:
+            pairs.parse_caption(caption)
+        except ValueError:
+            return False
+        return True
+
+    def sample(self, count: int, *, seed: int, among: Sequence[str]) -> list[str]:
+        """The captions of pairs.sample_pairs."""
+        chosen = pairs.sample_pairs(
+            count, seed=seed, among=[pairs.parse_caption(caption) for caption in among]
+        )
+        return [pair.caption for pair in chosen]
+
+    def image(self, caption: str, *, seed: int, index: int) -> Image.Image:
+        """A 48 x 48 RGB image of the caption."""
+        return pairs.render_at(pairs.parse_caption(caption), seed=seed, index=index)
+
+    def readings(self, batches: Iterable[torch.Tensor]) -> list[str]:
+        """The captions of the letters, inks, places and papers that the shipped reader of pairs sees."""
+        reader = shipped_reader("pairs_reader")
+        return [pair.caption for batch in batches for pair in reader.read(batch)]
+
+    def accuracy(self, batches: Iterable[torch.Tensor], captions: Sequence[str]) -> float:
+        """Share of images whose letters, inks, place and paper all match the caption."""
+        reader = shipped_reader("pairs_reader")
+        return prompt_accuracy(batches, [*map(pairs.parse_caption, captions)], reader=reader)
+
+
+WORLDS: dict[str, World] = {"letters": LettersWorld(), "pairs": PairsWorld()}
 
 
 def world_of(source: str) -> World | None:

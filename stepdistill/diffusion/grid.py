@@ -5,11 +5,13 @@ CLEAN     -1: the end of a sampler's last move; x at CLEAN is the clean sample
 move      (timestep, prev_timestep), from noisier to cleaner
 """
 
+import math
+
 CLEAN = -1
 
 
 def passes_per_step(guidance_scale: float) -> int:
-    """U-Net passes that a sampler's step takes: 2 with classifier-free guidance, which a guidance_scale above 1 turns on."""
+    """Passes of the network for a sampler's step: 2 with classifier-free guidance, which guidance_scale > 1 turns on."""
     return 2 if guidance_scale > 1 else 1
 
 
@@ -47,3 +49,24 @@ def substeps(timestep: int, prev_timestep: int, steps: int, *, num_train_timeste
         )
     nodes = trailing_nodes(steps, num_train_timesteps=num_train_timesteps)
     return [timestep, *(node for node in nodes if prev_timestep < node < timestep), prev_timestep]
+
+
+def shift_of_length(
+    length: int,
+    *,
+    base_length: int,
+    max_length: int,
+    base_shift: float,
+    max_shift: float,
+    kind: str = "exponential",
+) -> float:
+    """The shift for latents of `length` patches, as pipelines with a dynamic shift compute it.
+
+    mu is linear in the length, from base_shift at base_length to max_shift at max_length. The shift is exp(mu) (kind
+    exponential), or mu itself (linear). ValueError for another kind.
+    """
+    if kind not in ("exponential", "linear"):
+        raise ValueError(f"time_shift_type: got {kind!r}; allowed: exponential, linear")
+    slope = (max_shift - base_shift) / (max_length - base_length)
+    mu = base_shift + slope * (length - base_length)
+    return math.exp(mu) if kind == "exponential" else mu

@@ -2,9 +2,10 @@
 
 Legend, with the equation numbers of SDXL-Lightning (arXiv 2402.13929):
     x_t             alpha_t x_0 + sigma_t e (Eq 1)
-    alphas_cumprod  abar_t; entry i belongs to the network's timestep i (the paper's time t = i + 1)
-    alpha_t         sqrt(abar_t)            sigma_t   sqrt(1 - abar_t)
-    timestep        int64: 999 (noisiest) down to 0, then CLEAN = -1 (alpha 1, sigma 0)
+    timestep        int64: T - 1 (noisiest, 999) down to 0, then CLEAN = -1 (alpha 1, sigma 0)
+
+variance_preserving.py has the path of diffusion models, rectified_flow.py that of flow-matching models. They differ in
+alpha_t and sigma_t and in how the network is given a timestep; grids and moves are the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,35 +16,6 @@ import torch
 
 from stepdistill.diffusion import grid
 from stepdistill.diffusion.grid import CLEAN
-
-BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
-
-
-def make_betas(
-    beta_schedule: str, *, beta_start: float, beta_end: float, num_train_timesteps: int
-) -> torch.Tensor:
-    """betas (num_train_timesteps,), float64, as diffusers' schedulers define them.
-
-    scaled_linear is linear in sqrt(beta) (Stable Diffusion). squaredcos_cap_v2 is the cosine schedule of Nichol and Dhariwal
-    2021 with betas capped at .999; it ignores beta_start and beta_end. ValueError for any other name.
-    """
-    n = num_train_timesteps
-    if beta_schedule == "scaled_linear":
-        return torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
-    if beta_schedule == "linear":
-        return torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
-    if beta_schedule == "squaredcos_cap_v2":
-        edges = torch.arange(n + 1, dtype=torch.float64) / n
-        alpha_bar = torch.cos((edges + 0.008) / 1.008 * torch.pi / 2) ** 2
-        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    raise ValueError(f"beta_schedule: got {beta_schedule!r}; allowed: {', '.join(BETA_SCHEDULES)}")
-
-
-def rescale_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Shifts and scales sqrt(abar) so that abar_T = 0 and abar_1 stays (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
-    root = alphas_cumprod.sqrt()
-    first, last = root[0].clone(), root[-1].clone()
-    return ((root - last) * first / (first - last)) ** 2
 
 
 @dataclass(frozen=True)
@@ -95,6 +67,12 @@ class NoisePath(Protocol):
     def ends_in_pure_noise(self) -> bool:
         """Whether x_t holds no signal at the last timestep, where alpha_T is 0 (zero terminal SNR)."""
 
+    def network_times(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network is given in place of timesteps (B,)."""
+
+    def timestep_at(self, level: float) -> int:
+        """The timestep of a noise level, a number from 0 to 1: of the time t / T, or on a flow of sigma."""
+
     def alpha_sigma(
         self, timesteps: torch.Tensor, *, ndim: int = 1, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,48 +107,24 @@ class NoisePath(Protocol):
         """The moves of an N-step sampler for batch_size rows, from pure noise to the clean sample."""
 
 
-@dataclass(frozen=True)
-class VariancePreserving:
-    """The noise path of a diffusion model with alpha_t^2 + sigma_t^2 = 1.
-
-    alphas_cumprod  (num_train_timesteps,), float64
-    """
-
-    alphas_cumprod: torch.Tensor
-
-    @classmethod
-    def from_betas(cls, betas: torch.Tensor, *, zero_terminal_snr: bool = False) -> "VariancePreserving":
-        """The path of betas (T,); zero_terminal_snr rescales it as diffusers' rescale_betas_zero_snr does."""
-        alphas_cumprod = torch.cumprod(1.0 - betas.double(), dim=0)
-        return cls(rescale_zero_terminal_snr(alphas_cumprod) if zero_terminal_snr else alphas_cumprod)
-
-    def to(self, device: torch.device | str) -> "VariancePreserving":
-        """The same path with alphas_cumprod on another device, so that looking up timesteps there needs no copy."""
-        return VariancePreserving(self.alphas_cumprod.to(device))
+class TimestepPath:
+    """What noise paths on timesteps 0 .. T - 1 have in common; a subclass has `num_train_timesteps` and `alpha_sigma`."""
 
     @property
     def num_train_timesteps(self) -> int:
         """T; 1000 in every Stable Diffusion model."""
-        return len(self.alphas_cumprod)
+        raise NotImplementedError
 
     @property
     def last_timestep(self) -> int:
         """The noisiest timestep, T - 1."""
         return self.num_train_timesteps - 1
 
-    @property
-    def ends_in_pure_noise(self) -> bool:
-        """Whether alpha_T is 0 (zero terminal SNR)."""
-        return not float(self.alphas_cumprod[-1]) > 0
-
     def alpha_sigma(
         self, timesteps: torch.Tensor, *, ndim: int = 1, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """alpha_t and sigma_t at timesteps (B,), each of shape (B, 1, ..) with `ndim` dimensions; 1 and 0 at CLEAN."""
-        table = self.alphas_cumprod.to(timesteps.device)
-        alpha_bar = torch.where(timesteps == CLEAN, 1.0, table[timesteps.clamp(min=0)])
-        shape = (-1,) + (1,) * (ndim - 1)
-        return alpha_bar.sqrt().to(dtype).view(shape), (1.0 - alpha_bar).sqrt().to(dtype).view(shape)
+        raise NotImplementedError
 
     def add_noise(
         self,

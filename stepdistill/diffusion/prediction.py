@@ -20,9 +20,11 @@ COEFFICIENTS: dict[
     "epsilon": lambda alpha, _sigma: (0, 1, alpha),
     "sample": lambda _alpha, sigma: (1, 0, -sigma),
     "v_prediction": lambda alpha, sigma: (-sigma, alpha, 1),
+    "velocity": lambda alpha, sigma: (-1, 1, alpha + sigma),
 }
-"""(a, b, det) by prediction type. det of v_prediction is alpha_t^2 + sigma_t^2, which is 1 on a variance-preserving path. An
-int coefficient (0 or 1) is skipped, not multiplied, so that it changes no bit of the result."""
+"""(a, b, det) by prediction type. det of v_prediction is alpha_t^2 + sigma_t^2, which is 1 on a variance-preserving path;
+velocity is e - x_0, what flow-matching models predict, and its det is 1 on a rectified flow. An int coefficient (0 or 1) is
+skipped, not multiplied, so that it changes no bit of the result."""
 PREDICTION_TYPES = tuple(COEFFICIENTS)
 
 
@@ -72,8 +74,8 @@ def _original(
     output: torch.Tensor, x_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
     """x_0 = (b x_t - sigma_t o) / det; the output itself if it is x_0."""
-    a, b, det = COEFFICIENTS[prediction_type](alpha, sigma)
-    if _is(a, 1):
+    _, b, det = COEFFICIENTS[prediction_type](alpha, sigma)
+    if _is(b, 0):
         return output
     return _over(_times(b, x_t) - sigma * output, det)
 
@@ -82,8 +84,8 @@ def _noise(
     output: torch.Tensor, x_t: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor, prediction_type: str
 ) -> torch.Tensor:
     """e = (alpha_t o - a x_t) / det; the output itself if it is e."""
-    a, b, det = COEFFICIENTS[prediction_type](alpha, sigma)
-    if _is(b, 1):
+    a, _, det = COEFFICIENTS[prediction_type](alpha, sigma)
+    if _is(a, 0):
         return output
     return _over(alpha * output - _times(a, x_t), det)
 

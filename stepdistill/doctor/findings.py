@@ -17,6 +17,7 @@ from stepdistill.config.ladder_checks import unused_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import held_out_share
+from stepdistill.data.prepare import check_borrowed
 from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.size_counts import bucket_notes
 from stepdistill.data.source import image_of
@@ -25,8 +26,9 @@ from stepdistill.disk.places import check_writable
 from stepdistill.disk.space import folder_bytes, free_bytes
 from stepdistill.doctor.finding import Finding
 from stepdistill.doctor.teacher import teacher_findings
-from stepdistill.export.check import check_export
+from stepdistill.export.check import check_export, formats_for
 from stepdistill.ladder.check import check_training
+from stepdistill.ladder.train import rungs_to_copy
 from stepdistill.plan.budget import kept_modules
 from stepdistill.plan.cards import GIB
 from stepdistill.plan.disk_need import disk_need
@@ -38,9 +40,9 @@ from stepdistill.run.start_from import check_start
 from stepdistill.shrink.check import check_shrink_fits
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
-from stepdistill.teacher.folder import EMBEDDED_TEACHER
+from stepdistill.teacher.folder import EMBEDDED
 from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
-from stepdistill.teacher.source import teacher_facts
+from stepdistill.teacher.source import is_ready_made, made_folder, teacher_facts
 
 LOOKED_AT = 64
 """Number of samples of the data that are read in full."""
@@ -110,7 +112,7 @@ def _device(config: RunConfig) -> Iterator[Finding]:
         if precision == "fp16":
             remedy = "training.mixed_precision=no"
             yield Finding("note", "device: float16 is several times slower than float32 on a CPU", remedy)
-        if config.teacher.path != EMBEDDED_TEACHER:
+        if config.teacher.path not in EMBEDDED:
             yield Finding(
                 "note",
                 "device: no CUDA GPU found; with a teacher of Stable Diffusion's size a rung takes days",
@@ -122,7 +124,7 @@ def _device(config: RunConfig) -> Iterator[Finding]:
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         remedy = "training.mixed_precision=fp16"
         yield Finding("problem", f"device: {properties.name} has no bfloat16", remedy)
-    if precision == "no" and config.teacher.path != EMBEDDED_TEACHER:
+    if precision == "no" and config.teacher.path not in EMBEDDED:
         remedy = "training.mixed_precision=bf16, or fp16 on cards before Ampere"
         yield Finding(
             "note",
@@ -185,6 +187,8 @@ def _ladder(config: RunConfig) -> Iterator[Finding]:
         yield Finding("note", about, "`stepdistill prepare`, then doctor again")
         return
     check_ladder_fits(config, teacher)
+    if config.shrink is None and (is_ready_made(config) or made_folder(config)):
+        rungs_to_copy(config)
     check_shrink_fits(config, teacher)
     check_training(config, teacher)
     for about, remedy in unfit_settings(config, teacher):
@@ -234,6 +238,9 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
         )
     teacher = _facts(config)
     if teacher_is_whole and teacher is not None:
+        check_borrowed(config)
+    has_images = not (is_prompts_only(data.source) or is_cache(data.source))
+    if teacher_is_whole and teacher is not None and has_images:
         size = Sizes(data, teacher_size=teacher.image_size, multiple=teacher.size_multiple).target
         if data.min_side > min(size):
             about = f"data: min_side={data.min_side} leaves out even images as large as the {min(size)} pixels to train on"
@@ -252,7 +259,9 @@ def _buckets(config: RunConfig) -> Iterator[Finding]:
 
 def _export(config: RunConfig) -> Iterator[Finding]:
     check_export(config)
-    yield Finding("ok", f"export: {', '.join(config.export.formats)} can be written")
+    facts = _facts(config)
+    formats = config.export.formats if facts is None else formats_for(config, facts)
+    yield Finding("ok", f"export: {', '.join(formats)} can be written")
 
 
 def _previews(config: RunConfig) -> Iterator[Finding]:

@@ -39,9 +39,17 @@ def teacher_findings(config: RunConfig) -> Iterator[Finding]:
         if problems:
             return
         facts = TeacherFacts.of_folder(folder)
-        snr = ", zero terminal SNR" if facts.is_zero_snr else ""
+        path_of_noise = (
+            ", a rectified flow"
+            if facts.matches_flows
+            else ", zero terminal SNR"
+            if facts.is_zero_snr
+            else ""
+        )
         height, width = facts.image_size
-        yield Finding("ok", f"teacher: {path}, {width} x {height} pixels, {facts.prediction_type}{snr}")
+        yield Finding(
+            "ok", f"teacher: {path}, {width} x {height} pixels, {facts.prediction_type}{path_of_noise}"
+        )
     elif kind == "file":
         yield from _file(config)
     else:

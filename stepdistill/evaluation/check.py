@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stepdistill.config import ConfigError, LoraRow, RunConfig
+from stepdistill.data.buckets import scheduler_of
 from stepdistill.evaluation.draw.rows import lora_file, rows_of, try_scheduler
 from stepdistill.evaluation.evaluation_set import ImageFolder, evaluation_set_of
 from stepdistill.evaluation.measure.choice import Choice, choose_features
@@ -25,7 +26,7 @@ def check_evaluation(config: RunConfig) -> Choice:
     for row in rows_of(config):
         if row.lora is not None:
             _check_lora(row.lora, folder)
-            try_scheduler(row.lora, teacher_facts(config).scheduler)
+            try_scheduler(row.lora, scheduler_of(config, teacher_facts(config)))
     evaluation_set = evaluation_set_of(config)
     check_prompts(config.teachers, evaluation_set.prompts)
     for precision in config.evaluation.onnx:

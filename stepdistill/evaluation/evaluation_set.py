@@ -1,7 +1,7 @@
 """The evaluation set: prompts, and the real images that the `*_to_real` metrics compare with.
 
 Prompts come from a file, or are captions of the run's data: the held-out ones if there are any (data/held_out.py). Real
-images come from a folder, are new renderings of the prompts (letters world), or are the data's own images of these
+images come from a folder, are new renderings of the prompts (worlds of the demo), or are the data's own images of these
 captions.
 """
 

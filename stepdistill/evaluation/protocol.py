@@ -126,6 +126,6 @@ def _absent(config: RunConfig, evaluation_set: EvaluationSet, choice: Choice) ->
     if options.dinov2 is None:
         yield "FD-DINOv2", "evaluation.dinov2 is not set to a DINOv2 folder"
     if evaluation_set.world is None:
-        yield "prompt accuracy", "it can be measured for prompts of the letters world only"
+        yield "prompt accuracy", "it can be measured for prompts of the demo's worlds only"
     if choice.spec is not None and not options.diversity_prompts:
         yield "diversity", "evaluation.diversity_prompts is 0"

@@ -13,6 +13,8 @@ from stepdistill.teacher.facts import TeacherFacts
 
 _WIDTHS = {(320, 768), (320, 1024), (320, 2048)}
 """Channels of the first block and width of the text embeddings of SD1.5, SD2.x and SDXL, by which tools recognise models."""
+FLOW_NODES = {"StableDiffusion3Pipeline": "ModelSamplingSD3", "ZImagePipeline": "ModelSamplingAuraFlow"}
+"""ComfyUI's node that sets the shift, by the base's pipeline: the former tells the network 1000 sigma, the latter sigma."""
 _SECTION = """## ComfyUI, A1111, Forge
 
 Put `kohya/{{ kohya }}` into `models/loras` (ComfyUI) or `models/Lora` (A1111, Forge).

@@ -1,6 +1,6 @@
 """Checks of what `export` will be asked for, made before anything is trained."""
 
-from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config import ConfigError, Export, RunConfig
 from stepdistill.export.int8_onnx import check_quantiser
 from stepdistill.export.kohya import family_of
 from stepdistill.export.onnx_unet import check_installed
@@ -22,9 +22,22 @@ def check_export(config: RunConfig) -> None:
     check_formats(config, facts)
 
 
+def formats_for(config: RunConfig, facts: TeacherFacts) -> tuple[str, ...]:
+    """The formats of config.export that are written: for a transformer no kohya file, as ComfyUI reads diffusers' own."""
+    formats = config.export.formats
+    return tuple(name for name in formats if name != "kohya" or facts.network_part == "unet")
+
+
 def check_formats(config: RunConfig, facts: TeacherFacts | None) -> None:
     """ConfigError for formats that cannot be written; facts: from the teacher's configs, None if they are not known yet."""
     formats = config.export.formats
+    if facts is not None and facts.network_part == "transformer":
+        by_default = formats == Export.model_fields["formats"].default  # kohya's file is then left out
+        odd = sorted({"fused", "onnx", *(() if by_default else ("kohya",))} & set(formats))
+        if odd:
+            raise ConfigError(
+                f"export.formats: got {odd[0]}, which is written for U-Nets; allowed for a transformer: diffusers"
+            )
     if "onnx" in formats:
         check_installed()
     if config.export.quantize != "none":

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.run.rungs import RungRecord
-from stepdistill.teacher.loading import load_noise_path
+from stepdistill.teacher.loading import load_schedule
 
 SAMPLING = {"epsilon": "eps", "v_prediction": "v_prediction", "sample": "x0"}
 """Name of each prediction_type in ModelSamplingDiscrete."""
@@ -88,7 +88,7 @@ def setting_of(record: RungRecord, base: Mapping[str, Any]) -> Setting | None:
         record: record of the rung.
         base: the teacher's scheduler config.
     """
-    noise_path, base_prediction = load_noise_path(base)
+    noise_path, base_prediction = load_schedule(base)
     zero_snr = bool(base.get("rescale_betas_zero_snr"))
     theirs = make_betas("scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
     comfys = VariancePreserving.from_betas(theirs, zero_terminal_snr=zero_snr).alphas_cumprod

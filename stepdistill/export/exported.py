@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepdistill.disk.durable import read_json, read_sealed, sha256_json, write_sealed, write_text
+from stepdistill.export.scheduler import StudentScheduler
 from stepdistill.messages import first_line
 from stepdistill.models.identity import BaseIdentity
-from stepdistill.teacher.scheduler import scheduler_problems
+from stepdistill.teacher.scheduler import is_flow_scheduler, scheduler_problems
 
 logger = logging.getLogger(__name__)
 BASE = "base.json"
@@ -22,7 +23,7 @@ _SCHEDULER_SHA256 = "scheduler_sha256"
 _FIX = "fix: `stepdistill export` writes it again"
 
 
-def write_facts(folder: Path, scheduler: DDIMScheduler, identity: Mapping[str, Any]) -> None:
+def write_facts(folder: Path, scheduler: StudentScheduler, identity: Mapping[str, Any]) -> None:
     """Writes both files; ValueError if one cannot be written."""
     write_text(scheduler_file(folder), scheduler.to_json_string())
     write_sealed(
@@ -35,7 +36,7 @@ def scheduler_file(folder: Path) -> Path:
     return folder / "scheduler" / "scheduler_config.json"
 
 
-def read_scheduler(folder: Path) -> DDIMScheduler:
+def read_scheduler(folder: Path) -> StudentScheduler:
     """The scheduler of an exported folder; ValueError if a file is missing or was changed. Folders of an earlier version
     store no sha256 of the config, which is then not checked."""
     file, about = scheduler_file(folder), _read_about(folder)
@@ -48,13 +49,14 @@ def read_scheduler(folder: Path) -> DDIMScheduler:
         raise ValueError(f"{file} is not a valid scheduler config ({error}); {_FIX}") from None
 
 
-def scheduler_of(config: Mapping[str, Any]) -> DDIMScheduler:
-    """The DDIM scheduler that a config describes; ValueError of one line if it describes none."""
+def scheduler_of(config: Mapping[str, Any]) -> StudentScheduler:
+    """The scheduler that a config describes; ValueError of one line if it describes none."""
     problem = next(scheduler_problems(config), None)
     if problem is not None:
         raise ValueError(problem)
+    kind = FlowMatchEulerDiscreteScheduler if is_flow_scheduler(config) else DDIMScheduler
     try:
-        return DDIMScheduler.from_config(dict(config))
+        return kind.from_config(dict(config))
     except Exception as error:  # diffusers and torch raise errors of many types for invalid numbers
         raise ValueError(first_line(error)) from None
 

@@ -117,7 +117,7 @@ def read_kohya(path: Path, modules: Iterable[str], unet_config: Mapping[str, Any
     layers = {}
     for name in sorted({key.partition(".")[0] for key in state}):
         if name not in diffusers_names:
-            raise ValueError(f"{path} is a LoRA of another U-Net: this one has no layer {name}")
+            raise ValueError(f"{path} is a LoRA of another network: this one has no layer {name}")
         parts = [state.get(f"{name}.{part}") for part in ("lora_down.weight", "lora_up.weight", "alpha")]
         down, up, alpha = parts
         if (

@@ -115,7 +115,7 @@ def merged_lora(sources: Sequence[Source], shares: Sequence[float], rank: int | 
     for other in sources[1:]:
         _check_alike(first, other)
     mean = weighted_sum([source.lora for source in sources], shares)
-    return cut_product(mean.layers, rank or max(source.lora.rank for source in sources), first.lora.config)
+    return cut_product(mean, rank or max(source.lora.rank for source in sources))
 
 
 def _check_alike(first: Source, other: Source) -> None:
@@ -145,7 +145,7 @@ def _check_alike(first: Source, other: Source) -> None:
 def _write(folder: Path, merged: Reduced, sources: Sequence[Source], shares: Sequence[float]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as partial:
-        write_lora(partial, merged.lora.state(), merged.lora.config)
+        write_lora(partial, merged.lora.state(), merged.lora.config, part=merged.lora.part)
         first = sources[0]
         if first.record is not None:
             _copy_facts(first.path, partial)

@@ -5,6 +5,7 @@ the sum of their squares divided by the sum of all squares. Every layer gets the
 has a lower rank, so that the files of all rungs fit one compiled network.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -44,13 +45,14 @@ def reduce_rank(lora: Lora, rank: int) -> Reduced:
     """The LoRA with every layer's update reduced to `rank`; ValueError if the LoRA's rank is not higher."""
     if rank >= lora.rank:
         raise ValueError(f"export.rank: got {rank}; allowed: below {lora.rank}, the LoRA's rank")
-    return cut_product(lora.layers, rank, lora.config)
+    return cut_product(lora, rank)
 
 
-def cut_product(layers: Mapping[str, LoraLayer], rank: int, config: Mapping[str, Any]) -> Reduced:
-    """A LoRA whose layers approximate these, of any rank, at `rank`. config: peft's config of a LoRA on these modules."""
-    factors = ((name, _svd_of_product(layer), layer.weight_shape) for name, layer in layers.items())
-    return _cut(factors, rank, config)
+def cut_product(lora: Lora, rank: int) -> Reduced:
+    """A LoRA whose layers approximate this one's, of any rank, at `rank`."""
+    factors = ((name, _svd_of_product(layer), layer.weight_shape) for name, layer in lora.layers.items())
+    reduced = _cut(factors, rank, lora.config)
+    return dataclasses.replace(reduced, lora=dataclasses.replace(reduced.lora, part=lora.part))
 
 
 def extract_lora(

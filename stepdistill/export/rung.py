@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from stepdistill.config import RunConfig
+from stepdistill.data.buckets import scheduler_of
 from stepdistill.data.cache import load_cache
 from stepdistill.disk.durable import (
     read_sealed,
@@ -34,13 +35,13 @@ from stepdistill.disk.durable import (
 from stepdistill.export import comfy, kohya
 from stepdistill.export.card import GRID, model_card
 from stepdistill.export.card_tools import tools_section
-from stepdistill.export.check import check_formats
+from stepdistill.export.check import check_formats, formats_for
 from stepdistill.export.exported import read_scheduler, write_facts
 from stepdistill.export.fused import fused_unet, write_fused
 from stepdistill.export.int8_onnx import write_int8
 from stepdistill.export.onnx_unet import write_onnx
 from stepdistill.export.rank import reduce_rank
-from stepdistill.export.scheduler import student_scheduler, trained_timesteps
+from stepdistill.export.scheduler import StudentScheduler, student_scheduler, trained_timesteps
 from stepdistill.models.identity import identity_of_folder
 from stepdistill.models.lora_file import Lora, read_lora, write_lora
 from stepdistill.rng import derive_seed
@@ -75,7 +76,7 @@ def export_rung(config: RunConfig, student_steps: int) -> Path:
         )
         lora, folder = reduced.lora, folder / f"rank{config.export.rank}"
         write_sealed(folder / KEPT, {"rank": config.export.rank, "energy_kept": reduced.energy_kept})
-        file = write_lora(folder, lora.state(), lora.config)
+        file = write_lora(folder, lora.state(), lora.config, part=lora.part)
         record = dataclasses.replace(record, lora_rank=lora.rank, sha256=sha256_file(file))
         record.write(folder)
     _complete(config, record, lora, folder)
@@ -87,9 +88,10 @@ def _facts(config: RunConfig) -> TeacherFacts:
 
 
 def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -> None:
-    base, facts, formats = teacher_folder(config), _facts(config), config.export.formats
+    base, facts = teacher_folder(config), _facts(config)
+    formats = formats_for(config, facts)
     scheduler = student_scheduler(
-        facts.scheduler, record.prediction_type, start_timestep=record.start_timestep
+        scheduler_of(config, facts), record.prediction_type, start_timestep=record.start_timestep
     )
     identity = identity_of_folder(base).as_json()
     write_facts(folder, scheduler, identity)
@@ -109,7 +111,11 @@ def _complete(config: RunConfig, record: RungRecord, lora: Lora, folder: Path) -
 
 
 def _write_int8(
-    config: RunConfig, record: RungRecord, folder: Path, unet: UNet2DConditionModel, scheduler: DDIMScheduler
+    config: RunConfig,
+    record: RungRecord,
+    folder: Path,
+    unet: UNet2DConditionModel,
+    scheduler: StudentScheduler,
 ) -> None:
     steps, cache = record.student_steps, load_cache(config)
     about = write_int8(folder, unet, scheduler, cache, steps=steps, seed=derive_seed(config.seed, "int8"))
@@ -125,7 +131,7 @@ def write_card(
     config: RunConfig,
     record: RungRecord,
     folder: Path,
-    scheduler: DDIMScheduler,
+    scheduler: StudentScheduler,
     *,
     repository: str | None = None,
 ) -> None:
@@ -172,7 +178,7 @@ def _write_kohya(
     config: RunConfig,
     record: RungRecord,
     lora: Lora,
-    scheduler: DDIMScheduler,
+    scheduler: StudentScheduler,
     folder: Path,
     identity: dict[str, Any],
     facts: TeacherFacts,

@@ -1,11 +1,11 @@
 """Checks, without weights of the base model, that what a config names for training fits it: taps, LoRAs, teachers."""
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from stepdistill.config import RunConfig
 from stepdistill.ladder.initial_lora import check_initial_loras
 from stepdistill.models.experts import check_loras_fit
+from stepdistill.models.network.kind import build_network
 from stepdistill.plan.taps import check_taps
 from stepdistill.teacher.experts import check_files, check_prompts
 from stepdistill.teacher.facts import TeacherFacts
@@ -21,5 +21,5 @@ def check_training(config: RunConfig, facts: TeacherFacts) -> None:
         return
     check_files(config, facts)
     with torch.device("meta"):
-        check_loras_fit(config, UNet2DConditionModel.from_config(dict(facts.unet)))
+        check_loras_fit(config, build_network(facts))
     check_prompts(config.teachers, config.preview.prompts)

@@ -19,7 +19,7 @@ from stepdistill.run.rung_order import begun_from
 from stepdistill.run.rungs import WEIGHT_NAME, RungRecord, read_rung, rung_folder
 from stepdistill.training.disk_bytes import encoder_parameters, rung_bytes
 
-_UNET_PREFIX = "unet."
+_PARTS = ("unet.", "transformer.")
 
 
 def open_partial(shared: Shared, rung: Rung, *, is_resumed: bool) -> None:
@@ -57,6 +57,7 @@ def finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: s
         start_timestep=rung.start_timestep,
         samples_per_update=shared.samples_per_update,
         teacher_sha256=begun_from(shared.config, rung),
+        image_size=shared.image_size,
     )
     record.write(partial)
     final = rung_folder(shared.config.run_dir, rung.student_steps)
@@ -68,7 +69,8 @@ def finish_rung(shared: Shared, rung: Rung, partial: Path, *, prediction_type: s
 def save_lora(network: SharedNetwork, folder: Path) -> None:
     """Writes the student's LoRA into a folder."""
     state = network.adapter_state(STUDENT)
-    write_lora(folder, state, adapters.adapter_metadata(network.model, STUDENT))
+    config = adapters.adapter_metadata(network.model, STUDENT)
+    write_lora(folder, state, config, part=network.kind.component)
 
 
 def read_rung_lora(run_dir: Path, student_steps: int) -> dict:
@@ -83,4 +85,5 @@ def read_rung_lora(run_dir: Path, student_steps: int) -> dict:
 def read_lora_file(path: Path) -> dict:
     """The weights in a file that `save_lora` wrote, by peft's keys."""
     state = load_file(path)
-    return {key.removeprefix(_UNET_PREFIX): tensor for key, tensor in state.items()}
+    prefix = next((part for part in _PARTS if all(key.startswith(part) for key in state)), "")
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.data.buckets import Size, drawn_size, scheduler_of
 from stepdistill.data.cache import LatentCache, load_cache
 from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.disk.durable import read_sealed, sha256_json
@@ -65,6 +66,11 @@ class Shared:
         return fingerprint(self.base)
 
     @functools.cached_property
+    def image_size(self) -> Size | None:
+        """Height and width in pixels that a pipeline must be asked for; None if its own default is right."""
+        return drawn_size(self.config, TeacherFacts.of_folder(self.base))
+
+    @functools.cached_property
     def _cache_hash(self) -> str:
         return cache_hash(self.config)
 
@@ -121,8 +127,8 @@ def load_shared(config: RunConfig, runtime: Runtime) -> Shared:
     facts = TeacherFacts.of_folder(base)
     keeps = kept_modules(config, facts)
     cache = load_cache(config)
-    network = _load_network(base, config, runtime, sizes_vary=len(cache.latent_shapes) > 1)
-    noise_path, prediction_type = load_noise_path(facts.scheduler)
+    network = _load_network(base, config, runtime, sizes_vary=cache.sizes_vary)
+    noise_path, prediction_type = load_noise_path(scheduler_of(config, facts))
     check_prompts(config.teachers, cache.captions() if config.teachers else ())
     undistilled = with_experts(
         Denoiser(

@@ -65,13 +65,15 @@ class Denoiser:
     def output(
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """The guided output (B, C, H, W), of type prediction_type; the network is given exactly these timesteps (B,)."""
+        """The guided output (B, C, H, W), of type prediction_type; the network is given exactly these timesteps (B,), in the
+        form that the noise path has for it."""
+        times = self.noise_path.network_times(timesteps)
         with self._active():
             if self.guidance_scale == 1.0:
-                return self.network.ask(sample, timesteps, conditioning)
+                return self.network.ask(sample, times, conditioning)
             assert self.unconditional is not None, "guidance needs a row for no prompt"
             both = Conditioning.concat(self.unconditional.beside(conditioning), conditioning)
-            output = self.network.ask(torch.cat([sample, sample]), torch.cat([timesteps, timesteps]), both)
+            output = self.network.ask(torch.cat([sample, sample]), torch.cat([times, times]), both)
         without_prompt, with_prompt = output.chunk(2)
         return guide(without_prompt, with_prompt, self.guidance_scale)
 

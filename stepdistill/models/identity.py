@@ -1,4 +1,4 @@
-"""Identifies the base that a LoRA belongs to by its U-Net: the number of its tensors, and a few of its weights by name.
+"""Identifies the base that a LoRA belongs to by its network: the number of its tensors, and a few of its weights by name.
 
 A hash of files changes with every way of saving them. These numbers survive half precision, sharding and renaming, and they
 differ if further training changed a base by more than half precision rounds away.
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from stepdistill.teacher.facts import TeacherFacts
+
 _COMPILED = "_orig_mod"
 """Attribute in which torch.compile's wrapper keeps the module. It is private; no public name exists."""
 _COUNT = 32
@@ -24,7 +26,7 @@ _MAX_OFF = 0.25
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """tensors: how many the U-Net has; weights: the middle element of some of its matrices, by name."""
+    """tensors: how many the network has; weights: the middle element of some of its matrices, by name."""
 
     tensors: int
     weights: dict[str, float]
@@ -53,25 +55,22 @@ class BaseIdentity:
 
 
 def identity_of_folder(folder: Path) -> BaseIdentity:
-    """The identity of the U-Net in a pipeline's folder, from its weight files; only a few tensors are read."""
+    """The identity of the network in a pipeline's folder, from its weight files; only a few tensors are read."""
     with ExitStack() as stack:
         files = [
             stack.enter_context(safe_open(path, framework="pt"))
-            for path in sorted((folder / "unet").glob("*.safetensors"))
+            for path in sorted((folder / TeacherFacts.of_folder(folder).network_part).glob("*.safetensors"))
         ]
         place = {key: file for file in files for key in file.keys()}  # noqa: SIM118
         matrices = [key for key, file in place.items() if len(file.get_slice(key).get_shape()) > 1]
         return BaseIdentity(len(place), _some(matrices, lambda key: place[key].get_tensor(key)))
 
 
-def identity_of(unet: torch.nn.Module) -> BaseIdentity:
-    """The identity of a U-Net in memory, with or without adapters, compiled or not; leaves out quantised weights."""
-    parameters = {
-        _plain_name(key): parameter for key, parameter in unet.named_parameters() if ".lora_" not in key
-    }
-    return BaseIdentity(
-        len(parameters), _some([k for k, p in parameters.items() if p.ndim > 1], lambda key: parameters[key])
-    )
+def identity_of(network: torch.nn.Module) -> BaseIdentity:
+    """The identity of a network in memory, with or without adapters, compiled or not; leaves out quantised weights."""
+    stored = {_plain_name(key): tensor for key, tensor in network.state_dict().items() if ".lora_" not in key}
+    matrices = [key for key, tensor in stored.items() if tensor.ndim > 1]
+    return BaseIdentity(len(stored), _some(matrices, lambda key: stored[key]))
 
 
 def uncompiled(module: torch.nn.Module) -> torch.nn.Module:

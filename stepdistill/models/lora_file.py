@@ -1,4 +1,4 @@
-"""A U-Net's LoRA on disk: writes it, reads its layers with their scales, and checks whether it can be used.
+"""A network's LoRA on disk: writes it, reads its layers with their scales, and checks whether it can be used.
 
 delta W = scale * up @ down (LoRA, arXiv 2106.09685, section 4.1): up is peft's lora_B (out, r), down its lora_A (r, in);
 scale = alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732). A file without metadata counts as alpha = r,
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,7 +22,8 @@ from stepdistill.disk.durable import canonical_safetensors, writing
 from stepdistill.run.rungs import WEIGHT_NAME
 from stepdistill.teacher.lora_header import check_lora_header
 
-_PREFIX = "unet."
+_SAVERS: dict[str, Any] = {"unet": StableDiffusionPipeline, "transformer": StableDiffusion3Pipeline}
+"""A pipeline that saves LoRAs of each part; a tensor's name begins with the part."""
 USAGE_HINT = {
     "usage_hint": "diffusers' format: pipeline.load_lora_weights reads all of it. ComfyUI, A1111 and Forge take a part "
     "of it and leave out the rest without an error; of a rung, `stepdistill export` writes the file for them into kohya/."
@@ -56,10 +57,12 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Lora:
-    """A whole LoRA: layers by the name of their module in the U-Net, and peft's config, empty if the file has none."""
+    """A whole LoRA: layers by the name of their module in the network; peft's config, empty if the file has none; and the
+    part of the pipeline that is its network."""
 
     layers: dict[str, LoraLayer]
     config: dict[str, Any]
+    part: str = "unet"
 
     @property
     def rank(self) -> int:
@@ -93,23 +96,22 @@ def weighted_sum(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
         ]
         up = torch.cat([factor * layer.up.double() for factor, layer in parts], dim=1)
         layers[name] = LoraLayer(torch.cat([layer.down.double() for _, layer in parts]), up, scale=1.0)
-    return Lora(layers, loras[0].config)
+    return Lora(layers, loras[0].config, loras[0].part)
 
 
-def write_lora(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Path:
+def write_lora(
+    folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any], *, part: str = "unet"
+) -> Path:
     """Writes pytorch_lora_weights.safetensors in one step, under peft's keys, all of which diffusers loads.
 
     Equal weights give equal bytes. The config contains rank and alpha, which diffusers would otherwise guess.
+    part: of the pipeline, that the LoRA belongs to.
     """
     path, partial = folder / WEIGHT_NAME, folder / f".{WEIGHT_NAME}.partial"
     with writing(path):
         try:
-            StableDiffusionPipeline.save_lora_weights(
-                folder,
-                unet_lora_layers=dict(state),
-                unet_lora_adapter_metadata=dict(config),
-                weight_name=partial.name,
-            )
+            saved = {f"{part}_lora_layers": dict(state), f"{part}_lora_adapter_metadata": dict(config)}
+            _SAVERS[part].save_lora_weights(folder, **saved, weight_name=partial.name)
             canonical_safetensors(partial, metadata=USAGE_HINT)
             partial.replace(path)
         finally:
@@ -134,7 +136,7 @@ def lora_path(path: Path) -> Path:
 def read_lora(path: Path) -> Lora:
     """Reads a LoRA from a file with peft's keys, or from a folder that holds one such file.
 
-    ValueError if it cannot be used as it is: no LoRA of a U-Net, a DoRA, half of a pair missing, numbers that are not
+    ValueError if it cannot be used as it is: no LoRA of one network, a DoRA, half of a pair missing, numbers that are not
     finite, or nothing but zeros.
     """
     path = lora_path(path)
@@ -143,33 +145,37 @@ def read_lora(path: Path) -> Lora:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    config = {key.removeprefix(_PREFIX): value for key, value in entries.items() if key.startswith(_PREFIX)}
+    part = next((name for name in _SAVERS if any(key.startswith(f"{name}.") for key in state)), "unet")
+    prefix = f"{part}."
+    config = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
     if config.get("use_dora") or any("lora_magnitude_vector" in key or "dora_scale" in key for key in state):
         raise ValueError(
             f"{path} is a DoRA, whose update is not a product of two matrices; allowed: LoRA, rsLoRA"
         )
-    layers = _layers(path, state, config)
+    layers = _layers(path, state, config, part)
     if not all(bool(t.isfinite().all()) for t in state.values()):
         raise ValueError(
             f"{path} holds numbers that are not finite: the file is damaged, or its training diverged"
         )
     if not any(bool(layer.up.any()) and bool(layer.down.any()) for layer in layers.values()):
         raise ValueError(f"{path} changes nothing: all its updates are zero")
-    return Lora(layers, config)
+    return Lora(layers, config, part)
 
 
-def _layers(path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, LoraLayer]:
+def _layers(
+    path: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, Any], part: str
+) -> dict[str, LoraLayer]:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     foreign = []
     for key, tensor in state.items():
-        match = re.fullmatch(r"(?:unet\.)?(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(rf"(?:{part}\.)?(.+)\.lora_([AB])\.weight", key)
         if match is None or key.startswith("text_encoder"):
             foreign.append(key)
         else:
             pairs.setdefault(match[1], {})[match[2]] = tensor
     if foreign:
         raise ValueError(
-            f"{path} holds {len(foreign)} tensors that are not a U-Net LoRA of diffusers, first {foreign[0]}; "
+            f"{path} holds {len(foreign)} tensors that are not a LoRA of diffusers on one network, first {foreign[0]}; "
             f"allowed: keys NAME.lora_A.weight and NAME.lora_B.weight"
         )
     halves = [name for name, pair in pairs.items() if len(pair) != 2]
@@ -211,6 +217,6 @@ def check_fits(lora: Lora, shapes: Mapping[str, tuple[int, ...]], *, name: str) 
         shape_here = shapes.get(odd[0])
         differs = f"is {shape_here} in this one" if shape_here else "this one does not have"
         raise ValueError(
-            f"{name} is a LoRA of another U-Net: {len(odd)} of its {len(lora.layers)} layers do not fit, first {odd[0]} "
+            f"{name} is a LoRA of another network: {len(odd)} of its {len(lora.layers)} layers do not fit, first {odd[0]} "
             f"{lora.layers[odd[0]].weight_shape}, which {differs}"
         )

@@ -81,6 +81,7 @@ class SharedNetwork:
         self._active = active_adapter(model)
         self._parked: set[str] = set()
         self._kept: frozenset[torch.nn.Module] = frozenset()
+        self._latent_size = (0, 0)  # of the last forward pass
         self._compiles, self._sizes_vary = compiles, sizes_vary
         if gradient_checkpointing:
             model.enable_gradient_checkpointing(self.checkpointed)
@@ -143,7 +144,7 @@ class SharedNetwork:
 
         encoder_only: adapt only the part that gives features.
         """
-        targets = self.kind.encoder_lora_targets if encoder_only else self.kind.lora_targets
+        targets = self.kind.encoder_lora_targets(self.model) if encoder_only else self.kind.lora_targets
         parameters = add_adapter(self.model, name, targets=targets, rank=rank, seed=seed)
         self._adapters_changed()
         if trains:
@@ -301,7 +302,8 @@ class SharedNetwork:
         outputs: dict[str, torch.Tensor] = {}
 
         def keep(name: str, output: Any) -> None:
-            outputs.setdefault(name, output[0] if isinstance(output, tuple) else output)
+            if name not in outputs:
+                outputs[name] = self.kind.image_part(self.model, output, self._latent_size)
 
         handles = [
             self.model.get_submodule(name).register_forward_hook(
@@ -317,6 +319,7 @@ class SharedNetwork:
 
     def ask(self, sample: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Forward pass with the active adapter: the output (B, C, H, W) in the dtype of `sample`."""
+        self._latent_size = (sample.shape[-2], sample.shape[-1])
         output = self.kind.ask(self.model, sample.to(self.dtype), timesteps, conditioning)
         return output.to(sample.dtype)
 

@@ -6,7 +6,7 @@ relativistic                L_D = softplus(D(student_sample) - D(real_sample)), 
                             both samples of a pair share x_t, prompt and noise, so D has to see only their difference
                             (Jolicoeur-Martineau 2018, arXiv 1807.00734)
 perturbation (Eq 25-26)     if the student's step ends at the clean sample, both samples are re-noised to the same t* in
-                            {10, 250, 500, 750} of 1000, with the same noise
+                            {10, 250, 500, 750} of 1000, or on a flow to sigma in {.01, .25, .5, .75}, with the same noise
 real_sample                 the teacher's, or the data noised to the same timestep (discriminator.real)
 """
 
@@ -17,8 +17,8 @@ from torch.nn.functional import softplus
 
 from stepdistill.diffusion.noise_path import CLEAN, NoisePath
 
-PERTURBATION_TIMES = (0.01, 0.25, 0.5, 0.75)
-"""As fractions of T: the paper's times 10, 250, 500 and 750 of 1000."""
+PERTURBATION_LEVELS = (0.01, 0.25, 0.5, 0.75)
+"""The noise levels t* (noise_path.timestep_at): the paper's times 10, 250, 500 and 750 of 1000; on a flow sigma."""
 
 ADVERSARIAL_LOSSES = ("non_saturating", "relativistic")
 
@@ -63,23 +63,18 @@ def _check(kind: str) -> None:
         raise ValueError(f"adversarial loss: got {kind!r}; allowed: {', '.join(ADVERSARIAL_LOSSES)}")
 
 
-def perturbation_timesteps(num_train_timesteps: int = 1000) -> list[int]:
-    """t* as U-Net timesteps (the paper's time t is timestep t - 1): 9, 249, 499 and 749 of 1000."""
-    return [max(0, round(time * num_train_timesteps) - 1) for time in PERTURBATION_TIMES]
-
-
 def draw_perturbation(
     prev_timesteps: torch.Tensor,
     uniform: torch.Tensor,
     *,
     weights: Sequence[float],
-    num_train_timesteps: int = 1000,
+    noise_path: NoisePath,
 ) -> torch.Tensor:
     """The timesteps (B,) at which D sees the samples: t* where prev_timestep is CLEAN, else prev_timestep.
 
-    uniform (B,) in [0, 1) picks one of perturbation_timesteps() with `weights` (1:1:1:1, later 5:1:1:1) as the odds.
+    uniform (B,) in [0, 1) picks one of PERTURBATION_LEVELS with `weights` (1:1:1:1, later 5:1:1:1) as the odds.
     """
-    times = perturbation_timesteps(num_train_timesteps)
+    times = [noise_path.timestep_at(level) for level in PERTURBATION_LEVELS]
     if len(weights) != len(times) or min(weights) < 0 or sum(weights) <= 0:
         raise ValueError(f"perturbation_weights: got {list(weights)}; allowed: 4 numbers >= 0, not all 0")
     edges = torch.tensor(list(weights), dtype=torch.float64, device=uniform.device).cumsum(0)

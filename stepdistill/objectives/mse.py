@@ -5,6 +5,7 @@ prev_sample   || y_hat - y ||^2 on x_s, the paper's form; it equals k_ts^2 times
 epsilon       the error expressed in epsilon:  (y_hat - y) / k_ts
 sample        the error expressed in x_0:      (y_hat - y) / (alpha_s - sigma_s alpha_t / sigma_t)
 v_prediction  the error expressed in v:        the x_0 error / sigma_t
+velocity      the error expressed in e - x_0:  (y_hat - y) (alpha_t + sigma_t) / (sigma_s alpha_t - alpha_s sigma_t)
 truncated_snr the larger of epsilon and sample: the x_0 error weighted by max(SNR, 1) (Salimans and Ho 2022, 2202.00512)
 """
 
@@ -13,7 +14,7 @@ import torch
 from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.diffusion.solver import move_gain
 
-LOSS_SPACES = ("prev_sample", "epsilon", "sample", "v_prediction", "truncated_snr")
+LOSS_SPACES = ("prev_sample", "epsilon", "sample", "v_prediction", "velocity", "truncated_snr")
 
 
 def space_weight(
@@ -32,6 +33,8 @@ def space_weight(
         return original_gain**-2
     if space == "v_prediction":
         return (original_gain * sigma_t) ** -2
+    if space == "velocity":
+        return ((alpha_s * sigma_t - sigma_s * alpha_t) / (alpha_t + sigma_t)) ** -2
     if space == "truncated_snr":
         return torch.maximum(noise_gain**-2, original_gain**-2)
     raise ValueError(f"loss_space: got {space!r}; allowed: {', '.join(LOSS_SPACES)}")
@@ -65,11 +68,14 @@ def denoising_target(
     noise_path: NoisePath,
     prediction_type: str,
 ) -> torch.Tensor:
-    """The output (B, ...) that denoises x_t exactly: epsilon, x_0, or v = alpha_t epsilon - sigma_t x_0."""
+    """The output (B, ...) that denoises x_t exactly: epsilon, x_0, v = alpha_t epsilon - sigma_t x_0, or the velocity
+    epsilon - x_0."""
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "sample":
         return original
+    if prediction_type == "velocity":
+        return noise - original
     alpha, sigma = noise_path.alpha_sigma(timesteps, ndim=original.ndim, dtype=original.dtype)
     return alpha * noise - sigma * original
 

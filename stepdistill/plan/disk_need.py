@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Data, RunConfig
 from stepdistill.config.evaluation import LATENTS_KEPT
-from stepdistill.data.buckets import Sizes
+from stepdistill.data.buckets import Sizes, drawn_size
 from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import settled
 from stepdistill.data.prepare import PROMPTS_A_SHARD, SHARD
@@ -21,6 +20,8 @@ from stepdistill.demo.world import world_of
 from stepdistill.disk.space import png_bytes
 from stepdistill.models.adapters import lora_parameters
 from stepdistill.models.identity import layer_shapes
+from stepdistill.models.network.conditioning import MASK
+from stepdistill.models.network.kind import build_network, kind_of_facts
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.files import read_headers, weight_files
 from stepdistill.teacher.folder import WEIGHTS, missing_parts, teacher_kind, weights_variant
@@ -33,10 +34,13 @@ from stepdistill.training.disk_bytes import (
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _MAX_COUNTING_SECONDS = 2.0  # for reading the source
-_FEATURES = {"": 128, "reader": 96, "inception": 2048, "trained": 128}
+_FEATURES = {"": 128, "reader": 96, "pairs_reader": 96, "inception": 2048, "trained": 128}
 _MAX_FEATURES = 1536
 _LOG_LINE = 600
 _PAGE = 20 * 2**20
+
+_OF_A_CHAT = 32
+"""More tokens than a chat's template puts around a prompt."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,10 @@ class DiskNeed:
 
 def disk_need(config: RunConfig, teacher: TeacherFacts) -> DiskNeed:
     """The bytes that a run writes into its folder. teacher: facts from the teacher's configs; its weights may be missing."""
-    config, size = settled(config), teacher.image_size
+    config = settled(config)
+    size = drawn_size(config, teacher) or teacher.image_size
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(teacher.unet))
+        unet = build_network(teacher)
     cache, is_whole = _cache(config.data, teacher)
     pipeline = _pipeline(config, teacher.folder)
     return DiskNeed(
@@ -109,50 +114,57 @@ def _smaller_base(config: RunConfig, folder: Path) -> int:
 
 
 def _cache(data: Data, teacher: TeacherFacts) -> tuple[int, bool]:
-    """Bytes of the cache (a latent for every sample, embeddings for the distinct captions of every shard), and whether all
-    samples were counted."""
+    """Bytes of the cache (a latent for every sample, embeddings for the distinct captions of every shard, each as if it were
+    as long as the longest and had a token per byte), and whether all samples were counted."""
     if is_cache(data.source):
         return 0, True  # the shards stay in the other run's folder
-    samples, captions, is_whole = _count(data)
+    samples, captions, longest, is_whole = _count(data)
     target = Sizes(data, teacher_size=teacher.image_size, multiple=teacher.size_multiple).target
     channels, height, width = teacher.latent_shape(target)
-    text, second = (teacher.configs[name] for name in ("text_encoder", "text_encoder_2"))
-    embedding = int(text.get("max_position_embeddings", 77)) * int(
-        teacher.unet.get("cross_attention_dim", 768)
-    )
-    embedding += int(second.get("projection_dim", 0))
+    with torch.device("meta"):
+        row = kind_of_facts(teacher).random_conditioning(teacher, 1, dtype=torch.float32)
+    stored = {
+        name: part.numel() for name, part in row.added_cond_kwargs.items() if name not in ("time_ids", MASK)
+    }
+    _, tokens, text_width = row.encoder_hidden_states.shape
+    if MASK in row.added_cond_kwargs:
+        tokens = min(tokens, longest + _OF_A_CHAT)
+    embedding = tokens * text_width + sum(stored.values())
     return (samples * channels * height * width + captions * embedding) * _BYTES[data.dtype], is_whole
 
 
-def _count(data: Data) -> tuple[int, int, bool]:
-    """Number of samples, number of distinct captions summed over the shards, and whether all samples were counted."""
+def _count(data: Data) -> tuple[int, int, int, bool]:
+    """Number of samples, number of distinct captions summed over the shards, bytes of the longest caption, and whether all
+    samples were counted."""
     a_shard = PROMPTS_A_SHARD if is_prompts_only(data.source) else SHARD
     world = world_of(data.source)
     total = data.num_images if world is None else data.num_images or world.num_images
     repeats = world is not None or is_prompts_only(data.source)  # all shards are alike: count one
     if repeats and total is not None:
         one_shard = data.model_copy(update={"num_images": min(total, a_shard)})
-        samples, captions, _ = _walk(one_shard, a_shard)
-        return total, round(captions * total / max(samples, 1)), True
-    samples, captions, is_whole = _walk(data, a_shard)
+        samples, captions, longest, _ = _walk(one_shard, a_shard)
+        return total, round(captions * total / max(samples, 1)), longest, True
+    samples, captions, longest, is_whole = _walk(data, a_shard)
     if is_whole or data.num_images is None:
-        return samples, captions, is_whole
-    return data.num_images, round(captions * data.num_images / samples), True
+        return samples, captions, longest, is_whole
+    return data.num_images, round(captions * data.num_images / samples), longest, True
 
 
-def _walk(data: Data, a_shard: int) -> tuple[int, int, bool]:
+def _walk(data: Data, a_shard: int) -> tuple[int, int, int, bool]:
     """`_count` by reading records, for at most _MAX_COUNTING_SECONDS."""
-    samples, captions, until = 0, 0, time.monotonic() + _MAX_COUNTING_SECONDS
+    samples, captions, longest, until = 0, 0, 0, time.monotonic() + _MAX_COUNTING_SECONDS
     of_this_shard: set[str] = set()
     for record in training_records(data, seed=0):
         samples += 1
         with contextlib.suppress(BadSample):
-            of_this_shard.add(read_caption(record.read_caption()))
+            caption = read_caption(record.read_caption())
+            of_this_shard.add(caption)
+            longest = max(longest, len(caption.encode()))
         if samples % a_shard == 0:
             captions, of_this_shard = captions + len(of_this_shard), set()
         if time.monotonic() > until:
-            return samples, captions + len(of_this_shard), False
-    return samples, captions + len(of_this_shard), True
+            return samples, captions + len(of_this_shard), longest, False
+    return samples, captions + len(of_this_shard), longest, True
 
 
 def _rungs(config: RunConfig, unet: torch.nn.Module, size: tuple[int, int]) -> int:
@@ -186,7 +198,8 @@ def evaluation_bytes(config: RunConfig, teacher: TeacherFacts, *, drawn: int = 0
 
     drawn: number of images that are drawn already; only the share of the others counts.
     """
-    options, students, size = config.evaluation, len(config.ladder), teacher.image_size
+    options, students = config.evaluation, len(config.ladder)
+    size = drawn_size(config, teacher) or teacher.image_size
     rows = len(options.teacher_steps) + len(options.unguided_steps) + students + len(options.loras)
     rows += options.floor
     views = 1 + sum(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.config.sections import Quantization
@@ -22,6 +21,7 @@ from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.experts import lora_of
 from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.network.kind import build_network
 from stepdistill.models.scores import Scores
 from stepdistill.models.shared_network import DISCRIMINATOR, FAKE_SCORE, STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.cards import Card
@@ -90,9 +90,9 @@ class DryRun:
 
     def __init__(self, config: RunConfig, facts: TeacherFacts, card: Card, *, device: str = "meta") -> None:
         self._rehearsal = Rehearsal(config, ladder_facts(config, facts), device=device)
-        self._teacher_unets = [facts.unet] if config.shrink is not None and not config.teachers else []
-        self._teacher_unets += [
-            TeacherFacts.of_folder(Path(expert.path).expanduser()).unet
+        self._teachers = [facts] if config.shrink is not None and not config.teachers else []
+        self._teachers += [
+            TeacherFacts.of_folder(Path(expert.path).expanduser())
             for expert in config.teachers
             if expert.path is not None
         ]
@@ -119,7 +119,9 @@ class DryRun:
         def spied(module: torch.nn.Module, *args: Any) -> Any:
             before, flop = tracker.now, sum(tracker.work.values(), Work()).flop
             output = module(*args)
-            kept = tracker.now - before - output.untyped_storage().nbytes()
+            outputs = output if isinstance(output, tuple) else (output,)
+            given = sum(out.untyped_storage().nbytes() for out in outputs if out is not None)
+            kept = tracker.now - before - given
             found.append(Segment(names[module], kept, sum(tracker.work.values(), Work()).flop - flop))
             return output
 
@@ -176,7 +178,7 @@ class DryRun:
         moves = 1.0
         if phase.needs_teacher_moves:
             steps = phase.teacher_steps or rung.teacher_steps
-            moves = teacher_substeps(rung, steps, self._rehearsal.inputs.timesteps)
+            moves = teacher_substeps(rung, steps, self._rehearsal.facts.num_train_timesteps)
             moves *= min(1.0, (phase.cached_updates or phase.max_train_steps) / phase.max_train_steps)
         factors = {"teacher": micro * moves, _OWN_MOVES: micro * own_moves(rung, phase), OPTIMISER: 1}
         return {part: done * factors.get(part, micro) for part, done in work.items()}
@@ -187,6 +189,7 @@ class DryRun:
         tracker.hold(base, "base model")
         saved = base_bytes(base_modules(self.network.model), self._config.training.base_quantization)
         tracker.hold_bytes(saved - sum(p.numel() * p.itemsize for p in base), "base model")
+        tracker.hold(self.network.model.buffers(), "base model")
         for role in (STUDENT, DISCRIMINATOR, FAKE_SCORE):
             if role in optimizers:
                 hold_role(tracker, role, optimizers[role], self._config)
@@ -206,9 +209,9 @@ class DryRun:
         """Bytes of several teachers beside the base model: their LoRAs, as wide as the student's, and other U-Nets, such as
         the original of a smaller base."""
         size, dtype_bytes = 0, self.network.dtype.itemsize
-        for unet in self._teacher_unets:
+        for teacher in self._teachers:
             with torch.device("meta"):
-                model = UNet2DConditionModel.from_config(dict(unet)).to(self.network.dtype)
+                model = build_network(teacher).to(self.network.dtype)
             size += base_bytes(model.modules(), self._config.training.base_quantization)
         student = sum(shape.numel() for shape in self.network.adapter_shapes(STUDENT).values())
         for expert in self._config.teachers:

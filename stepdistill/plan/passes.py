@@ -1,4 +1,4 @@
-"""What a run will do and how many U-Net forward passes (of one sample) it will take, before it starts. No torch."""
+"""What a run will do and how many forward passes of the network (of one sample) it will take, before it starts. No torch."""
 
 import statistics
 from collections.abc import Collection
@@ -190,7 +190,7 @@ def describe(
         passes += cost
     if not passes:
         return "\n".join(lines)
-    total = f"in all     {passes:,.0f} U-Net passes of one sample"
+    total = f"in all     {passes:,.0f} network passes of one sample"
     if seconds_per_pass is None:
         duration = (
             "for hours, repeat this command once the run has logged updates, or use `stepdistill run`, "

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from stepdistill.config import Phase, RunConfig, Rung
 from stepdistill.data.batches import Batch, Perturbation
 from stepdistill.data.buckets import Sizes
-from stepdistill.diffusion.noise_path import Move, VariancePreserving
+from stepdistill.diffusion.noise_path import Move
+from stepdistill.diffusion.variance_preserving import VariancePreserving
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.discriminator import Discriminator
 from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.network.kind import build_network, kind_of_facts
 from stepdistill.models.scores import Scores, build_scores
 from stepdistill.models.shared_network import STUDENT, TEACHER, SharedNetwork
 from stepdistill.plan.passes import is_base_teacher
@@ -25,30 +26,18 @@ from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import load_noise_path
 from stepdistill.teacher.quantization import quantization_config
 
-_TOKENS = 77
-
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Shapes of a micro-batch: (C, h, w) of latents, number of tokens, widths of embeddings, T."""
+    """Shapes of a micro-batch: rows, (C, h, w) of latents, and what the teacher's configs say of the text."""
 
     batch: int
     latent: tuple[int, int, int]
-    tokens: int
-    width: int
-    pooled: int | None
-    timesteps: int
+    facts: TeacherFacts
     dtype: torch.dtype
 
     def conditioning(self, rows: int) -> Conditioning:
-        hidden = torch.randn(rows, self.tokens, self.width, dtype=self.dtype)
-        if self.pooled is None:
-            return Conditioning(hidden)
-        added = {
-            "text_embeds": torch.randn(rows, self.pooled, dtype=self.dtype),
-            "time_ids": torch.full((rows, 6), 512.0),
-        }
-        return Conditioning(hidden, added)
+        return kind_of_facts(self.facts).random_conditioning(self.facts, rows, dtype=self.dtype)
 
     def micro_batch(
         self,
@@ -107,23 +96,12 @@ class Rehearsal:
         self.config, self.facts, self.device = config, facts, device
         dtype = WEIGHT_DTYPES[config.training.mixed_precision]
         size = Sizes(config.data, teacher_size=facts.image_size, multiple=facts.size_multiple).target
-        unet = dict(facts.unet)
-        pooled = None
-        if unet.get("addition_embed_type") == "text_time":
-            pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        self.inputs = _Inputs(
-            batch=config.training.train_batch_size,
-            latent=facts.latent_shape(size),
-            tokens=int(facts.configs["text_encoder"].get("max_position_embeddings", _TOKENS)),
-            width=int(unet.get("cross_attention_dim", 768)),
-            pooled=pooled,
-            timesteps=facts.num_train_timesteps,
-            dtype=dtype,
-        )
+        batch, latent = config.training.train_batch_size, facts.latent_shape(size)
+        self.inputs = _Inputs(batch=batch, latent=latent, facts=facts, dtype=dtype)
         with torch.device(device):
-            model = UNet2DConditionModel.from_config(unet).eval().requires_grad_(False)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            model = build_network(facts)
+        for tensor in (*model.parameters(), *model.buffers()):  # SD3 has a table of positions
+            tensor.data = tensor.data.to(dtype)
         if is_real:
             model = _as_in_the_run(model, config)
         with torch.device(device):
@@ -134,8 +112,9 @@ class Rehearsal:
                 gradient_checkpointing=config.training.gradient_checkpointing,
                 compiles=is_real and config.training.compile,
             )
-        path, _ = load_noise_path(facts.scheduler)
-        self._path = _KnownEnd(path.alphas_cumprod.to(device), facts.is_zero_snr)
+        self._path, _ = load_noise_path(facts.scheduler_at(size))
+        if isinstance(self._path, VariancePreserving):
+            self._path = _KnownEnd(self._path.alphas_cumprod.to(device), facts.is_zero_snr)
 
     @contextmanager
     def critics_of(self, phase: Phase) -> Iterator[tuple[Discriminator | None, Scores | None]]:
@@ -192,7 +171,7 @@ class Rehearsal:
             return None
         options, base = phase.discriminator, None
         if options.trunk == "full":
-            base = UNet2DConditionModel.from_config(dict(self.facts.unet))
+            base = build_network(self.facts)
         return Discriminator(
             self.network,
             trunk=options.trunk,

@@ -72,6 +72,8 @@ def _savings(config: RunConfig) -> Iterator[tuple[list[str], str]]:
     training = config.training
     yield ["evaluation.batch_size=1"], "evaluate"
     yield ["data.vae_dtype=bfloat16"], "prepare"
+    if config.data.text_dtype == "float32":
+        yield ["data.text_dtype=bfloat16"], "prepare"
     if training.mixed_precision == "no":
         yield ["training.mixed_precision=bf16"], "training"
     if not training.gradient_checkpointing:

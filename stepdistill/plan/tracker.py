@@ -288,11 +288,15 @@ def gpu_kernels() -> Iterator[None]:
     def one_kernel(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if query.device.type in ("cpu", "cuda") or args or kwargs.get("attn_mask") is not None:
+        if query.device.type in ("cpu", "cuda") or args:
             return attention(query, key, value, *args, **kwargs)
-        if query.dtype == torch.float32:
+        mask = kwargs.get("attn_mask")
+        if query.dtype == torch.float32 or mask is not None:
             call = torch.ops.aten._scaled_dot_product_efficient_attention
-            return call(query, key, value, None, torch.is_grad_enabled())[0]
+            # a mask becomes a bias of its own small shape, and the kernel reads that several times
+            shape = (*query.shape[:-1], key.shape[-2])
+            bias = None if mask is None else mask.to(query.dtype).expand(shape)
+            return call(query, key, value, bias, torch.is_grad_enabled())[0]
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
     functional.scaled_dot_product_attention = one_kernel

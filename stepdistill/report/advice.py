@@ -57,7 +57,7 @@ def _merged(all_advice: Iterable[Advice]) -> Iterator[Advice]:
 
 
 def _worse_than_undistilled(run: Run, students: dict[int, Entry]) -> Iterator[Advice]:
-    """Rungs that are worse than the undistilled base model with as many U-Net passes: they have hardly been trained."""
+    """Rungs that are worse than the undistilled base model with as many network passes: they have hardly been trained."""
     for rung in run.rungs:
         student = students.get(rung.student_steps)
         teacher = equal_passes(student, entries_of([run])) if student is not None else None

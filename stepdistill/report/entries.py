@@ -72,7 +72,7 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
 
 
 def equal_passes(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """The undistilled guided teacher's row with as many U-Net passes as this row, else with as many steps; None if neither
+    """The undistilled guided teacher's row with as many network passes as this row, else with as many steps; None if neither
     exists."""
     teachers = [e for e in entries if e.kind == "teacher" and not e.is_reference and not e.is_unguided]
     for key in ("nfe", "steps"):

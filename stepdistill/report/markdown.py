@@ -6,7 +6,7 @@ from typing import Any
 from stepdistill.report.number_format import format_number
 from stepdistill.report.read import DataCounts
 
-_FIRST = {"row": ("model", ""), "nfe": ("U-Net passes", "")}
+_FIRST = {"row": ("model", ""), "nfe": ("network passes", "")}
 _METRICS = {
     "fid_to_real": ("FID to real", ".1f"),
     "fid_to_teacher": ("FID to teacher", ".2f"),

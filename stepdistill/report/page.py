@@ -98,6 +98,7 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
         "warnings": report_warnings(runs),
         "sentences": sentences(entries),
         "advice": [(run.name, advice) for run in runs if (advice := advice_for(run))],
+        "can_advise": any(entry.value("fid_to_teacher") is not None for entry in entries),
         "quality": quality,
         "meanings": [column for column in quality.columns if column.about] if quality else [],
         "absent": _absent(runs),

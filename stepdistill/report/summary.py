@@ -114,7 +114,7 @@ def _comparison(key: str, entry: Entry, entries: Sequence[Entry]) -> str:
     asides = []
     teacher = equal_passes(entry, entries)
     if teacher is not None and teacher.value(key) is not None:
-        same = "U-Net passes" if teacher.row["nfe"] == entry.row["nfe"] else "steps"
+        same = "network passes" if teacher.row["nfe"] == entry.row["nfe"] else "steps"
         asides.append(f"undistilled {_formatted(teacher, key)} at equal {same}")
     if key in entry.run.floor:
         spec = entry.run.metrics.get(key, {}).get("format", ".2f")

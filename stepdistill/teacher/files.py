@@ -23,7 +23,7 @@ _LFS = b"version https://git-lfs"
 # Keys of configs of diffusers and transformers for the number of a model's layers, each of which has its own tensors.
 _LAYERS = (
     *("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block"),
-    *("num_hidden_layers", "num_layers"),
+    *("num_hidden_layers", "num_layers", "n_layers", "n_refiner_layers"),
 )
 _BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
 _WIDEST = 2**20

@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 
 from stepdistill.disk.durable import sha256_bytes, sha256_file, sha256_json
+from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.files import read_object
 from stepdistill.teacher.folder import CONFIG_FILES, WEIGHTS, pipeline_parts
 
@@ -16,8 +17,10 @@ _DIGITS = 16
 _VOLATILE = ("_diffusers_version", "_name_or_path", "_commit_hash", "transformers_version")
 _OF_TOKENIZERS = (
     *("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"),
-    *("special_tokens_map.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "tokenizer_config.json", "spiece.model", "chat_template.jinja"),
 )
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+"""Names of a pipeline's text encoders; most pipelines have fewer."""
 
 
 def weights_fingerprint(folder: Path, *parts: str) -> str:
@@ -26,6 +29,11 @@ def weights_fingerprint(folder: Path, *parts: str) -> str:
     for path in (path for part in parts for path in sorted((folder / part).glob("*.safetensors"))):
         digest.update(bytes.fromhex(_digest(path)))
     return digest.hexdigest()[:_DIGITS]
+
+
+def network_fingerprint(folder: Path) -> str:
+    """The hash of the weights of a pipeline's U-Net or transformer, which identifies the base that a LoRA belongs to."""
+    return weights_fingerprint(folder, TeacherFacts.of_folder(folder).network_part)
 
 
 def part_fingerprints(folder: Path) -> dict[str, str]:

@@ -18,33 +18,27 @@ from stepdistill.teacher.files import (
     read_object,
     weight_files,
 )
+from stepdistill.teacher.layouts import DISTILLED_PIPELINES, LAYOUTS, layout_of
 from stepdistill.teacher.scheduler import scheduler_problems
 
-EMBEDDED_TEACHER = "letters"
-SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+EMBEDDED = {"letters": "teacher", "letters_sd3": "sd3/teacher", "pairs": "pairs/teacher"}
+"""The models that ship with the package: their `teacher.path`, and the argument of embedded_folder."""
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
+    "text_encoder_3": "model",
 }
 """Parts with weights, and the first part of their files' names."""
 CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
+    "tokenizer_3": "tokenizer_config.json",
 }
 """The config's file of the parts where it is not config.json."""
-_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL",)),
-    "text_encoder": ("transformers", ("CLIPTextModel",)),
-    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
-    "tokenizer": ("transformers", ("*Tokenizer", "*TokenizerFast")),
-    "tokenizer_2": ("transformers", ("*Tokenizer", "*TokenizerFast")),
-    "scheduler": ("diffusers", ("*Scheduler",)),
-}
-"""Parts that a pipeline needs: their library, and the classes that are allowed."""
 _OPTIONAL = {
     "safety_checker": "*.safetensors",
     "feature_extractor": "preprocessor_config.json",
@@ -57,32 +51,40 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "encoder_hid_dim_type": (None,),
     "addition_embed_type": (None, "text_time"),
 }
+_PLAIN_Z_IMAGE: dict[str, object] = {
+    "all_patch_size": [2],
+    "all_f_patch_size": [1],
+    "siglip_feat_dim": None,
+}
+_VOCABULARIES = ("vocab.json and merges.txt", "spiece.model")
+"""Of CLIP's tokenizers, and of T5's."""
 _LARGEST_LATENT = 2048  # a side; of 8 pixels each
+_LARGEST_PATCH = 16
 _MAX_VAE_BLOCKS = 8
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
 def embedded_folder(name: str) -> Path:
-    """The folder of a model that ships with the package: "teacher" or "reader"."""
+    """The folder of a model that ships with the package, such as "teacher" or "pairs/reader"."""
     return Path(__file__).parent.parent / "demo" / "assets" / name
 
 
 def teacher_kind(path: str) -> Literal["folder", "file", "hub"]:
     """What `teacher.path` names: a pipeline's folder, one checkpoint file, or a repository on the Hub, such as org/name."""
     place = Path(path).expanduser()
-    if path == EMBEDDED_TEACHER or is_folder(place):
+    if path in EMBEDDED or is_folder(place):
         return "folder"
     if place.suffix in (".safetensors", ".ckpt", ".pt", ".bin") or os.path.isfile(place):
         return "file"
     return "hub" if _HUB_ID.fullmatch(path) else "folder"
 
 
-def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
+def missing_parts(folder: Path, *, weights: bool = True, but_network: bool = False) -> list[str]:
     """What `folder` lacks to be a complete text-to-image pipeline in safetensors; empty if nothing is missing.
 
     It checks only that files exist: model_index.json, and the config, weights and vocabulary of each part. weights=False
-    leaves out the weights.
+    leaves out the weights, but_network those of the part that is distilled.
     """
     if not is_folder(folder):
         return [f"no folder at {folder}"]
@@ -93,8 +95,10 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
     except ValueError as error:
         return [f"a readable model_index.json ({error})"]
     pipeline_class = index.get("_class_name")
-    if pipeline_class not in SUPPORTED:
-        return [f"a pipeline of {' or '.join(SUPPORTED)} (model_index.json says {short(pipeline_class)})"]
+    if not isinstance(pipeline_class, str) or pipeline_class not in LAYOUTS:
+        distilled = DISTILLED_PIPELINES.get(str(pipeline_class))
+        why = "" if distilled is None else f"; {distilled}: distil a base model"
+        return [f"a pipeline of {' or '.join(LAYOUTS)} (model_index.json says {short(pipeline_class)}{why})"]
     missing = []
     for name in pipeline_parts(index):
         if not _is_named(index.get(name)):
@@ -103,10 +107,13 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
         config = folder / name / CONFIG_FILES.get(name, "config.json")
         if not config.exists():
             missing.append(f"{name}/{config.name}")
-        if weights and name in WEIGHTS and not any((folder / name).glob(f"{WEIGHTS[name]}*.safetensors*")):
+        asks_weights = (
+            weights and name in WEIGHTS and not (but_network and name == layout_of(pipeline_class).network)
+        )
+        if asks_weights and not any((folder / name).glob(f"{WEIGHTS[name]}*.safetensors*")):
             missing.append(f"{name}/{WEIGHTS[name]}.safetensors")
         if name.startswith("tokenizer") and not has_vocabulary(folder / name):
-            missing.append(f"{name}/tokenizer.json, or vocab.json and merges.txt")
+            missing.append(f"{name}/tokenizer.json, or {_VOCABULARIES[name == 'tokenizer_3']}")
     for name, file in _OPTIONAL.items() if weights else ():
         if _is_named(index.get(name)) and not any((folder / name).glob(file)):
             missing.append(f"{name}/{file}, or {name}: [null, null] in model_index.json")
@@ -115,8 +122,9 @@ def missing_parts(folder: Path, *, weights: bool = True) -> list[str]:
 
 def has_vocabulary(tokenizer: Path) -> bool:
     """Whether a tokenizer's folder holds a vocabulary; transformers would load a tokenizer even without one."""
-    return (tokenizer / "tokenizer.json").exists() or all(
-        (tokenizer / name).exists() for name in ("vocab.json", "merges.txt")
+    return any(
+        all((tokenizer / name).exists() for name in names)
+        for names in (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
     )
 
 
@@ -125,17 +133,28 @@ def broken_files(folder: Path, *, header: Header | None = None) -> Iterator[str]
 
     Args:
         folder: a pipeline's folder without `missing_parts`.
-        header: the tensors of the checkpoint file that the folder's configs belong to; None: the weights are in the folder.
+        header: the tensors of the checkpoint file that the folder's configs belong to (parts_of_file); None: the
+            weights are in the folder.
     """
-    variant = weights_variant(folder)
-    for name in pipeline_parts(TeacherFacts.of_folder(folder).configs["pipeline"]):
+    facts = TeacherFacts.of_folder(folder)
+    in_file = parts_of_file(facts) if header is not None else ()
+    for name in pipeline_parts(facts.configs["pipeline"]):
         try:
             config = read_object(folder / name / CONFIG_FILES.get(name, "config.json"))
             if name in WEIGHTS:
-                tensors = header or _read_weights(folder / name, WEIGHTS[name], variant)
+                variant = weights_variant(folder, name)
+                tensors = header if header is not None and name in in_file else None
+                tensors = tensors or _read_weights(folder / name, WEIGHTS[name], variant)
                 check_counts(folder / name / "config.json", config, tensors)
         except ValueError as error:
             yield str(error)
+
+
+def parts_of_file(facts: TeacherFacts) -> list[str]:
+    """The parts of a pipeline that a single checkpoint file holds: all of a U-Net's; a transformer alone, because the other
+    parts of its pipeline are the same in all fine-tunes and larger than itself."""
+    parts = [part for part in pipeline_parts(facts.configs["pipeline"]) if part in WEIGHTS]
+    return parts if facts.network_part == "unet" else [facts.network_part]
 
 
 def _read_weights(folder: Path, stem: str, variant: str | None) -> Header:
@@ -155,10 +174,17 @@ def unsupported(folder: Path) -> list[str]:
         version = config.get("_diffusers_version", "")
         if not isinstance(version, str):
             odd.append(f"a {name} of _diffusers_version {short(version)}; allowed: a version string")
-    for name in WEIGHTS:
+    layout = layout_of(index.get("_class_name"))
+    for name in layout.parts.keys() & WEIGHTS.keys():
         if configs[name].get("quantization_config") is not None:
             odd.append(f"quantised weights in {name}; allowed: floating-point weights")
-    odd += [*_odd_unet(configs["unet"]), *_odd_vae(configs["vae"])]
+    network = configs[layout.network]
+    is_unet = layout.network == "unet"
+    odd += [*(_odd_unet(network) if is_unet else _odd_transformer(network, layout.network_class))]
+    odd += [
+        *_odd_sample_size(network, layout.network),
+        *_odd_vae(configs["vae"], is_unet=is_unet),
+    ]
     odd += [*_odd_sizes(configs, index), *scheduler_problems(configs["scheduler"])]
     return odd
 
@@ -170,7 +196,7 @@ def _odd_classes(index: Mapping[str, Any]) -> Iterator[str]:
         yield f"code of its own ({listed}); allowed: classes of diffusers and transformers"
         return
     for name in pipeline_parts(index):
-        library, kinds = _CLASSES[name]
+        library, kinds = layout_of(index.get("_class_name")).parts[name]
         part = index[name]
         if len(part) != 2 or part[0] != library or not _is_one_of(part[1], kinds):
             yield f"{short(part)} as its {name}; allowed: {', '.join(k.replace('*', 'a ') for k in kinds)} of {library}"
@@ -191,18 +217,43 @@ def _odd_unet(unet: Mapping[str, Any]) -> Iterator[str]:
     for key, allowed in _PLAIN.items():
         if unet.get(key) not in allowed:
             yield f"a U-Net with {key}: {short(unet[key])}; allowed: {', '.join(map(str, allowed))}"
-    size = unet.get("sample_size")
+
+
+def _odd_transformer(transformer: Mapping[str, Any], kind: str) -> Iterator[str]:
+    """kind: the class that the pipeline has."""
+    if transformer.get("_class_name", kind) != kind:
+        yield f"a {transformer['_class_name']}; allowed: a {kind}"
+    channels = (transformer.get("in_channels", 16), transformer.get("out_channels"))
+    if channels[1] is not None and channels[0] != channels[1]:
+        yield f"a transformer of {channels[0]} input channels; allowed: {channels[1]}, as many as its output channels"
+    if "all_patch_size" not in transformer:
+        patch = transformer.get("patch_size", 2)
+        if type(patch) is not int or not 1 <= patch <= _LARGEST_PATCH:
+            yield f"a transformer with patch_size: {short(patch)}; allowed: 1 to {_LARGEST_PATCH}"
+    for key, allowed in _PLAIN_Z_IMAGE.items() if kind == "ZImageTransformer2DModel" else ():
+        if transformer.get(key, allowed) != allowed:
+            yield f"a transformer with {key}: {short(transformer[key])}; allowed: {allowed}"
+
+
+def _odd_sample_size(network: Mapping[str, Any], name: str) -> Iterator[str]:
+    size = network.get("sample_size")
     sides = size if isinstance(size, list) and len(size) == 2 else [size]
     if size is not None and not all(type(side) is int and 0 < side <= _LARGEST_LATENT for side in sides):
-        yield (
-            f"a U-Net with sample_size: {short(size)}; allowed: 1 to {_LARGEST_LATENT}, or such a height and width"
-        )
+        what = "U-Net" if name == "unet" else name
+        yield f"a {what} with sample_size: {short(size)}; allowed: 1 to {_LARGEST_LATENT}, or such a height and width"
 
 
-def _odd_vae(vae: Mapping[str, Any]) -> Iterator[str]:
+def _odd_vae(vae: Mapping[str, Any], *, is_unet: bool) -> Iterator[str]:
     scale = vae.get("scaling_factor", 0.18215)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         yield f"a VAE with scaling_factor: {short(scale)}; allowed: a number above 0"
+    shift = vae.get("shift_factor", 0.0 if is_unet else None)
+    if (
+        isinstance(shift, bool)
+        or not isinstance(shift, int | float | None)
+        or (shift is None and not is_unet)
+    ):
+        yield f"a VAE with shift_factor: {short(shift)}; allowed: a number"
     blocks = vae.get("block_out_channels", [0])
     if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_VAE_BLOCKS:
         yield f"a VAE with block_out_channels: {short(blocks)}; allowed: a list of 1 to {_MAX_VAE_BLOCKS}"
@@ -210,31 +261,50 @@ def _odd_vae(vae: Mapping[str, Any]) -> Iterator[str]:
 
 def _odd_sizes(configs: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any]) -> Iterator[str]:
     """Parts that do not fit together, as far as their configs show it."""
-    unet, vae = configs["unet"], configs["vae"]
-    channels = (unet.get("in_channels", 4), vae.get("latent_channels", 4))
+    layout = layout_of(index.get("_class_name"))
+    network, vae, is_unet = configs[layout.network], configs["vae"], layout.network == "unet"
+    channels = (network.get("in_channels", 4 if is_unet else 16), vae.get("latent_channels", 4))
     if channels[0] != channels[1]:
-        yield f"a U-Net of {short(channels[0])} channels and a VAE of {short(channels[1])}; allowed: the same number"
+        what = "U-Net" if is_unet else layout.network
+        yield f"a {what} of {short(channels[0])} channels and a VAE of {short(channels[1])}; allowed: the same number"
+    if is_unet:
+        yield from _odd_text_widths(network, "cross_attention_dim", 1280, configs, index)
+    elif "cap_feat_dim" in network:
+        lengths, tokens = network.get("axes_lens", [1024]), (layout.text or ("", 0))[1]
+        if not isinstance(lengths, list) or type(lengths[0]) is not int or lengths[0] <= tokens:
+            yield f"a transformer with axes_lens: {short(lengths)}; allowed: more than the {tokens} tokens of a text first"
+        yield from _odd_text_widths(network, "cap_feat_dim", 2560, configs, index)
+
+
+def _odd_text_widths(
+    network: Mapping[str, Any],
+    key: str,
+    default: int,
+    configs: Mapping[str, Mapping[str, Any]],
+    index: Mapping[str, Any],
+) -> Iterator[str]:
+    """key: of the network's config, where it says how wide its text is."""
     encoders = [name for name in pipeline_parts(index) if name.startswith("text_encoder")]
     widths: list[Any] = [configs[name].get("hidden_size") for name in encoders]
-    width = unet.get("cross_attention_dim", 1280)
+    width = network.get(key, default)
     if isinstance(width, int) and all(isinstance(part, int) for part in widths) and sum(widths) != width:
+        what = "U-Net" if key == "cross_attention_dim" else "transformer"
         yield (
-            f"a U-Net with cross_attention_dim: {width} and text encoders of hidden_size "
-            f"{' and '.join(map(str, widths))}; allowed: hidden sizes that add up to it"
+            f"a {what} with {key}: {width} and text encoders of hidden_size {' and '.join(map(str, widths))}; allowed: "
+            f"hidden sizes that add up to it"
         )
 
 
-def weights_variant(folder: Path, part: str = "unet") -> str | None:
-    """ "fp16" if the weights of a part exist in that variant only, else None."""
+def weights_variant(folder: Path, part: str | None = None) -> str | None:
+    """ "fp16" if the weights of a part, by default the network, exist in that variant only, else None."""
+    part = part or TeacherFacts.of_folder(folder).network_part
     names = [path.name for path in (folder / part).glob("*.safetensors")]
     return "fp16" if names and all(".fp16." in name for name in names) else None
 
 
 def pipeline_parts(index: Mapping[str, Any]) -> list[str]:
     """The parts of a pipeline of the class that model_index.json names."""
-    second = ("text_encoder_2", "tokenizer_2")
-    is_xl = index.get("_class_name") == "StableDiffusionXLPipeline"
-    return sorted(name for name in _CLASSES if is_xl or name not in second)
+    return sorted(layout_of(index.get("_class_name")).parts)
 
 
 def _is_named(part: Any) -> bool:

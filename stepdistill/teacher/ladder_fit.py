@@ -1,5 +1,6 @@
 """Checks a ladder against its teacher's noise schedule and prediction type. No torch."""
 
+import struct
 from collections.abc import Iterator
 
 from stepdistill.config import ConfigError, RunConfig
@@ -9,6 +10,9 @@ from stepdistill.teacher.facts import TeacherFacts
 def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
     """ConfigError if the ladder, the evaluation or the data ask for what the teacher's schedule or output does not allow."""
     _check_timesteps(config, teacher.num_train_timesteps)
+    if teacher.matches_flows:
+        _check_flow(config, teacher)
+        return
     if teacher.is_zero_snr and teacher.prediction_type == "epsilon":
         raise ConfigError(
             f"teacher.path: got {config.teacher.path!r}, which predicts epsilon with zero terminal SNR: at its first "
@@ -20,6 +24,51 @@ def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
         _check_conversion(config, index, before, kind)
         if teacher.is_zero_snr:
             _check_zero_snr(config, index, kind)
+
+
+def _check_flow(config: RunConfig, teacher: TeacherFacts) -> None:
+    """ConfigError for what the schedulers of flows cannot sample: another output, or a start that is told another time. Also
+    for what there is for U-Nets alone."""
+    if config.shrink is not None:
+        raise ConfigError("shrink: got a value, but blocks can be removed from U-Nets alone; allowed: null")
+    if config.teacher.unconditional == "zeros":
+        raise ConfigError(
+            "teacher.unconditional: got zeros, but this teacher's pipeline encodes an empty prompt; allowed: auto, empty"
+        )
+    if config.data.buckets and teacher.scheduler.get("use_dynamic_shifting"):
+        raise ConfigError(
+            "data.buckets: got true, but this teacher's shift depends on the image size, and a student has one shift; "
+            "allowed: false"
+        )
+    _check_nodes(config, teacher)
+    for index, rung in enumerate(config.ladder):
+        for name in ("prediction_type", "start_timestep"):
+            if getattr(rung, name) is not None:
+                raise ConfigError(
+                    f"ladder.{index}.{name}: got {getattr(rung, name)}, but this teacher matches flows, whose students "
+                    f"predict the velocity at every step's own time; allowed: null"
+                )
+        for number, phase in enumerate(rung.phases):
+            if "mse" in phase.kinds and phase.loss_space == "epsilon":
+                raise ConfigError(
+                    f"ladder.{index}.phases.{number}.loss_space: got epsilon, which gives zero weight to the first "
+                    f"step of a flow, where the sample is pure noise; allowed: velocity, auto, prev_sample, sample"
+                )
+
+
+def _check_nodes(config: RunConfig, teacher: TeacherFacts) -> None:
+    """ConfigError if the shift of a flow is so large that the network is given one time, in float32, for several steps."""
+    if teacher.scheduler.get("use_dynamic_shifting"):  # which is far from that large
+        return
+    shift, count = float(teacher.scheduler.get("shift", 1.0)), teacher.num_train_timesteps
+    for key, steps in _step_counts(config):
+        ways = (k / steps for k in range(1, steps + 1))
+        times = [count * shift * way / (1 + (shift - 1) * way) for way in ways]
+        if len(set(struct.unpack(f"{steps}f", struct.pack(f"{steps}f", *times)))) < steps:
+            raise ConfigError(
+                f"{key}: got {steps}, but with this teacher's shift of {shift:g} some of these steps fall together; "
+                f"allowed: fewer steps, or a scheduler_config.json with a smaller shift"
+            )
 
 
 def unfit_settings(config: RunConfig, teacher: TeacherFacts) -> Iterator[tuple[str, str]]:
@@ -37,6 +86,8 @@ def unfit_settings(config: RunConfig, teacher: TeacherFacts) -> Iterator[tuple[s
                 f"determines the image even at pure noise",
                 f"{key}=null",
             )
+        if rung.teacher_steps == rung.student_steps and kind == "v_prediction" and not teacher.is_zero_snr:
+            continue  # guidance alone, which epsilon taught better: eval/recipe_notes.md
         for number, phase in enumerate(rung.phases):
             key = f"ladder.{index}.phases.{number}.loss_space"
             if "mse" in phase.kinds and phase.loss_space == "epsilon":

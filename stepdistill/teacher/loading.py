@@ -10,13 +10,16 @@ from diffusers import AutoencoderKL, DiffusionPipeline, TorchAoConfig
 
 from stepdistill.config.section import ConfigError
 from stepdistill.config.sections import Quantization
-from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
+from stepdistill.diffusion.noise_path import NoisePath
 from stepdistill.diffusion.prediction import PREDICTION_TYPES
+from stepdistill.diffusion.rectified_flow import RectifiedFlow
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.messages import first_line
 from stepdistill.teacher.facts import DEFAULT_TIMESTEPS, TeacherFacts
-from stepdistill.teacher.fingerprints import weights_fingerprint
+from stepdistill.teacher.fingerprints import TEXT_ENCODERS, network_fingerprint, weights_fingerprint
 from stepdistill.teacher.folder import WEIGHTS, pipeline_parts, weights_variant
 from stepdistill.teacher.quantization import quantization_config
+from stepdistill.teacher.scheduler import is_flow_scheduler
 from stepdistill.teacher.weights import check_weights
 
 _LOOK = "`stepdistill doctor` checks all of its files"
@@ -49,15 +52,16 @@ def load_pipeline(folder: Path, *, dtype: torch.dtype = torch.float32) -> Diffus
     return pipeline
 
 
-def load_encoders(folder: Path, *, vae_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """The pipeline without its U-Net, to encode images and texts; ConfigError if it cannot be loaded."""
+def load_encoders(
+    folder: Path, *, vae_dtype: torch.dtype = torch.float32, text_dtype: torch.dtype = torch.float32
+) -> DiffusionPipeline:
+    """The pipeline without its network, to encode images and texts; ConfigError if it cannot be loaded."""
     with loading("teacher.path", folder):
-        check_weights(folder, *(part for part in _parts(folder) if part != "unet"))
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, unet=None, dtype=torch.float32, **local_options(folder)
-        )
-    if vae_dtype != torch.float32:
-        pipeline.vae.to(vae_dtype)
+        network = TeacherFacts.of_folder(folder).network_part
+        check_weights(folder, *(part for part in _parts(folder) if part != network))
+        dtypes = {"default": text_dtype, "vae": vae_dtype}
+        without: dict[str, Any] = {network: None, "dtype": dtypes}
+        pipeline = DiffusionPipeline.from_pretrained(folder, **without, **local_options(folder))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -99,13 +103,21 @@ def vae_dtype(facts: TeacherFacts, weight_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if facts.vae_overflows_in_half else weight_dtype
 
 
-def local_options(folder: Path, part: str = "unet") -> dict:
+def local_options(folder: Path, part: str | None = None) -> dict:
     """Options for every from_pretrained call: safetensors only, nothing from the network."""
     return {"use_safetensors": True, "local_files_only": True, "variant": weights_variant(folder, part)}
 
 
-def load_noise_path(scheduler_config: Mapping[str, Any]) -> tuple[VariancePreserving, str]:
+def load_noise_path(scheduler_config: Mapping[str, Any]) -> tuple[NoisePath, str]:
     """(noise path, prediction_type) that a scheduler_config.json describes; ValueError if either is not supported."""
+    if is_flow_scheduler(scheduler_config):
+        count = scheduler_config.get("num_train_timesteps", DEFAULT_TIMESTEPS)
+        return RectifiedFlow(float(scheduler_config.get("shift", 1.0)), count), "velocity"
+    return load_schedule(scheduler_config)
+
+
+def load_schedule(scheduler_config: Mapping[str, Any]) -> tuple[VariancePreserving, str]:
+    """The same of a noise schedule of betas."""
     prediction_type = scheduler_config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
@@ -125,10 +137,10 @@ def load_noise_path(scheduler_config: Mapping[str, Any]) -> tuple[VariancePreser
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over the U-Net's weight files, 16 hexadecimal digits: it identifies the base that a LoRA belongs to."""
-    return weights_fingerprint(folder, "unet")
+    """sha256 over the network's weight files, 16 hexadecimal digits: it identifies the base that a LoRA belongs to."""
+    return network_fingerprint(folder)
 
 
 def encoder_fingerprint(folder: Path) -> str:
     """sha256 over the weight files of VAE and text encoders: it identifies the source of latents and embeddings."""
-    return weights_fingerprint(folder, "vae", "text_encoder", "text_encoder_2")
+    return weights_fingerprint(folder, "vae", *TEXT_ENCODERS)

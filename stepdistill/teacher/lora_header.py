@@ -18,7 +18,7 @@ from stepdistill.teacher.files import require_file
 
 METADATA = "lora_adapter_metadata"
 """Key of a safetensors header under which diffusers stores peft's config as JSON."""
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Prefixes of the config's keys: the part of the pipeline that a key belongs to."""
 _MAX_TEXT, _LONGEST_NAME, _LARGEST = 2**22, 500, 2**31
 _TENSOR = re.compile(rf"[\w.-]{{1,{_LONGEST_NAME}}}", re.ASCII)

@@ -1,18 +1,19 @@
-"""Checks whether a LoRA fits a teacher, by loading it as diffusers does onto a U-Net that has shapes but no numbers."""
+"""Checks whether a LoRA fits a teacher, by loading it as diffusers does onto a network that has shapes but no numbers."""
 
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from stepdistill.messages import first_line
 from stepdistill.teacher.examine import not_finite
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.lora_header import check_lora_header
+from stepdistill.teacher.weights import build_part
 
-_PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 _NAME = "tried"
 
 
@@ -27,31 +28,33 @@ def check_lora_numbers(file: Path) -> None:
 
 
 def check_lora_goes_on(file: Path, folder: Path) -> None:
-    """ValueError if a LoRA's file is damaged, or does not fit the U-Net of a pipeline's folder.
+    """ValueError if a LoRA's file is damaged, or does not fit the network of a pipeline's folder.
 
-    A LoRA of the text encoders alone is accepted, since only U-Net weights are tested.
+    A LoRA of the text encoders alone is accepted, since only the network's weights are tested.
     """
     check_lora_numbers(file)
     teacher = TeacherFacts.of_folder(folder)
-    made_by = _PIPELINES[teacher.pipeline_class]
+    made_by, part = getattr(diffusers, teacher.pipeline_class), teacher.network_part
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(teacher.unet)).eval()
+        network: Any = build_part(teacher, part)
+    options = {"unet_config": network.config} if part == "unet" else {}
     logger = logging.getLogger("diffusers")
     level = logger.level
     try:
         logger.setLevel(logging.CRITICAL)  # the error below says the same in one line
         with warnings.catch_warnings(action="ignore"):
-            state, alphas = made_by.lora_state_dict(
-                str(file), unet_config=unet.config, use_safetensors=True, local_files_only=True
-            )[:2]
-            if any(key.startswith("unet.") for key in state):
-                unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=_NAME)
+            found = made_by.lora_state_dict(str(file), use_safetensors=True, local_files_only=True, **options)
+            state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
+            if any(key.startswith(f"{part}.") for key in state):
+                network.load_lora_adapter(state, prefix=part, network_alphas=alphas, adapter_name=_NAME)
     except Exception as error:  # diffusers and peft raise many kinds of errors for foreign or broken files
-        raise ValueError(f"{file} does not fit the U-Net of {folder}: {_why(error)}") from None
+        what = "U-Net" if part == "unet" else part
+        raise ValueError(f"{file} does not fit the {what} of {folder}: {_why(error)}") from None
     finally:
         logger.setLevel(level)
-    if not state:
-        raise ValueError(f"{file} holds no LoRA of Stable Diffusion")
+    fitting = ("unet.", "text_encoder") if part == "unet" else (f"{part}.",)
+    if not any(key.startswith(fitting) for key in state):
+        raise ValueError(f"{file} holds no LoRA of a {teacher.pipeline_class}")
 
 
 def _why(error: Exception) -> str:

@@ -19,7 +19,11 @@ from stepdistill.config import ConfigError, RunConfig
 from stepdistill.disk.durable import read_json, read_sealed, warn_of_damage, whole_folder, write_sealed
 from stepdistill.messages import first_line
 from stepdistill.teacher.examine import examine_pipeline
-from stepdistill.teacher.folder import WEIGHTS, teacher_kind
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.files import read_header, weight_files
+from stepdistill.teacher.fingerprints import TEXT_ENCODERS
+from stepdistill.teacher.folder import WEIGHTS, pipeline_parts, teacher_kind, weights_variant
+from stepdistill.teacher.layouts import layout_of
 from stepdistill.teacher.loading import loading, local_options
 from stepdistill.teacher.lora_trial import check_lora_numbers
 from stepdistill.teacher.single_file import file_problems
@@ -56,12 +60,14 @@ def make_teacher(config: RunConfig) -> Path:
         return folder
     logger.info("prepare: making the teacher's folder from %s", path)
     pipeline = _of_file(config) if kind == "file" else _of_folder(config)
-    dtype = pipeline.unet.dtype
+    dtypes = _dtypes(pipeline)
     if config.teacher.loras:
         _bake(pipeline, config)
     folder = config.run_dir / "teacher"
     with whole_folder(folder) as partial:
-        pipeline.to(dtype).save_pretrained(partial, safe_serialization=True)
+        for name, dtype in dtypes.items():
+            getattr(pipeline, name).to(dtype)
+        pipeline.save_pretrained(partial, safe_serialization=True)
     check_teacher_folder(config, folder)
     _examined(folder)
     write_sealed(record, {"teacher": teacher_source(config), "folder": "teacher"})
@@ -89,7 +95,8 @@ def _downloaded(config: RunConfig) -> Path:
     except Exception as error:  # the Hub's client raises many kinds of errors, each with its reason
         raise ConfigError(
             f"teacher.path: cannot get {teacher.path!r} from the Hub: {first_line(error)}; "
-            f"allowed: a repository that is in its cache or can be reached, or a folder on this disk"
+            f"allowed: a repository in its cache, one that can be reached (without HF_HUB_OFFLINE; a gated one after "
+            f"`hf auth login`), or a folder on this disk"
         ) from None
     return Path(folder)
 
@@ -98,8 +105,11 @@ def _of_folder(config: RunConfig) -> DiffusionPipeline:
     path = config.teacher.path
     folder = _downloaded(config) if teacher_kind(path) == "hub" else local_folder(path)
     check_teacher_folder(config, folder)
+    options = local_options(folder)
+    if TeacherFacts.of_folder(folder).network_part == "transformer":
+        options["dtype"] = _stored_dtypes(folder)
     with loading("teacher.path", folder):
-        return DiffusionPipeline.from_pretrained(_examined(folder), **local_options(folder))
+        return DiffusionPipeline.from_pretrained(_examined(folder), **options)
 
 
 def _of_file(config: RunConfig) -> DiffusionPipeline:
@@ -108,7 +118,7 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
     try:
         with safe_open(file, framework="pt") as opened:
             keys = set(opened.keys())
-            dtype = opened.get_tensor(min(key for key in keys if key.startswith(UNET_PREFIX))).dtype
+            dtype = opened.get_tensor(min(keys, key=lambda key: (not key.startswith(UNET_PREFIX), key))).dtype
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"teacher.path: cannot read {file} as safetensors: {error}") from None
     pipeline_class: type[Any] = StableDiffusionXLPipeline if _SDXL_KEY in keys else StableDiffusionPipeline
@@ -121,6 +131,8 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
         problems = list(examine_pipeline(folder, file))
         if problems:
             raise ConfigError(f"teacher.path: {'; '.join(problems)}")
+        if layout_of(named).network == "transformer":
+            return _with_transformer(file, folder, dtype)
     try:
         pipeline = pipeline_class.from_single_file(str(file), torch_dtype=dtype, **options)
         _check_complete(pipeline, file)
@@ -132,6 +144,23 @@ def _of_file(config: RunConfig) -> DiffusionPipeline:
         ) from None
 
 
+def _with_transformer(file: Path, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a folder with the transformer of a file, each in the dtype that it is stored in; 8-bit floats become
+    bfloat16, in which a network can be trained."""
+    facts = TeacherFacts.of_folder(folder)
+    network_class = getattr(diffusers, facts.layout.network_class)
+    with loading("teacher.path", file):
+        network = network_class.from_single_file(
+            str(file),
+            config=str(folder),
+            subfolder=facts.network_part,
+            torch_dtype=dtype if dtype.itemsize > 1 else torch.bfloat16,
+            local_files_only=True,
+        )
+        given: dict[str, Any] = {facts.network_part: network, "dtype": _stored_dtypes(folder)}
+        return DiffusionPipeline.from_pretrained(folder, **given, **local_options(folder, "vae"))
+
+
 def _check_complete(pipeline: DiffusionPipeline, file: Path) -> None:
     """ValueError if the file lacked weights, which diffusers then leaves without data, or holds some that it left out."""
     nets = {name: part for name, part in pipeline.components.items() if name in WEIGHTS}
@@ -140,9 +169,10 @@ def _check_complete(pipeline: DiffusionPipeline, file: Path) -> None:
 
 
 def _bake(pipeline: DiffusionPipeline, config: RunConfig) -> None:
-    """Merges the LoRAs, each with its weight, into U-Net and text encoders."""
-    pipeline.to(torch.float32)
-    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    """Merges the LoRAs, each with its weight, into the network and the text encoders, in float32."""
+    for name in pipeline.components.keys() & {_network_name(pipeline), *TEXT_ENCODERS}:
+        getattr(pipeline, name).to(torch.float32)
+    before = _sums(_network(pipeline))
     names = []
     for number, lora in enumerate(config.teacher.loras):
         file = teacher_lora_file(lora.path)
@@ -157,8 +187,42 @@ def _bake(pipeline: DiffusionPipeline, config: RunConfig) -> None:
     pipeline.set_adapters(names, [lora.weight for lora in config.teacher.loras])
     pipeline.fuse_lora(adapter_names=names)
     pipeline.unload_lora_weights()
-    after = pipeline.unet.state_dict()
-    if before.keys() != after.keys() or all(bool((before[k] == after[k]).all()) for k in before):
+    if before == _sums(_network(pipeline)):
         raise ConfigError(
-            f"teacher.loras: {[lora.path for lora in config.teacher.loras]} leave the U-Net unchanged"
+            f"teacher.loras: {[lora.path for lora in config.teacher.loras]} leave the network unchanged"
         )
+
+
+def _dtypes(pipeline: DiffusionPipeline) -> dict[str, torch.dtype]:
+    """The dtype in which each part is written: that of a U-Net for its whole pipeline, and beside a transformer each part's,
+    as the text encoders would double."""
+    nets = {name: part for name, part in pipeline.components.items() if name in WEIGHTS and part is not None}
+    if _network_name(pipeline) == "unet":
+        return dict.fromkeys(nets, pipeline.unet.dtype)
+    return {name: part.dtype for name, part in nets.items()}
+
+
+def _sums(network: torch.nn.Module) -> dict[str, float]:
+    """The sum of squares of each weight, which differs if a LoRA was merged into it; a copy would double the memory."""
+    return {name: tensor.double().square().sum().item() for name, tensor in network.state_dict().items()}
+
+
+def _network(pipeline: DiffusionPipeline) -> Any:
+    """The pipeline's network, which is distilled."""
+    return getattr(pipeline, _network_name(pipeline))
+
+
+def _network_name(pipeline: DiffusionPipeline) -> str:
+    return layout_of(type(pipeline).__name__).network
+
+
+def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The dtype in which the weights of each part are stored, of those that the folder has."""
+    facts, names = TeacherFacts.of_folder(folder), {"F16": torch.float16, "BF16": torch.bfloat16}
+    found = {}
+    for part in pipeline_parts(facts.configs["pipeline"]):
+        if part in WEIGHTS and any((folder / part).glob("*.safetensors")):
+            files = weight_files(folder / part, WEIGHTS[part], weights_variant(folder, part))
+            kind, _ = next(iter(read_header(files[0]).values()))
+            found[part] = names.get(kind, torch.float32)
+    return found

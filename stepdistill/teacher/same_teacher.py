@@ -12,7 +12,8 @@ from stepdistill.disk.durable import read_sealed, warn_of_damage, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.run.folder import PARTS_RECORD
 from stepdistill.run.rungs import RungRecord, rung_folder
-from stepdistill.teacher.fingerprints import part_fingerprints, weights_fingerprint
+from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.fingerprints import network_fingerprint, part_fingerprints
 
 _ALLOWED = (
     "allowed: the teacher that this run was started with, or another name=... for a run with this teacher"
@@ -60,9 +61,10 @@ def _check_rungs(config: RunConfig, folder: Path) -> None:
     """ConfigError if a finished rung was trained on another U-Net than the one in `folder`."""
     for rung in config.ladder:
         record = RungRecord.read(rung_folder(config.run_dir, rung.student_steps))
-        if record is not None and record.base_fingerprint != weights_fingerprint(folder, "unet"):
+        if record is not None and record.base_fingerprint != network_fingerprint(folder):
             shown = config.teacher.path if config.shrink is None else str(folder)
+            part = TeacherFacts.of_folder(folder).network_part
             raise ConfigError(
-                f"teacher.path: the weights in unet/ of {shown!r} are not those that the "
+                f"teacher.path: the weights in {part}/ of {shown!r} are not those that the "
                 f"{rung.student_steps}-step rung in {config.run_dir} was trained on; {_ALLOWED}"
             )

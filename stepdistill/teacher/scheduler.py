@@ -1,5 +1,6 @@
 """Checks without torch that a teacher's scheduler_config.json describes a noise schedule."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,7 +8,29 @@ from stepdistill.messages import short
 
 MAX_TIMESTEPS = 10_000
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+DYNAMIC_SHIFT = {
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+}
+"""The values of FlowMatchEulerDiscreteScheduler on which a dynamic shift depends, with its defaults."""
+_SHIFT_TYPES = ("exponential", "linear")
+_OTHER_FLOWS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "shift_terminal",
+    "stochastic_sampling",
+)
+"""Options of FlowMatchEulerDiscreteScheduler that place its steps in another way."""
 _BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+
+
+def is_flow_scheduler(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config describes a rectified flow, and not a noise schedule of betas."""
+    return str(config.get("_class_name")).startswith("FlowMatch")
 
 
 def scheduler_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -15,6 +38,9 @@ def scheduler_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
     Betas are the variances of the noise that each step adds (Ho et al. 2020, arXiv 2006.11239): above 0 and below 1.
     """
+    if is_flow_scheduler(config):
+        yield from _flow_problems(config)
+        return
     trained = config.get("trained_betas")
     if trained is None and "beta_start" not in config:
         yield (
@@ -35,6 +61,30 @@ def scheduler_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield from _listed(trained, count)
     else:
         yield from _from_ends(config)
+
+
+def _flow_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    shift, count = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        yield f"a scheduler with shift: {short(shift)}; allowed: a number above 0"
+    if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= MAX_TIMESTEPS:
+        yield f"a scheduler with num_train_timesteps: {short(count)}; allowed: a whole number from 2 to {MAX_TIMESTEPS}"
+    yield from _dynamic_problems(config) if config.get("use_dynamic_shifting") else ()
+    for key in _OTHER_FLOWS:
+        if config.get(key):
+            yield f"a scheduler with {key}: {short(config[key])}; allowed: without {', '.join(_OTHER_FLOWS)}"
+
+
+def _dynamic_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    values = {key: config.get(key, default) for key, default in DYNAMIC_SHIFT.items()}
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            yield f"a scheduler with {key}: {short(value)}; allowed: a number above 0"
+            return
+    if values["base_image_seq_len"] == values["max_image_seq_len"]:
+        yield f"a scheduler with max_image_seq_len: {values['max_image_seq_len']}; allowed: not base_image_seq_len"
+    if config.get("time_shift_type", "exponential") not in _SHIFT_TYPES:
+        yield f"a scheduler with time_shift_type: {short(config['time_shift_type'])}; allowed: {', '.join(_SHIFT_TYPES)}"
 
 
 def _listed(trained: object, count: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Compares a checkpoint in the original layout (CompVis, Stability) with the parts of a pipeline; reads only its header.
+"""Compares a checkpoint in the original layout (CompVis, Stability, Z-Image) with the parts of a pipeline; reads its header.
 
 diffusers' own functions rename the keys. They get tensors that have shapes but no numbers.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders import single_file_utils
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
 from stepdistill.messages import first_line
 from stepdistill.teacher.files import Header, read_header
@@ -51,7 +52,7 @@ _Tensors = dict[str, torch.Tensor]
 def file_problems(file: Path, nets: Mapping[str, Any]) -> Iterator[str]:
     """How a checkpoint's weights differ from those of a pipeline's parts, each in one line that begins with the part.
 
-    nets: U-Net, VAE and text encoders by name; they may be on the meta device. ValueError if the header cannot be read.
+    nets: the parts that the file should hold, by name; they may be on the meta device. ValueError for an unreadable header.
     """
     header = read_header(file)
     tensors = {
@@ -63,7 +64,7 @@ def file_problems(file: Path, nets: Mapping[str, Any]) -> Iterator[str]:
             with _quiet():
                 renamed = _renamed(name, tensors, net)
         except Exception as error:  # diffusers raises many kinds of errors for keys that it does not expect
-            yield f"{name}: {file} holds no {name} in a known layout: {first_line(error)}"
+            yield f"{name}: {file} holds no such {name} in a known layout ({type(error).__name__}: {first_line(error)})"
             continue
         if not renamed:
             yield f"{name}: {file} holds no {name}"
@@ -84,6 +85,8 @@ def _renamed(name: str, tensors: _Tensors, net: Any) -> _Tensors:
         return single_file_utils.convert_ldm_unet_checkpoint(dict(tensors), dict(net.config))
     if name == "vae":
         return single_file_utils.convert_ldm_vae_checkpoint(dict(tensors), dict(net.config))
+    if name == "transformer":
+        return _renamed_transformer(tensors, net)
     prefix = _OPEN_CLIP[name]
     if any(key.startswith(prefix) for key in tensors):
         return single_file_utils.convert_open_clip_checkpoint(net, dict(tensors), prefix=prefix)
@@ -93,8 +96,22 @@ def _renamed(name: str, tensors: _Tensors, net: Any) -> _Tensors:
     return single_file_utils.convert_ldm_clip_checkpoint(clip_tensors)
 
 
+def _renamed_transformer(tensors: _Tensors, net: Any) -> _Tensors:
+    """The tensors of a transformer under diffusers' names; those that diffusers leaves out keep theirs, so have no place."""
+    if net.state_dict().keys() <= tensors.keys():  # diffusers' own layout, which it reads too
+        return tensors
+    has_prefix = any(key.startswith(UNET_PREFIX) for key in tensors)
+    of_it = {key: t for key, t in tensors.items() if key.startswith(UNET_PREFIX) or not has_prefix}
+    rest = dict(of_it)
+    renamed = SINGLE_FILE_LOADABLE_CLASSES[type(net).__name__]["checkpoint_mapping_fn"](rest)
+    left = {key.removeprefix(UNET_PREFIX) for key in of_it} & rest.keys()
+    return renamed | {key: rest[key] for key in left}
+
+
 def _left_out(name: str, file: Path, tensors: _Tensors, renamed: _Tensors) -> Iterator[str]:
     """The tensors of a part that diffusers leaves out. transformers' CLIP needs no such check: all its keys are renamed."""
+    if name == "transformer":  # _renamed_transformer keeps what diffusers leaves out
+        return
     prefix = {"unet": UNET_PREFIX, "vae": _VAE_PREFIX}.get(name, _OPEN_CLIP.get(name, ""))
     used = {id(tensor) for tensor in renamed.values()} | {id(tensor._base) for tensor in renamed.values()}
     copied = f"{prefix}transformer."  # of OpenCLIP, whose transformer is renamed as a whole

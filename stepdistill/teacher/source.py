@@ -10,7 +10,7 @@ from stepdistill.run.folder import TEACHER_RECORD
 from stepdistill.teacher.facts import DEFAULT_TIMESTEPS, TeacherFacts
 from stepdistill.teacher.files import read_header
 from stepdistill.teacher.folder import (
-    EMBEDDED_TEACHER,
+    EMBEDDED,
     broken_files,
     embedded_folder,
     missing_parts,
@@ -18,11 +18,15 @@ from stepdistill.teacher.folder import (
     unsupported,
 )
 from stepdistill.teacher.ladder_fit import check_ladder_fits
+from stepdistill.teacher.layouts import base_of_distilled
 from stepdistill.teacher.lora_header import check_lora_header
 
 UNET_PREFIX = "model.diffusion_model."
 """Prefix of the U-Net's keys in a checkpoint in the original layout."""
+_OF_TRANSFORMERS = ("joint_blocks.", "cap_embedder.")
+"""How keys of SD3's and Z-Image's transformers begin there."""
 LORA_NAME = "pytorch_lora_weights.safetensors"
+_SHIPPED = " or ".join(f'"{name}"' for name in EMBEDDED)
 
 
 def check_teacher(config: RunConfig) -> None:
@@ -35,6 +39,12 @@ def check_teacher(config: RunConfig) -> None:
 
 def _check_teacher(config: RunConfig) -> None:
     path, kind = config.teacher.path, teacher_kind(config.teacher.path)
+    base = base_of_distilled(path)
+    if base is not None:
+        raise ConfigError(
+            f"teacher.path: got {path!r}, which by its name is distilled to few steps already; allowed: a base model, here "
+            f"{base}"
+        )
     for number, lora in enumerate(config.teacher.loras):
         _check_lora(f"teacher.loras.{number}.path", lora.path)
     if kind == "file" and Path(path).suffix != ".safetensors":
@@ -57,21 +67,26 @@ def _check_file(config: RunConfig) -> None:
         header = read_header(path)
     except ValueError as error:
         raise ConfigError(f"teacher.path: {error}") from None
-    if not any(key.startswith(UNET_PREFIX) for key in header):
+    folder = None if configs is None else Path(configs).expanduser()
+    facts = None if folder is None or not is_folder(folder) else TeacherFacts.of_folder(folder)
+    is_transformer = facts is not None and facts.network_part == "transformer"
+    names = [key.removeprefix(UNET_PREFIX) for key in header if key.startswith(UNET_PREFIX)]
+    is_unet = bool(names) and not any(name.startswith(_OF_TRANSFORMERS) for name in names)
+    if not is_transformer and not is_unet:
         raise ConfigError(
-            f"teacher.path: {path} holds no whole model (no key {UNET_PREFIX}*, {len(header)} others); "
-            f"allowed: a checkpoint with U-Net, VAE and text encoders; a LoRA goes into teacher.loras"
+            f"teacher.path: {path} holds no whole model (no U-Net among {len(header)} tensors); "
+            f"allowed: a checkpoint with U-Net, VAE and text encoders, or a transformer alone, with teacher.config=FOLDER "
+            f"of the pipeline's other parts; a LoRA goes into teacher.loras"
         )
-    if configs is None or not is_folder(Path(configs).expanduser()):
+    if folder is None or facts is None:
         return
-    folder = Path(configs).expanduser()
-    missing = missing_parts(folder, weights=False)
+    missing = missing_parts(folder, weights=is_transformer, but_network=True)
     wrong = missing or [*broken_files(folder, header=header), *unsupported(folder)]
     if wrong:
         has = "lacks" if missing else "has"
         raise ConfigError(
             f"teacher.config: got {configs!r}, which {has} {'; '.join(wrong)}; allowed: the configs of the pipeline that "
-            f"the file belongs to"
+            f"the file belongs to, and for a transformer the weights of its other parts"
         )
 
 
@@ -114,13 +129,13 @@ def check_teacher_folder(config: RunConfig, folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
             f"teacher.path: got {path!r}, but there is no folder at {folder.absolute()}; allowed: a diffusers pipeline "
-            f'folder, a .safetensors file, a repository of the Hub, or "{EMBEDDED_TEACHER}"'
+            f"folder, a .safetensors file, a repository of the Hub, or {_SHIPPED}"
         )
     if missing:
         raise ConfigError(
             f"teacher.path: got {path!r}, which lacks {'; '.join(missing)}; "
             f"allowed: a complete diffusers pipeline folder in safetensors, a .safetensors file, a repository of "
-            f'the Hub, or "{EMBEDDED_TEACHER}"'
+            f"the Hub, or {_SHIPPED}"
         )
     broken = [*broken_files(folder)]
     if broken:
@@ -135,7 +150,7 @@ def check_teacher_folder(config: RunConfig, folder: Path) -> None:
 
 def local_folder(path: str) -> Path:
     """The pipeline's folder that `teacher.path` names, if its teacher_kind is "folder"."""
-    return embedded_folder("teacher") if path == EMBEDDED_TEACHER else Path(path).expanduser()
+    return embedded_folder(EMBEDDED[path]) if path in EMBEDDED else Path(path).expanduser()
 
 
 def teacher_folder(config: RunConfig) -> Path:

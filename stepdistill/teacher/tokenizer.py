@@ -8,9 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import transformers
-from transformers import CLIPTextConfig
+from transformers import PreTrainedConfig
 
 from stepdistill.messages import first_line, short
+from stepdistill.teacher.layouts import Layout
 
 _MAX_TOKENS = 4096
 _TEXTS = ("a photo of a cat", "a drawing of two dogs", *string.ascii_lowercase)
@@ -20,13 +21,14 @@ _LOST_MERGES = 0.01
 tokenizers have a few such words: those that were added later."""
 
 
-def use_tokenizer(folder: Path, kind: str, encoder: CLIPTextConfig) -> None:
+def use_tokenizer(folder: Path, kind: str, encoder: PreTrainedConfig, layout: Layout) -> None:
     """ValueError if a tokenizer cannot be loaded, encodes two texts alike, or gives tokens that its encoder cannot take.
 
     Args:
         folder: the tokenizer's folder.
         kind: its class in model_index.json.
         encoder: the config of the text encoder that takes its tokens.
+        layout: of the pipeline, which may take fewer tokens than the tokenizer has.
     """
     tokenizer_class = class_of(transformers, kind, transformers.PreTrainedTokenizerBase)
     if tokenizer_class is None:
@@ -36,7 +38,9 @@ def use_tokenizer(folder: Path, kind: str, encoder: CLIPTextConfig) -> None:
         length, largest_id = int(tokenizer.model_max_length), max(tokenizer.get_vocab().values())
     except Exception as error:  # transformers and tokenizers raise many kinds of errors for broken files
         raise ValueError(f"cannot load {folder}: {first_line(error)}") from None
-    most = encoder.max_position_embeddings
+    if layout.text is not None and folder.name == layout.text[0]:
+        length = min(length, layout.text[1])
+    most = getattr(encoder, "max_position_embeddings", _MAX_TOKENS)  # T5 has no limit
     if not 2 <= length <= min(most, _MAX_TOKENS):
         raise ValueError(
             f"{folder} has model_max_length {short(length)}; allowed: 2 to {most}, the limit of its text encoder"
@@ -44,6 +48,11 @@ def use_tokenizer(folder: Path, kind: str, encoder: CLIPTextConfig) -> None:
     if largest_id >= encoder.vocab_size:
         raise ValueError(
             f"{folder} has a token with id {largest_id}; its text encoder has {encoder.vocab_size} rows of embeddings"
+        )
+    if layout.is_chat and not tokenizer.chat_template:
+        raise ValueError(
+            f"{folder} has no chat template, in which the pipeline encodes prompts; fix: copy chat_template.jinja too, or "
+            f"tokenizer_config.json with its chat_template"
         )
     _encode(folder, tokenizer, length)
     _check_merges(folder, tokenizer)

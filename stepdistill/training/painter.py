@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from stepdistill.diffusion.noise_path import moves_to
+from stepdistill.images.latents import unscaled
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.runtime import is_out_of_memory, release_memory
@@ -58,7 +59,7 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     decoder = vae if on_cpu else copy.deepcopy(vae).to(latents.device)
     images, broken = [], 0
     for row in latents.split(1):
-        decoded = decoder.decode((row / vae.config.scaling_factor).to(vae.dtype)).sample
+        decoded = decoder.decode(unscaled(vae, row).to(vae.dtype)).sample
         scaled = ((decoded.float() + 1) * 127.5).round().cpu()
         broken += int(not scaled.isfinite().all())
         images.append(scaled.clamp(0, 255).to(torch.uint8))

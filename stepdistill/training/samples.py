@@ -217,9 +217,8 @@ class Samples:
         assert batch.perturbation is not None, "an adversarial objective draws a perturbation"
         assert real in self._logits, "the discriminator's loss comes first"
         with discriminator.active(trains=False):
-            features = discriminator.features(
-                self._perturbed(self.student_sample), batch.perturbation.timesteps, batch.conditioning
-            )
+            times = self.student.noise_path.network_times(batch.perturbation.timesteps)
+            features = discriminator.features(self._perturbed(self.student_sample), times, batch.conditioning)
             return discriminator.logits(features, self._context)
 
     def _logits_against(self, real: str) -> Logits:
@@ -229,11 +228,14 @@ class Samples:
             self._perturbed(x) for x in (self.real_sample(real), self.student_sample.detach())
         )
         assert batch.perturbation is not None, "an adversarial objective draws a perturbation"
-        seen_at = batch.perturbation.timesteps
+        network_times = self.student.noise_path.network_times
+        seen_at = network_times(batch.perturbation.timesteps)
         with discriminator.active(trains=True):
             context = None
             if discriminator.paired:
-                context = discriminator.features(self.noisy, batch.timesteps, batch.conditioning)
+                context = discriminator.features(
+                    self.noisy, network_times(batch.timesteps), batch.conditioning
+                )
                 self._context = [f.detach() for f in context]
             both = discriminator.features(
                 torch.cat([real_seen, student_seen]),

@@ -103,7 +103,7 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
     assert completed.returncode == 0
     assert "seed: 9" in completed.stdout
     assert "32 -> 8" in completed.stdout
-    assert "U-Net passes of one sample" in completed.stdout
+    assert "network passes of one sample" in completed.stdout
     assert not (tmp_path / "runs").exists()
 
 

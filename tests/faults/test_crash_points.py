@@ -202,7 +202,8 @@ def finish(run_dir, network):
     partial(run_dir).mkdir(parents=True, exist_ok=True)
     rung = SimpleNamespace(student_steps=8, teacher_steps=16, start_timestep=None, init=None)
     config = SimpleNamespace(run_dir=run_dir, lora=SimpleNamespace(rank=2), ladder=[rung])
-    shared = SimpleNamespace(config=config, network=network, base_fingerprint="b", samples_per_update=4)
+    about = {"base_fingerprint": "b", "samples_per_update": 4, "image_size": None}
+    shared = SimpleNamespace(config=config, network=network, **about)
     finish_rung(shared, rung, partial(run_dir), prediction_type="epsilon", seconds=1.0)
 
 
@@ -278,7 +279,7 @@ def test_a_whole_stage(tmp_path, stage):
     def state():
         return NEW if files() == whole else OLD
 
-    enumerate_crashes(place, template, lambda: run(config), state, most=20)
+    enumerate_crashes(place, template, lambda: run(config), state, most=10)
 
 
 @pytest.mark.slow
@@ -303,4 +304,4 @@ def test_teacher(tmp_path):
         assert record is None or (config.run_dir / "teacher" / "model_index.json").is_file()
         return OLD if record is None else NEW
 
-    enumerate_crashes(place, template, act, state, most=20)
+    enumerate_crashes(place, template, act, state, most=10)

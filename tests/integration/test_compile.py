@@ -14,6 +14,7 @@ from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, S
 from stepdistill.training.phase import losses_and_gradients
 from stepdistill.training.samples import Samples
 from tests.conftest import build_tiny_unet, make_conditioning, randn
+from tests.unit import test_sd3, test_z_image
 from tests.unit.test_gradients import Denoiser, fill, make_batch
 from tests.unit.test_half_precision import optimizer_of
 
@@ -55,10 +56,16 @@ def gradients(network, discriminator, noise_path):
     return found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_are_equal_and_compiled_once(noise_path, checkpointing):
+@pytest.mark.parametrize(
+    ("checkpointing", "builds"), [(False, False), (True, True)], ids=["graphs", "checkpointing"]
+)
+def test_compiled_blocks_are_equal_and_compiled_once(monkeypatch, noise_path, checkpointing, builds):
+    """builds: whether C++ code is built of the graphs, which takes minutes."""
     torch._dynamo.reset()
     counters.clear()
+    if not builds:
+        traced = functools.partialmethod(compiled_by, "aot_eager")
+        monkeypatch.setattr(torch.nn.Module, "compile", traced)
     eager = gradients(*network_of(compiles=False, checkpointing=checkpointing), noise_path)
     assert counters["stats"]["unique_graphs"] == 0
     compiled = network_of(compiles=True, checkpointing=checkpointing)
@@ -143,3 +150,38 @@ def test_micro_batches_of_compiled_blocks_add_up_to_the_eager_gradient(monkeypat
     for role, gradient in eager.items():
         assert gradient.any()
         assert torch.allclose(compiled[role], gradient, rtol=1e-4, atol=1e-5), role
+
+
+TRANSFORMERS = {
+    "sd3": (test_sd3, [test_sd3.conditioning()]),
+    "z_image": (test_z_image, [test_z_image.conditioning(), test_z_image.conditioning((3, 7, 5), 32)]),
+}
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_a_compiled_transformer_has_the_eager_gradients_whatever_the_texts_lengths(monkeypatch, family):
+    """As far as the graphs go; their C++ code takes minutes to build."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compiled_by, "aot_eager"))
+    counters.clear()
+    module, texts = TRANSFORMERS[family]
+    eager = _gradients_by_text(module, texts, compiles=False)
+    assert counters["stats"]["unique_graphs"] == 0
+    compiled = _gradients_by_text(module, texts, compiles=True)
+    assert counters["stats"]["unique_graphs"] > 2
+    assert not counters["graph_break"]
+    for found, expected in zip(compiled, eager, strict=True):
+        for name, gradient in expected.items():
+            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5), name
+
+
+def _gradients_by_text(module, texts, *, compiles):
+    """The student's gradients of an mse update for each of the texts, with checkpointing."""
+    pair = module.make_pair(checkpointing=True, compiles=compiles, sizes_vary=len(texts) > 1)
+    parameters, found = pair.network.group(STUDENT), []
+    for text in texts:
+        pair.losses(module.make_batch(text), Phase(objective="mse"), None).by_role[STUDENT].backward()
+        found.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
+        for parameter in parameters.values():
+            parameter.grad = None
+    return found

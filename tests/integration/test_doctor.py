@@ -176,12 +176,13 @@ def test_settings_meant_for_an_epsilon_teacher_are_noted_for_a_v_prediction_teac
         [
             *options,
             f"teacher.path={tmp_path / 'sd21_v'}",
-            "ladder.0.phases.0.loss_space=epsilon",
+            "ladder.0.phases.0.loss_space=epsilon",  # guidance alone, which epsilon teaches well
+            "ladder.1.phases.0.loss_space=epsilon",
             note.remedy,
         ],
     )
     (note,) = [finding for finding in examine(named) if finding.about.startswith("ladder.")]
-    assert note.remedy == "ladder.0.phases.0.loss_space=auto"
+    assert note.remedy == "ladder.1.phases.0.loss_space=auto"
     mended = load_config(
         "configs/sdxl.yaml", [*options, f"teacher.path={tmp_path / 'sd21_v'}", "ladder.4.start_timestep=null"]
     )

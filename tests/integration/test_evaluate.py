@@ -233,7 +233,7 @@ def test_a_stored_net_measures_and_without_any_extractor_the_table_says_what_is_
 
 def test_mistakes_are_reported_before_anything_is_drawn(copy_of):
     config = copy_of("evaluation.features=vgg")
-    with pytest.raises(ValueError, match="allowed: reader, inception"):
+    with pytest.raises(ValueError, match="allowed: reader, pairs_reader, inception"):
         evaluate(config)
     assert not (config.run_dir / "evaluation" / "teacher-2").exists()
     named = config.evaluation.model_copy(update={"features": "reader", "prompts": "nowhere.txt"})

@@ -129,7 +129,7 @@ def test_another_pipeline_is_a_teacher_beside_the_first(tmp_path):
         ),
         (
             "[{name: a, loras: [{path: FOREIGN}]}]",
-            "teachers.0.loras: the LoRA of a is a LoRA of another U-Net",
+            "teachers.0.loras: the LoRA of a is a LoRA of another network",
         ),
         ("[{name: a, path: OTHER}]", "with a U-Net other than teacher.path has"),
     ],

@@ -228,7 +228,7 @@ def test_a_rung_that_another_pipeline_put_on_the_shared_unet_is_warned_of(rung):
     load_few_step(first, four)
     second = StableDiffusionImg2ImgPipeline.from_pipe(first)
     load_few_step(second, export_rung(config, 2))
-    with pytest.warns(FewStepWarning, match="another rung was loaded onto this U-Net"):
+    with pytest.warns(FewStepWarning, match="another rung was loaded onto this network"):
         latents(first, PROMPT)
 
 

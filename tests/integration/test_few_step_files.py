@@ -100,7 +100,7 @@ def test_a_flipped_bit_is_refused(rung, tmp_path, kind):
 def test_a_lora_of_another_unet_is_refused(rung, kind):
     shallower = build("sdxl", tiny=True)
     (file,) = (rung[2] / "kohya").glob("*.safetensors")
-    with pytest.raises(ValueError, match="is a LoRA of another U-Net"):
+    with pytest.raises(ValueError, match="is a LoRA of another network"):
         load_few_step(shallower, rung[2] if kind == "folder" else file)
 
 
@@ -124,7 +124,7 @@ def test_a_lora_of_a_shallower_unet_is_refused(rung):
     )
     (file,) = (rung[2] / "kohya").glob("*.safetensors")
     for path in (rung[2], file):
-        with pytest.raises(ValueError, match=r"LoRA of another U-Net: that one has \d+ tensors, this one"):
+        with pytest.raises(ValueError, match=r"LoRA of another network: that one has \d+ tensors, this one"):
             load_few_step(deeper, path)
 
 

@@ -47,6 +47,17 @@ def test_a_ladder_with_features_is_trained_exported_and_reported(tmp_path):
     assert (Path(config.run_dir) / "rungs" / "4" / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_the_ladder_of_the_flow_teacher_is_trained_exported_and_reported(tmp_path):
+    config = shortened("letters_sd3", tmp_path)
+    stages.run_all(config)
+    results = json.loads((config.run_dir / "report" / "results.json").read_text())
+    rows = {row["row"]: row for row in results["rows"]}
+    assert {"student-8", "student-4", "student-2", "student-1"} < rows.keys()
+    assert rows["teacher-32"]["prompt_accuracy"] > 0.8
+    weights = load_file(config.run_dir / "rungs" / "1" / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith("transformer.transformer_blocks.") for name in weights)
+
+
 def test_a_ladder_by_distribution_matching_is_trained_exported_and_reported(tmp_path):
     config = shortened("letters_dmd2", tmp_path, "ladder.2.phases.1.max_train_steps=11")
     stages.run_all(config)

@@ -297,3 +297,17 @@ def test_the_default_held_out_share_is_stored_as_a_number_and_fits_the_cache_of_
     assert prepare(config_of(folder, tmp_path))
     assert manifest(config_of(folder, tmp_path))["data"]["held_out"] == 0.0
     assert not prepare(config_of(folder, tmp_path, "data.held_out=0"))
+
+
+def test_texts_are_encoded_in_half_precision_if_asked(tmp_path):
+    """A cache of the default names no such setting, as in earlier versions, whose caches stay usable."""
+    caches = {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny_config(tmp_path, f"name={dtype}", f"data.text_dtype={dtype}", "data.num_images=8")
+        prepare(config)
+        caches[dtype] = load_cache(config)
+        assert ("text_dtype" in manifest(config)["data"]) == (dtype == "bfloat16")
+    whole, half = (cache.samples(size, list(range(8))) for cache in caches.values() for size in cache.sizes)
+    error = (whole.conditioning.encoder_hidden_states - half.conditioning.encoder_hidden_states).abs().max()
+    assert 0 < error < 0.1
+    assert torch.equal(whole.latents, half.latents)

@@ -5,8 +5,8 @@ import torch
 from diffusers import LCMScheduler
 
 from eval.peers import dmd2, lcm
-from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.solver import implied_noise, move, rollout
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.objectives import adversarial
 from stepdistill.objectives.distribution_matching import fake_score_loss
 from stepdistill.objectives.mse import mse_loss

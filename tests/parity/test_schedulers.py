@@ -7,8 +7,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 from stepdistill.diffusion.grid import trailing_nodes
-from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
+from stepdistill.diffusion.noise_path import CLEAN
 from stepdistill.diffusion.solver import move
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.export.scheduler import student_scheduler
 from tests.conftest import randn
 

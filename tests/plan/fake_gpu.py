@@ -2,12 +2,15 @@
 
 Unlike on the meta device, an operation on tensors of the pretended GPU and of the CPU fails, as it would on a real one.
 
-    python -m tests.plan.fake_gpu CONFIG     prints the peak bytes of every kind of phase as JSON
+    python -m tests.plan.fake_gpu CONFIG [--shallow]     prints the peak bytes of every kind of phase, and on the meta device
+
+--shallow: with few layers of the network's full width, which takes a fraction of the time.
 """
 
 import json
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -56,9 +59,28 @@ def _apply(self, change, recurse=True):
     return self
 
 
-def peaks(config, *, device):
+FEW = {
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 1, 1],
+    "num_layers": 4,
+    "dual_attention_layers": [0, 1],
+    "n_layers": 4,
+    "n_refiner_layers": 1,
+}
+"""Numbers of layers of a network with few, by the key of its config."""
+
+
+def shallow(facts):
+    """The facts of a network with few layers."""
+    few = {key: FEW[key] for key in FEW.keys() & facts.network.keys()}
+    if isinstance(facts.network.get("transformer_layers_per_block", []), int):
+        del few["transformer_layers_per_block"]
+    return replace(facts, configs={**facts.configs, facts.network_part: {**facts.network, **few}})
+
+
+def peaks(config, *, device, facts=None):
     """The peak bytes of a config's phases by title; of phases that differ in steps, timesteps and rates alone, the first."""
-    dry_run = DryRun(config, plannable_facts(config), CARDS["h100"], device=device)
+    dry_run = DryRun(config, facts or plannable_facts(config), CARDS["h100"], device=device)
     found, seen = {}, set()
     for rung, _, phase in phases_of(config):
         is_base = phase.needs_teacher_moves and is_base_teacher(config, rung, phase)
@@ -72,7 +94,11 @@ def peaks(config, *, device):
 
 
 if __name__ == "__main__":
-    config = load_config(sys.argv[1], sys.argv[2:])
-    with pretended_gpu():
-        found = peaks(config, device=NAME)
-    print(json.dumps(found, indent=2))
+    path, *options = sys.argv[1:]
+    config = load_config(path, [option for option in options if option != "--shallow"])
+    facts = plannable_facts(config)
+    facts = shallow(facts) if "--shallow" in options else facts
+    with pretended_gpu():  # first, because a backward pass fixes which devices there are
+        found = peaks(config, device=NAME, facts=facts)
+    on_meta = peaks(config, device="meta", facts=facts)
+    print(json.dumps({"pretended": found, "meta": on_meta}, indent=2))

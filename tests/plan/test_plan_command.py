@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.full_size import CARDS
 from stepdistill.cli import app, guarded
 from stepdistill.config import ConfigError, Phase
 from stepdistill.config.load import load_config
@@ -21,11 +22,9 @@ from stepdistill.plan.tracker import Work
 from stepdistill.plan.whole_run import PhaseCost, RunPlan, plan_run
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
-from stepdistill.teacher.folder import embedded_folder
+from stepdistill.teacher.folder import embedded_folder, teacher_kind
 
 LETTERS = "configs/letters.yaml"
-PROFILES = {"sd15": 24, "sd15_8gb": 8, "sd15_12gb": 12, "sd21_v": 24, "sdxl_12gb": 12, "sdxl_16gb": 16}
-PROFILES |= {"sdxl_24gb": 24, "sdxl_dmd2_24gb": 24, "sdxl": 80, "sdxl_8x80gb": 80}
 ONE_RUNG = (
     "ladder=[{teacher_steps: 8, student_steps: 4, phases: [{objective: mse, max_train_steps: 9}, "
     "{objective: single, max_train_steps: 9}]}]"
@@ -41,16 +40,17 @@ def run(*arguments):
     return guarded(lambda: app(["plan", *arguments]))
 
 
-def test_the_table_lists_every_config_of_a_released_model():
-    assert sorted(PROFILES) == sorted(path.stem for path in Path("configs").glob("sd*.yaml"))
+def test_the_table_of_cards_lists_every_config_of_a_released_model():
+    configs = {path.stem: load_config(str(path)) for path in Path("configs").glob("*.yaml")}
+    assert sorted(CARDS) == sorted(k for k, c in configs.items() if teacher_kind(c.teacher.path) == "hub")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("name", CARDS)
 def test_every_profile_fits_its_card_with_a_margin(name):
     """With the recorded peaks, which hold without the memory budget. It is filled on purpose, and smaller than the card."""
     config = load_config(f"configs/{name}.yaml")
-    card = card_of(f"{PROFILES[name]}GB")
+    card = card_of(CARDS[name])
     other = OtherStages(config, plannable_facts(config), card)
     sizes = PEAKS[name] | {"prepare": other.prepare_bytes(), "evaluate": other.evaluate_bytes()}
     sizes["previews"] = FULL_SIZE[name]["stages"]["previews"]
@@ -63,7 +63,7 @@ def test_every_profile_fits_its_card_with_a_margin(name):
 @pytest.mark.parametrize("name", ["sd15_8gb", "sdxl_12gb"])
 def test_a_plan_has_the_recorded_peaks_and_previews_that_fit_too(name):
     config = load_config(f"configs/{name}.yaml", ["training.memory_budget=null"])
-    card = card_of(f"{PROFILES[name]}GB")
+    card = card_of(CARDS[name])
     planned = plan_run(config, plannable_facts(config), card)
     found = {cost.title: cost.update.peak for cost in planned.phases}
     assert found.items() >= PEAKS[name].items()
@@ -288,7 +288,7 @@ def test_the_plan_in_passes_agrees_with_the_arithmetic_counted(name, checkpointi
 
 
 def test_the_peaks_that_are_recorded_are_those_of_the_profiles():
-    assert sorted(json.loads(Path("tests/plan/peaks.json").read_text())) == sorted(PROFILES)
+    assert sorted(json.loads(Path("tests/plan/peaks.json").read_text())) == sorted(CARDS)
 
 
 @pytest.mark.parametrize(("precision", "each"), [("no", 16), ("bf16", 18)])

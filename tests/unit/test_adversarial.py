@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from stepdistill.diffusion.noise_path import CLEAN
+from stepdistill.diffusion.variance_preserving import VariancePreserving
 from stepdistill.objectives.adversarial import (
     accuracy,
     discriminator_loss,
     draw_perturbation,
     generator_loss,
     perturb,
-    perturbation_timesteps,
 )
 from tests.conftest import randn
 
@@ -65,13 +65,13 @@ def test_an_unknown_kind_of_loss_is_refused():
 
 
 @pytest.mark.parametrize("weights", [[1, 1, 1, 1], [5, 1, 1, 1]])
-def test_perturbation_is_drawn_by_weight_and_only_for_clean_samples(weights):
+def test_perturbation_is_drawn_by_weight_and_only_for_clean_samples(noise_path, weights):
     uniform = torch.arange(8000, dtype=torch.float64) / 8000
     ends = torch.full((8000,), CLEAN)
-    drawn = draw_perturbation(ends, uniform, weights=weights)
+    drawn = draw_perturbation(ends, uniform, weights=weights, noise_path=noise_path)
     for timestep, weight in zip((9, 249, 499, 749), weights, strict=True):
         assert (drawn == timestep).float().mean().item() == pytest.approx(weight / sum(weights), abs=1e-3)
-    unchanged = draw_perturbation(torch.full((4,), 249), uniform[:4], weights=weights)
+    unchanged = draw_perturbation(torch.full((4,), 249), uniform[:4], weights=weights, noise_path=noise_path)
     assert unchanged.tolist() == [249] * 4
 
 
@@ -88,13 +88,13 @@ def test_perturbation_adds_noise_to_clean_rows_only(noise_path):
 
 @pytest.mark.parametrize(("count", "timesteps"), [(1000, [9, 249, 499, 749]), (500, [4, 124, 249, 374])])
 def test_perturbation_timesteps_are_the_same_shares_of_any_schedule(count, timesteps):
-    assert perturbation_timesteps(count) == timesteps
+    path = VariancePreserving(torch.linspace(1, 0, count, dtype=torch.float64))
     uniform = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
     ends = torch.full((4,), CLEAN)
-    drawn = draw_perturbation(ends, uniform, weights=[1, 1, 1, 1], num_train_timesteps=count)
+    drawn = draw_perturbation(ends, uniform, weights=[1, 1, 1, 1], noise_path=path)
     assert drawn.tolist() == timesteps
 
 
-def test_wrong_perturbation_weights_are_refused():
+def test_wrong_perturbation_weights_are_refused(noise_path):
     with pytest.raises(ValueError, match="4 numbers"):
-        draw_perturbation(torch.tensor([CLEAN]), torch.tensor([0.5]), weights=[1, 1])
+        draw_perturbation(torch.tensor([CLEAN]), torch.tensor([0.5]), weights=[1, 1], noise_path=noise_path)

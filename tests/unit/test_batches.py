@@ -9,7 +9,8 @@ import torch
 
 from stepdistill.config import Phase, Rung, Training
 from stepdistill.data.batches import ahead, draw_batch
-from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving
+from stepdistill.diffusion.noise_path import CLEAN
+from stepdistill.diffusion.variance_preserving import VariancePreserving
 from stepdistill.errors import OutOfMemoryError
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.training.micro_batches import MicroBatches

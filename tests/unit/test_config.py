@@ -246,6 +246,7 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
 def test_the_folder_of_another_run_is_refused_and_left_unchanged(tmp_path):
     first = load_config(CONFIG, [f"output_dir={tmp_path}"])
     open_run(first)
+    (first.run_dir / "cache").mkdir()
     before = (first.run_dir / "config.yaml").read_bytes()
     for free in ("evaluation.num_images=64", "data.max_bad_fraction=0.5", "data.on_bad.image_animated=error"):
         check_run(load_config(CONFIG, [f"output_dir={tmp_path}", free]))
@@ -259,12 +260,26 @@ def test_the_folder_of_another_run_is_refused_and_left_unchanged(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
+def test_a_run_that_ended_before_it_made_anything_may_be_started_with_other_settings(tmp_path):
+    first = load_config(CONFIG, [f"output_dir={tmp_path}"])
+    open_run(first)
+    for name in ("teacher_parts.json", "environment.json"):
+        (first.run_dir / name).write_text("{}")
+    open_run(load_config(CONFIG, [f"output_dir={tmp_path}", "lora.rank=8"]))
+    assert (first.run_dir / "teacher_parts.json").exists()
+    other = load_config(CONFIG, [f"output_dir={tmp_path}", "teacher.path=pairs", "data.source=pairs"])
+    open_run(other)
+    assert read_run_config(first.run_dir) == other
+    assert not (first.run_dir / "teacher_parts.json").exists(), "the hashes are those of another teacher"
+
+
 def test_a_run_of_a_version_without_some_keys_resumes(tmp_path):
     config = load_config(CONFIG, [f"output_dir={tmp_path}"])
     open_run(config)
     saved = yaml.safe_load((config.run_dir / "config.yaml").read_text())
     del saved["data"]["held_out"], saved["training"]["ema_decay"]
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    (config.run_dir / "cache").mkdir()
     check_run(config)
     with pytest.raises(ConfigError, match=r"held_out: got 0\.1"):
         check_run(load_config(CONFIG, [f"output_dir={tmp_path}", "data.held_out=0.1"]))

@@ -9,9 +9,10 @@ import torch
 
 from stepdistill.config import Phase
 from stepdistill.data.batches import Batch
-from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
+from stepdistill.diffusion.noise_path import CLEAN
 from stepdistill.diffusion.prediction import convert_prediction
 from stepdistill.diffusion.solver import move, rollout
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.models.denoiser import Denoiser
 from stepdistill.models.network import kind as network_kind
 from stepdistill.models.network.conditioning import Conditioning

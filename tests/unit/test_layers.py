@@ -3,6 +3,7 @@ one owner."""
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,32 @@ def test_attributes_are_set_in_init_first():
             names = set().union(*methods.values()) - methods.get("__init__", set())
             set_later += [f"{path}: {kind.name}.{name}" for name in names]
     assert set_later == []
+
+
+ASKS_FOR_A_FAMILY = re.compile(
+    r"\b(if|elif|match|case|isinstance)\b.*(StableDiffusion|ZImage|SD3|SDXL|UNet2D|\bfamily\b|network_part|is_unet)"
+)
+OF_FAMILIES = ("models/network", "teacher", "export", "demo", "shrink")
+"""What differs between architectures, the checks of a folder, files for other tools, and what is for U-Nets alone."""
+
+
+def test_only_networks_and_exports_branch_on_the_name_of_a_family():
+    found = [
+        f"{path}: {line.strip()}"
+        for path in modules()
+        if not path.relative_to(PACKAGE).as_posix().startswith(("models/network", "export"))
+        for line in path.read_text().splitlines()
+        if re.search(r"\b(if|elif|match|case)\b.*\bfamily\b", line.partition("#")[0])
+    ]
+    assert found == []
+
+
+def test_no_other_room_asks_which_family_a_model_is_of():
+    found = [
+        f"{path}: {line.strip()}"
+        for path in modules()
+        if not path.relative_to(PACKAGE).as_posix().startswith(OF_FAMILIES)
+        for line in path.read_text().splitlines()
+        if ASKS_FOR_A_FAMILY.search(line.partition("#")[0])
+    ]
+    assert found == []

@@ -70,6 +70,13 @@ def test_the_reader_reads_new_renderings(reader):
     assert prompt_accuracy([images], expected[1:] + expected[:1], reader=reader) < 0.05
 
 
+def test_the_reader_reads_images_of_another_size(reader):
+    images, labels = rendered_batch(100, seed=5)
+    larger = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    asked = [letters.Triple(*row) for row in labels.tolist()]
+    assert prompt_accuracy([larger], asked, reader=reader) >= 0.98
+
+
 def test_the_reader_refuses_floats(reader):
     with pytest.raises(ValueError, match="uint8"):
         reader(torch.zeros(1, 3, 32, 32))

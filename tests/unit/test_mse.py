@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from stepdistill.diffusion.noise_path import VariancePreserving, make_betas
 from stepdistill.diffusion.prediction import convert_prediction
 from stepdistill.diffusion.solver import move, move_gain
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.objectives.mse import LOSS_SPACES, convert_loss, mse_loss, space_weight
 from tests.conftest import ends_of, randn
 

@@ -7,7 +7,8 @@ import torch
 
 from stepdistill.diffusion import grid
 from stepdistill.diffusion.grid import trailing_nodes
-from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
+from stepdistill.diffusion.noise_path import CLEAN
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from tests.conftest import randn
 
 LADDER = (128, 32, 8, 4, 2, 1)

@@ -7,11 +7,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from stepdistill.config.data import WORLDS as config_worlds
 from stepdistill.demo import letters, pairs, pairs_teacher
-from stepdistill.demo.reader import OF_LETTERS, OF_PAIRS, Reader, load_reader, save_reader
-from stepdistill.demo.teacher import build_scheduler, target_of, train_vae
+from stepdistill.demo.reader import OF_LETTERS, OF_PAIRS, Reader, load_reader, save_reader, shipped_reader
+from stepdistill.demo.teacher import Updates, build_scheduler, target_of, train_vae
 from stepdistill.demo.train import RECIPES, train_world
-from stepdistill.teacher.folder import missing_parts
+from stepdistill.demo.world import WORLDS, world_of_captions
+from stepdistill.evaluation.measure.features import build_extractor
+from stepdistill.teacher.examine import examine_pipeline
+from stepdistill.teacher.folder import EMBEDDED, embedded_folder, missing_parts, unsupported
 
 
 def test_captions_read_back():
@@ -108,7 +112,7 @@ def test_the_teacher_is_trained_with_the_text_that_the_pipeline_gives_it(tmp_pat
     images, labels = pairs_teacher.rendered_batch(70, seed=0)
     captions = [pairs.Pair(*row).caption for row in labels.tolist()]
     vae = train_vae(images, steps=2, seed=0)
-    pipeline = pairs_teacher.train_pipeline(vae, images, captions, unet_steps=2, seed=0)
+    pipeline = pairs_teacher.train_pipeline(vae, images, captions, updates=Updates(2, seed=0))
     pipeline.set_progress_bar_config(disable=True)
     encode = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     ids = pipeline.tokenizer([captions[0], ""], **encode).input_ids
@@ -130,13 +134,54 @@ def test_the_teacher_is_trained_with_the_text_that_the_pipeline_gives_it(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", sorted(RECIPES))
-def test_a_world_is_trained_to_a_folder_that_diffusers_loads(tmp_path, world):
-    few = dataclasses.replace(RECIPES[world], images=70, reader_steps=2, vae_steps=2, unet_steps=2)
-    train_world(world, few, tmp_path)
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_teacher_is_trained_to_a_folder_that_diffusers_loads(tmp_path, name):
+    few = dataclasses.replace(RECIPES[name], images=70, reader_steps=2, vae_steps=2, unet_steps=2)
+    train_world(name, few, tmp_path)
     assert missing_parts(tmp_path / "teacher") == []
+    assert [*unsupported(tmp_path / "teacher"), *examine_pipeline(tmp_path / "teacher")] == []
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
-    assert pipeline.unet.config.sample_size == {"letters": 8, "pairs": 12}[world]
+    network = pipeline.components.get("unet") or pipeline.transformer
+    assert network.config.sample_size == {"letters": 8, "letters_sd3": 8, "pairs": 12}[name]
     assert "70" in (tmp_path / "teacher" / "README.md").read_text()
-    questions = {"letters": OF_LETTERS, "pairs": OF_PAIRS}[world]
-    load_reader(tmp_path / "reader" / "model.fp16.safetensors", questions)
+    questions = {"letters": OF_LETTERS, "pairs": OF_PAIRS}.get(name)
+    if questions is not None:
+        load_reader(tmp_path / "reader" / "model.fp16.safetensors", questions)
+
+
+def test_the_worlds_are_those_that_a_config_can_name():
+    assert tuple(WORLDS) == config_worlds
+    assert set(WORLDS) < set(EMBEDDED)
+
+
+def test_a_world_knows_its_own_captions_only():
+    world = WORLDS["pairs"]
+    captions = world.sample(5, seed=0, among=world.captions()[::1000])
+    assert world_of_captions(captions) is world
+    assert world_of_captions([*captions, "a red letter a on white"]) is None
+    assert world_of_captions(["a red letter a on white"]) is WORLDS["letters"]
+    assert world.image(captions[0], seed=1, index=0).size == (48, 48)
+
+
+def test_the_shipped_reader_reads_new_renderings_and_finds_what_is_wrong():
+    images, labels = pairs_teacher.rendered_batch(200, seed=9)
+    captions = [pairs.Pair(*row).caption for row in labels.tolist()]
+    world = WORLDS["pairs"]
+    assert world.accuracy([images], captions) >= 0.98
+    assert world.accuracy([images], [*captions[1:], captions[0]]) <= 0.01
+    assert world.readings([images[:3]]) == captions[:3]
+    assert shipped_reader("pairs_reader").questions is OF_PAIRS
+
+
+def test_features_of_pairs_are_of_images_of_48_pixels():
+    extractor = build_extractor("pairs_reader")
+    assert (extractor.name, extractor.input_size, extractor.num_features) == ("pairs_reader", 48, 96)
+    assert extractor(torch.zeros(2, 3, 48, 48)).shape == (2, 96)
+    with pytest.raises(ValueError, match="pairs_reader takes 48 x 48 images, got 32 x 32"):
+        extractor(torch.zeros(2, 3, 32, 32))
+
+
+def test_the_shipped_teacher_is_complete_and_small():
+    folder = embedded_folder(EMBEDDED["pairs"])
+    assert missing_parts(folder) == []
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 10 * 2**20

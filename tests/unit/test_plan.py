@@ -12,7 +12,7 @@ import torch
 from stepdistill.config import ConfigError
 from stepdistill.config.ladder import WeightedObjective
 from stepdistill.config.load import load_config
-from stepdistill.diffusion.noise_path import VariancePreserving
+from stepdistill.diffusion.variance_preserving import VariancePreserving
 from stepdistill.plan import (
     describe,
     evaluation_forwards,
@@ -148,13 +148,13 @@ def test_the_parts_of_the_plan_add_up_to_the_remaining_passes():
         product = float(updates.replace(",", "")) * float(samples) * float(each)
         assert f"= {product:,.0f} passes" in line
     assert sum(map(last_number, training)) == pytest.approx(training_forwards(config), abs=len(training))
-    total = f"in all     {training_forwards(config) + evaluation_forwards(config):,.0f} U-Net passes"
+    total = f"in all     {training_forwards(config) + evaluation_forwards(config):,.0f} network passes"
     assert lines[-1].startswith(total)
     assert "times a pass" in lines[-1]
     remaining = describe(config, finished=[32, 8]).splitlines()
     assert "distill    32 -> 8  finished" in remaining
     expected = training_forwards(config, finished=[32, 8]) + evaluation_forwards(config)
-    assert remaining[-1].startswith(f"in all     {expected:,.0f} U-Net passes")
+    assert remaining[-1].startswith(f"in all     {expected:,.0f} network passes")
 
 
 def test_the_plan_of_a_stage_has_only_its_part():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
+from stepdistill.diffusion.noise_path import CLEAN
 from stepdistill.diffusion.prediction import (
     COEFFICIENTS,
     PREDICTION_TYPES,
@@ -13,6 +13,7 @@ from stepdistill.diffusion.prediction import (
     to_original_and_noise,
 )
 from stepdistill.diffusion.solver import guide, implied_noise, move
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.models.denoiser import Denoiser
 from tests.conftest import randn
 
@@ -31,12 +32,13 @@ def test_round_trips_in_float64(noise_path, first, second):
     assert torch.allclose(back, output, atol=1e-11)
 
 
-def test_the_three_prediction_types_agree_on_a_noised_sample(noise_path):
-    """x_t = a x0 + s e and v = a e - s x0: each conversion gives back what x_t was made of."""
+def test_all_prediction_types_agree_on_a_noised_sample(noise_path):
+    """x_t = a x0 + s e, v = a e - s x0, velocity e - x0: each conversion gives back what x_t was made of."""
     original, noise = (randn(4, 4, 8, 8, seed=k, dtype=torch.float64) for k in (0, 1))
     x_t = noise_path.add_noise(original, noise, TIMESTEPS)
     alpha, sigma = noise_path.alpha_sigma(TIMESTEPS, ndim=4)
     truth = {"epsilon": noise, "sample": original, "v_prediction": alpha * noise - sigma * original}
+    truth["velocity"] = noise - original
     for kind, target in itertools.product(PREDICTION_TYPES, repeat=2):
         converted = convert_prediction(
             truth[kind], x_t, TIMESTEPS, noise_path=noise_path, prediction_type=kind, target=target

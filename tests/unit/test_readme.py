@@ -10,14 +10,15 @@ import pytest
 from stepdistill import errors
 
 RESULTS = Path("eval/results/peers.json")
+OF_A_FLOW = Path("eval/results/sd3_peers.json")
 PEERS = ("progressive", "lcm-lora", "dmd2-lora", "lightning")
 README = Path("README.md")
 PAGE = Path("docs/results.md")
 
 
-def rows():
+def rows(file=RESULTS):
     """The means of all measures over the seeds, by row."""
-    table = json.loads(RESULTS.read_text())["table"]
+    table = json.loads(file.read_text())["table"]
     return {row.pop("row"): {k: v["mean"] for k, v in row.items() if isinstance(v, dict)} for row in table}
 
 
@@ -91,6 +92,20 @@ def test_students_beat_the_undistilled_teacher_on_the_committed_numbers():
     ):
         assert means[student]["paired_fid_to_teacher"] <= share * means[teacher]["paired_fid_to_teacher"]
         assert means[student]["prompt_accuracy"] >= accuracy
+
+
+def test_students_of_a_flow_beat_their_undistilled_teacher_on_the_committed_numbers():
+    means, page = rows(OF_A_FLOW), " ".join(PAGE.read_text().split())
+    assert len(json.loads(OF_A_FLOW.read_text())["seeds"]) >= 3
+    shares = []
+    for n, share in ((8, 0.5), (4, 0.1), (2, 0.05)):
+        ours, undistilled = means[f"stepdistill-{n}"], means[f"teacher-{n // 2}"]
+        shares.append(ours["paired_fid_to_teacher"] / undistilled["paired_fid_to_teacher"])
+        assert shares[-1] <= share
+    accuracies = [means[f"stepdistill-{n}"]["prompt_accuracy"] for n in (8, 4, 2, 1)]
+    assert all(a >= least for a, least in zip(accuracies, (0.99, 0.98, 0.97, 0.95), strict=True))
+    said = " / ".join(f"{share:.3f}" for share in shares), " / ".join(f"{a:.3f}" for a in accuracies)
+    assert f"is {said[0]} of its at 8 / 4 / 2 passes, and {said[1]} of our prompts are drawn right" in page
 
 
 def test_few_step_students_are_as_good_as_the_teacher_on_the_committed_numbers():

@@ -179,7 +179,7 @@ def test_a_row_named_like_an_outside_path_shows_no_image(run, tmp_path):
 
 def test_the_text_of_the_page_agrees_with_the_numbers(page):
     for sentence in (
-        "FID to teacher 3.05 (undistilled 50.80 at equal U-Net passes; floor 2.60), "
+        "FID to teacher 3.05 (undistilled 50.80 at equal network passes; floor 2.60), "
         "paired FID 1.12 (teacher with other noise: 2.60), prompt accuracy 99 %, "
         "0.97 of the teacher's diversity, 8.0 x faster than teacher-32.",
         "500 images: below 5,000 a Frechet distance is mostly bias",
@@ -250,6 +250,16 @@ def test_missing_columns_are_named_with_the_reason(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_without_fid_to_the_teacher_the_page_does_not_say_that_all_is_well(run, tmp_path):
+    def unmeasured(results):
+        for row in results["rows"]:
+            row.pop("fid_to_teacher", None)
+
+    shown = page_of(changed(run, tmp_path, unmeasured)).text
+    assert "FID to the teacher was not measured" in shown
+    assert "No number calls for a change." not in shown
+
+
 def test_samples_that_were_left_out_are_counted_by_kind(tmp_path):
     folder = make_run(tmp_path / "letters")
     (folder / "cache").mkdir()

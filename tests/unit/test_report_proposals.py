@@ -36,7 +36,9 @@ def carried_discriminator(config):
         rung["phases"] = CARRIED
 
 
-KINDS = [(path, None) for path in CONFIGS]
+# profiles for other cards have the same ladder
+LADDERS = {json.dumps(yaml.safe_load(Path(path).read_text())["ladder"]): path for path in CONFIGS}
+KINDS = [(path, None) for path in LADDERS.values()]
 KINDS += [("configs/letters.yaml", how) for how in (mse_only, given_the_last_timestep, carried_discriminator)]
 
 CHANCE = {"discriminator_accuracy_real": 0.5, "discriminator_accuracy_student": 0.5}

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepdistill.config import ConfigError, Phase
 from stepdistill.config.load import load_config
 from stepdistill.config.objective_kinds import OBJECTIVES, ObjectiveKind
-from stepdistill.diffusion.noise_path import CLEAN, VariancePreserving, make_betas
+from stepdistill.diffusion.noise_path import CLEAN
+from stepdistill.diffusion.variance_preserving import VariancePreserving, make_betas
 from stepdistill.models.scores import build_scores
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT
 from stepdistill.plan import phase_forwards

@@ -17,7 +17,7 @@ from stepdistill.messages import first_line
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.teacher.files import read_header
 from stepdistill.teacher.lora_header import check_lora_header
-from stepdistill.teacher.scheduler import MAX_TIMESTEPS
+from stepdistill.teacher.scheduler import MAX_TIMESTEPS, is_flow_scheduler
 
 ONNX_FILES = {"float32": "onnx/unet.onnx", "int8": "onnx-int8/unet.onnx"}
 """Files of a rung's folder that onnxruntime draws with, by precision."""
@@ -124,7 +124,7 @@ def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMi
 
     The class that `lora.scheduler` names, built from the base model's scheduler config; if it names none, the scheduler in
     scheduler/ beside the weights; if there is none, DDIM from the base model's config. ConfigError if the class is not one
-    of diffusers, or the file beside the weights is damaged.
+    of diffusers, or the file beside the weights is damaged. On a flow, Euler takes the place of DDIM.
     """
     file = scheduler_file(lora_file(lora).parent)
     if lora.scheduler is None and file.exists():
@@ -135,8 +135,11 @@ def lora_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> SchedulerMi
             )
         kind = scheduler_class(str(beside.get("_class_name")))
         return kind.from_config(beside, **(lora.scheduler_options or {}))
-    options = {"timestep_spacing": "trailing"} if lora.scheduler_options is None else lora.scheduler_options
-    return scheduler_class(lora.scheduler or "DDIMScheduler").from_config(dict(base_config), **options)
+    plain = "DDIMScheduler", {"timestep_spacing": "trailing"}
+    if is_flow_scheduler(base_config):
+        plain = str(base_config["_class_name"]), {}
+    options = plain[1] if lora.scheduler_options is None else lora.scheduler_options
+    return scheduler_class(lora.scheduler or plain[0]).from_config(dict(base_config), **options)
 
 
 def try_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> None:
@@ -156,6 +159,9 @@ def try_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> None:
         unknown = sorted((lora.scheduler_options or {}).keys() - scheduler.config.keys())
         if unknown:
             raise ValueError(f"{type(scheduler).__name__} has no option {unknown[0]}")
+        steps_on_flows = is_flow_scheduler({"_class_name": type(scheduler).__name__})
+        if is_flow_scheduler(base_config) and not (steps_on_flows or scheduler.config.get("use_flow_sigmas")):
+            raise ValueError(f"{type(scheduler).__name__} does not step on the base model's flow")
         if lora.timesteps is not None and len(lora.timesteps) != lora.steps:
             raise ValueError(f"it has {len(lora.timesteps)} timesteps")
         if lora.timesteps is not None:
@@ -164,7 +170,8 @@ def try_scheduler(lora: LoraRow, base_config: Mapping[str, Any]) -> None:
         else:
             scheduler.set_timesteps(lora.steps)
         times = scheduler.timesteps
-        within = bool(((times >= 0) & (times < scheduler.config.num_train_timesteps)).all())
+        last = scheduler.config.num_train_timesteps - (not steps_on_flows)
+        within = bool(((times >= 0) & (times <= last)).all())
         if not within:
             raise ValueError(f"timesteps from {times.min():g} to {times.max():g}")
     except ConfigError:

@@ -1,7 +1,8 @@
 """Draws images with the plain diffusers pipeline and a LoRA loaded from disk.
 
 Each image has its own random generator, so image k depends on its prompt and on (seed, k) alone: not on the batch size, the
-number of processes or interruptions.
+number of processes or interruptions. FlowMatchLCMScheduler is an exception: its pipelines give it no generator, so the noise
+that it adds depends on the images that are drawn together, too.
 """
 
 import contextlib
@@ -12,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from PIL import Image
 
 from stepdistill.config import Expert, RunConfig
+from stepdistill.data.buckets import drawn_size, scheduler_of
 from stepdistill.disk.durable import read_json, sha256_file, sha256_json
 from stepdistill.errors import NonFiniteError
 from stepdistill.evaluation.draw.row_images import RowImages
 from stepdistill.evaluation.draw.rows import ONNX_FILES, Row, lora_file, lora_scheduler
 from stepdistill.export.exported import read_scheduler
-from stepdistill.export.scheduler import student_scheduler
-from stepdistill.models.network.encode import unconditional_is_zeros
-from stepdistill.models.network.kind import load_network
-from stepdistill.rng import generator
+from stepdistill.export.scheduler import step_options, student_scheduler
+from stepdistill.models.network.kind import kind_of_pipeline, load_network
+from stepdistill.rng import derive_seed, generator
 from stepdistill.run.log import PhaseProgress
 from stepdistill.run.rungs import rung_folder
 from stepdistill.runtime import Processes
@@ -57,6 +58,7 @@ def draw(
     """Images of the prompts, and their final latents (n, C, h, w), float32 on the CPU.
 
     Image k of the call has its own generator, seeded by (seed, numbers[k]); by default numbers are counted from `first`.
+    guidance_scale: as in teacher.guidance_scale; 1 is off.
     `what` draws, for the message; `options` are passed to the pipeline. NonFiniteError if an image holds a number that is
     not finite: as bytes it would be black.
     """
@@ -67,11 +69,18 @@ def draw(
         last["latents"] = state["latents"]
         return state
 
-    with _requiring_finite_images(pipeline.vae, what, numbers):
+    kind = kind_of_pipeline(pipeline)
+    options |= step_options(pipeline.scheduler, steps) | kind.call_options(pipeline)
+    with (
+        _requiring_finite_images(pipeline.vae, what, numbers),
+        torch.random.fork_rng(devices=[pipeline.device] if pipeline.device.type == "cuda" else []),
+    ):
+        # some samplers add noise that a pipeline of flows takes from the global generator
+        torch.manual_seed(derive_seed(seed, "sampler", *numbers))
         images = pipeline(
             list(prompts),
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            guidance_scale=kind.pipeline_guidance(guidance_scale),
             generator=[generator(seed, "image", number) for number in numbers],
             callback_on_step_end=keep,
             callback_on_step_end_tensor_inputs=["latents"],
@@ -122,14 +131,11 @@ class Sampler:
     def __init__(self, config: RunConfig, *, device: torch.device | str = "cpu") -> None:
         self._config, self._device = config, device
         self._base = teacher_folder(config)
-        self._base_key = [
-            fingerprint(self._base),
-            encoder_fingerprint(self._base),
-            dict(TeacherFacts.of_folder(self._base).scheduler),
-        ]
+        self._base_config = dict(scheduler_of(config, TeacherFacts.of_folder(self._base)))
+        self._base_key = [fingerprint(self._base), encoder_fingerprint(self._base), self._base_config]
         self._pipeline: DiffusionPipeline | None = None
         self._base_scheduler: Any = None
-        self._torch_unet: Any = None
+        self._torch_network: Any = None
         self._loaded: tuple[object, ...] | None = None
         self._scale = 1.0
 
@@ -162,9 +168,13 @@ class Sampler:
         self, row: Row, prompts: Sequence[str], *, seed: int, numbers: Sequence[int]
     ) -> tuple[list[Image.Image], torch.Tensor]:
         pipeline = self._ready(row)
-        options = self._unconditional_options(len(prompts)) if row.guidance_scale > 1 else {}
+        options = self._size_options()
+        if row.guidance_scale > 1:
+            kind, unconditional = kind_of_pipeline(pipeline), self._config.teacher.unconditional
+            options |= kind.unconditional_options(pipeline, unconditional, len(prompts))
         if row.lora is not None:
-            options["eta"] = row.lora.eta
+            if row.lora.eta:
+                options["eta"] = row.lora.eta
             if row.lora.timesteps is not None:
                 options["timesteps"] = list(row.lora.timesteps)
         return draw(
@@ -180,22 +190,10 @@ class Sampler:
             **options,
         )
 
-    def _unconditional_options(self, count: int) -> dict[str, Any]:
-        """Pipeline arguments for teacher.unconditional: zeros as the unconditional embedding if SD is to use them.
-
-        By default SD's pipeline uses the embedding of ""; SDXL's is configured once in `_ready`.
-        """
-        pipeline = self._pipeline
-        if pipeline is None or self._config.teacher.unconditional != "zeros":
-            return {}
-        if isinstance(pipeline, StableDiffusionXLPipeline):
-            return {}
-        tokens, width = pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
-        return {
-            "negative_prompt_embeds": torch.zeros(count, tokens, width, dtype=pipeline.unet.dtype).to(
-                self._device
-            )
-        }
+    def _size_options(self) -> dict[str, Any]:
+        """Height and width, if the pipeline's own default is not the size that students are trained at."""
+        size = drawn_size(self._config, TeacherFacts.of_folder(self._base))
+        return {} if size is None else {"height": size[0], "width": size[1]}
 
     def key(self, row: Row, prompts: Sequence[str], *, seed: int) -> str:
         """A hash of everything that the images of a row depend on."""
@@ -211,6 +209,8 @@ class Sampler:
         made_by.append(beside and read_json(beside / "scheduler" / "scheduler_config.json"))
         if self._asks_experts(row):
             made_by.append(teachers_key(self._config))
+        if size := self._size_options():
+            made_by.append(size)
         return sha256_json([what, made_by, list(prompts), seed])
 
     def ensure(
@@ -256,9 +256,6 @@ class Sampler:
             dtype = getattr(torch, self._config.evaluation.dtype)
             self._pipeline = load_pipeline(self._base, dtype=dtype).to(self._device)
             self._base_scheduler = self._pipeline.scheduler
-            if isinstance(self._pipeline, StableDiffusionXLPipeline):
-                zeros = unconditional_is_zeros(self._pipeline, self._config.teacher.unconditional)
-                self._pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
         self._load(self._pipeline, row)
         if row.lora_scale != self._scale:  # cheaper than loading the LoRA again
             active = self._pipeline.get_active_adapters()
@@ -275,11 +272,12 @@ class Sampler:
         if loaded == self._loaded:
             return
         self._loaded, self._scale = None, 1.0  # stays None if loading fails
-        if self._torch_unet is None:
-            self._torch_unet = pipeline.unet
-        pipeline.unet = self._torch_unet
+        part = kind_of_pipeline(pipeline).component
+        if self._torch_network is None:
+            self._torch_network = getattr(pipeline, part)
+        setattr(pipeline, part, self._torch_network)
         pipeline.unload_lora_weights()
-        config = dict(self._base_scheduler.config)
+        config = dict(self._base_scheduler.config) | self._base_config
         if row.student_steps is not None and row.onnx is not None:
             folder = rung_folder(self._config.run_dir, row.student_steps)
             pipeline.scheduler = read_scheduler(folder)
@@ -300,8 +298,9 @@ class Sampler:
     def _load_expert(self, pipeline: DiffusionPipeline, expert: Expert) -> None:
         """Loads the LoRAs of one of several teachers, each at its weight, or its U-Net."""
         if expert.path is not None:
-            unet = load_network(Path(expert.path).expanduser(), dtype=pipeline.unet.dtype)
-            pipeline.unet = unet.to(self._device)
+            part = kind_of_pipeline(pipeline).component
+            folder, dtype = Path(expert.path).expanduser(), getattr(pipeline, part).dtype
+            setattr(pipeline, part, load_network(folder, dtype=dtype).to(self._device))
             return
         files = {f"lora{number}": file for number, file in enumerate(lora_files(expert))}
         for name, file in files.items():

@@ -1,14 +1,14 @@
 """Chooses the feature extractor for FID and related metrics from `evaluation.features`.
 
-Default: the reader for the letters world; for other images Inception if its weights are on disk, else a small net trained
-on the run's training images if there are enough of them, else none. The reader was trained on letters only, so it measures
+Default: its reader for a world of the demo; for other images Inception if its weights are on disk, else a small net trained
+on the run's training images if there are enough of them, else none. A reader was trained on its world only, so it measures
 other images only if the config names it.
 """
 
 from dataclasses import dataclass
 
 from stepdistill.config import ConfigError, Evaluation, RunConfig
-from stepdistill.demo.world import world_of
+from stepdistill.demo.world import SHIPPED_READERS, world_of
 from stepdistill.evaluation.evaluation_set import EvaluationSet
 from stepdistill.evaluation.measure.feature_files import inception_file
 from stepdistill.evaluation.measure.trained import (
@@ -20,9 +20,9 @@ from stepdistill.evaluation.measure.trained import (
 )
 
 TRAINED = "trained"
-_OF_LETTERS = (
-    "distances use the reader of the letters world, but these images are not from it, and the reader overlooks most "
-    "damage to them; evaluation.features=trained, inception, clip:FOLDER or dinov2:FOLDER detects it"
+_OF_OTHERS = (
+    "distances use {spec}, which learned from a world of the demo, but these images are not from it, and the reader "
+    "overlooks most damage to them; evaluation.features=trained, inception, clip:FOLDER or dinov2:FOLDER detects it"
 )
 
 
@@ -68,7 +68,8 @@ def choose_features(config: RunConfig, evaluation_set: EvaluationSet) -> Choice:
     if spec is None and world is not None:
         return Choice(world.extractor, is_named=False)
     if spec is not None and spec != TRAINED:
-        return Choice(spec, warnings=(_OF_LETTERS,) if spec == "reader" and world is None else ())
+        is_of_others = spec in SHIPPED_READERS and (world is None or world.extractor != spec)
+        return Choice(spec, warnings=(_OF_OTHERS.format(spec=spec),) if is_of_others else ())
     if spec is None and inception_file().is_file():
         return Choice("inception", is_named=False)
     count = images_at_hand(config)

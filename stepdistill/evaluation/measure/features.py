@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 
-from stepdistill.demo.world import load_reader
+from stepdistill.demo.world import SHIPPED_READERS, load_reader, reader_file
 from stepdistill.disk.durable import sha256_file
 from stepdistill.evaluation.measure.distances import ALONE
 from stepdistill.evaluation.measure.feature_files import (
@@ -29,11 +29,11 @@ from stepdistill.evaluation.measure.feature_files import (
 from stepdistill.evaluation.measure.resize import center_crop, resize
 from stepdistill.evaluation.measure.small_net import NUM_FEATURES, read_small_net
 from stepdistill.messages import first_line
-from stepdistill.teacher.folder import embedded_folder
 
 _NORMAL = ("mean", "std")
+_READERS_KID_GAMMA = {"reader": 1e-4, "pairs_reader": 4e-5}
 _ALLOWED = (
-    "reader, inception, inception:FILE, inception:FILE#sha256=HEX, clip:FOLDER, dinov2:FOLDER, trained, "
+    "reader, pairs_reader, inception, inception:FILE, inception:FILE#sha256=HEX, clip:FOLDER, dinov2:FOLDER, trained, "
     "trained:FOLDER"
 )
 
@@ -58,19 +58,23 @@ class FeatureExtractor(nn.Module):
 
 
 class ReaderFeatures(FeatureExtractor):
-    """A reader of the letters world, by default the embedded one: 96 features of 32 x 32 images, of mean squared length
-    7,600."""
+    """A reader of a world's images: 96 features of images of the world's size.
 
-    kid_gamma = 1e-4
+    name    "reader": letters, 32 x 32, features of mean squared length 7,600; "pairs_reader": pairs, 48 x 48, 18,300
+    path    weights of another reader of the same world; by default those that ship with the package
+    """
+
     default_resize = "none"
 
-    def __init__(self, path: Path | None = None) -> None:
-        path = path or embedded_folder("reader") / "model.fp16.safetensors"
-        super().__init__("reader", 96, sha256_file(path), 32)
-        self.reader = load_reader(path)
+    def __init__(self, path: Path | None = None, *, name: str = "reader") -> None:
+        path, questions = path or reader_file(name), SHIPPED_READERS[name]
+        reader = load_reader(path, questions)
+        super().__init__(name, reader.num_features, sha256_file(path), questions.image_size)
+        self.kid_gamma = _READERS_KID_GAMMA[name]
+        self.reader = reader
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 32, 32) -> (B, 96); ValueError for another size."""
+        """(B, 3, S, S) -> (B, 96); ValueError for another size than the world's."""
         _require_size(images, self)
         return self.reader.features(images.round().to(torch.uint8))
 
@@ -183,8 +187,8 @@ def build_extractor(
     key: the config's key that names CLIP's or DINOv2's folder, for the message.
     """
     kind, _, rest = spec.partition(":")
-    if spec == "reader":
-        made: FeatureExtractor = ReaderFeatures()
+    if spec in SHIPPED_READERS:
+        made: FeatureExtractor = ReaderFeatures(name=spec)
     elif kind == "inception":
         file, _, digest = rest.partition("#sha256=")
         made = InceptionFeatures(Path(file) if file else inception_file(), sha256=digest or None)

@@ -184,7 +184,7 @@ class Distances:
 def _main_view(options: Evaluation, extractor: FeatureExtractor) -> View:
     """The view for FID; ConfigError if the extractor needs a resize and has none, or patch_size is not its input size."""
     protocol = options.resize or extractor.default_resize
-    if protocol == "none" and extractor.name != "reader":
+    if protocol == "none" and extractor.default_resize != "none":
         raise ConfigError(
             f"evaluation.resize: got none; {extractor.name} takes images of {extractor.input_size} pixels; "
             f"allowed: torchmetrics, tf1, pil_bicubic, lanczos512"

@@ -1,6 +1,7 @@
 """The U-Net of Stable Diffusion and SDXL. Users of UNetKind need not know which of the two they have."""
 
 import copy
+from typing import Any
 
 import torch
 from diffusers import (
@@ -14,7 +15,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from stepdistill.models.network.conditioning import Conditioning
+from stepdistill.models.network.places import modules_at
+from stepdistill.teacher.facts import TeacherFacts
 
+_TOKENS = 77
 # LCM-LoRA's list: every convolution and linear layer except conv_in, conv_out and the shared time embedding.
 LORA_TARGETS = (
     "to_q",
@@ -42,9 +46,25 @@ class UNetKind:
     pipeline_classes = (StableDiffusionPipeline, StableDiffusionXLPipeline)
     lora_targets = LORA_TARGETS
     compiled_blocks = (BasicTransformerBlock, ResnetBlock2D)
-    encoder_lora_targets = (
-        r"(down_blocks|mid_block)\..*\.(" + "|".join(n.replace(".", r"\.") for n in LORA_TARGETS) + ")"
-    )
+
+    def encoder_lora_targets(self, _network: UNet2DConditionModel) -> str:
+        """The LoRA targets in the down blocks and the mid-block."""
+        names = "|".join(name.replace(".", r"\.") for name in LORA_TARGETS)
+        return rf"(down_blocks|mid_block)\..*\.({names})"
+
+    def random_conditioning(self, facts: TeacherFacts, rows: int, *, dtype: torch.dtype) -> Conditioning:
+        """Text embeddings; for SDXL also pooled ones and time_ids."""
+        config = facts.network
+        tokens = int(facts.configs["text_encoder"].get("max_position_embeddings", _TOKENS))
+        hidden = torch.randn(rows, tokens, int(config.get("cross_attention_dim", 768)), dtype=dtype)
+        if config.get("addition_embed_type") != "text_time":
+            return Conditioning(hidden)
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        added = {
+            "text_embeds": torch.randn(rows, pooled, dtype=dtype),
+            "time_ids": torch.full((rows, 6), 512.0),
+        }
+        return Conditioning(hidden, added)
 
     def ask(
         self,
@@ -99,18 +119,38 @@ class UNetKind:
             "middle": [] if network.mid_block is None else ["mid_block"],
             "decoder": [f"up_blocks.{index}" for index in range(len(network.up_blocks))],
         }
-        if places.get(tap):
-            return places[tap]
-        if tap in places:
-            raise ValueError(f"got {tap!r}, but this network has no {tap}; allowed: encoder, decoder")
-        try:
-            network.get_submodule(tap)
-        except AttributeError:
-            raise ValueError(
-                f"got {tap!r}, which names no module of the {type(network).__name__}; allowed: {', '.join(places)}, or a "
-                f"module such as {places['decoder'][0]}"
-            ) from None
-        return [tap]
+        return modules_at(network, tap, places)
+
+    def image_part(
+        self,
+        _network: UNet2DConditionModel,
+        output: torch.Tensor | tuple[torch.Tensor, ...],
+        _latent_size: tuple[int, int],
+    ) -> torch.Tensor:
+        """The first of several: a down block's others are its skip connections."""
+        return output[0] if isinstance(output, tuple) else output
+
+    def call_options(self, _pipeline: DiffusionPipeline) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def pipeline_guidance(self, guidance_scale: float) -> float:
+        """The same."""
+        return guidance_scale
+
+    def unconditional_options(
+        self, pipeline: DiffusionPipeline, unconditional: str, count: int
+    ) -> dict[str, Any]:
+        """Zeros as the embedding of no prompt for SD, whose pipeline else takes that of ""; SDXL's has a setting."""
+        zeros = unconditional_is_zeros(pipeline, unconditional)
+        if isinstance(pipeline, StableDiffusionXLPipeline):
+            pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+            return {}
+        if not zeros:
+            return {}
+        tokens, width = pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
+        options = {"dtype": pipeline.unet.dtype, "device": pipeline.device}
+        return {"negative_prompt_embeds": torch.zeros(count, tokens, width, **options)}
 
     def encode(
         self, pipeline: DiffusionPipeline, prompts: list[str], *, image_size: tuple[int, int]
@@ -139,6 +179,13 @@ class UNetKind:
         encoder.up_blocks = nn.ModuleList()
         encoder.conv_norm_out, encoder.conv_out = None, nn.Identity()
         return encoder
+
+
+def unconditional_is_zeros(pipeline: DiffusionPipeline, kind: str) -> bool:
+    """Whether `kind`, a value of `teacher.unconditional`, means zeros for this pipeline, not the embedding of ""."""
+    return kind == "zeros" or (
+        kind == "auto" and bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", False))
+    )
 
 
 def _encoder_blocks(network: UNet2DConditionModel) -> list[nn.Module]:
