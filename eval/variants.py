@@ -11,6 +11,7 @@ from typing import Any
 
 from peers.methods import ADVERSARIAL, Method, kinds_of, ladder_method
 
+from stepdistill import plan
 from stepdistill.config import RunConfig
 from stepdistill.config.load import parse_config
 from stepdistill.config.saved import resolved
@@ -112,6 +113,19 @@ def cached_twice(raw: Raw) -> None:
     """Every mse target is used twice."""
     for phase in phases(raw, ("mse",)):
         phase["cached_updates"] = phase["max_train_steps"] // 2
+
+
+def more_mse_for_its_passes(raw: Raw) -> None:
+    """Every mse target is used twice, and the passes that this saves pay for more mse updates; the adversary's stay."""
+    forwards, given = plan.training_forwards(parse_config(raw)), copy.deepcopy(raw)
+    low, high = 1.0, 2.0
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        raw["ladder"] = copy.deepcopy(given["ladder"])
+        for phase in phases(raw, ("mse",)):
+            phase["max_train_steps"] = round(middle * phase["max_train_steps"])
+        cached_twice(raw)
+        low, high = (middle, high) if plan.training_forwards(parse_config(raw)) < forwards else (low, middle)
 
 
 def even_updates(raw: Raw) -> None:
@@ -270,6 +284,7 @@ VARIANTS: dict[str, Change] = {
     "decay-to-nothing": with_training(lr_final_fraction=0.0),
     "skip-level": skip_level,
     "cached-twice": cached_twice,
+    "cached-twice-for-mse": more_mse_for_its_passes,
     "even-updates": even_updates,
     "with-16": with_16,
     "start-at-999": with_last_rung(start_timestep=None),
