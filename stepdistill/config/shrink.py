@@ -9,7 +9,7 @@ from stepdistill.config.ladder_checks import check_objectives
 from stepdistill.config.objective_kinds import OBJECTIVES, compares_features, has_critic
 from stepdistill.config.section import Affects, ConfigError, LearningRate, PositiveInt, Section
 
-PART_PATTERN = r"^(middle|middle\.end|level\.\d+\.(pair|layer)\.\d+)$"
+PART_PATTERN = r"^(middle|middle\.end|level\.\d+\.(pair|((encoder|decoder)\.)?layer)\.\d+)$"
 Part = Annotated[str, Field(pattern=PART_PATTERN)]
 _OBJECTIVES = tuple(
     kind
@@ -29,8 +29,9 @@ class Shrink(Section, affects=Affects.EVERY_RUNG):
 
     remove: Annotated[tuple[Part, ...], Field(max_length=500)] = ()
     """The parts to remove. level.L.pair.K: at level L (0 has the most pixels) residual block K, with its attention, of
-    encoder and decoder; level.L.layer.K: transformer block K of every attention at level L; middle.end: the attention and
-    the second residual block of the mid-block; middle: the whole mid-block."""
+    encoder and decoder; level.L.encoder.layer.K and level.L.decoder.layer.K: transformer block K of the attentions at level
+    L, of which one stays in the encoder (at the last level, the mid-block's go with the encoder's); level.L.layer.K: both;
+    middle.end: the attention and the second residual block of the mid-block; middle: the whole mid-block."""
     keep: Annotated[float, Field(gt=0, lt=1)] | None = None
     """In place of `remove`: the share of the parameters that is kept at most. Each part is removed alone and the output's
     error is measured; parts with the least error per parameter are removed first."""

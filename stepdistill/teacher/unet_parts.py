@@ -1,14 +1,16 @@
 """The parts that can be removed from a diffusers U-Net, the config of the rest, and where its weights are from. No torch.
 
-level.L.pair.K   residual block K with its attention, of down block L and of the up block at the same level: the encoder's
-                 first block changes the width, and so do the decoder's first and last, so these stay
-level.L.layer.K  transformer block K of every attention at level L; one of them stays. The last level's attentions and the
-                 mid-block's have the same number
-middle.end       attention and second residual block of the mid-block
-middle           the whole mid-block
+level.L.pair.K           residual block K with its attention, of down block L and of the up block at the same level: the encoder's
+                         first block changes the width, and so do the decoder's first and last, so these stay
+level.L.encoder.layer.K  transformer block K of the encoder's attentions at level L, of which one stays; at the last level, of the
+                         mid-block's too
+level.L.decoder.layer.K  transformer block K of the decoder's attentions at level L
+level.L.layer.K          both
+middle.end               attention and second residual block of the mid-block
+middle                   the whole mid-block
 
-What is left is a U-Net that diffusers builds from its config alone: shorter `layers_per_block` and
-`transformer_layers_per_block`, another `mid_block_type`.
+What is left is a U-Net that diffusers builds from its config alone: shorter `layers_per_block`, `transformer_layers_per_block`
+and `reverse_transformer_layers_per_block` (the decoder's, as SSD-1B has them), another `mid_block_type`.
 """
 
 import re
@@ -51,8 +53,9 @@ def removable(unet: Mapping[str, Any]) -> list[str]:
     for level, count in enumerate(layout.pairs):
         names += [f"level.{level}.pair.{index}" for index in range(1, count)]
     for level in _levels_with_layers(unet):
-        count = layout.layers[level]
-        names += [f"level.{level}.layer.{index}" for index in range(count) if count > 1]
+        numbers = range(layout.layers[level])
+        names += [f"level.{level}.encoder.layer.{index}" for index in numbers if len(numbers) > 1]
+        names += [f"level.{level}.decoder.layer.{index}" for index in numbers]
     if layout.middle == _CROSS_ATTENTION_MIDDLE:
         names.append(MIDDLE_END)
     if layout.middle is not None:
@@ -73,17 +76,18 @@ def _levels_with_layers(unet: Mapping[str, Any]) -> Iterable[int]:
 def check_removed(unet: Mapping[str, Any], removed: Sequence[str]) -> None:
     """ConfigError unless these parts can be removed together from the U-Net of this config."""
     allowed = removable(unet)
+    both = [name.replace(".encoder.", ".") for name in allowed if ".encoder." in name]
     for name in removed:
-        if name not in allowed:
+        if name not in [*allowed, *both]:
             raise ConfigError(
                 f"shrink.remove: got {name!r}, which this U-Net does not have, or not without it; allowed: "
-                f"{', '.join(allowed) or 'nothing'}"
+                f"{', '.join([*allowed, *both]) or 'nothing'}"
             )
-    for level, count in enumerate(_Layout.of(unet).layers):
-        layers = {name for name in removed if name.startswith(f"level.{level}.layer.")}
-        if len(layers) >= count:
+    layout = _Layout.of(unet)
+    for level, count in enumerate(layout.layers):
+        if not _layers_left(layout, removed, level, "encoder"):
             raise ConfigError(
-                f"shrink.remove: got all {count} layers of level {level}; allowed: at most {count - 1} of them"
+                f"shrink.remove: got all {count} layers of level {level}'s encoder; allowed: at most {count - 1} of them"
             )
 
 
@@ -102,8 +106,12 @@ def smaller_config(unet: Mapping[str, Any], removed: Sequence[str]) -> dict[str,
     layout, config = _Layout.of(unet), dict(unet)
     levels = range(len(layout.pairs))
     pairs = [layout.pairs[level] - len(_of_level(removed, level, "pair")) for level in levels]
-    layers = [layout.layers[level] - len(_of_level(removed, level, "layer")) for level in levels]
-    config |= {"layers_per_block": _short(pairs), "transformer_layers_per_block": _short(layers)}
+    encoder, decoder = (
+        [len(_layers_left(layout, removed, k, s)) for k in levels] for s in ("encoder", "decoder")
+    )
+    config |= {"layers_per_block": _short(pairs), "transformer_layers_per_block": _short(encoder)}
+    if decoder != encoder:
+        config["reverse_transformer_layers_per_block"] = decoder[::-1]
     if MIDDLE in removed:
         config["mid_block_type"] = None
     elif MIDDLE_END in removed:
@@ -116,6 +124,12 @@ def _short(counts: list[int]) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else counts
 
 
+def _layers_left(layout: _Layout, removed: Iterable[str], level: int, side: str) -> list[int]:
+    """The numbers of the transformer blocks that are left in each attention of a level's encoder or decoder."""
+    gone = _of_level(removed, level, "layer") | _of_level(removed, level, f"{side}.layer")
+    return _kept(layout.layers[level], gone)
+
+
 def _of_level(removed: Iterable[str], level: int, kind: str) -> set[int]:
     """The numbers of the removed pairs or layers of a level."""
     prefix = f"level.{level}.{kind}."
@@ -126,18 +140,18 @@ def source_name(unet: Mapping[str, Any], removed: Sequence[str], name: str) -> s
     """The name in the original U-Net of the weight that is called `name` in the smaller one."""
     layout = _Layout.of(unet)
     levels = len(layout.pairs)
-    level, match = levels - 1, _MODULE.fullmatch(name)
+    level, is_down, match = levels - 1, True, _MODULE.fullmatch(name)
     if match is not None:
-        side, block, kind, index, rest = match.groups()
-        is_down = side == "down_blocks"
+        blocks, block, kind, index, rest = match.groups()
+        is_down = blocks == "down_blocks"
         level = int(block) if is_down else levels - 1 - int(block)
         count = layout.pairs[level] if is_down else layout.pairs[level] + 1
         kept = _kept(count, _of_level(removed, level, "pair"))
-        name = f"{side}.{block}.{kind}.{kept[int(index)]}.{rest}"
+        name = f"{blocks}.{block}.{kind}.{kept[int(index)]}.{rest}"
     inner = _LAYER.fullmatch(name)
     if inner is not None:
         before, index, rest = inner.groups()
-        kept = _kept(layout.layers[level], _of_level(removed, level, "layer"))
+        kept = _layers_left(layout, removed, level, "encoder" if is_down else "decoder")
         name = f"{before}.{kept[int(index)]}.{rest}"
     return name
 

@@ -58,24 +58,31 @@ PARTS = [
     "level.0.pair.2",
     "level.1.pair.1",
     "level.1.pair.2",
-    "level.1.layer.0",
-    "level.1.layer.1",
-    "level.1.layer.2",
+    *(f"level.1.{side}.layer.{k}" for side in ("encoder", "decoder") for k in range(3)),
     MIDDLE_END,
     MIDDLE,
 ]
+BOTH = [f"level.1.layer.{k}" for k in range(3)]
 
 
 def test_every_part_that_can_be_removed_is_named():
     assert removable(plain_config(unet_of())) == PARTS
     plain = plain_config(unet_of(layers_per_block=1, transformer_layers_per_block=1))
-    assert removable(plain) == [MIDDLE_END, MIDDLE]
-    assert removable(plain | {"mid_block_type": "UNetMidBlock2D"}) == [MIDDLE]
-    assert removable(plain | {"mid_block_type": None}) == []
+    decoder = "level.1.decoder.layer.0"  # the encoder's only one stays
+    assert removable(plain) == [decoder, MIDDLE_END, MIDDLE]
+    assert removable(plain | {"mid_block_type": "UNetMidBlock2D"}) == [decoder, MIDDLE]
+    assert removable(plain | {"mid_block_type": None}) == [decoder]
 
 
 @pytest.mark.parametrize(
-    "removed", [[part] for part in PARTS] + [PARTS[:6] + PARTS[7:8], [*PARTS[1:7:2], MIDDLE]]
+    "removed",
+    [
+        *([part] for part in [*PARTS, *BOTH]),
+        [*PARTS[:6], MIDDLE_END],
+        [*PARTS[1:4:2], *BOTH[1:], MIDDLE],
+        PARTS[7:10],
+        [BOTH[0], PARTS[8]],
+    ],
 )
 def test_the_smaller_network_is_built_by_diffusers_from_its_config_and_the_originals_weights(removed):
     whole = unet_of()
@@ -105,6 +112,20 @@ def test_a_layer_that_changes_nothing_can_be_removed_without_a_change():
     assert source_name(config, ["level.1.layer.1"], f"mid_block{inside[13:].format(1)}") == (
         f"mid_block{inside[13:].format(2)}"
     )
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_layer_of_one_side_leaves_the_other_sides_where_they_are(side):
+    """Without effect in the decoder alone, block 1 of the decoder can go, block 1 of the encoder cannot; and the reverse."""
+    whole = unet_of()
+    for name, module in whole.named_modules():
+        if name.endswith("transformer_blocks.1") and name.startswith("up") == (side == "decoder"):
+            for last in (module.attn1.to_out[0], module.attn2.to_out[0], module.ff.net[2]):
+                last.weight.zero_()
+                last.bias.zero_()
+    other = {"encoder": "decoder", "decoder": "encoder"}[side]
+    assert torch.equal(ask(smaller_network(whole, [f"level.1.{side}.layer.1"])), ask(whole))
+    assert not torch.equal(ask(smaller_network(whole, [f"level.1.{other}.layer.1"])), ask(whole))
 
 
 def test_a_pair_that_changes_nothing_can_be_removed_without_a_change():
@@ -180,10 +201,8 @@ def test_a_share_that_leaves_nothing_is_refused():
             r"got 'level.0.pair.0', which this U-Net does not have, or not without it; allowed: level",
         ),
         (["level.0.layer.0"], r"got 'level.0.layer.0'"),
-        (
-            ["level.1.layer.0", "level.1.layer.1", "level.1.layer.2"],
-            r"got all 3 layers of level 1; allowed: at most 2",
-        ),
+        (BOTH, r"got all 3 layers of level 1's encoder; allowed: at most 2"),
+        (["level.1.layer.0", *PARTS[5:7]], r"got all 3 layers of level 1's encoder; allowed: at most 2"),
     ],
 )
 def test_parts_that_cannot_be_removed_are_refused(removed, text):
@@ -253,9 +272,9 @@ def test_what_does_not_fit_is_found_before_anything_is_trained():
     with pytest.raises(ConfigError, match=r"shrink.remove: got 'level.0.pair.9'"):
         check("shrink={remove: [level.0.pair.9]}")
     with pytest.raises(
-        ConfigError, match=r"shrink.keep: got 0.7, .* 0.744 of the parameters are left; allowed: 0.744"
+        ConfigError, match=r"shrink.keep: got 0.5, .* 0.584 of the parameters are left; allowed: 0.584"
     ):
-        check("shrink={keep: 0.7}")
+        check("shrink={keep: 0.5}")
     with pytest.raises(
         ConfigError, match=r"shrink.objectives.0.taps: got 'middle', but this network has no middle"
     ):
