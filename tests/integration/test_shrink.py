@@ -139,7 +139,7 @@ def test_the_parts_are_chosen_by_a_table_that_is_kept(tmp_path, capsys, caplog):
     with caplog.at_level("INFO"):
         stages.shrink(config)
     kept = read_sealed(work_folder(config) / SENSITIVITY)
-    assert {entry["part"] for entry in kept["table"]} == {"middle", "middle.end"}
+    assert {entry["part"] for entry in kept["table"]} == {"level.1.decoder.layer.0", "middle.end", "middle"}
     assert all(0 < entry["error"] < 2 for entry in kept["table"])
     assert "| part | parameters | error without it |" in caplog.text
     record = base_record(config)
