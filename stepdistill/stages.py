@@ -24,7 +24,7 @@ from stepdistill.run.rungs import finished_rungs, rung_folder
 from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
-from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
+from stepdistill.teacher.ladder_fit import check_ladder_fits, check_side, unfit_settings
 from stepdistill.teacher.same_teacher import check_same_teacher, record_teacher
 from stepdistill.teacher.small_base import base_record, ladder_base, on_small_base
 from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
@@ -38,10 +38,12 @@ def check_run(config: RunConfig) -> None:
     check_installed(config)
     check_teacher(config)
     try:
-        base_prediction_type = teacher_facts(config).prediction_type
+        facts: TeacherFacts | None = teacher_facts(config)
     except ConfigError:  # the teacher's configs are not on this disk yet
-        base_prediction_type = None
-    check_start(config, base_prediction_type=base_prediction_type)
+        facts = None
+    if facts is not None and config.data.resolution is not None:
+        check_side(config.data.resolution, facts.size_multiple)
+    check_start(config, base_prediction_type=None if facts is None else facts.prediction_type)
     check_folder(config)
 
 
@@ -463,6 +465,11 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
 
     _check_image_path(output)
     config = read_run_config(run_dir)
+    rungs = [rung.student_steps for rung in config.ladder]
+    if steps not in rungs:
+        raise ConfigError(
+            f"--steps: got {steps}; allowed: {', '.join(map(str, rungs))}, the rungs of this run"
+        )
     require_rung(run_dir, steps)
     check_same_teacher(config, teacher_folder(config), base=ladder_base(config))
     config = on_small_base(config)

@@ -12,9 +12,10 @@ from typing import Any
 
 from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 
-from stepdistill.config import ConfigError, Data, RunConfig
+from stepdistill.config import Data, RunConfig
 from stepdistill.disk.durable import read_sealed
 from stepdistill.teacher.facts import TeacherFacts
+from stepdistill.teacher.ladder_fit import check_side
 
 Size = tuple[int, int]
 
@@ -61,11 +62,8 @@ class Sizes:
 
     def __init__(self, data: Data, *, teacher_size: Size, multiple: int) -> None:
         target = teacher_size if data.resolution is None else (data.resolution, data.resolution)
-        if any(side % multiple for side in target):
-            nearest = max(multiple, round(target[0] / multiple) * multiple)
-            raise ConfigError(
-                f"data.resolution: got {target[0]}; allowed: multiples of {multiple}, such as {nearest}"
-            )
+        for side in target:
+            check_side(side, multiple)
         self.target: Size = target
         self.all: tuple[Size, ...] = (target,)
         if data.buckets:

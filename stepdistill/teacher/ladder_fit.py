@@ -26,6 +26,13 @@ def check_ladder_fits(config: RunConfig, teacher: TeacherFacts) -> None:
             _check_zero_snr(config, index, kind)
 
 
+def check_side(side: int, multiple: int) -> None:
+    """ConfigError if an image side in pixels is not a multiple of what the teacher's VAE and network need."""
+    if side % multiple:
+        nearest = max(multiple, round(side / multiple) * multiple)
+        raise ConfigError(f"data.resolution: got {side}; allowed: multiples of {multiple}, such as {nearest}")
+
+
 def _check_flow(config: RunConfig, teacher: TeacherFacts) -> None:
     """ConfigError for what the schedulers of flows cannot sample: another output, or a start that is told another time. Also
     for what there is for U-Nets alone."""

@@ -1,16 +1,16 @@
 """The parts that can be removed from a diffusers U-Net, the config of the rest, and where its weights are from. No torch.
 
-level.L.pair.K           residual block K with its attention, of down block L and of the up block at the same level: the encoder's
-                         first block changes the width, and so do the decoder's first and last, so these stay
-level.L.encoder.layer.K  transformer block K of the encoder's attentions at level L, of which one stays; at the last level, of the
-                         mid-block's too
+level.L.pair.K           residual block K with its attention, of down block L and of the up block at the same level; the
+                         encoder's first block changes the width, and so do the decoder's first and last, so these stay
+level.L.encoder.layer.K  transformer block K of the encoder's attentions at level L, of which one stays; at the last level,
+                         of the mid-block's too
 level.L.decoder.layer.K  transformer block K of the decoder's attentions at level L
 level.L.layer.K          both
 middle.end               attention and second residual block of the mid-block
 middle                   the whole mid-block
 
-What is left is a U-Net that diffusers builds from its config alone: shorter `layers_per_block`, `transformer_layers_per_block`
-and `reverse_transformer_layers_per_block` (the decoder's, as SSD-1B has them), another `mid_block_type`.
+What is left is a U-Net that diffusers builds from its config: shorter `layers_per_block`, `transformer_layers_per_block`
+and `reverse_transformer_layers_per_block` (the decoder's; SSD-1B has it), another `mid_block_type`.
 """
 
 import re

@@ -107,6 +107,15 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_refuses_a_resolution_that_the_run_would_refuse(tmp_path):
+    options = (f"output_dir={tmp_path / 'runs'}", "data.resolution=33", "--dry-run")
+    completed, _ = stepdistill("run", "configs/letters.yaml", *options)
+    assert completed.returncode == 2
+    assert completed.stderr.splitlines()[-1] == (
+        "stepdistill: data.resolution: got 33; allowed: multiples of 8, such as 32"
+    )
+
+
 def test_dry_run_of_a_stage_prints_only_its_part_of_the_plan(tmp_path):
     options = ("configs/letters.yaml", f"output_dir={tmp_path / 'runs'}", "--dry-run")
     completed, _ = stepdistill("distill", *options, "--rung", "32:8")
