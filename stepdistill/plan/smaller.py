@@ -31,7 +31,7 @@ def smaller_run(config: RunConfig, facts: TeacherFacts, plan: RunPlan) -> tuple[
         changes = ["training.memory_budget=null"]
         too_large = plan_run(changed(config, changes), facts, card).too_large
     worst = max(plan.phases, key=lambda cost: cost.update.peak)
-    for change, relieves in _savings(config):
+    for change, relieves in savings(config):
         if relieves not in too_large:
             continue
         changes = [*changes, *change]
@@ -67,10 +67,12 @@ def _last_of_each(changes: list[str]) -> list[str]:
     return list({change.partition("=")[0]: change for change in changes}.values())
 
 
-def _savings(config: RunConfig) -> Iterator[tuple[list[str], str]]:
+def savings(config: RunConfig) -> Iterator[tuple[list[str], str]]:
     """Changes that save memory, and what needs less with each: "training" or the name of another stage."""
     training = config.training
     yield ["evaluation.batch_size=1"], "evaluate"
+    if config.evaluation.dtype == "float32":
+        yield ["evaluation.dtype=bfloat16"], "evaluate"
     yield ["data.vae_dtype=bfloat16"], "prepare"
     if config.data.text_dtype == "float32":
         yield ["data.text_dtype=bfloat16"], "prepare"

@@ -16,7 +16,7 @@ from stepdistill.plan.cards import GIB, card_of
 from stepdistill.plan.dry_update import DryRun, UpdateCost
 from stepdistill.plan.other_stages import OtherStages
 from stepdistill.plan.passes import phase_forwards, teacher_substeps
-from stepdistill.plan.smaller import smaller_run
+from stepdistill.plan.smaller import changed, savings, smaller_run
 from stepdistill.plan.text import Costs, plan_text, verdict
 from stepdistill.plan.tracker import Work
 from stepdistill.plan.whole_run import PhaseCost, RunPlan, plan_run
@@ -158,6 +158,19 @@ def test_what_would_fit_a_smaller_card_than_the_budget_is_a_smaller_budget():
     changes, smaller = smaller_run(config, facts, plan)
     assert changes[0] == "training.memory_budget=1GiB"
     assert smaller.fits
+
+
+@pytest.mark.slow
+def test_images_that_do_not_fit_are_drawn_one_at_a_time_and_then_in_bfloat16():
+    """SDXL at 1024 px in float32, one image at a time, needs more than 12 GB; in bfloat16 it does not."""
+    config = load_config("configs/sdxl_24gb.yaml", ["evaluation.dtype=float32"])
+    facts, card = plannable_facts(config), card_of("12GB")
+    one_by_one, in_half = (change for change, relieves in savings(config) if relieves == "evaluate")
+    assert one_by_one == ["evaluation.batch_size=1"]
+    alone = changed(config, one_by_one)
+    assert OtherStages(alone, facts, card).evaluate_bytes() > card.usable_gib * GIB
+    assert OtherStages(changed(alone, in_half), facts, card).evaluate_bytes() < card.usable_gib * GIB
+    assert [c for c, _ in savings(changed(config, in_half)) if c[0].startswith("evaluation.dtype")] == []
 
 
 @pytest.mark.slow
