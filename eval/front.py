@@ -2,8 +2,8 @@
 
     python eval/front.py eval/results/front.json --line mse-alone half-the-adversary default twice-the-adversary
 
-reads what eval/ablations.py wrote and draws FILE.svg beside it. The variants of --line, which differ in one key, are joined by
-a line; the others are points. Bars are standard deviations of the differences from the default over the seeds, because a
+reads what eval/ablations.py wrote and draws FILE.svg beside it. The variants of --line, which differ in one key, are joined
+by a line; the others are points. Bars are standard deviations of the differences from the default over the seeds, because a
 seed shifts all variants alike. The star is the teacher at its most steps.
 """
 
@@ -51,7 +51,7 @@ def draw_panel(
     for name, colour, marker in zip(others, COLOURS, MARKERS, strict=False):
         (x, width), (y, height) = point(tables, name, steps)
         axes.errorbar([x], [y], xerr=[width], yerr=[height], color=colour, marker=marker, label=name, ls="")
-    teacher = [row for name, row in tables[0].items() if name.startswith("teacher-")][0]["row"]
+    teacher = next(name for name in tables[0] if name.startswith("teacher-"))
     x, y = (statistics.fmean(table[teacher][measure] for table in tables) for measure in MEASURES)
     axes.plot([x], [y], "*", color="#333333", markersize=9, label=teacher)
     axes.set_title(step_count(steps))
