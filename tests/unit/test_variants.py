@@ -1,4 +1,4 @@
-"""Commands in eval/: what a variant changes and what it costs, runs of a smaller student, points of the picture of the trade."""
+"""Commands in eval/: what a variant changes and what it costs, a smaller student's runs, points of the picture."""
 
 import pytest
 from front import point
