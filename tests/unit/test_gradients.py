@@ -119,6 +119,27 @@ def grads(parameters):
     return [None if p.grad is None else p.grad.clone() for p in parameters]
 
 
+def check_adversarial_gradients(shared, alone, batch, discriminators, *, paired):
+    """The loss of each role and its gradient are equal on one shared network and on separate ones.
+
+    discriminators: the shared network's and the separate one's, with equal weights.
+    """
+    discriminator, twin = discriminators
+    phase = Phase(objective="paired" if paired else "single")
+    ours, theirs = shared.losses(batch, phase, discriminator), alone.losses(batch, phase, twin)
+    for role, parameters, others in (
+        ("discriminator", discriminator.trained.values(), twin.trained.values()),
+        ("student", shared.student_parameters, alone.student_parameters),
+    ):
+        ours.by_role[role].backward()
+        theirs.by_role[role].backward()
+        assert torch.allclose(ours.by_role[role], theirs.by_role[role], rtol=1e-6)
+        scale = max(g.abs().max().item() for g in grads(others))
+        assert scale > 1e-5
+        for gradient, other in zip(grads(parameters), grads(others), strict=True):
+            assert torch.allclose(gradient, other, atol=1e-6 * max(1.0, scale))
+
+
 def forward(unet, x, t, c):
     return unet(x, t, encoder_hidden_states=c.encoder_hidden_states).sample
 
@@ -186,19 +207,7 @@ def test_adversarial_gradients_equal_those_of_separate_unets(noise_path, checkpo
     alone = Pair(separate(shared.student), separate(shared.teacher))
     twin = make_discriminator(SharedNetwork(build_tiny_unet()), paired=paired, heads=heads)
     twin.load_state(discriminator.state())
-    phase = Phase(objective="paired" if paired else "single")
-    ours, theirs = shared.losses(batch, phase, discriminator), alone.losses(batch, phase, twin)
-    for role, parameters, others in (
-        ("discriminator", discriminator.trained.values(), twin.trained.values()),
-        ("student", shared.student_parameters, alone.student_parameters),
-    ):
-        ours.by_role[role].backward()
-        theirs.by_role[role].backward()
-        assert torch.allclose(ours.by_role[role], theirs.by_role[role], rtol=1e-6)
-        scale = max(g.abs().max().item() for g in grads(others))
-        assert scale > 1e-5
-        for gradient, other in zip(grads(parameters), grads(others), strict=True):
-            assert torch.allclose(gradient, other, atol=1e-6 * max(1.0, scale))
+    check_adversarial_gradients(shared, alone, batch, (discriminator, twin), paired=paired)
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)

@@ -17,7 +17,7 @@ from stepdistill.models.network.conditioning import Conditioning
 from stepdistill.models.network.sd3 import SD3Kind
 from stepdistill.models.shared_network import DISCRIMINATOR, STUDENT, TEACHER, SharedNetwork
 from tests.conftest import randn
-from tests.unit.test_gradients import Pair, fill, grads
+from tests.unit.test_gradients import Pair, check_adversarial_gradients, fill, grads
 
 PATH = RectifiedFlow(3.0)
 
@@ -143,19 +143,7 @@ def test_adversarial_gradients_equal_those_of_separate_networks(checkpointing, p
     alone = Pair(separate(shared.student), separate(shared.teacher))
     twin = make_discriminator(SharedNetwork(build()), paired=paired, heads=heads)
     twin.load_state(discriminator.state())
-    phase = Phase(objective="paired" if paired else "single")
-    ours, theirs = shared.losses(batch, phase, discriminator), alone.losses(batch, phase, twin)
-    for role, parameters, others in (
-        ("discriminator", discriminator.trained.values(), twin.trained.values()),
-        ("student", shared.student_parameters, alone.student_parameters),
-    ):
-        ours.by_role[role].backward()
-        theirs.by_role[role].backward()
-        assert torch.allclose(ours.by_role[role], theirs.by_role[role], rtol=1e-6)
-        scale = max(g.abs().max().item() for g in grads(others))
-        assert scale > 1e-5
-        for gradient, other in zip(grads(parameters), grads(others), strict=True):
-            assert torch.allclose(gradient, other, atol=1e-6 * max(1.0, scale))
+    check_adversarial_gradients(shared, alone, batch, (discriminator, twin), paired=paired)
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)
