@@ -115,17 +115,24 @@ def cached_twice(raw: Raw) -> None:
         phase["cached_updates"] = phase["max_train_steps"] // 2
 
 
-def more_mse_for_its_passes(raw: Raw) -> None:
-    """Every mse target is used twice, and the passes that this saves pay for more mse updates; the adversary's stay."""
-    forwards, given = plan.training_forwards(parse_config(raw)), copy.deepcopy(raw)
-    low, high = 1.0, 2.0
-    while high - low > 0.01:
-        middle = (low + high) / 2
-        raw["ladder"] = copy.deepcopy(given["ladder"])
-        for phase in phases(raw, ("mse",)):
-            phase["max_train_steps"] = round(middle * phase["max_train_steps"])
-        cached_twice(raw)
-        low, high = (middle, high) if plan.training_forwards(parse_config(raw)) < forwards else (low, middle)
+def cached_for_mse(adversary: float = 1.0) -> Change:
+    """Every mse target is used twice and the adversarial updates are multiplied by `adversary`; the passes that both save pay
+    for more mse updates."""
+
+    def change(raw: Raw) -> None:
+        forwards = plan.training_forwards(parse_config(raw))
+        adversary_times(adversary)(raw)
+        given, low, high = copy.deepcopy(raw["ladder"]), 1.0, 2.0
+        while high - low > 0.01:
+            middle = (low + high) / 2
+            raw["ladder"] = copy.deepcopy(given)
+            for phase in phases(raw, ("mse",)):
+                phase["max_train_steps"] = round(middle * phase["max_train_steps"])
+            cached_twice(raw)
+            is_less = plan.training_forwards(parse_config(raw)) < forwards
+            low, high = (middle, high) if is_less else (low, middle)
+
+    return change
 
 
 def even_updates(raw: Raw) -> None:
@@ -284,7 +291,8 @@ VARIANTS: dict[str, Change] = {
     "decay-to-nothing": with_training(lr_final_fraction=0.0),
     "skip-level": skip_level,
     "cached-twice": cached_twice,
-    "cached-twice-for-mse": more_mse_for_its_passes,
+    "cached-twice-for-mse": cached_for_mse(),
+    "cached-twice-half-the-adversary": cached_for_mse(adversary=0.5),
     "even-updates": even_updates,
     "with-16": with_16,
     "start-at-999": with_last_rung(start_timestep=None),

@@ -27,6 +27,10 @@ def test_targets_used_twice_pay_for_more_mse_updates_and_leave_the_adversary_alo
     assert all(1.3 < after / before < 1.4 for after, before in pairs)
     cached = [p.cached_updates for rung in config.ladder for p in rung.phases if p.kinds == ("mse",)]
     assert cached == pytest.approx([after / 2 for after, _ in pairs], abs=1)
+    half = variant("cached-twice-half-the-adversary").config(base, budget, 1.0)
+    assert plan.training_forwards(half) == pytest.approx(budget, rel=0.01)
+    assert updates(half, "single") == pytest.approx([n / 2 for n in updates(base, "single")], abs=1)
+    assert all(m > n for m, n in zip(updates(half, "mse"), updates(config, "mse"), strict=True))
 
 
 def test_a_variant_of_the_adversary_takes_the_passes_of_the_default():
