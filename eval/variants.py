@@ -116,8 +116,8 @@ def cached_twice(raw: Raw) -> None:
 
 
 def cached_for_mse(adversary: float = 1.0) -> Change:
-    """Every mse target is used twice and the adversarial updates are multiplied by `adversary`; the passes that both save pay
-    for more mse updates."""
+    """Every mse target is used twice, and the adversarial updates are multiplied by `adversary`; the passes that both save
+    pay for more mse updates."""
 
     def change(raw: Raw) -> None:
         forwards = plan.training_forwards(parse_config(raw))
