@@ -139,6 +139,8 @@ def _stage(
         stage(config)
         return
     stages.check_run(config)
+    if planned == ("shrink",):
+        stages.check_has_shrink(config)
     described = plan.describe(
         config,
         stages=planned,
@@ -147,6 +149,9 @@ def _stage(
         seconds_per_pass=plan.measured_seconds_per_pass(config),
     )
     typer.echo(printable_lines(yaml.safe_dump(resolved(config), sort_keys=False) + "\n" + described))
+    typer.echo(
+        "not checked here: data, weights, taps, teachers, exports and table; `stepdistill doctor` checks them"
+    )
 
 
 def _load(config_path: Path, overrides: list[str] | None) -> RunConfig:
@@ -272,7 +277,7 @@ def merge(
         str | None, typer.Option(help="of each source, such as 3,1; only ratios matter; default: equal")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="of the result; default: the largest of the sources")
+        int | None, typer.Option(help="of the result; default: the largest of the sources")
     ] = None,
 ) -> None:
     """Average what LoRAs change, such as those of sites that train on their own pictures."""

@@ -121,6 +121,7 @@ def prepare(config: RunConfig) -> None:
     """Writes latents and text embeddings into the cache; does nothing if they are there already."""
     if not _is_started(config):
         _check_shrink(config)
+        _check_captions(config)
     with _work_in(config) as run_dir:
         _prepare(config, run_dir)
 
@@ -167,15 +168,31 @@ def _check_shrink(config: RunConfig) -> None:
     check_shrink_fits(config, teacher_facts(config))
 
 
+def check_has_shrink(config: RunConfig) -> None:
+    """ConfigError if the config has no `shrink` section."""
+    if config.shrink is None:
+        raise ConfigError(
+            "shrink: got no such section; allowed: one with `remove` or `keep` (docs/configuration.md)"
+        )
+
+
+def _check_captions(config: RunConfig) -> None:
+    """ConfigError if a caption of the data is of none of several teachers; hours of `prepare` would come before it."""
+    if not config.teachers:
+        return
+    check_run(config)
+    _quiet_libraries()
+    from stepdistill.data.prepare import check_captions
+
+    check_captions(config)
+
+
 def shrink(config: RunConfig, *, began: float | None = None) -> None:
     """Makes the smaller base model that config.shrink asks for; does nothing if it is there already.
 
     began: time.monotonic() at the command's start, from which training.max_minutes counts; None: now.
     """
-    if config.shrink is None:
-        raise ConfigError(
-            "shrink: got no such section; allowed: one with `remove` or `keep` (docs/configuration.md)"
-        )
+    check_has_shrink(config)
     began = time.monotonic() if began is None else began
     if not _is_started(config):
         _check_before_start(config, None)
@@ -315,9 +332,10 @@ def export(
 def _print_exports(config: RunConfig, chosen: Sequence[int], push_to: str | None) -> None:
     options = config.export
     lower = f", rank {options.rank}" if options.rank is not None else ""
+    kinds = [f"{name} in {'float32' if name == 'onnx' else options.dtype}" for name in options.formats]
+    kinds += ["onnx in int8"] if options.quantize == "int8" else []
     for count in chosen:
-        place = one_line(str(rung_folder(config.run_dir, count)))
-        print(f"export {place}: {', '.join(options.formats)} in {options.dtype}{lower}")
+        print(f"export {one_line(str(rung_folder(config.run_dir, count)))}: {', '.join(kinds)}{lower}")
     if push_to is not None:
         print(f"push it to {one_line(push_to)}")
 
@@ -541,7 +559,7 @@ def _make_teacher(config: RunConfig) -> None:
 def _check_later_stages(config: RunConfig) -> None:
     """ValueError if another run's latents cannot be used, if exports or table could not be made later, or if a phase
     does not fit its budget or its network."""
-    from stepdistill.data.prepare import check_borrowed
+    from stepdistill.data.prepare import check_borrowed, check_captions
     from stepdistill.evaluation.check import check_evaluation
     from stepdistill.export.check import check_export
     from stepdistill.ladder.check import check_training
@@ -549,6 +567,7 @@ def _check_later_stages(config: RunConfig) -> None:
     from stepdistill.shrink.check import check_shrink_fits
 
     check_borrowed(config)
+    check_captions(config)
     check_shrink_fits(config, teacher_facts(config))
     if base_record(config) is not None:
         config = on_small_base(config)

@@ -16,8 +16,9 @@ from stepdistill.config.section import (
 )
 
 Frequency = Annotated[float, Field(ge=0, le=10**6)]
-Weight = Annotated[float, Field(ge=0)]
-Tap = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$", max_length=300)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+TAP_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*$"
+Tap = Annotated[str, Field(pattern=TAP_PATTERN, max_length=300)]
 UPDATES_OF_FAKE_SCORE = 5
 """For each update of the student, as DMD2 has it on SDXL."""
 PLACES = ("encoder", "middle", "decoder")

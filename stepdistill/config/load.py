@@ -11,10 +11,13 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
+from stepdistill.config.ladder import TAP_PATTERN
 from stepdistill.config.plain_yaml import plain_yaml
 from stepdistill.config.saved import read_run_config, resolved
 from stepdistill.config.schema import all_keys, holds_text, section_at
+from stepdistill.config.section import NAME_PATTERN
 from stepdistill.config.shipped import shipped_configs
+from stepdistill.config.shrink import PART_PATTERN
 from stepdistill.disk.places import is_folder
 from stepdistill.messages import short
 
@@ -24,9 +27,26 @@ _ALLOWED = {
     "bool_type": "true or false",
     "too_short": "a list with at least one entry",
     "model_type": "a section: a mapping of keys to values",
-    "string_pattern_mismatch": "letters, digits and . _ -, of which the first is a letter or a digit",
+    "tuple_type": "a list, such as [a, b]",
+    "too_long": "at most {max_length} entries",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "below {lt}",
+    "less_than_equal": "{le} or less",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
 }
-"""What a message names as allowed, by pydantic's error type; for errors whose own text speaks of Python classes."""
+"""What a message names as allowed, by pydantic's error type: for errors whose own text speaks of Python or of inputs. Names
+in braces are of the error's context."""
+_TEXTS = {
+    NAME_PATTERN: "letters, digits and . _ -, of which the first is a letter or a digit",
+    TAP_PATTERN: "encoder, middle, decoder, or a module's name: letters, digits, _ and ., of which the first is no digit",
+    PART_PATTERN: "middle, middle.end, or level.L with .pair.K, .layer.K, .encoder.layer.K or .decoder.layer.K",
+}
+"""What a message names as allowed, by the pattern that a text does not have."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -165,8 +185,17 @@ def _explain(error: ValidationError) -> str:
         return f"{location}: got nothing; a value is required"
     if kind == "value_error":
         message = str(first["ctx"]["error"])
-    message = _ALLOWED.get(kind, message)
-    return f"{location}: got {short(got)} ({type(got).__name__}); allowed: {message[0].lower()}{message[1:]}"
+    context = first.get("ctx", {})
+    message = _TEXTS.get(context.get("pattern", ""), message.removeprefix("Input should be "))
+    message = _ALLOWED.get(kind, message[0].lower() + message[1:])
+    return f"{location}: got {short(got)} ({type(got).__name__}); allowed: {_filled(message, context)}"
+
+
+def _filled(text: str, context: Mapping[str, Any]) -> str:
+    """The text with the numbers of its context; a text without a place for one as it is."""
+    for name, value in context.items():
+        text = text.replace(f"{{{name}}}", f"{value:g}" if isinstance(value, float) else str(value))
+    return text
 
 
 def _nearest(name: str, allowed_keys: list[str]) -> str | None:

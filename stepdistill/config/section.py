@@ -49,7 +49,8 @@ LearningRate = Annotated[float, Field(gt=0, le=1000)]
 Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
 BatchSize = Annotated[int, Field(gt=0, le=4096)]
 Rank = Annotated[int, Field(gt=0, le=4096)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=150)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=150)]
 """A name that becomes part of file names, which have at most 255 bytes."""
 FilePath = Annotated[str, AfterValidator(_usable_path)]
 """A path exactly as the config has it, because the text is part of a cache's key. The code that opens it expands ~."""

@@ -1,5 +1,6 @@
 """The `shrink` section of a config: how a smaller base model is made before the ladder. No torch."""
 
+import re
 from typing import Annotated
 
 from pydantic import Field
@@ -75,7 +76,11 @@ def check_shrink(
         return
     if bool(shrink.remove) == (shrink.keep is not None):
         given = "both" if shrink.remove else "neither"
-        raise ConfigError(f"shrink: got {given} of remove and keep; allowed: one of them")
+        raise ConfigError(
+            f"shrink: got {given} of remove and keep; allowed: one of them, shrink.keep=0.6 and shrink.remove=[] or a list "
+            f"of parts and shrink.keep=null"
+        )
+    _check_apart(shrink.remove)
     for place, objective in enumerate(shrink.objectives):
         if objective.kind not in _OBJECTIVES:
             raise ConfigError(
@@ -106,3 +111,15 @@ def check_shrink(
             "shrink.objectives: got relations between samples with a training.train_batch_size of 1; allowed: patches, or "
             "micro-batches of 2 samples or more"
         )
+
+
+def _check_apart(removed: tuple[str, ...]) -> None:
+    """ConfigError if a part is named twice, or beside a part that it belongs to."""
+    for part in removed:
+        if removed.count(part) > 1:
+            raise ConfigError(f"shrink.remove: got {part!r} twice; allowed: each part once")
+        whole = "middle" if part == "middle.end" else re.sub(r"\.(encoder|decoder)\.", ".", part)
+        if whole != part and whole in removed:
+            raise ConfigError(
+                f"shrink.remove: got {part!r} beside {whole!r}, which has it; allowed: one of them"
+            )

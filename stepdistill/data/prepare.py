@@ -4,6 +4,7 @@ A shard depends on its records, the teacher and the config alone. So after an in
 missing shards, and any number of processes writes the same bytes.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -49,7 +50,7 @@ from stepdistill.models.network.encode import encode_prompts, encode_uncondition
 from stepdistill.models.network.kind import load_network
 from stepdistill.models.shared_network import SharedNetwork
 from stepdistill.runtime import WEIGHT_DTYPES, Processes
-from stepdistill.teacher.experts import teachers_key
+from stepdistill.teacher.experts import check_prompts, teachers_key
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.loading import (
     encoder_fingerprint,
@@ -292,6 +293,16 @@ def check_borrowed(config: RunConfig) -> None:
     base = teacher_folder(config)
     source = {"teacher": fingerprint(base), "encoders": encoder_fingerprint(base)}
     borrowed_manifest(settled(config), Path(config.data.source).expanduser(), source)
+
+
+def check_captions(config: RunConfig) -> None:
+    """ConfigError if a caption of the data is of none of several teachers. Captions that cannot be read are left to
+    `prepare`, and those in another run's cache to the ladder."""
+    if not config.teachers or is_cache(config.data.source):
+        return
+    for record in training_records(settled(config).data, seed=data_seed(config)):
+        with contextlib.suppress(BadSample):
+            check_prompts(config.teachers, [read_caption(record.read_caption())])
 
 
 def borrowed_manifest(config: RunConfig, lender: Path, source: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from stepdistill.config.ladder_checks import unused_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import held_out_share
-from stepdistill.data.prepare import check_borrowed
+from stepdistill.data.prepare import check_borrowed, check_captions
 from stepdistill.data.records import is_cache, is_prompts_only, records
 from stepdistill.data.size_counts import bucket_notes
 from stepdistill.data.source import image_of
@@ -239,6 +239,7 @@ def _data(config: RunConfig, *, teacher_is_whole: bool) -> Iterator[Finding]:
     teacher = _facts(config)
     if teacher_is_whole and teacher is not None:
         check_borrowed(config)
+    check_captions(config)
     has_images = not (is_prompts_only(data.source) or is_cache(data.source))
     if teacher_is_whole and teacher is not None and has_images:
         size = Sizes(data, teacher_size=teacher.image_size, multiple=teacher.size_multiple).target

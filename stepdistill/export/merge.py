@@ -5,7 +5,7 @@ mean of their products. The sum of k LoRAs of rank r has rank k r at most; it is
 
 OUTPUT/                                 of runs: rungs/<steps>/ for each step count that all of them have
   pytorch_lora_weights.safetensors      the merged LoRA
-  rung.json  scheduler/  base.json      of the rungs that were merged, whose facts are equal
+  rung.json  scheduler/  base.json      of the first rung; all have its steps, prediction, start and base
   merged.json                           weight and sha256 of each LoRA, and the energy kept
 """
 
@@ -36,11 +36,10 @@ class Source:
 
     @classmethod
     def read(cls, path: Path) -> "Source":
-        """Reads a rung's folder, or a LoRA's file or folder; ConfigError if it is missing, damaged, or of another kind."""
-        if not path.exists():
-            raise ConfigError(
-                f"merge: got {path}, which does not exist; allowed: a run, a rung's folder or a LoRA"
-            )
+        """Reads a rung's folder or its LoRA's file, or another LoRA's file or folder; ConfigError if it is damaged, or of
+        another kind."""
+        if path.name == WEIGHT_NAME and RungRecord.read(path.parent) is not None:
+            path = path.parent
         try:
             lora = read_lora(path)
         except ValueError as error:
@@ -66,6 +65,11 @@ def merge(
     """
     if output.exists():
         raise ConfigError(f"--output: got {output}, which exists; allowed: a new folder")
+    for path in sources:
+        if not path.exists():
+            raise ConfigError(
+                f"merge: got {path}, which does not exist; allowed: a run, a rung's folder or a LoRA"
+            )
     shares = _shares(weights, len(sources))
     steps = _common_steps(sources)
     together = {
@@ -85,7 +89,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     total = sum(given)
     if min(given) < 0 or not 0 < total < float("inf"):
         raise ConfigError(
-            f"--weights: got {','.join(f'{w:g}' for w in given)}; allowed: numbers of 0 or more, not all 0"
+            f"--weights: got {','.join(f'{w:g}' for w in given)}; allowed: finite numbers of 0 or more, not all 0"
         )
     return [weight / total for weight in given]
 
@@ -110,12 +114,15 @@ def _common_steps(sources: Sequence[Path]) -> list[int]:
 
 
 def merged_lora(sources: Sequence[Source], shares: Sequence[float], rank: int | None) -> Reduced:
-    """The weighted mean of the sources' updates at a rank; ConfigError if they do not belong together."""
+    """The weighted mean of the sources' updates at a rank, by default the largest of theirs; ConfigError if they do not
+    belong together, or if the rank is higher than the mean's can be."""
     first = sources[0]
     for other in sources[1:]:
         _check_alike(first, other)
     mean = weighted_sum([source.lora for source in sources], shares)
-    return cut_product(mean, rank or max(source.lora.rank for source in sources))
+    if rank is not None and not 1 <= rank <= mean.rank:
+        raise ConfigError(f"--rank: got {rank}; allowed: 1 to {mean.rank}, the sum of the sources' ranks")
+    return cut_product(mean, max(source.lora.rank for source in sources) if rank is None else rank)
 
 
 def _check_alike(first: Source, other: Source) -> None:

@@ -90,19 +90,20 @@ def _check_folder(key: str, folder: Path, facts: TeacherFacts, *, is_smaller: bo
         )
     other = TeacherFacts.of_folder(folder)
     network = "a U-Net" if facts.network_part == "unet" else "a transformer"
-    compared: dict[str, list[Any]] = {
+    compared: dict[str, list[dict[str, Any]]] = {
         network: [{k: v for k, v in f.network.items() if not k.startswith("_")} for f in (facts, other)],
-        "a prediction type": [f.prediction_type for f in (facts, other)],
-        "a noise schedule": [[f.scheduler.get(k) for k in _SCHEDULE] for f in (facts, other)],
-        "text encoders": [weights_fingerprint(f.folder, *TEXT_ENCODERS) for f in (facts, other)],
+        "a prediction type": [{"prediction_type": f.prediction_type} for f in (facts, other)],
+        "a noise schedule": [{k: f.scheduler.get(k) for k in _SCHEDULE} for f in (facts, other)],
+        "text encoders": [{"weights": weights_fingerprint(f.folder, *TEXT_ENCODERS)} for f in (facts, other)],
     }
     if is_smaller:
         del compared[network]
     for what, (ours, theirs) in compared.items():
         if ours != theirs:
+            name = next(k for k in [*ours, *theirs] if ours.get(k) != theirs.get(k))
             raise ConfigError(
-                f"{key}: got {str(folder)!r}, with {what} other than teacher.path has; allowed: a fine-tune of the same "
-                f"model, whose text encoders were not trained"
+                f"{key}: got {str(folder)!r}, with {what} other than teacher.path has ({name} {theirs.get(name)}, not "
+                f"{ours.get(name)}); allowed: a fine-tune of the same model, whose text encoders were not trained"
             )
 
 

@@ -80,7 +80,7 @@ def check_removed(unet: Mapping[str, Any], removed: Sequence[str]) -> None:
     for name in removed:
         if name not in [*allowed, *both]:
             raise ConfigError(
-                f"shrink.remove: got {name!r}, which this U-Net does not have, or not without it; allowed: "
+                f"shrink.remove: got {name!r}, which is no part of this U-Net or must stay in it; allowed: "
                 f"{', '.join([*allowed, *both]) or 'nothing'}"
             )
     layout = _Layout.of(unet)

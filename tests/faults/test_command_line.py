@@ -104,6 +104,7 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(tmp_path):
     assert "seed: 9" in completed.stdout
     assert "32 -> 8" in completed.stdout
     assert "network passes of one sample" in completed.stdout
+    assert completed.stdout.splitlines()[-1].startswith("not checked here: data, weights, taps, teachers")
     assert not (tmp_path / "runs").exists()
 
 
@@ -114,6 +115,13 @@ def test_dry_run_refuses_a_resolution_that_the_run_would_refuse(tmp_path):
     assert completed.stderr.splitlines()[-1] == (
         "stepdistill: data.resolution: got 33; allowed: multiples of 8, such as 32"
     )
+
+
+def test_dry_run_of_shrink_needs_the_section(tmp_path):
+    options = (f"output_dir={tmp_path / 'runs'}", "--dry-run")
+    completed, _ = stepdistill("shrink", "configs/letters.yaml", *options)
+    assert completed.returncode == 2
+    assert "shrink: got no such section" in completed.stderr
 
 
 def test_dry_run_of_a_stage_prints_only_its_part_of_the_plan(tmp_path):

@@ -15,7 +15,7 @@ LONG = "x" * 300
 VALUES = {
     # steps
     "ladder.0.teacher_steps=1000000000": "ladder.0.teacher_steps: got 1000000000",
-    "ladder.0.student_steps=1001": "student_steps: got 1001 (int); allowed: input should be less than or equal to 1000",
+    "ladder.0.student_steps=1001": "student_steps: got 1001 (int); allowed: 1000 or less",
     "ladder.2.node_steps=1000000000": "ladder.2.node_steps: got 1000000000",
     "ladder.1.phases.0.teacher_steps=9223372036854775807": "ladder.1.phases.0.teacher_steps",
     "data.teacher_steps=1000000": "data.teacher_steps: got 1000000",
@@ -44,7 +44,7 @@ VALUES = {
     f"seed=0x{'f' * 90}": "seed: got a whole number of about 108 digits",
     f"seed={':'.join(['59'] * 20000)}": "a number of 59999 characters; allowed: up to 100",
     # numbers that are not finite
-    "ladder.0.phases.0.learning_rate=.inf": "learning_rate: got inf (float); allowed: input should be a finite number",
+    "ladder.0.phases.0.learning_rate=.inf": "learning_rate: got inf (float); allowed: a finite number",
     "teacher.guidance_scale=.nan": "teacher.guidance_scale: got nan",
     "training.max_grad_norm=1e999": "training.max_grad_norm: got inf",
     "evaluation.lora_scales=[.nan]": "evaluation.lora_scales.0: got nan",

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from eval.random_teacher import build
 from stepdistill import stages
@@ -144,4 +145,29 @@ def test_teachers_that_do_not_fit_are_refused_with_nothing_written(tmp_path, cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert expected in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("stage", ["doctor", "prepare", "run_all"])
+def test_one_caption_of_the_data_without_a_teacher_is_found_before_anything_is_encoded(
+    tmp_path, capsys, stage
+):
+    """The prompts of previews and table have teachers; of the training captions, the last has none."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, caption in enumerate([*["a red car"] * 7, "a zebra"]):
+        Image.new("RGB", (64, 64), (number, 90, 90)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    (tmp_path / "prompts.txt").write_text("a red car\n")
+    config = tiny_config(
+        tmp_path / "runs",
+        "teachers=[{name: cars, prompts: car}]",
+        f"data.source={folder}",
+        "data.num_images=null",
+        f"evaluation.prompts={tmp_path / 'prompts.txt'}",
+        "preview.prompts=[a red car]",
+    )
+    assert guarded(lambda: getattr(stages, stage)(config)) == 2
+    captured = capsys.readouterr()
+    assert "no teacher's prompts ('car') match 'a zebra'" in captured.out + captured.err
     assert not (tmp_path / "runs").exists()

@@ -194,7 +194,7 @@ def test_a_config_without_the_section_and_parts_of_another_network_end_with_code
     config = load_config("configs/letters.yaml", [*options, "shrink.remove=[level.0.pair.1]"])
     for stage in (stages.prepare, stages.shrink, stages.run_all):
         assert guarded(lambda stage=stage: stage(config)) == 2
-        assert "got 'level.0.pair.1', which this U-Net does not have" in capsys.readouterr().err
+        assert "got 'level.0.pair.1', which is no part of this U-Net" in capsys.readouterr().err
         assert not config.run_dir.exists()
 
 

@@ -66,9 +66,20 @@ def several(objectives):
             ["phases.1.discriminator.trunc", "nearest: trunk", "allowed: head_width, heads"],
         ),
         ("export.format=[onnx]", ["export.format", "nearest: formats", "allowed: base_model"]),
-        ("training.train_batch_size=abc", ["training.train_batch_size", "'abc'", "integer"]),
-        ("training.train_batch_size=0", ["training.train_batch_size", "got 0", "greater than 0"]),
-        ("teacher.guidance_scale=0.5", ["teacher.guidance_scale", "got 0.5", "greater than or equal to 1"]),
+        ("training.train_batch_size=1.5", ["training.train_batch_size", "1.5", "allowed: a whole number"]),
+        ("lora.rank=9999", ["lora.rank", "9999", "or less"]),
+        ("evaluation.teacher_steps=8", ["evaluation.teacher_steps", "allowed: a list, such as [a, b]"]),
+        (
+            "shrink.remove=[lvl.1]",
+            ["shrink.remove.0", "'lvl.1'", "allowed: middle, middle.end, or level.L with"],
+        ),
+        (
+            "ladder.1.phases.0={objectives: [{kind: l2, taps: [0down]}]}",
+            ["ladder.1.phases.0.objectives.0.taps.0", "'0down'", "of which the first is no digit"],
+        ),
+        ("training.train_batch_size=abc", ["training.train_batch_size", "'abc'", "allowed: a whole number"]),
+        ("training.train_batch_size=0", ["training.train_batch_size", "got 0", "allowed: above 0"]),
+        ("teacher.guidance_scale=0.5", ["teacher.guidance_scale", "got 0.5", "allowed: 1 or more"]),
         ("preview.prompts=[]", ["preview.prompts", "got []", "at least one entry"]),
         ("ladder.2.teacher_steps=16", ["ladder.2.teacher_steps", "got 16", "allowed: 8"]),
         ("ladder.9.student_steps=1", ["'9'", "allowed: 0 to 4"]),
@@ -82,7 +93,7 @@ def several(objectives):
         ),
         ("ladder.2.start_timestep=499", ["ladder.2.start_timestep", "got 499", "1 student step"]),
         ("ladder.4.node_steps=4", ["ladder.4.start_timestep", "got 499", "without node_steps"]),
-        ("ladder.4.start_timestep=1000", ["ladder.4.start_timestep", "got 1000", "less than 1000"]),
+        ("ladder.4.start_timestep=1000", ["ladder.4.start_timestep", "got 1000", "allowed: below 1000"]),
         ("ladder.0.phases.0.objective=gan", ["ladder.0.phases.0.objective", "'gan'", "mse, convert"]),
         (
             "ladder.0.phases.0.objective=null",
@@ -104,7 +115,7 @@ def several(objectives):
         ),
         (
             several("[{kind: mse, weight: -1}]"),
-            ["ladder.1.phases.0.objectives.0.weight", "greater than or equal to 0"],
+            ["ladder.1.phases.0.objectives.0.weight", "allowed: 0 or more"],
         ),
         ("ladder.0.phases.0.teacher=ema", ["ladder.0.phases.0.teacher", "got ema on the first rung"]),
         (

@@ -1,6 +1,7 @@
 """The weighted mean of LoRAs, against dense matrices; what does not belong together is refused, with nothing written."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -114,9 +115,16 @@ def test_equal_sources_give_equal_bytes(tmp_path):
 )
 def test_rungs_that_do_not_belong_together_are_refused(tmp_path, changed, message):
     first, second = write_rung(tmp_path / "one", 0), write_rung(tmp_path / "two", 1, **changed)
-    with pytest.raises(ConfigError, match=message):
-        merge([first, second], tmp_path / "out")
+    for paths in ([first, second], [first / WEIGHT_NAME, second / WEIGHT_NAME]):
+        with pytest.raises(ConfigError, match=message):
+            merge(paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_files_of_rungs_merge_into_a_rung(tmp_path):
+    files = [write_rung(tmp_path / name, seed) / WEIGHT_NAME for seed, name in enumerate(["one", "two"])]
+    merge(files, tmp_path / "out")
+    assert RungRecord.read(tmp_path / "out").base_fingerprint == "base"
 
 
 def test_loras_on_other_layers_are_refused(tmp_path):
@@ -134,6 +142,7 @@ def test_loras_on_other_layers_are_refused(tmp_path):
         ([1], "got 1; allowed: 2"),
         ([2, -1], "got 2,-1"),
         ([float("nan"), 1], "got nan,1"),
+        ([float("inf"), 1], "got inf,1; allowed: finite numbers"),
     ],
 )
 def test_weights_that_are_no_shares_are_refused(tmp_path, weights, message):
@@ -143,15 +152,27 @@ def test_weights_that_are_no_shares_are_refused(tmp_path, weights, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 9])
+def test_a_rank_that_the_mean_cannot_have_is_refused(tmp_path, rank):
+    first, second = (write_rung(tmp_path / name, seed) for seed, name in enumerate(["one", "two"]))
+    with pytest.raises(
+        ConfigError, match=f"--rank: got {rank}; allowed: 1 to 8, the sum of the sources' ranks"
+    ):
+        merge([first, second], tmp_path / "out", rank=rank)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_lora_is_refused(tmp_path):
     rung, run = write_rung(tmp_path / "one", 0), tmp_path / "run"
     write_rung(rung_folder(run, 4), 1)
     (tmp_path / "empty").mkdir()
+    shutil.copyfile(rung / WEIGHT_NAME, tmp_path / "plain.safetensors")
     for paths, message in (
         ([rung, tmp_path / "absent"], "absent, which does not exist"),
         ([rung, tmp_path / "empty"], "holds 0 LoRA files"),
         ([rung, run], "got the run .*run and .*one, which is none"),
-        ([rung, rung / WEIGHT_NAME], "is no rung; allowed: rungs alone, or none"),
+        ([run, tmp_path / "absent"], "absent, which does not exist"),
+        ([rung, tmp_path / "plain.safetensors"], "is no rung; allowed: rungs alone, or none"),
     ):
         with pytest.raises(ConfigError, match=f"merge: .*{message}"):
             merge(paths, tmp_path / "out")

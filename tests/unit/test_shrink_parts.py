@@ -198,7 +198,7 @@ def test_a_share_that_leaves_nothing_is_refused():
     [
         (
             ["level.0.pair.0"],
-            r"got 'level.0.pair.0', which this U-Net does not have, or not without it; allowed: level",
+            r"got 'level.0.pair.0', which is no part of this U-Net or must stay in it; allowed: level",
         ),
         (["level.0.layer.0"], r"got 'level.0.layer.0'"),
         (BOTH, r"got all 3 layers of level 1's encoder; allowed: at most 2"),
@@ -214,7 +214,19 @@ def test_parts_that_cannot_be_removed_are_refused(removed, text):
     ("overrides", "text"),
     [
         (["shrink={}"], r"shrink: got neither of remove and keep"),
-        (["shrink={remove: [middle], keep: 0.6}"], r"shrink: got both of remove and keep"),
+        (
+            ["shrink={remove: [middle], keep: 0.6}"],
+            r"shrink: got both of remove and keep; .* shrink.remove=\[\]",
+        ),
+        (["shrink={remove: [middle, middle]}"], r"shrink.remove: got 'middle' twice"),
+        (
+            ["shrink={remove: [middle.end, middle]}"],
+            r"shrink.remove: got 'middle.end' beside 'middle', which has it",
+        ),
+        (
+            ["shrink={remove: [level.2.layer.7, level.2.decoder.layer.7]}"],
+            r"shrink.remove: got 'level.2.decoder.layer.7' beside 'level.2.layer.7', which has it",
+        ),
         (["shrink={keep: 1.5}"], r"shrink.keep: got 1.5"),
         (["shrink={remove: [head]}"], r"shrink.remove.0: got 'head'"),
         (
