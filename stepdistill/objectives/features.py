@@ -7,8 +7,9 @@ attention   || q_s - q_t ||^2                      q: the mean over channels of 
                                                    (Zagoruyko and Komodakis 2017, 1612.03928)
 gram        || G_s - G_t ||^2 / || G_t ||^2        G = F F^T / (H W), F: (C, H W) (Gatys, Ecker and Bethge 2016)
 kernel      1 - k(s_p, t_p), mean over positions   k: exp(-d^2 / 2 h^2) or exp(-d / h), d: distance of the two features at p
-                                                   h: median distance of the teacher's features at two positions
-patches     (cos(s_i, s_j) - cos(t_i, t_j))^2      i, j: patches of one sample, on grids of 2, 4 and 8 a side
+                                                   h: of a sample, the median distance of the teacher's features at two of at
+                                                   most 256 positions (after PKKD, Xu et al. 2020, 2009.13044)
+patches     (cos(s_i, s_j) - cos(t_i, t_j))^2      s_i: mean feature of a sample's patch i, on grids of 2, 4 and 8 a side
 samples     huber(d_s - d_t) + 2 huber(a_s - a_t)  d: distance of two samples of a batch, divided by the mean distance
                                                    a: cosine of the angle of three (RKD, Park et al. 2019, 1904.05068)
 """

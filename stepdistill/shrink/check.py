@@ -10,7 +10,7 @@ from stepdistill.teacher.unet_parts import can_follow, check_removed, removable,
 
 
 def check_shrink_fits(config: RunConfig, facts: TeacherFacts) -> None:
-    """ConfigError if the U-Net has not the parts to remove, or if too many parameters are left without all that it has.
+    """ConfigError if the U-Net has not the parts to remove, or if `keep` is below the share that must stay.
 
     facts: of the teacher, not of a smaller base.
     """
