@@ -1,6 +1,6 @@
 """Mean squared error between the student's one move and the teacher's many moves from x_t to x_s, in a named space (Eq 16).
 
-alpha_t, sigma_t are the noise path's: x_t = alpha_t x_0 + sigma_t e. Below are the losses of convert, output and denoise too.
+alpha_t, sigma_t are those of x_t = alpha_t x_0 + sigma_t e. The losses of convert, output and denoise are here too.
 
 prev_sample   || y_hat - y ||^2 on x_s, the paper's form; it equals k_ts^2 times the epsilon form, where
               k_ts = sigma_s - alpha_s sigma_t / alpha_t, and grows 15,000-fold from the 32-step rung to one step
