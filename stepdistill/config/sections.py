@@ -103,8 +103,8 @@ def check_experts(teachers: tuple[Expert, ...], ladder: tuple[Rung, ...]) -> Non
     compares = next((number for number, phase in enumerate(ladder[0].phases) if phase.taps), None)
     if teachers and compares is not None:
         raise ConfigError(
-            f"ladder.0.phases.{compares}.objectives: got {ladder[0].phases[compares].title} with several teachers; allowed: "
-            f"mse and adversarial objectives on the first rung, as the features of several networks are not comparable"
+            f"ladder.0.phases.{compares}.objectives: got {ladder[0].phases[compares].title} beside teachers; allowed: "
+            f"mse and adversarial objectives on the first rung, because features are compared with one network's"
         )
     for index, teacher in enumerate(teachers):
         if teacher.loras and teacher.path is not None:

@@ -96,7 +96,7 @@ def check_shrink(
     if has_teachers or has_start:
         key = "teachers" if has_teachers else "start_from"
         raise ConfigError(
-            f"{key}: got a value beside shrink; allowed: none, as they belong to the teacher's own U-Net"
+            f"{key}: got a value beside shrink; allowed: none, because what it names was made for the teacher's own U-Net"
         )
     for number, phase in enumerate(first.phases):
         named = next((tap for tap in phase.taps if tap not in PLACES), None)
