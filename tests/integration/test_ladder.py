@@ -357,5 +357,5 @@ def test_sample_writes_a_png(finished_run, tmp_path):
         output=tmp_path / "a" / "x.png",
     )
     assert Image.open(output).size == (32, 32)
-    with pytest.raises(ValueError, match="finished: 32, 8, 4, 2, 1"):
+    with pytest.raises(ValueError, match="got 16; allowed: 32, 8, 4, 2, 1, the rungs of this run"):
         stages.sample(finished_run.run_dir, steps=16, prompt="x", seed=0, output=tmp_path / "y.png")

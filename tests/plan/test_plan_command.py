@@ -314,7 +314,7 @@ def test_the_training_of_a_smaller_base_is_planned(precision, each):
     plan = plan_run(config, facts, card_of("24GB"))
     first, *ladder = plan.phases
     assert first.title == "shrink output+denoise+l2"
-    smaller, original = 2_914_628, 3_918_532
+    smaller, original = 2_287_684, 3_918_532
     student = sum(size for part, size in first.update.parts.items() if part.startswith("student: "))
     assert student == pytest.approx(each * smaller, rel=0.01)
     width = 4 if precision == "no" else 2
