@@ -183,8 +183,6 @@ def test_teachers_that_make_no_sense_are_refused(teachers, expected):
 
 def test_features_of_several_teachers_are_not_compared():
     phases = "ladder.0.phases=[{objectives: [{kind: mse}, {kind: l2}]}]"
-    with pytest.raises(
-        ConfigError, match=r"ladder\.0\.phases\.0\.objectives: got mse\+l2 beside teachers"
-    ):
+    with pytest.raises(ConfigError, match=r"ladder\.0\.phases\.0\.objectives: got mse\+l2 beside teachers"):
         load_config(LETTERS, ["teachers=[{name: a}]", phases])
     assert Phase(objective="mse").taps == ()
