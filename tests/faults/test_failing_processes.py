@@ -58,7 +58,8 @@ def failed(place, failure, rank, stage, config):
 
 def check_messages(place, failure, rank, errors):
     """The failing process shows its own message, the other one exactly one line, without a traceback, and exits with 8; with
-    75 if it was drawing when torchrun told it to end, because a cluster's notice is the same signal."""
+    75 if it was drawing when torchrun told it to end, because a cluster's notice is the same signal. torchrun names the
+    process that failed first, and the other one only if that ended too before it looked."""
     (line,) = said(errors)
     assert f"[rank{1 - rank}]" not in errors
     assert errors.count(f"[rank{rank}]: Traceback") == (failure == "raised")
@@ -70,7 +71,9 @@ def check_messages(place, failure, rank, errors):
     is_told = "stopped (SIGTERM); the same command continues" in line and place == "drawing"
     assert expected[failure] in line or is_told
     codes = dict(re.findall(r"rank +: (\d).*?\n +exitcode +: (-?\d+)", errors))
-    assert codes == {str(1 - rank): "75" if is_told else "8", str(rank): "1" if failure == "raised" else "-9"}
+    all_codes = {str(rank): "1" if failure == "raised" else "-9", str(1 - rank): "75" if is_told else "8"}
+    first = str(1 - rank if failure == "stopped" else rank)
+    assert {first: all_codes[first]}.items() <= codes.items() <= all_codes.items()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,6 @@ def check_messages(place, failure, rank, errors):
         ("update", "stopped", 1),
         ("save", "raised", 0),
         ("half_saved", "killed", 0),
-        ("half_saved", "stopped", 0),
         ("rung", "killed", 0),
     ],
 )

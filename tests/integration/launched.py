@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import torch
 from safetensors.torch import load_file
@@ -13,6 +11,7 @@ from stepdistill import stages
 from stepdistill.run.log import read_log
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from tests.integration.conftest import tiny_config
+from tests.integration.forks import Fork
 
 SECONDS = 300  # more than any of these launches takes on a busy machine
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -57,6 +56,8 @@ def config_of(folder, *overrides, samples=2):
         f"ladder={json.dumps(LADDER)}",
         f"evaluation={json.dumps(TABLE)}",
         "training.checkpoint={every_minutes: 0, keep: 2}",
+        "preview.looks_images=0",
+        "preview.prompts=['a red letter a on white']",
         f"training.train_batch_size={samples}",
         *overrides,
     )
@@ -75,14 +76,8 @@ def environment(**more):
 
 
 def started(launch, *arguments, **more):
-    """A launch as a process; more: environment variables."""
-    return subprocess.Popen(
-        [sys.executable, *launch, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**more),
-    )
+    """A launch as a process, with forks in place of new processes; more: environment variables."""
+    return Fork([*launch, *arguments], environment(**more))
 
 
 def ended(launch, *arguments, **more):
