@@ -1,7 +1,7 @@
 """Commands in forks of a process that has imported everything already, in place of new processes.
 
-A new process spends about ten seconds of processor time on importing torch, diffusers, transformers and peft, and a launch of
-two has two of them and its launcher. A fork has its own process id, environment, signal handlers and exit code as a new
+A new process spends about ten seconds of processor time on importing torch, diffusers, transformers and peft, and a launch
+of two has two of them and its launcher. A fork has its own process id, environment, signal handlers and exit code as a new
 process has; the launchers are torchrun and accelerate themselves, and their processes are forks of them.
 """
 
@@ -24,7 +24,7 @@ _HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Fork:
-    """`python WORDS...` in a fork; its methods are those of subprocess.Popen with text and with a pipe for standard error."""
+    """`python WORDS...` in a fork; its methods are those of subprocess.Popen with text and a pipe for standard error."""
 
     def __init__(self, words, environment):
         self._folder = tempfile.TemporaryDirectory(prefix="fork")

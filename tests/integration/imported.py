@@ -1,12 +1,16 @@
 """Imports what commands of training and evaluation import, for the process that is forked in tests."""
 
-import accelerate.commands.launch
-import diffusers
-import peft
-import torch.distributed.run
-import torchmetrics.image.fid
-import transformers
+import importlib
 
-import stepdistill.cli
-import stepdistill.evaluation.evaluate
-import stepdistill.ladder.phases
+for name in (
+    "accelerate.commands.launch",
+    "diffusers",
+    "peft",
+    "torch.distributed.run",
+    "torchmetrics.image.fid",
+    "transformers",
+    "stepdistill.cli",
+    "stepdistill.evaluation.evaluate",
+    "stepdistill.ladder.phases",
+):
+    importlib.import_module(name)
