@@ -359,4 +359,4 @@ def test_some_mutated_files_are_read_or_refused(subject, tmp_path):
 def test_many_mutated_files_are_read_or_refused(subject, tmp_path):
     make, read, files, share = (SUBJECTS | SLOW)[subject]
     with bounded(170):
-        fuzz(tmp_path / subject, make, read, files, round(50 * share), first=1000)
+        fuzz(tmp_path / subject, make, read, files, round(30 * share), first=1000)

@@ -15,7 +15,8 @@ MSE = {"objective": "mse", "max_train_steps": 2}
 SMALL = [
     "data.num_images=40",
     "training.train_batch_size=4",
-    "preview.looks_images=2",
+    "preview.prompts=['a red letter a on white']",
+    "preview.looks_images=0",
     "evaluation.num_images=16",
     "evaluation.grid_columns=4",
     "evaluation.diversity_prompts=2",
@@ -25,6 +26,8 @@ SMALL = [
     "evaluation.cost_batch_sizes=[2]",
 ]
 """Few samples, images and studies."""
+LOOKS = "preview.looks_images=2"
+"""For the runs that tests of phases' looks and of reports read: it takes 128 steps of the teacher."""
 
 
 def student_of(shared):
@@ -46,12 +49,12 @@ def trained_run(made_once):
     """The config of the tiny ladder, trained and exported but not evaluated."""
 
     def make(folder):
-        config = tiny_config(folder)
+        config = tiny_config(folder, LOOKS)
         stages.prepare(config)
         stages.distill(config)
         stages.export(config)
 
-    return tiny_config(made_once("trained", make))
+    return tiny_config(made_once("trained", make), LOOKS)
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +63,9 @@ def finished_run(made_once, trained_run):
 
     def make(folder):
         shutil.copytree(trained_run.output_dir, folder, dirs_exist_ok=True)
-        stages.run_all(tiny_config(folder))
+        stages.run_all(tiny_config(folder, LOOKS))
 
-    return tiny_config(made_once("finished", make))
+    return tiny_config(made_once("finished", make), LOOKS)
 
 
 @pytest.fixture(scope="module")

@@ -56,8 +56,6 @@ def config_of(folder, *overrides, samples=2):
         f"ladder={json.dumps(LADDER)}",
         f"evaluation={json.dumps(TABLE)}",
         "training.checkpoint={every_minutes: 0, keep: 2}",
-        "preview.looks_images=0",
-        "preview.prompts=['a red letter a on white']",
         f"training.train_batch_size={samples}",
         *overrides,
     )

@@ -241,8 +241,8 @@ def test_only_the_newest_checkpoints_stay_and_hold_nothing_but_safetensors_and_j
 @pytest.mark.parametrize(
     ("part", "damage"),
     [
-        *((STATE, damage) for damage in ("flipped", "cut", "missing")),
-        *((MANIFEST, damage) for damage in ("flipped", "cut", "missing")),
+        *((STATE, damage) for damage in ("flipped", "missing")),
+        *((MANIFEST, damage) for damage in ("cut", "missing")),
     ],
 )
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 METHODS = ["stepdistill", "lcm-lora", "dmd2-lora"]
+FAST = ["evaluation.diversity_prompts=0", "preview.looks_images=0"]
 
 
 @pytest.fixture
@@ -29,8 +30,7 @@ def test_peers_are_compared_on_any_folder_of_captioned_images(world, tmp_path):
     options = ["--seeds", "0", "--budget", "400", "--methods", *METHODS]
     options += ["--output-dir", str(tmp_path / "runs"), "--output", str(output)]
     options += [f"data.source={world}", "training.train_batch_size=2", "evaluation.num_images=8"]
-    options += ["evaluation.resize=torchmetrics", "evaluation.teacher_steps=[8, 4]"]
-    options += ["evaluation.diversity_prompts=0"]
+    options += ["evaluation.features=reader", "evaluation.teacher_steps=[8, 4]", *FAST]
     command = [sys.executable, "eval/compare_peers.py", *options]
     first = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr[-3000:]
@@ -63,7 +63,7 @@ def test_letters_are_measured_by_both_readers_at_tuned_rates(tmp_path):
     options = ["--seeds", "0", "--budget", "400", "--tune", "--methods", "lcm-lora"]
     options += ["--output-dir", str(runs), "--output", str(output), "data.num_images=40"]
     options += ["training.train_batch_size=2", "evaluation.num_images=8", "evaluation.teacher_steps=[8, 4]"]
-    options += ["evaluation.diversity_prompts=0"]
+    options += FAST
     command = [sys.executable, "eval/compare_peers.py", *options]
     completed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr[-3000:]

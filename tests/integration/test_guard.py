@@ -138,7 +138,7 @@ def config_of(folder, *overrides, rate=1e-3, updates=6):
         single | {"discriminator": {"learning_rate": 1e-4}},
     ]
     ladder = [{"teacher_steps": 8, "student_steps": 4, "phases": phases}]
-    return tiny_config(folder, f"ladder={json.dumps(ladder)}", "preview.looks_images=0", *overrides)
+    return tiny_config(folder, f"ladder={json.dumps(ladder)}", *overrides)
 
 
 @pytest.mark.slow

@@ -155,5 +155,8 @@ def test_an_error_that_all_processes_have_is_printed_once(cache, tmp_path):
             TORCHRUN, "-m", "stepdistill", "distill", str(config.run_dir / "config.yaml"), wrong
         )
         assert code == 1
-        assert len(said(errors)) == 1, errors
+        lines = [
+            line for line in said(errors) if "stopped (SIGTERM)" not in line
+        ]  # torchrun may tell a slow process to end
+        assert len(lines) == 1, errors
         assert "exitcode  : 2" in errors

@@ -279,8 +279,7 @@ def test_a_budget_without_checkpointing_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("name", "checkpointing"), [("sd15", True), ("sdxl", False)])
 def test_the_plan_in_passes_agrees_with_the_arithmetic_counted(name, checkpointing):
     """passes.py, which needs no torch, counts in forward passes of the bare network with the same factors for all models."""
     options = [f"training.gradient_checkpointing={str(checkpointing).lower()}", "training.memory_budget=null"]
