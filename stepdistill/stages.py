@@ -10,41 +10,38 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stepdistill import plan
+from stepdistill.before_stage import (
+    check_before_start,
+    check_captions,
+    check_has_shrink,
+    check_image_path,
+    check_later_stages,
+    check_run,
+    check_shrink,
+    quiet_libraries,
+    require_one_process,
+    require_same_teacher,
+)
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.installed import check_installed
 from stepdistill.config.ladder_checks import unused_settings
-from stepdistill.disk.durable import IMAGE_FORMATS, read_sealed, warn_of_damage, write_image, write_sealed
+from stepdistill.disk.durable import read_sealed, warn_of_damage, write_image, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
 from stepdistill.launch import check_environment
 from stepdistill.run.checkpoint_files import unfinished_rungs
-from stepdistill.run.folder import check_folder, open_folder
-from stepdistill.run.lock import is_alone, locked, release_all
+from stepdistill.run.folder import open_folder
+from stepdistill.run.lock import locked, release_all
 from stepdistill.run.rungs import finished_rungs, rung_folder
-from stepdistill.run.start_from import check_start
 from stepdistill.teacher.facts import TeacherFacts
 from stepdistill.teacher.families import plannable_facts
-from stepdistill.teacher.ladder_fit import check_ladder_fits, check_side, unfit_settings
-from stepdistill.teacher.same_teacher import check_same_teacher, record_teacher
+from stepdistill.teacher.ladder_fit import check_ladder_fits, unfit_settings
+from stepdistill.teacher.same_teacher import check_same_teacher
 from stepdistill.teacher.small_base import base_record, ladder_base, on_small_base
-from stepdistill.teacher.source import check_teacher, is_ready_made, teacher_facts, teacher_folder
+from stepdistill.teacher.source import is_ready_made, teacher_folder
 from stepdistill.terminal import one_line, printable_lines
 
 logger = logging.getLogger(__name__)
-
-
-def check_run(config: RunConfig) -> None:
-    """ConfigError if the teacher, the rungs to start from or the run's folder cannot be used; writes nothing."""
-    check_installed(config)
-    check_teacher(config)
-    try:
-        facts: TeacherFacts | None = teacher_facts(config)
-    except ConfigError:  # the teacher's configs are not on this disk yet
-        facts = None
-    if facts is not None and config.data.resolution is not None:
-        check_side(config.data.resolution, facts.size_multiple)
-    check_start(config, base_prediction_type=None if facts is None else facts.prediction_type)
-    check_folder(config)
 
 
 def open_run(config: RunConfig) -> Path:
@@ -67,18 +64,9 @@ def _is_started(config: RunConfig) -> bool:
     return (config.run_dir / "config.yaml").is_file()
 
 
-def _require_one_process(command: str) -> None:
-    """ConfigError in a launch of several processes, which would all write the same files."""
-    if not is_alone():
-        raise ConfigError(
-            f"{command}: got a launch of several processes; allowed: one process; fix: launch only `stepdistill "
-            f"prepare`, `distill` and `evaluate`, and start `stepdistill export` and `report` without a launcher"
-        )
-
-
 def doctor(config: RunConfig) -> None:
     """Prints the findings about a planned run; ConfigError if anything would stop it."""
-    _quiet_libraries()
+    quiet_libraries()
     from stepdistill.doctor.findings import examine, raise_for
 
     findings = examine(config)
@@ -111,7 +99,7 @@ def print_plan(
     card = None if gpu is None else card_of(gpu)
     if measure:  # the run may be meant for another machine
         check_installed(config)
-    _quiet_libraries()
+    quiet_libraries()
     from stepdistill.plan.command import print_plan as show
 
     show(config, plannable_facts(config), card=card, cards=cards, price=price, measure=measure)
@@ -120,14 +108,14 @@ def print_plan(
 def prepare(config: RunConfig) -> None:
     """Writes latents and text embeddings into the cache; does nothing if they are there already."""
     if not _is_started(config):
-        _check_shrink(config)
-        _check_captions(config)
+        check_shrink(config)
+        check_captions(config)
     with _work_in(config) as run_dir:
         _prepare(config, run_dir)
 
 
 def _prepare(config: RunConfig, run_dir: Path) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from stepdistill.data.cache import is_whole
     from stepdistill.data.prepare import prepare as fill_cache
     from stepdistill.runtime import Processes, environment
@@ -135,7 +123,7 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
     _meet(config)
     write_sealed(run_dir / "environment.json", environment())
     _make_teacher(config)
-    _require_same_teacher(config)
+    require_same_teacher(config)
     teacher = TeacherFacts.of_folder(teacher_folder(config))
     check_ladder_fits(config, teacher)
     if Processes().is_main:
@@ -157,36 +145,6 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
         )
 
 
-def _check_shrink(config: RunConfig) -> None:
-    """ConfigError if the parts that config.shrink removes cannot be removed, as far as the teacher's configs are known."""
-    if config.shrink is None or not is_ready_made(config):
-        return
-    check_run(config)
-    _quiet_libraries()
-    from stepdistill.shrink.check import check_shrink_fits
-
-    check_shrink_fits(config, teacher_facts(config))
-
-
-def check_has_shrink(config: RunConfig) -> None:
-    """ConfigError if the config has no `shrink` section."""
-    if config.shrink is None:
-        raise ConfigError(
-            "shrink: got no such section; allowed: one with `remove` or `keep` (docs/configuration.md)"
-        )
-
-
-def _check_captions(config: RunConfig) -> None:
-    """ConfigError if a caption of the data is of none of several teachers; hours of `prepare` would come before it."""
-    if not config.teachers:
-        return
-    check_run(config)
-    _quiet_libraries()
-    from stepdistill.data.prepare import check_captions
-
-    check_captions(config)
-
-
 def shrink(config: RunConfig, *, began: float | None = None) -> None:
     """Makes the smaller base model that config.shrink asks for; does nothing if it is there already.
 
@@ -195,9 +153,9 @@ def shrink(config: RunConfig, *, began: float | None = None) -> None:
     check_has_shrink(config)
     began = time.monotonic() if began is None else began
     if not _is_started(config):
-        _check_before_start(config, None)
+        check_before_start(config, None)
     with _work_in(config):
-        _quiet_libraries()
+        quiet_libraries()
         _shrink(config, began)
 
 
@@ -205,7 +163,7 @@ def _shrink(config: RunConfig, began: float) -> None:
     from stepdistill.shrink.train import make_small_base
 
     _meet(config)
-    _require_same_teacher(config)
+    require_same_teacher(config)
     made = make_small_base(config, began=began)
     record = base_record(config) or {}
     logger.info(
@@ -224,33 +182,20 @@ def distill(config: RunConfig, *, only: tuple[int, int] | None = None, began: fl
     """
     began = time.monotonic() if began is None else began
     if not _is_started(config):
-        _check_before_start(config, only)
+        check_before_start(config, only)
     with _work_in(config):
-        _quiet_libraries()
+        quiet_libraries()
         on_small_base(config)  # ConfigError if it is not there
-        _check_later_stages(config)
+        check_later_stages(config)
         _distill(config, only, began=began)
 
 
-def _check_before_start(config: RunConfig, only: tuple[int, int] | None) -> None:
-    """ValueError if a run cannot train, such as one without latents: it is not started, so that its settings may change."""
-    check_run(config)
-    _quiet_libraries()
-    from stepdistill.data.cache import load_cache
-    from stepdistill.ladder import rungs_of, rungs_to_copy
-
-    rungs_of(config, only)
-    _check_later_stages(config)
-    rungs_to_copy(config)
-    load_cache(config)
-
-
 def _distill(config: RunConfig, only: tuple[int, int] | None = None, *, began: float) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from stepdistill.ladder import distill as train_rungs
 
     _meet(config)
-    _require_same_teacher(config)
+    require_same_teacher(config)
     config = on_small_base(config)
     check_ladder_fits(config, TeacherFacts.of_folder(teacher_folder(config)))
     before = finished_rungs(config.run_dir)
@@ -295,7 +240,7 @@ def export(
     ConfigError for steps that the ladder does not have, for push_to without exactly one of `steps`, and in a launch of
     several processes.
     """
-    _require_one_process("export")
+    require_one_process("export")
     check_run(config)
     ladder_steps = [rung.student_steps for rung in config.ladder]
     chosen = list(steps or [n for n in ladder_steps if n in finished_rungs(config.run_dir)] or ladder_steps)
@@ -307,7 +252,7 @@ def export(
         raise ConfigError(
             "--push: a repository holds one LoRA; allowed: with exactly one --steps, such as --steps 4"
         )
-    _quiet_libraries()
+    quiet_libraries()
     from stepdistill.export.check import check_export
 
     as_written, config = config, on_small_base(config)
@@ -318,7 +263,7 @@ def export(
     from stepdistill.export.rung import export_rung
 
     with locked(config.run_dir):
-        _require_same_teacher(as_written)
+        require_same_teacher(as_written)
         for count in chosen:
             folder = export_rung(config, count)
             clear_half_written(rung_folder(config.run_dir, count))
@@ -342,8 +287,8 @@ def _print_exports(config: RunConfig, chosen: Sequence[int], push_to: str | None
 
 def extract(base: Path, tuned: Path, *, rank: int, output: Path) -> None:
     """Writes a LoRA of the difference between two U-Nets of the same shape, and logs how much of it that rank keeps."""
-    _require_one_process("extract")
-    _quiet_libraries()
+    require_one_process("extract")
+    quiet_libraries()
     from stepdistill.export.rank import extract_to
 
     reduced = extract_to(output, base, tuned, rank)
@@ -367,8 +312,8 @@ def merge(
     sources: list[Path], *, output: Path, weights: list[float] | None = None, rank: int | None = None
 ) -> None:
     """Writes the weighted mean of rungs, LoRAs, or whole runs, and logs how much of it the rank keeps."""
-    _require_one_process("merge")
-    _quiet_libraries()
+    require_one_process("merge")
+    quiet_libraries()
     from stepdistill.export.merge import merge as merge_into
 
     for folder, merged in merge_into(sources, output, weights=weights, rank=rank).items():
@@ -384,12 +329,12 @@ def merge(
 def evaluate(config: RunConfig) -> None:
     """Draws and measures every row of the table."""
     with _work_in(config) as run_dir:
-        _quiet_libraries()
+        quiet_libraries()
         from stepdistill.evaluation.evaluate import evaluate as measure
         from stepdistill.plan.disk_need import evaluation_bytes
 
         _meet(config)
-        _require_same_teacher(config)
+        require_same_teacher(config)
         config = on_small_base(config)
         folder = run_dir / "evaluation"
         drawn = sum(1 for _ in folder.rglob("images/*.png"))
@@ -400,7 +345,7 @@ def evaluate(config: RunConfig) -> None:
 
 def report(config: RunConfig, *, output: Path | None = None) -> Path:
     """Writes the report of a run (page, table, image grid) and returns its folder, also while another command trains."""
-    _require_one_process("report")
+    require_one_process("report")
     check_run(config)
     if not _is_started(config):
         raise ConfigError(f"{config.run_dir} has nothing to report yet: run `stepdistill distill` first")
@@ -409,7 +354,7 @@ def report(config: RunConfig, *, output: Path | None = None) -> Path:
 
 def report_runs(run_dirs: Sequence[Path], *, output: Path | None = None, grid_columns: int = 10) -> Path:
     """Writes the report of one run folder, or a comparison of several, and returns its folder."""
-    _require_one_process("report")
+    require_one_process("report")
     from stepdistill.report.build import build_report
 
     folder = build_report(run_dirs, output, grid_columns=grid_columns)
@@ -426,13 +371,13 @@ def run_all(config: RunConfig, *, began: float | None = None) -> None:
     began: time.monotonic() at the command's start, from which training.max_minutes counts; None: now.
     """
     began = time.monotonic() if began is None else began
-    _require_one_process("run")
+    require_one_process("run")
     check_run(config)
-    _quiet_libraries()
+    quiet_libraries()
     if is_ready_made(config):  # before the run's folder is made
         from stepdistill.ladder import rungs_to_copy
 
-        _check_later_stages(config)
+        check_later_stages(config)
         rungs_to_copy(config)
     with locked(config.run_dir):
         _run_all(config, began)
@@ -446,7 +391,7 @@ def _run_all(config: RunConfig, began: float) -> None:
         _meet(config)
         _make_teacher(config)
         check_run(config)  # again, now that the teacher's configs are on this disk
-        _check_later_stages(config)
+        check_later_stages(config)
     rungs_to_copy(config)
     open_folder(config)
     finished = finished_rungs(config.run_dir)
@@ -477,11 +422,11 @@ def refresh_cards(config: RunConfig) -> None:
 
 def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -> Path:
     """Draws one image with the `steps`-step student of a run, writes it to `output` and returns that path."""
-    _require_one_process("sample")
+    require_one_process("sample")
     from stepdistill.config.saved import read_run_config
     from stepdistill.run.rungs import require_rung
 
-    _check_image_path(output)
+    check_image_path(output)
     config = read_run_config(run_dir)
     rungs = [rung.student_steps for rung in config.ladder]
     if steps not in rungs:
@@ -491,7 +436,7 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     require_rung(run_dir, steps)
     check_same_teacher(config, teacher_folder(config), base=ladder_base(config))
     config = on_small_base(config)
-    _quiet_libraries()
+    quiet_libraries()
     from stepdistill.evaluation.draw.sampler import draw
     from stepdistill.export.exported import is_exported
     from stepdistill.export.rung import export_rung
@@ -507,14 +452,6 @@ def sample(run_dir: Path, *, steps: int, prompt: str, seed: int, output: Path) -
     images, _ = draw(pipeline, [prompt], steps=steps, guidance_scale=1.0, seed=seed, first=0)
     write_image(output, images[0])
     return output
-
-
-def _check_image_path(path: Path) -> None:
-    """ConfigError if no image can be written to the path: its suffix is unknown, or it is a folder."""
-    if path.suffix.lower() not in IMAGE_FORMATS or path.is_dir():
-        raise ConfigError(
-            f"--output: got {str(path)!r}; allowed: a file that ends in {', '.join(IMAGE_FORMATS)}"
-        )
 
 
 def _estimate(config: RunConfig) -> str:
@@ -554,52 +491,3 @@ def _make_teacher(config: RunConfig) -> None:
     if processes.is_main:
         make_teacher(config)
     processes.wait()
-
-
-def _check_later_stages(config: RunConfig) -> None:
-    """ValueError if another run's latents cannot be used, if exports or table could not be made later, or if a phase
-    does not fit its budget or its network."""
-    from stepdistill.data.prepare import check_borrowed, check_captions
-    from stepdistill.evaluation.check import check_evaluation
-    from stepdistill.export.check import check_export
-    from stepdistill.ladder.check import check_training
-    from stepdistill.plan.budget import kept_modules
-    from stepdistill.shrink.check import check_shrink_fits
-
-    check_borrowed(config)
-    check_captions(config)
-    check_shrink_fits(config, teacher_facts(config))
-    if base_record(config) is not None:
-        config = on_small_base(config)
-    check_export(config)
-    check_evaluation(config)
-    facts = teacher_facts(config)
-    check_training(config, facts)
-    kept_modules(config, facts)
-
-
-def _require_same_teacher(config: RunConfig) -> None:
-    """ConfigError if the teacher changed since the run was started; the first stage records it, in one process."""
-    from stepdistill.runtime import Processes
-
-    processes, folder = Processes(), teacher_folder(config)
-    check_same_teacher(config, folder, base=ladder_base(config))
-    processes.wait()
-    if processes.is_main:
-        record_teacher(config, folder)
-
-
-def _quiet_libraries() -> None:
-    import os
-
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # not each try to reach another process
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # kernels that torchao lacks on this machine, and calls of it that torch calls old
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

@@ -31,6 +31,7 @@ FLOORS = [
     {"training", "report"},
     {"ladder", "export", "sampling", "plan"},
     {"evaluation", "shrink"},
+    {"before_stage"},
     {"doctor", "stages", "cli", "__main__"},
 ]
 OWNERS = {
@@ -52,6 +53,7 @@ NO_TORCH = {
     "launch",
     "messages",
     "report",
+    "before_stage",
     "stages",
     "cli",
 }
