@@ -37,12 +37,12 @@ def print_plan(
         price: of an hour of one card.
         measure: also make two updates of every kind of phase on this machine's device, with random weights.
     """
+    check_taps(config, facts)
+    keeps = kept_modules(config, facts)
     card = card or card_here()
     if card is None:
         logger.info("plan: no GPU here and none named, so for one of %s; --gpu names another", _USUAL)
         card = card_of(_USUAL)
-    check_taps(config, facts)
-    keeps = kept_modules(config, facts)
     planned = plan_run(config, facts, card, keeps=keeps)
     changes = None if planned.fits else smaller_run(config, facts, planned)
     costs = Costs(cards, price)
