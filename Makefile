@@ -12,7 +12,8 @@ demo: $(VENV)/installed
 	$(BIN)/stepdistill run configs/letters.yaml $(DEMO_ARGS)
 
 # One test process per core with one thread each: the tests' models are too small for several threads.
-TOGETHER := -n logical --dist loadfile
+# The files go to the processes in their order, not by their number of tests: the longest have few tests and would come last.
+TOGETHER := -n logical --dist loadfile --no-loadscope-reorder
 test test-slow: export OMP_NUM_THREADS := 1
 
 test: $(VENV)/installed

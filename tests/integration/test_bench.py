@@ -15,7 +15,7 @@ from eval.random_teacher import build
 from stepdistill.plan.cards import card_of
 
 COMMANDS = sorted(path.stem for path in Path("eval").glob("*.py"))
-SMALL = ["training.train_batch_size=2", "evaluation.teacher_steps=[4]"]
+SMALL = ["training.train_batch_size=2", "evaluation.teacher_steps=[4]", "preview.looks_images=0"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

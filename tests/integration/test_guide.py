@@ -34,6 +34,7 @@ def shortened(path):
         phase["max_train_steps"] = 1
     config["training"] |= {"train_batch_size": 2, "gradient_accumulation_steps": 1, "mixed_precision": "no"}
     config["data"]["teacher_steps"] = 2
+    config["preview"] = {"prompts": ["a thing"], "looks_images": 0}
     config["evaluation"] = {
         "num_images": 8,
         "teacher_steps": [2],
