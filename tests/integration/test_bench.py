@@ -16,6 +16,8 @@ from stepdistill.plan.cards import card_of
 
 COMMANDS = sorted(path.stem for path in Path("eval").glob("*.py"))
 SMALL = ["training.train_batch_size=2", "evaluation.teacher_steps=[4]", "preview.looks_images=0"]
+# so many that no second pass over the data begins within the leak test: the order of its rows is one more tensor
+SMALL += ["data.num_images=160"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -37,7 +39,7 @@ def test_every_part_is_measured_and_written(tmp_path):
     assert results["checkpoint"]["bytes"] > 10_000
     assert results["processes"]["two_seconds"] > 0
     for slopes in results["leaks"].values():
-        assert slopes["tensors_per_update"] < 0.5  # one is added in all: the rows' order in the second pass
+        assert slopes["tensors_per_update"] == 0
         assert slopes["bytes_per_update"] < 20_000  # a sample's latents have 4 KiB
 
 
