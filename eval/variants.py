@@ -50,6 +50,19 @@ def with_training(**options: Any) -> Change:
     return lambda raw: raw["training"].update(options)
 
 
+def with_batch(size: int) -> Change:
+    """Batches of `size` samples. The adversarial phases keep their number of updates, because each moves the student as far
+    whatever the batch, and leave the passes that they save to the mse phases."""
+
+    def change(raw: Raw) -> None:
+        factor = size / raw["training"]["train_batch_size"]
+        raw["training"]["train_batch_size"] = size
+        for phase in phases(raw):
+            phase["max_train_steps"] = max(1, round(factor * phase["max_train_steps"]))
+
+    return change
+
+
 def with_last_rung(**options: Any) -> Change:
     """Sets these options of the 1-step rung."""
     return lambda raw: raw["ladder"][-1].update(options)
@@ -289,6 +302,8 @@ VARIANTS: dict[str, Change] = {
     "rates-half": rates_times(0.5),
     "rates-twice": rates_times(2),
     "decay-to-nothing": with_training(lr_final_fraction=0.0),
+    "batch-16": with_batch(16),
+    "batch-8": with_batch(8),
     "skip-level": skip_level,
     "cached-twice": cached_twice,
     "cached-twice-for-mse": cached_for_mse(),
