@@ -51,14 +51,14 @@ def with_training(**options: Any) -> Change:
 
 
 def with_batch(size: int) -> Change:
-    """Batches of `size` samples. The adversarial phases keep their number of updates, because each moves the student as far
-    whatever the batch, and leave the passes that they save to the mse phases."""
+    """Batches of `size` samples: as many more updates of mse. The adversarial phases keep their number of updates, because
+    each moves the student as far whatever the batch; scaling to equal passes then gives what they save to all phases."""
 
     def change(raw: Raw) -> None:
         factor = size / raw["training"]["train_batch_size"]
         raw["training"]["train_batch_size"] = size
-        for phase in phases(raw):
-            phase["max_train_steps"] = max(1, round(factor * phase["max_train_steps"]))
+        for phase in phases(raw, ("mse",)):
+            phase["max_train_steps"] = round(phase["max_train_steps"] / factor)
 
     return change
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from stepdistill.config import ConfigError, RunConfig
-from stepdistill.config.ladder import TAP_PATTERN
+from stepdistill.config.ladder import TAP_PATTERN, Phase, WeightedObjective
 from stepdistill.config.plain_yaml import plain_yaml
 from stepdistill.config.saved import read_run_config, resolved
 from stepdistill.config.schema import all_keys, holds_text, section_at
@@ -177,8 +177,14 @@ def _explain(error: ValidationError) -> str:
     if isinstance(first.get("ctx", {}).get("error"), ConfigError):
         return str(first["ctx"]["error"])
     if kind == "extra_forbidden":
+        name = str(first["loc"][-1])
+        if section_at(first["loc"][:-1]) is Phase and name in WeightedObjective.model_fields:
+            return (
+                f"{location}: got {short(got)}, a key of one objective; allowed: "
+                f"objectives=[{{kind: NAME, {name}: {short(got)}}}] in place of objective"
+            )
         allowed_keys = _known_keys(first["loc"][:-1])
-        nearest = _nearest(str(first["loc"][-1]), allowed_keys)
+        nearest = _nearest(name, allowed_keys)
         hint = "" if nearest is None else f"nearest: {nearest}; "
         return f"{location}: got an unknown key with value {short(got)}; {hint}allowed: {', '.join(allowed_keys)}"
     if kind == "missing":

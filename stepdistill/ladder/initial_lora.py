@@ -70,11 +70,12 @@ def _check_record(config: RunConfig, facts: TeacherFacts, rung: Rung) -> None:
         "prediction_type": predicted[index if converts else index + 1],
         "base_fingerprint": fingerprint(facts.folder),
     }
+    smaller = "; the base is smaller here, because of shrink" if config.shrink else ""
     for name, value in expected.items():
         if getattr(record, name) != value:
             raise ConfigError(
                 f"{key}: got {rung.init!r}, a rung with {name} {getattr(record, name)}; allowed: one with {value}, as "
-                f"this rung has"
+                f"this rung has{smaller if name == 'base_fingerprint' else ''}"
             )
 
 

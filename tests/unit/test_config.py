@@ -47,6 +47,12 @@ def several(objectives):
             "learning_rate=1",
             ["nearest: ladder.N.phases.N.learning_rate or ladder.N.phases.N.discriminator.learning_rate"],
         ),
+        (
+            "ladder.0.phases.0.taps=[middle]",
+            [
+                "phases.0.taps: got ['middle'], a key of one objective; allowed: objectives=[{kind: NAME, taps:"
+            ],
+        ),
         ("ladder=[]", ["ladder: got []", "allowed: a list with at least one entry"]),
         ("training=5", ["training: got 5 (int)", "allowed: a section: a mapping of keys to values"]),
         ("name=-x", ["name: got '-x'", "allowed: letters, digits and . _ -, of which the first"]),
