@@ -87,6 +87,28 @@ def adversary_times(factor: float) -> Change:
     return change
 
 
+def gentle_adversary(factor: float) -> Change:
+    """`factor` times as many adversarial updates, with as much smaller rates of the student: it moves as far, and the noise
+    of the updates averages out."""
+
+    def change(raw: Raw) -> None:
+        adversary_times(factor)(raw)
+        for phase in phases(raw):
+            phase["learning_rate"] /= factor
+
+    return change
+
+
+def in_turn(*changes: Change) -> Change:
+    """Several changes, one after the other."""
+
+    def change(raw: Raw) -> None:
+        for one in changes:
+            one(raw)
+
+    return change
+
+
 def paired_alone(raw: Raw) -> None:
     """All adversarial phases are paired: the discriminator sees x_t beside each sample."""
     for phase in phases(raw):
@@ -278,6 +300,7 @@ VARIANTS: dict[str, Change] = {
     "mse-alone": adversary_times(0),
     "half-the-adversary": adversary_times(0.5),
     "twice-the-adversary": adversary_times(2),
+    "gentle-adversary": gentle_adversary(3),
     "paired-then-single": paired_then_single,
     "paired-alone": paired_alone,
     "teacher-as-real": with_discriminator(real="teacher"),
@@ -304,6 +327,7 @@ VARIANTS: dict[str, Change] = {
     "decay-to-nothing": with_training(lr_final_fraction=0.0),
     "batch-16": with_batch(16),
     "batch-8": with_batch(8),
+    "batch-16-gentle-adversary": in_turn(with_batch(16), gentle_adversary(3)),
     "skip-level": skip_level,
     "cached-twice": cached_twice,
     "cached-twice-for-mse": cached_for_mse(),
