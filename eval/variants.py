@@ -242,6 +242,16 @@ def with_guidance(**options: Any) -> Change:
     return change
 
 
+def guidance_rate_times(factor: float) -> Change:
+    """Multiplies the learning rate of the first rung, which learns guidance, by `factor`."""
+
+    def change(raw: Raw) -> None:
+        for phase in raw["ladder"][0]["phases"]:
+            phase["learning_rate"] *= factor
+
+    return change
+
+
 def without_guidance_rung(raw: Raw) -> None:
     """No rung learns guidance alone: the first one goes from the guided teacher's steps to 8."""
     del raw["ladder"][0]
@@ -328,9 +338,11 @@ VARIANTS: dict[str, Change] = {
     "batch-16": with_batch(16),
     "batch-8": with_batch(8),
     "batch-16-gentle-adversary": in_turn(with_batch(16), gentle_adversary(3)),
+    "batch-16-slow-guidance": in_turn(with_batch(16), gentle_adversary(3), guidance_rate_times(0.5)),
     "skip-level": skip_level,
     "cached-twice": cached_twice,
     "cached-twice-for-mse": cached_for_mse(),
+    "cached-twice-gentle-adversary": in_turn(gentle_adversary(3), cached_for_mse()),
     "cached-twice-half-the-adversary": cached_for_mse(adversary=0.5),
     "even-updates": even_updates,
     "with-16": with_16,
