@@ -4,7 +4,6 @@ import dataclasses
 import html
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from stepdistill.report.build import build_report
 from stepdistill.run.rungs import rung_folder
 from stepdistill.stages import open_run
 from tests.integration.conftest import tiny_config
+from tests.integration.launched import TORCHRUN, ended
 
 HOSTILE = [
     "<script>alert('x')</script><img src=x onerror=alert(1)>",
@@ -119,16 +119,9 @@ def test_the_stage_script_under_torchrun_measures_what_one_process_does(copy_of)
     shutil.rmtree(config.run_dir / "evaluation")
     open_run(config)
     arguments = [str(config.run_dir / "config.yaml"), f"output_dir={config.output_dir}"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    completed = subprocess.run(
-        [*launch, str(repository / "pipelines" / "evaluate.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert completed.returncode == 0, completed.stderr[-3000:]
-    count = " ".join((completed.stdout + completed.stderr).split()).count("12 images of teacher-2 are in")
+    code, errors = ended(TORCHRUN, str(repository / "pipelines" / "evaluate.py"), *arguments)
+    assert code == 0, errors[-3000:]
+    count = " ".join(errors.split()).count("12 images of teacher-2 are in")
     assert count == 2  # once for the row and once for the floor: only one process prints it
     together = saved(config)
     for ours, theirs in zip(alone["rows"], together["rows"], strict=True):

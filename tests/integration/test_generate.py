@@ -1,7 +1,5 @@
 import dataclasses
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from stepdistill.evaluation.draw.sampler import Sampler, draw
 from stepdistill.run.rungs import WEIGHT_NAME, rung_folder
 from stepdistill.runtime import Processes
 from tests.integration.conftest import tiny_config
+from tests.integration.launched import TORCHRUN, ended
 
 PROMPTS = ["a red letter a on white", "a blue letter b on gray", "a black letter z on pink"] * 5
 
@@ -119,10 +118,8 @@ for row in rows_of(config)[3:6]:
 (Path({str(tmp_path)!r}) / f"drawn{{processes.is_main}}").write_text(str(sum(drawn)))
 """
     (tmp_path / "draw.py").write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch.append(str(tmp_path / "draw.py"))
-    completed = subprocess.run(launch, capture_output=True, text=True, check=False, timeout=200)
-    assert completed.returncode == 0, completed.stderr[-2000:]
+    code, errors = ended(TORCHRUN, str(tmp_path / "draw.py"))
+    assert code == 0, errors[-2000:]
     assert [int((tmp_path / f"drawn{main}").read_text()) for main in (True, False)] == [3 * 8, 3 * 2]
     for row in rows_of(config)[3:6]:
         markers = list((tmp_path / "two" / row.name / "chunks").glob("*.json"))

@@ -17,6 +17,7 @@ from eval.random_teacher import build
 from stepdistill.export.rung import export_rung
 from stepdistill.models.network.kind import load_network
 from tests.integration.exported import rung_of
+from tests.integration.launched import ended
 from tests.original_layout import original_state
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,8 @@ def readers_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_command_and_snippet_of_the_guide_runs(readers_folder):
+def test_every_command_and_snippet_of_the_guide_runs(readers_folder, monkeypatch):
+    monkeypatch.chdir(readers_folder)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 7
     assert {shlex.split(line)[1] for line in commands if line.startswith("stepdistill")} >= {
@@ -86,9 +88,11 @@ def test_every_command_and_snippet_of_the_guide_runs(readers_folder):
     for line in commands:
         words = shlex.split(line)
         if words[0] == "stepdistill":
-            words = [sys.executable, "-m", *words]
-        completed = subprocess.run(words, cwd=readers_folder, capture_output=True, text=True, check=False)
-        assert completed.returncode == 0, f"{line}\n{completed.stderr[-3000:]}"
+            code, errors = ended(("-m",), *words)
+        else:
+            completed = subprocess.run(words, capture_output=True, text=True, check=False)
+            code, errors = completed.returncode, completed.stderr
+        assert code == 0, f"{line}\n{errors[-3000:]}"
     (snippet,) = blocks("python")
     strict = "import warnings\nfrom stepdistill.sampling import FewStepWarning\n"
     strict += "warnings.simplefilter('error', FewStepWarning)\n"

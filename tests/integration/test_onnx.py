@@ -24,10 +24,10 @@ from tests.integration.exported import rung_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_onnxruntime_computes_what_torch_does(tmp_path, family):
+def test_onnxruntime_computes_what_torch_does(tmp_path):
+    """For SDXL's classes, with the inputs that SD1.5's lack; the test of int8 exports SD1.5's."""
     pytest.importorskip("onnxruntime")
-    config, teacher, _ = rung_of(tmp_path, family, "export.formats=[onnx]")
+    config, teacher, _ = rung_of(tmp_path, "sdxl", "export.formats=[onnx]")
     folder = export_rung(config, 4)
     content = (folder / "onnx" / "unet.onnx").read_bytes()
     for place in (tmp_path, Path(onnx_unet.__file__).parent, Path(torch.__file__).parent):
