@@ -1,10 +1,11 @@
 """The trade between both distances as a picture: FID to real over FID to teacher, a panel per step count.
 
-    python eval/front.py eval/results/front.json --line mse-alone half-the-adversary default twice-the-adversary
+    python eval/front.py eval/results/front.json --line mse-alone half-the-adversary default [--title default="before" ...]
 
 reads what eval/ablations.py wrote and draws FILE.svg beside it. The variants of --line, which differ in one key, are joined
-by a line; the others are points. Bars are standard deviations of the differences from the default over the seeds, because a
-seed shifts all variants alike. The star is the teacher at its most steps.
+by a line; the others are points. --title gives a variant another name in the picture. Bars are standard deviations of the
+differences from the default over the seeds, because a seed shifts all variants alike. The star is the teacher at its most
+steps.
 """
 
 import argparse
@@ -39,18 +40,23 @@ def point(tables: Sequence[Rows], name: str, steps: int) -> list[tuple[float, fl
 
 
 def draw_panel(
-    axes: Axes, tables: Sequence[Rows], line: Sequence[str], others: Sequence[str], steps: int
+    axes: Axes,
+    tables: Sequence[Rows],
+    line: Sequence[str],
+    others: Sequence[str],
+    steps: int,
+    titles: Mapping[str, str],
 ) -> None:
     """Draws one step count."""
     on_line = [point(tables, name, steps) for name in line]
     xs, ys = ([p[axis][0] for p in on_line] for axis in (0, 1))
     widths, heights = ([p[axis][1] for p in on_line] for axis in (0, 1))
-    axes.errorbar(
-        xs, ys, xerr=widths, yerr=heights, color="#0b5394", marker="o", linewidth=1.6, label=" – ".join(line)
-    )
+    label = " – ".join(titles.get(name, name) for name in line)
+    axes.errorbar(xs, ys, xerr=widths, yerr=heights, color="#0b5394", marker="o", linewidth=1.6, label=label)
     for name, colour, marker in zip(others, COLOURS, MARKERS, strict=False):
         (x, width), (y, height) = point(tables, name, steps)
-        axes.errorbar([x], [y], xerr=[width], yerr=[height], color=colour, marker=marker, label=name, ls="")
+        label = titles.get(name, name)
+        axes.errorbar([x], [y], xerr=[width], yerr=[height], color=colour, marker=marker, label=label, ls="")
     teacher = next(name for name in tables[0] if name.startswith("teacher-"))
     x, y = (statistics.fmean(table[teacher][measure] for table in tables) for measure in MEASURES)
     axes.plot([x], [y], "*", color="#333333", markersize=9, label=teacher)
@@ -62,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draws FID to real over FID to teacher of variants.")
     parser.add_argument("results", type=Path, metavar="FILE.json")
     parser.add_argument("--line", nargs="+", required=True, metavar="NAME", help="variants along one key")
+    parser.add_argument("--title", action="append", default=[], metavar="NAME=TITLE", help="in the picture")
     args = parser.parse_args(argv)
+    titles = dict(title.split("=", 1) for title in args.title)
     tables: list[Rows] = read_json(args.results)["tables"]
     last = f"-{STEPS[-1]}"
     drawn = [name.removesuffix(last) for name in tables[0] if name.endswith(last)]
@@ -71,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     matplotlib.rcParams.update({"svg.hashsalt": "stepdistill", "font.size": 8})
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     for axes, steps in zip(figure.subplots(2, 2).flat, STEPS, strict=True):
-        draw_panel(axes, tables, args.line, others, steps)
+        draw_panel(axes, tables, args.line, others, steps, titles)
     figure.supxlabel("FID to teacher: lower keeps the teacher's look")
     figure.supylabel("FID to real: lower is nearer to real images")
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -11,7 +11,6 @@ from typing import Any
 
 from peers.methods import ADVERSARIAL, Method, kinds_of, ladder_method
 
-from stepdistill import plan
 from stepdistill.config import RunConfig
 from stepdistill.config.load import parse_config
 from stepdistill.config.saved import resolved
@@ -23,6 +22,12 @@ Change = Callable[[Raw], None]
 def phases(raw: Raw, kinds: tuple[str, ...] = ADVERSARIAL) -> list[dict[str, Any]]:
     """The phases of all rungs that have an objective among `kinds`."""
     return [phase for rung in raw["ladder"] for phase in rung["phases"] if kinds_of(phase) & set(kinds)]
+
+
+def times(phase: dict[str, Any], factor: float) -> None:
+    """Multiplies a phase's updates, of new and of kept targets alike, by `factor`."""
+    for key in ("max_train_steps", "cached_updates"):
+        phase[key] = phase[key] and max(1, round(factor * phase[key]))
 
 
 def with_discriminator(**options: Any) -> Change:
@@ -58,7 +63,7 @@ def with_batch(size: int) -> Change:
         factor = size / raw["training"]["train_batch_size"]
         raw["training"]["train_batch_size"] = size
         for phase in phases(raw, ("mse",)):
-            phase["max_train_steps"] = round(phase["max_train_steps"] / factor)
+            times(phase, 1 / factor)
 
     return change
 
@@ -82,7 +87,7 @@ def adversary_times(factor: float) -> Change:
                 phase for phase in rung["phases"] if factor or not kinds_of(phase) & set(ADVERSARIAL)
             ]
         for phase in phases(raw):
-            phase["max_train_steps"] = round(phase["max_train_steps"] * factor)
+            times(phase, factor)
 
     return change
 
@@ -139,33 +144,27 @@ def skip_level(raw: Raw) -> None:
 def x0_at_one_step(raw: Raw) -> None:
     """The last rung predicts x0 at the last timestep; a convert phase comes first."""
     last = raw["ladder"][-1]
-    convert = copy.deepcopy(last["phases"][0]) | {"objective": "convert", "learning_rate": 1e-3}
+    convert = copy.deepcopy(last["phases"][0]) | {
+        "objective": "convert",
+        "cached_updates": None,
+        "learning_rate": 1e-3,
+    }
     convert["max_train_steps"] = max(1, last["phases"][0]["max_train_steps"] // 3)
     last |= {"prediction_type": "sample", "start_timestep": None, "phases": [convert, *last["phases"]]}
 
 
-def cached_twice(raw: Raw) -> None:
-    """Every mse target is used twice."""
+def targets_once(raw: Raw) -> None:
+    """Every mse update has new targets."""
     for phase in phases(raw, ("mse",)):
-        phase["cached_updates"] = phase["max_train_steps"] // 2
+        phase["cached_updates"] = None
 
 
-def cached_for_mse(adversary: float = 1.0) -> Change:
-    """Every mse target is used twice, and the adversarial updates are multiplied by `adversary`; the passes that both save
-    pay for more mse updates."""
+def targets_times(uses: int) -> Change:
+    """Every mse target is used `uses` times."""
 
     def change(raw: Raw) -> None:
-        forwards = plan.training_forwards(parse_config(raw))
-        adversary_times(adversary)(raw)
-        given, low, high = copy.deepcopy(raw["ladder"]), 1.0, 2.0
-        while high - low > 0.01:
-            middle = (low + high) / 2
-            raw["ladder"] = copy.deepcopy(given)
-            for phase in phases(raw, ("mse",)):
-                phase["max_train_steps"] = round(middle * phase["max_train_steps"])
-            cached_twice(raw)
-            is_less = plan.training_forwards(parse_config(raw)) < forwards
-            low, high = (middle, high) if is_less else (low, middle)
+        for phase in phases(raw, ("mse",)):
+            phase["cached_updates"] = max(1, phase["max_train_steps"] // uses)
 
     return change
 
@@ -175,7 +174,7 @@ def even_updates(raw: Raw) -> None:
     mse_phases = phases({"ladder": raw["ladder"][1:]}, ("mse",))
     mean = round(sum(phase["max_train_steps"] for phase in mse_phases) / len(mse_phases))
     for phase in mse_phases:
-        phase["max_train_steps"] = mean
+        times(phase, mean / phase["max_train_steps"])
 
 
 def without_rung(steps: int) -> Change:
@@ -205,7 +204,7 @@ def with_16(raw: Raw) -> None:
     """Replaces 32 -> 8 by 32 -> 16 -> 8, with half of the updates on each."""
     rung = next(rung for rung in raw["ladder"] if rung["student_steps"] == 8)
     for phase in rung["phases"]:
-        phase["max_train_steps"] //= 2
+        times(phase, 0.5)
     place = raw["ladder"].index(rung)
     raw["ladder"].insert(place, copy.deepcopy(rung) | {"student_steps": 16})
     rung["teacher_steps"] = 16
@@ -220,6 +219,7 @@ def with_features(raw: Raw) -> None:
     ]
     for phase in phases({"ladder": raw["ladder"][1:]}, ("mse",)):
         phase |= {"objective": None, "objectives": copy.deepcopy(features), "balance": "gradient"}
+        phase["cached_updates"] = None
 
 
 def guidance_times(factor: float) -> Change:
@@ -227,7 +227,7 @@ def guidance_times(factor: float) -> Change:
 
     def change(raw: Raw) -> None:
         for phase in raw["ladder"][0]["phases"]:
-            phase["max_train_steps"] = max(1, round(factor * phase["max_train_steps"]))
+            times(phase, factor)
 
     return change
 
@@ -281,7 +281,7 @@ def one_phase(raw: Raw) -> None:
         if adversarial:
             first = rung["phases"][0]
             kinds = [{"kind": "mse"}, {"kind": "single", "weight": 0.25, "final_weight": 0.0}]
-            first |= {"objective": None, "objectives": kinds, "balance": "gradient"}
+            first |= {"objective": None, "objectives": kinds, "balance": "gradient", "cached_updates": None}
             rung["phases"] = [first | {"discriminator": adversarial[0]["discriminator"]}]
 
 
@@ -311,6 +311,7 @@ VARIANTS: dict[str, Change] = {
     "half-the-adversary": adversary_times(0.5),
     "twice-the-adversary": adversary_times(2),
     "gentle-adversary": gentle_adversary(3),
+    "few-adversarial-updates": gentle_adversary(0.4),
     "paired-then-single": paired_then_single,
     "paired-alone": paired_alone,
     "teacher-as-real": with_discriminator(real="teacher"),
@@ -337,13 +338,10 @@ VARIANTS: dict[str, Change] = {
     "decay-to-nothing": with_training(lr_final_fraction=0.0),
     "batch-16": with_batch(16),
     "batch-8": with_batch(8),
-    "batch-16-gentle-adversary": in_turn(with_batch(16), gentle_adversary(3)),
-    "batch-16-slow-guidance": in_turn(with_batch(16), gentle_adversary(3), guidance_rate_times(0.5)),
+    "batch-16-slow-guidance": in_turn(with_batch(16), guidance_rate_times(0.5)),
     "skip-level": skip_level,
-    "cached-twice": cached_twice,
-    "cached-twice-for-mse": cached_for_mse(),
-    "cached-twice-gentle-adversary": in_turn(gentle_adversary(3), cached_for_mse()),
-    "cached-twice-half-the-adversary": cached_for_mse(adversary=0.5),
+    "targets-once": targets_once,
+    "targets-thrice": targets_times(3),
     "even-updates": even_updates,
     "with-16": with_16,
     "start-at-999": with_last_rung(start_timestep=None),
