@@ -91,7 +91,10 @@ def several(objectives):
         ("ladder.9.student_steps=1", ["'9'", "allowed: 0 to 4"]),
         ("ladder.3.phases.0.teacher_steps=5", ["ladder.3.phases.0.teacher_steps", "got 5", "32, 8, 4"]),
         ("ladder.3.node_steps=3", ["ladder.3.node_steps", "multiples of student_steps 2"]),
-        ("ladder.0.phases.0.objective=convert", ["ladder.0.phases.0.objective", "prediction_type: sample"]),
+        (
+            "ladder.0.phases=[{objective: convert}]",
+            ["ladder.0.phases.0.objective", "prediction_type: sample"],
+        ),
         (
             "ladder.4={teacher_steps: 2, student_steps: 1, prediction_type: sample, "
             "phases: [{objective: mse}, {objective: convert}]}",
@@ -332,7 +335,7 @@ def test_an_incomplete_teacher_is_refused_with_the_missing_part(tmp_path, missin
 
 def test_the_plan_counts_the_recipes_forwards():
     """10.35 forwards for 128 -> 32 from the base model, then 4 and 2 teacher forwards with a LoRA; the table by its NFE."""
-    config = load_config(CONFIG, ["ladder.0.teacher_steps=128"])
+    config = load_config(CONFIG, ["ladder.0.teacher_steps=128", "ladder.0.phases.0.cached_updates=null"])
     first = config.ladder[0]
     assert phase_forwards(config, first, first.phases[0]) == pytest.approx(10.35, abs=0.01)
     paired = first.phases[0].model_copy(update={"objective": "paired"})
@@ -358,7 +361,7 @@ def test_the_plan_counts_the_recipes_forwards():
 
 
 def test_a_first_rung_of_equal_steps_learns_guidance_with_two_teacher_forwards():
-    config = load_config(CONFIG)
+    config = load_config(CONFIG, ["ladder.0.phases.0.cached_updates=null"])
     first = config.ladder[0]
     assert phase_forwards(config, first, first.phases[0]) == pytest.approx(2 + 2.351, abs=0.01)
     with pytest.raises(ConfigError, match=r"ladder\.1\.student_steps: got 32"):
