@@ -3,6 +3,7 @@
 The command line, and through it `pipelines/*.py`, calls these functions and nothing else.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from stepdistill.before_stage import (
 )
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.installed import check_installed
-from stepdistill.config.ladder_checks import unused_settings
+from stepdistill.config.ladder_checks import often_used_targets, unused_settings
 from stepdistill.disk.durable import read_sealed, warn_of_damage, write_image, write_sealed
 from stepdistill.disk.places import clear_half_written
 from stepdistill.disk.space import check_space
@@ -127,7 +128,12 @@ def _prepare(config: RunConfig, run_dir: Path) -> None:
     teacher = TeacherFacts.of_folder(teacher_folder(config))
     check_ladder_fits(config, teacher)
     if Processes().is_main:
-        for about, remedy in [*unused_settings(config.ladder), *unfit_settings(config, teacher)]:
+        notes = (
+            unused_settings(config.ladder),
+            often_used_targets(config.ladder),
+            unfit_settings(config, teacher),
+        )
+        for about, remedy in itertools.chain(*notes):
             logger.warning("prepare: %s; fix: %s", about, remedy)
     manifest = run_dir / "cache" / "manifest.json"
     before = read_sealed(manifest)

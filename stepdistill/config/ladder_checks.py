@@ -1,10 +1,13 @@
 """Checks of the `ladder` section: that the rungs follow each other, and that each phase fits its rung. No torch."""
 
+import math
 from collections.abc import Iterator
 
 from stepdistill.config.ladder import Phase, Rung, WeightedObjective
 from stepdistill.config.objective_kinds import OBJECTIVES, compares_features, is_adversarial
 from stepdistill.config.section import ConfigError, Section
+
+_MOST_USES = 3
 
 
 def check_ladder(ladder: tuple[Rung, ...]) -> None:
@@ -48,6 +51,17 @@ def unused_settings(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
             for name in unread:
                 key = f"ladder.{index}.phases.{number}.{name}"
                 yield f"{key} changes nothing, because {phase.title} does not read it", f"leave {key} out"
+
+
+def often_used_targets(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
+    """Phases that use each target more often than has been measured: (what is said, remedy)."""
+    for index, rung in enumerate(ladder):
+        for number, phase in enumerate(rung.phases):
+            uses = phase.max_train_steps / (phase.cached_updates or phase.max_train_steps)
+            if uses > _MOST_USES:
+                key = f"ladder.{index}.phases.{number}.cached_updates"
+                about = f"{key}: {phase.max_train_steps} updates use each target {uses:.3g} times; measured is twice"
+                yield about, f"{key}={math.ceil(phase.max_train_steps / 2)}"
 
 
 def _unread(of: WeightedObjective) -> list[str]:

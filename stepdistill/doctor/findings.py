@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from stepdistill.config import ConfigError, RunConfig
 from stepdistill.config.data import Kind
 from stepdistill.config.installed import installation_problems
-from stepdistill.config.ladder_checks import unused_settings
+from stepdistill.config.ladder_checks import often_used_targets, unused_settings
 from stepdistill.data.buckets import Sizes
 from stepdistill.data.decode import BadSample, read_caption
 from stepdistill.data.held_out import held_out_share
@@ -179,7 +179,7 @@ def _run(config: RunConfig) -> Iterator[Finding]:
 
 
 def _ladder(config: RunConfig) -> Iterator[Finding]:
-    for about, remedy in unused_settings(config.ladder):
+    for about, remedy in (*unused_settings(config.ladder), *often_used_targets(config.ladder)):
         yield Finding("note", about, remedy)
     teacher = _facts(config)
     if teacher is None:

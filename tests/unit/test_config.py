@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from stepdistill.config import ConfigError
-from stepdistill.config.ladder_checks import unused_settings
+from stepdistill.config.ladder_checks import often_used_targets, unused_settings
 from stepdistill.config.load import load_config, parse_config
 from stepdistill.config.saved import read_run_config, resolved
 from stepdistill.config.shipped import shipped_configs
@@ -193,6 +193,15 @@ def test_settings_that_no_objective_of_a_phase_reads_are_named():
         "ladder.3.phases.0.discriminator.perturbation_weights",
         "ladder.3.phases.1.loss_space",
     ]
+
+
+def test_targets_that_are_used_many_times_are_named():
+    assert list(often_used_targets(load_config("letters", []).ladder)) == []
+    ((about, remedy),) = often_used_targets(
+        load_config("letters", ["ladder.1.phases.0.max_train_steps=501"]).ladder
+    )
+    assert about.startswith("ladder.1.phases.0.cached_updates: 501 updates use each target 8.35 times")
+    assert remedy == "ladder.1.phases.0.cached_updates=251"
 
 
 @pytest.mark.parametrize("name", shipped_configs())
