@@ -62,10 +62,13 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
 def scaled(config: Mapping[str, Any], factor: float, *keys: str) -> dict[str, Any]:
     """New values for numeric settings: `factor` times the current value, non-integers rounded to two significant digits.
 
-    Keys whose value is not a number, or would not change, are left out.
+    Keys whose value is not a number, or would not change, are left out. Beside the updates of a phase, its cached_updates
+    are scaled, so that each target is used as often as before.
     """
     changes: dict[str, Any] = {}
-    for key in keys:
+    updates = ".max_train_steps"
+    kept = [key.removesuffix(updates) + ".cached_updates" for key in keys if key.endswith(updates)]
+    for key in (*keys, *kept):
         today = number(setting(config, key))
         if today is not None:
             exact = factor * today

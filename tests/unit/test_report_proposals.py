@@ -9,7 +9,7 @@ import yaml
 from stepdistill.config.load import changed, load_config, parse_config
 from stepdistill.config.saved import resolved
 from stepdistill.report.advice import advice_for
-from stepdistill.report.proposals import Advice, Proposal, accepted
+from stepdistill.report.proposals import Advice, Proposal, accepted, scaled
 from stepdistill.report.read import read_run
 from tests.browser.synthetic_run import results_of, save, write_looks, write_training
 
@@ -121,6 +121,15 @@ def test_every_proposed_setting_is_accepted_by_the_config(tmp_path, path, change
     assert not any(key.endswith("prediction_type") for key in keys), "x0 at one step is 73 FID worse"
     for index, rung in enumerate(before.ladder):
         assert rung.start_timestep is None or f"ladder.{index}.node_steps" not in keys
+
+
+def test_more_updates_keep_how_often_each_target_is_used():
+    config = resolved(load_config("configs/letters.yaml"))
+    phase = config["ladder"][4]["phases"][0]
+    changes = scaled(config, 2, "ladder.4.phases.0.max_train_steps", "ladder.4.phases.1.max_train_steps")
+    assert changes["ladder.4.phases.0.max_train_steps"] == 2 * phase["max_train_steps"]
+    assert changes["ladder.4.phases.0.cached_updates"] == 2 * phase["cached_updates"]
+    assert "ladder.4.phases.1.cached_updates" not in changes
 
 
 def test_settings_that_the_config_refuses_are_not_proposed():
