@@ -60,7 +60,7 @@ def often_used_targets(ladder: tuple[Rung, ...]) -> Iterator[tuple[str, str]]:
             uses = phase.max_train_steps / (phase.cached_updates or phase.max_train_steps)
             if uses > _MOST_USES:
                 key = f"ladder.{index}.phases.{number}.cached_updates"
-                about = f"{key}: {phase.max_train_steps} updates use each target {uses:.3g} times; measured is twice"
+                about = f"{key}: {phase.max_train_steps} updates use each target {uses:.3g} times; only twice is measured"
                 yield about, f"{key}={math.ceil(phase.max_train_steps / 2)}"
 
 
